@@ -1,0 +1,365 @@
+"""A layer whose weight is provided, and what is added to it.
+
+``y = x V^T + b`` with ``V = provider() + sum of terms``, evaluated by one autograd function that
+
+* keeps the input once, or not at all when no term needs it;
+* asks the provider again in backward, so a dequantised or merged weight never lives that long;
+* lets each term work on the token side (low rank) or panel by panel over the inputs (generated
+  sparse updates), and adds in place, so no second full-width intermediate exists.
+
+Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
+PANEL = 1 << 22
+
+
+class Provider(nn.Module):
+    """Holds a frozen weight in some form; its tensors are buffers."""
+
+    def weight(self) -> Tensor:
+        """The weight as stored by the module, possibly a temporary; asked again in backward."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+
+class Term(nn.Module):
+    """What is added to one (out, in) matrix. Its parameters are its tensors.
+
+    Subclasses give :meth:`dense` (obvious and differentiable: the reference, the merge, the
+    fallback) and, where there is something cheaper, one of two faster forms:
+
+    tokenwise: :meth:`forward_` and :meth:`backward_` work on activations, never on the weight.
+    tiled: :meth:`tile` and :meth:`pull` generate the update panel by panel.
+    """
+
+    tokenwise: ClassVar[bool] = False
+    tiled: ClassVar[bool] = False
+
+    def theta(self) -> tuple[Tensor, ...]:
+        """The tensors gradients are wanted for, in a fixed order."""
+        return tuple(self.parameters())
+
+    def dense(self) -> Tensor:
+        """The update as an (out, in) tensor, (experts, out, in) for expert places."""
+        raise NotImplementedError
+
+    @property
+    def keeps_input(self) -> bool:
+        """Does backward need the layer's input?"""
+        return any(t.requires_grad for t in self.theta())
+
+    # -- token side -------------------------------------------------------------------------
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
+        """Add ``scale * x Delta^T`` into `y_NO` in place; return what backward needs besides x."""
+        raise NotImplementedError
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[Any, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        """Add this term's part into `dx_NI` in place; return one gradient per ``theta()``."""
+        raise NotImplementedError
+
+    # -- panels -----------------------------------------------------------------------------
+    def prepare(self) -> Any:
+        """What a panel needs to know of the whole matrix (a threshold). Small: it is kept."""
+        return None
+
+    def tile(self, i0: int, i1: int, state: Any) -> Tensor:
+        """Columns i0:i1 of the update, (out, i1-i0); a fresh tensor the caller may write to."""
+        d = self.dense()[..., i0:i1]
+        return d if i1 - i0 < d.shape[-1] else d.clone()
+
+    def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
+        """Accumulate into `grads` from the gradient of a panel; return the panel again."""
+        theta = self.theta()
+        with torch.enable_grad():
+            d = self.dense()[..., i0:i1]
+            wanted = [t for t in theta if t.requires_grad]
+            got = iter(torch.autograd.grad(d, wanted, G.to(d.dtype), allow_unused=True))
+        for k, t in enumerate(theta):
+            if t.requires_grad and (part := next(got)) is not None:
+                grads[k] = part if grads[k] is None else grads[k].add_(part)
+        return d.detach()
+
+    # -- rows of an embedding ---------------------------------------------------------------
+    def take(self, index: Tensor) -> Tensor:
+        """Columns `index` of the update as rows: (*index.shape, out). Differentiable."""
+        return F.embedding(index, self.dense().transpose(-1, -2))
+
+
+class Wrap(Term):
+    """A function of W: ``W' = f(V)`` with V the base and all added terms.
+
+    `gains` gives the per-output factor f of ``W' = diag(f) V`` (DoRA and its relatives); a
+    general function of V overrides :meth:`of` only and takes the effective-weight path.
+    """
+
+    diagonal: ClassVar[bool] = False
+
+    def of(self, V: Tensor) -> Tensor:
+        """W' as a differentiable function of V and of this term's parameters."""
+        raise NotImplementedError
+
+    def gains(self, V: Panels) -> tuple[Tensor, Any]:
+        """(f of shape (out,), what backward needs) from the panels of V."""
+        raise NotImplementedError
+
+    def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
+        """Gradients of theta from df = d loss / d f."""
+        raise NotImplementedError
+
+
+class Panels:
+    """V = base + tiles, panel by panel over the inputs; the only place that knows the loop."""
+
+    def __init__(self, weight: Tensor, terms: list[tuple[Term, float]], states: list[Any]):
+        self.weight, self.terms, self.states = weight, terms, states
+        self.out, self.inp = weight.shape[-2:]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        whole = any(not t.tiled and not hasattr(t, "cheap_tile") for t, _ in self.terms)
+        step = self.inp if whole else max(1, min(self.inp, PANEL // max(1, self.out)))
+        for i0 in range(0, self.inp, step):
+            yield i0, min(self.inp, i0 + step)
+
+    def value(self, i0: int, i1: int) -> Tensor:
+        """V[:, i0:i1]: a fresh panel, or a view of the base when nothing is added."""
+        panel: Tensor | None = None
+        for (term, scale), state in zip(self.terms, self.states, strict=True):
+            tile = term.tile(i0, i1, state)
+            tile = tile if scale == 1 else tile.mul_(scale)
+            panel = tile if panel is None else panel.add_(tile)
+        base = self.weight[..., i0:i1]
+        if panel is None:
+            return base
+        if panel.dtype == base.dtype:
+            return panel.add_(base)
+        return panel.add_(base.to(panel.dtype)).to(base.dtype)
+
+    def row_squares(self) -> Tensor:
+        """sum_i V[o, i]^2, accumulated in at least fp32."""
+        acc = None
+        for i0, i1 in self:
+            v = self.value(i0, i1)
+            v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+            part = torch.linalg.vector_norm(v, dim=-1).square_()
+            acc = part if acc is None else acc.add_(part)
+        return acc
+
+
+class Weighted:
+    """One place's answer: where the base comes from, which terms are added, what wraps them."""
+
+    def __init__(self, base: Any, terms: list[tuple[Term, float]], wrap: Wrap | None = None):
+        self.base = base                      # callable -> (out, in) view of the frozen weight
+        self.terms = terms
+        self.wrap = wrap
+        self.tiled = [(t, s) for t, s in terms if not t.tokenwise]
+        self.token = [(t, s) for t, s in terms if t.tokenwise]
+        self.all = [t for t, _ in self.tiled] + [t for t, _ in self.token] + ([wrap] if wrap else [])
+
+    def theta(self) -> list[Tensor]:
+        return [p for t in self.all for p in t.theta()]
+
+    @property
+    def keeps_input(self) -> bool:
+        return any(t.keeps_input for t in self.all)
+
+    # -- the effective weight (convolutions, experts, modules that bypass their children) ----
+    def effective(self, weight: Tensor) -> Tensor:
+        """(out, in) weight with everything added, differentiable in theta, keeping nothing."""
+        return _Effective.apply(weight, self, *self.theta())
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The same by the obvious route: the reference, and what merge writes."""
+        V = weight
+        for t, s in self.terms:
+            V = V + s * t.dense().to(V.dtype)
+        return self.wrap.of(V) if self.wrap else V
+
+
+class _Effective(torch.autograd.Function):
+    """W -> f(W + sum of terms), regenerated in backward. Keeps O(out) numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, op: Weighted, *theta: Tensor) -> Tensor:
+        ctx.op, ctx.dtype = op, weight.dtype
+        if op.wrap is not None and not op.wrap.diagonal:
+            return op.dense(weight)
+        ctx.states = [t.prepare() for t, _ in op.terms]
+        V = Panels(weight, op.terms, ctx.states)
+        y = torch.empty_like(weight)
+        if op.wrap is not None:
+            ctx.f, ctx.kept = op.wrap.gains(V)
+        for i0, i1 in V:
+            y[..., i0:i1] = V.value(i0, i1)
+        if op.wrap is not None:
+            y.mul_(ctx.f.to(y.dtype).unsqueeze(-1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
+        op: Weighted = ctx.op
+        weight = op.base()
+        if op.wrap is not None and not op.wrap.diagonal:
+            theta = op.theta()
+            with torch.enable_grad():
+                W = op.dense(weight.detach())
+                wanted = [t for t in theta if t.requires_grad]
+                got = iter(torch.autograd.grad(W, wanted, G, allow_unused=True))
+            return None, None, *[next(got) if t.requires_grad else None for t in theta]
+        grads = {id(t): [None] * len(t.theta()) for t in op.all}
+        V = Panels(weight, op.terms, ctx.states)
+        df = None
+        for i0, i1 in V:
+            part = G[..., i0:i1]
+            if op.wrap is not None:
+                v = V.value(i0, i1)
+                d = (part * v).sum(-1, dtype=ctx.f.dtype)
+                df = d if df is None else df.add_(d)
+                part = part * ctx.f.to(part.dtype).unsqueeze(-1)
+            for (t, s), state in zip(op.terms, ctx.states, strict=True):
+                t.pull(i0, i1, part if s == 1 else part * s, state, grads[id(t)])
+        if op.wrap is not None:
+            grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.kept)
+        dW = None
+        if ctx.needs_input_grad[0]:
+            dW = G if op.wrap is None else G * ctx.f.to(G.dtype).unsqueeze(-1)
+        return dW, None, *[g for t in op.all for g in grads[id(t)]]
+
+
+def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """``y = x V^T + b`` for x of shape (..., in).
+
+    weight: pass the stored (out, in) parameter itself when it trains too, else None.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if op.wrap is not None and not op.wrap.diagonal:
+        W = op.effective(op.base() if weight is None else weight)
+        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _Linear.apply(x, weight, bias, op, *op.theta())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+                op: Weighted, *theta: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            W = op.base() if weight is None else weight
+            W = W if W.dtype == x.dtype else W.to(x.dtype)
+            b = None if bias is None else bias.to(x.dtype)
+            x2 = x.reshape(-1, x.shape[-1])
+            ctx.states = [t.prepare() for t, _ in op.tiled]
+            early = None if op.wrap else b          # a wrapped weight's bias is not scaled
+            y2 = _product(x2, Panels(W, op.tiled, ctx.states), early)
+            kept: list[Any] = []
+            for t, s in op.token:
+                kept.append(t.forward_(x2, y2, s))
+            ctx.gain = None
+            if op.wrap is not None:
+                states = ctx.states + [t.prepare() for t, _ in op.token]
+                f, ctx.wrap_kept = op.wrap.gains(Panels(W, op.tiled + op.token, states))
+                ctx.gain = f
+                y2.mul_(f.to(y2.dtype))
+                if b is not None:
+                    y2.add_(b)
+        ctx.op, ctx.shape, ctx.n_theta = op, x.shape, len(theta)
+        keep_x = op.keeps_input or (weight is not None and weight.requires_grad)
+        tensors = [x if keep_x else None, weight]
+        ctx.layout = []
+        for part in kept:
+            ctx.layout.append([len(tensors) + i if isinstance(p, Tensor) else p
+                               for i, p in enumerate(part)])
+            ctx.layout[-1] = [(True, v) if isinstance(p, Tensor) else (False, p)
+                              for v, p in zip(ctx.layout[-1], part, strict=True)]
+            tensors += part
+        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
+        return y2.view(*x.shape[:-1], y2.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        op: Weighted = ctx.op
+        saved = ctx.saved_tensors
+        x, weight = saved[0], saved[1]
+        kept = [tuple(saved[v] if isT else v for isT, v in part) for part in ctx.layout]
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        g2 = g.reshape(-1, g.shape[-1])
+        x2 = None if x is None else x.reshape(-1, x.shape[-1])
+        W = op.base() if weight is None else weight
+        stored_dtype = W.dtype
+        W = W if W.dtype == g2.dtype else W.to(g2.dtype)
+        db = g2.sum(0) if need_b else None
+        grads: dict[int, list[Tensor | None]] = {id(t): [None] * len(t.theta()) for t in op.all}
+        if op.wrap is not None:
+            if op.wrap.keeps_input:
+                states = ctx.states + [t.prepare() for t, _ in op.token]
+                V = Panels(W, op.tiled + op.token, states)
+                df = torch.zeros_like(ctx.gain)
+                for i0, i1 in V:
+                    df += ((g2.t() @ x2[:, i0:i1]) * V.value(i0, i1)).sum(-1, dtype=df.dtype)
+                grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
+            g2 = g2 * ctx.gain.to(g2.dtype)
+        V = Panels(W, op.tiled, ctx.states)
+        dx = _product_back(g2, x2, V, grads, need_x, ctx.shape[-1])
+        for (t, s), part in zip(op.token, kept, strict=True):
+            grads[id(t)] = t.backward_(g2, x2, part, dx, s)
+        dW = (g2.t() @ x2).to(stored_dtype) if need_w else None
+        flat = [p for t in op.all for p in grads[id(t)]]
+        return (None if dx is None else dx.view(ctx.shape)), dW, db, None, *flat
+
+
+def _product(x2: Tensor, V: Panels, bias: Tensor | None) -> Tensor:
+    """x V^T + b; one product when V is a single panel."""
+    ranges = list(V)
+    if len(ranges) == 1 or not V.terms:
+        return F.linear(x2, V.value(0, V.inp), bias)
+    y = x2.new_empty(x2.shape[0], V.out)
+    for k, (i0, i1) in enumerate(ranges):
+        panel = V.value(i0, i1).t()
+        if k == 0:
+            torch.mm(x2[:, i0:i1], panel, out=y)
+        else:
+            y.addmm_(x2[:, i0:i1], panel)
+    return y if bias is None else y.add_(bias)
+
+
+def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list[Tensor | None]],
+                  need_x: bool, inp: int) -> Tensor | None:
+    """dx = g V, and the pull of every tiled term from its panel of g^T x."""
+    if not V.terms:
+        return g2 @ V.weight if need_x else None
+    dx = g2.new_empty(g2.shape[0], inp) if need_x else None
+    for i0, i1 in V:
+        panel = V.weight[..., i0:i1]
+        total: Tensor | None = None
+        G = None
+        if any(t.keeps_input for t, _ in V.terms):
+            G = g2.t() @ x2[:, i0:i1]
+        for (t, s), state in zip(V.terms, V.states, strict=True):
+            if t.keeps_input:
+                tile = t.pull(i0, i1, G if s == 1 else G * s, state, grads[id(t)])
+            else:
+                tile = t.tile(i0, i1, state)
+            if need_x:
+                total = tile * s if total is None else total.add_(tile, alpha=s)
+        if need_x:
+            if total.dtype == panel.dtype:
+                total.add_(panel)
+            else:
+                total = (total + panel).to(panel.dtype)
+            torch.mm(g2, total, out=dx[:, i0:i1]) if i1 - i0 == inp else dx[:, i0:i1].copy_(g2 @ total)
+    return dx

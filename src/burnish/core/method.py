@@ -1,0 +1,130 @@
+"""What a method is: its settings, and its answers to the twelve questions.
+
+A method lives in one file, ``methods/<axis>/<name>.py``; the file name is its name everywhere.
+It is a dataclass whose fields are its settings and whose overridden methods are its answers::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Lora(Method):
+        \"\"\"LoRA -- ... equation, shapes, count, start, merge, source.\"\"\"
+
+        rank: int = setting(8, "rank of the update")
+
+        def delta(self, place, weight):
+            return Chain(place, rank=self.rank, ...)
+
+Registry, command-line help, catalogue and conformance suite are generated from these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .axes import AXES
+from .site import Branch, Place, Selection
+
+if TYPE_CHECKING:
+    from ..blocks.provided import Provider, Term
+    from .anatomy import Anatomy
+    from .tuned import Tuned
+
+
+def setting(default: Any = MISSING, help: str = "", **kw: Any) -> Any:
+    """A dataclass field with a few words of meaning, printed by help and catalogue."""
+    return field(default=default, metadata={"help": help, **kw}, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method. Override the questions the method answers; leave the others.
+
+    Class facts, each written once and used by planner, suite and docs:
+
+    paper: the source.
+    identity: step 0 equals the pre-trained function exactly (up to rounding).
+    merges: the update folds exactly into plain weights.
+    kinds: kinds of :class:`Place` a `delta` or `storage` applies to.
+    quality: prior used by the planner comes from measured data, never from here.
+    """
+
+    paper: ClassVar[str] = ""
+    identity: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = frozenset(
+        {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
+    )
+    #: name in a recipe; set by the registry from the file name
+    name: ClassVar[str] = ""
+
+    targets: str | None = setting(None, "which weights; None takes the recipe's default")
+
+    # -- the twelve questions -------------------------------------------------------------
+    def storage(self, place: Place, weight: torch.Tensor) -> Provider | None:
+        """The provider that holds this frozen weight from now on, or None to leave it."""
+
+    def delta(self, place: Place, weight: torch.Tensor) -> Term | None:
+        """The term added to this weight. `weight` is the (out, in) view, possibly fake."""
+
+    def select(self, anatomy: Anatomy) -> Iterable[Selection]:
+        """Existing parameters that train whole."""
+        return ()
+
+    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
+        """Modules that add to hidden states."""
+        return ()
+
+    def prompt(self, anatomy: Anatomy) -> Any:
+        """A prompt bank (see blocks/prompts.py)."""
+
+    def side(self, anatomy: Anatomy) -> Any:
+        """A side network on the tap bus (see blocks/taps.py)."""
+
+    def activations(self, anatomy: Anatomy) -> Any:
+        """What is kept for backward (see blocks/executor.py and blocks/saved.py)."""
+
+    def optimizer(self) -> Any:
+        """A rule or a wrapper of rules (see blocks/step.py)."""
+
+    def controller(self, tuned: Tuned) -> Any:
+        """An object whose methods are named by events (see core/events.py)."""
+
+    def objective(self, tuned: Tuned) -> torch.Tensor | None:
+        """A scalar added to the task's loss once per update."""
+
+    def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
+        """A gate around several answers, as branches that carry their router."""
+        return ()
+
+    def lifecycle(self, *args: Any, **kw: Any) -> Any:
+        """Functions on checkpoints before or after training."""
+
+    # -- laws -----------------------------------------------------------------------------
+    def claims(self) -> tuple[str, ...]:
+        """Resources only one part of a recipe may take ("the function of W on q,v")."""
+        return ()
+
+    def forbids(self) -> dict[str, str]:
+        """resource -> reason: what another part must not claim beside this one."""
+        return {}
+
+    # -- read off the answers -------------------------------------------------------------
+    @classmethod
+    def axes(cls) -> tuple[str, ...]:
+        """The axes this method answers, in the order of the table."""
+        return tuple(a for a in AXES if getattr(cls, a) is not getattr(Method, a))
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def changed(self) -> dict[str, Any]:
+        """Only the settings that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if getattr(self, f.name) != f.default}
+
+    def __str__(self) -> str:
+        args = ", ".join(f"{k}={v!r}" for k, v in self.changed().items())
+        return f"{self.name}({args})" if args else self.name

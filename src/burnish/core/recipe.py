@@ -1,0 +1,160 @@
+"""The recipe expression: ``nf4 + snella(rank=8) + checkpoint``.
+
+    recipe   = part ("+" part)*
+    part     = name | name "(" setting "=" value ("," ...)* ")"
+
+Values are Python literals. A preset expands in place. What cannot live together is refused
+here, with the names of both parts, the law and the nearest recipe that works.
+"""
+
+from __future__ import annotations
+
+import ast
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from . import registry
+from .errors import RecipeError, nearest
+from .method import Method
+
+
+class Recipe(tuple[Method, ...]):
+    """The parts in written order; ``str()`` gives back an expression that parses to the same."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return " + ".join(str(m) for m in self)
+
+    def named(self, name: str) -> Method | None:
+        return next((m for m in self if m.name == name), None)
+
+
+def parse(recipe: str | Method | Iterable[str | Method]) -> Recipe:
+    """An expression, a method object or a list of either, as a checked :class:`Recipe`.
+
+    Raises RecipeError for syntax, unknown methods or settings, wrong values, and for parts that
+    cannot be joined.
+    """
+    parts: list[Method] = []
+    for piece in [recipe] if isinstance(recipe, str | Method) else recipe:
+        if isinstance(piece, Method):
+            if not piece.name:
+                registry.register(type(piece))
+            parts.append(piece)
+        elif isinstance(piece, str):
+            parts += _expression(piece)
+        else:
+            raise RecipeError(f"a recipe is text or methods, not {type(piece).__name__}")
+    if not parts:
+        raise RecipeError("the recipe is empty; try 'lora(rank=8)'")
+    check(parts)
+    return Recipe(parts)
+
+
+def _expression(text: str, depth: int = 0) -> list[Method]:
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as e:
+        raise RecipeError(f"cannot read recipe {text!r} at character {e.offset}; "
+                          "expected 'method(setting=value) + method'") from None
+    out: list[Method] = []
+    for node in _terms(tree, text):
+        name, args = _call(node, text)
+        if name not in registry.names() and name in registry.presets() and depth < 8:
+            if args:
+                raise RecipeError(f"preset {name!r} takes no settings; it stands for "
+                                  f"{registry.presets()[name]!r}: write that and change it")
+            out += _expression(registry.presets()[name], depth + 1)
+        else:
+            out.append(make(name, args))
+    return out
+
+
+def _terms(node: ast.expr, text: str) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp):
+        if not isinstance(node.op, ast.Add):
+            raise RecipeError(f"parts of a recipe are joined by '+': {text!r}")
+        return _terms(node.left, text) + _terms(node.right, text)
+    return [node]
+
+
+def _call(node: ast.expr, text: str) -> tuple[str, dict[str, object]]:
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name = node.func.id
+        if node.args or any(k.arg is None for k in node.keywords):
+            raise RecipeError(f"settings of {name!r} are written by name, e.g. {name}(rank=8)")
+        args = {}
+        for k in node.keywords:
+            try:
+                args[str(k.arg)] = ast.literal_eval(k.value)
+            except ValueError:
+                raise RecipeError(f"{name}({k.arg}=...): expected a number, text, True, False or "
+                                  f"None, got {ast.unparse(k.value)!r}") from None
+        return name, args
+    raise RecipeError(f"cannot read {ast.unparse(node)!r} in recipe {text!r}; expected "
+                      "'method' or 'method(setting=value)'")
+
+
+def make(name: str, args: dict[str, object]) -> Method:
+    """One method from its name and settings; errors name the nearest setting and the type."""
+    cls = registry.find(name)
+    known = {f.name: f for f in fields(cls)}
+    alias = {a: f.name for f in fields(cls) for a in f.metadata.get("alias", ())}
+    hints = typing.get_type_hints(cls)
+    given: dict[str, object] = {}
+    for key, value in args.items():
+        key = alias.get(key, key)
+        if key not in known:
+            raise RecipeError(f"{name} has no setting {key!r}{nearest(key, known)}"
+                              f" (it has {', '.join(known)})")
+        given[key] = _typed(name, key, value, hints[key])
+    return cls(**given)
+
+
+def _typed(name: str, key: str, value: object, hint: object) -> object:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise RecipeError(f"{name}({key}={value!r}): expected one of "
+                              f"{', '.join(map(repr, choices))}{nearest(str(value), map(str, choices))}")
+        return value
+    options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
+    plain = [typing.get_origin(o) or o for o in options]
+    if float in plain and isinstance(value, int) and not isinstance(value, bool):
+        return value if int in plain else float(value)
+    if isinstance(value, bool) and bool not in plain:
+        ok = False
+    else:
+        ok = any(isinstance(o, type) and isinstance(value, o) for o in plain)
+    if not ok:
+        kinds = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o))
+                            for o in plain)
+        raise RecipeError(f"{name}({key}={value!r}): expected {kinds}, "
+                          f"got {type(value).__name__}")
+    return value
+
+
+def check(parts: Sequence[Method]) -> None:
+    """Refuse what cannot be joined: two parts that claim one resource for themselves alone."""
+    owner: dict[str, Method] = {}
+    for part in parts:
+        for resource in part.claims():
+            if resource in owner:
+                first, rest = owner[resource], [p for p in parts if p is not part]
+                raise RecipeError(
+                    f"{first.name} and {part.name} cannot be joined: both take {resource}, "
+                    f"which only one part may; nearest recipe that works: {Recipe(rest)}"
+                )
+            owner[resource] = part
+    for part in parts:
+        for resource, reason in part.forbids().items():
+            if resource in owner and owner[resource] is not part:
+                rest = [p for p in parts if p is not part]
+                raise RecipeError(f"{part.name} and {owner[resource].name} cannot be joined: "
+                                  f"{reason}; nearest recipe that works: {Recipe(rest)}")

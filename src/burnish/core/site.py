@@ -1,0 +1,110 @@
+"""Places and selections: where in a model something can be added or trained.
+
+A :class:`Place` is one weight matrix seen as out x in, whatever the module that holds it: a
+Linear, the Conv1D of GPT-2 (which stores the transpose), a convolution, an embedding, one slice
+of a fused qkv, a projection inside `nn.MultiheadAttention`, or the matrix of every expert in a
+3-D parameter. Terms are written for out x in matrices and never look at the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .errors import RecipeError
+
+#: linear: y = x W^T.  conv1d: HF Conv1D, stores W^T.  conv: W is (out, in/groups*kernel).
+#: embedding: W is (width, vocabulary), the transpose of what is stored.
+#: mha: a projection that `nn.MultiheadAttention` reads without calling a module.
+#: experts: a 3-D parameter (experts, out, in) or its transpose; each expert is one matrix.
+KINDS = ("linear", "conv1d", "conv", "embedding", "mha", "experts")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One out x in weight matrix of the model.
+
+    path: module that owns the computation (for `mha` the MultiheadAttention itself).
+    param: the parameter's name below that module (``weight``, ``out_proj.weight``...).
+    rows: (start, stop) along `out` when only a slice is meant (fused qkv); else None.
+    experts: number of matrices in a 3-D parameter; 0 for an ordinary place.
+    transposed: the parameter stores in x out (Conv1D, embeddings, some expert layouts).
+    """
+
+    path: str
+    param: str
+    kind: str
+    out: int
+    inp: int
+    role: str = ""
+    block: int | None = None
+    rows: tuple[int, int] | None = None
+    experts: int = 0
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name unique in the model; slices carry their role (``attn.qkv.weight[q]``)."""
+        head = f"{self.path}.{self.param}" if self.path else self.param
+        return f"{head}[{self.role}]" if self.rows else head
+
+    @property
+    def numel(self) -> int:
+        return self.out * self.inp * max(1, self.experts)
+
+    def view(self, stored: torch.Tensor) -> torch.Tensor:
+        """The stored parameter as (out, in), or (experts, out, in): always a view."""
+        w = stored
+        if self.kind == "conv":
+            w = w.flatten(1)
+        elif self.transposed:
+            w = w.transpose(-1, -2)
+        if self.rows:
+            w = w[..., self.rows[0] : self.rows[1], :]
+        return w
+
+    def stored(self, module: nn.Module) -> torch.Tensor:
+        """The parameter itself (whole, as stored)."""
+        *parents, leaf = self.param.split(".")
+        for p in parents:
+            module = getattr(module, p)
+        return getattr(module, leaf)
+
+    def check_rank(self, rank: int, method: str) -> None:
+        """A rank above the matrix is an error that names the place and the largest rank."""
+        if not 1 <= rank <= min(self.out, self.inp):
+            raise RecipeError(
+                f"{method}: rank {rank} does not fit {self.name} ({self.out} x {self.inp}); "
+                f"the largest rank there is {min(self.out, self.inp)}"
+            )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An existing parameter that trains whole. Entries, rows and columns are sparse deltas.
+
+    name: the parameter's dotted name in the model, as in ``model.named_parameters()``.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A module beside the model's own: ``write(...) <- write(...) + module(read)``.
+
+    read: (path, "input" | "output") of the hidden state the branch looks at.
+    write: path of the module whose output it changes; one with ``read=(write, "output")`` is
+    sequential, with ``read=(write, "input")`` parallel, with another path it spans modules.
+    compose: "add" adds the branch's result; "replace" takes it instead of the output.
+    at: "output" changes what `write` returns, "input" what it is given (then read its input).
+    """
+
+    write: str
+    module: nn.Module
+    read: tuple[str, str] = ("", "output")
+    compose: str = "add"
+    at: str = "output"
+    branches_merge: bool = False
