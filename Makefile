@@ -1,0 +1,51 @@
+# A machine with Python and a package index is enough: every target prepares .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.burnish-dev
+DOCSTAMP := $(VENV)/.burnish-docs
+WORKERS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup demo test check bench docs clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## everything needed to work on burnish, in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("burnish needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DOCSTAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+demo: $(STAMP)  ## fine-tune a small vision transformer to real handwriting
+	$(BIN)/burnish demo
+
+test: $(STAMP)  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" \
+		tests/design tests/cli
+
+bench: $(STAMP)  ## steps and memory against other libraries; see benchmarks/
+	$(BIN)/python -m benchmarks
+
+docs: $(DOCSTAMP)  ## the handbook, in build/docs
+	$(BIN)/python docs/catalogue.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
