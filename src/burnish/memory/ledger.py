@@ -1,0 +1,409 @@
+"""The ledger: which storages live, how large they are, since when, until when, and why.
+
+A dispatch mode sees every operator's outputs. Each storage (never each tensor: views share one)
+is entered once, with a weak reference whose death closes the entry. Peak, timeline, categories
+and modules are all read off these intervals afterwards; nothing is estimated on the way. The
+ledger works alike on real tensors and on fake ones, and keeps no tensor alive.
+
+Time is counted in operators. The entry ``[birth, death)`` lives at event e if birth <= e < death;
+at its own event an operator's inputs and outputs both live, as they do in its kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
+PHASES = ("load", "forward", "loss", "backward", "update")
+
+#: blocks the allocator hands out, by device type; the rest are exact
+ROUNDING = {"cuda": 512}
+
+_aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
+_ADD = _aten.add.Tensor
+_LIFT = _aten.lift_fresh.default              # hands on a tensor just made from Python numbers
+
+# the CPU's fused attention is not in torch's own table
+_FLOPS = dict(flop_registry)
+_FLOPS.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+    lambda q, k, v, *a, out_val=None, **kw: sdpa_flop_count(q.shape, k.shape, v.shape),
+)
+_FLOPS.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    lambda g, q, k, v, *a, out_val=None, **kw: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape),
+)
+
+
+class Entry:
+    """One storage's life. `category` is None until something says what the storage is."""
+
+    __slots__ = ("bytes", "birth", "death", "module", "phase", "category", "device")
+
+    def __init__(self, nbytes: int, birth: int, module: str, phase: str,
+                 category: str | None, device: str):
+        self.bytes, self.birth, self.death = nbytes, birth, None
+        self.module, self.phase, self.category, self.device = module, phase, category, device
+
+    def __repr__(self) -> str:
+        end = "" if self.death is None else self.death
+        return (f"{self.category or '?'} {self.bytes} B [{self.birth}, {end}) "
+                f"{self.phase} {self.module or '-'} {self.device}")
+
+
+class _Watch(weakref.ref):
+    """A weak reference to a storage that knows its entry."""
+
+    __slots__ = ("key", "entry")
+
+
+class Ledger(TorchDispatchMode):
+    """Follow every storage while the ``with`` block runs.
+
+    model: names modules, and whose parameters and buffers are ``weights``.
+    count: also add up floating-point operations (`flops`) and bytes read and written (`traffic`)
+        by phase, for the planner's relative time.
+
+    Everything that exists before the block and belongs to the step is passed to :meth:`watch`;
+    the model's own tensors are watched on entry.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *, count: bool = False):
+        super().__init__()
+        self.model, self.count = model, count
+        self.entries: list[Entry] = []
+        self.now = 0
+        self.backward_starts: list[int] = []
+        self.forward_starts: list[int] = []
+        self.phases: list[tuple[str, int]] = []
+        self.flops: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.notes: list[str] = []
+        self._alive: dict[int, _Watch] = {}
+        self._paths: dict[int, str] = {}
+        self._owners: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._seqs: list[int] = [0]
+        self._seq_modules: list[str] = [""]
+        self._idle = "load"
+        self._updating = 0
+        self._in_backward = False
+        self._module_in_backward = ""
+        self._donors: list[tuple[int, Entry]] = []
+        self._hooked: dict[int, weakref.ref[Tensor]] = {}
+        self._handles: list[Any] = []
+        self._thread = threading.get_ident()
+        self._closed = False
+
+    # -- entering and leaving ---------------------------------------------------------------
+    def __enter__(self) -> Ledger:
+        self._handles += [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        ]
+        if self.model is not None:
+            self._paths = {id(m): name for name, m in self.model.named_modules()}
+            self._owners = {id(p): name.rpartition(".")[0]
+                            for name, p in self.model.named_parameters()}
+            self.watch("weights", dict(self.model.named_parameters()))
+            self.watch("weights", dict(self.model.named_buffers()))
+            self._follow_gradients(self.model.parameters())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._closed = True
+        self._settle_sums()
+        self._alive.clear()                   # drops the weak references and their callbacks
+
+    def watch(self, category: str, tensors: Mapping[str, Any] | Iterable[Any]) -> None:
+        """Enter tensors that exist already. Names of a mapping give each one's module."""
+        if category not in CATEGORIES:
+            raise ValueError(f"unknown category {category!r}; known: {', '.join(CATEGORIES)}")
+        named = tensors.items() if isinstance(tensors, Mapping) else (("", t) for t in tensors)
+        for name, value in named:
+            for t in _leaves(value):
+                known = self._lookup(t)
+                if known is not None:
+                    known.category = known.category or category
+                else:
+                    self._enter(t, name.rpartition(".")[0], self._idle, category)
+
+    # -- the mode ---------------------------------------------------------------------------
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        if func is _DEVICE and hasattr(args[0], "fake_device"):
+            return args[0].fake_device        # asked a dozen times per operator under fake tensors
+        out = func(*args, **(kwargs or {}))
+        self.now += 1
+        phase = module = None
+        for t in _leaves(out):
+            storage = t.untyped_storage()
+            watch = self._alive.get(storage._cdata)
+            if watch is not None and watch.entry.bytes == storage.nbytes():
+                continue
+            if phase is None:
+                phase = self._phase()
+                module = self._module(phase)
+                if not self.phases or self.phases[-1][0] != phase:
+                    self.phases.append((phase, self.now))
+            if watch is not None:             # resized in place
+                watch.entry.death = self.now
+                del self._alive[watch.key]
+            found = watch is None and func is not _LIFT and _aliases(func)
+            # a view of something nobody watched: it was there before
+            self._enter(t, "" if found else module, "load" if found else phase,
+                        "weights" if found else (watch.entry.category if watch else None),
+                        birth=0 if found else self.now)
+        if func is _ADD:
+            self._note_sum(args, kwargs)
+        if self.count:
+            self._count(func, args, kwargs, out, phase)
+        return out
+
+    def _enter(self, t: Tensor, module: str, phase: str, category: str | None,
+               birth: int | None = None) -> None:
+        storage = t.untyped_storage()
+        nbytes = storage.nbytes()
+        if not nbytes:
+            return
+        watch = _Watch(storage, self._died)
+        watch.key = storage._cdata
+        watch.entry = Entry(nbytes, self.now if birth is None else birth, module, phase,
+                            category, str(t.device.type))
+        self._alive[watch.key] = watch
+        self.entries.append(watch.entry)
+
+    def _died(self, watch: _Watch) -> None:
+        if self._closed:
+            return
+        watch.entry.death = self.now + 1
+        if self._alive.get(watch.key) is watch:
+            del self._alive[watch.key]
+
+    def _lookup(self, t: Tensor) -> Entry | None:
+        watch = self._alive.get(t.untyped_storage()._cdata)
+        return watch.entry if watch is not None else None
+
+    # -- where we are -------------------------------------------------------------------------
+    def _phase(self) -> str:
+        if self._updating:
+            return "update"
+        if torch._C._current_graph_task_id() != -1:
+            if not self._in_backward:
+                self._in_backward = True
+                self.backward_starts.append(self.now)
+            self._idle = "update"
+            return "backward"
+        if self._stack:
+            return "forward"
+        return self._idle
+
+    def _module(self, phase: str) -> str:
+        if self._stack:                       # in forward, or recomputing inside backward
+            return self._stack[-1]
+        if phase == "backward":
+            node = torch._C._current_autograd_node()
+            seq = -1 if node is None else node._sequence_nr()
+            # gradient accumulation and graphs built inside backward keep the module they serve
+            if 0 <= seq < self._seqs[-1]:
+                self._module_in_backward = self._seq_modules[bisect_right(self._seqs, seq) - 1]
+            return self._module_in_backward
+        return ""
+
+    def _mark(self, module: str) -> None:
+        # nodes are numbered as forward creates them, so a module owns a run of numbers
+        if torch._C._current_graph_task_id() == -1 and threading.get_ident() == self._thread:
+            self._seqs.append(torch.autograd._get_sequence_nr())
+            self._seq_modules.append(module)
+
+    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+        if not self._stack and torch._C._current_graph_task_id() == -1:
+            self._in_backward = False
+            self.forward_starts.append(self.now)
+            if self.model is not None:
+                self._follow_gradients(self.model.parameters())
+        parent = self._stack[-1] if self._stack else ""
+        self._stack.append(self._paths.get(id(module), parent))
+        self._mark(self._stack[-1])
+
+    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+        self._mark(self._stack[-1] if self._stack else "")
+        if not self._stack and torch._C._current_graph_task_id() == -1:
+            self._idle = "loss"
+
+    # -- gradients and optimizer state ----------------------------------------------------------
+    def _follow_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
+            if p.grad is not None:
+                self.watch("gradients", [p.grad])
+            known = self._hooked.get(id(p))
+            if p.requires_grad and p.is_leaf and (known is None or known() is not p):
+                ref = self._hooked[id(p)] = weakref.ref(p)
+                self._handles.append(p.register_hook(lambda g, ref=ref: self._arrives(ref(), g)))
+                self._handles.append(p.register_post_accumulate_grad_hook(self._arrived))
+
+    def _arrives(self, p: Tensor | None, g: Tensor) -> None:
+        # seen before hooks that step inside backward take it away again
+        if p is not None and p.grad is None:
+            self._tag(g, "gradients")
+
+    def _arrived(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self._tag(p.grad, "gradients")
+
+    def _tag(self, value: Any, category: str, module: str | None = None) -> None:
+        for t in _leaves(value):
+            entry = self._lookup(t)
+            if entry is not None and entry.category != "weights":
+                entry.category = category
+                entry.module = entry.module if module is None else module
+
+    def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._updating += 1
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if isinstance(p, Tensor) and p.grad is not None:
+                    self._tag(p.grad, "gradients")
+
+    def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._updating = max(0, self._updating - 1)
+        self._idle = "update"
+        for key, state in list(optimizer.state.items()):
+            self._tag(state, "optimizer", self._owners.get(id(key)))
+
+    # -- sums of gradients ------------------------------------------------------------------------
+    def _note_sum(self, args: tuple, kwargs: dict | None) -> None:
+        """Where two gradients meet the engine adds in place, but not while a mode watches it."""
+        if (torch._C._current_graph_task_id() == -1 or kwargs or len(args) != 2
+                or sys._getframe(2).f_code.co_name != "_engine_run_backward"):
+            return
+        entry = self._lookup(args[0])
+        if entry is not None and entry.category is None and entry.phase == "backward":
+            self._donors.append((self.now, entry))
+
+    def _settle_sums(self) -> None:
+        # the first addend died with the sum: without the mode it would have become the sum
+        for event, entry in self._donors:
+            if entry.death == event + 1:
+                entry.death = event
+
+    # -- arithmetic ---------------------------------------------------------------------------------
+    def _count(self, func: Any, args: tuple, kwargs: dict | None, out: Any,
+               phase: str | None) -> None:
+        if _aliases(func) and not _mutates(func):
+            return
+        phase = phase or self._phase()
+        formula = _FLOPS.get(func.overloadpacket)
+        if formula is not None:
+            self.flops[phase] += formula(*args, **(kwargs or {}), out_val=out)
+        self.traffic[phase] += sum(t.numel() * t.element_size()
+                                   for part in (args, out) for t in _leaves(part))
+
+    # -- read afterwards --------------------------------------------------------------------------
+    def category(self, entry: Entry) -> str:
+        """What a storage was for. Weights, gradients and optimizer state were told; what forward
+        leaves behind for backward is activations; what an update leaves behind is state."""
+        if entry.category is not None:
+            return entry.category
+        if entry.phase in ("forward", "loss"):
+            k = bisect_right(self.backward_starts, entry.birth)
+            if k < len(self.backward_starts):
+                start = self.backward_starts[k]
+                if entry.death is None or entry.death > start:
+                    return "activations"
+        elif entry.phase == "update":
+            k = bisect_right(self.forward_starts, entry.birth)
+            end = self.forward_starts[k] if k < len(self.forward_starts) else self.now
+            if entry.death is None or entry.death > end + 1:
+                return "optimizer"
+        return "temporary"
+
+    def born_last(self, event: int) -> Entry | None:
+        """The entry whose birth led to the state at `event`."""
+        born = [e for e in self.entries if e.birth <= event]
+        return max(born, key=lambda e: e.birth, default=None)
+
+    def lived(self, since: int = 0) -> Iterator[tuple[Entry, str, int, int]]:
+        """(entry, category, first event, one past the last event) from event `since` on."""
+        end = self.now + 1
+        for e in self.entries:
+            death = end if e.death is None else min(e.death, end)
+            if death > max(since, e.birth):
+                yield e, self.category(e), max(since, e.birth), death
+
+
+_ALIASES: dict[Any, bool] = {}
+_MUTATES: dict[Any, bool] = {}
+
+
+def _aliases(func: Any) -> bool:
+    """Does the operator return (a view of) one of its arguments?"""
+    known = _ALIASES.get(func)
+    if known is None:
+        known = any(r.alias_info is not None for r in func._schema.returns)
+        _ALIASES[func] = known
+    return known
+
+
+def _mutates(func: Any) -> bool:
+    known = _MUTATES.get(func)
+    if known is None:
+        known = _MUTATES[func] = func._schema.is_mutable
+    return known
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Plain tensors in nested containers; wrapper subclasses give the tensors they hold."""
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor and _is_wrapper(value):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _leaves(getattr(value, name))
+        elif value.layout is torch.strided:
+            yield value
+        else:
+            yield from _sparse_parts(value)
+    elif isinstance(value, (list, tuple, set)):
+        for v in value:
+            yield from _leaves(v)
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _leaves(v)
+
+
+def _sparse_parts(t: Tensor) -> Iterator[Tensor]:
+    if t.layout is torch.sparse_coo:
+        yield from (t._indices(), t._values())
+    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (t.crow_indices(), t.col_indices(), t.values())
+    elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (t.ccol_indices(), t.row_indices(), t.values())

@@ -1,0 +1,177 @@
+"""What a step takes, as read off the ledger: peak, categories, modules, timeline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import FormatError
+from .ledger import CATEGORIES, ROUNDING, Ledger
+from .units import format_bytes, parse_bytes
+
+__all__ = ["MemoryReport", "format_bytes", "parse_bytes"]
+
+#: points kept of a timeline; each is the highest moment of its stretch
+POINTS = 400
+
+
+@dataclass
+class MemoryReport:
+    """Memory of a training step, in bytes.
+
+    peak_bytes: the most that lives at once on `device`, allocator's rounding included.
+    by_category: bytes at the peak; weights, gradients, optimizer, activations, temporary.
+    by_module: bytes at the peak by the module they were made for.
+    timeline: (event, {category: bytes}) over the last step simulated or measured, thinned so that
+        every high point is kept.
+    phases: (phase, first event) in the order they ran, over the same step.
+    peak_at: (phase, module) of the moment of the peak.
+    other_devices: peak bytes elsewhere (offloaded tensors), by device type.
+    flops, traffic: floating-point operations, and bytes read and written, of one step by phase
+        (only when counted).
+    trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
+    """
+
+    peak_bytes: int
+    by_category: dict[str, int]
+    by_module: dict[str, int]
+    timeline: list[tuple[int, dict[str, int]]]
+    peak_at: tuple[str, str]
+    phases: list[tuple[str, int]] = field(default_factory=list)
+    device: str = "cpu"
+    other_devices: dict[str, int] = field(default_factory=dict)
+    source: str = "simulated"
+    recipe: str = ""
+    batch: str = ""
+    trainable: int = 0
+    adapter_bytes: int = 0
+    flops: dict[str, float] = field(default_factory=dict)
+    traffic: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    # -- from the ledger --------------------------------------------------------------------
+    @classmethod
+    def of(cls, ledger: Ledger, *, since: int = 0, device: str | None = None,
+           **facts: Any) -> MemoryReport:
+        """Everything the ledger knows. since: the event at which the last step began."""
+        lives = list(ledger.lived())
+        device = device or _busiest(lives)
+        length = ledger.now + 2
+        deltas = {c: np.zeros(length, dtype=np.int64) for c in CATEGORIES}
+        others: dict[str, np.ndarray] = {}
+        block = ROUNDING.get(device, 1)
+        for e, category, birth, death in lives:
+            if e.device == device:
+                size = -(-e.bytes // block) * block
+                deltas[category][birth] += size
+                deltas[category][death] -= size
+            else:
+                there = others.setdefault(e.device, np.zeros(length, dtype=np.int64))
+                there[birth] += e.bytes
+                there[death] -= e.bytes
+        curves = {c: np.cumsum(d)[: ledger.now + 1] for c, d in deltas.items()}
+        total = sum(curves.values())
+        at = int(np.argmax(total)) if len(total) else 0
+        modules: dict[str, int] = {}
+        for e, _, birth, death in lives:
+            if birth <= at < death and e.device == device:
+                modules[e.module] = modules.get(e.module, 0) + -(-e.bytes // block) * block
+        phases = [(p, n) for p, n in ledger.phases if n >= since] or [("load", 0)]
+        last = ledger.born_last(at)
+        return cls(
+            peak_bytes=int(total[at]) if len(total) else 0,
+            by_category={c: int(curves[c][at]) for c in CATEGORIES},
+            by_module=dict(sorted(modules.items(), key=lambda kv: -kv[1])),
+            timeline=_thin(curves, total, since),
+            phases=phases,
+            peak_at=(last.phase, last.module) if last else ("load", ""),
+            device=device,
+            other_devices={d: int(np.cumsum(v).max()) for d, v in others.items()},
+            flops=dict(ledger.flops) if ledger.count else {},
+            traffic=dict(ledger.traffic) if ledger.count else {},
+            **{"notes": [*ledger.notes], **facts},
+        )
+
+    # -- for people ---------------------------------------------------------------------------
+    def text(self, modules: int = 6) -> str:
+        """A short plain table."""
+        head = f"{self.source} peak {format_bytes(self.peak_bytes)}"
+        if self.recipe:
+            head += f"  {self.recipe}"
+        if self.batch:
+            head += f"  batch {self.batch}"
+        where = self.peak_at[0] + (f" of {self.peak_at[1]}" if self.peak_at[1] else "")
+        lines = [head, f"reached in {where}, on {self.device}", ""]
+        width = max(len(c) for c in CATEGORIES)
+        for c in CATEGORIES:
+            size = self.by_category.get(c, 0)
+            share = size / self.peak_bytes if self.peak_bytes else 0.0
+            bar = "#" * round(30 * share)
+            lines.append(f"  {c:<{width}}  {format_bytes(size):>10}  {share:>4.0%}  {bar}")
+        top = [(m or "(no module)", b) for m, b in self.by_module.items()][:modules]
+        if top:
+            lines += ["", "  largest modules at the peak"]
+            width = max(len(m) for m, _ in top)
+            lines += [f"  {m:<{width}}  {format_bytes(b):>10}" for m, b in top]
+        for d, b in self.other_devices.items():
+            lines.append(f"  on {d}: {format_bytes(b)}")
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    # -- for programs ---------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; :meth:`from_dict` gives the report back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MemoryReport:
+        """The inverse of :meth:`to_dict`, also after a trip through JSON."""
+        try:
+            d = dict(data)
+            d["timeline"] = [(int(n), dict(parts)) for n, parts in d["timeline"]]
+            d["phases"] = [(str(p), int(n)) for p, n in d.get("phases", [])]
+            d["peak_at"] = (str(d["peak_at"][0]), str(d["peak_at"][1]))
+            return cls(**d)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise FormatError(f"this is not a memory report: {error}") from None
+
+    def json(self, indent: int | None = None) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def picture(self, path: str | Path) -> Path:
+        """Draw the step's timeline, stacked by category, into a PNG, SVG or PDF file."""
+        from .picture import draw
+
+        return draw(self, Path(path))
+
+
+def _busiest(lives: list[Any]) -> str:
+    """The device type that computes: the accelerator, where anything at all lives on one."""
+    held: dict[str, int] = {}
+    for e, *_ in lives:
+        held[e.device] = held.get(e.device, 0) + e.bytes
+    held.pop("meta", None)
+    return max(held, key=lambda d: (d != "cpu", held[d]), default="cpu")
+
+
+def _thin(curves: dict[str, np.ndarray], total: np.ndarray, since: int
+          ) -> list[tuple[int, dict[str, int]]]:
+    """At most POINTS moments from `since` on: the highest of each stretch, first and last."""
+    end = len(total)
+    if since >= end:
+        return []
+    edges = np.unique(np.linspace(since, end, POINTS - 1).astype(int))
+    picks = {since, end - 1}
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        picks.add(int(a + np.argmax(total[a:b])))
+    return [(n, {c: int(v[n]) for c, v in curves.items()}) for n in sorted(picks)]
+
+
