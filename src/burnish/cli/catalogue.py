@@ -1,0 +1,149 @@
+"""``burnish methods`` and ``burnish doctor``: what there is, and whether it works here."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Annotated, Any
+
+import typer
+
+from ..core.axes import AXES
+from ..core.errors import CheckError, ConfigError, nearest
+from .app import Json, app
+from .screen import emit, table
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method or preset, in full.")] = None,
+    axis: Annotated[str | None, typer.Option(help="Only methods that answer this axis.")] = None,
+    json: Json = False,
+) -> None:
+    """The catalogue by axis; with a name, that method's equation, settings and facts."""
+    from ..core import registry
+
+    if axis is not None and axis not in AXES:
+        raise ConfigError(f"unknown axis {axis!r}; expected one of {', '.join(AXES)}"
+                          f"{nearest(axis, AXES)}")
+    presets = registry.presets()
+    if name in presets and name not in registry.names():
+        emit(json, {"name": name, "preset": presets[name]}, f"{name} = {presets[name]}")
+    elif name is not None:
+        entry = registry.Entry(name, registry.find(name))
+        emit(json, facts(entry), page(entry))
+    else:
+        entries = [e for e in registry.catalogue() if axis is None or axis in e.axes]
+        shown = {} if axis else presets
+        data = {"methods": [{"name": e.name, "axes": e.axes, "summary": e.summary}
+                            for e in entries], "presets": shown}
+        emit(json, data, _listing(entries, shown))
+
+
+def facts(entry: Any) -> dict[str, Any]:
+    """What is known of a method, as plain data."""
+    cls = entry.cls
+    settings = [{"name": f.name, "default": None if f.default is MISSING else f.default,
+                 "required": f.default is MISSING and f.default_factory is MISSING,
+                 "type": str(f.type), "help": f.metadata.get("help", "")} for f in fields(cls)]
+    return {"name": entry.name, "axes": entry.axes, "summary": entry.summary,
+            "doc": inspect.getdoc(cls) or "", "settings": settings, "paper": cls.paper,
+            "identity": cls.identity, "merges": cls.merges, "kinds": sorted(cls.kinds)}
+
+
+def page(entry: Any) -> str:
+    """A method's docstring, settings and facts, for reading."""
+    d = facts(entry)
+    rows = [(s["name"], "required" if s["required"] else repr(s["default"]), s["help"])
+            for s in d["settings"]]
+    known = [("axes", ", ".join(d["axes"])),
+             ("step 0 is the base model", "yes" if d["identity"] else "no"),
+             ("merges into plain weights", "yes" if d["merges"] else "no")]
+    if {"delta", "storage"} & set(d["axes"]):
+        known.append(("applies to", ", ".join(d["kinds"])))
+    known.append(("source", d["paper"]))
+    width = max(len(k) for k, _ in known)
+    return "\n".join([d["doc"], "", table(("setting", "default", "meaning"), rows), "",
+                      *(f"{k:<{width}}  {v}" for k, v in known)])
+
+
+def _listing(entries: list[Any], presets: dict[str, str]) -> str:
+    width = max((len(n) for n in [*(e.name for e in entries), *presets]), default=0)
+    lines: list[str] = []
+    for name, axis in AXES.items():
+        own = [e for e in entries if e.axes[:1] == (name,)]
+        if own:
+            lines += [f"{name}: {axis.question}", *(f"  {e.name:<{width}}  {e.summary}"
+                                                   for e in own), ""]
+    if presets:
+        lines += ["presets: named combinations",
+                  *(f"  {n:<{width}}  {r}" for n, r in sorted(presets.items())), ""]
+    return "\n".join([*lines, f"{len(entries)} methods; `burnish methods NAME` tells all about "
+                              "one"])
+
+
+OPTIONAL = {"fit": ("transformers", "accelerate", "datasets", "torchmetrics", "matplotlib"),
+            "peft": ("peft",), "bitsandbytes": ("bitsandbytes",), "torchao": ("torchao",),
+            "scipy": ("scipy",)}
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What is installed, which devices there are, and one real training step here."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def found(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = {p: found(p) for p in ("burnish", "torch", "safetensors", "numpy", "typer")}
+    extras = {extra: {p: found(p) for p in names} for extra, names in OPTIONAL.items()}
+    devices = [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i),
+                "free": torch.cuda.mem_get_info(i)[0], "total": torch.cuda.mem_get_info(i)[1]}
+               for i in range(torch.cuda.device_count())]
+    before, after = _step()
+    data = {"python": platform.python_version(), "platform": platform.platform(),
+            "packages": packages, "extras": extras, "threads": torch.get_num_threads(),
+            "devices": devices, "step": {"loss_before": before, "loss_after": after}}
+    emit(json, data, _diagnosis(data))
+    if not after < before:
+        raise CheckError(f"a training step did not lower the loss here ({before:.4g} before, "
+                         f"{after:.4g} after)")
+
+
+def _step() -> tuple[float, float]:
+    """The loss of a tiny tuned layer before and after a few steps."""
+    import torch
+
+    import burnish
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    x, y = torch.randn(16, 8), torch.randn(16, 4)
+    tuned = burnish.tune(model, "lora(rank=2)", head=False)
+    tuned.optimizer(lr=1e-2)
+    losses = [float(tuned.step((x, y), loss=lambda out, b: (out - b[1]).square().mean()))
+              for _ in range(5)]
+    return losses[0], losses[-1]
+
+
+def _diagnosis(d: dict[str, Any]) -> str:
+    from ..memory.units import format_bytes
+
+    lines = [f"Python {d['python']} on {d['platform']}, {d['threads']} threads"]
+    lines += [f"  {p:<14} {v or 'MISSING'}" for p, v in d["packages"].items()]
+    for extra, packages in d["extras"].items():
+        missing = [p for p, v in packages.items() if v is None]
+        state = f"missing {', '.join(missing)}: pip install 'burnish[{extra}]'" if missing \
+            else ", ".join(f"{p} {v}" for p, v in packages.items())
+        lines.append(f"  [{extra}] {state}")
+    lines += [f"  {g['device']}: {g['name']}, {format_bytes(g['free'])} free of "
+              f"{format_bytes(g['total'])}" for g in d["devices"]] or ["  no GPU: runs on the CPU"]
+    step = d["step"]
+    lines.append(f"  training works: loss {step['loss_before']:.4g} -> {step['loss_after']:.4g}")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""What files look like: short, free of unfinished marks and of anybody's own paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ("src", "tests", "docs", "examples", "benchmarks", "scripts")
+TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".txt", ".cfg"}
+
+
+def files(*folders: str, suffixes=frozenset({".py"})) -> list[Path]:
+    return sorted(p for f in folders for p in (ROOT / f).rglob("*")
+                  if p.suffix in suffixes and p.is_file() and "__pycache__" not in p.parts)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_no_source_file_is_long():
+    long = {name(p): n for p in files("src")
+            if (n := len(p.read_text().splitlines())) > 450}
+    assert not long
+
+
+def test_nothing_is_left_for_later():
+    mark = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+    here = Path(__file__)
+    left = [f"{name(p)}: {line.strip()}" for p in files(*KEPT) if p != here
+            for line in p.read_text().splitlines() if mark.search(line)]
+    assert not left
+
+
+def test_no_path_of_one_machine():
+    """Absolute paths below somebody's home or scratch folder work on that machine only."""
+    path = re.compile(r"(?<![\w./:-])/(?:home|root|Users|work|tmp|mnt|opt)/\w")
+    top = [p for p in ROOT.iterdir() if p.suffix in TEXT or p.name in ("Makefile",)]
+    found = [f"{name(p)}: {line.strip()[:90]}"
+             for p in [*files(*KEPT, suffixes=TEXT), *top] if p != Path(__file__)
+             for line in p.read_text(errors="replace").splitlines() if path.search(line)]
+    assert not found
+
+
+def test_no_test_is_skipped():
+    """A check that cannot run everywhere is no check; there is a GPU-free form of each."""
+    word = re.compile(r"pytest\.(mark\.)?(skip|skipif|xfail|importorskip)\b|unittest\.skip")
+    found = [f"{name(p)}: {line.strip()}" for p in files("tests", "src")
+             for line in p.read_text().splitlines() if word.search(line)]
+    assert not found
+
+
+def test_nothing_is_pickled():
+    """torch.load without weights_only, pickle and joblib run code from the file they read."""
+    word = re.compile(r"^\s*(import pickle|from pickle|import joblib)|torch\.load\((?!.*weights_only=True)")
+    found = [f"{name(p)}: {line.strip()}" for p in files("src")
+             for line in p.read_text().splitlines() if word.search(line)]
+    assert not found
+
+
+@pytest.mark.parametrize("file", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+                                  "Makefile", ".ci/run", "constraints.txt"])
+def test_what_a_newcomer_looks_for_is_there(file):
+    assert (ROOT / file).stat().st_size > 200

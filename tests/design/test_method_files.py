@@ -1,0 +1,52 @@
+"""Every method is one file whose name is the method's name everywhere."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from burnish.core import registry
+from burnish.core.axes import AXES
+from burnish.core.method import Method
+from burnish.core.recipe import parse
+
+FOLDER = Path(registry.__file__).resolve().parents[1] / "methods"
+FILES = sorted(f for f in FOLDER.glob("*/*.py") if not f.stem.startswith("_"))
+NAMES = [f.stem for f in FILES]
+
+
+def test_names_are_unique_and_folders_are_axes():
+    assert len(NAMES) == len(set(NAMES))
+    assert {f.parent.name for f in FILES} <= set(AXES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_file_holds_one_method(file):
+    cls = registry.find(file.stem)
+    assert cls.name == file.stem and cls.__module__.endswith(f".{file.parent.name}.{file.stem}")
+    assert cls.axes(), "it answers no question"
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_method_explains_itself(file):
+    cls = registry.find(file.stem)
+    doc = cls.__doc__ and inspect.getdoc(cls)
+    assert doc and len(doc.splitlines()) >= 3, "one line is no explanation"
+    assert not doc.startswith(f"{cls.__name__}("), "the dataclass's own docstring is no explanation"
+    assert cls.paper.strip(), "a method has a source"
+    text = f"{doc}\n{ast.get_docstring(ast.parse(file.read_text())) or ''}"
+    inherited = {f.name for f in fields(Method)}
+    own = [f for f in fields(cls) if f.name not in inherited]
+    assert not [f.name for f in own if not f.metadata.get("help")], "settings without a meaning"
+    assert text.strip()
+
+
+@pytest.mark.parametrize("name", sorted(registry.presets()))
+def test_a_preset_is_a_recipe(name):
+    recipe = parse(name)
+    assert len(recipe) >= 1 and str(parse(str(recipe))) == str(recipe)
+    assert name not in NAMES, "a preset never hides a method"
