@@ -1,0 +1,153 @@
+"""One chat template for training and for use, and which of its tokens are learnt.
+
+A conversation is rendered once as text, with the stretches that the assistant speaks marked; it
+is tokenised whole, and a token is in the loss when it starts inside a marked stretch. Each
+stretch ends in a stop token, so that the tuned model knows how to stop. The template is stored in
+the tokenizer, which is saved beside the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import DataError
+
+#: for tokenizers that bring no template: plain headings, and the tokenizer's own stop token
+PLAIN = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+    "{% elif m['role'] == 'assistant' %}### Assistant:\n{{ m['content'] }}{{ eos_token }}\n\n"
+    "{% elif m['role'] == 'tool' %}### Tool:\n{{ m['content'] }}\n\n"
+    "{% else %}### User:\n{{ m['content'] }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Text and the (start, stop) stretches of it that are learnt."""
+
+    text: str
+    learnt: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, and as labels the same ids where they are learnt and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def prepare_tokenizer(tokenizer: Any) -> Any:
+    """Gives the tokenizer a template, and a pad token, where it has none. Returns it."""
+    if tokenizer.eos_token is None:
+        raise DataError(f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token, "
+                        "so a model could not learn to stop; set tokenizer.eos_token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so it is never learnt
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") -> Marked:
+    """The conversation as the template writes it, with every assistant turn marked.
+
+    The stretch of a turn is what the template adds to ``messages[:k]`` plus its generation
+    prompt, up to and including the stop token. Raises DataError where a template is not
+    incremental (rewrites earlier turns), for then no stretch could be trusted.
+    """
+    def render(upto: int, ask: bool) -> str:
+        return tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False,
+                                             add_generation_prompt=ask)
+
+    pieces: list[str] = []  # alternately given and learnt
+    done = ""
+    for k, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        asked, answered = render(k, True), render(k + 1, False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise DataError(f"{where}: the tokenizer's chat template rewrites earlier turns, so "
+                            "what the assistant says cannot be told apart; train on single "
+                            "answers, or set tokenizer.chat_template")
+        said = answered[len(asked):]
+        tail = said[len(said.rstrip()):]
+        said = said[: len(said) - len(tail)]
+        if not _stops(tokenizer, said):
+            said += tokenizer.eos_token
+        pieces += [asked[len(done):], said, tail]
+        done = answered
+    text, learnt = "", []
+    for n, piece in enumerate(pieces):
+        if n % 3 == 1:
+            learnt.append((len(text), len(text) + len(piece)))
+        text += piece
+    return Marked(text, tuple(learnt))
+
+
+def mark_completion(tokenizer: Any, prompt: str, completion: str) -> Marked:
+    """A plain prompt and completion: joined as they are, the completion learnt with its stop."""
+    said = completion if _stops(tokenizer, completion) else completion + tokenizer.eos_token
+    return Marked(prompt + said, ((len(prompt), len(prompt) + len(said)),))
+
+
+def tokenize(tokenizer: Any, marked: Marked, max_length: int | None, *,
+             special: bool = False) -> Tokens:
+    """Token ids and labels. Cut at `max_length`; a row may then have nothing left to learn.
+
+    special: add the tokenizer's own opening tokens (plain prompts have none, templates write
+        theirs).
+    """
+    if tokenizer.is_fast:
+        coded = tokenizer(marked.text, return_offsets_mapping=True, add_special_tokens=False)
+        ids = list(coded["input_ids"])
+        starts = [a for a, _ in coded["offset_mapping"]]
+        keep = [any(a <= s < b for a, b in marked.learnt) for s in starts]
+    else:
+        ids, keep = [], []
+        for piece, learn in _pieces(marked):
+            part = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids += part
+            keep += [learn] * len(part)
+    if special and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids, keep = [tokenizer.bos_token_id, *ids], [False, *keep]
+    labels = [t if k else -100 for t, k in zip(ids, keep, strict=True)]
+    return Tokens(ids[:max_length], labels[:max_length])
+
+
+def show(tokenizer: Any, tokens: Tokens) -> str:
+    """The row as text, with what is learnt between »guillemets«."""
+    out, run, learning = "", [], False
+    for t, y in [*zip(tokens.input_ids, tokens.labels, strict=True), (None, None)]:
+        now = y is not None and y != -100
+        if (now != learning or t is None) and run:
+            text = tokenizer.decode(run)
+            out += f"»{text}«" if learning else text
+            run = []
+        learning = now
+        if t is not None:
+            run.append(t)
+    return out
+
+
+def _pieces(marked: Marked) -> Iterable[tuple[str, bool]]:
+    at = 0
+    for a, b in marked.learnt:
+        if a > at:
+            yield marked.text[at:a], False
+        yield marked.text[a:b], True
+        at = b
+    if at < len(marked.text):
+        yield marked.text[at:], False
+
+
+def _stops(tokenizer: Any, said: str) -> bool:
+    """Does it end in the stop token, or in a special token that closes a turn?"""
+    if said.endswith(tokenizer.eos_token):
+        return True
+    return any(said.endswith(t) for t in tokenizer.all_special_tokens if t)

@@ -1,0 +1,264 @@
+"""What is given as data becomes one thing: named splits of a known task.
+
+    read("digits")                     scikit-learn's 1,797 scanned digits
+    read("photos/")                    class folders, or train/ and validation/ of them
+    read("mails.csv", label="folder")  tables: CSV, TSV, JSON, JSONL, parquet
+    read("chats.jsonl")                messages, conversations, alpaca, prompt and completion
+    read("owner/name:split")           a hub name, through `datasets.load_dataset`
+    read(datasets.Dataset | DatasetDict)
+
+Layouts are recognised by their columns; what cannot be told is asked for by the name of a flag.
+Whatever is wrong is said with its row and field, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ConfigError, DataError, nearest
+from . import layouts
+from .columns import Roles, assign, canonical
+from .layouts import SPLITS, Table
+
+if TYPE_CHECKING:
+    import datasets
+
+TASKS = ("image-classification", "text-classification", "language-modelling",
+         "instruction-tuning")
+
+
+@dataclass
+class Data:
+    """Splits of one task, in canonical columns.
+
+    image-classification: ``image``, ``label``.  text-classification: ``text`` (and ``pair``),
+    ``label``.  language-modelling: ``text``.  instruction-tuning: ``messages``, or ``prompt`` and
+    ``completion``.
+    """
+
+    task: str
+    splits: dict[str, datasets.Dataset]
+    source: str
+    layout: str
+    labels: tuple[str, ...] | None = None
+    where: dict[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def train(self) -> datasets.Dataset:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> datasets.Dataset | None:
+        return self.splits.get("validation")
+
+    @property
+    def test(self) -> datasets.Dataset | None:
+        return self.splits.get("test")
+
+    def samples(self, n: int = 3) -> list[str]:
+        """The first rows of each kind, as people read them."""
+        seen: list[str] = []
+        step = max(1, len(self.train) // max(1, n))
+        for i in range(0, len(self.train), step)[:n]:
+            row = self.train[i]
+            seen.append("  ".join(f"{k}={_short(v, self.labels if k == 'label' else None)}"
+                                  for k, v in row.items()))
+        return seen
+
+    def summary(self) -> dict[str, Any]:
+        """The facts written into `run.json`."""
+        return {"source": self.source, "layout": self.layout, "task": self.task,
+                "rows": {k: len(v) for k, v in self.splits.items()},
+                "labels": list(self.labels) if self.labels else None,
+                "fingerprint": self.fingerprint()}
+
+    def fingerprint(self) -> str:
+        """A digest of task, labels, sizes and some rows: enough to tell other data."""
+        h = hashlib.sha256(json.dumps([self.task, self.labels]).encode())
+        for name, rows in self.splits.items():
+            h.update(f"{name}{len(rows)}".encode())
+            for i in sorted({0, len(rows) // 3, len(rows) // 2, len(rows) - 1}):
+                h.update(repr({k: v if isinstance(v, str | int | list) else _short(v)
+                               for k, v in rows[i].items()}).encode())
+        return h.hexdigest()[:16]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{len(v)} {k}" for k, v in self.splits.items())
+        kinds = f", {len(self.labels)} classes" if self.labels else ""
+        return f"{self.source}: {self.layout}, {self.task} ({sizes}{kinds})"
+
+
+def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
+         image: str | None = None, split: str | None = None, validation: float | int = 0.1,
+         seed: int = 0) -> Data:
+    """Reads data for fine-tuning.
+
+    data: a name, path, hub name (``owner/name``, ``owner/name:split``), `datasets` object or Data.
+    task: one of TASKS; None takes what the columns say.
+    text, label, image: names of columns where they cannot be told.
+    split: the training split's name where it is not called train.
+    validation: share (or number) of training rows set aside when there is no validation split;
+        0 for none. The choice is a function of `seed`, and keeps the proportions of classes.
+
+    Raises DataError with row and field, ConfigError for a wrong flag.
+    """
+    if isinstance(data, Data):
+        return data
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+    flags = Roles(task=task, text=text, label=label, image=image)
+    source, tables = _tables(data, split)
+    if "train" not in tables:
+        raise DataError(f"{source} has no training split; it has {', '.join(tables)}; name it "
+                        "with split=")
+    roles = assign(tables["train"], flags)
+    classes: tuple[str, ...] | None = None
+    splits: dict[str, datasets.Dataset] = {}
+    order = sorted(tables, key=lambda s: s != "train")  # the classes are those of the train split
+    for name in order:
+        splits[name], classes = canonical(tables[name], roles, classes, source)
+    done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
+                {k: t.where for k, t in tables.items()})
+    if "validation" not in splits and validation:
+        done = set_aside(done, validation, seed)
+    return done
+
+
+def set_aside(data: Data, part: float | int, seed: int) -> Data:
+    """Moves a reproducible part of the training rows into `validation`, class by class."""
+    import torch
+
+    rows = len(data.train)
+    count = int(part) if part >= 1 else max(1, round(rows * part))
+    if count >= rows:
+        raise ConfigError(f"validation={part} would take {count} of the {rows} training rows")
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows, generator=g).tolist()
+    if data.labels:
+        labels = data.train["label"][:]
+        by_class: dict[int, list[int]] = {}
+        for i in order:
+            by_class.setdefault(labels[i], []).append(i)
+        # the k-th of a class's n rows stands at (k + 1/2) / n: cutting there keeps proportions
+        spread = [((k + 0.5) / len(v), i) for v in by_class.values() for k, i in enumerate(v)]
+        order = [i for _, i in sorted(spread)]
+    held, kept = sorted(order[:count]), sorted(order[count:])
+    splits = dict(data.splits) | {"train": data.train.select(kept),
+                                  "validation": data.train.select(held)}
+    where = dict(data.where)
+    if "train" in where:
+        at = where["train"]
+        where |= {"train": lambda i: at(kept[i]), "validation": lambda i: at(held[i])}
+    return Data(data.task, splits, data.source, data.layout, data.labels, where)
+
+
+# -- where it comes from ---------------------------------------------------------------------
+def _tables(data: Any, split: str | None) -> tuple[str, dict[str, Table]]:
+    if type(data).__module__.partition(".")[0] == "datasets":
+        return type(data).__name__, _from_datasets(data, split, "in memory")
+    if not isinstance(data, str | Path):
+        raise DataError(f"data is a path, a name or a `datasets` object, not "
+                        f"{type(data).__name__}; a torch dataset goes to your own loop with "
+                        "tuned.step or burnish.TrainerCallback")
+    name = str(data)
+    if name == "digits":
+        return name, digits()
+    path = Path(name).expanduser()
+    if path.exists():
+        tables = layouts.files(path)
+        if split:
+            if split not in tables:
+                raise DataError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
+            tables["train"] = tables.pop(split)
+        return str(data), tables
+    looks_local = name.count("/") > 1 or name.startswith((".", "/", "~")) or (
+        path.suffix.lower() in layouts.TABLES | layouts.PROSE) or name.endswith("/")
+    if looks_local:
+        layouts.files(path)  # says what is missing, and what is near
+    return name, _from_hub(name, split)
+
+
+def _from_hub(name: str, split: str | None) -> dict[str, Table]:
+    import datasets
+
+    repo, _, named = name.partition(":")
+    try:
+        found = datasets.load_dataset(repo)
+    except Exception as e:
+        raise DataError(f"{repo!r} is neither a path here nor a data set that could be loaded from "
+                        f"the hub ({type(e).__name__}: {str(e).splitlines()[0]})") from None
+    return _from_datasets(found, split or named or None, "hub")
+
+
+def _from_datasets(data: Any, split: str | None, layout: str) -> dict[str, Table]:
+    import datasets
+
+    if isinstance(data, datasets.Dataset):
+        data = {"train": data}
+    elif not isinstance(data, datasets.DatasetDict):
+        raise DataError(f"a {type(data).__name__} cannot be shuffled or measured; load it without "
+                        "streaming")
+    tables: dict[str, Table] = {}
+    for name, rows in data.items():
+        key = "train" if name == split else SPLITS.get(name, name)
+        if split and name != split and key == "train":
+            continue
+        tables[key] = _from_dataset(rows, name, layout)
+    return tables
+
+
+def _from_dataset(rows: Any, name: str, layout: str) -> Table:
+    import datasets
+
+    classes = None
+    columns: dict[str, Any] = {}
+    for column, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        if isinstance(kind, datasets.ClassLabel):
+            names = kind.names
+            columns[column] = [None if v is None or v < 0 else names[v] for v in rows[column]]
+            classes = tuple(names)
+        else:
+            columns[column] = rows[column][:]
+    return Table(columns, lambda i: f"{name}[{i}]", layout, classes)
+
+
+def digits() -> dict[str, Table]:
+    """Scikit-learn's handwritten digits, 8 x 8, in the order in which they were scanned.
+
+    The second half (899) is the test, as in scikit-learn's own example: mostly other writers
+    than the first half's, of which the last 178 are for validation and 720 for training.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    scans = [Image.fromarray(np.uint8(np.round(x * (255 / 16)))) for x in bunch.images]
+    names = [str(t) for t in bunch.target]
+    cuts = {"train": (0, 720), "validation": (720, 898), "test": (898, len(names))}
+
+    def part(first: int, last: int) -> Table:
+        return Table({"image": scans[first:last], "label": names[first:last]},
+                     lambda i: f"digit {first + i}", "8 x 8 scans", tuple("0123456789"))
+
+    return {k: part(*v) for k, v in cuts.items()}
+
+
+def _short(value: Any, names: Sequence[str] | None = None, width: int = 60) -> str:
+    if names is not None and isinstance(value, int):
+        return repr(names[value])
+    if hasattr(value, "size") and hasattr(value, "mode"):
+        return f"{value.size[0]}x{value.size[1]} {value.mode}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(v) for v in value[:4]) + ("...]" if len(value) > 4 else "]")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_short(v, width=40)}" for k, v in value.items()) + "}"
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 4] + "...'"

@@ -1,0 +1,262 @@
+"""Files as they lie on disk, read row by row, so that an error can name the row and the field.
+
+Every reader returns a :class:`Table`: columns by name, and where each row came from. What the
+columns mean is decided in :mod:`burnish.fit.data`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import DataError, nearest
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
+                    ".pgm"})
+TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet"})
+PROSE = frozenset({".txt", ".md", ".rst", ".py"})
+
+#: names of splits people use, and what they mean here
+SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+          "val": "validation", "dev": "validation", "eval": "validation", "test": "test",
+          "testing": "test"}
+
+#: pictures opened to see whether they are pictures before training starts; the rest are
+#: checked when they are read
+LOOKED_AT = 20_000
+
+
+@dataclass
+class Table:
+    """Rows as columns, with a way to say where row i stands (a file and a line, or a path)."""
+
+    columns: dict[str, list[Any]]
+    where: Callable[[int], str]
+    layout: str
+    #: class names in their order, where the layout itself gives them (folders)
+    classes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        names = list(self.columns)
+        for values in zip(*self.columns.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def files(path: Path) -> dict[str, Table]:
+    """Every split found at `path`: a table, a picture folder, or a folder of either.
+
+    Raises DataError when nothing readable is there, saying what was expected.
+    """
+    if not path.exists():
+        here = path.parent if path.parent.is_dir() else Path(".")
+        raise DataError(f"there is nothing at {path}"
+                        f"{nearest(path.name, (p.name for p in here.iterdir()))}")
+    if path.is_file():
+        return {"train": table(path)}
+    return folder(path)
+
+
+def table(path: Path) -> Table:
+    """One CSV, TSV, JSON, JSONL, parquet or plain text file."""
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    kind = path.suffix.lower()
+    if kind in PROSE:
+        return prose([path])
+    if kind not in readers:
+        raise DataError(f"{path} is no layout burnish reads; it reads {', '.join(sorted(TABLES))}, "
+                        f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    found = readers[kind](path)
+    if len(found) == 0:
+        raise DataError(f"{path} has no rows")
+    return found
+
+
+def folder(path: Path) -> dict[str, Table]:
+    """A folder: split folders or files, class folders of pictures, or plain texts."""
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    named = {p: _split_of(p.name) for p in entries
+             if p.is_dir() or p.suffix.lower() in TABLES | PROSE}
+    if any(split == "train" for split in named.values()):
+        out: dict[str, Table] = {}
+        for p, split in named.items():
+            if split and split not in out:
+                out[split] = pictures(p) if p.is_dir() and _holds_pictures(p) else (
+                    next(iter(files(p).values())))
+        return out
+    tables = [p for p in entries if p.suffix.lower() in TABLES]
+    meta = [p for p in tables if p.stem == "metadata"]
+    if meta or (_holds_pictures(path) and not tables):
+        return {"train": pictures(path)}
+    if len(tables) == 1:
+        return {"train": table(tables[0])}
+    if len(tables) > 1:
+        raise DataError(f"{path} holds {len(tables)} tables and none is called train: "
+                        f"{', '.join(p.name for p in tables[:6])}; name one of them, or call them "
+                        "train, validation and test")
+    texts = sorted(p for p in path.rglob("*") if p.suffix.lower() in PROSE)
+    if texts:
+        return {"train": prose(texts)}
+    raise DataError(f"{path} holds neither pictures in class folders, nor a table "
+                    f"({', '.join(sorted(TABLES))}), nor plain texts")
+
+
+def pictures(path: Path) -> Table:
+    """Class folders of pictures, or a `metadata.csv|jsonl` with `file_name` and a label."""
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (path / name).exists():
+            return _described(path, path / name)
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise DataError(f"{path} holds pictures but no class folders; expected "
+                        f"{path}/<class>/<picture>, or a metadata.csv with file_name and label")
+    paths: list[str] = []
+    labels: list[str] = []
+    for name in classes:
+        found = sorted(str(p) for p in (path / name).rglob("*") if p.suffix.lower() in IMAGES)
+        if not found:
+            raise DataError(f"class folder {path / name} is empty: it holds no picture "
+                            f"({', '.join(sorted(IMAGES))}); fill it or remove it")
+        paths += found
+        labels += [name] * len(found)
+    look(paths)
+    return Table({"image": paths, "label": labels}, paths.__getitem__, "image folder",
+                 tuple(classes))
+
+
+def look(paths: Sequence[str]) -> None:
+    """Opens pictures (evenly spread where there are very many) and names the first broken one."""
+    from PIL import Image
+
+    for p in paths[:: max(1, len(paths) // LOOKED_AT)]:
+        try:
+            with Image.open(p) as image:
+                image.verify()
+        except FileNotFoundError:
+            raise DataError(f"picture {p} does not exist") from None
+        except Exception as e:
+            raise DataError(f"picture {p} cannot be read: {e}") from None
+
+
+def prose(paths: Sequence[Path]) -> Table:
+    """Each file is one document."""
+    texts = []
+    for p in paths:
+        try:
+            texts.append(p.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise DataError(f"{p} is not UTF-8 text: {e}") from None
+    return Table({"text": texts}, lambda i: str(paths[i]), "plain text")
+
+
+def _split_of(name: str) -> str | None:
+    """`train-00000-of-00001.parquet` and `dev.csv` say which split they are."""
+    return SPLITS.get(name.lower().split(".")[0].split("-")[0].split("_")[0])
+
+
+def _holds_pictures(path: Path) -> bool:
+    return any(p.suffix.lower() in IMAGES for p in path.rglob("*"))
+
+
+def _described(root: Path, metadata: Path) -> Table:
+    found = table(metadata)
+    key = next((k for k in ("file_name", "file", "image", "path") if k in found.columns), None)
+    if key is None:
+        raise DataError(f"{metadata} needs a column file_name; it has {', '.join(found.columns)}")
+    found.columns["image"] = [str(root / str(v)) for v in found.columns.pop(key)]
+    look(found.columns["image"])
+    found.layout = "pictures with metadata"
+    return found
+
+
+def _csv(path: Path) -> Table:
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as f:
+            reader = csv.reader(f, delimiter=delimiter)
+            header = next(reader)
+            if delimiter == "," and len(header) == 1 and header[0].count(";") > 0:
+                raise DataError(f"{path} is separated by semicolons; save it with commas, or as "
+                                ".tsv with tabs")
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise DataError(f"{path}, line {reader.line_num}: {len(row)} fields where the "
+                                    f"header names {len(header)} ({', '.join(header)})")
+                rows.append(row)
+                lines.append(reader.line_num)
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {e}") from None
+    columns = {h: [r[i] for r in rows] for i, h in enumerate(header)}
+    if len(columns) != len(header):
+        raise DataError(f"{path}: the header names a column twice ({', '.join(header)})")
+    return Table(columns, lambda i: f"{path}, line {lines[i]}", path.suffix[1:].upper())
+
+
+def _jsonl(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    try:
+        with path.open(encoding="utf-8-sig") as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as e:
+                    raise DataError(f"{path}, line {n} is not JSON: {e.msg} at column "
+                                    f"{e.colno}") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, line {n}: expected an object with fields, found "
+                                    f"{type(row).__name__}")
+                rows.append(row)
+                lines.append(n)
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text: {e}") from None
+    return Table(_columns(rows), lambda i: f"{path}, line {lines[i]}", "JSONL")
+
+
+def _json(path: Path) -> Table:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return _jsonl(path)  # many `.json` files are JSON lines; its error names the line
+    if isinstance(rows, dict):
+        inner = [k for k, v in rows.items() if isinstance(v, list)]
+        if len(inner) != 1:
+            raise DataError(f"{path}: expected a list of rows, or an object with one list of rows; "
+                            f"found an object with {', '.join(list(rows)[:6])}")
+        rows = rows[inner[0]]
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {n}: expected an object with fields, found "
+                            f"{type(row).__name__}")
+    return Table(_columns(rows), lambda i: f"{path}, row {i}", "JSON")
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(k for row in rows for k in row)
+    return {k: [row.get(k) for row in rows] for k in names}
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_table(path).to_pydict()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise DataError(f"{path} cannot be read as parquet: {e}") from None
+    return Table(columns, lambda i: f"{path}, row {i}", "parquet")

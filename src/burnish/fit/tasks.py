@@ -1,0 +1,242 @@
+"""From rows of a task to batches of a model, and from its answers to figures.
+
+A :class:`Task` knows how to load a model for its data, how a row becomes tensors, how rows become
+a batch, and what is measured. The four tasks differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..core.errors import ConfigError, DataError
+from .data import Data
+from .heads import resize_head
+from .rows import Documents, Pictures, Rows, Sentences, Turns
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Task:
+    """One way from rows to a loss. `processor` is the tokenizer or image processor."""
+
+    data: Data
+    processor: Any = None
+    max_length: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    auto: ClassVar[str] = ""
+    #: what best-checkpoint goes by, and whether more of it is better
+    metric: ClassVar[str] = "loss"
+    greater_is_better: ClassVar[bool] = False
+
+    # -- the model -----------------------------------------------------------------------
+    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
+        """The pre-trained model at `name`, with a head of the right width."""
+        import transformers
+
+        if Path(name).is_dir() or "/" not in name:
+            check_local(name)
+        return getattr(transformers, self.auto).from_pretrained(
+            name, trust_remote_code=trust_remote_code, **self.head(), **kw)
+
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    def fit_head(self, model: nn.Module) -> nn.Module:
+        """Gives a model that is already here the right number of classes."""
+        return model
+
+    # -- the rows ------------------------------------------------------------------------
+    def rows(self, split: str) -> Rows:
+        raise NotImplementedError
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+    def example(self, batch_size: int) -> Batch:
+        """The costliest batch of the training rows: what the memory must be planned for."""
+        rows = self.rows("train")
+        longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
+        return self.collate([rows[i] for i in longest])
+
+    # -- the figures -----------------------------------------------------------------------
+    def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What of the model's answer is kept for the figures (evaluation holds all of it)."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits.argmax(-1)
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class _Classify(Task):
+    metric = "accuracy"
+    greater_is_better = True
+
+    def head(self) -> dict[str, Any]:
+        names = dict(enumerate(self.data.labels or ()))
+        return {"num_labels": len(names), "id2label": names,
+                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
+
+    def fit_head(self, model: nn.Module) -> nn.Module:
+        return resize_head(model, self.data.labels or ())
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        return classification(torch.as_tensor(answers), torch.as_tensor(labels),
+                              len(self.data.labels or ()))
+
+
+class ImageClassification(_Classify):
+    """``pixel_values`` (B, C, H, W) and ``labels`` (B,)."""
+
+    auto = "AutoModelForImageClassification"
+
+    def rows(self, split: str) -> Rows:
+        return Pictures(self.data.splits[split], self.processor, self.data.where.get(split))
+
+
+class TextClassification(_Classify):
+    """``input_ids``, ``attention_mask`` (B, T) padded to the longest row, ``labels`` (B,)."""
+
+    auto = "AutoModelForSequenceClassification"
+
+    def fit_head(self, model: nn.Module) -> nn.Module:
+        model = super().fit_head(model)
+        config = getattr(model, "config", None)
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.processor.pad_token_id  # decoders find the last token by it
+        return model
+
+    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
+        return self.fit_head(super().load(name, trust_remote_code, **kw))
+
+    def rows(self, split: str) -> Rows:
+        return Sentences(self.data.splits[split], self.processor, self.max_length)
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        labels = torch.tensor([r["labels"] for r in rows])
+        padded = self.processor.pad([{k: v for k, v in r.items() if k != "labels"} for r in rows],
+                                    return_tensors="pt")
+        return dict(padded) | {"labels": labels}
+
+
+class LanguageModelling(Task):
+    """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
+
+    auto = "AutoModelForCausalLM"
+
+    def rows(self, split: str) -> Rows:
+        return Documents(self.data.splits[split], self.processor, self.max_length or 512)
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        return pad_tokens(rows, self.processor.pad_token_id)
+
+    def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        guess = logits.argmax(-1)
+        # position t answers for token t + 1: aligned here, so that measure compares as they stand
+        return torch.cat([torch.full_like(guess[:, :1], -100), guess[:, :-1]], 1)
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        answers, labels = torch.as_tensor(answers), torch.as_tensor(labels)
+        asked = (labels != -100) & (answers != -100)
+        return {"token_accuracy": (answers == labels)[asked].double().mean().item()}
+
+
+class InstructionTuning(LanguageModelling):
+    """As language modelling, row by row, with ``labels`` -100 wherever nothing is learnt."""
+
+    def rows(self, split: str) -> Rows:
+        turns = Turns(self.data.splits[split], self.processor, self.max_length,
+                      self.data.where.get(split))
+        self.notes += turns.notes
+        return turns
+
+
+TASKS: dict[str, type[Task]] = {
+    "image-classification": ImageClassification,
+    "text-classification": TextClassification,
+    "language-modelling": LanguageModelling,
+    "instruction-tuning": InstructionTuning,
+}
+
+
+def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
+             max_length: int | None = None, trust_remote_code: bool = False) -> Task:
+    """The task of `data`, with the tokenizer or image processor that belongs to `model`."""
+    kind = TASKS[data.task]
+    if processor is None:
+        processor = _processor(kind, model, trust_remote_code)
+    if kind is not ImageClassification:
+        from .chat import prepare_tokenizer
+
+        if data.task in ("language-modelling", "instruction-tuning"):
+            processor = prepare_tokenizer(processor)
+        elif processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+        limit = processor.model_max_length
+        if limit and limit < 10**9:
+            max_length = min(max_length or limit, limit)
+    return kind(data, processor, max_length)
+
+
+def _processor(kind: type[Task], model: str | nn.Module, trust_remote_code: bool) -> Any:
+    from .pictures import processor_of
+
+    if kind is ImageClassification:
+        return processor_of(model, trust_remote_code)
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if not name:
+        raise ConfigError("a text task needs a tokenizer: give the model by folder or name, or "
+                          "pass processor=")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"no tokenizer could be loaded from {name}: "
+                          f"{str(e).splitlines()[0]}; pass processor=") from None
+
+
+def check_local(name: str) -> None:
+    """A folder without a config is no model; say so before a library asks the network."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")
+
+
+def pad_tokens(rows: Sequence[dict[str, Any]], pad: int) -> Batch:
+    """Right-padded to the longest row: ids with `pad`, labels with -100, mask with 0."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.as_tensor(r["input_ids"]) for r in rows]
+    labels = [torch.as_tensor(r["labels"]) for r in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+def classification(answers: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that occur: 2 TP / (2 TP + FP + FN)."""
+    if answers.shape != labels.shape:
+        raise DataError(f"{tuple(answers.shape)} answers for {tuple(labels.shape)} labels")
+    table = torch.bincount(labels * classes + answers, minlength=classes**2)
+    table = table.view(classes, classes).double()
+    hit, said, true = table.diagonal(), table.sum(0), table.sum(1)
+    present = true > 0
+    f1 = (2 * hit / (said + true).clamp(min=1))[present].mean().item()
+    return {"accuracy": (hit.sum() / true.sum().clamp(min=1)).item(), "f1": f1}
+
+
+Measure = Callable[[Any, Any], dict[str, float]]
