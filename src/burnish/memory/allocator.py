@@ -1,9 +1,9 @@
 """The C heap under PyTorch on Linux, and what the process really took.
 
-glibc raises its mmap threshold each time a large block is freed, so big tensors move onto the heap,
-where a freed block under a live one is never given back. The resident peak of a training step on the
-CPU can double that way, in any library. Fixing the thresholds keeps every large tensor in its own
-mapping, returned when freed: resident memory then follows what the ledger counts.
+glibc raises its mmap threshold each time a large block is freed, so big tensors move onto the
+heap, where a freed block under a live one is never given back. The resident peak of a training
+step on the CPU can double that way, in any library. Fixing the thresholds keeps every large tensor
+in its own mapping, returned when freed: resident memory then follows what the ledger counts.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Ledger(TorchDispatchMode):
                            kwargs: dict | None = None) -> Any:
         if func is _DEVICE and hasattr(args[0], "fake_device"):
             return args[0].fake_device        # asked a dozen times per operator under fake tensors
-        out = func(*args, **(kwargs or {}))
+        out = self.call(func, args, kwargs or {})
         self.now += 1
         phase = module = None
         for t in _leaves(out):
@@ -187,6 +187,19 @@ class Ledger(TorchDispatchMode):
         if self.count:
             self._count(func, args, kwargs, out, phase)
         return out
+
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the operator; a subclass may know more about its values."""
+        return func(*args, **kwargs)
+
+    def reserve(self, category: str, nbytes: int, module: str = "", device: str = "cpu") -> None:
+        """Enter bytes that exist for the whole block without being a tensor here."""
+        self.entries.append(Entry(nbytes, self.now, module, self._idle, category, device))
+
+    def reset_counts(self) -> None:
+        """Count operations and traffic from here on."""
+        self.flops = dict.fromkeys(PHASES, 0.0)
+        self.traffic = dict.fromkeys(PHASES, 0.0)
 
     def _enter(self, t: Tensor, module: str, phase: str, category: str | None,
                birth: int | None = None) -> None:
@@ -317,7 +330,7 @@ class Ledger(TorchDispatchMode):
             if entry.death == event + 1:
                 entry.death = event
 
-    # -- arithmetic ---------------------------------------------------------------------------------
+    # -- arithmetic ---------------------------------------------------------------------------
     def _count(self, func: Any, args: tuple, kwargs: dict | None, out: Any,
                phase: str | None) -> None:
         if _aliases(func) and not _mutates(func):

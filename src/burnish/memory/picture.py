@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ConfigError
-from .ledger import CATEGORIES
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -81,10 +80,8 @@ def draw(report: MemoryReport, path: Path) -> Path:
 
 def _scale(top: float) -> tuple[list[float], int, str]:
     """Four to eight round ticks below `top`, their unit in bytes, and its name."""
-    unit, name = 1, "B"
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")):
-        if top >= 2 * unit:
-            break
+    units = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+    unit, name = next((u for u in units if top >= 2 * u[0]), units[-1])
     step = 10.0 ** math.floor(math.log10(max(1.0, top / unit)))
     step *= next(f for f in (0.1, 0.2, 0.25, 0.5, 1, 2) if top / (unit * step * f) <= 8)
     return [k * step * unit for k in range(int(top / (unit * step)) + 1)], unit, name

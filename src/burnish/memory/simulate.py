@@ -1,0 +1,366 @@
+"""The real training step of a recipe, run on tensors that have no bytes.
+
+`simulate` builds (or copies) the model with fake parameters, joins the recipe to it with
+:func:`burnish.tune` and drives ``tuned.step`` twice: the second step has optimizer state. The
+ledger that watches is the one `measure` puts on the real run, so promise and truth are the same
+reading of two runs of one body.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from ..core.errors import BurnishError, ConfigError
+from .fakes import fake_copy, from_config, shapes_of
+from .ledger import Ledger, _leaves
+from .report import MemoryReport
+
+#: values are followed through tensors up to this many entries
+FOLLOWED = 1 << 18
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+class SimulationError(BurnishError):
+    """The step depends on values that only a real run has."""
+
+
+def _layer_norm_backward(g: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor,
+                         weight: Tensor | None, bias: Tensor | None, mask: Any) -> Any:
+    """The kernels write dx contiguous; the decomposition that fake tensors run follows g."""
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None,
+            torch.empty_like(weight) if mask[1] and weight is not None else None,
+            torch.empty_like(bias) if mask[2] and bias is not None else None)
+
+
+#: operators whose fake version lays out its results otherwise than the kernels do
+_LAYOUTS = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
+
+
+class FakeLedger(Ledger):
+    """A ledger for fake tensors that also knows the values of ids, masks and positions.
+
+    Models branch on such values (is anything padded? are several sequences packed?), and the
+    branch decides which attention kernel runs, so a guess would be a wrong promise. Whatever is
+    computed only from tensors of known value is computed on those values too.
+    """
+
+    def __init__(self, model: nn.Module | None = None, **kw: Any):
+        super().__init__(model, **kw)
+        self.values: dict[int, Tensor] = {}
+
+    def knows(self, fake: Tensor, value: Tensor) -> None:
+        """Give a fake tensor its value. The attribute dies with the fake."""
+        fake._burnish_value = value           # type: ignore[attr-defined]
+
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        values = _known(args, kwargs)
+        if values is None or _RANDOM in func.tags:
+            if func._schema.is_mutable:       # whatever was known of the target is old now
+                for t in _leaves((args, kwargs.get("out"))):
+                    t.__dict__.pop("_burnish_value", None)
+            return _LAYOUTS.get(func, func)(*args, **kwargs)
+        if func is _ITEM:
+            return values[0][0].item()
+        sized = True
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:   # the values say how large it is
+            sized = False
+        if not sized or all(t.numel() <= FOLLOWED for t in _leaves(out)):
+            if kwargs.get("device") is not None:
+                values[1]["device"] = torch.device("cpu")
+            with _no_modes():
+                real = func(*values[0], **values[1])
+            if not sized:
+                out = _as_fake(real, args)
+            for fake, value in zip(_leaves(out), _leaves(real), strict=True):
+                fake._burnish_value = value   # type: ignore[attr-defined]
+        return out
+
+
+def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype | str | None = None,
+             targets: Any = None, head: bool | str = "auto", lr: float = 1e-3, steps: int = 2,
+             device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
+             count: bool = False) -> MemoryReport:
+    """What a training step of `recipe` takes on `device`, without running it.
+
+    model: a module (its data is never touched; it may be on meta) or a transformers config, which
+        stands for its first architecture.
+    recipe: as for :func:`burnish.tune`; None is full fine-tuning.
+    batch: samples, (samples, tokens), or a mapping / tuple of tensors as ``tuned.step`` takes;
+        of tensors the shapes matter, and the values of integer ones where the model asks.
+    dtype: of the model's floating tensors; None keeps them as they are.
+    steps: steps driven; from the second on optimizer state is there.
+    loss: as for ``tuned.step``.
+    count: also count floating-point operations and bytes moved.
+
+    Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
+    on values; everything :func:`burnish.tune` raises.
+    """
+    from ..engine.tuned import tune
+
+    dtype = _dtype(dtype)
+    if not isinstance(model, nn.Module):
+        model = from_config(model, dtype)
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    with _random_kept(), _one_sequence_per_row(model):
+        twin = fake_copy(model, mode, device, dtype)
+        with mode:
+            ledger = FakeLedger(count=count)
+            example, label = _batch(twin, batch, ledger, device, dtype)
+            tuned = tune(twin, "full" if recipe is None else recipe, targets=targets, head=head,
+                         calibration=[example])
+            tuned.optimizer(lr)
+            ledger.model = tuned.model
+            try:
+                report = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, device)
+            except (DataDependentOutputException, DynamicOutputShapeException,
+                    UnsupportedOperatorException) as error:
+                raise SimulationError(
+                    f"{type(model).__name__} with {tuned.recipe} cannot be simulated: {error} "
+                    f"needs values that only a real step has; burnish.measure runs one") from error
+    report.batch = label
+    return report
+
+
+def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,
+            steps: int = 2, restore: bool = True, count: bool = False) -> MemoryReport:
+    """The same ledger on the real step: ``tuned.step(batch, loss)``, `steps` times.
+
+    restore: put trained tensors, buffers, optimizer state and random state back as they were; the
+        copies kept for that are not part of the reading.
+    """
+    keep = _Snapshot(tuned) if restore else contextlib.nullcontext()
+    with keep:
+        ledger = Ledger(tuned.model, count=count)
+        report = _drive(tuned, ledger, batch, loss, steps, None)
+    report.source = "measured"
+    report.batch = _label(batch)
+    return report
+
+
+def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
+           device: str | None) -> MemoryReport:
+    if tuned.current_optimizer is not None:
+        ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
+    ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
+    since = 0
+    with ledger:
+        _watch_originals(tuned, ledger)
+        for step in range(steps):
+            if step == steps - 1:
+                since = ledger.now + 1
+                ledger.reset_counts()
+            tuned.step(batch, loss) if loss is not None else tuned.step(batch)
+    where = device or next(p.device.type for p in tuned.model.parameters())
+    return MemoryReport.of(
+        ledger, since=since, device=torch.device(where).type, recipe=str(tuned.recipe),
+        trainable=sum(p.numel() for p in tuned.parameters()),
+        adapter_bytes=sum(t.numel() * t.element_size() for t in tuned.tensors().values()))
+
+
+def _watch_originals(tuned: Any, ledger: Ledger) -> None:
+    """Copies of small base tensors that wait in host memory so that detach is exact."""
+    from ..engine.originals import IN_MEMORY
+
+    for (path, _), kept in tuned.originals.kept.items():
+        if isinstance(kept, Tensor):
+            size = kept.numel() * kept.element_size()
+            if size <= IN_MEMORY:
+                ledger.reserve("weights", size, path, "cpu")
+
+
+def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:
+    """A loss for models that give none: the mean of the first floating output."""
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(
+            outputs, "loss", None)
+        if value is None:
+            value = outputs if isinstance(outputs, Tensor) else next(
+                t for t in _leaves(_plain(outputs)) if t.is_floating_point())
+        return value if value.dim() == 0 else value.float().mean()
+
+    return loss
+
+
+def _plain(outputs: Any) -> Any:
+    return outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs
+
+
+# -- the batch ----------------------------------------------------------------------------------
+def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
+           dtype: torch.dtype | None) -> tuple[Any, str]:
+    if isinstance(batch, int) or (isinstance(batch, tuple) and all(
+            isinstance(n, int) for n in batch)):
+        given: Any = {
+            k: v if isinstance(v, bool) else _blank(v[0], v[1], dtype)
+            for k, v in shapes_of(model, batch).items()}
+        label = str(batch) if isinstance(batch, int) else " x ".join(map(str, batch))
+    else:
+        given, label = batch, _label(batch)
+    return _fake(given, ledger, device), label
+
+
+def _blank(shape: tuple[int, ...], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    with _no_modes():
+        if kind.is_floating_point:
+            return torch.empty(shape, dtype=dtype or kind, device="meta")
+        return torch.ones(shape, dtype=kind)
+
+
+def _fake(value: Any, ledger: FakeLedger, device: str) -> Any:
+    if isinstance(value, Tensor):
+        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+        known = not isinstance(value, FakeTensor) and value.device.type != "meta"
+        if known and value.numel() <= FOLLOWED and not value.is_floating_point():
+            with _no_modes():
+                ledger.knows(fake, value.detach().to("cpu", copy=True))
+        return fake
+    if isinstance(value, Mapping):
+        return {k: _fake(v, ledger, device) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fake(v, ledger, device) for v in value)
+    return value
+
+
+def _label(batch: Any) -> str:
+    first = next(_leaves(batch), None)
+    if first is None:
+        return ""
+    return " x ".join(str(n) for n in (first.shape[:2] if first.dim() == 2 else first.shape[:1]))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"unknown dtype {dtype!r}; write for example 'bfloat16'")
+    return found
+
+
+# -- values -------------------------------------------------------------------------------------
+class _Unknown(Exception):
+    pass
+
+
+def _known(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments with every tensor replaced by its value; None if one has no known value."""
+    try:
+        return _values(args), _values(kwargs)
+    except _Unknown:
+        return None
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        found = value.__dict__.get("_burnish_value")
+        if found is None:
+            raise _Unknown
+        return found
+    if isinstance(value, (list, tuple)):
+        return type(value)([_values(v) for v in value])
+    if isinstance(value, dict):
+        return {k: _values(v) for k, v in value.items()}
+    return value
+
+
+def _as_fake(real: Any, args: tuple) -> Any:
+    like = next(t for t in _leaves(args))
+    if isinstance(real, Tensor):
+        return torch.empty(real.shape, dtype=real.dtype, device=like.device)
+    return type(real)(_as_fake(r, args) for r in real)
+
+
+@contextlib.contextmanager
+def _no_modes() -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+@contextlib.contextmanager
+def _one_sequence_per_row(model: nn.Module) -> Iterator[None]:
+    """transformers never looks at the values of fake masks ("tracing") and then builds the full
+    mask, where a real run sees that nothing is padded and takes the fused causal kernel. Here the
+    values are known, so its question is answered as in a real run."""
+    try:
+        from transformers import masking_utils
+    except ImportError:
+        yield
+        return
+    asked = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = asked
+
+
+@contextlib.contextmanager
+def _random_kept() -> Iterator[None]:
+    """Leave the caller's random state as it was."""
+    state, python = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+
+
+# -- putting back ---------------------------------------------------------------------------------
+class _Snapshot:
+    """Everything a step changes, kept and put back."""
+
+    def __init__(self, tuned: Any):
+        self.tuned = tuned
+
+    def __enter__(self) -> None:
+        tuned, model = self.tuned, self.tuned.model
+        opt = tuned.current_optimizer
+        held = {id(p) for g in opt.param_groups for p in g["params"]} if opt is not None else set()
+        self.flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self.tensors = [(t, t.detach().clone()) for t in model.buffers()]
+        self.tensors += [(p, p.detach().clone()) for n, p in model.named_parameters()
+                         if p.requires_grad or id(p) in held or ".burnish." in f".{n}."]
+        self.optimizer, self.timeline = opt, tuned._timeline
+        self.state = copy.deepcopy(opt.state_dict()) if opt is not None else None
+        self.events = copy.deepcopy(tuned._timeline.state()) if tuned._timeline else None
+        self.rng = torch.get_rng_state(), random.getstate()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def __exit__(self, *exc: Any) -> None:
+        tuned = self.tuned
+        for p, flag, grad in self.flags:
+            p.requires_grad_(flag)
+            p.grad = grad
+        with torch.no_grad():
+            for t, value in self.tensors:
+                t.copy_(value)
+        tuned.current_optimizer, tuned._timeline = self.optimizer, self.timeline
+        if self.state is not None:
+            self.optimizer.load_state_dict(self.state)
+        if self.events is not None:
+            tuned._timeline.load(self.events)
+        torch.set_rng_state(self.rng[0])
+        random.setstate(self.rng[1])
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
