@@ -1,0 +1,136 @@
+"""Which base does an adapter belong to? Names, shapes, dtypes and content of its parameters.
+
+One line per parameter, ``dtype[shape] sha256``; the fingerprint is the SHA-256 over the sorted
+lines. The lines are kept (with 16 digits of their hash), so that a base that is not the same is
+refused with the first parameter that differs. Buffers count by shape only: running statistics
+move in training. So do parameters that an adapter carries whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_PIECE = 1 << 24
+_cache: Any = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """digest: 64 hex digits. tensors: name -> ``dtype[shape]`` or ``dtype[shape] hash16``."""
+
+    digest: str
+    tensors: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sha256": self.digest, "tensors": self.tensors}
+
+
+def fingerprint(model: nn.Module, taken: Mapping[str, str] | None = None,
+                whole: Container[str] = ()) -> Fingerprint:
+    """The fingerprint of a model's base.
+
+    taken: lines recorded earlier by :func:`line`, for parameters whose original is gone (held in
+    another form) or about to change. whole: names whose content does not count.
+    """
+    lines = dict(_lines(model, whole, cached=True))
+    for name, text in (taken or {}).items():
+        lines[name] = _no_content(text) if name in whole else text
+    total = hashlib.sha256("\n".join(f"{n} {lines[n]}" for n in sorted(lines)).encode())
+    return Fingerprint(total.hexdigest(), {n: _short(lines[n]) for n in sorted(lines)})
+
+
+def first_difference(recorded: Mapping[str, str], model: nn.Module,
+                     taken: Mapping[str, str] | None = None) -> str | None:
+    """Where `model` is not what was recorded, in words; None when it is.
+
+    Names, shapes and dtypes are compared first, then content parameter by parameter, reading no
+    further than the first difference. Only what was recorded with content is compared by it.
+    """
+    here = {**{n: _shape(t) for n, t in _tensors(model)},
+            **{n: _no_content(t) for n, t in (taken or {}).items()}}
+    for name in sorted({*recorded, *here}):
+        if name not in here:
+            return f"{name} is missing ({recorded[name].partition(' ')[0]} in the adapter's base)"
+        if name not in recorded:
+            return f"{name} ({here[name]}) is not in the adapter's base"
+        if (was := _no_content(recorded[name])) != here[name]:
+            return f"{name} is {here[name]}, the adapter's base has {was}"
+    tensors = dict(_tensors(model))
+    for name in sorted(recorded):
+        if " " not in recorded[name]:
+            continue
+        now = (taken or {}).get(name) or line(tensors[name])
+        if " " in now and _short(now) != recorded[name]:
+            return f"{name} has the shape of the adapter's base but other values"
+    return None
+
+
+def line(tensor: Tensor, content: bool = True) -> str:
+    """``dtype[shape] sha256`` of one tensor; without the hash where it has no values."""
+    t = tensor.detach()
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    if not content or t.device.type == "meta" or type(t).__name__ == "FakeTensor":
+        return _shape(t)
+    digest = hashlib.sha256()
+    flat = t.contiguous().view(-1).view(torch.uint8) if t.numel() else t.new_empty(0)
+    for i in range(0, flat.numel(), _PIECE):
+        digest.update(flat[i : i + _PIECE].cpu().numpy())
+    return f"{_shape(t)} {digest.hexdigest()}"
+
+
+def _shape(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}".replace(" ", "")
+
+
+def _no_content(text: str) -> str:
+    return text.partition(" ")[0]
+
+
+def _short(text: str) -> str:
+    head, _, digest = text.partition(" ")
+    return f"{head} {digest[:16]}" if digest else head
+
+
+def _is_base(name: str) -> bool:
+    return re.search(r"(^|\.)burnish\.", name) is None
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and the buffers that a file would hold, what burnish added left out."""
+    for name, p in model.named_parameters():
+        if _is_base(name):
+            yield name, p
+    for path, module in model.named_modules():
+        for name, b in module._buffers.items():
+            full = f"{path}.{name}" if path else name
+            if b is not None and name not in module._non_persistent_buffers_set and _is_base(full):
+                yield full, b
+
+
+def _lines(model: nn.Module, whole: Container[str], cached: bool) -> Iterator[tuple[str, str]]:
+    """Hashing lets go of the interpreter, so parameters are hashed side by side."""
+    items = list(_tensors(model))
+
+    def of(item: tuple[str, Tensor]) -> tuple[str, str]:
+        name, t = item
+        if name in whole or not isinstance(t, nn.Parameter):
+            return name, _shape(t)
+        key = (t._version, t.data_ptr(), t.dtype)
+        if cached and (hit := _cache.get(t)) and hit[0] == key:
+            return name, hit[1]
+        text = line(t)
+        _cache[t] = (key, text)
+        return name, text
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(of, items)

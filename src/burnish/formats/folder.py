@@ -1,0 +1,147 @@
+"""The adapter folder.
+
+    adapter_config.json        whose it is, the recipe, settings per part, the base's fingerprint
+    adapter_model.safetensors  what was trained, in the dtype it was trained in
+    README.md                  the model card
+    run.json                   data, metrics, simulated and measured memory (where there was a run)
+
+Files are written one by one, each atomically, the configuration last; it names the SHA-256 of
+the tensors it belongs to, so a folder that was interrupted half way, or mixed by hand, is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import FormatError, nearest
+from . import safe
+from .card import model_card
+
+FORMAT = 1
+CONFIG, TENSORS, CARD, RUN = ("adapter_config.json", "adapter_model.safetensors", "README.md",
+                              "run.json")
+
+#: every field a configuration of this format may have
+FIELDS = {
+    "library": "always 'burnish'",
+    "format": "version of this layout",
+    "burnish": "version of the library that wrote it",
+    "recipe": "the expression",
+    "parts": "settings per part, defaults included",
+    "base": "name, revision, and the fingerprint of its tensors",
+    "targets": "which weights",
+    "adapters": "several adapters of one base: name -> recipe and targets",
+    "active": "which of them are in use, with weights",
+    "head": "how the head was treated",
+    "seed": "what the starting values and masks were drawn from",
+    "selected": "base parameters that trained whole",
+    "tensors_sha256": "SHA-256 of adapter_model.safetensors",
+    "extra": "anything else its writer wants to find again",
+}
+REQUIRED = ("library", "format", "recipe", "base")
+
+
+def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+                  card: str | None = None, run: Mapping[str, Any] | None = None) -> Path:
+    """Write an adapter folder; an older one in its place is replaced.
+
+    config: the fields of :data:`FIELDS` but the first three, which are filled in, and
+    tensors_sha256. card: text of README.md; None writes one from `config` and `run`.
+    Raises FormatError for an unknown field, BurnishError where the disk refuses.
+    """
+    folder = Path(folder)
+    own = {"library": "burnish", "format": FORMAT, "burnish": _version()}
+    _check_fields(config, f"configuration for {folder}")
+    safe.save_file(tensors, folder / TENSORS, {"library": "burnish"})
+    full = {**own, **config, "tensors_sha256": _sha256(folder / TENSORS)}
+    safe.write_text(folder / CARD, card if card is not None else model_card(full, run))
+    if run is not None:
+        safe.write_json(folder / RUN, run)
+    else:
+        (folder / RUN).unlink(missing_ok=True)          # it spoke of an earlier run
+    safe.write_json(folder / CONFIG, full)
+    return folder
+
+
+def read_adapter(folder: str | Path, device: str = "cpu") -> tuple[dict[str, Any],
+                                                                   dict[str, Tensor]]:
+    """(configuration, tensors) of an adapter folder.
+
+    Raises FormatError, one line that says what is wrong: a missing folder or file, a PEFT or other
+    foreign folder, a pickle, a newer format, an unknown field, corrupt JSON, truncated tensors,
+    tensors that belong to another save.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
+        raise FormatError(f"{folder} has no {TENSORS}"
+                          + (f"; {pickles[0]} may hold a pickle and is not opened" if pickles
+                             else ""))
+    tensors = safe.load_file(path, device)
+    recorded = config.get("tensors_sha256")
+    if recorded and recorded != _sha256(path):
+        raise FormatError(f"{path} is not the file {CONFIG} was written for: "
+                          "the save was interrupted, or the file changed since")
+    return config, tensors
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked configuration alone, without reading any tensor."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise FormatError(f"{folder} is a file; expected an adapter folder")
+    if not folder.is_dir():
+        here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise FormatError(f"{folder}: no such folder{nearest(folder.name, here)}")
+    path = folder / CONFIG
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
+        tail = f" ({pickles[0]} may hold a pickle and is not opened)" if pickles else ""
+        raise FormatError(f"{folder} is no adapter folder: it has no {CONFIG}{tail}")
+    config = safe.read_json(path)
+    if config.get("library") != "burnish":
+        if "peft_type" in config:
+            raise FormatError(f"{folder} was written by PEFT ({config['peft_type']}); "
+                              "read it with burnish.load_peft(model, folder)")
+        raise FormatError(f"{path} was not written by burnish "
+                          f"(library is {config.get('library')!r})")
+    if not isinstance(config.get("format"), int):
+        raise FormatError(f"{path}: field 'format' should be a number, "
+                          f"got {config.get('format')!r}")
+    if config["format"] > FORMAT:
+        raise FormatError(f"{folder} has format {config['format']}, this burnish reads up to "
+                          f"{FORMAT}; a newer burnish is needed")
+    _check_fields(config, str(path))
+    for name in REQUIRED:
+        if name not in config:
+            raise FormatError(f"{path}: field {name!r} is missing")
+    return config
+
+
+def _check_fields(config: Mapping[str, Any], where: str) -> None:
+    for name in config:
+        if name not in FIELDS:
+            raise FormatError(f"{where}: unknown field {name!r}{nearest(name, FIELDS)}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _version() -> str:
+    try:
+        return version("burnish")
+    except PackageNotFoundError:                        # run from a source tree
+        return "0+source"

@@ -1,0 +1,176 @@
+"""Files that are either whole or not there: safetensors and JSON, written atomically.
+
+A file is written beside its place under another name, flushed to the disk and renamed over the
+old one, so a crash or a full disk leaves what was there. Nothing is ever pickled; files that may
+hold pickles are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as _write
+from torch import Tensor
+
+from ..core.errors import BurnishError, FormatError
+
+#: endings of files that run code when they are opened
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_ALIASES = "aliases"
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of `path` when the block ends without an error.
+
+    Raises BurnishError when the disk is full or not writable; the old file is then untouched.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as e:
+        raise BurnishError(f"cannot write {path}: {e.strerror or e}") from None
+    temp = Path(name)
+    try:
+        yield temp
+        temp.chmod(0o666 & ~_umask())
+        with open(temp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except (OSError, SafetensorError) as e:
+        raise BurnishError(f"cannot write {path}: {_reason(e)}; "
+                           "what was there before is untouched") from None
+    finally:
+        temp.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(e: Exception) -> str:
+    return str(getattr(e, "strerror", None) or e).rpartition("I/O error: ")[2]
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself reaches the disk; systems that cannot open a folder need no such call."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+# -- tensors --------------------------------------------------------------------------------
+def save_file(tensors: Mapping[str, Tensor], path: str | Path,
+              metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, atomically.
+
+    Names of one and the same tensor are stored once and recorded as aliases; a sharded tensor is
+    gathered first (every process must call).
+    """
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        t = tensor.detach()
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        key = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype)
+        if t.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        t = t.contiguous()
+        owner = t.untyped_storage().data_ptr()
+        stored[name] = t.clone() if owner in storages else t      # another view of one storage
+        storages.add(owner)
+    meta = {"format": "pt", **(metadata or {})}
+    if aliases:
+        meta[_ALIASES] = json.dumps(aliases, sort_keys=True)
+    with atomic(path) as temp:
+        _write(stored, str(temp), metadata=meta)
+
+
+def load_file(path: str | Path, device: str | torch.device = "cpu",
+              names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or only `names`; the rest is never read.
+
+    Raises FormatError for a missing, truncated or foreign file, a pickle, or an unknown name.
+    """
+    with opened(path, device) as (f, aliases):
+        stored = list(f.keys())
+        wanted = [*stored, *aliases] if names is None else list(names)
+        out: dict[str, Tensor] = {}
+        for name in wanted:
+            source = aliases.get(name, name)
+            if source not in stored:
+                raise FormatError(f"{path} holds no tensor {name!r}")
+            out[name] = out[source] if source in out else f.get_tensor(source)
+        return out
+
+
+@contextmanager
+def opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tuple[Any, dict]]:
+    """(memory-mapped file, aliases): for reading tensor by tensor."""
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise FormatError(f"{path} may hold a pickle, which runs code when opened; "
+                          "expected a .safetensors file")
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as f:
+            yield f, json.loads((f.metadata() or {}).get(_ALIASES, "{}"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FormatError(f"{path} is truncated or no safetensors file ({e})") from None
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The text entries of a safetensors header."""
+    with opened(path) as (f, _):
+        return dict(f.metadata() or {})
+
+
+# -- text -----------------------------------------------------------------------------------
+def write_text(path: str | Path, text: str) -> None:
+    with atomic(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object; anything else is a FormatError that names the line."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except json.JSONDecodeError as e:
+        raise FormatError(f"{path} is not JSON: {e.msg} at line {e.lineno}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise FormatError(f"cannot read {path}: {e}") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
