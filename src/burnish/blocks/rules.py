@@ -1,0 +1,140 @@
+"""Inner rules: how a gradient becomes a direction, element by element.
+
+A rule is pure arithmetic on one slice: it knows neither how its state is stored (codecs), nor in
+what basis the slice lives (subspace), nor when it runs or how the weight is rounded (step). Because
+every rule here is element-wise, a tensor may be stepped in slices of any size, which is what keeps
+temporaries small.
+
+    u = rule.direction(g, state, t, group)        then        W <- W - lr * u
+
+``g`` is fp32 scratch that the rule may overwrite, ``state`` holds the slice of each named state and
+is changed in place, ``t`` counts from 1 and is a Python int (nothing here reads a tensor's value,
+so steps run on fake tensors), ``group`` is the optimizer's param group with the hyperparameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What a rule offers; the fields of a rule are its hyperparameters."""
+
+    name: ClassVar[str]
+    #: name of each state -> may it be negative? (codecs choose their map by this)
+    states: Mapping[str, bool]
+    #: decay multiplies the weight (AdamW, Lion); False adds it to the gradient (SGD)
+    decoupled: ClassVar[bool]
+
+    def hyper(self) -> dict[str, Any]: ...
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor: ...
+
+
+class _Hyper:
+    def hyper(self) -> dict[str, Any]:
+        """Hyperparameters as they enter the param groups (schedulers may change them there)."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Zero states in the accumulation dtype of `like` (fp32, or fp64 for fp64)."""
+        return {k: torch.zeros_like(like, dtype=accumulator(like.dtype))
+                for k in self.states}  # type: ignore[attr-defined]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a step is computed: fp64 for fp64 weights, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(_Hyper):
+    """Adam with decoupled decay (Loshchilov and Hutter, 2019).
+
+        m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
+        u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    eps_first: GaLore's form, ``u = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``: eps enters
+    before the correction of bias, so it is larger by 1 / sqrt(1 - b2^t).
+    """
+
+    name: ClassVar[str] = "adamw"
+    states: ClassVar[Mapping[str, bool]] = {"exp_avg": True, "exp_avg_sq": False}
+    decoupled: ClassVar[bool] = True
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    eps_first: bool = False
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor:
+        b1, b2 = group["betas"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        c1, c2 = 1 - b1**t, math.sqrt(1 - b2**t)
+        u = torch.sqrt(v, out=g)
+        if group["eps_first"]:
+            u.add_(group["eps"])
+            return torch.div(m, u, out=u).mul_(c2 / c1)
+        u.div_(c2).add_(group["eps"])
+        return torch.div(m, u, out=u).div_(c1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(_Hyper):
+    """The sign of an interpolated momentum (Chen et al., 2023).
+
+        u = sign(b1 m + (1 - b1) g)      then      m <- b2 m + (1 - b2) g
+    """
+
+    name: ClassVar[str] = "lion"
+    states: ClassVar[Mapping[str, bool]] = {"exp_avg": True}
+    decoupled: ClassVar[bool] = True
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor:
+        b1, b2 = group["betas"]
+        m = state["exp_avg"]
+        u = torch.lerp(g, m, b1).sign_()
+        m.lerp_(g, 1 - b2)
+        return u
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(_Hyper):
+    """``b <- mu b + g``, ``u = b`` (``g + mu b`` with nesterov); no state when mu = 0.
+
+    Decay is added to the gradient, as in `torch.optim.SGD`; inside a subspace, where the gradient
+    has another shape than the weight, it multiplies the weight (the same when mu = 0).
+    """
+
+    name: ClassVar[str] = "sgd"
+    decoupled: ClassVar[bool] = False
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def states(self) -> Mapping[str, bool]:
+        return {"momentum_buffer": True} if self.momentum else {}
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor:
+        if "momentum_buffer" not in state:
+            return g
+        b = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+        return g.add_(b, alpha=group["momentum"]) if group["nesterov"] else g.copy_(b)

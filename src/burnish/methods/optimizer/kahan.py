@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...blocks.step import Rounding
+from ...core.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kahan(Method):
+    """Kahan summation: half-precision weights beside the part that rounding cut off.
+
+        x = W + c - lr u        W <- rn(x)        c <- rn(x - W)
+
+    c has the shape and dtype of W and starts at zero: +2 bytes per trained weight, deterministic.
+    Together they hold about 16 bits, so changes below 2^-16 of the weight are still lost (at
+    W = 1 a step of 3e-5 works, 1e-5 never moves it): then take master_weights or
+    stochastic_rounding.
+    """
+
+    paper: ClassVar[str] = "Revisiting BFloat16 Training, 2020"
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the rounding of the weights",)
+
+    def optimizer(self) -> Rounding:
+        return Rounding(kind="kahan", name="kahan")

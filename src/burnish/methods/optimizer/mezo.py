@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...blocks.zeroth import ZerothOrder
+from ...core.method import Method, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mezo(Method):
+    """MeZO: two forwards per step, the noise from a seed, the memory of inference.
+
+        z ~ N(0, I)      g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
+        theta <- theta - lr (g z + wd theta)
+
+    on the same batch, in eval mode, without gradients; E[g z] is the gradient as eps -> 0, and
+    its squared norm is (d + 2) times the gradient's, hence learning rates of 1e-7 to 1e-6 for all
+    weights, 1e-4 with LoRA. No state. z is drawn again from a counter stream (seed, tensor,
+    element) wherever it is needed; theta +- eps z exists one module at a time and the stored
+    weights are never perturbed. ``mode="in_place"`` is the published procedure: no scratch, but
+    half-precision weights drift with every perturbation. bf16 weights are rounded stochastically
+    unless the recipe says otherwise, since updates this small vanish under nearest rounding.
+
+    The whole run is its starting weights and ``optimizer.log``: 16 bytes per query; ``replay``
+    repeats it bit for bit. L may be any number, also one without a gradient.
+    """
+
+    paper: ClassVar[str] = "Fine-Tuning Language Models with Just Forward Passes, NeurIPS 2023"
+
+    eps: float = setting(1e-3, "radius of the probe; 1e-2 with LoRA, 1e-1 with prefixes")
+    queries: int = setting(1, "probes averaged per update, two forwards each")
+    weight_decay: float = setting(0.0, "decay of matrices, times lr")
+    mode: Literal["scratch", "in_place"] = setting("scratch", "where the perturbed weights live")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the innermost rule",)
+
+    def forbids(self) -> dict[str, str]:
+        return {"the subspace of the gradient": "mezo makes no gradient that could be projected",
+                "the step site": "mezo has no backward to step in"}
+
+    def optimizer(self) -> ZerothOrder:
+        return ZerothOrder(eps=self.eps, queries=self.queries, mode=self.mode,
+                           weight_decay=self.weight_decay, name="mezo")

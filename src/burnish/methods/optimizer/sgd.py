@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...blocks import rules
+from ...blocks.step import Inner
+from ...core.method import Method, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Method):
+    """SGD: the gradient, or its running sum; no state without momentum.
+
+        b <- mu b + (g + wd W)        W <- W - lr b
+
+    With mu = 0 (the default) there is no state at all; ``sgd + step_in_backward`` is LOMO without
+    its clipping. As everywhere inside a subspace, ``galore + sgd`` applies the decay to W itself.
+    """
+
+    paper: ClassVar[str] = "A Stochastic Approximation Method, 1951"
+
+    momentum: float = setting(0.0, "mu; 0 keeps no state")
+    nesterov: bool = setting(False, "step along g + mu b instead of b")
+    weight_decay: float = setting(0.0, "added to the gradient, times W")
+    state: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "form the momentum is kept in")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the innermost rule",)
+
+    def optimizer(self) -> Inner:
+        rule = rules.SGD(momentum=self.momentum, nesterov=self.nesterov,
+                         weight_decay=self.weight_decay)
+        return Inner(rule=rule, state=self.state, name="sgd")
