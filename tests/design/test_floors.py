@@ -34,8 +34,9 @@ def loaded(tree: ast.Module):
             yield node
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             todo += node.orelse
-        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
-            todo += [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef | ast.ExceptHandler):
+            todo += [n for n in ast.iter_child_nodes(node)
+                     if isinstance(n, ast.stmt | ast.ExceptHandler)]
 
 
 def floors_of(path: Path) -> set[str]:

@@ -1,0 +1,129 @@
+"""``burnish merge`` and ``export``: an adapter folder as plain weights, or as PEFT's files."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.errors import CheckError, ConfigError, nearest
+from . import target
+from .app import Json, app
+from .screen import emit
+
+Adapter = Annotated[Path, typer.Argument(help="An adapter folder.")]
+Base = Annotated[str | None, typer.Option(help="The base model's folder or hub name; default: "
+                                               "what the adapter was made on.")]
+Output = Annotated[Path, typer.Option(help="The folder to write.")]
+Force = Annotated[bool, typer.Option(help="Load onto a base that differs from the adapter's.")]
+
+
+def attached(adapter: Path, base: str | None, force: bool = False) -> Any:
+    """The adapter on its base: a tuned model."""
+    import burnish
+
+    return burnish.load(target.model(base or base_of(adapter)), adapter, force=force)
+
+
+def base_of(adapter: Path) -> str:
+    """What the adapter's own config calls its base."""
+    file = adapter / "adapter_config.json"
+    try:
+        name = jsonlib.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except OSError:
+        raise ConfigError(f"{adapter} is no adapter folder: there is no {file.name} in it"
+                          ) from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if not name:
+        raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
+    return name
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    output: Output,
+    base: Base = None,
+    tolerance: Annotated[float, typer.Option(help="Largest change of the outputs, relative to "
+                                                  "their size, that still is a merge.")] = 1e-2,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
+    tuned = attached(adapter, base, force)
+    before = probe(tuned.model)
+    merged = tuned.merge()
+    drift = difference(before, probe(merged))
+    if not drift <= tolerance:
+        raise CheckError(f"merging changes the outputs by {drift:.2g} of their size, more than "
+                         f"--tolerance {tolerance:g}; nothing was written")
+    merged.save_pretrained(output)
+    copy_processor(base or base_of(adapter), output)
+    emit(json, {"output": output, "drift": drift},
+         f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
+
+
+FORMATS = ("peft",)
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    output: Output,
+    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.")] = "peft",
+    base: Base = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """The adapter in another library's files."""
+    import burnish
+
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
+                          f"{nearest(to, FORMATS)}")
+    burnish.export_peft(attached(adapter, base, force), output)
+    emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
+
+
+def probe(model: Any) -> Any:
+    """The outputs of a fixed small batch of the model's own kind of input."""
+    import torch
+
+    from ..memory.fakes import shapes_of
+
+    model.eval()
+    draw = torch.Generator().manual_seed(0)
+    text = getattr(model.config, "text_config", model.config)
+    words = getattr(text, "vocab_size", 2)
+    batch: dict[str, Any] = {}
+    for name, spec in shapes_of(model, (2, 16)).items():
+        if not isinstance(spec, tuple) or name in ("labels", "start_positions", "end_positions"):
+            continue
+        shape, kind = spec
+        batch[name] = torch.randn(shape, generator=draw).to(model.dtype) \
+            if kind.is_floating_point else torch.randint(words, shape, generator=draw)
+    with torch.no_grad():
+        out = model(**batch)
+    return next(t for t in out.to_tuple() if torch.is_tensor(t) and t.is_floating_point()).float()
+
+
+def difference(a: Any, b: Any) -> float:
+    """|a - b| relative to |a|."""
+    return float((a - b).norm() / a.norm().clamp(min=1e-12))
+
+
+def copy_processor(source: str, output: Path) -> None:
+    """Tokenizer or image processor, chat template and generation settings beside the weights."""
+    import shutil
+
+    wanted = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model",
+              "preprocessor_config.json", "processor_config.json", "chat_template.*",
+              "added_tokens.json")
+    folder = Path(source)
+    if folder.is_dir():
+        for pattern in wanted:
+            for file in folder.glob(pattern):
+                shutil.copy2(file, output / file.name)

@@ -1,0 +1,97 @@
+"""``burnish simulate``, ``plan`` and ``compare``: what a step costs, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import target
+from .app import Json, app
+from .screen import emit, table
+
+Model = Annotated[str, typer.Argument(help="A model folder, a config.json or a hub name; the "
+                                           "weights are not needed.")]
+Batch = Annotated[int, typer.Option(help="Samples in a batch.", min=1)]
+Length = Annotated[int | None, typer.Option(help="Tokens per sample.", min=1)]
+Dtype = Annotated[str | None, typer.Option(help="The model's dtype, such as bf16.")]
+Targets = Annotated[str | None, typer.Option(help="Which weights; default every linear outside "
+                                                  "the head.")]
+Device = Annotated[str, typer.Option(help="The kind of device to count for: cpu or cuda.")]
+
+
+def _batch(batch: int, length: int | None) -> Any:
+    return batch if length is None else (batch, length)
+
+
+@app.command()
+def simulate(
+    model: Model,
+    recipe: Annotated[str | None, typer.Option(help="Default: full fine-tuning.")] = None,
+    batch: Batch = 1,
+    length: Length = None,
+    dtype: Dtype = None,
+    targets: Targets = None,
+    device: Device = "cpu",
+    picture: Annotated[Path | None, typer.Option(help="Draw the step into this PNG, SVG or "
+                                                      "PDF.")] = None,
+    json: Json = False,
+) -> None:
+    """The peak memory of a training step, by category and module, without running it."""
+    import burnish
+
+    report = burnish.simulate(target.config(model), recipe, _batch(batch, length), dtype=dtype,
+                              targets=targets, device=device)
+    if picture is not None:
+        report.picture(picture)
+    emit(json, report, str(report))
+
+
+@app.command()
+def plan(
+    model: Model,
+    memory: Annotated[str, typer.Option(help="What you have, such as 8GB.")],
+    batch: Batch = 1,
+    length: Length = None,
+    prefer: Annotated[str | None, typer.Option(help="What to favour among recipes that fit.")
+                      ] = None,
+    json: Json = False,
+) -> None:
+    """Ranked recipes that fit the memory you have. Exit code 3 when none does."""
+    import burnish
+
+    plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
+                         prefer=prefer)
+    emit(json, plans, str(plans))
+
+
+@app.command()
+def compare(
+    model: Model,
+    recipes: Annotated[list[str], typer.Argument(help="Two or more recipes.")],
+    batch: Batch = 1,
+    length: Length = None,
+    dtype: Dtype = None,
+    targets: Targets = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """The cost of several recipes for the same model and batch, side by side."""
+    import burnish
+
+    config = target.config(model)
+    reports = [burnish.simulate(config, recipe, _batch(batch, length), dtype=dtype,
+                                targets=targets, device=device) for recipe in recipes]
+    emit(json, {"model": model, "reports": reports}, _side_by_side(reports))
+
+
+def _side_by_side(reports: list[Any]) -> str:
+    from ..memory import format_bytes
+
+    kinds = list(reports[0].by_category)
+    rows = [(r.recipe, f"{r.trainable:,}", format_bytes(r.adapter_bytes),
+             format_bytes(r.peak_bytes), *(format_bytes(r.by_category[k]) for k in kinds))
+            for r in reports]
+    head = ("recipe", "trainable", "adapter", "peak", *kinds)
+    return table(head, rows, right=range(1, len(head)))

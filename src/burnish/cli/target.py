@@ -1,0 +1,69 @@
+"""What the word after a command stands for: a folder, a config file or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ConfigError, nearest
+
+
+def config(target: str) -> Any:
+    """The transformers configuration of a model folder, a config.json or a hub name.
+
+    Code that comes with a model is never run. Raises ConfigError when there is none.
+    """
+    transformers = needs_transformers("model configurations")
+    path = Path(target)
+    if path.name == "config.json":
+        path = path.parent
+    elif not path.exists() and _looks_local(target):
+        raise ConfigError(_nothing_at(path))
+    elif path.is_dir() and not (path / "config.json").exists():
+        raise ConfigError(f"{path} holds no config.json, so it is no model folder")
+    elif path.is_file():
+        raise ConfigError(f"{path} is a file; expected a model folder, a config.json or a name "
+                          "on the hub")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path) if path.exists() else target,
+                                                       trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no model configuration in {target}: {_first(error)}") from None
+
+
+def model(target: str, dtype: str | None = None) -> Any:
+    """The model of a folder or a hub name with its weights, as its first architecture."""
+    transformers = needs_transformers("models")
+    found = config(target)
+    names = getattr(found, "architectures", None) or []
+    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if cls is None:
+        raise ConfigError(f"{target} names no architecture that transformers has "
+                          f"({', '.join(names) or 'its config lists none'})")
+    try:
+        return cls.from_pretrained(target, dtype=dtype or "auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the weights of {target}: {_first(error)}") from None
+
+
+def needs_transformers(what: str) -> Any:
+    """The module, or one line that says how to get it."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ConfigError(f"{what} are read with transformers: pip install 'burnish[fit]'"
+                          ) from None
+    return transformers
+
+
+def _looks_local(target: str) -> bool:
+    return target.startswith((".", "/", "~")) or target.count("/") != 1
+
+
+def _nothing_at(path: Path) -> str:
+    parent = path.parent if path.parent.is_dir() else Path(".")
+    return f"there is nothing at {path}{nearest(path.name, (p.name for p in parent.iterdir()))}"
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
