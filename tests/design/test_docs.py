@@ -23,7 +23,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch, stand_ins):
     stand_ins(tmp_path)
     space: dict[str, object] = {"__name__": f"page_{page.stem}"}
     for line, code in blocks(page):
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), space)
+        exec(compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True), space)
 
 
 def test_relative_links_lead_somewhere():

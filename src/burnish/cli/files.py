@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,15 +27,10 @@ def attached(adapter: Path, base: str | None, force: bool = False) -> Any:
 
 
 def base_of(adapter: Path) -> str:
-    """What the adapter's own config calls its base."""
-    file = adapter / "adapter_config.json"
-    try:
-        name = jsonlib.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except OSError:
-        raise ConfigError(f"{adapter} is no adapter folder: there is no {file.name} in it"
-                          ) from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    """What the adapter's own configuration calls its base."""
+    from ..formats.folder import read_config
+
+    name = read_config(adapter)["base"].get("name")
     if not name:
         raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
     return name
