@@ -156,6 +156,10 @@ class Ledger(TorchDispatchMode):
                 else:
                     self._enter(t, name.rpartition(".")[0], self._idle, category)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False                          # spares every operator two wrapper frames
+
     # -- the mode ---------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
@@ -318,7 +322,7 @@ class Ledger(TorchDispatchMode):
     def _note_sum(self, args: tuple, kwargs: dict | None) -> None:
         """Where two gradients meet the engine adds in place, but not while a mode watches it."""
         if (torch._C._current_graph_task_id() == -1 or kwargs or len(args) != 2
-                or sys._getframe(2).f_code.co_name != "_engine_run_backward"):
+                or not _called_by_engine()):
             return
         entry = self._lookup(args[0])
         if entry is not None and entry.category is None and entry.phase == "backward":
@@ -393,6 +397,14 @@ def _mutates(func: Any) -> bool:
     if known is None:
         known = _MUTATES[func] = func._schema.is_mutable
     return known
+
+
+def _called_by_engine() -> bool:
+    """Is the operator being dispatched the engine's own, not one of a Python backward?"""
+    frame = sys._getframe(3)
+    while frame is not None and frame.f_code.co_name in ("_fn", "inner"):
+        frame = frame.f_back                  # wrappers that older versions put around modes
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

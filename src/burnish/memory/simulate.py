@@ -76,7 +76,8 @@ class FakeLedger(Ledger):
                     t.__dict__.pop("_burnish_value", None)
             return _LAYOUTS.get(func, func)(*args, **kwargs)
         if func is _ITEM:
-            return values[0][0].item()
+            with _no_modes():
+                return values[0][0].item()
         sized = True
         try:
             out = func(*args, **kwargs)
@@ -143,8 +144,8 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
             steps: int = 2, restore: bool = True, count: bool = False) -> MemoryReport:
     """The same ledger on the real step: ``tuned.step(batch, loss)``, `steps` times.
 
-    restore: put trained tensors, buffers, optimizer state and random state back as they were; the
-        copies kept for that are not part of the reading.
+    restore: put trained tensors, buffers, optimizer state and random state back as they were
+        (gradients are cleared); the copies kept for that are not part of the reading.
     """
     keep = _Snapshot(tuned) if restore else contextlib.nullcontext()
     with keep:
@@ -337,7 +338,7 @@ class _Snapshot:
         tuned, model = self.tuned, self.tuned.model
         opt = tuned.current_optimizer
         held = {id(p) for g in opt.param_groups for p in g["params"]} if opt is not None else set()
-        self.flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.tensors = [(t, t.detach().clone()) for t in model.buffers()]
         self.tensors += [(p, p.detach().clone()) for n, p in model.named_parameters()
                          if p.requires_grad or id(p) in held or ".burnish." in f".{n}."]
@@ -349,9 +350,9 @@ class _Snapshot:
 
     def __exit__(self, *exc: Any) -> None:
         tuned = self.tuned
-        for p, flag, grad in self.flags:
+        for p, flag in self.flags:
             p.requires_grad_(flag)
-            p.grad = grad
+            p.grad = None
         with torch.no_grad():
             for t, value in self.tensors:
                 t.copy_(value)
