@@ -1,0 +1,139 @@
+"""Names of settings: those of transformers, the ones people know from elsewhere, and our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..core.errors import ConfigError, nearest
+
+#: other spellings of transformers' names
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "warmup_ratio": "warmup_steps",
+    "scheduler": "lr_scheduler_type", "lr_scheduler": "lr_scheduler_type",
+    "evaluation_strategy": "eval_strategy",
+    "clip": "max_grad_norm", "gradient_clipping": "max_grad_norm",
+    "workers": "dataloader_num_workers",
+}
+
+#: other spellings of our own names
+OWN_ALIASES = {
+    "val_set_size": "validation",
+    "sequence_len": "max_length", "cutoff_len": "max_length", "max_seq_length": "max_length",
+    "model_max_length": "max_length",
+    "target_modules": "targets", "lora_target": "targets",
+    "resume_from_checkpoint": "resume",
+    "torch_dtype": "dtype",
+    "text_column": "text", "label_column": "label", "image_column": "image",
+    "tokenizer": "processor", "image_processor": "processor",
+}
+
+#: names of transformers that have no say here, with what has
+ELSEWHERE = {
+    "output_dir": "the folder is output=",
+    "optim": "the recipe names the optimizer, e.g. 'lora(rank=8) + adam8bit'",
+    "optim_args": "the recipe names the optimizer",
+    "optim_target_modules": "the recipe names the optimizer, e.g. 'galore(rank=128)'",
+    "auto_find_batch_size": "memory='8GB' plans the batch beforehand",
+    "remove_unused_columns": "columns are chosen by text=, label= and image=",
+    "label_names": "columns are chosen by text=, label= and image=",
+    "push_to_hub": "upload the finished folder",
+    "torch_compile": "compile the model before, or use the recipe",
+    "deepspeed": "sharding goes through accelerate's FSDP2",
+    "save_only_model": "a checkpoint always holds all it takes to resume",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "do_train": "fit always trains", "do_eval": "give a validation split, or validation=0",
+    "do_predict": "use burnish predict",
+}
+
+
+@dataclass
+class Options:
+    """What `fit` itself takes, beside transformers' training arguments.
+
+    task, text, label, image, split, validation: see :func:`burnish.fit.data.read`.
+    max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
+    targets, head: as for :func:`burnish.tune`.
+    resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
+    tensorboard: also write TensorBoard files.
+    test: also evaluate the test split at the end (default: when there is one).
+    quiet: print nothing.
+    """
+
+    task: str | None = None
+    text: str | None = None
+    label: str | None = None
+    image: str | None = None
+    split: str | None = None
+    validation: float | int = 0.1
+    max_length: int | None = None
+    processor: Any = None
+    targets: Any = None
+    head: bool | str = "auto"
+    resume: bool | str = False
+    tensorboard: bool = False
+    test: bool | None = None
+    quiet: bool = False
+    report: bool = True
+    measure: bool = True
+    dtype: Any = None
+    trust_remote_code: bool = False
+    callbacks: list[Any] = field(default_factory=list)
+
+
+def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict[str, Any]]:
+    """(own options, transformers' arguments, LoRA's old flags) of keyword arguments.
+
+    Raises ConfigError for an unknown name (with the nearest), for one given twice under two
+    spellings, and for one that is decided elsewhere (with where).
+    """
+    from transformers import TrainingArguments
+
+    theirs = {f.name for f in fields(TrainingArguments) if f.init}
+    ours = {f.name for f in fields(Options)}
+    own: dict[str, Any] = {}
+    args: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for key, value in training.items():
+        if key in _LORA:
+            lora[_LORA[key]] = value
+            continue
+        if key in ELSEWHERE:
+            raise ConfigError(f"{key}= is not a setting of fit: {ELSEWHERE[key]}")
+        name = OWN_ALIASES.get(key, ALIASES.get(key, key))
+        if name in spelt:
+            raise ConfigError(f"{spelt[name]}= and {key}= are the same setting; give one")
+        spelt[name] = key
+        if name in ours:
+            own[name] = value
+        elif name in theirs:
+            args[name] = value
+        else:
+            known = ours | (theirs - set(ELSEWHERE)) | set(ALIASES) | set(OWN_ALIASES)
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
+    return Options(**own), args, lora
+
+
+#: what people type for LoRA elsewhere, and what it is called in a recipe
+_LORA = {"r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
+         "lora_dropout": "dropout"}
+
+
+def recipe_of(recipe: Any, lora: dict[str, Any]) -> Any:
+    """LoRA's old flags as a recipe. Raises ConfigError beside a recipe that says otherwise."""
+    if not lora:
+        return recipe
+    text = f"lora({', '.join(f'{k}={v!r}' for k, v in lora.items())})"
+    if recipe is not None:
+        raise ConfigError(f"lora's settings belong in the recipe: {text}, not beside {recipe!s}")
+    return text
