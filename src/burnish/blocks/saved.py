@@ -32,14 +32,22 @@ Recompute = Callable[..., Tensor]
 
 
 class _Entry:
-    """How to make one tensor again: an operation on packed arguments."""
+    """How to make one tensor again: an operation on arguments, packed once somebody asks."""
 
-    __slots__ = ("fn", "args", "kwargs", "size", "stride", "offset", "readers", "value")
+    __slots__ = ("fn", "args", "kwargs", "size", "stride", "offset", "readers", "value",
+                 "settled", "__weakref__")
 
     def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor):
         self.fn, self.args, self.kwargs = fn, args, kwargs
         self.size, self.stride, self.offset = out.size(), out.stride(), out.storage_offset()
-        self.readers, self.value = 0, None
+        self.readers, self.value, self.settled = 0, None, False
+
+    def settle(self, tape: Tape) -> None:
+        """The first reader has come: the arguments go where kept tensors go."""
+        if not self.settled:
+            self.settled = True
+            self.args = tuple(tape.argument(a) for a in self.args)
+            self.kwargs = {k: tape.argument(v) for k, v in self.kwargs.items()}
 
     def make(self) -> Tensor:
         """The tensor; shared until the last reader has asked."""
@@ -97,11 +105,6 @@ def _open(x: Any) -> Any:
     return x.open() if isinstance(x, (_Note, _Kept)) or hasattr(x, "open") else x
 
 
-def _layer_norm_again(x: Tensor, shape: Any, weight: Any = None, bias: Any = None,
-                      eps: float = 1e-5) -> Tensor:
-    return F.layer_norm(x, shape, weight, bias, eps)
-
-
 #: name of a function -> may its output be made again? (output, arguments) -> bool
 def _always(out: Tensor, args: tuple) -> bool:
     return True
@@ -121,6 +124,10 @@ CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
     **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
 }
 _IN_PLACE = ("inplace", "out")
+
+
+def _nothing() -> None:
+    """Nobody listens for the start of a forward."""
 
 
 class Policy:
@@ -148,6 +155,7 @@ class Tape(TorchFunctionMode):
         self._known: dict[int, tuple[Any, _Entry]] = {}
         self._rules: dict[Any, Any] = {}
         self._depth = 0
+        self.on_start: Callable[[], None] = _nothing
 
     # -- watching -----------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: tuple = (),
@@ -199,8 +207,7 @@ class Tape(TorchFunctionMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if any(a.untyped_storage()._cdata == storage for a in tensors):
             return                                  # a view or a cast that did nothing
-        entry = _Entry(fn, tuple(self._argument(a) for a in args),
-                       {k: self._argument(v) for k, v in kwargs.items()}, out)
+        entry = _Entry(fn, args, kwargs, out)
         known = self._known
 
         def forget(ref: Any, key: int = storage) -> None:
@@ -209,11 +216,9 @@ class Tape(TorchFunctionMode):
 
         known[storage] = (weakref.ref(out, forget), entry)
 
-    def _argument(self, a: Any) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        entry = self._find(a)
-        return _Note(entry, a) if entry else _Kept(a if a.grad_fn is None else a.detach())
+    def argument(self, a: Any) -> Any:
+        """An argument of a noted operation, as backward will want it."""
+        return self.pack(a) if isinstance(a, Tensor) else a
 
     def _find(self, t: Tensor) -> _Entry | None:
         key = t.untyped_storage()._cdata
@@ -229,7 +234,10 @@ class Tape(TorchFunctionMode):
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
         entry = self._find(t) if self.lean else None
-        return _Note(entry, t) if entry is not None else self.policy.pack(t)
+        if entry is None:
+            return self.policy.pack(t)
+        entry.settle(self)
+        return _Note(entry, t)
 
     @staticmethod
     def unpack(x: Any) -> Tensor:
@@ -242,6 +250,7 @@ class Tape(TorchFunctionMode):
             yield
             return
         self._depth += 1
+        self.on_start()
         self.policy.start()
         try:
             with self, torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):

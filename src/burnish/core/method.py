@@ -65,8 +65,9 @@ class Method:
     def storage(self, place: Place, weight: torch.Tensor) -> Provider | None:
         """The provider that holds this frozen weight from now on, or None to leave it."""
 
-    def delta(self, place: Place, weight: torch.Tensor) -> Term | None:
-        """The term added to this weight. `weight` is the (out, in) view, possibly fake."""
+    def delta(self, place: Place, weight: torch.Tensor) -> Term | tuple[Term, ...] | None:
+        """The term (or terms) added to this weight, and at most one function of W (`Wrap`).
+        `weight` is the (out, in) view, possibly fake."""
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         """Existing parameters that train whole."""
@@ -91,8 +92,9 @@ class Method:
     def controller(self, tuned: Tuned) -> Any:
         """An object whose methods are named by events (see core/events.py)."""
 
-    def objective(self, tuned: Tuned) -> torch.Tensor | None:
-        """A scalar added to the task's loss once per update."""
+    def objective(self, tuned: Tuned) -> Iterable[torch.Tensor]:
+        """Scalars added to the task's loss once per update; each goes backward by itself."""
+        return ()
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
         """A gate around several answers, as branches that carry their router."""

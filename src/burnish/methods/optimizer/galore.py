@@ -34,7 +34,8 @@ class Galore(Method):
     a gradient that is zero or not finite at a refresh leaves the old P.
     """
 
-    paper: ClassVar[str] = "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, ICML 2024"
+    paper: ClassVar[str] = ("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank "
+                            "Projection, ICML 2024")
 
     rank: int = setting(128, "rank of the subspace", alias=("r",))
     update_every: int = setting(200, "updates between two projections' singular value "

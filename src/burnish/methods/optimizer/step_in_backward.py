@@ -20,7 +20,8 @@ class StepInBackward(Method):
     step that went wrong half-way cannot be rolled back.
     """
 
-    paper: ClassVar[str] = "Full Parameter Fine-tuning for Large Language Models with Limited Resources, ACL 2024"
+    paper: ClassVar[str] = ("Full Parameter Fine-tuning for Large Language Models "
+                            "with Limited Resources, ACL 2024")
 
     def claims(self) -> tuple[str, ...]:
         return ("the step site",)

@@ -1,0 +1,70 @@
+"""burnish: fine-tune any pre-trained PyTorch model within the memory you have.
+
+    import burnish
+
+    tuned = burnish.tune(model, "nf4 + snella(rank=8) + checkpoint")
+    loss = tuned.step(batch)
+    tuned.save("adapter/")
+
+Everything here is imported when first used; ``import burnish`` itself only needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "tune": "engine.tuned", "Tuned": "engine.tuned", "load": "formats.adapter",
+    "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
+    "fit": "fit", "TrainerCallback": "fit",
+    "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
+    "setting": "core.method", "register": "core.registry",
+    "export_peft": "formats.peft", "load_peft": "formats.peft",
+    **dict.fromkeys(("BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",
+                     "FormatError", "NoPlanError", "CheckError", "MemoryExceeded"), "core.errors"),
+}
+_ALIAS = {"methods": ("core.registry", "catalogue")}
+
+__all__ = sorted([*_HOME, *_ALIAS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ALIAS:
+        home, real = _ALIAS[name]
+    elif name in _HOME:
+        home, real = _HOME[name], name
+    else:
+        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"burnish.{home}"), real)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from .core.errors import (
+        BurnishError,
+        CheckError,
+        ConfigError,
+        DataError,
+        FormatError,
+        MemoryExceeded,
+        NoPlanError,
+        RecipeError,
+        TargetError,
+    )
+    from .core.method import Method, setting
+    from .core.recipe import Recipe, parse
+    from .core.registry import catalogue as methods
+    from .core.registry import register
+    from .engine.tuned import Tuned, tune
+    from .fit import TrainerCallback, fit
+    from .formats.adapter import load
+    from .formats.peft import export_peft, load_peft
+    from .memory import MemoryReport, measure, plan, simulate

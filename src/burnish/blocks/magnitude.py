@@ -1,0 +1,39 @@
+"""A weight as direction times length, row by row."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .provided import Panels, Wrap
+
+
+class Magnitude(Wrap):
+    """``W' = diag(m / c) V`` with c_o = ||V_o||_2 held constant in the gradient.
+
+    m: (out,), starts as the row norms of the base. c is read off the panels of V in one pass, so
+    no (out, in) temporary outlives a panel. A row of zeros keeps gain 1.
+    """
+
+    diagonal: ClassVar[bool] = True
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        wide = weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
+        self.m = nn.Parameter(torch.linalg.vector_norm(wide, dim=-1))
+
+    def of(self, V: Tensor) -> Tensor:
+        c = torch.linalg.vector_norm(V.detach(), dim=-1)
+        zero = c == 0
+        f = torch.where(zero, 1.0, self.m.to(V.dtype) / torch.where(zero, 1.0, c))
+        return f.unsqueeze(-1) * V
+
+    def gains(self, V: Panels) -> tuple[Tensor, Any]:
+        c = V.row_squares().clamp_(min=0).sqrt_().to(self.m.dtype)
+        inv = torch.where(c == 0, 0.0, 1 / torch.where(c == 0, 1.0, c))
+        return torch.where(c == 0, 1.0, self.m * inv), inv
+
+    def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
+        return [df * kept if self.m.requires_grad else None]

@@ -1,0 +1,111 @@
+"""Kept tensors that wait elsewhere until backward: in host memory, or on disk.
+
+Each storage moves once however many readers it has; identity is a weak reference to the storage,
+never an address (addresses are reused). Small tensors stay where they are. Bytes come back as
+they went, so gradients are bit-equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .saved import Policy
+
+#: bytes below which moving costs more than it saves
+THRESHOLD = 1 << 20
+
+
+class _Away:
+    """One storage's bytes, elsewhere. `bring` gives them back; shared while readers remain."""
+
+    def __init__(self, flat: Tensor, place: str, folder: Path | None, serial: int):
+        self.device, self.nbytes = flat.device, flat.numel()
+        self.file: Path | None = None
+        self.held: Tensor | None = None
+        self.back: Any = lambda: None
+        if isinstance(flat, FakeTensor):
+            return
+        if place == "disk":
+            self.file = folder / f"{serial}.bin"
+            flat.cpu().numpy().tofile(self.file)
+            weakref.finalize(self, self.file.unlink, missing_ok=True)
+        else:
+            pinned = flat.device.type == "cuda"
+            self.held = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self.held.copy_(flat)
+
+    def bring(self) -> Tensor:
+        now = self.back()
+        if now is None:
+            if self.file is not None:
+                now = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).to(self.device)
+            elif self.held is not None:
+                now = self.held.to(self.device, copy=True)
+            else:                                   # a simulation: memory comes, no bytes
+                now = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+            self.back = weakref.ref(now)
+        return now
+
+
+class _Moved:
+    """A view of a storage that is away."""
+
+    def __init__(self, away: _Away, t: Tensor):
+        self.away = away
+        self.dtype, self.size, self.stride = t.dtype, t.size(), t.stride()
+        self.offset = t.storage_offset()
+
+    def open(self) -> Tensor:
+        flat = self.away.bring()
+        return torch.as_strided(flat.view(self.dtype), self.size, self.stride, self.offset)
+
+
+def _gone() -> None:
+    return None
+
+
+class Offload(Policy):
+    """to="host": beside an accelerator, its memory for the host's. to="disk": a file per storage.
+
+    On a machine without an accelerator "host" moves nothing that is not already there, so only
+    "disk" frees memory.
+    """
+
+    def __init__(self, to: Literal["host", "disk"] = "host", threshold: int = THRESHOLD,
+                 folder: str | None = None):
+        self.to, self.threshold = to, threshold
+        self._folder = tempfile.TemporaryDirectory(prefix="burnish-", dir=folder) \
+            if to == "disk" else None
+        self._serial = itertools.count()
+        self._away: dict[int, tuple[Any, Any]] = {}
+        self.bytes_written = 0
+
+    def start(self) -> None:
+        self._away.clear()
+
+    def pack(self, t: Tensor) -> Any:
+        storage = t.untyped_storage()
+        nbytes = storage.nbytes()
+        owner = t._base if t._is_view() else t          # weights are also kept as transposes
+        if isinstance(owner, torch.nn.Parameter) or nbytes < self.threshold \
+                or (self.to == "host" and t.device.type == "cpu"):
+            return super().pack(t)
+        key = storage._cdata
+        ref, gone = self._away.get(key, (_gone, _gone))
+        away = gone()                            # alive while some reader waits for it
+        if ref() is None or away is None:
+            flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
+            away = _Away(flat, self.to, self._folder and Path(self._folder.name),
+                         next(self._serial))
+            self.bytes_written += nbytes
+            self._away[key] = (weakref.ref(storage), weakref.ref(away))
+        return _Moved(away, t)

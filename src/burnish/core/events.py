@@ -1,0 +1,67 @@
+"""The timeline, drawn once. Everybody who writes a handler designs against this picture.
+
+    start(total)
+      +-- step_begin(step)
+      |     forward -> loss -> backward
+      |     before_update(step)      gradients complete, weights old
+      |     update                   the optimizer's step
+      |     after_update(step)       weights new, gradients still there
+      +-- step_end(step)
+    finish
+
+A handler is any object; its methods named like the events are called. Phases order handlers of
+one event (`phase`, default 50, small first), then the order written in the recipe. Everything
+hangs on the optimizer, so a recipe does the same in anybody's loop: `step_begin` fires when the
+previous update is done (and before the first forward), the rest around `optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+EVENTS = ("start", "step_begin", "before_update", "after_update", "step_end", "finish")
+
+
+class Timeline:
+    """Calls handlers in order and keeps a short trace of what ran."""
+
+    def __init__(self, handlers: list[tuple[str, Any]]):
+        self.handlers = handlers                     # (name of the part, handler)
+        self.step = 0
+        self.started = False
+        self.trace: deque[tuple[str, str, int]] = deque(maxlen=256)
+
+    def emit(self, event: str, *args: Any) -> None:
+        ready = [(name, h) for name, h in self.handlers if hasattr(h, event)]
+        for name, handler in sorted(ready, key=lambda nh: getattr(nh[1], "phase", 50)):
+            self.trace.append((event, name, self.step))
+            getattr(handler, event)(*args)
+
+    def start(self, total: int | None) -> None:
+        """Once, before the first forward; `total` updates are planned, None if unknown."""
+        if not self.started:
+            self.started = True
+            self.emit("start", total)
+            self.emit("step_begin", self.step)
+
+    def before_update(self) -> None:
+        self.emit("before_update", self.step)
+
+    def after_update(self) -> None:
+        self.emit("after_update", self.step)
+        self.emit("step_end", self.step)
+        self.step += 1
+        self.emit("step_begin", self.step)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, and each handler's own state."""
+        return {"step": self.step,
+                "handlers": {n: h.state_dict() for n, h in self.handlers
+                             if hasattr(h, "state_dict")}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step, self.started = state["step"], True
+        for name, handler in self.handlers:
+            if name in state["handlers"]:
+                handler.load_state_dict(state["handlers"][name])

@@ -1,0 +1,136 @@
+"""A batch a model would accept, made from its config alone.
+
+The sizes come from the config, so the same call serves a toy and ViT-B/16, and it may run inside
+``FakeTensorMode`` or under ``torch.device("meta")``: nothing here looks at a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+#: tokens of text where neither the batch nor the model says how many
+SEQUENCE = 512
+
+_PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification",
+               "ForVideoClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+_PER_TOKEN = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification",
+              "ForConditionalGeneration", "ForPreTraining", "DoubleHeadsModel")
+
+
+def example_batch(model: nn.Module | Any, batch: int | tuple[int, int] | Mapping[str, Any] = 2,
+                  seed: int = 0) -> dict[str, Any]:
+    """Named inputs with labels, so that ``model(**batch).loss`` is a scalar.
+
+    model: a transformers model or config, or a module with its own ``example(samples)``.
+    batch: samples, or (samples, tokens); a mapping is returned as it is (as a dict).
+    seed: of the values; the global random state stays as it was.
+
+    Text is filled with ids in [1, vocabulary), without padding. Raises ConfigError for a model
+    that does not say what it takes.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    samples, tokens = (batch, None) if isinstance(batch, int) else _pair(batch)
+    if samples < 1 or (tokens is not None and tokens < 1):
+        raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
+    draw = _Draw(seed)
+    if hasattr(model, "example") and not hasattr(model, "config"):
+        return dict(model.example(samples))
+    config = getattr(model, "config", model)
+    cls = type(model).__name__ if isinstance(model, nn.Module) else _architecture(config)
+    out = _inputs(config, samples, tokens, draw)
+    if not out:
+        raise ConfigError(f"{type(model).__name__} does not say what it takes; give the batch as "
+                          "a mapping of tensors, e.g. {'x': torch.empty(8, 3, 224, 224)}")
+    return out | _labels(config, cls, out, samples, tokens, draw)
+
+
+class _Draw:
+    """Seeded values on whatever device or mode is current."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def ids(self, shape: tuple[int, ...], low: int, high: int) -> Tensor:
+        return self._run(lambda: torch.randint(low, max(high, low + 1), shape))
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        return self._run(lambda: torch.randn(shape))
+
+    def _run(self, make: Any) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.seed += 1
+            return make()
+
+
+def _pair(batch: Any) -> tuple[int, int]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2
+            and all(isinstance(n, int) for n in batch)):
+        raise ConfigError(f"batch {batch!r}: expected samples, (samples, tokens) or a mapping of "
+                          "tensors")
+    return batch[0], batch[1]
+
+
+def _architecture(config: Any) -> str:
+    return (getattr(config, "architectures", None) or [""])[0]
+
+
+def _part(config: Any, name: str) -> Any:
+    return getattr(config, name, None) or config
+
+
+def _inputs(config: Any, samples: int, tokens: int | None, draw: _Draw) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    text, vision = _part(config, "text_config"), _part(config, "vision_config")
+    mels = getattr(config, "num_mel_bins", None)
+    if mels is not None:                                    # speech: two frames per position
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        out["input_features"] = draw.normal((samples, mels, frames))
+        return out
+    if getattr(text, "vocab_size", None) is not None:
+        out["input_ids"] = draw.ids((samples, _length(text, tokens)), 1, text.vocab_size)
+    size = getattr(vision, "image_size", None)
+    if size is None and getattr(vision, "num_channels", None) is not None:
+        size = 224                                          # a fully convolutional network
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+        frames = getattr(vision, "num_frames", None)
+        shape = (*([frames] if frames else []), getattr(vision, "num_channels", 3), height, width)
+        out["pixel_values"] = draw.normal((samples, *shape))
+    return out
+
+
+def _length(text: Any, tokens: int | None) -> int:
+    limit = getattr(text, "max_position_embeddings", None)
+    return tokens or min(SEQUENCE, limit or SEQUENCE)
+
+
+def _labels(config: Any, cls: str, inputs: dict[str, Any], samples: int, tokens: int | None,
+            draw: _Draw) -> dict[str, Any]:
+    classes = getattr(config, "num_labels", 2)
+    if "input_ids" in inputs and "pixel_values" in inputs and not cls.endswith(_PER_TOKEN):
+        return {"return_loss": True}                        # contrastive
+    if cls.endswith("ForQuestionAnswering"):
+        length = inputs["input_ids"].shape[1]
+        return {k: draw.ids((samples,), 0, length) for k in ("start_positions", "end_positions")}
+    if cls.endswith(_PER_SAMPLE):
+        if classes == 1:
+            return {"labels": draw.normal((samples,))}
+        return {"labels": draw.ids((samples,), 0, classes)}
+    if cls.endswith("ForSemanticSegmentation"):
+        return {"labels": draw.ids((samples, *inputs["pixel_values"].shape[-2:]), 0, classes)}
+    if cls.endswith("ForTokenClassification"):
+        return {"labels": draw.ids(tuple(inputs["input_ids"].shape), 0, classes)}
+    if cls.endswith(_PER_TOKEN):
+        text = _part(config, "text_config")
+        length = inputs["input_ids"].shape[1] if "input_ids" in inputs else \
+            tokens or min(SEQUENCE, getattr(config, "max_target_positions", None) or SEQUENCE)
+        return {"labels": draw.ids((samples, length), 1, text.vocab_size)}
+    return {}

@@ -1,0 +1,1 @@
+"""Joins a recipe to a model: class swap, slots, and the tuned model."""

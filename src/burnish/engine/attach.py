@@ -1,0 +1,165 @@
+"""Asks every part of a recipe its questions and puts the answers into the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..blocks.provided import Wrap
+from ..core.anatomy import Anatomy
+from ..core.errors import RecipeError, TargetError
+from ..core.method import Method
+from ..core.recipe import Recipe
+from ..core.site import Branch, Place
+from ..core.targets import match
+from .slot import State, slot_of, swap_provided
+
+if TYPE_CHECKING:
+    from .tuned import Adapter
+
+
+class Attacher:
+    """Collects the answers of one recipe for one model and applies each axis' law."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter):
+        self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
+        self.notes: list[str] = []
+        self.replaced: dict[str, str] = {}
+        self.placed: dict[str, list[Place]] = {}
+
+    # -- where ---------------------------------------------------------------------------------
+    def places(self, method: Method) -> list[Place]:
+        """The places a part applies to; those of a kind it has no form for are named."""
+        asked = method.targets if method.targets is not None else self.adapter.targets
+        found = match(self.anatomy, asked)
+        fit = [p for p in found if p.kind in method.kinds]
+        left = [p for p in found if p.kind not in method.kinds]
+        if left and (asked is not None or not fit):
+            kinds = ", ".join(sorted(method.kinds))
+            raise TargetError(f"{method.name} has no form for {left[0].name} (kind "
+                              f"{left[0].kind}); it works on {kinds}")
+        if left:
+            self.notes.append(f"{method.name} leaves {len(left)} {left[0].kind} weights alone: "
+                              "it has no form for them")
+        return fit
+
+    def _module(self, place: Place) -> nn.Module:
+        return self.model.get_submodule(place.path)
+
+    # -- what ----------------------------------------------------------------------------------
+    def attach(self, recipe: Recipe) -> None:
+        """Every question in the order of the table."""
+        for part in recipe:
+            if "delta" in part.axes():
+                self._deltas(part)
+        for part in recipe:
+            if "storage" in part.axes():
+                self._storage(part)
+        for part in recipe:
+            for selection in part.select(self.anatomy):
+                self._select(part, selection.name)
+        for part in recipe:
+            for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
+                self._branch(part, branch)
+        for part in recipe:
+            for question in ("prompt", "side", "activations"):
+                if question in part.axes():
+                    answer = getattr(part, question)(self.anatomy)
+                    if answer is not None:
+                        answer.install(self, part)
+
+    def slot(self, path: str) -> Any:
+        """The slot of a module, made on first use (for blocks that install themselves)."""
+        return slot_of(self.model.get_submodule(path), self.state, path)
+
+    def _deltas(self, part: Method) -> None:
+        for place in (placed := self.places(part)):
+            module = self._module(place)
+            slot = slot_of(module, self.state, place.path)
+            weight = slot._place_view(module, place)
+            with torch.no_grad():
+                answer = part.delta(place, weight)
+            if answer is None:
+                continue
+            several = sum(p.path == place.path for p in placed) > 1
+            label = part.name if not several else \
+                f"{part.name}_{place.role or place.param.replace('.', '_')}"
+            for k, term in enumerate(answer if isinstance(answer, tuple) else (answer,)):
+                if isinstance(term, Wrap):
+                    self._one_wrap(part, place, slot)
+                term.to(weight.device)
+                slot.add(self.adapter.name, label if not k else
+                         f"{label}_{type(term).__name__.lower()}", term, place=place)
+            self.placed.setdefault(part.name, []).append(place)
+
+    def _one_wrap(self, part: Method, place: Place, slot: Any) -> None:
+        for other in slot.parts:
+            if other.adapter == self.adapter.name and other.place is not None \
+                    and other.place.param == place.param and other.place.rows == place.rows \
+                    and isinstance(slot.module_of(other), Wrap):
+                raise RecipeError(f"{other.key} and {part.name} are both functions of "
+                                  f"{place.name}; one function of W wraps the terms: "
+                                  "give them different targets or drop one")
+
+    def _storage(self, part: Method) -> None:
+        for place in self.places(part):
+            if place.rows:
+                raise TargetError(f"{part.name} stores whole weights; {place.name} is a slice: "
+                                  "target the fused weight")
+            module = self._module(place)
+            slot = slot_of(module, self.state, place.path)
+            if place.param in slot.providers:
+                raise RecipeError(f"two storages for {place.name}: it has one form already")
+            if "." in place.param:
+                self.notes.append(f"{part.name} leaves {place.name} alone: its module reads "
+                                  "the weight past the child that owns it")
+                continue
+            stored = module._parameters[place.param]
+            moved = stored.detach()
+            for p in slot.parts:
+                fold = getattr(slot.module_of(p), "fold_start", None)
+                if p.place == place and fold is not None:
+                    moved = fold(moved, place)        # a start that storage should absorb
+            with torch.no_grad():
+                provider = part.storage(place, moved)
+            if provider is None:
+                continue
+            self.adapter.originals.put(place.path, place.param, stored)
+            del module._parameters[place.param]
+            slot.provide(place.param, provider)
+            swap_provided(module, tuple(slot.providers))
+            self.replaced[f"{place.path}.{place.param}"] = part.name
+            self.placed.setdefault(part.name, []).append(place)
+
+    def _select(self, part: Method, name: str) -> None:
+        if name in self.replaced:
+            raise RecipeError(f"{part.name} trains {name} whole, but {self.replaced[name]} holds "
+                              "it frozen in another form; train a delta there instead, or give "
+                              "them different targets")
+        try:
+            parameter = self.model.get_parameter(name)
+        except AttributeError:
+            raise RecipeError(f"{part.name} selects {name!r}, which the model does not have") \
+                from None
+        if not parameter.is_floating_point():
+            raise RecipeError(f"{part.name} cannot train {name}: it holds {parameter.dtype}")
+        self.adapter.select(name, parameter)
+
+    def _branch(self, part: Method, branch: Branch) -> None:
+        target = self.model.get_submodule(branch.write)
+        slot = slot_of(target, self.state, branch.write)
+        if branch.compose == "replace":
+            for other in slot.parts:
+                if other.branch is not None and other.branch.compose == "replace" \
+                        and other.branch.at == branch.at and other.adapter == self.adapter.name:
+                    raise RecipeError(f"{other.key} and {part.name} both replace the "
+                                      f"{branch.at} of {branch.write}; only one may")
+        like = next((p for p in target.parameters()), None)
+        if like is not None:
+            branch.module.to(like.device)
+        slot.add(self.adapter.name, part.name, branch.module, branch=branch)
+        path, what = branch.read
+        if path not in ("", branch.write):
+            slot_of(self.model.get_submodule(path), self.state, path).reads.add((path, what))

@@ -1,0 +1,112 @@
+"""Folding an update into plain weights, and out again.
+
+Written in fp32 at least and cast back once. What a weight was before waits aside (originals.py),
+so unmerge restores every bit instead of subtracting what rounding has already changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import CheckError, ConfigError
+from .originals import Originals
+from .slot import ATTR, Slot, slots, unswap
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+@dataclass
+class Undo:
+    """What unmerge needs: the swapped classes, the slots, and the weights as they were."""
+
+    modules: list[tuple[str, nn.Module, type, Slot]] = field(default_factory=list)
+    written: Originals = field(default_factory=Originals)
+    made: list[tuple[nn.Module, str]] = field(default_factory=list)     # parameters that were None
+    flags: dict[str, bool] = field(default_factory=dict)
+
+
+def why_not(tuned: Tuned) -> str | None:
+    """The reason the active recipe cannot be merged, or None."""
+    if tuned.state.rows is not None or not tuned.state.active:
+        return "per-sample adapters have no single weight; use(...) one adapter or a mix first"
+    for name, _ in tuned.state.active:
+        for m in tuned.adapters[name].recipe:
+            if not m.merges:
+                return f"{m.name} has no form as a plain weight: it computes on hidden states"
+    return None
+
+
+@torch.no_grad()
+def merge(tuned: Tuned) -> nn.Module:
+    """See :meth:`burnish.Tuned.merge`."""
+    if (reason := why_not(tuned)) is not None:
+        raise CheckError(f"cannot merge: {reason}")
+    undo = Undo(flags={n: p.requires_grad for n, p in tuned.model.named_parameters()})
+    for path, module, slot in slots(tuned.model):
+        for param, value in _merged(module, slot, tuned.state.active).items():
+            _write(undo, path, module, slot, param, value)
+        undo.modules.append((path, module, type(module), slot))
+    for _, module, _, _ in undo.modules:
+        unswap(module)
+    for p in tuned.model.parameters():
+        p.requires_grad_(False)
+    tuned.merged = undo
+    return tuned.model
+
+
+def _merged(module: nn.Module, slot: Slot, active: Any) -> dict[str, Tensor]:
+    """parameter -> its value with everything active folded in."""
+    out: dict[str, Tensor] = {}
+    groups, before, after = slot._planned(module, active)
+    for param in slot.providers:
+        out[param] = slot._stored(module, param).detach().clone()
+    for place, op in groups:
+        target = out.setdefault(place.param, slot._stored(module, place.param).detach().clone())
+        view = place.view(target)
+        wide = torch.promote_types(view.dtype, torch.float32)
+        view.copy_(op.dense(view.to(wide)).to(view.dtype))
+    for part, scale in (*before, *after):
+        if scale != 1:
+            raise CheckError(f"cannot merge: {part.key} is active at {scale}; a scaling folds "
+                             "only whole")
+        slot.module_of(part).fold(module, out)
+    return out
+
+
+def _write(undo: Undo, path: str, module: nn.Module, slot: Slot, param: str, value: Tensor) -> None:
+    *parents, leaf = param.split(".")
+    for p in parents:
+        module = getattr(module, p)
+    own = module._parameters.get(leaf)
+    if own is None:                              # a provider held it, or there was no bias
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        undo.made.append((module, leaf))
+    else:
+        undo.written.put(path, param, own)
+        own.copy_(value)
+
+
+@torch.no_grad()
+def unmerge(tuned: Tuned) -> None:
+    """See :meth:`burnish.Tuned.unmerge`."""
+    undo = tuned.merged
+    if undo is None:
+        raise ConfigError("nothing is merged: call merge() first")
+    for path, param in undo.written:
+        tuned.model.get_submodule(path).get_parameter(param).copy_(undo.written.get(path, param))
+    for module, leaf in undo.made:
+        module._parameters[leaf] = None
+    for _, module, cls, slot in undo.modules:
+        module.__class__ = cls
+        module._modules[ATTR] = slot
+        for param in slot.providers:
+            module._parameters.pop(param, None)
+    for n, p in tuned.model.named_parameters():
+        p.requires_grad_(undo.flags.get(n, False))
+    undo.written.clear()
+    tuned.merged = None

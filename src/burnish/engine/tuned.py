@@ -1,0 +1,472 @@
+"""The tuned model: one recipe (or several, by name) joined to one model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..blocks.saved import Tape
+from ..blocks.step import compose
+from ..core.anatomy import Anatomy
+from ..core.errors import BurnishError, CheckError, ConfigError, nearest
+from ..core.events import Timeline
+from ..core.method import Method
+from ..core.recipe import Recipe, parse
+from .attach import Attacher
+from .originals import Originals
+from .slot import ATTR, State, slot_of, slots, unswap
+
+DEFAULT = "default"
+
+
+@dataclass
+class Adapter:
+    """One named recipe on the model: what it was made of and what of the base it trains."""
+
+    name: str
+    recipe: Recipe
+    targets: Any
+    head: bool
+    seed: int
+    originals: Originals
+    selected: dict[str, nn.Parameter] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def select(self, name: str, parameter: nn.Parameter) -> None:
+        self.selected[name] = parameter
+
+
+class Tuned:
+    """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
+
+    model: the same module that was given, changed in place.
+    """
+
+    def __init__(self, model: nn.Module, *, example: Any = None, calibration: Any = None):
+        self.model = model
+        self.anatomy = Anatomy.of(model)
+        self.calibration = calibration
+        self.adapters: dict[str, Adapter] = {}
+        self.state = State()
+        self.originals = Originals()
+        self.current_optimizer: torch.optim.Optimizer | None = None
+        self.total_steps: int | None = None
+        self.fingerprint: dict[str, Any] | None = None
+        self._before = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._timeline: Timeline | None = None
+        self._checked = False
+        self.merged: Any = None                       # what unmerge needs (engine/merge.py)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        slot_of(model, self.state, "").root = True
+
+    # -- recipes -------------------------------------------------------------------------------
+    def add(self, name: str, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
+            head: bool | str = False, seed: int = 0) -> None:
+        """Join another recipe under a name; it becomes active with :meth:`use`.
+
+        Raises RecipeError, TargetError; the model is left as it was when anything is refused.
+        """
+        if not name.isidentifier() or hasattr(nn.Module, name) or name.startswith("provided_"):
+            raise ConfigError(f"adapter name {name!r}: expected a plain word (letters, digits, _)")
+        if name in self.adapters:
+            raise ConfigError(f"there is an adapter {name!r} already; names are "
+                              f"{', '.join(self.adapters)}")
+        parsed = parse(recipe)
+        train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
+        adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
+        attacher = Attacher(self.model, self.anatomy, self.state, adapter)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        try:
+            compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
+                    [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)     # its laws, refused now
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                attacher.attach(parsed)
+            if train_head:
+                self._train_head(adapter, attacher)
+        except Exception:
+            self._drop(adapter)
+            raise
+        adapter.notes = attacher.notes
+        self.adapters[name] = adapter
+        for key, p in adapter.selected.items():
+            path, _, leaf = key.rpartition(".")
+            self.originals.put(path, leaf, p)
+        if len(self.adapters) == 1:
+            self.use(name)
+
+    def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
+        for path in self.anatomy.head:
+            for leaf, p in self.model.get_submodule(path).named_parameters():
+                if f".{ATTR}." not in f".{leaf}." and p.is_floating_point():
+                    adapter.select(f"{path}.{leaf}" if path else leaf, p)
+
+    def use(self, which: str | Mapping[str, float] | Sequence[str | None]) -> None:
+        """Choose what is active: one adapter by name, a weighted mix, or one per sample.
+
+        ``use("french")``; ``use({"french": .7, "law": .3})``; ``use(["french", None, "law"])``.
+        A mix trains nothing; per-sample use serves batches of mixed origin.
+        """
+        names = [which] if isinstance(which, str) else list(which)
+        for n in names:
+            if n is not None and n not in self.adapters:
+                raise ConfigError(f"no adapter {n!r}{nearest(n, self.adapters)} "
+                                  f"(there is {', '.join(self.adapters)})")
+        if isinstance(which, str):
+            self.state.use(((which, 1.0),))
+        elif isinstance(which, Mapping):
+            self.state.use(tuple((n, float(w)) for n, w in which.items()))
+        else:
+            self.state.use((), tuple(which))
+        single = names[0] if isinstance(which, str) else None
+        self._set_trainable(single)
+
+    def _set_trainable(self, name: str | None) -> None:
+        """Only the active adapter trains; several at once are for use, not for training."""
+        selected = self.adapters[name].selected if name else {}
+        for adapter in self.adapters.values():
+            for p in adapter.selected.values():
+                p.requires_grad_(False)
+        for p in selected.values():
+            p.requires_grad_(True)
+        for _, _, slot in slots(self.model):
+            for own, box in slot.named_children():
+                if own in self.adapters:
+                    for p in box.parameters():
+                        p.requires_grad_(own == name and not getattr(p, "burnish_frozen", False))
+
+    # -- what trains ---------------------------------------------------------------------------
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that trains (of the active adapter)."""
+        return self._active.recipe
+
+    @property
+    def _active(self) -> Adapter:
+        names = [n for n, _ in self.state.active] or list(self.adapters)
+        return self.adapters[names[0]]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of everything that trains."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything that trains."""
+        return (p for _, p in self.named_parameters())
+
+    def summary(self) -> dict[str, Any]:
+        """Per part: tensors, trainable parameters, bytes. ``print(tuned)`` shows it as a table."""
+        parts: dict[str, dict[str, int]] = {}
+
+        def count(key: str, p: Tensor) -> None:
+            row = parts.setdefault(key, {"tensors": 0, "trainable": 0, "bytes": 0})
+            row["tensors"] += 1
+            row["trainable"] += p.numel()
+            row["bytes"] += p.numel() * p.element_size()
+
+        names = {m.name for m in self.recipe}
+        heads = tuple(self.anatomy.head)
+        for name, p in self.named_parameters():
+            _, mark, rest = f".{name}".partition(f".{ATTR}.")
+            if mark:
+                key = rest.split(".")[1]
+                key = next((n for n in sorted(names, key=len, reverse=True)
+                            if key == n or key.startswith(n + "_")), key)
+            else:
+                key = "head" if name.startswith(heads) and heads else "base weights"
+            count(key, p)
+        total = sum(p.numel() for p in self.model.parameters())
+        return {"recipe": str(self.recipe), "parts": parts,
+                "trainable": sum(r["trainable"] for r in parts.values()), "parameters": total,
+                "notes": [*self.anatomy.notes, *self._active.notes]}
+
+    def __repr__(self) -> str:
+        s = self.summary()
+        rows = [f"  {k:<16} {r['tensors']:>5} tensors {r['trainable']:>13,} trainable "
+                f"{r['bytes'] / 2**20:>9.2f} MiB" for k, r in s["parts"].items()]
+        share = 100 * s["trainable"] / max(1, s["parameters"])
+        return "\n".join([f"Tuned({s['recipe']!r}): {s['trainable']:,} of {s['parameters']:,} "
+                          f"parameters train ({share:.2f} %)", *rows,
+                          *[f"  note: {n}" for n in s["notes"]]])
+
+    # -- the step ------------------------------------------------------------------------------
+    def optimizer(self, lr: float = 1e-3, **kw: Any) -> torch.optim.Optimizer:
+        """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
+
+        Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
+        loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
+        weight_decay).
+        """
+        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        opt = compose(answers, list(self.named_parameters()), lr=lr, **kw)
+        self.current_optimizer = opt
+        self._timeline = Timeline([(m.name, h) for m in self.recipe
+                                   if (h := m.controller(self)) is not None])
+        opt.register_step_pre_hook(lambda *_: self._before_update())
+        opt.register_step_post_hook(lambda *_: self.timeline.after_update())
+        self.state.tape.on_start = self._start
+        return opt
+
+    @property
+    def timeline(self) -> Timeline:
+        if self._timeline is None:
+            raise ConfigError("no optimizer yet; call tuned.optimizer(lr) first")
+        return self._timeline
+
+    def _start(self) -> None:
+        if self._timeline is not None and torch.is_grad_enabled():
+            self._timeline.start(self.total_steps)
+
+    def _before_update(self) -> None:
+        self.timeline.start(self.total_steps)
+        for m in self.recipe:
+            if "objective" in m.axes():
+                with torch.enable_grad():
+                    for extra in m.objective(self):
+                        extra.backward()
+        if not self._checked:
+            self.check_gradients()
+        self.timeline.before_update()
+
+    def check_gradients(self) -> None:
+        """Every tensor that should train has a finite gradient, or CheckError names those
+        without (a silent no-op is the worst way to fail)."""
+        self._checked = True
+        if hasattr(self.current_optimizer, "passes") or any(
+                g.get("in_backward") for g in self.current_optimizer.param_groups):
+            return
+        missing = [n for n, p in self.named_parameters() if p.grad is None]
+        if missing:
+            raise CheckError(_unreached(missing, "no gradient after the first step"))
+        bad = [n for n, p in self.named_parameters()
+               if not isinstance(p.grad, FakeTensor) and not bool(p.grad.isfinite().all())]
+        if bad:
+            raise CheckError(_unreached(bad, "a gradient that is not finite in the first step"))
+
+    def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """One whole training step, right for every recipe; returns the loss (detached).
+
+        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
+        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
+        themselves when they are a scalar.
+
+        Raises BurnishError when the loss is not finite: nothing has been updated then.
+        """
+        opt = self.current_optimizer or self.optimizer()
+        if hasattr(opt, "passes"):                   # further evaluations instead of a backward
+            return self._passes(opt, batch, loss)
+        opt.zero_grad(set_to_none=True)
+        value = self.loss(batch, loss)
+        self._finite(value)
+        value.backward()
+        opt.step()
+        return value.detach()
+
+    def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """The task's loss on a batch (see :meth:`step`)."""
+        if isinstance(batch, Mapping):
+            out = self.model(**batch)
+        elif isinstance(batch, list | tuple):
+            out = self.model(batch[0])
+        else:
+            out = self.model(batch)
+        if loss is not None:
+            return loss(out, batch)
+        value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
+        if not isinstance(value, Tensor) or value.dim():
+            raise ConfigError("the model returned no scalar loss; pass labels in the batch or "
+                              "give step(batch, loss=lambda outputs, batch: ...)")
+        return value
+
+    def _finite(self, value: Tensor) -> None:
+        if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):
+            return
+        raise BurnishError(f"the loss is {float(value.detach())} at step {self.timeline.step}; "
+                           "nothing was updated: the weights are those of the step before")
+
+    # -- switching off, out and in -------------------------------------------------------------
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model answers as the base (trained base weights and head excepted are put
+        back too)."""
+        was, trained = self.state.off, {}
+        for key in self.originals:
+            name = ".".join(filter(None, key))
+            try:
+                p = self.model.get_parameter(name)
+            except AttributeError:
+                continue
+            trained[name] = p.detach().clone()
+            with torch.no_grad():
+                p.copy_(self.originals.get(*key))
+        self.state.off = True
+        try:
+            yield
+        finally:
+            self.state.off = was
+            with torch.no_grad():
+                for name, value in trained.items():
+                    self.model.get_parameter(name).copy_(value)
+
+    def detach(self) -> nn.Module:
+        """The base, bit for bit: classes, parameters, flags as they were before ``tune``."""
+        for path, module, slot in slots(self.model):
+            for param, child in list(slot.providers.items()):
+                home = slot._modules[child]
+                value = self.originals.get(path, param) if (path, param) in self.originals \
+                    else home.weight()
+                slot.providers.pop(param)
+                unprovide(module, param, value)
+        for path, param in self.originals:
+            owner = self.model.get_submodule(path)
+            with torch.no_grad():
+                owner.get_parameter(param).copy_(self.originals.get(path, param))
+        self._leave()
+        return self.model
+
+    def _leave(self) -> None:
+        for _, module, _ in slots(self.model):
+            unswap(module)
+        for n, p in self.model.named_parameters():
+            p.requires_grad_(self._before.get(n, False))
+        self.adapters.clear()
+        self.originals.clear()
+        self.current_optimizer = None
+
+    def _drop(self, adapter: Adapter) -> None:
+        """Take one adapter out again (an add that was refused)."""
+        for path, module, slot in slots(self.model):
+            slot.drop(adapter.name)
+            for param, child in list(slot.providers.items()):
+                if (path, param) in self.originals and not self.adapters:
+                    slot.providers.pop(param)
+                    slot._modules.pop(child)
+                    unprovide(module, param, self.originals.get(path, param))
+            if not self.adapters:
+                slot.mode = None
+                slot.reads.clear()
+                slot.listeners.clear()
+            if slot.idle:
+                unswap(module)
+        self.adapters.pop(adapter.name, None)
+
+    # -- merging and files (see merge.py and formats) ------------------------------------------
+    def merge(self) -> nn.Module:
+        """The model with the active update in its weights and no trace of burnish.
+
+        Raises CheckError with the reason when a part of the recipe has no form as a weight.
+        :meth:`unmerge` brings everything back, bit for bit.
+        """
+        from .merge import merge
+
+        return merge(self)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`, bit for bit: the weights come back from where they waited and the
+        update stands beside them again."""
+        from .merge import unmerge
+
+        unmerge(self)
+
+    def save(self, folder: str | Path, **extra: Any) -> Path:
+        """Write the adapter folder (see formats/folder.py). Atomic; never a pickle."""
+        from ..formats.adapter import save
+
+        return save(self, Path(folder), **extra)
+
+    def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
+        """(place name, term) of every term of a class in an adapter (default: the active one)."""
+        name = name or self._active.name
+        for _, _, slot in slots(self.model):
+            for part in slot.parts:
+                if part.adapter == name and part.place is not None:
+                    term = slot.module_of(part)
+                    if isinstance(term, kind):
+                        yield part.place.name, term
+
+    def tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """What an adapter is: its own tensors and the base tensors it trains, by name."""
+        name = name or self._active.name
+        out: dict[str, Tensor] = {}
+        mark = f"{ATTR}.{name}."
+        for key, value in self.model.state_dict(keep_vars=True).items():
+            if f".{mark}" in f".{key}":
+                out[key] = value.detach()
+        for key, p in self.adapters[name].selected.items():
+            out[key] = p.detach()
+        return out
+
+
+def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
+    """Give a module its parameter back from a provider."""
+    slot = module._modules[ATTR]
+    base = type(module)._burnish_base
+    from .slot import tuned_class
+
+    module.__class__ = tuned_class(base, tuple(slot.providers))
+    order = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters[param] = nn.Parameter(value, requires_grad=False)
+    for k, v in order.items():
+        module._parameters[k] = v
+
+
+def _unreached(names: list[str], what: str) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (f"{len(names)} trainable tensors have {what}: {', '.join(names[:4])}{more}. "
+            "They are not part of the computation of this batch: check targets, or that the "
+            "batch reaches that part of the model")
+
+
+def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
+         head: bool | str = "auto", calibration: Any = None, example: Any = None,
+         seed: int = 0, name: str = DEFAULT) -> Tuned:
+    """Join a recipe to a model, in place, and return the :class:`Tuned` handle.
+
+    model: any ``torch.nn.Module``.
+    recipe: an expression (``"nf4 + snella(rank=8) + checkpoint"``), a method or a list of them.
+    targets: which weights deltas and storage apply to; default every linear outside the head.
+    head: "auto" trains a classification-like head and leaves a language-model head frozen.
+    calibration: iterable of batches for methods that read data first.
+    example: one batch; a traced step on fake tensors then proves, before anything runs, that
+    every attached tensor is reached by forward and by gradient.
+    seed: of everything that is drawn at the start.
+    name: of this adapter, for :meth:`Tuned.use`.
+
+    Raises RecipeError, TargetError, ConfigError (nothing is changed), CheckError (self-check).
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"tune expects a torch.nn.Module, not {type(model).__name__}")
+    if ATTR in model._modules:
+        raise ConfigError("this model is tuned already; use tuned.add(name, recipe) for another "
+                          "adapter, or tuned.detach() first")
+    if next(model.parameters(), None) is None:
+        raise ConfigError(f"{type(model).__name__} has no parameters to tune")
+    on_meta = next((n for n, p in model.named_parameters() if p.device.type == "meta"), None)
+    if on_meta is not None:
+        raise ConfigError(f"{on_meta} is on the meta device and has no values; load the weights "
+                          "first (burnish.simulate takes models on meta)")
+    parsed = parse(recipe)
+    tuned = Tuned(model, example=example, calibration=calibration)
+    try:
+        tuned.add(name, parsed, targets=targets, head=head, seed=seed)
+        if next(tuned.parameters(), None) is None:
+            raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
+                             "e.g. lora(rank=8)")
+        if example is not None:
+            from .check import check
+
+            check(tuned, example)
+    except Exception:
+        tuned.detach()
+        raise
+    return tuned

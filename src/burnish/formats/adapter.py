@@ -1,0 +1,112 @@
+"""Saving and loading a tuned model as adapter folders (the layout is in folder.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import FormatError
+from ..core.recipe import parse
+from ..engine.tuned import DEFAULT, Tuned, tune
+from . import fingerprint, folder
+
+
+def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
+         card: str | None = None, base: str | None = None) -> Path:
+    """Write every adapter of `tuned`. base: name or folder of the base; default what the model
+    says of itself (``name_or_path``)."""
+    config = {
+        "recipe": str(tuned.recipe),
+        "parts": [{"method": m.name, **m.settings()} for m in tuned.recipe],
+        "base": {"name": base or _name_of(tuned.model),
+                 "fingerprint": _fingerprint(tuned).to_json()},
+        "targets": tuned._active.targets,
+        "head": tuned._active.head,
+        "seed": tuned._active.seed,
+        "selected": sorted(tuned._active.selected),
+        "active": [list(a) for a in tuned.state.active] or None,
+        "adapters": {n: {"recipe": str(a.recipe), "targets": a.targets, "head": a.head,
+                         "seed": a.seed} for n, a in tuned.adapters.items()},
+    }
+    tensors: dict[str, Tensor] = {}
+    for name in tuned.adapters:
+        tensors |= tuned.tensors(name)
+    return folder.write_adapter(path, tensors, config, card=card, run=run)
+
+
+def load(model: nn.Module, path: str | Path, force: bool = False) -> Tuned:
+    """Join a saved adapter folder to its base, in place.
+
+    force: go on although the base differs from the one recorded. Raises FormatError (missing,
+    truncated, foreign, another base: the first difference is named), RecipeError, TargetError.
+    """
+    config, tensors = folder.read_adapter(path)
+    if not force:
+        recorded = config["base"].get("fingerprint", {}).get("tensors", {})
+        difference = fingerprint.first_difference(recorded, model) if recorded else None
+        if difference:
+            raise FormatError(f"{path} was trained on another base: {difference}; "
+                              "load(..., force=True) goes on all the same")
+    adapters = config.get("adapters") or {DEFAULT: config}
+    tuned: Tuned | None = None
+    for name, entry in adapters.items():
+        args = {"targets": entry.get("targets"), "head": bool(entry.get("head")),
+                "seed": entry.get("seed", 0)}
+        if tuned is None:
+            tuned = tune(model, parse(entry["recipe"]), name=name, **args)
+        else:
+            tuned.add(name, entry["recipe"], **args)
+    assert tuned is not None
+    try:
+        put(tuned, tensors, str(path))
+    except Exception:
+        tuned.detach()
+        raise
+    if config.get("active"):
+        active = {n: w for n, w in config["active"]}
+        one = len(active) == 1 and set(active.values()) == {1.0}
+        tuned.use(next(iter(active)) if one else active)
+    return tuned
+
+
+@torch.no_grad()
+def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy an adapter's tensors into the tuned model, strictly: names and shapes must agree."""
+    want: dict[str, Tensor] = {}
+    for name in tuned.adapters:
+        want |= tuned.tensors(name)
+    missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
+    if missing or extra:
+        side, names = ("lacks", missing) if missing else ("has", extra)
+        raise FormatError(f"{where} {side} {names[0]!r} ({len(names)} such tensors): it does not "
+                          "belong to this recipe on this model")
+    for key, value in tensors.items():
+        if value.shape != want[key].shape:
+            raise FormatError(f"{where}: {key} has shape {tuple(value.shape)}, the model expects "
+                              f"{tuple(want[key].shape)}")
+    for key, value in tensors.items():
+        if key.endswith("._extra_state"):
+            tuned.model.get_submodule(key.removesuffix("._extra_state")).set_extra_state(value)
+        else:
+            want[key].copy_(value)
+
+
+def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
+    """Of the base as it was before anything trained; tensors that wait aside are read there."""
+    taken = {}
+    for path, param in tuned.originals:
+        name = f"{path}.{param}" if path else param
+        taken[name] = fingerprint.line(tuned.originals.get(path, param))
+    trained = {n for a in tuned.adapters.values() for n in a.selected}
+    return fingerprint.fingerprint(tuned.model, taken, whole=trained)
+
+
+def _name_of(model: nn.Module) -> str:
+    name = getattr(model, "name_or_path", "") or getattr(
+        getattr(model, "config", None), "_name_or_path", "")
+    return name or type(model).__name__
+

@@ -1,0 +1,135 @@
+"""State codecs: the map, the error per block, bytes, slices, and unbiased rounding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from burnish.blocks.codecs import Bf16, Block4, Block8, Plain, codec, dynamic_map, stochastic_bf16
+from burnish.blocks.noise import CounterNoise
+from burnish.core.errors import RecipeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_map_is_full_sorted_and_holds_zero_and_one(bits, signed):
+    m = dynamic_map(bits, signed)
+    assert len(set(m)) == 2**bits and list(m) == sorted(m)
+    assert 0.0 in m and max(m) == 1.0
+    assert min(m) >= (-1 if signed else 0)
+    if signed:                                     # every magnitude but 1 comes in both signs
+        assert {-v for v in m if v not in (0.0, 1.0)} == {v for v in m if v not in (0.0, 1.0)}
+
+
+@pytest.mark.parametrize("make", [Block8, Block4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("n", [1, 255, 4096, 5000])
+def test_every_value_becomes_the_nearest_entry_of_its_block(make, signed, n):
+    c = make()
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=g) * torch.logspace(-6, 3, n)
+    x = x if signed else x.abs()
+    parts = c.empty(n, signed, CPU)
+    c.write(parts, 0, n, x)
+    back = c.read(parts, 0, n)
+    entries = torch.tensor(dynamic_map(c.bits, signed), dtype=torch.float64)
+    for lo in range(0, n, c.block):
+        block = x[lo : lo + c.block].double()
+        absmax = block.abs().max()
+        best = (block[:, None] / absmax - entries).abs().amin(1)     # brute force
+        err = (back[lo : lo + c.block].double() - block).abs() / absmax
+        zeroed = torch.zeros_like(best, dtype=torch.bool)
+        if not signed:                             # up from zero costs at most the first entry
+            zeroed = block / absmax < entries[1] / 2
+            assert (back[lo : lo + c.block][block > 0] > 0).all()
+            assert (err[zeroed] <= entries[1] * (1 + 1e-6)).all()
+        assert (err[~zeroed] <= best[~zeroed] + 1e-6).all()
+
+
+def test_the_error_bound_of_eight_bits():
+    """Within the top decade entries lie 0.9/64 (signed) apart: half of that, relative to absmax."""
+    x = torch.linspace(-1, 1, 256 * 20)
+    c = Block8()
+    parts = c.empty(len(x), True, CPU)
+    c.write(parts, 0, len(x), x)
+    rows = (c.read(parts, 0, len(x)) - x).view(-1, 256).abs().amax(1)
+    assert (rows <= 0.9 / 64 / 2 * x.view(-1, 256).abs().amax(1) * 1.001).all()
+
+
+@pytest.mark.parametrize("make, per", [(Block8, 1 + 4 / 256), (Block4, 0.5 + 4 / 128)])
+def test_bytes(make, per):
+    for n in (4096, 256 * 100, 10_001):
+        parts = make().empty(n, True, CPU)
+        stored = sum(t.nbytes for t in parts.values())
+        assert stored == make().bytes(n)
+        assert stored == pytest.approx(n * per, abs=5)
+    assert Plain().bytes(10) == 40 and Bf16().bytes(10) == 20
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "8bit", "4bit"])
+def test_slices_are_the_whole(name):
+    c = codec(name)
+    n = 2 * 4096 + 77
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    stream = CounterNoise(0, "w")
+    whole, sliced = c.empty(n, True, CPU), c.empty(n, True, CPU)
+    c.write(whole, 0, n, x, stream, 3)
+    for lo in range(0, n, 1024):
+        c.write(sliced, lo, min(lo + 1024, n), x[lo : lo + 1024], stream, 3)
+    for key in whole:
+        assert torch.equal(whole[key], sliced[key])
+    assert torch.equal(torch.cat([c.read(whole, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]),
+                       c.read(whole, 0, n))
+
+
+def test_zero_stays_zero_and_blocks_of_zeros_are_safe():
+    for make in (Block8, Block4):
+        for signed in (True, False):
+            c = make()
+            parts = c.empty(600, signed, CPU)
+            assert torch.equal(c.read(parts, 0, 600), torch.zeros(600))
+            c.write(parts, 0, 600, torch.zeros(600))
+            assert torch.equal(c.read(parts, 0, 600), torch.zeros(600))
+
+
+def test_an_unknown_codec_is_named():
+    with pytest.raises(RecipeError, match="8bit"):
+        codec("8bits")
+
+
+def test_stochastic_rounding_is_right_on_average():
+    n = 200_000
+    x = torch.full((n,), 1.0 + 2**-10)             # an eighth of bf16's spacing above 1
+    y = stochastic_bf16(x, CounterNoise(0, "w").bits16(n)).double()
+    assert set(y.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    spread = 2**-7 * math.sqrt(1 / 8 * 7 / 8)
+    assert abs(y.mean() - x[0].double()) < 5 * spread / math.sqrt(n)
+    y = stochastic_bf16(-x, CounterNoise(0, "w").bits16(n)).double()
+    assert abs(y.mean() + x[0].double()) < 5 * spread / math.sqrt(n)
+
+
+def test_stochastic_rounding_keeps_what_bf16_can_hold_and_guards_the_ends():
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bits = torch.full((1000,), 65535, dtype=torch.int32)
+    assert torch.equal(stochastic_bf16(exact.float(), bits), exact)
+    ends = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max,
+                         torch.finfo(torch.float32).min])
+    got = stochastic_bf16(ends, bits[:5])
+    assert got[0] == math.inf and got[1] == -math.inf and got[2].isnan()
+    assert got[3:].isfinite().all()
+
+
+def test_a_bf16_second_moment_moves_only_with_stochastic_rounding():
+    def decay(c):
+        parts = c.empty(2000, False, CPU)
+        c.write(parts, 0, 2000, torch.ones(2000))
+        for t in range(200):
+            c.write(parts, 0, 2000, c.read(parts, 0, 2000) * 0.999, CounterNoise(0, "v"), t)
+        return c.read(parts, 0, 2000).double().mean()
+
+    assert decay(Bf16(stochastic=False)) == 1.0
+    assert decay(Bf16()) == pytest.approx(0.999**200, rel=0.01)
