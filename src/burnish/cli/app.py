@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of
 
 
 def command() -> Any:
-    """The parser with every command on it."""
-    from . import catalogue, files, memory, training  # noqa: F401  (they register themselves)
-
+    """The parser with every command on it; the modules register theirs when imported."""
+    for module in ("training", "memory", "files", "catalogue"):
+        importlib.import_module(f"burnish.cli.{module}")
     return typer.main.get_command(app)
 
 

@@ -1,0 +1,141 @@
+"""What every command shares: exit codes, one line on stderr, JSON, and no surprise on screen."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from burnish.cli import main
+from burnish.cli.app import command
+from burnish.core import errors
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+RAISED = [
+    (errors.BurnishError("it broke"), 1), (errors.ConfigError("bad call"), 2),
+    (errors.RecipeError("no such part"), 2), (errors.NoPlanError("nothing fits"), 3),
+    (errors.CheckError("nothing trained"), 4), (errors.MemoryExceeded("too much"), 5),
+    (MemoryError("host"), 5), (torch.OutOfMemoryError("device"), 5), (KeyboardInterrupt(), 130),
+    (ZeroDivisionError("division\nby zero"), 1),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), RAISED, ids=lambda v: str(v).split("(")[0][:20])
+def test_each_kind_of_failure_has_its_code(capsys, monkeypatch, error, code):
+    def fail(*args, **kw):
+        raise error
+
+    monkeypatch.setattr("burnish.core.registry.catalogue", fail)
+    got, out, err = run(capsys, "methods")
+    assert got == code and out == ""
+    assert err.startswith("burnish: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [
+    ["nonsense"], ["plan"], ["simulate", "--batch", "none", "x"], ["methods", "--bogus"],
+    ["fit", "missing.yaml"], ["fit", "--model", "m"], ["methods", "--axis", "detla"],
+    ["methods", "lorra"], ["simulate", "./nowhere"],
+])
+def test_a_wrong_call_is_code_2_and_one_line(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1, err
+
+
+def test_near_misses_are_named(capsys):
+    assert "did you mean 'lora'" in run(capsys, "methods", "lorra")[2]
+    assert "did you mean 'delta'" in run(capsys, "methods", "--axis", "detla")[2]
+
+
+def test_the_traceback_is_there_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("BURNISH_DEBUG", "1")
+    assert "Traceback" in run(capsys, "methods", "lorra")[2]
+
+
+def test_methods_for_people_and_for_programs(capsys):
+    code, text, _ = run(capsys, "methods")
+    assert code == 0 and "lora" in text and "delta: what is added to this weight?" in text
+    code, out, _ = run(capsys, "methods", "--json")
+    data = json.loads(out)
+    assert {"name", "axes", "summary"} == set(data["methods"][0])
+    assert all(m["summary"] for m in data["methods"])
+    code, out, _ = run(capsys, "methods", "--axis", "storage", "--json")
+    assert all("storage" in m["axes"] for m in json.loads(out)["methods"])
+
+
+def test_one_method_in_full(capsys):
+    code, text, _ = run(capsys, "methods", "lora")
+    assert code == 0 and "rank of the update" in text and "arXiv:2106.09685" in text
+    data = json.loads(run(capsys, "methods", "lora", "--json")[1])
+    assert {s["name"]: s["default"] for s in data["settings"]}["rank"] == 8
+    assert data["merges"] is True and data["axes"] == ["delta"]
+
+
+def test_a_preset_is_its_expression(capsys):
+    code, text, _ = run(capsys, "methods", "qlora")
+    assert code == 0 and text.startswith("qlora = nf4 + lora(")
+
+
+def test_doctor_trains_a_step(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["step"]["loss_after"] < data["step"]["loss_before"]
+    assert data["packages"]["torch"] == torch.__version__ and "fit" in data["extras"]
+    assert "training works" in run(capsys, "doctor")[1]
+
+
+def test_version(capsys):
+    import burnish
+
+    assert run(capsys, "--version")[:2] == (0, f"burnish {burnish.__version__}\n")
+
+
+def test_help_needs_no_torch():
+    code = ("import sys\nfrom burnish.cli import main\nassert main(['--help']) == 0\n"
+            "assert main(['fit', '--help']) == 0\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_hangs_up_is_no_error():
+    shell = f"{sys.executable} -m burnish methods | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "0"
+
+
+def test_no_colour_off_a_terminal():
+    done = subprocess.run([sys.executable, "-m", "burnish", "methods", "lora"],
+                          capture_output=True, text=True)
+    assert "\x1b" not in done.stdout
+
+
+SURFACE = {
+    "fit": "data json memory model output recipe",
+    "predict": None,
+    "evaluate": None,
+    "demo": None,
+    "plan": "batch json length memory model prefer",
+    "simulate": "batch device dtype json length model picture recipe targets",
+    "compare": "batch device dtype json length model recipes targets",
+    "merge": "adapter base force json output tolerance",
+    "export": "adapter base force json output to",
+    "methods": "axis json name",
+    "doctor": "json",
+}
+
+
+def test_the_commands_and_their_options_are_these():
+    """A new option is a promise; make it on purpose, here."""
+    found = {name: " ".join(sorted(p.name for p in c.params if p.name != "help"))
+             for name, c in command().commands.items()}
+    assert found == SURFACE
