@@ -144,6 +144,89 @@ def opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tup
         raise FormatError(f"{path} is truncated or no safetensors file ({e})") from None
 
 
+class Tensors(Mapping[str, Tensor]):
+    """A checkpoint on disk as a mapping: a tensor is read when it is asked for, and not kept.
+
+    path: a .safetensors file, or a folder with model.safetensors, adapter_model.safetensors or
+    shards and their index.
+    """
+
+    def __init__(self, path: str | Path):
+        self.files: dict[str, Path] = {}
+        self.aliases: dict[str, str] = {}
+        for file in _weight_files(Path(path)):
+            with opened(file) as (f, aliases):
+                self.files.update(dict.fromkeys(f.keys(), file))
+                self.aliases.update(aliases)
+
+    def __getitem__(self, name: str) -> Tensor:
+        name = self.aliases.get(name, name)
+        with opened(self.files[name]) as (f, _):
+            return f.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.files, *self.aliases])
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.aliases)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return [path / Path(s).name for s in shards]
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (path / name).is_file():
+            return [path / name]
+    raise FormatError(f"{path} holds no model.safetensors" + (
+        "; pickled weights are not opened" if any(p.suffix in PICKLES for p in path.iterdir())
+        else ""))
+
+
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
+          torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
+          torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+
+
+def save_stream(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor],
+                path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a checkpoint one tensor at a time, so no more than one of them is in memory.
+
+    like: names, shapes and dtypes of what will come (values are not used). Raises FormatError
+    when something else comes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in like:
+        t = like[name]
+        if t.dtype not in _CODES:
+            raise FormatError(f"{name}: safetensors has no code for {t.dtype}")
+        header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    missing = {n for n in header if n != "__metadata__"}
+    with atomic(path) as temp, open(temp, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, t in tensors:
+            slot = header.get(name, {})
+            if (name not in missing or slot["dtype"] != _CODES.get(t.dtype)
+                    or slot["shape"] != list(t.shape)):
+                raise FormatError(f"{name} ({t.dtype}, {list(t.shape)}) does not belong in {path}")
+            missing.discard(name)
+            f.seek(8 + len(text) + slot["data_offsets"][0])
+            flat = t.detach().cpu().contiguous().view(-1)
+            if flat.numel():
+                f.write(flat.view(torch.uint8).numpy())
+        if missing:
+            raise FormatError(f"{path}: {sorted(missing)[0]} did not come")
+
+
 def metadata(path: str | Path) -> dict[str, str]:
     """The text entries of a safetensors header."""
     with opened(path) as (f, _):
