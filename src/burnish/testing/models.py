@@ -1,0 +1,311 @@
+"""Small models of real architectures, for our tests and other people's.
+
+Each has two blocks, width about 32 and seeded random weights, and comes with a batch for which
+``model(**batch).loss`` is a scalar. The transformers ones are the library's own classes built from
+a small config, so module names, fused weights, ties and shapes are those of the large models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.errors import ConfigError, nearest
+from ..core.example import example_batch
+
+CLASSES = 3
+_TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BERT = {**_TEXT, "intermediate_size": 64, "max_position_embeddings": 34, "num_labels": CLASSES,
+         "pad_token_id": 0}
+_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "image_size": 16, "patch_size": 4, "num_labels": CLASSES}
+_LLAMA = {**_TEXT, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0,
+          "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32}
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+#: name -> (config class, model class, settings)
+_TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vit": ("ViTConfig", "ViTForImageClassification", _VIT),
+    "deit": ("DeiTConfig", "DeiTForImageClassification", _VIT),
+    "swin": ("SwinConfig", "SwinForImageClassification",
+             {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 1],
+              "num_heads": [2, 4], "window_size": 4, "num_labels": CLASSES}),
+    "convnext": ("ConvNextConfig", "ConvNextForImageClassification",
+                 {"image_size": 16, "depths": [1, 1], "hidden_sizes": [16, 32], "num_stages": 2,
+                  "num_labels": CLASSES}),
+    "bert": ("BertConfig", "BertForSequenceClassification", _BERT),
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", _BERT),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel",
+             {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32,
+              **_IDS}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM",
+                {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+                 {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+    "t5": ("T5Config", "T5ForConditionalGeneration",
+           {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+            "num_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 0}),
+    "clip": ("CLIPConfig", "CLIPModel",
+             {"text_config": {**_TEXT, "intermediate_size": 64, "max_position_embeddings": 16,
+                              "projection_dim": 16, **_IDS},
+              "vision_config": {**_VIT, "projection_dim": 16}, "projection_dim": 16}),
+    "mamba": ("MambaConfig", "MambaForCausalLM",
+              {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
+               "tie_word_embeddings": False, **_IDS}),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration",
+                {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+                 "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+                 "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
+                 "max_source_positions": 8, "max_target_positions": 16,
+                 "decoder_start_token_id": 1, **_IDS}),
+}
+
+
+# -- plain torch ------------------------------------------------------------------------------
+class _Plain(nn.Module):
+    """A classifier over `x` that returns logits and, given labels, their cross-entropy."""
+
+    shape: tuple[int, ...] = (8, 32)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        logits = self.logits(x)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+    def logits(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def example(self, samples: int) -> dict[str, Tensor]:
+        """A seeded batch of `samples`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return {"x": torch.randn(samples, *self.shape),
+                    "labels": torch.arange(samples) % CLASSES}
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection, named as in timm."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = nn.Dropout(dropout)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, T, D)))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x)))."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 2 * dim, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Pictures to tokens."""
+
+    def __init__(self, patch: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(_Plain):
+    """A ViT with timm's module names and fused qkv."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.patch_embed = PatchEmbed(4, 32)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 32) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 17, 32) * 0.02)
+        self.blocks = nn.Sequential(*(Block(32, 4, dropout) for _ in range(2)))
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class Encoder(_Plain):
+    """`nn.TransformerEncoder` and a head."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=dropout, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32),
+                                             enable_nested_tensor=False)
+        self.head = nn.Linear(32, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+class AttentionPool(_Plain):
+    """`nn.MultiheadAttention` used directly, over a projection of the input."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Linear(32, 32)
+        self.attn = nn.MultiheadAttention(32, 4, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y, _ = self.attn(x, x, x, need_weights=False)
+        return self.head(self.norm(x + y).mean(1))
+
+
+class Cnn(_Plain):
+    """Two convolutions with batch norm, and a head."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
+        self.classifier = nn.Linear(32, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+class Perceptron(_Plain):
+    """Linear layers and nothing else."""
+
+    shape = (32,)
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Dropout(dropout),
+                                    nn.Linear(32, 32), nn.ReLU())
+        self.head = nn.Linear(32, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+_PLAIN: dict[str, Callable[..., nn.Module]] = {
+    "timm_qkv": VisionTransformer, "encoder": Encoder, "mha": AttentionPool, "cnn": Cnn,
+    "mlp": Perceptron,
+}
+
+NAMES: tuple[str, ...] = (*_TRANSFORMERS, *_PLAIN)
+
+
+# -- the face ---------------------------------------------------------------------------------
+def tiny(name: str, *, meta: bool = False, dropout: float = 0.0, seed: int = 0, batch: int = 2,
+         dtype: torch.dtype | None = None, **settings: Any
+         ) -> tuple[nn.Module, dict[str, Any]]:
+    """One of :data:`NAMES`, in training mode, and a batch for it: (model, batch).
+
+    meta: parameters on the meta device (the batch stays real: its integers have values).
+    dropout: probability of every dropout of the model.
+    settings: fields of the config to set otherwise (transformers models only).
+    The global random state stays as it was.
+    """
+    _known(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in _PLAIN:
+            if settings:
+                raise ConfigError(f"{name} takes no settings, got {', '.join(settings)}")
+            with torch.device("meta" if meta else "cpu"):
+                model = _PLAIN[name](dropout=dropout)
+        else:
+            model = _build(name, config(name, dropout=dropout, **settings), meta)
+    if dtype is not None:
+        model = model.to(dtype)
+    text = getattr(model, "main_input_name", "") == "input_ids" or name == "whisper"
+    data = example_batch(model, (batch, 8) if text else batch)
+    if dtype is not None:
+        data = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+                for k, v in data.items()}
+    return model.train(), data
+
+
+def config(name: str, *, dropout: float = 0.0, **settings: Any) -> Any:
+    """The small transformers config behind `name`; names its architecture.
+
+    Raises ConfigError for an unknown name and for the plain torch models, which have none.
+    """
+    _known(name)
+    if name in _PLAIN:
+        raise ConfigError(f"{name} is a plain torch module and has no config; configs exist for "
+                          f"{', '.join(_TRANSFORMERS)}")
+    import transformers
+
+    cls, architecture, fields = _TRANSFORMERS[name]
+    made = getattr(transformers, cls)(**{**fields, **settings})
+    made.architectures = [architecture]
+    for part in (made, *(getattr(made, k, None) for k in ("text_config", "vision_config"))):
+        for key, value in vars(part).items() if part is not None else ():
+            if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+                setattr(part, key, dropout)
+            elif key == "drop_path_rate":                   # drops whole blocks: not a dropout
+                setattr(part, key, 0.0)
+    return made
+
+
+def _build(name: str, made: Any, meta: bool) -> nn.Module:
+    import transformers
+    from transformers import initialization
+
+    cls = getattr(transformers, _TRANSFORMERS[name][1])
+    if not meta:
+        return cls._from_config(made)
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        return cls._from_config(made)
+
+
+def _known(name: str) -> None:
+    if name not in NAMES:
+        raise ConfigError(f"unknown model {name!r}{nearest(name, NAMES)} "
+                          f"(there are {', '.join(NAMES)})")
