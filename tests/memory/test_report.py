@@ -1,0 +1,93 @@
+"""Sizes for people, the report's forms, the picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from burnish.core.errors import ConfigError, FormatError
+from burnish.memory import Ledger, MemoryReport, format_bytes, parse_bytes
+from burnish.memory.report import POINTS
+
+from .blocks import D, Net
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("8GB", 8 * 10**9), ("8 GiB", 8 * 2**30), ("900MB", 900 * 10**6), ("1.5g", 1.5 * 2**30),
+    ("16384", 16384), (4096, 4096), ("1,5e3 kB", 15e3 * 1e3), ("0.5 tib", 2**39), ("7b", 7)])
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "8 bananas", "GB", "-3GB", "0GB", "8GB 2", None,
+                                  True, [8]])
+def test_nonsense_is_refused_with_an_example(text):
+    with pytest.raises(ConfigError, match="8GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(("size", "text"), [
+    (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536 * 1024, "1.50 MiB"),
+    (8 * 2**30, "8.00 GiB"), (123.4 * 2**30, "123 GiB"), (-2048, "-2.00 KiB"),
+    (5 * 2**50, "5,120 TiB")])
+def test_sizes_are_written(size, text):
+    assert format_bytes(size) == text
+
+
+@pytest.fixture(scope="module")
+def report():
+    torch.manual_seed(0)
+    net = Net(blocks=2)
+    x, y = torch.randn(2, 16, D), torch.zeros(2, dtype=torch.long)
+    opt = torch.optim.AdamW(net.parameters(), fused=True)
+    with Ledger(net) as ledger:
+        ledger.watch("activations", [x, y])
+        for _ in range(2):
+            since = ledger.now + 1
+            opt.zero_grad()
+            net(x, y)["loss"].backward()
+            opt.step()
+    return MemoryReport.of(ledger, since=since, recipe="full", batch="2")
+
+
+def test_categories_and_modules_add_up_to_the_peak(report):
+    assert sum(report.by_category.values()) == report.peak_bytes
+    assert sum(report.by_module.values()) == report.peak_bytes
+    highest = max(sum(parts.values()) for _, parts in report.timeline)
+    assert highest == report.peak_bytes
+    assert len(report.timeline) <= POINTS + 2
+
+
+def test_report_survives_json(report):
+    again = MemoryReport.from_dict(json.loads(report.json()))
+    assert again == report
+    assert again.text() == report.text()
+
+
+def test_text_names_every_category_and_the_moment(report):
+    text = report.text()
+    for word in ("weights", "gradients", "optimizer", "activations", "temporary",
+                 format_bytes(report.peak_bytes), report.peak_at[0]):
+        assert word in text
+
+
+def test_a_foreign_file_is_no_report():
+    with pytest.raises(FormatError, match="not a memory report"):
+        MemoryReport.from_dict({"peak": 3})
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_picture_is_drawn(report, tmp_path, ending):
+    file = report.picture(tmp_path / "deep" / f"step.{ending}")
+    assert file.stat().st_size > 5000
+    if ending == "svg":
+        drawn = file.read_text()
+        assert "<svg" in drawn and drawn.count("<path") > 10
+
+
+def test_nothing_to_draw_is_said(report, tmp_path):
+    empty = MemoryReport.from_dict({**report.to_dict(), "timeline": []})
+    with pytest.raises(ConfigError, match="no timeline"):
+        empty.picture(tmp_path / "x.png")
