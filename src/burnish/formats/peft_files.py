@@ -1,0 +1,282 @@
+"""The PEFT adapter folder as data: read and written without the `peft` package.
+
+    adapter_config.json        peft_type, r, lora_alpha, target_modules, rank_pattern ...
+    adapter_model.safetensors  base_model.model.<module>.lora_A.weight        (rank, in)
+                               base_model.model.<module>.lora_B.weight        (out, rank)
+                               base_model.model.<module>.lora_embedding_A     (rank, vocabulary)
+                               base_model.model.<module>.lora_embedding_B     (width, rank)
+                               base_model.model.<module>.lora_magnitude_vector  (out,)
+                               base_model.model.<module>.miss_block           (rank, out)
+                               base_model.model.<module>.<parameter>          a module saved whole
+
+Convolutions keep their kernel in A and ones in B; here all are matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import FormatError
+from . import safe
+from .folder import CONFIG, TENSORS
+
+PREFIX = "base_model.model."
+
+#: settings that change what is computed; a folder that uses one is refused, not misread
+_UNREADABLE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices",
+               "target_parameters", "use_qalora", "lora_bias", "megatron_config", "arrow_config",
+               "use_bdlora", "velora_config", "monteclora_config", "exclude_parameters")
+#: starting values that PEFT takes off the base; the bare factors then mean nothing
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
+
+
+@dataclass
+class Lora:
+    """One module: ``scale B A`` on its (out, in) matrix. A (rank, in), B (out, rank)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    kind: str = "linear"                       # "linear", "embedding" or "conv"
+    magnitude: Tensor | None = None            # DoRA: (out,)
+    kernel: tuple[int, ...] = ()               # conv: what A's columns unflatten to
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass
+class PeftFolder:
+    """What a folder says.
+
+    kind: "LORA" or "MISS". whole: parameter -> value, trained outright; saved: the modules that
+    own them. mini: MISS blocks are narrower than the outputs and repeat.
+    """
+
+    kind: str = "LORA"
+    loras: dict[str, Lora] = field(default_factory=dict)
+    blocks: dict[str, Tensor] = field(default_factory=dict)       # MISS: module -> (rank, width)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    mini: bool = False
+    rslora: bool = False
+    dropout: float = 0.0
+    base: str = ""
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+
+    @property
+    def modules(self) -> list[str]:
+        return [*self.loras, *self.blocks]
+
+
+# -- reading --------------------------------------------------------------------------------
+def read(folder: str | Path) -> PeftFolder:
+    """Raises FormatError, one line: missing, foreign or truncated files, pickles, settings or
+    tensors that have no counterpart here."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder")
+    if not (folder / CONFIG).is_file():
+        raise FormatError(f"{folder} is no PEFT folder: it has no {CONFIG}")
+    config = safe.read_json(folder / CONFIG)
+    if config.get("library") == "burnish":
+        raise FormatError(f"{folder} was written by burnish; read it with "
+                          "burnish.load(model, folder)")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "MISS"):
+        raise FormatError(f"{folder} holds a PEFT adapter of type {kind!r}; LORA (rsLoRA and DoRA "
+                          "with it) and MISS can be read")
+    _check(config, folder)
+    if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").exists():
+        raise FormatError(f"{folder}/adapter_model.bin may hold a pickle and is not opened; "
+                          "let peft save it again with safe_serialization=True")
+    tensors = safe.load_file(folder / TENSORS)
+    out = PeftFolder(kind, rslora=bool(config.get("use_rslora")),
+                     dropout=float(config.get("lora_dropout") or config.get("miss_dropout") or 0),
+                     base=config.get("base_model_name_or_path") or "",
+                     task_type=config.get("task_type"),
+                     saved=list(config.get("modules_to_save") or []),
+                     mini=config.get("init_weights") == "mini",
+                     fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    (_read_lora if kind == "LORA" else _read_miss)(out, tensors, config, folder)
+    if not out.modules:
+        raise FormatError(f"{folder} holds no adapter tensor")
+    return out
+
+
+def _check(config: Mapping[str, Any], folder: Path) -> None:
+    for name in _UNREADABLE:
+        if config.get(name):
+            raise FormatError(f"{folder}: {name} = {config[name]!r} has no counterpart in burnish")
+    if config.get("bias", "none") != "none":
+        raise FormatError(f"{folder}: biases trained by PEFT (bias = {config['bias']!r}) are not "
+                          "read; merge them with peft first")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(_RESIDUAL):
+        raise FormatError(
+            f"{folder}: init_lora_weights = {start!r} trained on a base PEFT had changed; save it "
+            "with path_initial_model_for_weight_conversion, which makes it plain LoRA")
+    if str(config.get("init_weights")) == "bat":
+        raise FormatError(f"{folder}: MISS with init_weights = 'bat' is another method; "
+                          "True and 'mini' can be read")
+
+
+_PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A",
+          ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
+          ".lora_magnitude_vector.weight": "m"}
+
+
+def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+               folder: Path) -> None:
+    found: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, str] = {}
+    for key, value in tensors.items():
+        name = _strip(key, folder)
+        suffix = next((s for s in _PARTS if name.endswith(s)), None)
+        if suffix is None:
+            if ".lora_" in name:
+                raise FormatError(f"{folder}: tensor {key!r} has no counterpart in burnish")
+            out.whole[name] = value
+            continue
+        path = name.removesuffix(suffix)
+        found.setdefault(path, {})[_PARTS[suffix]] = value
+        if "embedding" in suffix:
+            kinds[path] = "embedding"
+    for path, parts in found.items():
+        if "A" not in parts or "B" not in parts:
+            raise FormatError(f"{folder}: {path} has only one of its two factors")
+        A, B = parts["A"], parts["B"]
+        kernel = tuple(A.shape[1:]) if A.dim() > 2 else ()
+        kind = "conv" if kernel else kinds.get(path, "linear")
+        A, B = A.flatten(1), B.flatten(1)
+        if A.shape[0] != B.shape[1]:
+            raise FormatError(f"{folder}: {path} has factors {list(A.shape)} and {list(B.shape)}")
+        alpha = _pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+        scale = alpha / (math.sqrt(A.shape[0]) if out.rslora else A.shape[0])
+        m = parts.get("m")
+        if bool(config.get("use_dora")) != (m is not None):
+            raise FormatError(f"{folder}: use_dora is {config.get('use_dora')} but {path} has "
+                              f"{'a' if m is not None else 'no'} magnitude")
+        out.loras[path] = Lora(A, B, scale, kind, None if m is None else m.flatten(), kernel)
+
+
+def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+               folder: Path) -> None:
+    for key, value in tensors.items():
+        name = _strip(key, folder)
+        if name.endswith(".miss_block"):
+            out.blocks[name.removesuffix(".miss_block")] = value
+        else:
+            out.whole[name] = value
+
+
+def _strip(key: str, folder: Path) -> str:
+    if not key.startswith(PREFIX):
+        raise FormatError(f"{folder}: tensor {key!r} is not named as PEFT names them "
+                          f"({PREFIX}...)")
+    return key.removeprefix(PREFIX)
+
+
+def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+    """PEFT's rule: the first key that, as a pattern, matches the end of the module's name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+# -- writing --------------------------------------------------------------------------------
+def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
+          card: str | None = None) -> Path:
+    """Write a folder `peft` loads. names: every module name of the model, so that the targets
+    written match these modules and no others."""
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {
+        "peft_type": what.kind, "task_type": what.task_type,
+        "base_model_name_or_path": what.base or None, "revision": None, "inference_mode": True,
+        "target_modules": targets(set(what.modules), list(names)), "bias": "none",
+        "modules_to_save": _modules_to_save(what.saved, list(names)),
+    }
+    if what.kind == "LORA":
+        config |= _lora_config(what)
+        for path, lora in what.loras.items():
+            tensors |= _lora_tensors(PREFIX + path, lora)
+    else:
+        rank, width = next(iter(what.blocks.values())).shape
+        config |= {"r": rank, "miss_dropout": what.dropout, "mini_r": width if what.mini else 1,
+                   "init_weights": "mini" if what.mini else True}
+        tensors |= {f"{PREFIX}{p}.miss_block": D for p, D in what.blocks.items()}
+    tensors |= {PREFIX + n: t for n, t in what.whole.items()}
+    safe.save_file(tensors, folder / TENSORS)
+    if card is not None:
+        safe.write_text(folder / "README.md", card)
+    safe.write_json(folder / CONFIG, config)
+    return folder
+
+
+def _lora_config(what: PeftFolder) -> dict[str, Any]:
+    def alpha(x: Lora) -> float:
+        value = x.scale * (math.sqrt(x.rank) if what.rslora else x.rank)
+        near = round(value)
+        return near if abs(value - near) < 1e-9 * max(1.0, abs(value)) else value
+
+    ranks = Counter(x.rank for x in what.loras.values())
+    rank = ranks.most_common(1)[0][0]
+    alphas = Counter(alpha(x) for x in what.loras.values())
+    common = alphas.most_common(1)[0][0]
+    return {
+        "r": rank, "lora_alpha": common, "lora_dropout": what.dropout,
+        "rank_pattern": {f"^{re.escape(p)}": x.rank for p, x in what.loras.items()
+                         if x.rank != rank},
+        "alpha_pattern": {f"^{re.escape(p)}": alpha(x) for p, x in what.loras.items()
+                          if alpha(x) != common},
+        "use_rslora": what.rslora, "init_lora_weights": True,
+        "use_dora": any(x.magnitude is not None for x in what.loras.values()),
+        "fan_in_fan_out": what.fan_in_fan_out,
+    }
+
+
+def _lora_tensors(path: str, x: Lora) -> dict[str, Tensor]:
+    A, B = x.A, x.B
+    if x.kind == "embedding":
+        out = {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B}
+    else:
+        if x.kind == "conv":
+            A, B = A.unflatten(1, x.kernel), B.view(*B.shape, *([1] * (len(x.kernel) - 1)))
+        out = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+    if x.magnitude is not None:
+        m = x.magnitude
+        if x.kind == "conv":
+            m = m.view(1, -1, *([1] * (len(x.kernel) - 1)))
+        out[f"{path}.lora_magnitude_vector"] = m
+    return out
+
+
+def targets(wanted: set[str], names: list[str]) -> list[str] | str:
+    """The shortest target_modules that PEFT's rule (a name or its dotted end) resolves to
+    exactly `wanted`: last names, else full names, else a pattern."""
+    for tries in ({w.rpartition(".")[2] for w in wanted}, wanted):
+        if {n for n in names if n in tries or any(n.endswith(f".{t}") for t in tries)} == wanted:
+            return sorted(tries)
+    return "^(" + "|".join(re.escape(w) for w in sorted(wanted)) + ")$"
+
+
+def _modules_to_save(saved: list[str], names: list[str]) -> list[str] | None:
+    """PEFT finds these modules by the end of their name: nothing else may end like them."""
+    for module in saved:
+        others = [n for n in names if n.endswith(module) and n not in saved]
+        if others or not module:
+            raise FormatError(f"PEFT cannot save {module or 'the root'!r} alone: it goes by the "
+                              f"end of the name and would take {(others or ['all'])[0]!r} too")
+    return saved or None
