@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from ..core.errors import CheckError
@@ -37,26 +37,13 @@ def check(tuned: Tuned, example: Any) -> None:
         state = {n: fake(t) for n, t in (*tuned.model.named_parameters(),
                                          *tuned.model.named_buffers())}
         names = [n for n, _ in tuned.named_parameters()]
-        with torch.enable_grad():
-            loss = _loss(tuned, state, batch)
-        if not loss.requires_grad:
-            raise CheckError(_unreached(names, "no part in the loss of the example"))
-        got = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
+        # the swap holds through backward too: checkpointed blocks read their weights there
+        with _reparametrize_module(tuned.model, state, tie_weights=True), torch.enable_grad():
+            loss = tuned.loss(batch)
+            if not loss.requires_grad:
+                raise CheckError(_unreached(names, "no part in the loss of the example"))
+            got = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
     missing = [n for n, g in zip(names, got, strict=True) if g is None]
     if missing:
         raise CheckError(_unreached(missing, "no gradient from the loss of the example"))
 
-
-def _loss(tuned: Tuned, state: dict[str, Tensor], batch: Any) -> Tensor:
-    """tuned.loss, with the model called on fake parameters."""
-    model = tuned.model
-
-    class Stand:
-        def __call__(self, *args: Any, **kw: Any) -> Any:
-            return functional_call(model, state, args, kw)
-
-    tuned.model = Stand()                               # type: ignore[assignment]
-    try:
-        return tuned.loss(batch)
-    finally:
-        tuned.model = model

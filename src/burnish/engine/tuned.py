@@ -241,9 +241,9 @@ class Tuned:
         """Every tensor that should train has a finite gradient, or CheckError names those
         without (a silent no-op is the worst way to fail)."""
         self._checked = True
-        if hasattr(self.current_optimizer, "passes") or any(
-                g.get("in_backward") for g in self.current_optimizer.param_groups):
-            return
+        if getattr(self.current_optimizer, "zeroth_order", False) or \
+                getattr(getattr(self.current_optimizer, "plan", None), "in_backward", False):
+            return                               # gradients do not exist, or not all at once
         missing = [n for n, p in self.named_parameters() if p.grad is None]
         if missing:
             raise CheckError(_unreached(missing, "no gradient after the first step"))
@@ -262,14 +262,24 @@ class Tuned:
         Raises BurnishError when the loss is not finite: nothing has been updated then.
         """
         opt = self.current_optimizer or self.optimizer()
-        if hasattr(opt, "passes"):                   # further evaluations instead of a backward
-            return self._passes(opt, batch, loss)
+        if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
+            return self._evaluate(opt, batch, loss)
         opt.zero_grad(set_to_none=True)
         value = self.loss(batch, loss)
         self._finite(value)
         value.backward()
         opt.step()
         return value.detach()
+
+    def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
+        was, opt.model = self.model.training, self.model
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                value = opt.step(lambda: self.loss(batch, loss))
+        finally:
+            self.model.train(was)
+        return torch.tensor(value)
 
     def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The task's loss on a batch (see :meth:`step`)."""
