@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .machine import machine
+
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
 PHASES = ("load", "forward", "loss", "backward", "update")
 
@@ -82,8 +84,8 @@ class Ledger(TorchDispatchMode):
     """Follow every storage while the ``with`` block runs.
 
     model: names modules, and whose parameters and buffers are ``weights``.
-    count: also add up floating-point operations (`flops`) and bytes read and written (`traffic`)
-        by phase, for the planner's relative time.
+    count: also add up floating-point operations (`flops`), bytes read and written (`traffic`) and
+        the time both would take (`seconds`, see machine.py) by phase, for the planner.
 
     Everything that exists before the block and belongs to the step is passed to :meth:`watch`;
     the model's own tensors are watched on entry.
@@ -99,6 +101,7 @@ class Ledger(TorchDispatchMode):
         self.phases: list[tuple[str, int]] = []
         self.flops: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self._alive: dict[int, _Watch] = {}
         self._paths: dict[int, str] = {}
@@ -204,6 +207,7 @@ class Ledger(TorchDispatchMode):
         """Count operations and traffic from here on."""
         self.flops = dict.fromkeys(PHASES, 0.0)
         self.traffic = dict.fromkeys(PHASES, 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def _enter(self, t: Tensor, module: str, phase: str, category: str | None,
                birth: int | None = None) -> None:
@@ -341,10 +345,17 @@ class Ledger(TorchDispatchMode):
             return
         phase = phase or self._phase()
         formula = _FLOPS.get(func.overloadpacket)
-        if formula is not None:
-            self.flops[phase] += formula(*args, **(kwargs or {}), out_val=out)
-        self.traffic[phase] += sum(t.numel() * t.element_size()
-                                   for part in (args, out) for t in _leaves(part))
+        flops = formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
+        moved, where, itemsize = 0, None, 4
+        crosses = False
+        for part in (args, out):
+            for t in _leaves(part):
+                moved += t.numel() * t.element_size()
+                crosses = crosses or (where is not None and t.device.type != where)
+                where, itemsize = t.device.type, t.element_size()
+        self.flops[phase] += flops
+        self.traffic[phase] += moved
+        self.seconds[phase] += machine(where or "cpu").seconds(flops, moved, itemsize, crosses)
 
     # -- read afterwards --------------------------------------------------------------------------
     def category(self, entry: Entry) -> str:

@@ -31,8 +31,8 @@ class MemoryReport:
     phases: (phase, first event) in the order they ran, over the same step.
     peak_at: (phase, module) of the moment of the peak.
     other_devices: peak bytes elsewhere (offloaded tensors), by device type.
-    flops, traffic: floating-point operations, and bytes read and written, of one step by phase
-        (only when counted).
+    flops, traffic, seconds: floating-point operations, bytes read and written, and the time a
+        round machine would take for both (machine.py), of one step by phase (only when counted).
     trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
     """
 
@@ -51,6 +51,7 @@ class MemoryReport:
     adapter_bytes: int = 0
     flops: dict[str, float] = field(default_factory=dict)
     traffic: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     # -- from the ledger --------------------------------------------------------------------
@@ -93,6 +94,7 @@ class MemoryReport:
             other_devices={d: int(np.cumsum(v).max()) for d, v in others.items()},
             flops=dict(ledger.flops) if ledger.count else {},
             traffic=dict(ledger.traffic) if ledger.count else {},
+            seconds=dict(ledger.seconds) if ledger.count else {},
             **{"notes": [*ledger.notes], **facts},
         )
 

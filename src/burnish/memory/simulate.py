@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..core.errors import BurnishError, ConfigError
-from .fakes import fake_copy, from_config, shapes_of
+from .fakes import blank_batch, fake_copy, from_config
 from .ledger import Ledger, _leaves
 from .report import MemoryReport
 
@@ -209,20 +209,12 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
            dtype: torch.dtype | None) -> tuple[Any, str]:
     if isinstance(batch, int) or (isinstance(batch, tuple) and all(
             isinstance(n, int) for n in batch)):
-        given: Any = {
-            k: v if isinstance(v, bool) else _blank(v[0], v[1], dtype)
-            for k, v in shapes_of(model, batch).items()}
         label = str(batch) if isinstance(batch, int) else " x ".join(map(str, batch))
+        with _no_modes():
+            batch = blank_batch(model, batch, dtype)
     else:
-        given, label = batch, _label(batch)
-    return _fake(given, ledger, device), label
-
-
-def _blank(shape: tuple[int, ...], kind: torch.dtype, dtype: torch.dtype | None) -> Tensor:
-    with _no_modes():
-        if kind.is_floating_point:
-            return torch.empty(shape, dtype=dtype or kind, device="meta")
-        return torch.ones(shape, dtype=kind)
+        label = _label(batch)
+    return _fake(batch, ledger, device), label
 
 
 def _fake(value: Any, ledger: FakeLedger, device: str) -> Any:
