@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from burnish.blocks.codecs import Bf16, Block4, Block8, Plain, codec, dynamic_map, stochastic_bf16
+from burnish.blocks.codecs import (
+    Bf16,
+    Block4,
+    Block8,
+    Plain,
+    _tables,
+    codec,
+    dynamic_map,
+    stochastic_bf16,
+)
 from burnish.blocks.noise import CounterNoise
 from burnish.core.errors import RecipeError
 
@@ -50,6 +59,20 @@ def test_every_value_becomes_the_nearest_entry_of_its_block(make, signed, n):
         assert (err[~zeroed] <= best[~zeroed] + 1e-6).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_quick_way_to_the_nearest_entry_is_the_search(bits, signed):
+    tables = _tables(bits, signed, torch.zeros(1))
+    mid = tables.middles[:-1]
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.rand(50_000, generator=g), 10 ** (-9 * torch.rand(50_000, generator=g)),
+                   torch.tensor([0.0, -0.0, 1.0, 1e-45, 1e-38]), tables.entries.abs(), mid.abs(),
+                   torch.nextafter(mid.abs(), torch.tensor(2.0)),
+                   torch.nextafter(mid.abs(), torch.tensor(0.0))])
+    x = torch.cat([x, -x]) if signed else x
+    assert torch.equal(tables.nearest(x), torch.bucketize(x, mid).to(torch.uint8))
+
+
 def test_the_error_bound_of_eight_bits():
     """Within the top decade entries lie 0.9/64 (signed) apart: half of that, relative to absmax."""
     x = torch.linspace(-1, 1, 256 * 20)
@@ -82,8 +105,8 @@ def test_slices_are_the_whole(name):
         c.write(sliced, lo, min(lo + 1024, n), x[lo : lo + 1024], stream, 3)
     for key in whole:
         assert torch.equal(whole[key], sliced[key])
-    assert torch.equal(torch.cat([c.read(whole, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]),
-                       c.read(whole, 0, n))
+    pieces = [c.read(whole, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]
+    assert torch.equal(torch.cat(pieces), c.read(whole, 0, n))
 
 
 def test_zero_stays_zero_and_blocks_of_zeros_are_safe():

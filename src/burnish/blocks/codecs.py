@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,7 @@ class Block:
         name, signed = self._name(parts)
         scale = parts["absmax"][lo // self.block : -(-hi // self.block)]
         codes = self._unpack(parts[name], lo, hi)
-        x = _table(self.bits, signed, scale)[0][codes.int()]
+        x = _tables(self.bits, signed, scale).entries.index_select(0, codes.int())
         return x.mul_(scale.repeat_interleave(self.block, output_size=len(scale) * self.block)
                       [: hi - lo])
 
@@ -145,10 +145,9 @@ class Block:
         scale = rows.abs().amax(1)
         parts["absmax"][lo // self.block : -(-hi // self.block)] = scale
         rows = rows / torch.where(scale > 0, scale, 1.0)[:, None]
-        codes = torch.bucketize(rows, _table(self.bits, signed, scale)[1], out_int32=True)
+        codes = _tables(self.bits, signed, scale).nearest(rows.view(-1))[: hi - lo]
         if self.up_from_zero and not signed:
-            codes += (codes == 0) & (rows > 0)
-        codes = codes.to(torch.uint8).view(-1)[: hi - lo]
+            codes += (codes == 0) & (rows.view(-1)[: hi - lo] > 0)
         if self.bits == 8:
             parts[name][lo:hi] = codes
         else:
@@ -212,17 +211,41 @@ def stochastic_bf16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x), up, x).to(torch.bfloat16)
 
 
-_TABLES: dict[tuple[int, bool, torch.device], tuple[Tensor, Tensor]] = {}
+class _Tables(NamedTuple):
+    """A map on one device, and the way to its nearest entry without a search.
+
+    coarse: for the upper 16 bits of an fp32 number, the entry nearest to the lower end of the
+    numbers that share them. Entries lie so far apart that at most one midpoint falls among those,
+    so one comparison with the next midpoint decides (a binary search takes ten times as long).
+    """
+
+    entries: Tensor
+    middles: Tensor
+    coarse: Tensor
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """uint8 codes of a flat fp32 tensor with values in [-1, 1]."""
+        code = self.coarse.index_select(0, (x.view(torch.int32) >> 16) & 0xFFFF)
+        return code.add_(x > self.middles.index_select(0, code.int()))
 
 
-def _table(bits: int, signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(entries, midpoints between them) on the device of `like`."""
+_TABLES: dict[tuple[int, bool, torch.device], _Tables] = {}
+
+
+def _tables(bits: int, signed: bool, like: Tensor) -> _Tables:
+    """The tables on the device of `like`."""
     key = (bits, signed, like.device)
-    real = type(like) is Tensor                   # a fake tensor's table must not be kept
+    real = type(like) is Tensor                   # a fake tensor's tables must not be kept
     if real and key in _TABLES:
         return _TABLES[key]
     entries = torch.tensor(dynamic_map(bits, signed), dtype=torch.float32, device=like.device)
-    table = entries, (entries[1:] + entries[:-1]) / 2
+    inf = torch.full((1,), float("inf"), device=like.device)
+    middles = torch.cat(((entries[1:] + entries[:-1]) / 2, inf))
+    high = torch.arange(1 << 16, dtype=torch.int32, device=like.device)
+    low_end = torch.where(high < 1 << 15, high, high + 1)      # below zero: the larger magnitude
+    lowest = (low_end << 16).view(torch.float32)
+    coarse = torch.bucketize(lowest, middles[:-1]).to(torch.uint8)
+    tables = _Tables(entries, middles, coarse)
     if real:
-        _TABLES[key] = table
-    return table
+        _TABLES[key] = tables
+    return tables

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import FormatError
 
 _NOT_HYPER = ("params", "param_names")
+_EXTRA = "extra/"
 
 
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -31,7 +32,8 @@ def named_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], di
     """``({"<parameter>.<state>": tensor}, json-able rest)`` of an optimizer made with names.
 
     The rest holds ``state`` (scalars like a step count, by the same keys) and ``groups`` (names
-    and hyperparameters of each group).
+    and hyperparameters of each group). What an optimizer has beyond its parameters it gives as
+    ``extra_state() -> (tensors, json)``; those tensors are named ``extra/<name>``.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -44,7 +46,11 @@ def named_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], di
     groups = [{"names": list(g["param_names"]),
                **{k: _plain(v) for k, v in g.items() if k not in _NOT_HYPER}}
               for g in optimizer.param_groups]
-    return tensors, {"state": scalars, "groups": groups}
+    rest: dict[str, Any] = {"state": scalars, "groups": groups}
+    if hasattr(optimizer, "extra_state"):
+        more, rest["extra"] = optimizer.extra_state()
+        tensors.update({_EXTRA + k: v for k, v in more.items()})
+    return tensors, rest
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor],
@@ -56,6 +62,8 @@ def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
     """
     params = _named(optimizer)
     fresh: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in params.values()}
+    more = {k[len(_EXTRA):]: v for k, v in tensors.items() if k.startswith(_EXTRA)}
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(_EXTRA)}
     for key, value in {**tensors, **scalars["state"]}.items():
         name = _owner(key, params)
         p = params[name]
@@ -74,6 +82,8 @@ def load_named_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         saved = {k: v for k, v in there[names].items() if k != "names"}
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v
                       for k, v in saved.items()})
+    if hasattr(optimizer, "load_extra_state") and "extra" in scalars:
+        optimizer.load_extra_state(more, scalars["extra"])
 
 
 def _owner(key: str, params: Mapping[str, object]) -> str:

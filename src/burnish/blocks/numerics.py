@@ -54,7 +54,7 @@ class Master(Numerics):
 
 
 class Kahan(Numerics):
-    """Weight plus compensation, both in the weight's dtype: w <- rn(x), c <- rn(x - w)."""
+    """Weight plus compensation: y = rn(d + c), t = rn(w + y), c <- rn(y - (t - w)), w <- t."""
 
     def prepare(self, w: Tensor, state: dict[str, Tensor]) -> None:
         if w.dtype != accumulator(w.dtype) and "compensation" not in state:
@@ -66,9 +66,13 @@ class Kahan(Numerics):
 
     def write(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int, x: Tensor,
               noise: CounterNoise, turn: int) -> None:
-        super().write(w, state, lo, hi, x, noise, turn)
-        if "compensation" in state:
-            state["compensation"][lo:hi].copy_(x - w[lo:hi])
+        if "compensation" not in state:
+            return super().write(w, state, lo, hi, x, noise, turn)
+        here = w[lo:hi]
+        old = here.to(x.dtype)
+        y = x.sub_(old).to(w.dtype).to(x.dtype)
+        here.copy_(old + y)
+        state["compensation"][lo:hi].copy_(y.sub_(here.to(x.dtype)).add_(old))
 
 
 NUMERICS: dict[str, Numerics] = {"nearest": Numerics(), "stochastic": Stochastic(),

@@ -95,6 +95,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Drives :meth:`passes`; ``step(closure)`` does it for a closure that returns the loss.
 
     log: every query as (seed, g, lr): with the starting weights it is the run (:meth:`replay`).
+        It is saved with the optimizer, so a resumed run keeps writing the same log.
     model: set it to keep one module's perturbed weights at a time (see the module).
     state of a parameter: only what the rounding needs (none by default).
     """
@@ -147,9 +148,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             g = as_fp32((up - down) / (2 * eps * len(seeds)))
             found.append(g if math.isfinite(g) else 0.0)     # a failed probe moves nothing
         lrs = [g["lr"] for g in self.param_groups]
-        for s, g in zip(seeds, found, strict=True):
+        if not len(self.log):
+            self.log.header["first_update"] = update
+        for q, (s, g) in enumerate(zip(seeds, found, strict=True)):
             self.log.append(s, g, lrs)
-            self._apply(s, g, lrs, len(self.log) - 1)
+            self._apply(s, g, lrs, update * len(seeds) + q)
         for group in self.param_groups:
             group["updates"] = update + 1
         return sum(losses) / len(losses)
@@ -177,7 +180,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _apply(self, seed: int, g: float, lrs: Sequence[float], index: int) -> None:
-        """The update of one query; decay rides on the first query of an update."""
+        """The update of query number `index` of the run; decay rides on an update's first."""
         numerics, first = NUMERICS[self._rounding], index % self.spec.queries == 0
         for group, lr in zip(self.param_groups, lrs, strict=True):
             for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -206,10 +209,34 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if len(log) and len(log.lrs[0]) != len(self.param_groups):
             raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
                               f"optimizer has {len(self.param_groups)} parameter groups")
-        log.replay(lambda seed, g, lrs, i: (self._apply(seed, g, lrs, i),
-                                            self.log.append(seed, g, lrs))[0])
+        first = int(log.header.get("first_update", 0))  # type: ignore[call-overload]
+        log.replay(lambda seed, g, lrs, i: self._apply(seed, g, lrs,
+                                                       first * self.spec.queries + i))
+        self.log = log
         for group in self.param_groups:
-            group["updates"] = len(self.log) // self.spec.queries
+            group["updates"] = first + len(log) // self.spec.queries
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The log, for :func:`burnish.blocks.named.named_state`."""
+        return self.log.tensors(), dict(self.log.header)
+
+    def load_extra_state(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        self.log = ScalarLog.from_tensors(tensors, header)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and the log."""
+        return {**super().state_dict(), "log": self.extra_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rest = {k: v for k, v in state_dict.items() if k != "log"}
+        super().load_state_dict(rest)
+        params = [p for g in self.param_groups for p in g["params"]]
+        ids = [i for g in rest["param_groups"] for i in g["params"]]
+        for i, p in zip(ids, params, strict=True):       # torch casts to the weight's dtype
+            for key, value in rest["state"].get(i, {}).items():
+                self.state[p][key] = value.detach().clone().to(p.device)
+        if "log" in state_dict:
+            self.load_extra_state(*state_dict["log"])
 
 
 class _Scratch(AbstractContextManager[None]):

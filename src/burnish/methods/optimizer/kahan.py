@@ -11,12 +11,12 @@ from ...core.method import Method
 class Kahan(Method):
     """Kahan summation: half-precision weights beside the part that rounding cut off.
 
-        x = W + c - lr u        W <- rn(x)        c <- rn(x - W)
+        y = rn(c - lr u)      t = rn(W + y)      c <- rn(y - (t - W))      W <- t
 
-    c has the shape and dtype of W and starts at zero: +2 bytes per trained weight, deterministic.
-    Together they hold about 16 bits, so changes below 2^-16 of the weight are still lost (at
-    W = 1 a step of 3e-5 works, 1e-5 never moves it): then take master_weights or
-    stochastic_rounding.
+    rn rounds to the dtype of W; c has its shape and dtype and starts at zero: +2 bytes per trained
+    weight, deterministic. Together they hold about 16 bits, so changes below 2^-16 of the weight
+    are still lost (at W = 1 a step of 3e-5 works, 1e-5 never moves it): then take master_weights
+    or stochastic_rounding.
     """
 
     paper: ClassVar[str] = "Revisiting BFloat16 Training, 2020"

@@ -1,0 +1,166 @@
+"""LISA: what is live, how often, and that nothing of a block stays when it leaves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from burnish.blocks.step import compose
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+
+L, D = 6, 16
+
+
+class Body(nn.Module):
+    """Embedding, blocks, final norm, head: the parts LISA tells apart."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.embed = nn.Embedding(20, D)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(L))
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, 20, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        for p in self.parameters():
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(self.norm(x))
+
+
+def attach(recipe, model, lr=1e-2):
+    parts = parse(recipe)
+    anatomy = SimpleNamespace(model=model,
+                              blocks=[SimpleNamespace(path=f"layers.{i}") for i in range(L)])
+    chosen = {s.name for s in parts[0].select(anatomy)}
+    opt = compose([m.optimizer() for m in parts],
+                  [(n, p) for n, p in model.named_parameters() if n in chosen], lr)
+    tuned = SimpleNamespace(model=model, anatomy=anatomy, current_optimizer=opt)
+    return parts[0].controller(tuned), opt
+
+
+def train(model, control, opt, steps, start=0, after=lambda step: None):
+    for step in range(start, start + steps):
+        control.step_begin(step)
+        ids = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        opt.step()
+        opt.zero_grad()
+        after(step)
+
+
+def elements(opt):
+    return sum(v.numel() for s in opt.state.values() for k, v in s.items()
+               if isinstance(v, torch.Tensor) and k != "step")
+
+
+def count(model, blocks):
+    outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("layers"))
+    return outside + blocks * sum(p.numel() for p in model.layers[0].parameters())
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 2])
+def test_after_ten_periods_only_the_live_have_state(gamma):
+    model = Body()
+    control, opt = attach(f"lisa(layers={gamma}, every=2)", model)
+    train(model, control, opt, 20)
+    assert elements(opt) == 2 * count(model, gamma)
+
+
+def test_state_of_every_block_would_stay_if_kept():
+    model = Body()
+    control, opt = attach("lisa(layers=2, every=2, state_on_leave='keep')", model)
+    train(model, control, opt, 40)
+    assert elements(opt) > 2 * count(model, 4)
+
+
+def test_frozen_blocks_do_not_move_within_a_period():
+    model = Body()
+    control, opt = attach("lisa(layers=2, every=3) + adamw(weight_decay=0.5)", model)
+    seen = {}
+
+    def after(step):
+        live = control.schedule.live
+        assert len(live) == 2
+        for i, layer in enumerate(model.layers):
+            if step % 3 == 0:
+                seen[i] = layer.weight.detach().clone()
+            elif f"layers.{i}" not in live:
+                assert torch.equal(seen[i], layer.weight) and layer.weight.grad is None
+            else:
+                assert not torch.equal(seen[i], layer.weight)
+
+    train(model, control, opt, 12, after=after)
+    assert model.embed.weight.requires_grad and model.norm.weight.requires_grad
+
+
+def test_every_block_is_visited_equally_often():
+    model = Body()
+    control, _ = attach("lisa(layers=2, every=1)", model)
+    n, seen = 3000, Counter()
+    for step in range(n):
+        control.step_begin(step)
+        seen.update(control.schedule.live)
+    for i in range(L):
+        assert abs(seen[f"layers.{i}"] / n - 2 / L) < 5 * (1 / 3 * 2 / 3 / n) ** 0.5
+
+
+def test_the_draw_leaves_global_generators_alone_and_can_be_resumed():
+    whole = Body()
+    state = torch.get_rng_state()
+    control, opt = attach("lisa(layers=2, every=3, seed=4)", whole)
+    train(whole, control, opt, 8)
+    assert torch.equal(state, torch.get_rng_state())
+
+    first = Body()
+    control, opt = attach("lisa(layers=2, every=3, seed=4)", first)
+    train(first, control, opt, 4)                      # stops inside a period
+    second = Body()
+    second.load_state_dict(first.state_dict())
+    again, opt2 = attach("lisa(layers=2, every=3, seed=4)", second)
+    opt2.load_state_dict(opt.state_dict())
+    again.load_state_dict(control.state_dict())
+    assert again.schedule.live == control.schedule.live
+    train(second, again, opt2, 4, start=4)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tied_embedding_and_head_are_one_tensor_and_always_live():
+    model = Body(tied=True)
+    control, opt = attach("lisa(layers=1, every=1)", model)
+    train(model, control, opt, 5)
+    assert model.head.weight.requires_grad
+    assert elements(opt) == 2 * count(model, 1)
+
+
+def test_with_galore_a_returning_block_gets_a_new_basis():
+    model = Body()
+    control, opt = attach("lisa(layers=2, every=1) + galore(rank=4, update_every=100)", model)
+    for step in range(12):
+        before = {p for p in opt.state if opt.state[p]}
+        train(model, control, opt, 1, start=step)
+        for name in control.schedule.live:
+            w = model.get_submodule(name).weight
+            state = opt.state[w]
+            assert sum(v.numel() for v in state.values() if isinstance(v, torch.Tensor)) == \
+                D * 4 + 2 * D * 4
+            if w not in before:
+                assert state["step"] == 1
+    assert {n for n, m in model.named_modules()
+            if n.startswith("layers.") and m.weight in opt.state} == control.schedule.live
+
+
+def test_more_layers_than_blocks_is_refused():
+    with pytest.raises(RecipeError, match="layers=7.*6 repeated blocks"):
+        attach("lisa(layers=7)", Body())
