@@ -1,6 +1,6 @@
 """From a model, data and a memory to a fine-tuned adapter: ``burnish.fit(model, data, ...)``.
 
-The package itself is the function (:func:`burnish.fit.loop.fit`), so that ``burnish.fit(...)`` and
+The package itself is the function (:func:`burnish.fit.run.fit`), so that ``burnish.fit(...)`` and
 ``burnish.fit.data`` both mean what they say. Nothing heavy is imported before it is used.
 """
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bridge import TrainerCallback
-    from .loop import Run
+    from .run import Run
 
 __all__ = ["Run", "TrainerCallback", "fit"]
 
-_HOME = {"Run": "loop", "TrainerCallback": "bridge"}
+_HOME = {"Run": "run", "TrainerCallback": "bridge"}
 
 
 class _Fit(ModuleType):
@@ -24,8 +24,8 @@ class _Fit(ModuleType):
 
     def __call__(self, model: Any, data: Any, recipe: Any = None, memory: Any = None,
                  output: Any = "out/", **training: Any) -> Run:
-        """Fine-tune; see :func:`burnish.fit.loop.fit`."""
-        from .loop import fit
+        """Fine-tune; see :func:`burnish.fit.run.fit`."""
+        from .run import fit
 
         return fit(model, data, recipe=recipe, memory=memory, output=output, **training)
 

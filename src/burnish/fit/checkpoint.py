@@ -8,10 +8,12 @@
         buffers.safetensors                                   the model's own buffers, if any
         trainer_state.json                                    step, history, best so far
         complete.json                                         name and size of every file above
+        owed.json                                             until this step was evaluated
 
 A folder is written under a hidden name, flushed and renamed; removing one renames it back first.
 A name like ``checkpoint-120`` therefore always means a whole checkpoint, at whatever moment a
-process dies; ``complete.json`` guards against copies that lost files on the way.
+process dies; ``complete.json`` guards against copies that lost files on the way. An evaluation at
+the same step comes after the save, rewrites ``trainer_state.json`` and removes ``owed.json``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from ..formats import safe
 
 PREFIX = "checkpoint-"
 SEAL = "complete.json"
+OWED = "owed.json"
+#: rewritten in place (each time atomically) once the step was evaluated
+CHANGES = ("trainer_state.json", OWED)
 _NAME = re.compile(rf"^{PREFIX}(\d+)$")
 _HIDDEN = re.compile(rf"^\.{PREFIX}\d+\.(?:writing|going)$")
 
@@ -38,13 +43,13 @@ def writing(folder: Path) -> Iterator[Path]:
 
     Raises BurnishError when the disk refuses; whatever was there before is untouched.
     """
-    hidden = folder.with_name(f".{folder.name}.writing")
+    hidden = hidden_name(folder)
     try:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
         yield hidden
         sizes = {str(p.relative_to(hidden)): p.stat().st_size
-                 for p in sorted(hidden.rglob("*")) if p.is_file()}
+                 for p in sorted(hidden.rglob("*")) if p.is_file() and p.name not in CHANGES}
         safe.write_json(hidden / SEAL, {"files": sizes})
         if folder.exists():
             remove(folder)
@@ -57,6 +62,24 @@ def writing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
+
+
+def hidden_name(folder: Path) -> Path:
+    """Where `folder` is written before it has its name."""
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def owe(folder: Path) -> None:
+    """Notes that this step is still to be evaluated."""
+    safe.write_json(folder / OWED, {"evaluate": True})
+
+
+def settle(folder: Path) -> None:
+    (folder / OWED).unlink(missing_ok=True)
+
+
+def is_owed(folder: Path) -> bool:
+    return (folder / OWED).exists()
 
 
 def remove(folder: Path) -> None:
@@ -92,9 +115,17 @@ def whole(folder: Path) -> bool:
 
 
 def clear_leftovers(output: Path) -> list[str]:
-    """Removes what an interrupted process left half written; returns its names."""
+    """Removes what an interrupted process left half written; returns its names.
+
+    A folder that was whole and only waited for its name gets it.
+    """
     if not output.is_dir():
         return []
+    for p in list(output.iterdir()):
+        if p.name.endswith(".writing") and _HIDDEN.match(p.name) and whole(p):
+            named = p.with_name(p.name[1:].removesuffix(".writing"))
+            if not named.exists():
+                os.replace(p, named)
     left = [p for p in output.iterdir()
             if _HIDDEN.match(p.name) or (_NAME.match(p.name) and not whole(p))]
     for p in left:

@@ -138,7 +138,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer,
                           f"side only{nearest(extra, held)}")
     number = {n: i for i, n in enumerate(held)}
     devices = {n: p.device for n, p in named}
-    state = {number.get(k, k): _to(v, devices.get(k)) for k, v in kept["state"].items()}
+    # counts live on the host, except where a fused or captured step reads them on the device
+    beside = {names[id(p)] for g in optimizer.param_groups for p in g["params"]
+              if g.get("fused") or g.get("capturable")}
+    state = {number.get(k, k): _to(v, devices.get(k), k in beside)
+             for k, v in kept["state"].items()}
     groups = [{**{k: v for k, v in g.items() if k != "params"},
                "params": [number[n] for n in g["params"]]} for g in kept["groups"]]
     whole = {"state": state, "param_groups": groups, **kept["rest"]}
@@ -157,14 +161,14 @@ def _named(key: Any, names: list[str | None]) -> Any:
     return names[key] if isinstance(key, int) and key < len(names) else key
 
 
-def _to(value: Any, device: torch.device | None) -> Any:
-    """Tensors of a parameter's state beside their parameter; step counts stay where they were."""
+def _to(value: Any, device: torch.device | None, scalars: bool) -> Any:
+    """Tensors of a parameter's state beside their parameter, counts only if `scalars`."""
     if isinstance(value, Tensor):
-        return value.to(device) if device is not None and value.dim() else value
+        return value.to(device) if device is not None and (scalars or value.dim()) else value
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: _to(v, device, scalars) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(_to(v, device, scalars) for v in value)
     return value
 
 

@@ -66,11 +66,25 @@ class Task:
         longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
         return self.collate([rows[i] for i in longest])
 
+    # -- models that are no transformers models --------------------------------------------
+    def input(self, batch: Batch) -> torch.Tensor:
+        """What a plain module is called with."""
+        return batch["input_ids"]
+
+    def loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """The task's loss of a plain module's outputs."""
+        return nn.functional.cross_entropy(logits_of(outputs), labels)
+
+    def call(self, batch: Batch, plain: bool) -> tuple[Any, Callable[[Any, Any], Any] | None]:
+        """(batch, loss) as :meth:`burnish.Tuned.step`, simulate and measure take them."""
+        if not plain:
+            return batch, None
+        return (self.input(batch), batch["labels"]), lambda out, b: self.loss(out, b[1])
+
     # -- the figures -----------------------------------------------------------------------
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """What of the model's answer is kept for the figures (evaluation holds all of it)."""
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        return logits.argmax(-1)
+        return logits_of(logits).argmax(-1)
 
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
         raise NotImplementedError
@@ -97,6 +111,9 @@ class ImageClassification(_Classify):
     """``pixel_values`` (B, C, H, W) and ``labels`` (B,)."""
 
     auto = "AutoModelForImageClassification"
+
+    def input(self, batch: Batch) -> torch.Tensor:
+        return batch["pixel_values"]
 
     def rows(self, split: str) -> Rows:
         return Pictures(self.data.splits[split], self.processor, self.data.where.get(split))
@@ -138,9 +155,12 @@ class LanguageModelling(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return pad_tokens(rows, self.processor.pad_token_id)
 
+    def loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(outputs)[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        guess = logits.argmax(-1)
+        guess = logits_of(logits).argmax(-1)
         # position t answers for token t + 1: aligned here, so that measure compares as they stand
         return torch.cat([torch.full_like(guess[:, :1], -100), guess[:, :-1]], 1)
 
@@ -206,6 +226,15 @@ def _processor(kind: type[Task], model: str | nn.Module, trust_remote_code: bool
                           f"{str(e).splitlines()[0]}; pass processor=") from None
 
 
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits among a model's outputs: named so, or the first."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+
+
 def check_local(name: str) -> None:
     """A folder without a config is no model; say so before a library asks the network."""
     path = Path(name).expanduser()
@@ -237,6 +266,3 @@ def classification(answers: torch.Tensor, labels: torch.Tensor, classes: int) ->
     present = true > 0
     f1 = (2 * hit / (said + true).clamp(min=1))[present].mean().item()
     return {"accuracy": (hit.sum() / true.sum().clamp(min=1)).item(), "f1": f1}
-
-
-Measure = Callable[[Any, Any], dict[str, float]]

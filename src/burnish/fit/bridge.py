@@ -1,0 +1,75 @@
+"""burnish inside somebody else's loop: one line for `transformers.Trainer` and everything on it.
+
+::
+
+    tuned = burnish.tune(model, "lora(rank=8)")
+    Trainer(model, args, ..., optimizers=(tuned.optimizer(1e-3), None),
+            callbacks=[burnish.TrainerCallback(tuned)])
+
+The recipe's events hang on the optimizer; the callback adds what only a loop knows: how many steps
+there will be, and when a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..core.errors import ConfigError
+from ..engine.tuned import Tuned
+
+
+class TrainerCallback(transformers.TrainerCallback):
+    """Runs a recipe right in a `transformers.Trainer` (TRL's included), and saves its adapter.
+
+    tuned: what :func:`burnish.tune` returned; None finds it by the trained model.
+
+    At the start it tells the recipe the number of steps, and refuses a loop whose optimizer would
+    silently leave parts of the recipe out. At the first step it checks that everything that should
+    train has a finite gradient (CheckError). At every save the adapter folder is written into the
+    checkpoint, and at the end into the output folder.
+    """
+
+    def __init__(self, tuned: Tuned | None = None):
+        self.tuned = tuned
+        self._checked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None,
+                       optimizer: Any = None, **kw: Any) -> None:
+        tuned = self.tuned = self.tuned or _owner(model)
+        tuned.total_steps = state.max_steps
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is not tuned.current_optimizer:
+            parts = [m.name for m in tuned.recipe
+                     if {"optimizer", "controller", "objective"} & set(m.axes())]
+            if parts:
+                raise ConfigError(
+                    f"{' and '.join(parts)} act through the optimizer, and this trainer made its "
+                    "own; pass optimizers=(tuned.optimizer(lr), None)")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if not self._checked and self.tuned is not None:
+            self._checked = True
+            self.tuned.check_gradients()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if state.is_world_process_zero and self.tuned is not None:
+            self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if state.is_world_process_zero and self.tuned is not None:
+            self.tuned.save(Path(args.output_dir))
+
+
+def _owner(model: Any) -> Tuned:
+    from ..engine.tuned import tuned_of
+
+    while hasattr(model, "module"):  # DDP and its like
+        model = model.module
+    found = tuned_of(model)
+    if found is None:
+        raise ConfigError("the trained model has no recipe; call burnish.tune(model, recipe) "
+                          "before the trainer is made")
+    return found

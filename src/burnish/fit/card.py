@@ -1,0 +1,91 @@
+"""The model card of a run: a header that hubs read, what it learnt, how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..memory import format_bytes
+
+PIPELINE = {"image-classification": "image-classification",
+            "text-classification": "text-classification",
+            "language-modelling": "text-generation", "instruction-tuning": "text-generation"}
+#: figures that hubs know by these names
+KNOWN = {"accuracy": "Accuracy", "f1": "F1", "perplexity": "Perplexity"}
+_AUTO = {"image-classification": "AutoModelForImageClassification",
+         "text-classification": "AutoModelForSequenceClassification",
+         "text-generation": "AutoModelForCausalLM"}
+
+
+def card(run: Mapping[str, Any]) -> str:
+    """README.md of a finished run, from the facts of its `run.json`."""
+    data, recipe, base = run["data"], run["recipe"], run["model"]
+    pipeline = PIPELINE[data["task"]]
+    hub = "/" in base and not base.startswith((".", "/", "~"))
+    head = ["---", "library_name: burnish"]
+    if hub:
+        head += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+    head += [f"pipeline_tag: {pipeline}", "tags:", "- burnish", "- adapter",
+             *[f"- {name}" for name in run["parts"]]]
+    if "/" in data["source"] and data["layout"] == "hub":
+        head += ["datasets:", f"- {json.dumps(data['source'].partition(':')[0])}"]
+    head += _index(run, pipeline)
+    head.append("---")
+
+    loader = f"{_AUTO[pipeline]}.from_pretrained({base!r}"
+    if data["labels"]:
+        loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
+    lines = [
+        f"# {recipe} on {_short(data['source'])}", "",
+        f"`{_short(base)}` fine-tuned with burnish, recipe `{recipe}`: {run['trainable']:,} of "
+        f"{run['parameters']:,} parameters trained.", "",
+        *_figures(run), "## Use", "", "```python", "import burnish",
+        f"from transformers import {_AUTO[pipeline]}", "",
+        f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")', "```", "",
+        "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
+        f"{data['layout']}, {data['task']}: "
+        + ", ".join(f"{n} {k}" for k, n in data["rows"].items()) + " rows.",
+    ]
+    return "\n".join([*head, "", *lines]) + "\n"
+
+
+def _index(run: Mapping[str, Any], pipeline: str) -> list[str]:
+    """The `model-index` that results on hubs are made of."""
+    rows = [(split, name, value) for split, metrics in run["metrics"].items()
+            for name, value in metrics.items() if name in KNOWN]
+    if not rows:
+        return []
+    out = ["model-index:", f"- name: {json.dumps(_short(run['recipe']))}", "  results:"]
+    for split, name, value in rows:
+        out += ["  - task:", f"      type: {pipeline}", "    dataset:",
+                f"      name: {json.dumps(_short(run['data']['source']))}",
+                f"      type: {json.dumps(_short(run['data']['source']))}",
+                f"      split: {split}",
+                "    metrics:", f"    - type: {name}", f"      name: {KNOWN[name]}",
+                f"      value: {value:.6g}"]
+    return out
+
+
+def _figures(run: Mapping[str, Any]) -> list[str]:
+    if not run["metrics"]:
+        return []
+    names = list(dict.fromkeys(n for m in run["metrics"].values() for n in m))
+    rows = ["| split | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for split, m in run["metrics"].items():
+        rows.append(f"| {split} | " + " | ".join(
+            f"{m[n]:.4g}" if n in m else "" for n in names) + " |")
+    return [*rows, ""]
+
+
+def _memory(memory: Mapping[str, Any]) -> list[str]:
+    rows = ["| | peak of a training step |", "|---|---:|"]
+    for key, word in (("simulated", "promised beforehand"), ("measured", "measured afterwards")):
+        if memory.get(key):
+            rows.append(f"| {word} | {format_bytes(memory[key]['peak_bytes'])} |")
+    return rows
+
+
+def _short(text: str) -> str:
+    """A path by its last part; the card travels, the machine does not."""
+    return text.rstrip("/").rpartition("/")[2] if text.startswith((".", "/", "~")) else text

@@ -1,0 +1,209 @@
+"""The pictures of a report, as SVG text to stand inside a page. Quiet colours, words on the data.
+
+Every function returns an empty string where there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..memory import format_bytes
+
+INK, FAINT, GRID = "#1d2733", "#6b7785", "#e4e8ec"
+ACCENT, WARM, GOOD = "#2f5d8a", "#d1495b", "#2a9d6f"
+KINDS = {"weights": "#33415c", "optimizer": "#5c7899", "gradients": "#8fb8c9",
+         "activations": "#e9a03b", "temporary": "#d1495b"}
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for ax in axes:
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_color(GRID)
+        ax.tick_params(colors=FAINT, labelsize=8, length=0)
+        ax.grid(axis="y", color=GRID, linewidth=0.7)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any, words: str) -> str:
+    """Stand-alone SVG without prologue; the same picture always gives the same text."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": words}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg"):]
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{words}"', 1)
+
+
+def learning(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str:
+    """Loss over steps, and the validation metric beside it."""
+    train = [(h["step"], h["loss"]) for h in history if "loss" in h]
+    held = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
+    metric = next((k for h in history for k in ("eval_accuracy", "eval_token_accuracy")
+                   if k in h), None)
+    scores = [(h["step"], h[metric]) for h in history if metric and metric in h]
+    if not train:
+        return ""
+    figure, axes = _axes(9, 3.0, 2 if scores else 1)
+    ax = axes[0]
+    ax.plot(*zip(*train, strict=True), color=ACCENT, linewidth=1.4, label="training")
+    if held:
+        ax.plot(*zip(*held, strict=True), color=WARM, linewidth=1.4, marker="o", markersize=3,
+                label="validation")
+    low = min(v for _, v in [*train, *held])
+    if low > 0 and max(v for _, v in [*train, *held]) > 20 * low:
+        ax.set_yscale("log")
+    ax.set_title("loss", loc="left", fontsize=10, color=INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+    if scores:
+        ax = axes[1]
+        ax.plot(*zip(*scores, strict=True), color=GOOD, linewidth=1.4, marker="o", markersize=3)
+        at = next((s for s in scores if s[0] == best.get("step")), None)
+        if at:
+            ax.scatter([at[0]], [at[1]], s=42, facecolors="none", edgecolors=INK, zorder=5)
+            ax.annotate(f"kept: {at[1]:.4g}", at, xytext=(-6, -14), textcoords="offset points",
+                        ha="right", fontsize=8, color=INK)
+        ax.set_title(f"validation {metric.removeprefix('eval_').replace('_', ' ')}", loc="left",
+                     fontsize=10, color=INK)
+    for ax in axes:
+        ax.set_xlabel("step", fontsize=8, color=FAINT)
+    return _svg(figure, "loss and validation metric over steps")
+
+
+def memory(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | None) -> str:
+    """Promise and truth as two stacked bars: what lived at the peak."""
+    rows = [(w, r) for w, r in (("promised", simulated), ("measured", measured)) if r]
+    if not rows:
+        return ""
+    figure, (ax,) = _axes(9, 0.75 + 0.5 * len(rows))
+    ax.grid(False)
+    top = max(r["peak_bytes"] for _, r in rows)
+    for y, (_, r) in enumerate(rows):
+        left = 0
+        for kind, colour in KINDS.items():
+            size = r["by_category"].get(kind, 0)
+            ax.barh(y, size, left=left, color=colour, height=0.62,
+                    label=kind if y == 0 else None)
+            if size > 0.09 * top:
+                ax.text(left + size / 2, y, format_bytes(size), ha="center", va="center",
+                        fontsize=8, color="white")
+            left += size
+        ax.text(left + 0.008 * top, y, format_bytes(r["peak_bytes"]), va="center", fontsize=9,
+                weight="bold", color=INK)
+    ax.set_yticks(range(len(rows)), [w for w, _ in rows], fontsize=9, color=INK)
+    ax.invert_yaxis()
+    ax.set_xlim(0, top * 1.1)
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0),
+              labelcolor=INK, handlelength=1, columnspacing=1.2)
+    return _svg(figure, "peak memory, promised and measured, by category")
+
+
+def timeline(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | None) -> str:
+    """One training step: the promise as stacked areas, the measured total as a line."""
+    if not simulated or not simulated["timeline"]:
+        return ""
+    figure, (ax,) = _axes(9, 3.1)
+    x, parts = _curve(simulated)
+    ax.stackplot(x, [[p.get(k, 0) for p in parts] for k in KINDS], colors=list(KINDS.values()),
+                 linewidth=0, step="post")
+    if measured and measured["timeline"]:
+        mx, mparts = _curve(measured)
+        ax.step(mx, [sum(p.values()) for p in mparts], where="post", color=INK, linewidth=1.0,
+                label="measured")
+        ax.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=INK)
+    start = simulated["timeline"][0][0]
+    end = max(1, simulated["timeline"][-1][0] - start)
+    seen: dict[str, float] = {}
+    for name, n in simulated["phases"]:
+        seen.setdefault(name, max(0, n - start) / end)
+    spans = sorted(seen.items(), key=lambda kv: kv[1])
+    for (name, a), b in zip(spans, [v for _, v in spans[1:]] + [1.0], strict=True):
+        if a:
+            ax.axvline(a, color=INK, linewidth=0.6, linestyle=":")
+        if b - a > 0.04:
+            ax.text((a + b) / 2, -0.05, name, transform=ax.get_xaxis_transform(), ha="center",
+                    va="top", fontsize=8, color=FAINT)
+    ax.set_xlim(0, 1)
+    ax.set_xticks([])
+    top = max(sum(p.values()) for p in parts)
+    ax.set_ylim(0, top * 1.15)
+    ticks = [top * f for f in (0.25, 0.5, 0.75, 1.0)]
+    ax.set_yticks(ticks, [format_bytes(t) for t in ticks])
+    return _svg(figure, "live memory over one training step")
+
+
+def _curve(report: Mapping[str, Any]) -> tuple[list[float], list[Mapping[str, int]]]:
+    points = report["timeline"]
+    start, end = points[0][0], max(points[-1][0], points[0][0] + 1)
+    return [(n - start) / (end - start) for n, _ in points], [p for _, p in points]
+
+
+def layers(moved: Mapping[str, Mapping[str, float]]) -> str:
+    """Where the update went: relative size, and the share of entries it touches."""
+    if not moved:
+        return ""
+    names = list(moved)
+    sparse = any(v["nonzero"] < 0.999 for v in moved.values())
+    figure, axes = _axes(9, max(1.6, 0.17 * len(names) + 0.6), 2 if sparse else 1)
+    y = range(len(names))
+    for ax, key, colour, words in zip(
+            axes, ("change", "nonzero"), (ACCENT, GOOD),
+            ("size of the update, relative to the weight", "share of entries that moved"),
+            strict=False):
+        ax.barh(y, [moved[n][key] for n in names], color=colour, height=0.7)
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x", color=GRID, linewidth=0.7)
+        ax.set_title(words, loc="left", fontsize=10, color=INK)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_yticks([])
+    axes[0].set_yticks(list(y), [_brief(n) for n in names], fontsize=7, color=INK)
+    if sparse:
+        axes[1].set_xlim(0, 1)
+    return _svg(figure, "change of every tuned weight")
+
+
+def _brief(name: str, width: int = 46) -> str:
+    name = name.removesuffix(".weight").replace(".weight[", "[")
+    return name if len(name) <= width else "..." + name[3 - width:]
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Quality over memory, one point per recipe."""
+    if not rows:
+        return ""
+    figure, (ax,) = _axes(9, 3.4)
+    for i, r in enumerate(rows):
+        own = bool(r.get("chosen"))
+        ax.scatter([r["measured"]], [100 * r["accuracy"]], s=90 if own else 60, zorder=4,
+                   color=WARM if own else ACCENT)
+        left = r["measured"] > 0.8 * max(q["measured"] for q in rows)
+        ax.annotate(r["recipe"], (r["measured"], 100 * r["accuracy"]),
+                    xytext=(-9 if left else 9, 7 if i % 2 else -12),
+                    textcoords="offset points", ha="right" if left else "left", fontsize=9,
+                    weight="bold" if own else "normal", color=INK)
+    low, high = min(r["measured"] for r in rows), max(r["measured"] for r in rows)
+    ax.set_xlim(low - 0.15 * (high - low) - 1, high + 0.12 * (high - low) + 1)
+    worst, best = (100 * f(r["accuracy"] for r in rows) for f in (min, max))
+    ax.set_ylim(worst - 0.25 * (best - worst) - 0.1, best + 0.25 * (best - worst) + 0.1)
+    ticks = [low + f * (high - low) for f in (0, 0.25, 0.5, 0.75, 1)] if high > low else [low]
+    ax.set_xticks(ticks, [format_bytes(round(t)) for t in ticks])
+    ax.set_xlabel("measured peak of a training step", fontsize=8, color=FAINT)
+    ax.set_title("test accuracy, %", loc="left", fontsize=10, color=INK)
+    return _svg(figure, "test accuracy over measured memory")

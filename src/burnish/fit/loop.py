@@ -1,0 +1,313 @@
+"""The loop under ``burnish.fit``. The one file that imports `transformers.Trainer`.
+
+What is ours here: the optimizer and the events of the recipe, batches whose order is a function of
+seed and epoch, checkpoints that are whole and free of pickles, a run that goes on bit for bit where
+it stopped, and a loss that is looked at before it can do harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_utils import SaveStrategy
+
+from ..core.errors import BurnishError, FormatError
+from ..engine.tuned import Tuned
+from ..formats import safe
+from ..formats.adapter import put
+from . import checkpoint, state
+from .checkpoint import is_owed
+from .tasks import Task
+
+STATE = "trainer_state.json"
+
+
+class Shuffled(Sampler[int]):
+    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=g).tolist())
+
+
+class Driven(torch.optim.Optimizer):
+    """Stands for an optimizer that :meth:`Tuned.step` drives: same groups, and nothing to do."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer`, for a tuned model."""
+
+    def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
+                 keep: int | None, hyper: dict[str, Any], fingerprint: str, **kw: Any):
+        self.tuned, self.task, self.keep, self.hyper = tuned, task, keep, hyper
+        self.fingerprint = fingerprint
+        self.plain = not isinstance(tuned.model, transformers.PreTrainedModel)
+        self.zeroth = False
+        self._pending = False  # an evaluation that the newest checkpoint has not seen
+        self._resumed: tuple[list[float], bool] | None = None
+        self._rng: dict[str, Any] | None = None
+        super().__init__(model=tuned.model, args=args, data_collator=task.collate,
+                         compute_metrics=self._figures, preprocess_logits_for_metrics=task.reduce,
+                         **kw)
+        self.pop_callback(PrinterCallback)
+
+    def _figures(self, prediction: Any) -> dict[str, float]:
+        return self.task.measure(prediction.predictions, prediction.label_ids)
+
+    # -- the step ------------------------------------------------------------------------------
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            made = self.tuned.optimizer(self.args.learning_rate, **self.hyper)
+            self.zeroth = bool(getattr(made, "zeroth_order", False))
+            self.optimizer = Driven(made) if self.zeroth else made
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Shuffled(len(rows), seed)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+                      ) -> torch.Tensor:
+        if not self.zeroth:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain)
+        value = torch.as_tensor(self.tuned.step(batch, loss) if loss else self.tuned.step(batch))
+        self._must_be_finite(value, "loss")
+        return value.detach().to(self.args.device)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        if self.plain:
+            logits = model(self.task.input(inputs))
+            loss = self.task.loss(logits, inputs["labels"])
+            made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        else:
+            made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self._must_be_finite(made[0] if return_outputs else made, "loss")
+        return made
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        if self.zeroth or getattr(self.tuned.current_optimizer, "in_backward", False):
+            return 0.0
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        if self.accelerator.scaler is None:
+            self._must_be_finite(torch.tensor(norm), "norm of the gradients")
+        return norm
+
+    def _must_be_finite(self, value: torch.Tensor, what: str) -> None:
+        """Stops before anything is updated, and keeps the state of the step before."""
+        value = value.detach()
+        if math.isfinite(float(value)):
+            return
+        step = self.state.global_step
+        kept = self._keep_last()
+        raise BurnishError(
+            f"the {what} is {float(value)} at step {step + 1} (epoch {self.state.epoch or 0:.2f}); "
+            f"nothing was updated: the state after step {step} is kept in {kept}; try a smaller "
+            "learning rate, or look at the rows of that step")
+
+    def _keep_last(self) -> str:
+        folder = self._folder()
+        if not checkpoint.whole(folder):
+            self._write(folder, self._rng)
+        return str(folder)
+
+    # -- when what happens ---------------------------------------------------------------------
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any,
+                                 *args: Any, **kw: Any) -> None:
+        """Saves before it evaluates: an evaluation that fails must not cost the run."""
+        both = (self.control.should_save and self.control.should_evaluate
+                and self.args.save_strategy != SaveStrategy.BEST)
+        if both:
+            self._pending, self.control.should_evaluate = True, False
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
+            self.control.should_evaluate, self.control.should_save = True, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
+        if both:
+            self._evaluated()
+        self._rng = state.random_state()
+
+    def _evaluated(self) -> None:
+        """Writes what the evaluation found into the checkpoint that preceded it."""
+        self._pending = False
+        folder = self._folder()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save and folder.exists():
+            safe.write_text(folder / STATE, self._state_text())
+            checkpoint.settle(folder)
+
+    def evaluate(self, *args: Any, **kw: Any) -> dict[str, float]:
+        """Draws nothing from the run's random generators, so that it can be repeated or left."""
+        before = state.random_state()
+        try:
+            return super().evaluate(*args, **kw)
+        finally:
+            state.set_random_state(before)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = self._folder()
+        if self.state.best_global_step:
+            best = folder.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
+            if best.exists() or best == folder:
+                self.state.best_model_checkpoint = str(best)
+        self._write(folder, None)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(Path(self.args.output_dir), self.keep, Path(best) if best else None)
+
+    def _write(self, folder: Path, rng: dict[str, Any] | None) -> None:
+        """One whole checkpoint, or none. rng: generators as they were; None takes them now."""
+        bad = [n for n, p in self.tuned.named_parameters() if not bool(p.detach().isfinite().all())]
+        if bad:
+            raise BurnishError(f"{bad[0]} is not finite after step {self.state.global_step}; "
+                               "nothing was saved, the checkpoints before it are untouched")
+        optimizer = self.tuned.current_optimizer
+        rank = self.args.process_index
+        hidden = checkpoint.hidden_name(folder)
+        with checkpoint.writing(folder) if self.args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            state.save_tree(rng or state.random_state(), hidden, f"rng-{rank}")
+            if self.args.should_save:
+                self.tuned.save(hidden)
+                state.save_tree(state.optimizer_state(optimizer, self._named()), hidden,
+                                "optimizer")
+                state.save_tree({
+                    "scheduler": self.lr_scheduler.state_dict(),
+                    "timeline": self.tuned.timeline.state(),
+                    "data": self.fingerprint, "recipe": str(self.tuned.recipe),
+                    "seed": self.args.seed, "processes": self.args.world_size,
+                    "losses": [float(self._tr_loss), self._total_loss_scalar,
+                               self._globalstep_last_logged],
+                }, hidden, "loop")
+                if self._pending:
+                    checkpoint.owe(hidden)
+                buffers = _buffers(self.tuned.model)
+                if buffers:
+                    safe.save_file(buffers, hidden / "buffers.safetensors")
+                safe.write_text(hidden / STATE, self._state_text())
+            self.accelerator.wait_for_everyone()
+
+    def _state_text(self) -> str:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        kept = asdict(self.state)
+        return json.dumps(kept, indent=1, sort_keys=True, default=str) + "\n"
+
+    # -- going on --------------------------------------------------------------------------------
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter and the model's buffers, strictly: names and shapes must agree."""
+        folder = Path(resume_from_checkpoint)
+        kept = state.load_tree(folder, "loop")
+        for what, now in (("recipe", str(self.tuned.recipe)), ("data", self.fingerprint),
+                          ("seed", self.args.seed), ("processes", self.args.world_size)):
+            if kept[what] != now:
+                raise FormatError(f"{folder} belongs to another run: its {what} is {kept[what]!r}, "
+                                  f"this run's is {now!r}")
+        tensors = safe.load_file(folder / "adapter_model.safetensors")
+        put(self.tuned, tensors, str(folder))
+        file = folder / "buffers.safetensors"
+        if file.exists():
+            own = _buffers(self.tuned.model)
+            for name, value in safe.load_file(file).items():
+                own[name].copy_(value)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        kept = state.load_tree(Path(checkpoint), "loop")
+        state.load_optimizer_state(self.tuned.current_optimizer, self._named(),
+                                   state.load_tree(Path(checkpoint), "optimizer"))
+        self.lr_scheduler.load_state_dict(kept["scheduler"])
+        self.tuned.timeline.load(kept["timeline"])
+        self._resumed = (kept["losses"], is_owed(Path(checkpoint)))
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """All parameters: a schedule may have frozen some for now, and they keep their state."""
+        return list(self.tuned.model.named_parameters())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rank = self.args.process_index
+            state.set_random_state(state.load_tree(Path(checkpoint), f"rng-{rank}"))
+
+    def go_on(self) -> None:
+        """Running sums as they were, and the evaluation that a killed run still owed."""
+        if self._resumed is None:
+            return
+        (loss, total, logged), owed = self._resumed
+        self._resumed = None
+        self._tr_loss += loss
+        self._total_loss_scalar, self._globalstep_last_logged = total, logged
+        if owed:
+            self._determine_best_metric(self._evaluate(None, None), None)
+            self._evaluated()
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint)
+        put(self.tuned, safe.load_file(folder / "adapter_model.safetensors"), str(folder))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            self.tuned.save(Path(output_dir or self.args.output_dir))
+
+
+class GoOn(transformers.TrainerCallback):
+    """First thing in a resumed run: what the checkpoint was still owed."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.tuned.total_steps = state.max_steps
+            self.trainer.go_on()
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own persistent buffers (running statistics), without the recipe's."""
+    names = set(model.state_dict())
+    return {n: b for n, b in model.named_buffers() if n in names and ".burnish." not in f".{n}"}
+
+
+def quiet_libraries() -> None:
+    """transformers speaks through us: its own bars and load reports would interleave."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

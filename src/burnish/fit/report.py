@@ -1,0 +1,158 @@
+"""What is told about a run: facts for programs (`run.json`), and one page for people.
+
+The page is a single HTML file with its pictures inside; it needs no server and no network.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine.slot import slots
+from ..engine.tuned import Tuned
+from ..memory import MemoryReport, format_bytes
+from . import figures
+
+if TYPE_CHECKING:
+    from .tasks import Task
+
+#: entries of all tuned matrices together above which their change is not computed for the page
+LOOKED_AT = 1 << 31
+
+
+def facts_of(tuned: Tuned, task: Task, name: str, metrics: dict[str, dict[str, float]],
+             promise: MemoryReport | None, truth: MemoryReport | None, trainer: Any, *,
+             seconds: float, process: tuple[int, int], settings: Mapping[str, Any]
+             ) -> dict[str, Any]:
+    """Everything `run.json` holds, in plain types."""
+    summary, state = tuned.summary(), trainer.state
+    memory: dict[str, Any] = {
+        "simulated": promise.to_dict() if promise else None,
+        "measured": truth.to_dict() if truth else None,
+        "difference": None, "process_before": process[0], "process_peak": process[1],
+    }
+    if promise and truth:
+        memory["difference"] = promise.peak_bytes / truth.peak_bytes - 1
+    steps = state.global_step - getattr(trainer, "_initial_global_step", 0)
+    return {
+        "burnish": _version(), "model": name, "recipe": summary["recipe"],
+        "parts": [m.name for m in tuned.recipe],
+        "settings": {m.name: {k: _plain(v) for k, v in m.settings().items()}
+                     for m in tuned.recipe},
+        "trained": summary["parts"], "trainable": summary["trainable"],
+        "parameters": summary["parameters"], "notes": [*summary["notes"], *task.notes],
+        "data": task.data.summary(), "samples": task.data.samples(), "metrics": metrics,
+        "best": {"step": state.best_global_step, "metric": state.best_metric,
+                 "by": trainer.args.metric_for_best_model},
+        "training": {k: _plain(v) for k, v in settings.items() if k != "output_dir"},
+        "memory": memory,
+        "time": {"seconds": seconds, "steps": steps, "steps_per_second": steps / seconds},
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and device, as they bear on the figures."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        platform.processor() or platform.machine())
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "system": platform.system(),
+            "device": device, "threads": str(torch.get_num_threads())}
+
+
+@torch.no_grad()
+def change(tuned: Tuned) -> dict[str, dict[str, float]]:
+    """How each weight moved: ``|Delta| / |W|``, and the share of entries that moved at all.
+
+    For terms beside a weight (LoRA, SNELLA...) Delta is the term; for weights that trained whole
+    it is what they are minus what they were. Functions of W (DoRA) are left out.
+    """
+    from ..blocks.provided import Wrap
+
+    found: dict[str, list[tuple[torch.Tensor, float]]] = {}
+    size = 0
+    for _, module, slot in slots(tuned.model):
+        for part in slot.parts:
+            term = slot.module_of(part)
+            if part.place is None or isinstance(term, Wrap) or not hasattr(term, "dense"):
+                continue
+            size += part.place.numel
+            if size > LOOKED_AT:
+                return {}
+            stored = slot.providers.get(part.place.param)
+            base = slot._modules[stored].weight() if stored else part.place.stored(module)
+            found.setdefault(part.place.name, []).append(
+                (term.dense().float(), float(part.place.view(base).float().norm())))
+    out = {name: _moved(sum(d for d, _ in pieces), pieces[0][1])
+           for name, pieces in found.items()}
+    for path, leaf in tuned.originals:
+        before = tuned.originals.get(path, leaf)
+        if before.dim() < 2 or (size := size + before.numel()) > LOOKED_AT:
+            continue
+        name = f"{path}.{leaf}" if path else leaf
+        now = tuned.model.get_parameter(name)
+        out[name] = _moved(now.float().cpu() - before.float().cpu(), float(before.float().norm()))
+    return out
+
+
+def _moved(delta: Any, norm: float) -> dict[str, float]:
+    return {"change": float(delta.norm()) / max(norm, 1e-12),
+            "nonzero": float((delta != 0).float().mean())}
+
+
+def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
+                 tuned: Tuned | None = None, *, comparison: Mapping[str, Any] | None = None,
+                 title: str | None = None) -> str:
+    """The page as text.
+
+    comparison: ``rows`` (recipe, accuracy, trained, simulated, measured, seconds...) of several
+        runs, shown as one table and one picture at the top (the demo's, and `compare`'s).
+    """
+    import jinja2
+
+    layers = change(tuned) if tuned is not None else facts.get("layers") or {}
+    memory = facts["memory"]
+    pictures = {
+        "learning": figures.learning(history, facts["best"]),
+        "memory": figures.memory(memory["simulated"], memory["measured"]),
+        "timeline": figures.timeline(memory["simulated"], memory["measured"]),
+        "layers": figures.layers(layers),
+        "comparison": figures.comparison(comparison["rows"]) if comparison else "",
+    }
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    env.filters |= {"bytes": format_bytes, "count": lambda n: f"{n:,}",
+                    "figure": lambda v: f"{v:.4g}" if isinstance(v, float) else v}
+    return env.get_template("report.html.j2").render(
+        title=title or f"{facts['recipe']} on {facts['data']['source']}", run=facts,
+        pictures=pictures, comparison=comparison,
+        names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
+        command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")
+
+
+def _on_command_line() -> bool:
+    return Path(sys.argv[0]).name == "burnish"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return str(value)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__

@@ -1,0 +1,388 @@
+"""``burnish.fit(model, data, ...)``: from a name, a file and a memory to a finished adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import BurnishError, ConfigError, MemoryExceeded, NoPlanError
+from ..engine.tuned import Tuned, tune
+from ..formats import safe
+from ..memory import MemoryReport, format_bytes, process_peak, steady_heap
+from ..memory.allocator import reset_peak, resident
+from . import checkpoint
+from .arguments import Options, recipe_of, sort_out
+from .data import Data, read
+from .tasks import Task, task_for
+
+#: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
+DEFAULT_RECIPE = "lora(rank=8)"
+
+#: words by which frameworks say that there is no more memory
+_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass
+class Run:
+    """A finished run. `tuned` is the model with what was learnt (the best by validation).
+
+    metrics: figures per split.  promise, truth: memory simulated before and measured after.
+    history: every log of the loop.  facts: what `run.json` holds.
+    """
+
+    folder: Path
+    tuned: Tuned
+    metrics: dict[str, dict[str, float]]
+    promise: MemoryReport | None
+    truth: MemoryReport | None
+    history: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    facts: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), **self.facts}
+
+    def __str__(self) -> str:
+        lines = [f"{k}: {', '.join(f'{n} {v:.4g}' for n, v in m.items())}"
+                 for k, m in self.metrics.items()]
+        lines.append(memory_line(self.facts.get("memory", {})))
+        return "\n".join([*lines, f"written to {self.folder}"])
+
+
+def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: Any = None,
+        output: str | Path = "out/", **training: Any) -> Run:
+    """Fine-tune `model` on `data` within the memory you have.
+
+    model: a module (changed in place), a local folder, or a hub name.
+    data: what :func:`burnish.fit.data.read` reads: "digits", a file or folder, a hub name.
+    recipe: an expression such as ``"nf4 + snella(rank=8)"``. None: the best that fits `memory`
+        (by :func:`burnish.plan`); ``"lora(rank=8)"`` when no memory is given either.
+    memory: bytes or text such as "8GB". With a recipe, a promise above it is refused.
+    output: the folder for checkpoints, the adapter, metrics.jsonl, run.json and report.html.
+    training: names of transformers' TrainingArguments, the aliases people know from elsewhere
+        (lr, epochs, batch_size, max_length...), and those of
+        :class:`burnish.fit.arguments.Options`. Without ``learning_rate``: 1e-3 where less than a
+        tenth of the parameters train, else 1e-4; a hundredth of that for zeroth-order recipes.
+        ``resume=True`` goes on, bit for bit, from the newest whole checkpoint in `output`.
+
+    Raises ConfigError, DataError, RecipeError (before anything is loaded, where possible),
+    NoPlanError, CheckError when something does not train, MemoryExceeded, and BurnishError when
+    the loss is not finite (the last good state is kept). Ctrl-C and SIGTERM end the run after the
+    current step with a checkpoint, as KeyboardInterrupt.
+    """
+    own, args, lora = sort_out(training)
+    recipe = recipe_of(recipe, lora)
+    steady_heap()
+    from .loop import quiet_libraries
+
+    quiet_libraries()
+    say = _say(own.quiet)
+    output = Path(output)
+    found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
+                 split=own.split, validation=own.validation, seed=int(args.get("seed", 42)))
+    say(str(found))
+    for sample in found.samples():
+        say(f"  {sample}")
+
+    named = model if isinstance(model, nn.Module) else str(model)
+    task = task_for(found, named, processor=own.processor, max_length=own.max_length,
+                    trust_remote_code=own.trust_remote_code)
+    torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
+    if isinstance(named, str):
+        kw = {"dtype": own.dtype} if own.dtype is not None else {}
+        module, name = task.load(named, own.trust_remote_code, **kw), named
+    else:
+        module = task.fit_head(named)
+        name = getattr(named, "name_or_path", "") or type(named).__name__
+
+    import transformers
+
+    plain = not isinstance(module, transformers.PreTrainedModel)
+    size = int(args.setdefault("per_device_train_batch_size", 16))
+    batch, loss = task.call(task.example(size), plain)
+    for note in task.notes:
+        say(f"note: {note}")
+    recipe, promise = _choose(module, recipe, memory, batch, loss, own, say)
+
+    tuned = tune(module, recipe, targets=own.targets, head=own.head,
+                 calibration=_calibration(task, size, plain), seed=int(args.get("seed", 42)))
+    say(repr(tuned))
+    return _train(tuned, task, name, promise, (batch, loss), output, own, args, say)
+
+
+# -- before ------------------------------------------------------------------------------------
+def _choose(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
+            say: Any) -> tuple[Any, MemoryReport | None]:
+    """The recipe, and the memory it promises to stay within."""
+    from .. import memory as ledger
+
+    limit = ledger.parse_bytes(memory) if memory is not None else None
+    if recipe is None and limit is not None:
+        plans = ledger.plan(module, memory=memory, batch=batch)
+        best = plans[0]
+        say(f"plan: {best.recipe} fits {format_bytes(limit)}")
+        return best.recipe, best.report
+    recipe = DEFAULT_RECIPE if recipe is None else recipe
+    try:
+        promise = ledger.simulate(module, recipe, batch, targets=own.targets, head=own.head,
+                                  device=_device(), **({"loss": loss} if loss else {}))
+    except ledger.SimulationError as e:
+        if limit is not None:
+            raise
+        say(f"note: no promise of memory, {e}")
+        return recipe, None
+    say(f"promise: a training step peaks at {format_bytes(promise.peak_bytes)} "
+        f"({_parts(promise)}), batch {promise.batch}")
+    if limit is not None and promise.peak_bytes > limit:
+        raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
+                          f"{format_bytes(limit)} asked for; leave recipe= out to have one "
+                          "chosen that fits")
+    return recipe, promise
+
+
+def _calibration(task: Task, size: int, plain: bool) -> Iterator[Any]:
+    """Training batches in a fixed order, for methods that read data first."""
+    rows = task.rows("train")
+    for start in range(0, len(rows), size):
+        batch = task.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        yield task.call(batch, plain)[0]
+
+
+def learning_rate(tuned: Tuned) -> float:
+    """The default: see :func:`fit`."""
+    total = sum(p.numel() for p in tuned.model.parameters())
+    trained = sum(p.numel() for p in tuned.parameters())
+    rate = 1e-3 if trained < 0.1 * total else 1e-4
+    return rate / 100 if sentence(tuned)[0] else rate
+
+
+# -- the run -------------------------------------------------------------------------------------
+def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
+           example: tuple[Any, Any], output: Path, own: Options, args: dict[str, Any],
+           say: Any) -> Run:
+    import transformers
+
+    from .loop import GoOn, Trainer
+    from .watch import Bar, Metrics, Stop
+
+    found = task.data
+    hyper, settings, keep = training_arguments(tuned, found, output, own, args)
+    with _transformers_errors():
+        arguments = transformers.TrainingArguments(**settings)
+    if arguments.gradient_accumulation_steps > 1:
+        hyper["accumulation"] = arguments.gradient_accumulation_steps
+    hyper["max_grad_norm"] = arguments.max_grad_norm
+
+    left = checkpoint.clear_leftovers(output)
+    for n in left:
+        say(f"removed {n}, which an interrupted run left unfinished")
+    start = checkpoint.find(output, own.resume)
+    if own.resume and start is None:
+        say(f"no checkpoint in {output} to go on from: starting at the beginning")
+    if start is not None:
+        say(f"going on from {start}")
+    stop, go_on = Stop(), GoOn()
+    at = checkpoint.step_of(start) if start else None
+    watchers = [go_on, Metrics(output / "metrics.jsonl", at),
+                Bar(promise.peak_bytes if promise else None, own.quiet), stop, *own.callbacks]
+    trainer = Trainer(
+        tuned, task, arguments, keep=keep, hyper=hyper, fingerprint=found.fingerprint(),
+        train_dataset=task.rows("train"),
+        eval_dataset=task.rows("validation") if found.validation is not None else None,
+        callbacks=watchers)
+    go_on.trainer = trainer
+    tuned.total_steps = total_steps(trainer)
+
+    reset_peak()
+    before, began = resident(), time.perf_counter()
+    with stop.listening(), out_of_memory(output):
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    seconds = time.perf_counter() - began
+    peak = process_peak()
+    if stop.asked is not None:
+        step = trainer.state.global_step
+        raise KeyboardInterrupt(f"stopped after step {step}; go on with resume=True "
+                                f"(checkpoint-{step} in {output} is whole)")
+    metrics = {}
+    for split in found.splits:
+        if split == "train" or (split == "test" and own.test is False):
+            continue
+        shown = trainer.evaluate(task.rows(split), metric_key_prefix=split)
+        metrics[split] = figures(shown, split)
+    truth = None
+    if own.measure:
+        from ..memory import measure
+
+        batch, loss = example
+        batch = _to_device(batch, trainer.args.device)
+        tuned.model.train()
+        truth = measure(tuned, batch, **({"loss": loss} if loss else {}))
+        tuned.model.eval()
+    from .report import facts_of
+
+    facts = facts_of(tuned, task, name, metrics, promise, truth, trainer, seconds=seconds,
+                     process=(before, peak), settings=settings)
+    run = Run(output, tuned, metrics, promise, truth, list(trainer.state.log_history), facts)
+    if trainer.args.should_save:
+        finish(run, task, own)
+        say(str(run))
+    return run
+
+
+def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
+                       args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+    """(hyperparameters for the recipe's optimizer, transformers' arguments, checkpoints kept)."""
+    args = dict(args)
+    keep = args.pop("save_total_limit", 2)
+    hyper = {k: args.pop(k) for k in ("weight_decay",) if k in args}
+    if "adam_beta1" in args or "adam_beta2" in args:
+        hyper["betas"] = (args.pop("adam_beta1", 0.9), args.pop("adam_beta2", 0.999))
+    if "adam_epsilon" in args:
+        hyper["eps"] = args.pop("adam_epsilon")
+    strategy = "steps" if args.get("max_steps", 0) > 0 else "epoch"
+    steps = max(1, args["max_steps"] // 5) if strategy == "steps" else None
+    evaluates = found.validation is not None
+    defaults: dict[str, Any] = {
+        "output_dir": str(output), "learning_rate": learning_rate(tuned), "warmup_steps": 0.05,
+        "logging_steps": 0.01, "save_strategy": strategy, "report_to": [],
+        "eval_strategy": strategy if evaluates else "no", "seed": 42, "disable_tqdm": True,
+        "per_device_eval_batch_size": args["per_device_train_batch_size"],
+        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
+        "logging_nan_inf_filter": False, "remove_unused_columns": False,
+    }
+    if steps is not None and "save_steps" not in args:
+        defaults["save_steps"] = steps
+    if steps is not None and "eval_steps" not in args:
+        defaults["eval_steps"] = args.get("save_steps", steps)
+    settings = defaults | args
+    if own.tensorboard:
+        settings["report_to"] = ["tensorboard"]
+    if not evaluates and settings["eval_strategy"] != "no":
+        raise ConfigError("there is no validation split to evaluate on; give one, or validation=")
+    together = settings["eval_strategy"] == settings["save_strategy"] != "no" and (
+        settings["save_strategy"] == "epoch" or
+        settings.get("save_steps", 500) == settings.get("eval_steps", settings.get("save_steps")))
+    if evaluates and together:
+        from .tasks import TASKS
+
+        kind = TASKS[found.task]
+        settings.setdefault("load_best_model_at_end", True)
+        settings.setdefault("metric_for_best_model", kind.metric)
+        settings.setdefault("greater_is_better", kind.greater_is_better)
+    if sentence(tuned)[1]:
+        settings.setdefault("max_grad_norm", 0.0)  # gradients never exist together
+    return hyper, settings, keep
+
+
+def sentence(tuned: Tuned) -> tuple[bool, bool]:
+    """(zeroth order?, steps inside backward?) of the recipe's optimizer, without making it."""
+    from ..blocks.step import InBackward
+    from ..blocks.zeroth import ZerothOrder
+
+    answers = [m.optimizer() for m in tuned.recipe if "optimizer" in m.axes()]
+    return (any(isinstance(a, ZerothOrder) for a in answers),
+            any(isinstance(a, InBackward) or getattr(a, "in_backward", False) for a in answers))
+
+
+def total_steps(trainer: Any) -> int:
+    """Updates in the whole run, which schedules of a recipe count by."""
+    loader = trainer.get_train_dataloader()
+    return int(trainer.set_initial_training_values(trainer.args, loader)[-1])
+
+
+def finish(run: Run, task: Task, own: Options) -> None:
+    """The finished folder: adapter, card, processor, run.json, report.html."""
+    from .card import card
+    from .report import write_report
+
+    run.tuned.save(run.folder, run=run.facts, card=card(run.facts))
+    if hasattr(task.processor, "save_pretrained"):
+        task.processor.save_pretrained(run.folder)
+    if own.report:
+        page = write_report(run.facts, run.history, run.tuned)
+        safe.write_text(run.folder / "report.html", page)
+
+
+def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Without the prefix, and without the timings that come along; perplexity beside its loss."""
+    import math
+
+    skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    out = {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
+           if k.startswith(f"{prefix}_") and not k.endswith(skip)}
+    if "token_accuracy" in out and "loss" in out:
+        out["perplexity"] = math.exp(min(out["loss"], 700.0))
+    return out
+
+
+# -- small things ----------------------------------------------------------------------------------
+def memory_line(memory: dict[str, Any]) -> str:
+    """"memory: 12.1 MiB promised, 12.2 MiB measured (+0.8 %); the process grew by 31 MiB"."""
+    said = []
+    if memory.get("simulated"):
+        said.append(f"{format_bytes(memory['simulated']['peak_bytes'])} promised")
+    if memory.get("measured"):
+        text = f"{format_bytes(memory['measured']['peak_bytes'])} measured"
+        if memory.get("difference") is not None:
+            text += f" ({100 * memory['difference']:+.1f} %)"
+        said.append(text)
+    grew = memory.get("process_peak", 0) - memory.get("process_before", 0)
+    tail = f"; the process grew by {format_bytes(grew)}" if grew > 0 else ""
+    return f"memory: {', '.join(said)}{tail}" if said else f"memory{tail}"
+
+
+@contextlib.contextmanager
+def out_of_memory(output: Path) -> Iterator[None]:
+    """Whatever says "no memory" becomes one error, with what is left of the run."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        full = isinstance(e, MemoryError) or any(w in str(e).lower() for w in _FULL)
+        if isinstance(e, BurnishError) or not full:
+            raise
+        found = checkpoint.all_in(output)
+        left = f"go on from {found[-1]} with resume=True and" if found else "start again with"
+        raise MemoryExceeded(f"the run ran out of memory: {str(e).splitlines()[0]}; {left} a "
+                             "smaller batch_size (and more gradient_accumulation_steps), or "
+                             "memory='...' to have a recipe chosen") from e
+
+
+@contextlib.contextmanager
+def _transformers_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"training arguments: {str(e).splitlines()[0]}") from None
+
+
+def _parts(report: MemoryReport) -> str:
+    return ", ".join(f"{k} {format_bytes(v)}" for k, v in report.by_category.items() if v)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, dict):
+        return {k: v.to(device) for k, v in batch.items()}
+    return tuple(v.to(device) for v in batch)
+
+
+def _say(quiet: bool) -> Any:
+    import os
+
+    first = int(os.environ.get("RANK", "0")) == 0
+
+    def say(text: str) -> None:
+        if not quiet and first:
+            print(text, flush=True, file=sys.stdout)
+
+    return say

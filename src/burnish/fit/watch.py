@@ -1,0 +1,128 @@
+"""What a run shows and writes while it goes: metrics.jsonl, one bar, and a stop that keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..memory import format_bytes, process_peak
+
+
+class Metrics(transformers.TrainerCallback):
+    """One line of JSON per log and per evaluation, written as it happens.
+
+    A resumed run drops the lines of steps it will take again, so that each step stands once.
+    """
+
+    def __init__(self, path: Path, resumed_at: int | None):
+        self.path = path
+        kept: list[str] = []
+        if resumed_at is not None and path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a killed process
+                    if json.loads(line)["step"] <= resumed_at:
+                        kept.append(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        row = {"step": state.global_step, "time": round(time.time(), 3),
+               **{k: v for k, v in logs.items() if isinstance(v, int | float | str)}}
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+               for k, v in row.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+class Bar(transformers.TrainerCallback):
+    """One bar: loss, steps per second, peak memory against the promise. Silent off-terminal."""
+
+    def __init__(self, promise: int | None, quiet: bool):
+        self.promise, self.quiet, self.bar = promise, quiet, None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        from tqdm.auto import tqdm
+
+        off = self.quiet or not state.is_world_process_zero or not sys.stderr.isatty()
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=off,
+                        dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
+        if self.bar is None or self.bar.disable:
+            return
+        for key in ("loss", "eval_loss", "eval_accuracy"):
+            if key in (logs or {}):
+                self.shown[key.removeprefix("eval_")] = f"{logs[key]:.4g}"
+        peak = device_peak()
+        if peak is not None:
+            against = f" of {format_bytes(self.promise)}" if self.promise else ""
+            self.shown["peak"] = f"{format_bytes(peak)}{against}"
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stop(transformers.TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; twice, at once."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.asked is not None:
+            control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.asked is not None and state.epoch != round(state.epoch):
+            # the loop closes the epoch it broke off; a run without the stop would not have
+            control.should_save = control.should_evaluate = control.should_log = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals are heard inside the block (in the main thread; elsewhere nothing changes)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def hear(number: int, frame: Any) -> None:
+            if self.asked is not None:
+                signal.signal(number, before[signal.Signals(number)])
+                raise KeyboardInterrupt
+            self.asked = number
+
+        for s in before:
+            signal.signal(s, hear)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def device_peak() -> int | None:
+    """Peak bytes on the accelerator, or of this process where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return process_peak()
