@@ -58,6 +58,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
               "vision_config": {**_VIT, "projection_dim": 16}, "projection_dim": 16}),
     "mamba": ("MambaConfig", "MambaForCausalLM",
               {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
+               "time_step_rank": 8,
                "tie_word_embeddings": False, **_IDS}),
     "whisper": ("WhisperConfig", "WhisperForConditionalGeneration",
                 {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,

@@ -1,0 +1,211 @@
+"""Every weight matrix of a model as a :class:`Place`: kind, shape, role, block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import families
+from .site import Place
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Found:
+    """places carry no role yet: it stands in `roles`, since siblings and heads can change it."""
+
+    places: list[Place] = field(default_factory=list)
+    roles: dict[Place, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def matrices(modules: dict[str, nn.Module], blocks: list[str]) -> Found:
+    """The places of `modules` (path -> module); `blocks` are the paths of the blocks."""
+    reader = _Matrices(modules, blocks)
+    for path, module in modules.items():
+        reader.visit(path, module)
+    reader.gated()
+    reader.by_shape()
+    return reader.found
+
+
+class _Matrices:
+    def __init__(self, modules: dict[str, nn.Module], blocks: list[str]):
+        self.modules, self.found = modules, Found()
+        self.numbers = {b: i for i, b in enumerate(blocks)}
+        self.first: dict[int, str] = {}             # id of a parameter -> its first name
+        self.past: dict[str, str] = {}              # child -> module that reads its weight
+        for path, module in modules.items():
+            for child in _read_past(module):
+                self.past[f"{path}.{child}" if path else child] = path
+
+    # -- one module ---------------------------------------------------------------------------
+    def visit(self, path: str, m: nn.Module) -> None:
+        if isinstance(m, nn.MultiheadAttention):
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if (w := m._parameters.get(name)) is not None:
+                    self.add(path, name, "mha", *w.shape, leaf=name)
+            for name in ("bias_k", "bias_v"):
+                if getattr(m, name, None) is not None:
+                    self.found.notes.append(f"{path}.{name} is a token of its own, no matrix")
+        elif isinstance(m, nn.Linear):
+            self.matrix(path, m, "linear", m.out_features, m.in_features)
+        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
+            self.matrix(path, m, "conv1d", m.nf, m.weight.shape[0], transposed=True)
+        elif isinstance(m, _CONVS):
+            inp = m.in_channels // m.groups
+            for k in m.kernel_size:
+                inp *= k
+            self.matrix(path, m, "conv", m.out_channels, inp)
+        elif isinstance(m, nn.Embedding):
+            self.matrix(path, m, "embedding", m.embedding_dim, m.num_embeddings, transposed=True)
+        elif isinstance(m, _TRANSPOSED):
+            self.found.notes.append(f"{path} is a transposed convolution: its weight is no "
+                                    "out x in matrix, so it is no place")
+        elif isinstance(m, nn.RNNBase):
+            self.found.notes.append(f"{path} is recurrent: it reads its weights as one block, so "
+                                    "they are no places")
+        else:
+            self.bare(path, m)
+
+    def matrix(self, path: str, m: nn.Module, kind: str, out: int, inp: int,
+               transposed: bool = False) -> None:
+        w = m._parameters.get("weight")
+        if w is not None and w.numel() != out * inp:
+            self.found.notes.append(f"{path} holds its weight packed ({tuple(w.shape)} for "
+                                    f"{out} x {inp}), so it is no place")
+            return
+        if path in self.past:
+            above = self.past[path]
+            param = f"{path[len(above) + 1:] if above else path}.weight"
+            self.add(above, param, "conv" if kind == "conv" else "mha", out, inp,
+                     leaf=param.removesuffix(".weight"))
+        else:
+            self.add(path, "weight", kind, out, inp, transposed=transposed)
+
+    def bare(self, path: str, m: nn.Module) -> None:
+        """Matrices that a module of its own kind owns: routers, and experts in three dimensions."""
+        for name, w in m._parameters.items():
+            if w is None or isinstance(w, nn.parameter.UninitializedParameter):
+                continue
+            if w.dim() == 3 and name != "weight" and self.is_experts(path, name):
+                turned = self.turned(path, m, name, w)
+                E, a, b = w.shape
+                self.add(path, name, "experts", *((b, a) if turned else (a, b)), leaf=name,
+                         experts=E, transposed=turned)
+            elif w.dim() == 2 and name == "weight" and self.role(path, "linear") == "router":
+                self.add(path, name, "linear", *w.shape)
+
+    # -- roles ----------------------------------------------------------------------------------
+    def block_of(self, path: str) -> str | None:
+        parts = path.split(".")
+        for i in range(len(parts), 0, -1):
+            if (head := ".".join(parts[:i])) in self.numbers:
+                return head
+        return None
+
+    def role(self, path: str, kind: str) -> str:
+        parts = path.split(".")
+        above = [self.modules.get(".".join(parts[:i])) for i in range(1, len(parts))]
+        classes = ["" if m is None else "MambaMixer" if "A_log" in m._parameters
+                   else type(m).__name__ for m in above]
+        moe = any(m is not None and "experts" in m._modules for m in above)
+        return families.role(path, classes, kind, self.block_of(path), moe)
+
+    def is_experts(self, path: str, name: str) -> bool:
+        return "expert" in type(self.modules[path]).__name__.lower() or \
+            "experts" in path.split(".")
+
+    def turned(self, path: str, m: nn.Module, name: str, w: torch.Tensor) -> bool:
+        """(experts, in, out)? Said by the module, else told from the block's width."""
+        said = getattr(m, "is_transposed", None)
+        if isinstance(said, bool):
+            return said
+        down = families.LEAVES["mlp"].get(name) in ("down", "fc2")
+        block = self.block_of(path)
+        widths = [n.shape[0] for p, mod in self.modules.items()
+                  if block and p.startswith(f"{block}.") and "norm" in type(mod).__name__.lower()
+                  for n in mod._parameters.values() if n is not None and n.dim() == 1]
+        if widths and w.shape[1] != w.shape[2]:
+            return (w.shape[2] if down else w.shape[1]) == widths[0]
+        self.found.notes.append(f"{path}.{name} is taken as (experts, out, in)")
+        return False
+
+    def add(self, path: str, param: str, kind: str, out: int, inp: int, leaf: str = "",
+            experts: int = 0, transposed: bool = False) -> None:
+        full = f"{path}.{param}" if path else param
+        owner = self.modules[path]
+        *parents, last = param.split(".")
+        for p in parents:
+            owner = getattr(owner, p)
+        tensor = owner._parameters.get(last)
+        if tensor is not None:
+            if id(tensor) in self.first:
+                alias = self.first[id(tensor)]
+                self.found.aliases[full] = alias
+                self.found.notes.append(f"{full} is tied to {alias}: one weight, under that name")
+                return
+            self.first[id(tensor)] = full
+        named = ".".join(x for x in (path, leaf) if x) if leaf else path
+        block = self.block_of(path)
+        place = Place(path, param, kind, out, inp, block=self.numbers[block] if block else None,
+                      experts=experts, transposed=transposed)
+        self.found.places.append(place)
+        self.found.roles[place] = self.role(named, kind)
+
+    # -- siblings -------------------------------------------------------------------------------
+    def _families(self) -> dict[str, list[Place]]:
+        """Places by the module that holds them together."""
+        out: dict[str, list[Place]] = {}
+        for p in self.found.places:
+            parent = p.path if p.kind in ("mha", "experts") else p.path.rpartition(".")[0]
+            out.setdefault(parent, []).append(p)
+        return out
+
+    def gated(self) -> None:
+        """An MLP with a gate ends in `down`; one without has fc1 and fc2, whatever their names."""
+        roles = self.found.roles
+        for together in self._families().values():
+            has = {roles[p] for p in together}
+            gate = has & {"gate", "gate_up"}
+            rename = {"fc2": "down"} if gate else {"up": "fc1", "down": "fc2"}
+            if gate and "up" not in has and "gate_up" not in has:
+                rename["fc1"] = "up"
+            for p in together:
+                roles[p] = rename.get(roles[p], roles[p])
+
+    def by_shape(self) -> None:
+        """Names that tell nothing inside an MLP or an attention: wide is fc1, narrow fc2."""
+        roles = self.found.roles
+        for parent, together in self._families().items():
+            dull = [p for p in together if not roles[p] and p.kind in ("linear", "conv1d")]
+            if not dull or self.block_of(parent + ".x" if parent else "x") is None:
+                continue
+            what = self.context(dull[0].path)
+            for p in dull:
+                if what == "mlp" and p.out != p.inp and len(dull) <= 2:
+                    roles[p] = "fc1" if p.out > p.inp else "fc2"
+                elif what == "attention" and p.out == 3 * p.inp:
+                    roles[p] = "qkv"
+                else:
+                    continue
+                self.found.notes.append(f"{p.name} is taken for {roles[p]} by its shape "
+                                        f"({p.out} x {p.inp})")
+
+    def context(self, path: str) -> str:
+        parts = path.split(".")
+        classes = [type(self.modules[".".join(parts[:i])]).__name__ for i in range(1, len(parts))]
+        return families.context(path, classes, self.block_of(path))
+
+
+def _read_past(m: nn.Module) -> tuple[str, ...]:
+    """Children whose weight this module reads itself."""
+    names = families.BYPASS.get(type(m).__name__, ())
+    if "A_log" in m._parameters:
+        names = families.MIXER_BYPASS
+    return tuple(n for n in names if n in m._modules)
