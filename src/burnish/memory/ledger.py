@@ -11,7 +11,6 @@ at its own event an operator's inputs and outputs both live, as they do in its k
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from bisect import bisect_right
@@ -29,10 +28,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .machine import machine
+from .operators import SCRATCH, aliases, called_by_engine, cost, leaves, mutates
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
 PHASES = ("load", "forward", "loss", "backward", "update")
@@ -44,19 +42,6 @@ _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _ADD = _aten.add.Tensor
 _LIFT = _aten.lift_fresh.default              # hands on a tensor just made from Python numbers
-
-# the CPU's fused attention is not in torch's own table
-_FLOPS = dict(flop_registry)
-_FLOPS.setdefault(
-    _aten._scaled_dot_product_flash_attention_for_cpu,
-    lambda q, k, v, *a, out_val=None, **kw: sdpa_flop_count(q.shape, k.shape, v.shape),
-)
-_FLOPS.setdefault(
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    lambda g, q, k, v, *a, out_val=None, **kw: sdpa_backward_flop_count(
-        g.shape, q.shape, k.shape, v.shape),
-)
-
 
 class Entry:
     """One storage's life. `category` is None until something says what the storage is."""
@@ -152,7 +137,7 @@ class Ledger(TorchDispatchMode):
             raise ValueError(f"unknown category {category!r}; known: {', '.join(CATEGORIES)}")
         named = tensors.items() if isinstance(tensors, Mapping) else (("", t) for t in tensors)
         for name, value in named:
-            for t in _leaves(value):
+            for t in leaves(value):
                 known = self._lookup(t)
                 if known is not None:
                     known.category = known.category or category
@@ -171,7 +156,7 @@ class Ledger(TorchDispatchMode):
         out = self.call(func, args, kwargs or {})
         self.now += 1
         phase = module = None
-        for t in _leaves(out):
+        for t in leaves(out):
             storage = t.untyped_storage()
             watch = self._alive.get(storage._cdata)
             if watch is not None and watch.entry.bytes == storage.nbytes():
@@ -184,13 +169,19 @@ class Ledger(TorchDispatchMode):
             if watch is not None:             # resized in place
                 watch.entry.death = self.now
                 del self._alive[watch.key]
-            found = watch is None and func is not _LIFT and _aliases(func)
+            found = watch is None and func is not _LIFT and aliases(func)
             # a view of something nobody watched: it was there before
             self._enter(t, "" if found else module, "load" if found else phase,
                         "weights" if found else (watch.entry.category if watch else None),
                         birth=0 if found else self.now)
         if func is _ADD:
             self._note_sum(args, kwargs)
+        elif func.overloadpacket in SCRATCH and args[0].device.type == "cpu":
+            size = SCRATCH[func.overloadpacket](args, out)
+            phase = phase or self._phase()
+            entry = Entry(size, self.now, self._module(phase), phase, "temporary", "cpu")
+            entry.death = self.now + 1
+            self.entries.append(entry)
         if self.count:
             self._count(func, args, kwargs, out, phase)
         return out
@@ -303,7 +294,7 @@ class Ledger(TorchDispatchMode):
             self._tag(p.grad, "gradients")
 
     def _tag(self, value: Any, category: str, module: str | None = None) -> None:
-        for t in _leaves(value):
+        for t in leaves(value):
             entry = self._lookup(t)
             if entry is not None and entry.category != "weights":
                 entry.category = category
@@ -326,7 +317,7 @@ class Ledger(TorchDispatchMode):
     def _note_sum(self, args: tuple, kwargs: dict | None) -> None:
         """Where two gradients meet the engine adds in place, but not while a mode watches it."""
         if (torch._C._current_graph_task_id() == -1 or kwargs or len(args) != 2
-                or not _called_by_engine()):
+                or not called_by_engine()):
             return
         entry = self._lookup(args[0])
         if entry is not None and entry.category is None and entry.phase == "backward":
@@ -341,21 +332,13 @@ class Ledger(TorchDispatchMode):
     # -- arithmetic ---------------------------------------------------------------------------
     def _count(self, func: Any, args: tuple, kwargs: dict | None, out: Any,
                phase: str | None) -> None:
-        if _aliases(func) and not _mutates(func):
+        if aliases(func) and not mutates(func):
             return
         phase = phase or self._phase()
-        formula = _FLOPS.get(func.overloadpacket)
-        flops = formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
-        moved, where, itemsize = 0, None, 4
-        crosses = False
-        for part in (args, out):
-            for t in _leaves(part):
-                moved += t.numel() * t.element_size()
-                crosses = crosses or (where is not None and t.device.type != where)
-                where, itemsize = t.device.type, t.element_size()
-        self.flops[phase] += flops
+        operations, moved, itemsize, where, crosses = cost(func, args, kwargs or {}, out)
+        self.flops[phase] += operations
         self.traffic[phase] += moved
-        self.seconds[phase] += machine(where or "cpu").seconds(flops, moved, itemsize, crosses)
+        self.seconds[phase] += machine(where).seconds(operations, moved, itemsize, crosses)
 
     # -- read afterwards --------------------------------------------------------------------------
     def category(self, entry: Entry) -> str:
@@ -388,58 +371,3 @@ class Ledger(TorchDispatchMode):
             death = end if e.death is None else min(e.death, end)
             if death > max(since, e.birth):
                 yield e, self.category(e), max(since, e.birth), death
-
-
-_ALIASES: dict[Any, bool] = {}
-_MUTATES: dict[Any, bool] = {}
-
-
-def _aliases(func: Any) -> bool:
-    """Does the operator return (a view of) one of its arguments?"""
-    known = _ALIASES.get(func)
-    if known is None:
-        known = any(r.alias_info is not None for r in func._schema.returns)
-        _ALIASES[func] = known
-    return known
-
-
-def _mutates(func: Any) -> bool:
-    known = _MUTATES.get(func)
-    if known is None:
-        known = _MUTATES[func] = func._schema.is_mutable
-    return known
-
-
-def _called_by_engine() -> bool:
-    """Is the operator being dispatched the engine's own, not one of a Python backward?"""
-    frame = sys._getframe(3)
-    while frame is not None and frame.f_code.co_name in ("_fn", "inner"):
-        frame = frame.f_back                  # wrappers that older versions put around modes
-    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    """Plain tensors in nested containers; wrapper subclasses give the tensors they hold."""
-    if isinstance(value, Tensor):
-        if type(value) is not Tensor and _is_wrapper(value):
-            for name in value.__tensor_flatten__()[0]:
-                yield from _leaves(getattr(value, name))
-        elif value.layout is torch.strided:
-            yield value
-        else:
-            yield from _sparse_parts(value)
-    elif isinstance(value, (list, tuple, set)):
-        for v in value:
-            yield from _leaves(v)
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from _leaves(v)
-
-
-def _sparse_parts(t: Tensor) -> Iterator[Tensor]:
-    if t.layout is torch.sparse_coo:
-        yield from (t._indices(), t._values())
-    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (t.crow_indices(), t.col_indices(), t.values())
-    elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (t.ccol_indices(), t.row_indices(), t.values())

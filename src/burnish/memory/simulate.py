@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import (
 
 from ..core.errors import BurnishError, ConfigError
 from .fakes import blank_batch, fake_copy, from_config
-from .ledger import Ledger, _leaves
+from .ledger import Ledger
+from .operators import leaves
 from .report import MemoryReport
 
 #: values are followed through tensors up to this many entries
@@ -72,7 +73,7 @@ class FakeLedger(Ledger):
         values = _known(args, kwargs)
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
-                for t in _leaves((args, kwargs.get("out"))):
+                for t in leaves((args, kwargs.get("out"))):
                     t.__dict__.pop("_burnish_value", None)
             return _LAYOUTS.get(func, func)(*args, **kwargs)
         if func is _ITEM:
@@ -83,14 +84,14 @@ class FakeLedger(Ledger):
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:   # the values say how large it is
             sized = False
-        if not sized or all(t.numel() <= FOLLOWED for t in _leaves(out)):
+        if not sized or all(t.numel() <= FOLLOWED for t in leaves(out)):
             if kwargs.get("device") is not None:
                 values[1]["device"] = torch.device("cpu")
             with _no_modes():
                 real = func(*values[0], **values[1])
             if not sized:
                 out = _as_fake(real, args)
-            for fake, value in zip(_leaves(out), _leaves(real), strict=True):
+            for fake, value in zip(leaves(out), leaves(real), strict=True):
                 fake._burnish_value = value   # type: ignore[attr-defined]
         return out
 
@@ -194,7 +195,7 @@ def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:
             outputs, "loss", None)
         if value is None:
             value = outputs if isinstance(outputs, Tensor) else next(
-                t for t in _leaves(_plain(outputs)) if t.is_floating_point())
+                t for t in leaves(_plain(outputs)) if t.is_floating_point())
         return value if value.dim() == 0 else value.float().mean()
 
     return loss
@@ -233,7 +234,7 @@ def _fake(value: Any, ledger: FakeLedger, device: str) -> Any:
 
 
 def _label(batch: Any) -> str:
-    first = next(_leaves(batch), None)
+    first = next(leaves(batch), None)
     if first is None:
         return ""
     return " x ".join(str(n) for n in (first.shape[:2] if first.dim() == 2 else first.shape[:1]))
@@ -276,7 +277,7 @@ def _values(value: Any) -> Any:
 
 
 def _as_fake(real: Any, args: tuple) -> Any:
-    like = next(t for t in _leaves(args))
+    like = next(t for t in leaves(args))
     if isinstance(real, Tensor):
         return torch.empty(real.shape, dtype=real.dtype, device=like.device)
     return type(real)(_as_fake(r, args) for r in real)
