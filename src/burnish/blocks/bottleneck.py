@@ -165,3 +165,16 @@ class _Pair(torch.autograd.Function):
 def _again(t: Tensor, p: float, state: Tensor) -> Tensor:
     with replay(t.device, state):
         return F.dropout(t, p, True)
+
+
+class Normed(nn.Module):
+    """A bottleneck that reads a state behind a frozen norm of the model, which is not its own."""
+
+    def __init__(self, norm: nn.Module, bottleneck: Bottleneck):
+        super().__init__()
+        self.__dict__["norm"] = norm
+        self.inner = bottleneck
+
+    def forward(self, h: Tensor) -> Tensor:
+        base = getattr(type(self.norm), "_burnish_base", type(self.norm))
+        return self.inner(base.forward(self.norm, h))      # past the norm's own slot

@@ -1,0 +1,117 @@
+"""Where adapters stand in a block: shared by the methods of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ...core.errors import RecipeError
+from ...core.targets import match
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Anatomy, Block
+    from ...core.method import Method
+
+
+@dataclass(frozen=True)
+class Site:
+    """The end of one sub-layer: `path` returns what is added to the residual stream."""
+
+    block: Block
+    path: str
+    width: int
+
+
+def chosen(anatomy: Anatomy, method: Method) -> set[str] | None:
+    """Paths of the weights a part asks for with its own targets; None for no wish."""
+    if method.targets is None:
+        return None
+    return {p.path for p in match(anatomy, method.targets)}
+
+
+def width(anatomy: Anatomy, path: str, block: Block) -> int:
+    """Of what the module at `path` returns: its last matrix, or the block's own."""
+    ends = [p.out for p in anatomy.places
+            if p.path == path and p.role not in ("q", "k", "v", "qkv", "kv")
+            and p.kind not in ("experts", "embedding")]
+    made = ends[-1] if ends else block.hidden_size
+    if made is None:
+        raise RecipeError(f"the width of {path} cannot be told from its weights")
+    return made
+
+
+def attention_ends(anatomy: Anatomy, method: Method) -> Iterator[Site]:
+    """Behind self-attention, cross-attention or another mixer of tokens, before the residual."""
+    wanted = chosen(anatomy, method)
+    for b in anatomy.blocks:
+        for path in dict.fromkeys((b.attn_out or (b.mixer if not b.attn else None), b.cross_out)):
+            if path and (wanted is None or path in wanted):
+                yield Site(b, path, width(anatomy, path, b))
+
+
+def mlp_ends(anatomy: Anatomy, method: Method) -> Iterator[Site]:
+    """Behind the MLP, or behind a whole mixture of experts."""
+    wanted = chosen(anatomy, method)
+    for b in anatomy.blocks:
+        path = b.mlp_out or b.mlp
+        if path and (wanted is None or path in wanted
+                     or any(w.startswith(f"{path}.") for w in wanted)):
+            yield Site(b, path, width(anatomy, path, b))
+
+
+def found(sites: list, method: Method, what: str) -> list:
+    """The sites, or an error when there is none."""
+    if not sites:
+        where = f" at {method.targets!r}" if method.targets else ""
+        raise RecipeError(f"{method.name}: this model has no {what}{where} to stand behind")
+    return sites
+
+
+def post_norm(anatomy: Anatomy, block: Block) -> str | None:
+    """The norm behind the MLP's residual in blocks that normalise last, else None."""
+    module = anatomy.model.get_submodule(block.path)
+    last = block.stack not in anatomy.final_norms
+    if not getattr(module, "norm_first", not last):
+        mine = outer_norms(block)
+        return mine[-1] if len(mine) > 1 else None
+    return None
+
+
+def outer_norms(block: Block) -> list[str]:
+    """Norms of the residual stream: those inside attention (of queries and keys) left out."""
+    inside = tuple(f"{m}." for m in (block.attn, block.cross, block.mixer, block.mlp)
+                   if m and m != block.path)
+    named = [n for n in block.norms if not n.startswith(inside)] if inside else list(block.norms)
+    return [n for n in block.norms if n in named or _ends_attention(block, n)]
+
+
+def _ends_attention(block: Block, norm: str) -> bool:
+    """BERT's ``attention.output.LayerNorm`` stands beside the projection it follows."""
+    return bool(block.attn_out) and norm.rpartition(".")[0] == block.attn_out.rpartition(".")[0] \
+        and norm.rpartition(".")[0].endswith("output")
+
+
+def mlp_norm(anatomy: Anatomy, block: Block) -> str | None:
+    """The norm whose output the MLP reads, None where it reads the residual stream itself."""
+    if post_norm(anatomy, block):
+        return None
+    if block.mixer is None:
+        raise RecipeError(f"{block.path} mixes no tokens before its MLP, so there is no residual "
+                          "stream between the two; tap='norm' reads what the MLP reads")
+    mine = outer_norms(block)
+    before = [n for n in mine if "pre_feedforward" in n or "pre_ffn" in n]
+    after = [n for n in mine if "post_feedforward" in n or "post_ffn" in n]
+    left = [n for n in mine if n not in after]
+    if before:
+        return before[0]
+    if len(left) == 1 and block.mixer is not None:
+        raise RecipeError(f"{block.path} has one norm for attention and MLP together; tap='norm' "
+                          "reads what the MLP reads")
+    return left[-1] if left else None
+
+
+def module(anatomy: Anatomy, path: str) -> nn.Module:
+    return anatomy.model.get_submodule(path)
