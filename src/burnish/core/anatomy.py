@@ -97,15 +97,15 @@ class Anatomy:
             return ()
         block = self.blocks[place.block] if place.block is not None else None
         heads, kv = (block.heads, block.kv_heads) if block else (self.heads, self.kv_heads)
-        return tuple(replace(place, role=role, rows=rows)
+        return tuple(replace(place, role=role, rows=rows, out=rows[1] - rows[0])
                      for role, rows in families.runs(place.role, place.out, heads, kv))
 
     def interleaved(self, place: Place) -> bool:
         """Its parts alternate along the rows, so no run of rows is one of them."""
-        leaf = place.param if place.kind == "experts" else place.path.rpartition(".")[2]
+        full = f"{place.path}.{place.param}".removesuffix(".weight")
         if place.kind == "experts":
             return not getattr(self.model.get_submodule(place.path), "is_concatenated", True)
-        return families.interleaved(_model_type(self.model), leaf)
+        return families.interleaved(_model_type(self.model), full.rpartition(".")[2])
 
     def in_head(self, place: Place) -> bool:
         """It belongs to the task head."""
@@ -127,7 +127,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def read(self) -> Anatomy:
-        blocks = _drop_odd(_blocks(self.modules), self.modules)
+        blocks = _numbered(_blocks(self.modules), self.modules)
         found = matrices(self.modules, [b.path for b in blocks])
         norms = tuple(p for p, m in self.modules.items() if _is_norm(m))
         head, kind = self._head(blocks, found)
@@ -213,6 +213,8 @@ class _Reader:
                 head = self._owners(lambda p, m: id(m) not in inside)
             else:
                 head = self._owners(lambda p, m: p.split(".")[0] in families.HEADS)
+            if not head and (said := model.get_output_embeddings()) is not None:
+                head = self._owners(lambda p, m: m is said)
             vocabulary = {p.inp for p in found.places if found.roles[p] == "embed"}
             wide = [m.out_features for p, m in self.modules.items()
                     if p in head and isinstance(m, nn.Linear)]
@@ -279,7 +281,6 @@ class _Reader:
 def _blocks(modules: dict[str, nn.Module]) -> list[Block]:
     """Repeated composite children of lists, outermost first; stages are looked into."""
     out: list[Block] = []
-    counts: Counter[str] = Counter()
 
     def walk(path: str, stack: str | None) -> None:
         children = {f"{path}.{n}" if path else n: m for n, m in modules[path].named_children()
@@ -287,9 +288,8 @@ def _blocks(modules: dict[str, nn.Module]) -> list[Block]:
         repeated = _repeated(path, modules[path], children)
         for child, module in children.items():
             name = stack or _stack(path)
-            if child in repeated and not families.STAGE.search(type(module).__name__):
-                out.append(Block(child, counts[name], name))
-                counts[name] += 1
+            if child in repeated and not _is_stage(child, module, modules):
+                out.append(Block(child, 0, name))
             else:
                 walk(child, name if child in repeated else stack)
 
@@ -316,15 +316,32 @@ def _stack(path: str) -> str:
     return re.sub(r"\d+$", "", path).rstrip(".")
 
 
-def _drop_odd(blocks: list[Block], modules: dict[str, nn.Module]) -> list[Block]:
-    """Where some stacks hold attention or MLPs, stacks of bare convolutions are no blocks."""
-    def linears(b: Block) -> bool:
-        inside = [m for p, m in modules.items() if p.startswith(f"{b.path}.")]
-        return any(isinstance(m, nn.Linear | nn.MultiheadAttention)
-                   or type(m).__name__ == "Conv1D" for m in inside)
+def _is_stage(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """It only holds the blocks of one resolution: by its class, or by a list of blocks in it."""
+    if families.STAGE.search(type(module).__name__):
+        return True
+    for inner, m in module.named_modules(prefix=path):
+        if inner != path and inner.rpartition(".")[2] in families.LISTS and inner in modules:
+            children = {f"{inner}.{n}": c for n, c in m.named_children()}
+            if any(_linears(children[c]) > 1 for c in _repeated(inner, m, children)):
+                return True
+    return False
 
-    rich = {b.stack for b in blocks if linears(b)}
-    return [b for b in blocks if b.stack in rich] if rich else blocks
+
+def _linears(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.Linear | nn.MultiheadAttention)
+               or type(m).__name__ == "Conv1D" for m in module.modules())
+
+
+def _numbered(blocks: list[Block], modules: dict[str, nn.Module]) -> list[Block]:
+    """Counted per stack. Where some hold linears, lists of bare convolutions are no blocks."""
+    rich = [b for b in blocks if _linears(modules[b.path])] or blocks
+    counts: Counter[str] = Counter()
+    out = []
+    for b in rich:
+        out.append(replace(b, index=counts[b.stack]))
+        counts[b.stack] += 1
+    return out
 
 
 # -- small things ---------------------------------------------------------------------------------

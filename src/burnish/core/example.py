@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .errors import ConfigError
 
 #: tokens of text where neither the batch nor the model says how many
@@ -109,6 +110,8 @@ def _inputs(config: Any, samples: int, tokens: int | None, draw: _Draw) -> dict[
 
 def _length(text: Any, tokens: int | None) -> int:
     limit = getattr(text, "max_position_embeddings", None)
+    if limit and getattr(text, "model_type", "") in families.OFFSET_POSITIONS:
+        limit -= (text.pad_token_id or 0) + 1
     return tokens or min(SEQUENCE, limit or SEQUENCE)
 
 

@@ -22,22 +22,22 @@ OTHER = ("router", "embed", "position", "type", "patch", "reduction", "pooler", 
 ROLES = (*ATTENTION, *CROSS, *MLP, *MIXER, *OTHER)
 
 _ATTENTION = {
-    "q": "q q_proj query to_q wq Wq q_lin linear_q query_proj q_attn q_linear q_proj_weight",
-    "k": "k k_proj key to_k wk Wk k_lin linear_k key_proj k_linear k_proj_weight",
-    "v": "v v_proj value to_v wv Wv v_lin linear_v value_proj v_linear v_proj_weight",
+    "q": "q q_proj query to_q wq Wq q_lin linear_q query_proj q_attn q_linear q_head q_proj_weight",
+    "k": "k k_proj key to_k wk Wk k_lin linear_k key_proj k_linear k_head k_proj_weight",
+    "v": "v v_proj value to_v wv Wv v_lin linear_v value_proj v_linear v_head v_proj_weight",
     "qkv": "qkv qkv_proj Wqkv c_attn query_key_value in_proj_weight to_qkv in_proj wqkv "
            "qkv_linear c_qkv",
     "kv": "kv kv_proj to_kv key_value kv_linear",
     "o": "o o_proj out_proj proj c_proj dense to_out wo Wo out_lin linear_out out output_proj "
-         "out_linear attn_out o_linear",
+         "out_linear attn_out o_linear projection post_proj",
     "q_a": "q_a_proj wq_a", "q_b": "q_b_proj wq_b",
     "kv_a": "kv_a_proj_with_mqa kv_a_proj wkv_a", "kv_b": "kv_b_proj wkv_b",
 }
 _MLP = {
     "fc1": "fc1 c_fc dense_h_to_4h linear1 lin1 wi fc_in pwconv1 linear_fc1 conv_pw dense1 "
-           "linear_1 intermediate_dense",
+           "linear_1 intermediate_dense ffn",
     "fc2": "fc2 c_proj dense_4h_to_h linear2 lin2 wo fc_out pwconv2 linear_fc2 dense2 linear_2 "
-           "output_dense",
+           "output_dense ffn_output",
     "gate": "gate_proj wi_0 w1 gate",
     "up": "up_proj wi_1 w3 up",
     "down": "down_proj w2 down Wo",
@@ -195,9 +195,9 @@ MIXER_BYPASS = ("conv1d", "x_proj", "dt_proj", "out_proj")
 #: modules that repeat but only hold the blocks of one resolution
 STAGE = re.compile(r"Stage$|BasicLayer$|ResNetLayer$|Level$")
 #: containers whose single child is a block all the same
-LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks")
+LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "albert_layers")
 #: lists inside a block, never lists of blocks
-NOT_BLOCKS = re.compile(r"experts|heads|downsampl|upsampl", re.I)
+NOT_BLOCKS = re.compile(r"experts|heads|downsampl|upsampl|mlps$|projections$|predictor", re.I)
 
 # -- ends --------------------------------------------------------------------------------------
 #: top-level names under which a task head lives in models that do not say it themselves
@@ -221,5 +221,6 @@ KV_COUNT = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 WIDTH = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 #: model types whose first position is the padding index + 1
 OFFSET_POSITIONS = frozenset({
-    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
-    "mpnet", "longformer", "ibert", "xmod", "esm", "luke", "markuplm", "layoutlmv3", "lilt"})
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
+    "data2vec-text", "longformer", "ibert", "xmod", "esm", "luke", "markuplm", "layoutlmv3",
+    "lilt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from . import families
 from .site import Place
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MIXES = re.compile("quer|key|value|attn|attention|conv|proj")
+_QKV = re.compile(r"q\w*k\w*v\w*$")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -182,20 +185,26 @@ class _Matrices:
     def by_shape(self) -> None:
         """Names that tell nothing inside an MLP or an attention: wide is fc1, narrow fc2."""
         roles = self.found.roles
+        told: dict[str, list[Place]] = {}
         for parent, together in self._families().items():
             dull = [p for p in together if not roles[p] and p.kind in ("linear", "conv1d")]
-            if not dull or self.block_of(parent + ".x" if parent else "x") is None:
+            if not dull or self.block_of(f"{parent}.x") is None:
                 continue
             what = self.context(dull[0].path)
             for p in dull:
-                if what == "mlp" and p.out != p.inp and len(dull) <= 2:
+                leaf = p.path.rpartition(".")[2]
+                if what == "mlp" and p.out != p.inp and len(dull) <= 2 \
+                        and not _MIXES.search(leaf):
                     roles[p] = "fc1" if p.out > p.inp else "fc2"
-                elif what == "attention" and p.out == 3 * p.inp:
+                elif what == "attention" and p.out == 3 * p.inp and _QKV.search(leaf):
                     roles[p] = "qkv"
                 else:
                     continue
-                self.found.notes.append(f"{p.name} is taken for {roles[p]} by its shape "
-                                        f"({p.out} x {p.inp})")
+                told.setdefault(roles[p], []).append(p)
+        for role, places in told.items():
+            first = places[0]
+            self.found.notes.append(f"{len(places)} weights are taken for {role} by their shape, "
+                                    f"e.g. {first.name} ({first.out} x {first.inp})")
 
     def context(self, path: str) -> str:
         parts = path.split(".")
