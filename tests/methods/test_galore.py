@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.blocks.rules import SGD
 from burnish.blocks.step import Inner, Subspace, block_matrices, compose
@@ -275,3 +276,32 @@ def test_it_learns():
         opt.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_the_state_of_a_7b_model():
+    """LLaMA-7B, rank 1024, 8-bit moments, bf16 factors: 5.70 GB of state; with the weights 17.9
+    GiB (the paper: about 18G). One block on fake tensors, times 32, and the dense rest."""
+    D, F, V = 4096, 11008, 32000
+    with FakeTensorMode():
+        def weight(*shape):
+            p = nn.Parameter(torch.empty(*shape, dtype=torch.bfloat16))
+            p.grad = torch.empty_like(p)
+            return p
+
+        block = [(f"layers.0.{i}.weight", weight(*s))
+                 for i, s in enumerate([(D, D)] * 4 + [(F, D)] * 2 + [(D, F)])]
+        block += [(f"layers.0.norm{i}.weight", weight(D)) for i in range(2)]
+        rest = [("embed_tokens.weight", weight(V, D)), ("lm_head.weight", weight(V, D)),
+                ("norm.weight", weight(D))]
+        opt = compose(answers("galore(rank=1024) + adam8bit"), block + rest, 1e-3)
+        opt.step()
+
+        def held(named):
+            return sum(v.nbytes for _, p in named for v in opt.state[p].values()
+                       if isinstance(v, torch.Tensor))
+
+        state = 32 * held(block) + held(rest)
+        weights = 2 * (32 * sum(p.numel() for _, p in block) + sum(p.numel() for _, p in rest))
+    assert weights == 2 * 6_738_415_616
+    assert state == pytest.approx(5.70e9, rel=0.002)
+    assert (weights + state) / 2**30 == pytest.approx(17.86, abs=0.01)
