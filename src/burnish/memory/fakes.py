@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..core.errors import ConfigError
 from ..core.example import example_batch
@@ -86,3 +86,64 @@ def _blank(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     if t.is_floating_point():
         return t if dtype is None else t.to(dtype)
     return torch.ones(t.shape, dtype=t.dtype)
+
+
+@contextlib.contextmanager
+def fakes_move() -> Iterator[None]:
+    """Let ``module.to(...)`` work on fake parameters: torch swaps them in place, which fails while
+    anything holds a weak reference to them; here they are replaced, and left alone where the
+    conversion changes nothing."""
+    original = nn.Module._apply
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        if not any(isinstance(p, FakeTensor) for p in self._parameters.values()):
+            return original(self, fn, recurse)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        for name, p in self._parameters.items():
+            with torch.no_grad():
+                new = p if p is None else fn(p)
+            if new is not p:
+                moved = nn.Parameter(new, requires_grad=p.requires_grad)
+                moved.__dict__.update(p.__dict__)
+                self._parameters[name] = moved
+        for name, b in self._buffers.items():
+            self._buffers[name] = b if b is None else fn(b)
+        return self
+
+    nn.Module._apply = apply                  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original           # type: ignore[method-assign]
+
+
+# -- operators whose fake version differs from the kernels --------------------------------------
+def _layer_norm_backward(g: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor,
+                         weight: Tensor | None, bias: Tensor | None, mask: Any) -> Any:
+    """The kernels write dx contiguous; the decomposition that fake tensors run follows g."""
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None,
+            torch.empty_like(weight) if mask[1] and weight is not None else None,
+            torch.empty_like(bias) if mask[2] and bias is not None else None)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
+                out_dtype: torch.dtype | None = None) -> Tensor:
+    """The fake version takes bf16 only, the CPU takes every dtype. Rows are padded to 16 bytes."""
+    if a.dim() == 2 and b.dim() == 2:
+        shape = (offs.shape[0], a.shape[0], b.shape[1])       # type: ignore[union-attr]
+    elif a.dim() == 3 and b.dim() == 3:
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    dtype = out_dtype or a.dtype
+    step = 16 // dtype.itemsize
+    row = -(-shape[-1] // step) * step
+    stride = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=a.device)
+
+
+KERNELS = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    KERNELS[torch.ops.aten._grouped_mm.default] = _grouped_mm

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..core.errors import BurnishError, ConfigError
-from .fakes import blank_batch, fake_copy, from_config
+from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
@@ -39,18 +40,6 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 class SimulationError(BurnishError):
     """The step depends on values that only a real run has."""
-
-
-def _layer_norm_backward(g: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor,
-                         weight: Tensor | None, bias: Tensor | None, mask: Any) -> Any:
-    """The kernels write dx contiguous; the decomposition that fake tensors run follows g."""
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device) if mask[0] else None,
-            torch.empty_like(weight) if mask[1] and weight is not None else None,
-            torch.empty_like(bias) if mask[2] and bias is not None else None)
-
-
-#: operators whose fake version lays out its results otherwise than the kernels do
-_LAYOUTS = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
 
 
 class FakeLedger(Ledger):
@@ -75,7 +64,7 @@ class FakeLedger(Ledger):
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((args, kwargs.get("out"))):
                     t.__dict__.pop("_burnish_value", None)
-            return _LAYOUTS.get(func, func)(*args, **kwargs)
+            return KERNELS.get(func, func)(*args, **kwargs)
         if func is _ITEM:
             with _no_modes():
                 return values[0][0].item()
@@ -121,7 +110,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    with _random_kept(), _one_sequence_per_row(model):
+    with _random_kept(), _values_are_known(), fakes_move():
         twin = fake_copy(model, mode, device, dtype)
         with mode:
             ledger = FakeLedger(count=count)
@@ -292,13 +281,16 @@ def _no_modes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_sequence_per_row(model: nn.Module) -> Iterator[None]:
+def _values_are_known() -> Iterator[None]:
     """transformers never looks at the values of fake masks ("tracing") and then builds the full
-    mask, where a real run sees that nothing is padded and takes the fused causal kernel. Here the
-    values are known, so its question is answered as in a real run."""
+    mask, where a real run sees that nothing is padded and takes the fused kernel. Here the values
+    are known, so its question is answered as in a real run."""
+    if "transformers" not in sys.modules:
+        yield
+        return
     try:
         from transformers import masking_utils
-    except ImportError:
+    except ImportError:                       # a version without it has no such question
         yield
         return
     asked = masking_utils.is_tracing
