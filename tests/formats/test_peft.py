@@ -1,0 +1,204 @@
+"""burnish to PEFT and back: the same outputs on the other side."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+
+import burnish
+from burnish.core.errors import ConfigError, FormatError
+from burnish.formats import peft_files
+from burnish.formats.peft import export_peft, load_peft
+from burnish.testing.models import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def outputs(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def moved(tuned, seed=1):
+    """Every trained tensor away from where it started."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return tuned
+
+
+OUT = {
+    "llama lora": ("llama", "lora(rank=4)", {}),
+    "llama rslora": ("llama", "lora(rank=4, scaling='rs', targets='q,v')", {}),
+    "llama two ranks": ("llama", "lora(rank=4, targets='q') + lora(rank=2, alpha=3, targets='v@0')",
+                        {}),
+    "llama two on one": ("llama", "lora(rank=4, targets='q') + lora(rank=2, targets='q')", {}),
+    "llama dora": ("llama", "dora(rank=2, targets='q,v')", {}),
+    "llama dora and lora": ("llama", "dora(rank=2, targets='q') + lora(rank=4, targets='down')",
+                            {}),
+    "llama pissa": ("llama", "pissa(rank=3)", {}),
+    "llama miss": ("llama", "miss(rank=6)", {}),
+    "llama miss mini": ("llama", "miss(rank=6, mini=8, targets='q,o')", {}),
+    "llama miss and lora": ("llama", "miss(rank=6, targets='q') + lora(targets='v')", {}),
+    "llama embedding": ("llama", "lora(rank=4, targets='embedding')", {}),
+    "vit head": ("vit", "lora(rank=4)", {"head": "auto"}),
+    "vit convolution": ("vit", "lora(rank=4, targets='conv,q')", {"head": False}),
+    "gpt2 whole": ("gpt2", "lora(rank=4)", {}),
+    "gpt2 slices": ("gpt2", "lora(rank=4, targets='q,v')", {}),
+    "gpt2 dora slices": ("gpt2", "dora(rank=4, targets='q,v')", {}),
+    "bert head": ("bert", "lora(rank=4)", {"head": "auto"}),
+    "bert norms": ("bert", "lora(rank=4) + norms", {"head": False}),
+}
+
+
+@pytest.mark.parametrize("case", OUT, ids=str)
+def test_peft_computes_what_we_exported(case, tmp_path):
+    name, recipe, kw = OUT[case]
+    model, batch = tiny(name)
+    base = outputs(model, batch)
+    tuned = moved(burnish.tune(model, recipe, **kw))
+    ours = outputs(model, batch)
+    export_peft(tuned, tmp_path)
+    back = PeftModel.from_pretrained(tiny(name)[0], tmp_path)
+    theirs = outputs(back, batch)
+    assert (ours - base).abs().max() > 1e-3
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_what_is_written_is_plain(tmp_path):
+    tuned = burnish.tune(tiny("llama")[0], "lora(rank=4, alpha=16, dropout=0.1, targets='q,v')")
+    export_peft(tuned, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["r"] == 4
+    assert config["lora_alpha"] == 16 and config["lora_dropout"] == 0.1
+    assert config["task_type"] == "CAUSAL_LM" and config["rank_pattern"] == {}
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
+    export_peft(burnish.tune(tiny("llama")[0], "pissa(rank=3, targets='q')"), tmp_path)
+    assert {x.rank for x in peft_files.read(tmp_path).loras.values()} == {6}
+
+
+def test_miss_keeps_its_type(tmp_path):
+    export_peft(burnish.tune(tiny("llama")[0], "miss(rank=6)"), tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == "MISS"
+
+
+def test_a_mix_of_adapters_is_exported_as_used(tmp_path):
+    model, batch = tiny("llama")
+    tuned = moved(burnish.tune(model, "lora(rank=4)", name="one"))
+    tuned.add("two", "lora(rank=2, targets='q')")
+    tuned.use("two")
+    moved(tuned, 2)
+    tuned.use({"one": 0.7, "two": -0.3})
+    ours = outputs(model, batch)
+    export_peft(tuned, tmp_path / "mix")
+    theirs = outputs(PeftModel.from_pretrained(tiny("llama")[0], tmp_path / "mix"), batch)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+    tuned.use("two")
+    alone = outputs(model, batch)
+    tuned.use("one")
+    export_peft(tuned, tmp_path / "two", name="two")
+    theirs = outputs(PeftModel.from_pretrained(tiny("llama")[0], tmp_path / "two"), batch)
+    assert torch.allclose(alone, theirs, rtol=1e-5, atol=2e-6)
+    with pytest.raises(ConfigError, match="did you mean 'two'"):
+        export_peft(tuned, tmp_path, name="twoo")
+
+
+def test_what_has_no_factors_is_refused_or_approximated(tmp_path):
+    model, batch = tiny("llama")
+    base = outputs(model, batch)
+    tuned = moved(burnish.tune(model, "snella(rank=4, targets='q')"))
+    with pytest.raises(FormatError, match=r"q_proj.weight: .* has no exact LoRA form; export_peft"):
+        export_peft(tuned, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    ours, distance = outputs(model, batch), []
+    for rank in (2, 32):
+        export_peft(tuned, tmp_path / str(rank), rank=rank)
+        theirs = outputs(PeftModel.from_pretrained(tiny("llama")[0], tmp_path / str(rank)), batch)
+        distance.append((ours - theirs).norm() / (ours - base).norm())
+    assert distance[1] < 1e-3 < distance[0] < 1
+    assert "approximated" in (tmp_path / "2" / "README.md").read_text()
+
+
+def test_parts_on_hidden_states_and_stray_biases_are_refused(tmp_path):
+    tuned = burnish.tune(tiny("bert")[0], "lora(rank=2) + bitfit", head=False)
+    with pytest.raises(FormatError, match="trains whole and holds an update too"):
+        export_peft(tuned, tmp_path)
+    tuned = burnish.tune(tiny("llama")[0], "norms")
+    with pytest.raises(FormatError, match="adds to no weight"):
+        export_peft(tuned, tmp_path)
+
+
+# -- in ---------------------------------------------------------------------------------------
+IN = {
+    "llama": ("llama", LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_alpha=8)),
+    "llama all": ("llama", LoraConfig(target_modules="all-linear", r=4, rank_pattern={
+        "layers.0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 3})),
+    "llama rslora": ("llama", LoraConfig(target_modules=["v_proj"], r=3, use_rslora=True)),
+    "llama dora": ("llama", LoraConfig(target_modules=["q_proj"], r=2, use_dora=True)),
+    "llama embedding": ("llama", LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2)),
+    "llama saved": ("llama", LoraConfig(target_modules=["q_proj"], r=2,
+                                        modules_to_save=["lm_head", "embed_tokens"])),
+    "llama miss": ("llama", MissConfig(r=6, target_modules=["q_proj"])),
+    "vit head": ("vit", LoraConfig(target_modules=["q_proj", "v_proj"], r=4,
+                                   modules_to_save=["classifier"])),
+    "vit convolution": ("vit", LoraConfig(target_modules=["projection"], r=4)),
+    "gpt2": ("gpt2", LoraConfig(target_modules=["c_attn", "c_fc"], r=4, fan_in_fan_out=True)),
+    "bert head": ("bert", LoraConfig(target_modules=["query", "value"], r=4,
+                                     task_type="SEQ_CLS")),
+}
+
+
+def from_peft(case, folder):
+    name, config = IN[case]
+    model, batch = tiny(name)
+    theirs = get_peft_model(model, config)
+    moved(type("T", (), {"parameters": lambda self: [p for p in theirs.parameters()
+                                                     if p.requires_grad]})())
+    theirs.save_pretrained(folder)
+    return name, batch, outputs(theirs, batch)
+
+
+@pytest.mark.parametrize("case", IN, ids=str)
+def test_we_compute_what_peft_saved_and_give_it_back(case, tmp_path):
+    name, batch, theirs = from_peft(case, tmp_path / "peft")
+    model, _ = tiny(name)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    tuned = load_peft(model, tmp_path / "peft")
+    assert torch.allclose(outputs(model, batch), theirs, rtol=1e-5, atol=2e-6)
+    tuned.save(tmp_path / "ours")
+    export_peft(tuned, tmp_path / "again")
+    again = burnish.load(tiny(name)[0], tmp_path / "ours")
+    assert torch.allclose(outputs(again.model, batch), theirs, rtol=1e-5, atol=2e-6)
+    back = PeftModel.from_pretrained(tiny(name)[0], tmp_path / "again")
+    assert torch.allclose(outputs(back, batch), theirs, rtol=1e-5, atol=2e-6)
+    tuned.detach()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
+
+
+def test_it_goes_on_training(tmp_path):
+    name, batch, _ = from_peft("vit head", tmp_path)
+    tuned = load_peft(tiny(name)[0], tmp_path)
+    assert {n.rpartition(".")[2] for n, _ in tuned.named_parameters()} == {"A", "B", "weight",
+                                                                           "bias"}
+    tuned.optimizer(lr=1e-2)
+    first = tuned.step(batch)
+    for _ in range(5):
+        last = tuned.step(batch)
+    assert last < first
+
+
+def test_a_folder_for_another_model_is_refused(tmp_path):
+    from_peft("llama", tmp_path)
+    with pytest.raises(FormatError, match="adapts model.layers.0.*which GPT2LMHeadModel does not"):
+        load_peft(tiny("gpt2")[0], tmp_path)
+    model, _ = tiny("llama", hidden_size=16)
+    with pytest.raises(FormatError, match=r"the model needs \[4, 16\]"):
+        load_peft(model, tmp_path)
+    assert not any("burnish" in n for n, _ in model.named_modules())
