@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.experts import ExpertChains
-from ...core.errors import RecipeError
+from ...core.errors import RecipeError, TargetError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
+from ...core.targets import match
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -56,25 +57,31 @@ class Mola(Method):
         return groups[block * len(groups) // blocks]
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
+        asked = self.targets if self.targets is not None else getattr(anatomy, "asked", None)
         by_path: dict[str, list[Place]] = {}
-        for place in anatomy.chosen(self):
-            if place.block is not None:
+        for place in match(anatomy, asked):
+            if place.kind in self.kinds and place.block is not None:
                 by_path.setdefault(place.path, []).append(place)
+            elif asked is not None:
+                raise TargetError(f"mola has experts for linears inside blocks; {place.name} is "
+                                  f"{'of kind ' + place.kind if place.block is not None else 'outside them'}")
         if not by_path:
             raise RecipeError("mola: none of the targets is a linear inside a block")
+        stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}
         for path, places in by_path.items():
             first = places[0]
+            block = anatomy.blocks[first.block]
             first.check_rank(self.rank, "mola")
             rows = tuple(sorted(p.rows for p in places if p.rows)) or None
-            out = anatomy.outputs(path) if rows else first.out
+            out = next(p.out for p in anatomy.places if p.path == path and not p.rows)
             if rows and rows[0][0] == 0 and sum(b - a for a, b in rows) == out:
                 rows = None
             yield Branch(path, ExpertChains(
-                first.inp, out, self.experts(first.block, len(anatomy.blocks)), self.rank, self.k,
+                first.inp, out, self.experts(block.index, stacks[block.stack]), self.rank, self.k,
                 scale=self.alpha / self.rank, dropout=self.dropout, coefficient=self.balance,
                 rows=rows), read=(path, "input"))
 
     def count(self, place: Place, blocks: int) -> int:
-        """Trainable parameters on one matrix of a model with so many blocks."""
+        """Trainable parameters on one matrix of a model of one stack with so many blocks."""
         per = self.rank * (place.inp + place.out) + place.inp
         return self.experts(place.block or 0, blocks) * per
