@@ -58,6 +58,7 @@ def test_linear_equals_dense_reference(name, panel, wrapped, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(provided, "PANEL", panel)
     monkeypatch.setattr(tiled, "PANEL", panel)
+    monkeypatch.setattr(tiled, "STRIP", 3 * OUT)
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     bias = torch.randn(OUT, dtype=torch.float64)
     wrap = Magnitude(weight) if wrapped else None

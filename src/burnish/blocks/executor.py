@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from . import replay
 
-
 _TENSOR = object()
 
 

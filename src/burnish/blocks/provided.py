@@ -348,7 +348,7 @@ def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, lis
         total: Tensor | None = None
         G = None
         if any(t.keeps_input for t, _ in V.terms):
-            G = g2.t() @ x2[:, i0:i1]
+            G = (x2[:, i0:i1].t() @ g2).t()
         for (t, s), state in zip(V.terms, V.states, strict=True):
             if t.keeps_input:
                 tile = t.pull(i0, i1, G if s == 1 else G * s, state, grads[id(t)])

@@ -120,7 +120,7 @@ CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "gelu", "silu", "mish", "hardswish",
                      "softplus", "leaky_relu", "elu", "selu", "pow", "square"), _always),
     # products keep both factors as soon as both carry gradients; else a note costs no more
-    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply"), _always),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply", "addcmul"), _always),
     **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
 }
 _IN_PLACE = ("inplace", "out")

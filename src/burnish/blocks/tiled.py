@@ -27,6 +27,8 @@ from . import quantile
 from .provided import PANEL, Term
 
 COEFFICIENT = 0.1
+#: entries of a strip: its dozen temporaries fit the second-level cache
+STRIP = 1 << 16
 
 
 class _State:
@@ -73,33 +75,41 @@ class KernelDelta(Term):
         self.sparsity = float(state[0])
 
     # -- the kernel -----------------------------------------------------------------------------
-    def distances(self, i0: int, i1: int) -> tuple[Tensor, Tensor]:
-        """d_1, d_2 of a panel, by direct differences: the Gram form cancels."""
+    # Strips are (n, out): one row per input feature, so softmax and sums run along memory, and a
+    # strip with all its temporaries stays in cache. Panels are (out, n) views of runs of strips.
+    def _strips(self, i0: int, i1: int) -> Iterator[tuple[int, int]]:
+        step = max(1, STRIP // self.out)
+        for a in range(i0, i1, step):
+            yield a, min(i1, a + step)
+
+    def _distances(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """d_1, d_2 of a strip, by direct differences: the Gram form cancels."""
         def d(h: int) -> Tensor:
-            return torch.cdist(self.B[h], self.A[h, i0:i1], p=self.norm_p,
+            return torch.cdist(self.A[h, a:b], self.B[h], p=self.norm_p,
                                compute_mode="donot_use_mm_for_euclid_dist")
         return d(0), d(1)
 
-    def kernel(self, i0: int, i1: int) -> Tensor:
-        """K[:, i0:i1], (out, n). A panel of inputs is self-contained: softmax runs over out."""
-        d1, d2 = self.distances(i0, i1)
+    def _kernel(self, a: int, b: int) -> Tensor:
+        """K of a strip."""
+        d1, d2 = self._distances(a, b)
         return self._mix(d1.sub_(d2).mul_(COEFFICIENT))[0]
 
     def _mix(self, D: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.mixed:
             return D, None
-        S = torch.softmax(D / self.gamma, dim=0)
-        return (D + self.beta).addcmul_(S, self.alpha), S
+        S = torch.softmax(D / self.gamma, dim=1)
+        return torch.addcmul(self.beta, S, self.alpha).add_(D), S
 
     def _gate(self, K: Tensor, tau: Tensor | None) -> Tensor | None:
         """The constant factor: |K| on survivors, 0 elsewhere; None where it is 1."""
         if self.magnitude == "linear":
             return None if tau is None else (K.abs() > tau).to(K.dtype)
         gate = K.abs()
+        # threshold: x where x > tau, else 0
         return gate if tau is None else gate.mul_(gate > tau)
 
     def kernel_reference(self) -> Tensor:
-        """K of the whole matrix by differentiable torch functions."""
+        """K of the whole matrix, (out, in), by differentiable torch functions."""
         diff = (self.B[:, :, None, :] - self.A[:, None, :, :]).abs()
         if self.norm_p == 2.0:
             square = diff.square().sum(-1)
@@ -114,117 +124,113 @@ class KernelDelta(Term):
     def dense(self) -> Tensor:
         K = self.kernel_reference()
         with torch.no_grad():
-            tau = self.prepare().tau
-            gate = self._gate(K.detach(), tau)
+            gate = self._gate(K.detach(), self.prepare().tau)
         return K if gate is None else K * gate
 
     # -- the threshold --------------------------------------------------------------------------
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        step = max(1, min(self.inp, PANEL // self.out))
-        for i0 in range(0, self.inp, step):
-            yield i0, min(self.inp, i0 + step)
-
     @torch.no_grad()
     def prepare(self) -> _State:
         if self.sparsity <= 0:
             return _State(None, None)
-        ranges = list(self._ranges())
-        only = self.kernel(0, self.inp) if len(ranges) == 1 else None
-        absolute = only.abs() if only is not None else None
+        whole = self.out * self.inp <= PANEL
+        kept = self.A.new_empty(self.inp, self.out) if whole else None
+        if kept is not None:
+            for a, b in self._strips(0, self.inp):
+                kept[a:b] = self._kernel(a, b)
 
         def stream() -> Iterator[Tensor]:
-            if absolute is not None:
-                yield absolute
-                return
-            for i0, i1 in ranges:
-                yield self.kernel(i0, i1).abs_()
+            for a, b in self._strips(0, self.inp):
+                yield kept[a:b].abs() if kept is not None else self._kernel(a, b).abs_()
 
-        tau = quantile.quantile(stream, self.out * self.inp, self.sparsity,
-                                self._sample(absolute))
-        return _State(tau, only)
+        tau = quantile.quantile(stream, self.out * self.inp, self.sparsity, self._sample(kept))
+        return _State(tau, kept)
 
-    def _sample(self, absolute: Tensor | None) -> Tensor:
-        n = self.out * self.inp
-        if absolute is not None:
-            # a stride coprime to the row length visits all columns
-            stride = max(1, n // quantile.SAMPLE)
-            while math.gcd(stride, self.inp) > 1:
-                stride += 1
-            return absolute.flatten()[::stride]
-        columns = max(1, min(self.inp, 4 * quantile.SAMPLE // self.out + 1))
-        index = torch.linspace(0, self.inp - 1, columns, device=self.A.device).long()
-        parts = [self.kernel(int(i), int(i) + 1).abs_() for i in index.tolist()] \
-            if not _fake(self.A) else [self.kernel(i, i + 1).abs_() for i in range(columns)]
-        return torch.cat(parts)
+    def _sample(self, kept: Tensor | None) -> Tensor:
+        """Some of the values, from input features spread over the matrix."""
+        rows = max(1, min(self.inp, quantile.SAMPLE // self.out + 1))
+        picked = [r * (self.inp - 1) // max(1, rows - 1) for r in range(rows)]
+        step = max(1, rows * self.out // quantile.SAMPLE)
+        parts = [(kept[i : i + 1] if kept is not None else self._kernel(i, i + 1)).abs()
+                 for i in picked]
+        return torch.cat(parts).flatten()[::step]
 
     # -- panels -----------------------------------------------------------------------------------
     @torch.no_grad()
     def tile(self, i0: int, i1: int, state: _State) -> Tensor:
-        whole = i0 == 0 and i1 == self.inp
-        K, state.panel = (state.panel if whole else None), None
-        K = self.kernel(i0, i1) if K is None else K
-        gate = self._gate(K, state.tau)
-        return K if gate is None else K.mul_(gate)
+        ready = state.panel is not None          # the quantile pass has made K already
+        panel = state.panel[i0:i1] if ready else self.A.new_empty(i1 - i0, self.out)
+        if i1 == self.inp:
+            state.panel = None                   # and nobody asks for it again
+        for a, b in self._strips(i0, i1):
+            here = panel[a - i0 : b - i0]
+            K = here if ready else self._kernel(a, b)
+            gate = self._gate(K, state.tau)
+            if gate is not None:
+                torch.mul(K, gate, out=here)
+            elif not ready:
+                here.copy_(K)
+        return panel.t()
 
     @torch.no_grad()
     def pull(self, i0: int, i1: int, G: Tensor, state: _State,
              grads: list[Tensor | None]) -> Tensor:
-        G = G.to(self.A.dtype)
-        d1, d2 = self.distances(i0, i1)
-        D = (d1 - d2).mul_(COEFFICIENT)
-        K, S = self._mix(D)
-        gate = self._gate(K, state.tau)
-        dK = G.clone() if gate is None else G * gate
-        if self.mixed:
-            self._add(grads, 2, (S * dK).sum())
-            self._add(grads, 4, dK.sum())
-            p = (S * dK).sum(0, keepdim=True)
-            through = (dK - p).mul_(S)                      # softmax's own gradient
-            self._add(grads, 3, -(self.alpha / self.gamma**2) * (through * D).sum())
-            dK.addcmul_(through, self.alpha / self.gamma)
-            del through, S
-        self._add_factors(grads, i0, i1, dK, (d1, d2))
-        if gate is None:
-            return K
-        return K.mul_(gate)
-
-    def _add_factors(self, grads: list[Tensor | None], i0: int, i1: int, dD: Tensor,
-                     d: tuple[Tensor, Tensor]) -> None:
-        """dA, dB through both distances; the gradient of a zero distance is zero."""
+        Gt = G.t().to(self.A.dtype)
+        panel = self.A.new_empty(i1 - i0, self.out)
         if grads[0] is None:
             grads[0], grads[1] = torch.zeros_like(self.A), torch.zeros_like(self.B)
-        dA, dB = grads[0], grads[1]
+            if self.mixed:
+                grads[2:5] = [torch.zeros_like(p) for p in (self.alpha, self.gamma, self.beta)]
+        ends = [torch.cat([self.B[h], torch.ones_like(self.B[h, :, :1])], 1) for h in (0, 1)]
+        for a, b in self._strips(i0, i1):
+            d1, d2 = self._distances(a, b)
+            D = (d1 - d2).mul_(COEFFICIENT)
+            K, S = self._mix(D)
+            gate = self._gate(K, state.tau)
+            dK = Gt[a - i0 : b - i0].clone() if gate is None else Gt[a - i0 : b - i0] * gate
+            if S is not None:
+                weighed = S * dK
+                p = weighed.sum(1, keepdim=True)
+                grads[2] += p.sum()
+                grads[4] += dK.sum()
+                weighed.sub_(S.mul_(p))                     # softmax's own gradient
+                grads[3] -= (self.alpha / self.gamma**2) * (weighed.flatten() @ D.flatten())
+                dK.add_(weighed.mul_(self.alpha / self.gamma))
+            self._add_factors(grads[0], grads[1], a, b, dK, (d1, d2), ends)
+            torch.mul(K, gate, out=panel[a - i0 : b - i0]) if gate is not None else \
+                panel[a - i0 : b - i0].copy_(K)
+        return panel.t()
+
+    def _add_factors(self, dA: Tensor, dB: Tensor, a: int, b: int, dD: Tensor,
+                     d: tuple[Tensor, Tensor], ends: list[Tensor]) -> None:
+        """dA, dB through both distances; the gradient of a zero distance is zero.
+
+        R = c dD / d: ``dA += rowsum(R) A - R B`` and ``dB += colsum(R) B - R^T A``; a column of
+        ones on the factors gives product and sum in one pass.
+        """
+        q = self.A.shape[2]
         for h, c in ((0, COEFFICIENT), (1, -COEFFICIENT)):
-            A, B = self.A[h, i0:i1], self.B[h]
+            A, B = self.A[h, a:b], self.B[h]
             if self.norm_p == 2.0:
-                R = dD / d[h]
-                R.masked_fill_(d[h] == 0, 0.0).mul_(c)
-                dB[h] += R.sum(1, keepdim=True) * B - R @ A
-                dA[h, i0:i1] += R.sum(0).unsqueeze(1) * A - R.t() @ B
+                R = dD / d[h].masked_fill_(d[h] == 0, math.inf)
+                right = R @ ends[h]
+                left = R.t() @ torch.cat([A, torch.ones_like(A[:, :1])], 1)
+                dA[h, a:b].add_(right[:, q:] * A - right[:, :q], alpha=c)
+                dB[h].add_(left[:, q:] * B - left[:, :q], alpha=c)
             else:
                 with torch.enable_grad():
-                    a, b = A.detach().requires_grad_(), B.detach().requires_grad_()
-                    dist = torch.cdist(b, a, p=self.norm_p)
-                    ga, gb = torch.autograd.grad(dist, (a, b), dD * c)
-                dA[h, i0:i1] += ga
-                dB[h] += gb
-
-    @staticmethod
-    def _add(grads: list[Tensor | None], k: int, value: Tensor) -> None:
-        grads[k] = value if grads[k] is None else grads[k] + value
+                    x, y = A.detach().requires_grad_(), B.detach().requires_grad_()
+                    gx, gy = torch.autograd.grad(torch.cdist(x, y, p=self.norm_p), (x, y), dD * c)
+                dA[h, a:b] += gx
+                dB[h] += gy
 
     def nnz(self) -> int:
         """Entries of the update that are not zero now."""
         tau = self.prepare().tau
         if tau is None:
             return self.out * self.inp
-        return sum(int((self.kernel(a, b).abs_() > tau).sum()) for a, b in self._ranges())
+        return sum(int((self._kernel(a, b).abs_() > tau).sum())
+                   for a, b in self._strips(0, self.inp))
 
     def stats(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity}
 
-
-def _fake(t: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(t, FakeTensor)

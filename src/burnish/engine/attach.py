@@ -25,6 +25,7 @@ class Attacher:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter):
         self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
+        anatomy.asked = adapter.targets      # for parts that look for weights themselves
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
@@ -163,3 +164,6 @@ class Attacher:
         path, what = branch.read
         if path not in ("", branch.write):
             slot_of(self.model.get_submodule(path), self.state, path).reads.add((path, what))
+            self.state.readers.setdefault((path, what), []).append(self.adapter.name)
+        if (ready := getattr(branch.module, "attached", None)) is not None:
+            ready(self)

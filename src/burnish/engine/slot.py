@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..blocks.executor import MODES
-from ..blocks.provided import Provider, Term, Weighted, Wrap, linear
+from ..blocks.provided import Provider, Weighted, Wrap, linear
 from ..blocks.saved import Tape
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
@@ -39,6 +39,7 @@ class State:
     off: bool = False
     version: int = 0                                 # grows when `active` or the parts change
     box: dict[tuple[str, str], Any] = field(default_factory=dict)
+    readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
     batch: int | None = None
 
     def use(self, active: tuple[tuple[str, float], ...],
@@ -98,6 +99,8 @@ class Slot(nn.Module):
     def drop(self, adapter: str) -> None:
         self._modules.pop(adapter, None)
         self.parts = [p for p in self.parts if p.adapter != adapter]
+        for names in self.state.readers.values():
+            names[:] = [n for n in names if n != adapter]
         self.state.version += 1
 
     def module_of(self, part: Part) -> nn.Module:
@@ -185,10 +188,8 @@ class Slot(nn.Module):
     def _active(self, module: nn.Module, forward: Callable[..., Any],
                 active: tuple[tuple[str, float], ...], args: tuple, kw: dict) -> Any:
         groups, before, after = self._planned(module, active)
-        box = self.state.box
-        if args and ("input" in {w for _, w in self.reads}):
-            box[self.path, "input"] = args[0]
-        given = args[0] if args else None
+        given = args[0] if args else next(iter(kw.values()), None)
+        self._tap("input", given, active)
         for part, scale in before:
             args = (self._branch(part, scale, args[0], args[0]), *args[1:])
         out = self._weighted(module, forward, groups, args, kw) if groups else \
@@ -200,12 +201,26 @@ class Slot(nn.Module):
                 if path in ("", self.path):
                     seen = first if what == "output" else given
                 else:
-                    seen = box[path, what]
+                    seen = self._seen(path, what)
                 first = self._branch(part, scale, seen, first)
             out = (first, *out[1:]) if isinstance(out, tuple) else first
-        if any(w == "output" for _, w in self.reads):
-            box[self.path, "output"] = out[0] if isinstance(out, tuple) else out
+        self._tap("output", out[0] if isinstance(out, tuple) else out, active)
         return out
+
+    def _tap(self, what: str, value: Any, active: tuple[tuple[str, float], ...]) -> None:
+        """Keep a state for the branches elsewhere that read it, until the last one has."""
+        if (self.path, what) in self.reads:
+            wanted = dict(active)
+            n = sum(bool(wanted.get(a)) for a in self.state.readers.get((self.path, what), ()))
+            if n:
+                self.state.box[self.path, what] = [value, n]
+
+    def _seen(self, path: str, what: str) -> Any:
+        entry = self.state.box[path, what]
+        entry[1] -= 1
+        if not entry[1]:
+            del self.state.box[path, what]
+        return entry[0]
 
     def _branch(self, part: Part, scale: float, seen: Tensor, h: Tensor) -> Tensor:
         made = self.module_of(part)(seen)
@@ -238,6 +253,8 @@ class Slot(nn.Module):
             if not scale:
                 continue
             made = self.module_of(part)
+            if part.branch is None and part.place is None:
+                continue                             # a listener: it wraps the run by itself
             if part.branch is not None:
                 (before if part.branch.at == "input" else after).append((part, scale))
                 continue

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..blocks.saved import Tape
 from ..blocks.step import compose
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, nearest
