@@ -107,6 +107,12 @@ class Anatomy:
             return not getattr(self.model.get_submodule(place.path), "is_concatenated", True)
         return families.interleaved(_model_type(self.model), full.rpartition(".")[2])
 
+    def tied(self, place: Place) -> tuple[str, ...]:
+        """Other names of the same parameter. Modules under those names read it too: what is
+        added on the place's own module does not reach them."""
+        name = f"{place.path}.{place.param}" if place.path else place.param
+        return tuple(alias for alias, first in self.aliases.items() if first == name)
+
     def in_head(self, place: Place) -> bool:
         """It belongs to the task head."""
         return any(place.path == h or place.path.startswith(f"{h}.") for h in self.head)

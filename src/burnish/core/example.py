@@ -32,7 +32,8 @@ def example_batch(model: nn.Module | Any, batch: int | tuple[int, int] | Mapping
     batch: samples, or (samples, tokens); a mapping is returned as it is (as a dict).
     seed: of the values; the global random state stays as it was.
 
-    Text is filled with ids in [1, vocabulary), without padding. Raises ConfigError for a model
+    Text is filled with ids in [1, vocabulary), without padding; a language model with image
+    tokens gets text alone. Raises ConfigError for a model
     that does not say what it takes.
     """
     if isinstance(batch, Mapping):
@@ -90,22 +91,36 @@ def _part(config: Any, name: str) -> Any:
 def _inputs(config: Any, samples: int, tokens: int | None, draw: _Draw) -> dict[str, Any]:
     out: dict[str, Any] = {}
     text, vision = _part(config, "text_config"), _part(config, "vision_config")
-    mels = getattr(config, "num_mel_bins", None)
-    if mels is not None:                                    # speech: two frames per position
-        frames = 2 * getattr(config, "max_source_positions", 1500)
-        out["input_features"] = draw.normal((samples, mels, frames))
-        return out
+    if (sound := _sound(config, tokens)) is not None:
+        return {sound[0]: draw.normal((samples, *sound[1]))}
     if getattr(text, "vocab_size", None) is not None:
         out["input_ids"] = draw.ids((samples, _length(text, tokens)), 1, text.vocab_size)
     size = getattr(vision, "image_size", None)
     if size is None and getattr(vision, "num_channels", None) is not None:
         size = 224                                          # a fully convolutional network
-    if size is not None:
+    if size is not None and not (out and _image_token(config)):
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         frames = getattr(vision, "num_frames", None)
         shape = (*([frames] if frames else []), getattr(vision, "num_channels", 3), height, width)
         out["pixel_values"] = draw.normal((samples, *shape))
     return out
+
+
+def _sound(config: Any, tokens: int | None) -> tuple[str, tuple[int, ...]] | None:
+    """Input name and shape of one sample: mel frames, spectrograms, or a second at 16 kHz."""
+    mels = getattr(config, "num_mel_bins", None)
+    if mels is not None and hasattr(config, "frequency_stride"):
+        return "input_values", (config.max_length, mels)
+    if mels is not None:                                    # two frames per position
+        return "input_features", (mels, 2 * getattr(config, "max_source_positions", 1500))
+    if hasattr(config, "conv_stride") and hasattr(config, "num_feat_extract_layers"):
+        return "input_values", (tokens or 16000,)
+    return None
+
+
+def _image_token(config: Any) -> bool:
+    return any(getattr(config, n, None) is not None
+               for n in ("image_token_index", "image_token_id"))
 
 
 def _length(text: Any, tokens: int | None) -> int:
