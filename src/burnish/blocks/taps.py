@@ -25,7 +25,7 @@ from .prompts import Listener
 #: settings of a config that are widths and shrink with the side network; head counts stay
 WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "intermediate_size", "n_inner",
           "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "head_dim",
-          "d_kv")
+          "d_kv", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
 class Gate(nn.Module):
@@ -127,7 +127,7 @@ class Rung(Listener):
         """The side block on what its own block was given, with the state and positions its own."""
         small = {k: _small_rotary(v, self.side) if k == "position_embeddings" else v
                  for k, v in kw.items()}
-        _second_cache(kw, self.side)
+        _second_cache((*args, *kw.values()), self.side)
         out = self.side(u, *args[1:], **small) if name is None else \
             self.side(**{**small, name: u})
         return out[0] if isinstance(out, tuple) else out
@@ -142,14 +142,18 @@ def _uncached(values: tuple) -> tuple:
     return tuple(None if hasattr(v, "get_seq_length") else v for v in values)
 
 
-def _second_cache(kw: dict[str, Any], side: nn.Module) -> None:
+def _second_cache(given: tuple, side: nn.Module) -> None:
     """Room behind the backbone's layers of a key-value cache for the side block's own."""
-    cache = next((v for v in kw.values() if hasattr(v, "get_seq_length")), None)
-    index = getattr(side, "cache_index", None)
-    if cache is None or index is None or getattr(cache, "layer_class_to_replicate", None):
+    cache = next((v for v in given if hasattr(v, "get_seq_length")), None)
+    if cache is None:
         return
-    while len(cache.layers) <= index:
-        cache.layers.append(type(cache.layers[0])())
+    while len(cache.layers) <= side.cache_index:
+        fresh = copy.copy(cache.layers[side.beside])
+        fresh.keys = fresh.values = None
+        fresh.is_initialized = False
+        if hasattr(fresh, "cumulative_length"):
+            fresh.cumulative_length = 0
+        cache.layers.append(fresh)
 
 
 def _small_rotary(tables: Any, side: nn.Module) -> Any:
@@ -245,29 +249,31 @@ class Watch:
         return self.seen
 
 
-def shrunk(block: nn.Module, config: Any, reduction: int, index: int) -> nn.Module | None:
+def shrunk(block: nn.Module, config: Any, reduction: int, number: int, layers: int
+           ) -> nn.Module | None:
     """A fresh block of the same class at 1/R of every width, or None where that cannot be built.
 
-    Widths of the config shrink, the number of heads stays. index: the layer number it answers to
-    in a key-value cache.
+    Widths of the config shrink, the number of heads stays. number: which of the `layers` blocks it
+    stands beside; in a key-value cache it is layer ``layers + number``.
     """
     cls = getattr(type(block), "_burnish_base", type(block))
+    wanted = inspect.signature(cls.__init__).parameters
     own = next((m.config for m in block.modules() if hasattr(m, "config")), config)
-    if own is None:
+    if own is None or "config" not in wanted:
         return None
     small = copy.deepcopy(own)
     for name in WIDTHS:
         value = getattr(small, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and name not in getattr(small, "attribute_map", {}):
             if value % reduction:
                 raise RecipeError(f"a side network needs {name} = {value} divisible by the "
                                   f"reduction; {reduction} does not divide it")
-            if name not in getattr(small, "attribute_map", {}):
-                setattr(small, name, value // reduction)
-    wanted = inspect.signature(cls.__init__).parameters
-    if "config" not in wanted:
-        return None
-    args = {"config": small, **({"layer_idx": index} if "layer_idx" in wanted else {})}
-    made = cls(**args)
-    made.reduction, made.cache_index = reduction, index
+            setattr(small, name, value // reduction)
+            if value // reduction % 8 and hasattr(small, "_experts_implementation"):
+                small._experts_implementation = "eager"      # grouped products want 16 bytes
+    made = cls(**{"config": small, **({"layer_idx": number} if "layer_idx" in wanted else {})})
+    for m in made.modules():
+        if hasattr(m, "layer_idx"):
+            m.layer_idx = layers + number
+    made.reduction, made.beside, made.cache_index = reduction, number, layers + number
     return made

@@ -63,8 +63,9 @@ class Mola(Method):
             if place.kind in self.kinds and place.block is not None:
                 by_path.setdefault(place.path, []).append(place)
             elif asked is not None:
+                where = "outside them" if place.block is None else f"of kind {place.kind}"
                 raise TargetError(f"mola has experts for linears inside blocks; {place.name} is "
-                                  f"{'of kind ' + place.kind if place.block is not None else 'outside them'}")
+                                  f"{where}")
         if not by_path:
             raise RecipeError("mola: none of the targets is a linear inside a block")
         stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}

@@ -24,12 +24,12 @@ class Prefix(Method):
     The rows join as attention sees them, behind rotary positions; positions of real tokens do not
     move, a key-value cache holds none of the rows, a causal mask hides none of them.
 
-    With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d) shared
-    by all layers; ``KeysValues.collapse`` keeps only the result. Start: rows N(0, 0.02^2), or
-    P' normal; never the pre-trained function, since the prefix takes a share.
-    Trains 2 length H h per attention; with the MLP ``length d + (d + 1) hidden`` and
-    ``2 (hidden + 1) length H h / length`` per attention. Kept for backward: what frozen blocks
-    keep and the extra keys and values; no extra queries. Not mergeable.
+    With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d)
+    shared by all layers; ``KeysValues.collapse`` keeps only the result. Start: rows N(0, 0.02^2),
+    or P' normal; never the pre-trained function, since the prefix takes a share.
+    Trains 2 length H h per attention; with the MLP length d + (d + 1) hidden once and
+    2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the extra
+    keys and values; no extra queries. Not mergeable.
 
     Works wherever attention calls ``F.scaled_dot_product_attention``, and on
     ``nn.MultiheadAttention``; eager attention is refused.
@@ -48,14 +48,14 @@ class Prefix(Method):
             raise RecipeError("prefix takes no targets: it stands before every attention")
         if self.length < 1:
             raise RecipeError(f"prefix(length={self.length}): expected at least one row")
+        sites = list(attentions(anatomy))
+        if not sites:
+            raise RecipeError("prefix: this model has no attention in its blocks")
         chosen = getattr(getattr(anatomy.model, "config", None), "_attn_implementation", None)
         if chosen in _OTHER:
             raise RecipeError(f"prefix: the model computes attention with {chosen!r}, where rows "
                               "cannot be put before the keys; load it with "
                               "attn_implementation='sdpa'")
-        sites = list(attentions(anatomy))
-        if not sites:
-            raise RecipeError("prefix: this model has no attention in its blocks")
         return Sides(self, sites)
 
     def count(self, layers: int, width: int, d: int = 0) -> int:

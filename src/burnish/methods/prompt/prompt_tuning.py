@@ -26,7 +26,8 @@ class PromptTuning(Method):
     ``X' = [P; E(x)]``, P (length, d). Mask and positions grow by `length`; behind the last block
     the extra states are cut off, so labels, poolers, heads and losses see the tokens they know.
     Padding on the left changes nothing: positions count from the first unmasked token. With a
-    key-value cache P is put in once. In an encoder-decoder P stands before the encoder's input.
+    key-value cache P is put in once. In an encoder-decoder P stands before the encoder's input,
+    or the decoder's where the encoder reads no tokens.
 
     Start: rows of the embedding table, of `ids` (repeated to length) or drawn from the first 5,000;
     ``init="normal"`` draws N(0, 0.5^2). Never the pre-trained function. Trains length * d.
@@ -59,7 +60,8 @@ class PromptTuning(Method):
             return torch.randn(self.length, table.shape[1], device=table.device) * 0.5
         if self.ids is not None:
             if not self.ids or not 0 <= min(self.ids) <= max(self.ids) < len(table):
-                raise RecipeError(f"prompt_tuning(ids=...): expected ids from 0 to {len(table) - 1}")
+                raise RecipeError("prompt_tuning(ids=...): expected ids from 0 to "
+                                  f"{len(table) - 1}")
             index = torch.tensor([self.ids[i % len(self.ids)] for i in range(self.length)])
         else:
             index = torch.randint(min(len(table), _FREQUENT), (self.length,))

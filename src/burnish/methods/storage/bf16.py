@@ -22,6 +22,7 @@ class Bf16(Method):
     added to the rounded weight in the model's dtype.
     """
 
+    paper = "A Study of BFLOAT16 for Deep Learning Training (2019), arXiv:1905.12322"
     identity = False
     kinds = frozenset({"linear", "conv1d", "conv", "embedding", "experts"})
 
