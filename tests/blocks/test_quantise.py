@@ -164,6 +164,16 @@ def test_runs_on_fake_and_meta_tensors():
     assert m.nbytes == Nf4Provider(torch.zeros(64, 100)).nbytes
 
 
+def test_tables_made_under_a_fake_mode_do_not_outlive_it(monkeypatch):
+    monkeypatch.setattr(quantise, "_real", {})
+    w = torch.randn(8, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nf4_encode(torch.empty(8, 64)).decode()
+        nf4_encode(w)
+    assert torch.equal(nf4_encode(w).decode(), nf4_encode(w).decode())
+    assert not any(quantise.is_fake(t) for t in quantise._real.values())
+
+
 def test_a_frozen_linear_keeps_nothing_for_backward():
     w = torch.randn(48, 32)
     provider = Nf4Provider(w)

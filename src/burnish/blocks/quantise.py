@@ -15,8 +15,11 @@ bitsandbytes kernel where that package is installed (same bytes, same values).
 from __future__ import annotations
 
 import importlib.util
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -37,38 +40,32 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
-def midpoints(codes: Tensor) -> Tensor:
+def midpoints(codes: Sequence[float]) -> list[float]:
     """Borders between neighbouring codes; what lies on a border goes to the lower code."""
-    return (codes[1:] + codes[:-1]) / 2
+    return [(a + b) / 2 for a, b in pairwise(codes)]
 
 
-_NF4_BORDERS: list[float] = midpoints(torch.tensor(NF4)).tolist()
+_BORDERS = midpoints(NF4)
+_real: dict[tuple[str, torch.device], Tensor] = {}
 
 
-@lru_cache(maxsize=1)
-def _tables() -> dict[str, Tensor]:
-    nf4, dyn = torch.tensor(NF4), torch.tensor(dynamic_map(8, signed=True))
-    pairs = torch.stack([nf4.repeat_interleave(16), nf4.repeat(16)], 1)
-    return {
-        "nf4": nf4,
-        "pairs": pairs.contiguous().view(torch.int64).flatten(),   # byte -> both values
-        "dynamic": dyn,
-        "dynamic_borders": midpoints(dyn),
-    }
+def _values(name: str) -> list[float] | list[int]:
+    dynamic = dynamic_map(8, signed=True)
+    if name == "pairs":                         # byte -> the fp32 bits of both its values
+        return [struct.unpack("q", struct.pack("2f", a, b))[0] for a in NF4 for b in NF4]
+    return {"nf4": list(NF4), "dynamic": list(dynamic),
+            "dynamic_borders": midpoints(dynamic)}[name]
 
 
 def _table(name: str, like: Tensor) -> Tensor:
-    """A constant on the device of `like`, built afresh under a fake mode (it must be fake too)."""
-    if is_fake(like):
-        shape, dtype = _shapes()[name]
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    return _tables()[name].to(like.device, non_blocking=True)
-
-
-@lru_cache(maxsize=1)
-def _shapes() -> dict[str, tuple[int, torch.dtype]]:
-    return {"nf4": (16, torch.float32), "pairs": (256, torch.int64),
-            "dynamic": (256, torch.float32), "dynamic_borders": (255, torch.float32)}
+    """A constant on the device of `like`; one made under a fake mode is not kept."""
+    key = (name, like.device)
+    if key in _real and not is_fake(like):
+        return _real[key]
+    made = torch.tensor(_values(name), device=like.device)
+    if not is_fake(made):
+        _real[key] = made
+    return made
 
 
 def is_fake(t: Tensor) -> bool:
@@ -165,12 +162,12 @@ def nf4_encode(w: Tensor, double_quant: bool = True) -> Nf4Tensor:
         absmax[i // BLOCK : i // BLOCK + len(a)] = a
         x = x / a.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-        for border in _NF4_BORDERS:             # on a CPU twice as fast as a binary search
+        for border in _BORDERS:             # on a CPU twice as fast as a binary search
             index += x > border
         index = index.view(-1, 2)
         packed = index[:, 0].bitwise_left_shift_(4).bitwise_or_(index[:, 1])
         codes[i // 2 : (i + m + 1) // 2] = packed[: (m + 1) // 2]
-    if not is_fake(w) and not absmax.isfinite().all():
+    if not is_fake(absmax) and not absmax.isfinite().all():
         raise ConfigError("nf4: the weight holds inf or nan, which no code stands for")
     if not double_quant:
         return Nf4Tensor(codes, absmax, None, None, w.shape, w.dtype)
