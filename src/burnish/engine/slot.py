@@ -83,7 +83,7 @@ class Slot(nn.Module):
         while name in home:
             n += 1
             name = f"{key}_{n}"
-        home[name] = module
+        home[name] = module.train(self.training)
         for p in module.parameters():            # `use` switches the others on and off
             p.burnish_frozen = not p.requires_grad
         self.parts.append(Part(adapter, name, place, branch))
@@ -438,7 +438,7 @@ def _rebuild(base: type, provided: tuple[str, ...]) -> nn.Module:
 def slot_of(module: nn.Module, state: State, path: str) -> Slot:
     """The module's slot, made (and the class swapped) on first use."""
     if ATTR not in module._modules:
-        module.add_module(ATTR, Slot(state, path))
+        module.add_module(ATTR, Slot(state, path).train(module.training))
         module.__class__ = tuned_class(type(module))
     return module._modules[ATTR]
 

@@ -206,6 +206,8 @@ class Tuned:
         weight_decay).
         """
         answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        if hasattr(self.current_optimizer, "close"):
+            self.current_optimizer.close()           # one that steps in backward would go on
         opt = compose(answers, list(self.named_parameters()), lr=lr, **kw)
         self.current_optimizer = opt
         self._timeline = Timeline([(m.name, h) for m in self.recipe
@@ -470,7 +472,7 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
         tuned.add(name, parsed, targets=targets, head=head, seed=seed)
         if next(tuned.parameters(), None) is None:
             raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
-                             "e.g. lora(rank=8)")
+                             f"e.g. full + {parsed} or lora(rank=8) + {parsed}")
         if example is not None:
             from .check import check
 

@@ -68,8 +68,10 @@ def refusal(name: str, model: str) -> str | None:
 
 def make(name: str, model: str, dtype: torch.dtype = torch.float64,
          train: bool = True) -> tuple[Tuned, dict[str, Any], nn.Module]:
-    """(tuned, batch, untouched copy of the base), in eval-free determinism and `dtype`."""
+    """(tuned, batch, untouched copy of the base), all floating tensors in `dtype`."""
     net, batch = tiny(model)
+    if dtype == torch.float64 and hasattr(net, "set_experts_implementation"):
+        net.set_experts_implementation("eager")      # the grouped product has no float64 form
     net.to(dtype)
     batch = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
              for k, v in batch.items()}
@@ -320,12 +322,12 @@ def runs_in_bfloat16(name: str, model: str) -> None:
 
 def checkpointing_changes_nothing(name: str, model: str) -> None:
     """The same gradients with `+ checkpoint`, where the two may be joined."""
-    first, batch, _ = make(name, model, torch.float64)
+    first, batch, base = make(name, model, torch.float64)
     if not first.anatomy.blocks:
         return
-    net, _ = tiny(model)
+    net = copy.deepcopy(base)
     try:
-        second = tune(net.to(torch.float64), f"{recipe(name)} + checkpoint")
+        second = tune(net, f"{recipe(name)} + checkpoint")
     except BurnishError as e:
         assert "cannot be joined" in str(e) or "mode" in str(e), e
         return
