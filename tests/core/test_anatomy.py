@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import burnish
 from burnish.core import families
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError
@@ -368,6 +369,15 @@ def test_weights_that_are_no_matrices_are_named():
     a = Anatomy.of(model)
     assert a.places == []
     assert ["transposed" in a.notes[0], "recurrent" in a.notes[1]] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "encoder"])
+def test_a_tuned_model_reads_as_before(name):
+    model, _ = tiny(name)
+    before = Anatomy.of(model)
+    burnish.tune(model, "nf4 + lora(rank=2)", targets="mlp")
+    after = Anatomy.of(model)
+    assert (after.places, after.blocks, after.norms) == (before.places, before.blocks, before.norms)
 
 
 # -- batches ------------------------------------------------------------------------------------

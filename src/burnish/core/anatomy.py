@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -219,17 +220,18 @@ class _Reader:
                 head = self._owners(lambda p, m: id(m) not in inside)
             else:
                 head = self._owners(lambda p, m: p.split(".")[0] in families.HEADS)
-            if not head and (said := model.get_output_embeddings()) is not None:
+            if not head:
+                said = getattr(model, "get_output_embeddings", lambda: None)()
                 head = self._owners(lambda p, m: m is said)
             vocabulary = {p.inp for p in found.places if found.roles[p] == "embed"}
             wide = [m.out_features for p, m in self.modules.items()
                     if p in head and isinstance(m, nn.Linear)]
             lm = families.LM.search(cls) and any(w in vocabulary for w in wide)
             return head, ("lm" if lm else "classification") if head else "none"
-        if callable(getattr(model, "get_classifier", None)):          # timm says it itself
-            top = {id(m) for m in model.get_classifier().modules()} \
-                if isinstance(model.get_classifier(), nn.Module) else set()
-            head = self._owners(lambda p, m: id(m) in top)
+        if callable(classifier := getattr(model, "get_classifier", None)):    # timm says it itself
+            top = classifier()
+            inside = {id(m) for m in top.modules()} if isinstance(top, nn.Module) else set()
+            head = self._owners(lambda p, m: id(m) in inside)
             return head, "classification" if head else "none"
         in_block = tuple(f"{b.path}." for b in blocks)
         head = self._owners(lambda p, m: p.split(".")[0] in families.HEADS
@@ -249,7 +251,7 @@ class _Reader:
             any(alias.rpartition(".")[0] in head for alias in found.aliases)
         return head, "lm" if lm else "classification"
 
-    def _owners(self, wanted) -> tuple[str, ...]:
+    def _owners(self, wanted: Callable[[str, nn.Module], bool]) -> tuple[str, ...]:
         return tuple(p for p, m in self.modules.items()
                      if p and m._parameters and wanted(p, m))
 

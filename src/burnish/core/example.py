@@ -42,8 +42,9 @@ def example_batch(model: nn.Module | Any, batch: int | tuple[int, int] | Mapping
     if samples < 1 or (tokens is not None and tokens < 1):
         raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
     draw = _Draw(seed)
-    if hasattr(model, "example") and not hasattr(model, "config"):
-        return dict(model.example(samples))
+    own = getattr(model, "example", None)
+    if callable(own) and not hasattr(model, "config"):
+        return dict(own(samples))
     config = getattr(model, "config", model)
     cls = type(model).__name__ if isinstance(model, nn.Module) else _architecture(config)
     out = _inputs(config, samples, tokens, draw)

@@ -12,7 +12,7 @@ from . import families
 from .site import Place
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_MIXES = re.compile("quer|key|value|attn|attention|conv|proj")
+_MIXES = re.compile("quer|key|value|attn|attention|conv")
 _QKV = re.compile(r"q\w*k\w*v\w*$")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -52,14 +52,15 @@ class _Matrices:
         if isinstance(m, nn.MultiheadAttention):
             for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 if (w := m._parameters.get(name)) is not None:
-                    self.add(path, name, "mha", *w.shape, leaf=name)
+                    self.add(path, name, "mha", w.shape[0], w.shape[1], leaf=name)
             for name in ("bias_k", "bias_v"):
                 if getattr(m, name, None) is not None:
                     self.found.notes.append(f"{path}.{name} is a token of its own, no matrix")
         elif isinstance(m, nn.Linear):
             self.matrix(path, m, "linear", m.out_features, m.in_features)
-        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
-            self.matrix(path, m, "conv1d", m.nf, m.weight.shape[0], transposed=True)
+        elif type(m).__name__ == "Conv1D" and hasattr(m, "nx"):   # transformers'
+            self.matrix(path, m, "conv1d", getattr(m, "nf", 0), getattr(m, "nx", 0),
+                        transposed=True)
         elif isinstance(m, _CONVS):
             inp = m.in_channels // m.groups
             for k in m.kernel_size:
@@ -194,7 +195,7 @@ class _Matrices:
             for p in dull:
                 leaf = p.path.rpartition(".")[2]
                 if what == "mlp" and p.out != p.inp and len(dull) <= 2 \
-                        and not _MIXES.search(leaf):
+                        and not _MIXES.search(".".join(p.path.split(".")[-2:])):
                     roles[p] = "fc1" if p.out > p.inp else "fc2"
                 elif what == "attention" and p.out == 3 * p.inp and _QKV.search(leaf):
                     roles[p] = "qkv"
