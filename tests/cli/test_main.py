@@ -121,10 +121,10 @@ def test_no_colour_off_a_terminal():
 
 SURFACE = {
     "fit": "data json memory model output recipe",
-    "predict": None,
-    "evaluate": None,
-    "demo": None,
-    "plan": "batch json length memory model prefer",
+    "predict": "base inputs json run tokens",
+    "evaluate": "base batch data json run split",
+    "demo": "json memory output recipe",
+    "plan": "batch device dtype json length memory model prefer targets",
     "simulate": "batch device dtype json length model picture recipe targets",
     "compare": "batch device dtype json length model recipes targets",
     "merge": "adapter base force json output tolerance",

@@ -18,8 +18,8 @@ BELOW = {
     "engine": {"core", "blocks"},
     "methods": {"core", "blocks"},
     "memory": {"core", "blocks", "engine"},
-    "formats": {"core", "blocks", "engine", "memory"},
-    "fit": {"core", "blocks", "engine", "memory", "formats"},
+    "formats": {"core", "blocks", "engine", "memory", "methods"},
+    "fit": {"core", "blocks", "engine", "memory", "formats", "methods"},
     "testing": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
 }

@@ -26,16 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = list(sys.argv[1:] if argv is None else argv)
         result = command().main(args=args, prog_name="burnish", standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:                   # what the parser makes of Ctrl-C
+            return _fail("interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except BurnishError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(_line(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:                         # `burnish methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if type(error).__name__ == "Abort":         # what the parser makes of Ctrl-C
+        if type(error).__name__ == "Abort":         # the same, in older versions of it
             return _fail("interrupted", INTERRUPTED)
         if hasattr(error, "format_message"):        # the parser's own complaints
             return _fail(error.format_message() or "what to do? `burnish --help`", 2)

@@ -19,21 +19,23 @@ Output = Annotated[Path, typer.Option(help="The folder to write.")]
 Force = Annotated[bool, typer.Option(help="Load onto a base that differs from the adapter's.")]
 
 
-def attached(adapter: Path, base: str | None, force: bool = False) -> Any:
-    """The adapter on its base: a tuned model."""
+def attached(adapter: Path, base: str | None, force: bool = False) -> tuple[Any, str]:
+    """(the adapter on its base: a tuned model, the base's folder or name).
+
+    The folder of a finished fit says how its head was sized; other adapters say their base only.
+    """
     import burnish
 
-    return burnish.load(target.model(base or base_of(adapter)), adapter, force=force)
+    from ..formats.folder import RUN, read_config
 
-
-def base_of(adapter: Path) -> str:
-    """What the adapter's own configuration calls its base."""
-    from ..formats.folder import read_config
-
-    name = read_config(adapter)["base"].get("name")
+    name = base or read_config(adapter)["base"].get("name")
     if not name:
         raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
-    return name
+    if (adapter / RUN).is_file():
+        from .finished import Finished
+
+        return Finished.open(adapter, base, force).tuned, name
+    return burnish.load(target.model(name), adapter, force=force), name
 
 
 @app.command()
@@ -47,7 +49,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
-    tuned = attached(adapter, base, force)
+    tuned, source = attached(adapter, base, force)
     before = probe(tuned.model)
     merged = tuned.merge()
     drift = difference(before, probe(merged))
@@ -55,7 +57,7 @@ def merge(
         raise CheckError(f"merging changes the outputs by {drift:.2g} of their size, more than "
                          f"--tolerance {tolerance:g}; nothing was written")
     merged.save_pretrained(output)
-    copy_processor(base or base_of(adapter), output)
+    copy_processor([Path(source), adapter], output)
     emit(json, {"output": output, "drift": drift},
          f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
 
@@ -78,27 +80,19 @@ def export(
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
                           f"{nearest(to, FORMATS)}")
-    burnish.export_peft(attached(adapter, base, force), output)
+    burnish.export_peft(attached(adapter, base, force)[0], output)
     emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
 
 
 def probe(model: Any) -> Any:
-    """The outputs of a fixed small batch of the model's own kind of input."""
+    """The model's outputs on a fixed small batch of its own kind of input."""
     import torch
 
-    from ..memory.fakes import shapes_of
+    from ..core.example import example_batch
 
     model.eval()
-    draw = torch.Generator().manual_seed(0)
-    text = getattr(model.config, "text_config", model.config)
-    words = getattr(text, "vocab_size", 2)
-    batch: dict[str, Any] = {}
-    for name, spec in shapes_of(model, (2, 16)).items():
-        if not isinstance(spec, tuple) or name in ("labels", "start_positions", "end_positions"):
-            continue
-        shape, kind = spec
-        batch[name] = torch.randn(shape, generator=draw).to(model.dtype) \
-            if kind.is_floating_point else torch.randint(words, shape, generator=draw)
+    batch = {k: v.to(model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+             for k, v in example_batch(model, 2).items() if k != "labels"}
     with torch.no_grad():
         out = model(**batch)
     return next(t for t in out.to_tuple() if torch.is_tensor(t) and t.is_floating_point()).float()
@@ -109,15 +103,12 @@ def difference(a: Any, b: Any) -> float:
     return float((a - b).norm() / a.norm().clamp(min=1e-12))
 
 
-def copy_processor(source: str, output: Path) -> None:
-    """Tokenizer or image processor, chat template and generation settings beside the weights."""
+def copy_processor(sources: list[Path], output: Path) -> None:
+    """Tokenizer or image processor and chat template beside the weights; later sources win."""
     import shutil
 
     wanted = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model",
               "preprocessor_config.json", "processor_config.json", "chat_template.*",
               "added_tokens.json")
-    folder = Path(source)
-    if folder.is_dir():
-        for pattern in wanted:
-            for file in folder.glob(pattern):
-                shutil.copy2(file, output / file.name)
+    for file in (f for s in sources if s.is_dir() for pattern in wanted for f in s.glob(pattern)):
+        shutil.copy2(file, output / file.name)

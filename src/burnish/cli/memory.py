@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.errors import NoPlanError
 from . import target
 from .app import Json, app
 from .screen import emit, table
@@ -52,18 +53,23 @@ def simulate(
 def plan(
     model: Model,
     memory: Annotated[str, typer.Option(help="What you have, such as 8GB.")],
-    batch: Batch = 1,
+    batch: Batch = 8,
     length: Length = None,
-    prefer: Annotated[str | None, typer.Option(help="What to favour among recipes that fit.")
-                      ] = None,
+    prefer: Annotated[str | None, typer.Option(help="What to favour: quality, speed, memory or "
+                                                    "size.")] = None,
+    dtype: Dtype = None,
+    targets: Targets = None,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Ranked recipes that fit the memory you have. Exit code 3 when none does."""
     import burnish
 
     plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
-                         prefer=prefer)
+                         prefer=prefer, dtype=dtype, targets=targets, device=device)
     emit(json, plans, str(plans))
+    if not len(plans):
+        raise NoPlanError(f"no recipe fits {memory} for {model}")
 
 
 @app.command()

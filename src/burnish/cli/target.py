@@ -53,6 +53,8 @@ def needs_transformers(what: str) -> Any:
     except ModuleNotFoundError:
         raise ConfigError(f"{what} are read with transformers: pip install 'burnish[fit]'"
                           ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 

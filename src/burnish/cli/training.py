@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..core.errors import ConfigError, nearest
+from ..core.errors import BurnishError, ConfigError, nearest
 from . import config
 from .app import Json, app
-from .screen import emit
+from .screen import emit, table
 
 #: what `burnish.fit` takes by name; everything else is a setting of training
 OWN = ("model", "data", "recipe", "memory", "output")
 ALSO = {"model_name_or_path": "model", "base_model": "model", "dataset": "data",
         "output_dir": "output"}
+
+
+class Interrupted(BurnishError):
+    """Stopped by Ctrl-C or a signal; says what is left to go on from."""
+
+    exit_code = 130
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -50,5 +56,71 @@ def fit(
             raise ConfigError(f"fit needs {name}: give --{name}, or '{name}:' in the "
                               f"configuration{nearest(name, settings)}")
     own = {k: settings.pop(k) for k in OWN if k in settings}
-    run = burnish.fit(**own, **({"quiet": True} if json else {}), **settings)
+    try:
+        run = burnish.fit(**own, **({"quiet": True} if json else {}), **settings)
+    except KeyboardInterrupt as stop:               # the parser would drop what it says
+        raise Interrupted(str(stop) or "interrupted") from None
     emit(json, run, str(run))
+
+
+Run = Annotated[Path, typer.Argument(help="The folder of a finished fit.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where it moved since.")]
+
+
+@app.command()
+def predict(
+    run: Run,
+    inputs: Annotated[list[str], typer.Argument(help="Pictures or folders of them; texts, or .txt "
+                                                     "files of one text per line.")],
+    base: Base = None,
+    tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
+    json: Json = False,
+) -> None:
+    """Answers of a finished run: a label with its probability, or text that goes on."""
+    from .finished import Finished
+
+    answers = list(Finished.open(run, base).predict(inputs, tokens))
+    lines = [f"{a['input']}: {a['text']}" if "text" in a else
+             f"{a['input']}: {a['label']} ({a['probability']:.3f})" for a in answers]
+    emit(json, {"run": run, "answers": answers}, "\n".join(lines))
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[str, typer.Argument(help="As for fit.")],
+    split: Annotated[str | None, typer.Option(help="Default: test, else validation, else train.")
+                     ] = None,
+    batch: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 16,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """The figures of a finished run on data, beside those of its base."""
+    from .finished import Finished
+
+    found = Finished.open(run, base).evaluate(data, split, batch)
+    rows = [(name, *(f"{v:.4f}" for v in found[name].values())) for name in ("base", "tuned")]
+    emit(json, found, f"{found['rows']} rows of {data} ({found['split']})\n"
+         + table(("", *found["tuned"]), rows, right=range(1, 9)))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("demo-out"),
+    memory: Annotated[str, typer.Option(help="What the training step may take.")] = "48MB",
+    recipe: Annotated[str | None, typer.Option(help="Instead of the planned one.")] = None,
+    json: Json = False,
+) -> None:
+    """A small vision transformer that knows printed characters learns handwriting.
+
+    The model comes with the package; the 1,797 scanned digits come with scikit-learn. burnish plans
+    a recipe for the memory, trains it, and says what it promised and what it took.
+    """
+    import burnish
+
+    from ..fit.assets import GLYPH_VIT
+
+    run = burnish.fit(GLYPH_VIT, "digits", recipe=recipe, memory=memory, output=output, epochs=5,
+                      batch_size=32, quiet=json)
+    emit(json, run, f"look: {output / 'report.html'}\n"
+                    f"again: burnish evaluate {output} digits")

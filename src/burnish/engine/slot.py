@@ -25,6 +25,7 @@ from ..blocks.provided import Provider, Weighted, Wrap, linear
 from ..blocks.saved import Tape
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
+from .containers import members
 
 ATTR = "burnish"
 
@@ -423,7 +424,7 @@ def tuned_class(base: type, provided: tuple[str, ...] = ()) -> type:
 
         body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__,
                 "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-                "_burnish_base": base}
+                "_burnish_base": base, **members(base)}
         for name in provided:
             body[name] = property(lambda self, n=name: self._modules[ATTR].answer(self, n))
         _CLASSES[key] = type(base.__name__, (base,), body)
