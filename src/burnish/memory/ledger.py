@@ -177,11 +177,7 @@ class Ledger(TorchDispatchMode):
         if func is _ADD:
             self._note_sum(args, kwargs)
         elif func.overloadpacket in SCRATCH and args[0].device.type == "cpu":
-            size = SCRATCH[func.overloadpacket](args, out)
-            phase = phase or self._phase()
-            entry = Entry(size, self.now, self._module(phase), phase, "temporary", "cpu")
-            entry.death = self.now + 1
-            self.entries.append(entry)
+            self.transient(SCRATCH[func.overloadpacket](args, out), "cpu")
         if self.count:
             self._count(func, args, kwargs, out, phase)
         return out
@@ -193,6 +189,13 @@ class Ledger(TorchDispatchMode):
     def reserve(self, category: str, nbytes: int, module: str = "", device: str = "cpu") -> None:
         """Enter bytes that exist for the whole block without being a tensor here."""
         self.entries.append(Entry(nbytes, self.now, module, self._idle, category, device))
+
+    def transient(self, nbytes: int, device: str = "cpu") -> None:
+        """Enter bytes that live at the present event only."""
+        phase = self._phase()
+        entry = Entry(nbytes, self.now, self._module(phase), phase, "temporary", device)
+        entry.death = self.now + 1
+        self.entries.append(entry)
 
     def reset_counts(self) -> None:
         """Count operations and traffic from here on."""

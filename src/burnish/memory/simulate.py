@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,10 +25,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..core.errors import BurnishError, ConfigError
+from ..core.recipe import parse
 from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
+from .shortcuts import quick_noise, tables_forgotten, values_are_known
 
 #: values are followed through tensors up to this many entries
 FOLLOWED = 1 << 18
@@ -107,25 +108,25 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     from ..engine.tuned import tune
 
     dtype = _dtype(dtype)
+    parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
-    with _random_kept(), _values_are_known(), fakes_move():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)     # tables that blocks hold are real
+    ledger = FakeLedger(count=count)
+    with _random_kept(), values_are_known(), fakes_move(), tables_forgotten(), quick_noise(ledger):
         twin = fake_copy(model, mode, device, dtype)
-        with mode:
-            ledger = FakeLedger(count=count)
-            example, label = _batch(twin, batch, ledger, device, dtype)
-            tuned = tune(twin, "full" if recipe is None else recipe, targets=targets, head=head,
-                         calibration=[example])
-            tuned.optimizer(lr)
-            ledger.model = tuned.model
-            try:
+        try:
+            with mode:
+                example, label = _batch(twin, batch, ledger, device, dtype)
+                tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
+                tuned.optimizer(lr)
+                ledger.model = tuned.model
                 report = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, device)
-            except (DataDependentOutputException, DynamicOutputShapeException,
-                    UnsupportedOperatorException) as error:
-                raise SimulationError(
-                    f"{type(model).__name__} with {tuned.recipe} cannot be simulated: {error} "
-                    f"needs values that only a real step has; burnish.measure runs one") from error
+        except (DataDependentOutputException, DynamicOutputShapeException,
+                UnsupportedOperatorException) as error:
+            raise SimulationError(
+                f"{type(model).__name__} with {parts} cannot be simulated: {error.func} needs "
+                "values that only a real step has; burnish.measure runs one") from error
     report.batch = label
     return report
 
@@ -278,27 +279,6 @@ def _no_modes() -> Iterator[None]:
 
     with _disable_current_modes():
         yield
-
-
-@contextlib.contextmanager
-def _values_are_known() -> Iterator[None]:
-    """transformers never looks at the values of fake masks ("tracing") and then builds the full
-    mask, where a real run sees that nothing is padded and takes the fused kernel. Here the values
-    are known, so its question is answered as in a real run."""
-    if "transformers" not in sys.modules:
-        yield
-        return
-    try:
-        from transformers import masking_utils
-    except ImportError:                       # a version without it has no such question
-        yield
-        return
-    asked = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = asked
 
 
 @contextlib.contextmanager

@@ -1,0 +1,106 @@
+"""What a simulation does otherwise than a real run, each with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .ledger import Entry, Ledger
+
+
+@contextlib.contextmanager
+def values_are_known() -> Iterator[None]:
+    """transformers never looks at the values of fake masks ("tracing") and then builds the full
+    mask, where a real run sees that nothing is padded and takes the fused kernel. Here the values
+    are known, so its question is answered as in a real run."""
+    if "transformers" not in sys.modules:
+        yield
+        return
+    try:
+        from transformers import masking_utils
+    except ImportError:                       # a version without it has no such question
+        yield
+        return
+    asked = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = asked
+
+
+@contextlib.contextmanager
+def tables_forgotten() -> Iterator[None]:
+    """Whatever blocks and methods cached while tensors were fake is dropped: a fake table would
+    spoil the next real step."""
+    try:
+        yield
+    finally:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(("burnish.blocks.", "burnish.methods.")):
+                for value in list(vars(module).values()):
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
+
+
+@contextlib.contextmanager
+def quick_noise(ledger: Ledger) -> Iterator[None]:
+    """A draw from the counter stream is a few hundred small operators per panel and the same ones
+    every time. Each size is drawn once in full; after that its result, the highest moment inside it
+    and its cost are entered as one event."""
+    from ..blocks.noise import _PANEL, CounterNoise
+
+    original = CounterNoise._draw
+    known: dict[Any, tuple[int, dict[str, tuple[float, ...]]]] = {}
+
+    def draw(self: CounterNoise, n: int, offset: int, turn: int, device: Any, lanes: int,
+             finish: Any, dtype: torch.dtype) -> torch.Tensor:
+        if not ledger.now:                    # while the recipe is joined nobody watches
+            return torch.empty(n, dtype=dtype, device=device)
+        key = min(n, lanes * _PANEL), lanes, dtype, offset % lanes
+        if key not in known:
+            first, before = len(ledger.entries), _costs(ledger)
+            out = original(self, min(n, lanes * _PANEL), offset, turn, device, lanes, finish, dtype)
+            inside = _highest(ledger.entries[first:], ledger.now) - out.untyped_storage().nbytes()
+            known[key] = inside, {c: tuple(b - a for a, b in zip(before[c], after, strict=True))
+                                  for c, after in _costs(ledger).items()}
+            if n == out.numel():
+                return out
+            del out
+        inside, costs = known[key]
+        out = torch.empty(n, dtype=dtype, device=device)
+        ledger.transient(inside, out.device.type)
+        for name, parts in costs.items():
+            column = getattr(ledger, name)
+            for phase, part in zip(column, parts, strict=True):
+                column[phase] += part * n / key[0]
+        return out
+
+    CounterNoise._draw = draw                 # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CounterNoise._draw = original         # type: ignore[method-assign]
+
+
+def _costs(ledger: Ledger) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(getattr(ledger, name).values())
+            for name in ("flops", "traffic", "seconds")}
+
+
+def _highest(entries: list[Entry], now: int) -> int:
+    """The most that these entries held at once, up to event `now`."""
+    change: dict[int, int] = {}
+    for e in entries:
+        change[e.birth] = change.get(e.birth, 0) + e.bytes
+        death = now + 1 if e.death is None else e.death
+        change[death] = change.get(death, 0) - e.bytes
+    live = top = 0
+    for event in sorted(change):
+        live += change[event]
+        top = max(top, live)
+    return top
