@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from .core.registry import catalogue as methods
     from .core.registry import register
     from .engine.tuned import Tuned, tune
-    from .fit import TrainerCallback, fit
+    from .fit.bridge import TrainerCallback
+    from .fit.run import fit
     from .formats.adapter import load
     from .formats.peft import export_peft, load_peft
     from .memory import MemoryReport, measure, plan, simulate

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from typing import Any
 
 from . import registry
 from .errors import RecipeError, nearest
@@ -106,7 +107,7 @@ def make(name: str, args: dict[str, object]) -> Method:
     known = {f.name: f for f in fields(cls)}
     alias = {a: f.name for f in fields(cls) for a in f.metadata.get("alias", ())}
     hints = typing.get_type_hints(cls)
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     for key, value in args.items():
         key = alias.get(key, key)
         if key not in known:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from .errors import RecipeError, nearest
@@ -47,7 +47,7 @@ def _files() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _plugins() -> dict[str, object]:
+def _plugins() -> dict[str, EntryPoint]:
     return {e.name: e for e in entry_points(group="burnish.methods")}
 
 

@@ -17,7 +17,8 @@ from .errors import RecipeError
 
 #: linear: y = x W^T.  conv1d: HF Conv1D, stores W^T.  conv: W is (out, in/groups*kernel).
 #: embedding: W is (width, vocabulary), the transpose of what is stored.
-#: mha: a projection that `nn.MultiheadAttention` reads without calling a module.
+#: mha: a matrix a module reads past the child that owns it, without calling that child: the
+#: projections of `nn.MultiheadAttention`, some of Mamba's; `path` is the reader then.
 #: experts: a 3-D parameter (experts, out, in) or its transpose; each expert is one matrix.
 KINDS = ("linear", "conv1d", "conv", "embedding", "mha", "experts")
 

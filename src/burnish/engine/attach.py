@@ -14,7 +14,8 @@ from ..core.method import Method
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place
 from ..core.targets import match
-from .slot import State, slot_of, swap_provided
+from .slot import State, slot_of
+from .swap import swap_provided
 
 if TYPE_CHECKING:
     from .tuned import Adapter
@@ -77,6 +78,11 @@ class Attacher:
 
     def _deltas(self, part: Method) -> None:
         for place in (placed := self.places(part)):
+            if self.anatomy.tied(place):
+                raise TargetError(
+                    f"{part.name}: {place.name} is tied to {', '.join(self.anatomy.tied(place))}; "
+                    "what is added to one end would not reach the other. Untie them first, or "
+                    "leave it out of targets")
             module = self._module(place)
             slot = slot_of(module, self.state, place.path)
             weight = slot._place_view(module, place)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -26,8 +26,6 @@ def check(tuned: Tuned, example: Any) -> None:
 
     Raises CheckError naming the tensors that are not.
     """
-    from .tuned import _unreached
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         def fake(t: Any) -> Any:
@@ -47,3 +45,23 @@ def check(tuned: Tuned, example: Any) -> None:
     if missing:
         raise CheckError(_unreached(missing, "no gradient from the loss of the example"))
 
+
+def check_gradients(tuned: Tuned) -> None:
+    """See :meth:`burnish.Tuned.check_gradients`."""
+    if getattr(tuned.current_optimizer, "zeroth_order", False) or \
+            getattr(getattr(tuned.current_optimizer, "plan", None), "in_backward", False):
+        return                               # gradients do not exist, or not all at once
+    missing = [n for n, p in tuned.named_parameters() if p.grad is None]
+    if missing:
+        raise CheckError(_unreached(missing, "no gradient after the first step"))
+    bad = [n for n, p in tuned.named_parameters()
+           if not isinstance(p.grad, FakeTensor) and not bool(p.grad.isfinite().all())]
+    if bad:
+        raise CheckError(_unreached(bad, "a gradient that is not finite in the first step"))
+
+
+def _unreached(names: list[str], what: str) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (f"{len(names)} trainable tensors have {what}: {', '.join(names[:4])}{more}. "
+            "They are not part of the computation of this batch: check targets, or that the "
+            "batch reaches that part of the model")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..core.errors import CheckError, ConfigError
 from .originals import Originals
-from .slot import ATTR, Slot, slots, unswap
+from .slot import Slot, slots
+from .swap import ATTR, unswap
 
 if TYPE_CHECKING:
     from .tuned import Tuned

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from ..blocks.provided import Provider, Weighted, Wrap, linear
 from ..blocks.saved import Tape
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
-from .containers import members
-
-ATTR = "burnish"
+from .layout import as_stored, is_conv1d, is_linear, segments, whole
+from .swap import ATTR, tuned_class
 
 
 @dataclass
@@ -230,7 +229,7 @@ class Slot(nn.Module):
         return h + (made if scale == 1 else scale * made)
 
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
-        if self.providers and _is_linear(module, forward):
+        if self.providers and is_linear(module, forward):
             op = Weighted(functools.partial(self._matrix, module, "weight"), [])
             return linear(args[0], op, module.bias)
         with ExitStack() as stack:
@@ -291,12 +290,12 @@ class Slot(nn.Module):
 
     def _matrix(self, module: nn.Module, param: str) -> Tensor:
         w = self._stored(module, param)
-        return w.t() if _is_conv1d(module) else w
+        return w.t() if is_conv1d(module) else w
 
     def _weighted(self, module: nn.Module, forward: Callable[..., Any], groups: list,
                   args: tuple, kw: dict) -> Any:
         place, op = groups[0]
-        if _is_linear(module, forward) and all(p.param == "weight" for p, _ in groups):
+        if is_linear(module, forward) and all(p.param == "weight" for p, _ in groups):
             if len(groups) == 1 and place.rows is None:
                 return linear(args[0], op, module.bias, self._trained(module, place))
             if place.rows is not None and all(p.rows for p, _ in groups):
@@ -317,7 +316,7 @@ class Slot(nn.Module):
         """A fused linear: each tuned run of rows is its own product, the rest stays stock."""
         W = self._matrix(module, "weight")
         outs = []
-        for (a, b), op in _segments(groups, W.shape[0]):
+        for (a, b), op in segments(groups, W.shape[0]):
             bias = None if module.bias is None else module.bias[a:b]
             outs.append(F.linear(x, W[a:b], bias) if op is None else linear(x, op, bias))
         return torch.cat(outs, dim=-1)
@@ -364,76 +363,13 @@ class Slot(nn.Module):
         stored = self._stored(module, param)
         first = items[0][0]
         if first.rows is None:
-            return _as_stored(items[0][1].effective(first.view(stored)), first, stored)
+            return as_stored(items[0][1].effective(first.view(stored)), first, stored)
         pieces = []
-        whole = _whole(first).view(stored)
-        for (a, b), op in _segments(items, whole.shape[-2]):
-            rows = whole[..., a:b, :]
+        fused = whole(first).view(stored)
+        for (a, b), op in segments(items, fused.shape[-2]):
+            rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
-        return _as_stored(torch.cat(pieces, dim=-2), first, stored)
-
-
-def _segments(groups: list, total: int) -> Iterator[tuple[tuple[int, int], Weighted | None]]:
-    """The rows of a fused matrix as runs, tuned and untouched, in order."""
-    at = 0
-    for place, op in sorted(groups, key=lambda g: g[0].rows[0]):
-        a, b = place.rows
-        if a > at:
-            yield (at, a), None
-        yield (a, b), op
-        at = b
-    if at < total:
-        yield (at, total), None
-
-
-def _whole(place: Place) -> Place:
-    return replace(place, rows=None)
-
-
-def _as_stored(w: Tensor, place: Place, stored: Tensor) -> Tensor:
-    if place.kind == "conv":
-        return w.view(stored.shape)
-    return w.transpose(-1, -2) if place.transposed else w
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """The Conv1D of GPT-2: a linear that stores its transpose."""
-    return hasattr(module, "nf") and type(module).__name__ == "Conv1D"
-
-
-def _is_linear(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    return (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or _is_conv1d(module)
-
-
-# -- the class swap ------------------------------------------------------------------------------
-_CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
-
-
-def tuned_class(base: type, provided: tuple[str, ...] = ()) -> type:
-    """The subclass of `base`, under the same name, whose forward goes through its slot."""
-    key = (base, provided)
-    if key not in _CLASSES:
-        own = base.forward
-
-        @functools.wraps(own)                    # signature(model.forward) stays the base's
-        def forward(self: nn.Module, *args: Any, **kw: Any) -> Any:
-            return self._modules[ATTR].run(self, own, args, kw)
-
-        def reduce(self: nn.Module, protocol: Any = None) -> tuple:
-            return _rebuild, (base, provided), self.__dict__
-
-        body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__,
-                "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-                "_burnish_base": base, **members(base)}
-        for name in provided:
-            body[name] = property(lambda self, n=name: self._modules[ATTR].answer(self, n))
-        _CLASSES[key] = type(base.__name__, (base,), body)
-    return _CLASSES[key]
-
-
-def _rebuild(base: type, provided: tuple[str, ...]) -> nn.Module:
-    cls = tuned_class(base, provided)
-    return cls.__new__(cls)
+        return as_stored(torch.cat(pieces, dim=-2), first, stored)
 
 
 def slot_of(module: nn.Module, state: State, path: str) -> Slot:
@@ -442,18 +378,6 @@ def slot_of(module: nn.Module, state: State, path: str) -> Slot:
         module.add_module(ATTR, Slot(state, path).train(module.training))
         module.__class__ = tuned_class(type(module))
     return module._modules[ATTR]
-
-
-def swap_provided(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Let properties answer for parameters that a provider now holds."""
-    base = type(module)._burnish_base
-    module.__class__ = tuned_class(base, names)
-
-
-def unswap(module: nn.Module) -> None:
-    """Give a module its own class back and drop its slot."""
-    module.__class__ = type(module)._burnish_base
-    del module._modules[ATTR]
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

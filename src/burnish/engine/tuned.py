@@ -20,8 +20,11 @@ from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
 from .attach import Attacher
+from .check import check, check_gradients
 from .originals import Originals
-from .slot import ATTR, State, slot_of, slots, unswap
+from .slot import State, slot_of, slots
+from .summary import summary, table
+from .swap import ATTR, unprovide, unswap
 
 DEFAULT = "default"
 
@@ -164,38 +167,10 @@ class Tuned:
 
     def summary(self) -> dict[str, Any]:
         """Per part: tensors, trainable parameters, bytes. ``print(tuned)`` shows it as a table."""
-        parts: dict[str, dict[str, int]] = {}
-
-        def count(key: str, p: Tensor) -> None:
-            row = parts.setdefault(key, {"tensors": 0, "trainable": 0, "bytes": 0})
-            row["tensors"] += 1
-            row["trainable"] += p.numel()
-            row["bytes"] += p.numel() * p.element_size()
-
-        names = {m.name for m in self.recipe}
-        heads = tuple(self.anatomy.head)
-        for name, p in self.named_parameters():
-            _, mark, rest = f".{name}".partition(f".{ATTR}.")
-            if mark:
-                key = rest.split(".")[1]
-                key = next((n for n in sorted(names, key=len, reverse=True)
-                            if key == n or key.startswith(n + "_")), key)
-            else:
-                key = "head" if name.startswith(heads) and heads else "base weights"
-            count(key, p)
-        total = sum(p.numel() for p in self.model.parameters())
-        return {"recipe": str(self.recipe), "parts": parts,
-                "trainable": sum(r["trainable"] for r in parts.values()), "parameters": total,
-                "notes": [*self.anatomy.notes, *self._active.notes]}
+        return summary(self)
 
     def __repr__(self) -> str:
-        s = self.summary()
-        rows = [f"  {k:<16} {r['tensors']:>5} tensors {r['trainable']:>13,} trainable "
-                f"{r['bytes'] / 2**20:>9.2f} MiB" for k, r in s["parts"].items()]
-        share = 100 * s["trainable"] / max(1, s["parameters"])
-        return "\n".join([f"Tuned({s['recipe']!r}): {s['trainable']:,} of {s['parameters']:,} "
-                          f"parameters train ({share:.2f} %)", *rows,
-                          *[f"  note: {n}" for n in s["notes"]]])
+        return table(summary(self))
 
     # -- the step ------------------------------------------------------------------------------
     def optimizer(self, lr: float = 1e-3, **kw: Any) -> torch.optim.Optimizer:
@@ -242,16 +217,7 @@ class Tuned:
         """Every tensor that should train has a finite gradient, or CheckError names those
         without (a silent no-op is the worst way to fail)."""
         self._checked = True
-        if getattr(self.current_optimizer, "zeroth_order", False) or \
-                getattr(getattr(self.current_optimizer, "plan", None), "in_backward", False):
-            return                               # gradients do not exist, or not all at once
-        missing = [n for n, p in self.named_parameters() if p.grad is None]
-        if missing:
-            raise CheckError(_unreached(missing, "no gradient after the first step"))
-        bad = [n for n, p in self.named_parameters()
-               if not isinstance(p.grad, FakeTensor) and not bool(p.grad.isfinite().all())]
-        if bad:
-            raise CheckError(_unreached(bad, "a gradient that is not finite in the first step"))
+        check_gradients(self)
 
     def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """One whole training step, right for every recipe; returns the loss (detached).
@@ -417,27 +383,6 @@ class Tuned:
         return out
 
 
-def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
-    """Give a module its parameter back from a provider."""
-    slot = module._modules[ATTR]
-    base = type(module)._burnish_base
-    from .slot import tuned_class
-
-    module.__class__ = tuned_class(base, tuple(slot.providers))
-    order = dict(module._parameters)
-    module._parameters.clear()
-    module._parameters[param] = nn.Parameter(value, requires_grad=False)
-    for k, v in order.items():
-        module._parameters[k] = v
-
-
-def _unreached(names: list[str], what: str) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (f"{len(names)} trainable tensors have {what}: {', '.join(names[:4])}{more}. "
-            "They are not part of the computation of this batch: check targets, or that the "
-            "batch reaches that part of the model")
-
-
 def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
          head: bool | str = "auto", calibration: Any = None, example: Any = None,
          seed: int = 0, name: str = DEFAULT) -> Tuned:
@@ -474,8 +419,6 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
             raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
                              f"e.g. full + {parsed} or lora(rank=8) + {parsed}")
         if example is not None:
-            from .check import check
-
             check(tuned, example)
     except Exception:
         tuned.detach()

@@ -1,0 +1,44 @@
+"""How weights lie in modules: runs of rows of a fused matrix, transposes, plain linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..blocks.provided import Weighted
+from ..core.site import Place
+
+
+def segments(groups: list, total: int) -> Iterator[tuple[tuple[int, int], Weighted | None]]:
+    """The rows of a fused matrix as runs, tuned and untouched, in order."""
+    at = 0
+    for place, op in sorted(groups, key=lambda g: g[0].rows[0]):
+        a, b = place.rows
+        if a > at:
+            yield (at, a), None
+        yield (a, b), op
+        at = b
+    if at < total:
+        yield (at, total), None
+
+
+def whole(place: Place) -> Place:
+    return replace(place, rows=None)
+
+
+def as_stored(w: Tensor, place: Place, stored: Tensor) -> Tensor:
+    if place.kind == "conv":
+        return w.view(stored.shape)
+    return w.transpose(-1, -2) if place.transposed else w
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """The Conv1D of GPT-2: a linear that stores its transpose."""
+    return hasattr(module, "nf") and type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    return (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or is_conv1d(module)
