@@ -134,7 +134,7 @@ class Attacher:
             if provider is None:
                 continue
             self.adapter.originals.put(place.path, place.param, stored)
-            del module._parameters[place.param]
+            module._parameters[place.param] = None       # its place in the order stays
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
             self.replaced[f"{place.path}.{place.param}"] = part.name

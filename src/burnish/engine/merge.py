@@ -105,8 +105,6 @@ def unmerge(tuned: Tuned) -> None:
     for _, module, cls, slot in undo.modules:
         module.__class__ = cls
         module._modules[ATTR] = slot
-        for param in slot.providers:
-            module._parameters.pop(param, None)
     for n, p in tuned.model.named_parameters():
         p.requires_grad_(undo.flags.get(n, False))
     undo.written.clear()

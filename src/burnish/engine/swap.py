@@ -63,8 +63,4 @@ def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
     slot = module._modules[ATTR]
     base = type(module)._burnish_base
     module.__class__ = tuned_class(base, tuple(slot.providers))
-    order = dict(module._parameters)
-    module._parameters.clear()
     module._parameters[param] = nn.Parameter(value, requires_grad=False)
-    for k, v in order.items():
-        module._parameters[k] = v

@@ -351,10 +351,10 @@ def loss_falls(name: str, model: str) -> None:
     opt = tuned.optimizer()
     zeroth = getattr(opt, "zeroth_order", False)
     tuned.optimizer(lr=1e-3 if zeroth else 3e-3)
-    first = float(tuned.loss(batch))
+    first = float(tuned.loss(batch).detach())
     for _ in range(30):
         tuned.step(batch)
-    last = float(tuned.loss(batch))
+    last = float(tuned.loss(batch).detach())
     assert last < first, f"loss went from {first:.4f} to {last:.4f}"
 
 
