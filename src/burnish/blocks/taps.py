@@ -269,8 +269,9 @@ def shrunk(block: nn.Module, config: Any, reduction: int, number: int, layers: i
                 raise RecipeError(f"a side network needs {name} = {value} divisible by the "
                                   f"reduction; {reduction} does not divide it")
             setattr(small, name, value // reduction)
-            if value // reduction % 8 and hasattr(small, "_experts_implementation"):
-                small._experts_implementation = "eager"      # grouped products want 16 bytes
+            if value // reduction % 8 and \
+                    getattr(small, "_experts_implementation", None) == "grouped_mm":
+                small._experts_implementation = "batched_mm"     # grouped ones want 16 bytes
     made = cls(**{"config": small, **({"layer_idx": number} if "layer_idx" in wanted else {})})
     for m in made.modules():
         if hasattr(m, "layer_idx"):

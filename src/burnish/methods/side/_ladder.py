@@ -34,7 +34,7 @@ class Ladder:
         d = self.blocks[0].hidden_size or anatomy.hidden_size
         if d is None or len({b.hidden_size for b in self.blocks}) > 1:
             raise RecipeError("lst: the blocks have different widths; a ladder has one")
-        s = m.small(d, "the width")
+        s = m.narrow(d, "the width")
         like = next(p for p in model.get_submodule(self.blocks[0].path).parameters()
                     if p.is_floating_point())
         stem = self.blocks[0].stack.split(".")
@@ -95,7 +95,7 @@ class Ladder:
         note = (f"lst: {type(model.get_submodule(block.path)).__name__} cannot be built from a "
                 "config; plain pre-norm blocks stand beside it")
         attacher.notes += [note] if note not in attacher.notes else []
-        return Plain(s, heads, m.small(fc1[0].out, "the inner width"))
+        return Plain(s, heads, m.narrow(fc1[0].out, "the inner width"))
 
 
 def _rotary(model: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class Lst(Method):
             else set(range(len(blocks)))
         return Ladder(self, blocks, kept)
 
-    def small(self, width: int, what: str) -> int:
+    def narrow(self, width: int, what: str) -> int:
         """A width divided by R, or an error that names the divisors."""
         if self.reduction < 1 or width % self.reduction:
             fits = [r for r in (2, 4, 8, 16, 32) if width % r == 0]
