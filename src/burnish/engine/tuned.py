@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,16 @@ from .summary import summary, table
 from .swap import ATTR, unprovide, unswap
 
 DEFAULT = "default"
+
+#: tuned model -> its handle, without keeping either alive
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuned]] = weakref.WeakKeyDictionary()
+
+
+def tuned_of(model: nn.Module) -> Tuned | None:
+    """The handle of a tuned model (a trainer's callback is given the model alone)."""
+    handle = _OWNERS.get(model)
+    tuned = handle() if handle is not None else None
+    return tuned if tuned is not None and tuned.adapters else None
 
 
 @dataclass
@@ -54,6 +65,7 @@ class Tuned:
 
     def __init__(self, model: nn.Module, *, example: Any = None, calibration: Any = None):
         self.model = model
+        _OWNERS[model] = weakref.ref(self)
         self.anatomy = Anatomy.of(model)
         self.calibration = calibration
         self.adapters: dict[str, Adapter] = {}
@@ -61,7 +73,7 @@ class Tuned:
         self.originals = Originals()
         self.current_optimizer: torch.optim.Optimizer | None = None
         self.total_steps: int | None = None
-        self.fingerprint: dict[str, Any] | None = None
+        self.base_lines: dict[str, str] = {}          # fingerprints of the originals, once read
         self._before = {n: p.requires_grad for n, p in model.named_parameters()}
         self._timeline: Timeline | None = None
         self._checked = False

@@ -97,11 +97,13 @@ def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
     """Of the base as it was before anything trained; tensors that wait aside are read there."""
-    taken = {}
+    trained = {n for a in tuned.adapters.values() for n in a.selected}
+    taken = tuned.base_lines                     # an original does not change: read it once
     for path, param in tuned.originals:
         name = f"{path}.{param}" if path else param
-        taken[name] = fingerprint.line(tuned.originals.get(path, param))
-    trained = {n for a in tuned.adapters.values() for n in a.selected}
+        if name not in taken:
+            taken[name] = fingerprint.line(tuned.originals.get(path, param),
+                                           content=name not in trained)
     return fingerprint.fingerprint(tuned.model, taken, whole=trained)
 
 
