@@ -88,6 +88,7 @@ class Ledger(TorchDispatchMode):
         self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
+        self.machine: str | None = None       # whose speed `seconds` are; default each tensor's
         self._alive: dict[int, _Watch] = {}
         self._paths: dict[int, str] = {}
         self._owners: dict[int, str] = {}
@@ -341,7 +342,8 @@ class Ledger(TorchDispatchMode):
         operations, moved, itemsize, where, crosses = cost(func, args, kwargs or {}, out)
         self.flops[phase] += operations
         self.traffic[phase] += moved
-        self.seconds[phase] += machine(where).seconds(operations, moved, itemsize, crosses)
+        speed = machine(self.machine or where)
+        self.seconds[phase] += speed.seconds(operations, moved, itemsize, crosses)
 
     # -- read afterwards --------------------------------------------------------------------------
     def category(self, entry: Entry) -> str:

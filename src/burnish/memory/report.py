@@ -57,14 +57,18 @@ class MemoryReport:
     # -- from the ledger --------------------------------------------------------------------
     @classmethod
     def of(cls, ledger: Ledger, *, since: int = 0, device: str | None = None,
-           **facts: Any) -> MemoryReport:
-        """Everything the ledger knows. since: the event at which the last step began."""
+           label: str | None = None, **facts: Any) -> MemoryReport:
+        """Everything the ledger knows.
+
+        since: the event at which the last step began. device: whose memory is reported (default:
+        the accelerator's, if there is one). label: the device type it stands for.
+        """
         lives = list(ledger.lived())
         device = device or _busiest(lives)
         length = ledger.now + 2
         deltas = {c: np.zeros(length, dtype=np.int64) for c in CATEGORIES}
         others: dict[str, np.ndarray] = {}
-        block = ROUNDING.get(device, 1)
+        block = ROUNDING.get(label or device, 1)
         for e, category, birth, death in lives:
             if e.device == device:
                 size = -(-e.bytes // block) * block
@@ -90,7 +94,7 @@ class MemoryReport:
             timeline=_thin(curves, total, since),
             phases=phases,
             peak_at=(last.phase, last.module) if last else ("load", ""),
-            device=device,
+            device=label or device,
             other_devices={d: int(np.cumsum(v).max()) for d, v in others.items()},
             flops=dict(ledger.flops) if ledger.count else {},
             traffic=dict(ledger.traffic) if ledger.count else {},

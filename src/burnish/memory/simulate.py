@@ -97,7 +97,9 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     recipe: as for :func:`burnish.tune`; None is full fine-tuning.
     batch: samples, (samples, tokens), or a mapping / tuple of tensors as ``tuned.step`` takes;
         of tensors the shapes matter, and the values of integer ones where the model asks.
-    dtype: of the model's floating tensors; None keeps them as they are.
+    dtype: of the model's and the batch's floating tensors; None keeps them as they are.
+    device: where the step would run. Without that device here its kernels cannot be faked: the
+        CPU's stand in and the report says so in a note.
     steps: steps driven; from the second on optimizer state is there.
     loss: as for ``tuned.step``.
     count: also count floating-point operations and bytes moved.
@@ -113,21 +115,27 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         model = from_config(model, dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)     # tables that blocks hold are real
     ledger = FakeLedger(count=count)
+    kind = torch.device(device).type
+    ledger.machine = kind
+    here = device if kind == "cpu" or _usable(kind) else "cpu"
     with _random_kept(), values_are_known(), fakes_move(), tables_forgotten(), quick_noise(ledger):
-        twin = fake_copy(model, mode, device, dtype)
+        twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
-                example, label = _batch(twin, batch, ledger, device, dtype)
+                example, label = _batch(twin, batch, ledger, here, dtype)
                 tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
                 tuned.optimizer(lr)
                 ledger.model = tuned.model
-                report = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, device)
+                report = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
         except (DataDependentOutputException, DynamicOutputShapeException,
                 UnsupportedOperatorException) as error:
             raise SimulationError(
                 f"{type(model).__name__} with {parts} cannot be simulated: {error.func} needs "
                 "values that only a real step has; burnish.measure runs one") from error
     report.batch = label
+    if here != device:
+        report.notes.append(f"no {kind} here: counted with the CPU's kernels in {kind}'s blocks; "
+                            "the device's context and library workspaces come on top")
     return report
 
 
@@ -148,7 +156,7 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
 
 
 def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
-           device: str | None) -> MemoryReport:
+           device: str | None, label: str | None = None) -> MemoryReport:
     if tuned.current_optimizer is not None:
         ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
@@ -162,7 +170,7 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
             tuned.step(batch, loss) if loss is not None else tuned.step(batch)
     where = device or next(p.device.type for p in tuned.model.parameters())
     return MemoryReport.of(
-        ledger, since=since, device=torch.device(where).type, recipe=str(tuned.recipe),
+        ledger, since=since, device=torch.device(where).type, label=label, recipe=str(tuned.recipe),
         trainable=sum(p.numel() for p in tuned.parameters()),
         adapter_bytes=sum(t.numel() * t.element_size() for t in tuned.tensors().values()))
 
@@ -205,21 +213,22 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
             batch = blank_batch(model, batch, dtype)
     else:
         label = _label(batch)
-    return _fake(batch, ledger, device), label
+    return _fake(batch, ledger, device, dtype), label
 
 
-def _fake(value: Any, ledger: FakeLedger, device: str) -> Any:
+def _fake(value: Any, ledger: FakeLedger, device: str, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        fake = torch.empty(value.shape, dtype=kind, device=device)
         known = not isinstance(value, FakeTensor) and value.device.type != "meta"
         if known and value.numel() <= FOLLOWED and not value.is_floating_point():
             with _no_modes():
                 ledger.knows(fake, value.detach().to("cpu", copy=True))
         return fake
     if isinstance(value, Mapping):
-        return {k: _fake(v, ledger, device) for k, v in value.items()}
+        return {k: _fake(v, ledger, device, dtype) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_fake(v, ledger, device) for v in value)
+        return type(value)(_fake(v, ledger, device, dtype) for v in value)
     return value
 
 
@@ -228,6 +237,14 @@ def _label(batch: Any) -> str:
     if first is None:
         return ""
     return " x ".join(str(n) for n in (first.shape[:2] if first.dim() == 2 else first.shape[:1]))
+
+
+def _usable(kind: str) -> bool:
+    """Can tensors of this device type be faked here? That needs the device's own runtime."""
+    try:
+        return torch.get_device_module(kind).is_available()
+    except RuntimeError:
+        return False
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
