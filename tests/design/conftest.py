@@ -26,7 +26,11 @@ MODELS = {"google/vit-base-patch16-224": vit, "meta-llama/Llama-3.1-8B": llama}
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """A function that gives every hub name in MODELS a tiny model in a folder."""
+    """A function that gives every hub name in MODELS a tiny model in a folder.
+
+    It returns the names a page takes for granted: some batches of tokens.
+    """
+    import torch
     import transformers
 
     def install(folder):
@@ -44,5 +48,7 @@ def stand_ins(monkeypatch):
                 return _real(cls, places.get(str(name), name), *args, **kw)
 
             monkeypatch.setattr(auto, "from_pretrained", classmethod(local))
+        ids = torch.randint(1, 128, (2, 4, 16))
+        return {"batches": [{"input_ids": i, "labels": i} for i in ids]}
 
     return install

@@ -17,11 +17,11 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: m.start()].count("\n") + 2, m.group(1)) for m in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem == "fit")) for p in PAGES])
 def test_a_page_runs(page, tmp_path, monkeypatch, stand_ins):
     monkeypatch.chdir(tmp_path)
-    stand_ins(tmp_path)
-    space: dict[str, object] = {"__name__": f"page_{page.stem}"}
+    space: dict[str, object] = {"__name__": f"page_{page.stem}", **stand_ins(tmp_path)}
     for line, code in blocks(page):
         exec(compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True), space)
 

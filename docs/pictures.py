@@ -1,0 +1,109 @@
+"""Draw docs/img: a plan for a model of 8 billion parameters, and the result of `burnish demo`.
+
+    python docs/pictures.py plan            # a few minutes, no GPU, no weights
+    python docs/pictures.py result OUT      # OUT: the folder `burnish demo` wrote
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+
+import burnish
+
+IMG = Path(__file__).with_name("img")
+BUDGET, BATCH = 24e9, (4, 512)
+RECIPES = ("full", "lora(rank=16)", "lora(rank=16) + checkpoint", "nf4 + lora(rank=16)",
+           "nf4 + lora(rank=16) + checkpoint")
+COLOURS = {"weights": "#33658a", "gradients": "#86bbd8", "optimizer": "#758e4f",
+           "activations": "#f6ae2d", "temporary": "#f26419"}
+
+
+def style() -> None:
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "svg.hashsalt": "burnish", "figure.dpi": 100})
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    IMG.mkdir(exist_ok=True)
+    figure.savefig(IMG / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    print(IMG / f"{name}.svg")
+
+
+def llama_8b():
+    """The shapes of Llama 3.1 8B."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                       max_position_embeddings=131072, tie_word_embeddings=False,
+                       architectures=["LlamaForCausalLM"])
+
+
+def plan() -> None:
+    """Stacked bars of a step's peak by category, and the memory there is."""
+    reports = [burnish.simulate(llama_8b(), r, BATCH, dtype="bf16") for r in RECIPES]
+    figure, axes = plt.subplots(figsize=(8, 2.7))
+    left = [0.0] * len(reports)
+    for category, colour in COLOURS.items():
+        width = [r.by_category[category] / 1e9 for r in reports]
+        axes.barh(range(len(reports)), width, left=left, color=colour, label=category, height=0.62)
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    for k, total in enumerate(left):
+        fits = "fits" if total * 1e9 <= BUDGET else "does not fit"
+        axes.text(total + 0.8, k, f"{total:.1f} GB, {fits}", va="center", fontsize=9,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.axvline(BUDGET / 1e9, color="black", linestyle="--", linewidth=1, zorder=0)
+    axes.text(BUDGET / 1e9 + 0.4, -0.75, f"{BUDGET / 1e9:.0f} GB", fontsize=9)
+    axes.set_yticks(range(len(reports)), RECIPES, family="monospace", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(left) * 1.22)
+    axes.set_xlabel(f"GB at the peak of a step, Llama 3.1 8B, {BATCH[0]} x {BATCH[1]} tokens, bf16")
+    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.4, 1.2), frameon=False, fontsize=9)
+    figure.text(0.99, -0.14, "simulated for CPU kernels, without weights; "
+                f"burnish {burnish.__version__}, torch {torch.__version__}, {date.today()}", ha="right", fontsize=7, color="grey")
+    save(figure, "plan")
+
+
+def result(folder: Path) -> None:
+    """Accuracy while it learns, and memory promised against memory taken."""
+    facts = json.loads((folder / "run.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [(r["epoch"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4), width_ratios=(3, 2))
+    left.plot(*zip(*scores, strict=True), marker="o", color="#33658a")
+    test = facts["metrics"]["test"]["accuracy"]
+    left.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
+    left.set_title(f"{facts['recipe']}: test accuracy {test:.3f}", fontsize=9)
+    memory = [("promised", facts["memory"]["simulated"]), ("measured", facts["memory"]["measured"])]
+    bottom = [0.0, 0.0]
+    for category, colour in COLOURS.items():
+        height = [m["by_category"][category] / 2**20 for _, m in memory]
+        right.bar([n for n, _ in memory], height, bottom=bottom, color=colour, label=category,
+                  width=0.5)
+        bottom = [a + b for a, b in zip(bottom, height, strict=True)]
+    right.set_ylabel("MiB of a step")
+    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    where = facts["environment"]
+    figure.text(0.99, -0.06, f"burnish {facts['burnish']}, torch {where['torch']}, "
+                f"{where['device']}, {date.today()}", ha="right", fontsize=7, color="grey")
+    figure.tight_layout()
+    save(figure, "result")
+
+
+if __name__ == "__main__":
+    style()
+    if sys.argv[1:2] == ["plan"]:
+        plan()
+    elif sys.argv[1:2] == ["result"] and len(sys.argv) == 3:
+        result(Path(sys.argv[2]))
+    else:
+        sys.exit(__doc__)

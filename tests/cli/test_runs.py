@@ -1,0 +1,121 @@
+"""fit, and what is done with what it leaves: evaluate, predict, merge, export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from burnish.cli import main
+from burnish.fit.assets import GLYPH_VIT
+
+pytestmark = pytest.mark.slow
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main([str(a) for a in argv])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run from a configuration file, with overrides."""
+    folder = tmp_path_factory.mktemp("fit")
+    (folder / "c.yaml").write_text(
+        f"model: {GLYPH_VIT}\ndata: digits\nrecipe: lora(rank=4)\nmax-steps: 99\nlr: 2.0e-3\n")
+    code = main(["fit", str(folder / "c.yaml"), "--max_steps", "12", "--batch-size=32",
+                 "--measure", "false", "--report", "false", "--output", str(folder / "out"),
+                 "--json"])
+    assert code == 0
+    return folder / "out"
+
+
+def test_a_run_leaves_its_facts(finished):
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["recipe"] == "lora(rank=4)" and facts["training"]["max_steps"] == 12
+    assert facts["training"]["learning_rate"] == 2e-3
+
+
+def test_evaluate_beside_the_base(capsys, finished):
+    code, out, _ = run(capsys, "evaluate", finished, "digits", "--split", "validation", "--json")
+    found = json.loads(out)
+    recorded = json.loads((finished / "run.json").read_text())["metrics"]["validation"]
+    assert code == 0
+    assert found["tuned"]["accuracy"] == pytest.approx(recorded["accuracy"], abs=1e-9)
+    assert found["tuned"]["accuracy"] > found["base"]["accuracy"]
+
+
+def test_an_adapter_that_does_nothing_is_noticed(capsys, finished, monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("burnish.Tuned.disabled", lambda self: nullcontext())
+    code, _, err = run(capsys, "evaluate", finished, "digits", "--split", "validation")
+    assert code == 4 and "changes nothing" in err
+
+
+def test_predict_pictures(capsys, finished, tmp_path):
+    from burnish.fit.data import read
+
+    rows = read("digits", validation=0).train
+    for i in range(3):
+        rows[i]["image"].save(tmp_path / f"{i}.png")
+    code, out, _ = run(capsys, "predict", finished, tmp_path, "--json")
+    answers = json.loads(out)["answers"]
+    assert code == 0 and [a["input"][-5:] for a in answers] == ["0.png", "1.png", "2.png"]
+    assert all(a["label"] in "0123456789" and 0 < a["probability"] <= 1 for a in answers)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    code, out, err = run(capsys, "predict", finished, tmp_path / "bad.png")
+    assert code == 2 and "bad.png" in err
+
+
+def test_merge_proves_itself(capsys, finished, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    from burnish.cli.files import attached, probe
+
+    code, out, _ = run(capsys, "merge", finished, "--output", tmp_path / "m", "--json")
+    assert code == 0 and json.loads(out)["drift"] < 1e-5
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "m")
+    tuned, _ = attached(finished, None)
+    assert torch.allclose(probe(plain), probe(tuned.model), atol=1e-5)
+    code, _, err = run(capsys, "merge", finished, "--output", tmp_path / "n", "--tolerance", "-1")
+    assert code == 4 and not (tmp_path / "n").exists() and "nothing was written" in err
+
+
+def test_export_opens_in_peft(capsys, finished, tmp_path):
+    import peft
+    from transformers import AutoModelForImageClassification
+
+    code, out, _ = run(capsys, "export", finished, "--output", tmp_path / "p", "--json")
+    assert code == 0
+    base = AutoModelForImageClassification.from_pretrained(GLYPH_VIT, num_labels=10,
+                                                           ignore_mismatched_sizes=True)
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "p")).eval()
+    from burnish.cli.files import attached
+
+    pixels = torch.randn(2, 1, 32, 32)
+    pixels = pixels.expand(2, base.config.num_channels, 32, 32)
+    tuned, _ = attached(finished, None)
+    size = base.config.image_size
+    pixels = torch.nn.functional.interpolate(pixels, size=(size, size))
+    with torch.no_grad():
+        assert torch.allclose(model(pixel_values=pixels).logits,
+                              tuned.model(pixel_values=pixels).logits, atol=1e-5)
+
+
+def test_what_is_no_run_is_refused(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for argv in (["evaluate", tmp_path / "empty", "digits"], ["predict", tmp_path / "no", "x"],
+                 ["merge", tmp_path / "empty", "--output", tmp_path / "o"]):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and err.count("\n") == 1
+
+
+def test_an_interrupted_fit_says_what_is_left(capsys, monkeypatch):
+    def stop(*args, **kw):
+        raise KeyboardInterrupt("stopped after step 3; go on with resume=True")
+
+    monkeypatch.setattr("burnish.fit.run.fit", stop)
+    code, _, err = run(capsys, "fit", "--model", "m", "--data", "digits")
+    assert code == 130 and "stopped after step 3" in err
