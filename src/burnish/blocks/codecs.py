@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.errors import RecipeError, nearest
 from .noise import CounterNoise
@@ -233,19 +234,27 @@ _TABLES: dict[tuple[int, bool, torch.device], _Tables] = {}
 
 
 def _tables(bits: int, signed: bool, like: Tensor) -> _Tables:
-    """The tables on the device of `like`."""
+    """The tables on the device of `like`; made once, outside of whatever watches the step."""
+    mode = getattr(like, "fake_mode", None)
+    home = _TABLES if mode is None else mode.__dict__.setdefault("_burnish_tables", {})
     key = (bits, signed, like.device)
-    real = type(like) is Tensor                   # a fake tensor's tables must not be kept
-    if real and key in _TABLES:
-        return _TABLES[key]
-    entries = torch.tensor(dynamic_map(bits, signed), dtype=torch.float32, device=like.device)
-    inf = torch.full((1,), float("inf"), device=like.device)
+    if key not in home:
+        with _disable_current_modes():
+            tables = _made(bits, signed, torch.device("cpu") if mode else like.device)
+            if mode is not None:                  # a fake tensor's tables live with its mode
+                tables = _Tables(*(mode.from_tensor(t) for t in tables))
+                if like.device.type != "cpu":
+                    tables = _Tables(*(t.to(like.device) for t in tables))
+            home[key] = tables
+    return home[key]
+
+
+def _made(bits: int, signed: bool, device: torch.device) -> _Tables:
+    entries = torch.tensor(dynamic_map(bits, signed), dtype=torch.float32, device=device)
+    inf = torch.full((1,), float("inf"), device=device)
     middles = torch.cat(((entries[1:] + entries[:-1]) / 2, inf))
-    high = torch.arange(1 << 16, dtype=torch.int32, device=like.device)
+    high = torch.arange(1 << 16, dtype=torch.int32, device=device)
     low_end = torch.where(high < 1 << 15, high, high + 1)      # below zero: the larger magnitude
     lowest = (low_end << 16).view(torch.float32)
     coarse = torch.bucketize(lowest, middles[:-1]).to(torch.uint8)
-    tables = _Tables(entries, middles, coarse)
-    if real:
-        _TABLES[key] = tables
-    return tables
+    return _Tables(entries, middles, coarse)
