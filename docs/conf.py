@@ -1,11 +1,11 @@
 """Sphinx: MyST pages, the catalogue written from the registry, the API from docstrings."""
 
-from importlib.metadata import version
+from importlib import metadata
 
 project = "burnish"
 author = "the burnish developers"
 copyright = author
-release = version("burnish")
+version = release = metadata.version("burnish")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["build", "decisions/_*"]
@@ -15,3 +15,21 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"burnish {release}"
+
+
+def as_fields(app, what, name, obj, options, lines):
+    """Docstrings name arguments as ``name: meaning`` lines; here they become a field list."""
+    import re
+
+    start = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (\S.*)")
+    before = ""
+    for i, line in enumerate(lines):
+        match = start.fullmatch(line)
+        if match:
+            new = not before or before.startswith((":", " "))
+            lines[i] = f":{match[1]}: {match[2]}" if new else line
+        before = lines[i]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", as_fields, priority=300)

@@ -69,7 +69,8 @@ def plan() -> None:
     axes.set_xlabel(f"GB at the peak of a step, Llama 3.1 8B, {BATCH[0]} x {BATCH[1]} tokens, bf16")
     axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.4, 1.2), frameon=False, fontsize=9)
     figure.text(0.99, -0.14, "simulated for CPU kernels, without weights; "
-                f"burnish {burnish.__version__}, torch {torch.__version__}, {date.today()}", ha="right", fontsize=7, color="grey")
+                f"burnish {burnish.__version__}, torch {torch.__version__}, {date.today()}",
+                ha="right", fontsize=7, color="grey")
     save(figure, "plan")
 
 

@@ -123,7 +123,7 @@ SURFACE = {
     "fit": "data json memory model output recipe",
     "predict": "base inputs json run tokens",
     "evaluate": "base batch data json run split",
-    "demo": "json memory output recipe",
+    "demo": "json memory output",
     "plan": "batch device dtype json length memory model prefer targets",
     "simulate": "batch device dtype json length model picture recipe targets",
     "compare": "batch device dtype json length model recipes targets",
