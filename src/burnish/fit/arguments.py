@@ -64,6 +64,7 @@ class Options:
     max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
+    overwrite: start afresh in a folder that holds checkpoints of an earlier run, and remove them.
     tensorboard: also write TensorBoard files.
     test: also evaluate the test split at the end (default: when there is one).
     quiet: print nothing.
@@ -80,6 +81,7 @@ class Options:
     targets: Any = None
     head: bool | str = "auto"
     resume: bool | str = False
+    overwrite: bool = False
     tensorboard: bool = False
     test: bool | None = None
     quiet: bool = False

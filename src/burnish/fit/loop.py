@@ -279,6 +279,13 @@ class Trainer(transformers.Trainer):
             self._determine_best_metric(self._evaluate(None, None), None)
             self._evaluated()
 
+    def _run_epoch(self, *args: Any, **kw: Any) -> None:
+        """A run killed after its last step has nothing more to do (the base would go on)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kw)
+
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
         put(self.tuned, safe.load_file(folder / "adapter_model.safetensors"), str(folder))

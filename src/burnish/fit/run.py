@@ -109,7 +109,17 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     batch, loss = task.call(task.example(size), plain)
     for note in task.notes:
         say(f"note: {note}")
-    recipe, promise = _choose(module, recipe, memory, batch, loss, own, say)
+    if recipe is None and memory is not None:
+        best = choose(module, memory, batch, loss, own, say)
+        recipe, promise = best.recipe, best.report
+        if best.batch != size:
+            size = args["per_device_train_batch_size"] = best.batch
+            args["gradient_accumulation_steps"] = \
+                best.accumulate * int(args.get("gradient_accumulation_steps", 1))
+            batch, loss = task.call(task.example(size), plain)
+    else:
+        recipe = DEFAULT_RECIPE if recipe is None else recipe
+        promise = promised(module, recipe, memory, batch, loss, own, say)
 
     tuned = tune(module, recipe, targets=own.targets, head=own.head,
                  calibration=_calibration(task, size, plain), seed=int(args.get("seed", 42)))
@@ -118,33 +128,45 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
 
 
 # -- before ------------------------------------------------------------------------------------
-def _choose(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
-            say: Any) -> tuple[Any, MemoryReport | None]:
-    """The recipe, and the memory it promises to stay within."""
-    from .. import memory as ledger
+def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any) -> Any:
+    """The best plan within `memory`. Raises NoPlanError with what is missing."""
+    from ..memory import plan
 
-    limit = ledger.parse_bytes(memory) if memory is not None else None
-    if recipe is None and limit is not None:
-        plans = ledger.plan(module, memory=memory, batch=batch)
-        best = plans[0]
-        say(f"plan: {best.recipe} fits {format_bytes(limit)}")
-        return best.recipe, best.report
-    recipe = DEFAULT_RECIPE if recipe is None else recipe
+    plans = plan(module, memory=memory, batch=batch, targets=own.targets, head=own.head,
+                 device=_device(), loss=loss)
+    if plans.best is None:
+        near = plans.cheapest
+        tail = f"; {near.recipe} comes closest and needs {format_bytes(near.needs)}" if near else ""
+        raise NoPlanError(f"no recipe fits {format_bytes(plans.budget)}{tail}")
+    best = plans.best
+    more = f", {best.accumulate} batches of {best.batch} per update" if best.accumulate > 1 else ""
+    say(f"plan: {best.recipe} fits {format_bytes(plans.budget)} with "
+        f"{format_bytes(best.peak_bytes)}{more} ({len(plans.fits)} recipes fit)")
+    return best
+
+
+def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
+             say: Any) -> MemoryReport | None:
+    """The memory the recipe will take. Raises NoPlanError where that is more than `memory`."""
+    from ..memory import parse_bytes, simulate
+    from ..memory.simulate import SimulationError
+
+    limit = parse_bytes(memory) if memory is not None else None
     try:
-        promise = ledger.simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                                  device=_device(), **({"loss": loss} if loss else {}))
-    except ledger.SimulationError as e:
+        promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
+                           device=_device(), loss=loss)
+    except SimulationError as e:
         if limit is not None:
             raise
         say(f"note: no promise of memory, {e}")
-        return recipe, None
+        return None
     say(f"promise: a training step peaks at {format_bytes(promise.peak_bytes)} "
         f"({_parts(promise)}), batch {promise.batch}")
     if limit is not None and promise.peak_bytes > limit:
         raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
                           f"{format_bytes(limit)} asked for; leave recipe= out to have one "
                           "chosen that fits")
-    return recipe, promise
+    return promise
 
 
 def _calibration(task: Task, size: int, plain: bool) -> Iterator[Any]:
@@ -180,14 +202,7 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
         hyper["accumulation"] = arguments.gradient_accumulation_steps
     hyper["max_grad_norm"] = arguments.max_grad_norm
 
-    left = checkpoint.clear_leftovers(output)
-    for n in left:
-        say(f"removed {n}, which an interrupted run left unfinished")
-    start = checkpoint.find(output, own.resume)
-    if own.resume and start is None:
-        say(f"no checkpoint in {output} to go on from: starting at the beginning")
-    if start is not None:
-        say(f"going on from {start}")
+    start = starting_point(output, own, say)
     stop, go_on = Stop(), GoOn()
     at = checkpoint.step_of(start) if start else None
     watchers = [go_on, Metrics(output / "metrics.jsonl", at),
@@ -205,7 +220,7 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
     with stop.listening(), out_of_memory(output):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = time.perf_counter() - began
-    peak = process_peak()
+    peak = max(before, process_peak())
     if stop.asked is not None:
         step = trainer.state.global_step
         raise KeyboardInterrupt(f"stopped after step {step}; go on with resume=True "
@@ -223,7 +238,7 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
         batch, loss = example
         batch = _to_device(batch, trainer.args.device)
         tuned.model.train()
-        truth = measure(tuned, batch, **({"loss": loss} if loss else {}))
+        truth = measure(tuned, batch, loss)
         tuned.model.eval()
     from .report import facts_of
 
@@ -234,6 +249,25 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
         finish(run, task, own)
         say(str(run))
     return run
+
+
+def starting_point(output: Path, own: Options, say: Any) -> Path | None:
+    """The checkpoint to go on from, or None for the beginning, with the folder made fit for it."""
+    for n in checkpoint.clear_leftovers(output):
+        say(f"removed {n}, which an interrupted run left unfinished")
+    start = checkpoint.find(output, own.resume)
+    if start is not None:
+        say(f"going on from {start}")
+        return start
+    if own.resume:
+        say(f"no checkpoint in {output} to go on from: starting at the beginning")
+    earlier = checkpoint.all_in(output)
+    if earlier and not own.overwrite:
+        raise ConfigError(f"{output} holds checkpoints of an earlier run; resume=True goes on from "
+                          f"{earlier[-1].name}, overwrite=True removes them and starts afresh")
+    for folder in earlier:
+        checkpoint.remove(folder)
+    return None
 
 
 def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,

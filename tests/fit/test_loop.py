@@ -1,0 +1,279 @@
+"""The loop: what it learns, what it writes, and what it refuses. Small models, real training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.core.errors import BurnishError, CheckError, ConfigError, NoPlanError
+from burnish.fit import checkpoint
+from burnish.fit.pictures import Picture
+from burnish.formats import safe
+
+SMALL = {"max_steps": 6, "batch_size": 8, "quiet": True, "report": False, "test": False}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A folder with a ViT small enough for tests, and how it reads pictures."""
+    from transformers import ViTConfig, ViTForImageClassification
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    ViTForImageClassification(ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=1, num_labels=10)).save_pretrained(folder)
+    Picture(8, 8, (0.5,), (0.5,)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, tokenizer_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = tokenizer_factory()
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- what a run is -------------------------------------------------------------------------------
+def test_a_run_learns_and_its_folder_gives_the_same_answers(vit, glyph_vit, tmp_path):
+    run = burnish.fit(glyph_vit, "digits", "lora(rank=4)", output=tmp_path, epochs=2, lr=3e-3,
+                      batch_size=32, quiet=True)
+    assert run.metrics["validation"]["accuracy"] > 0.85
+    assert run.metrics["test"]["accuracy"] > 0.85
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json",
+            "metrics.jsonl", "report.html", "preprocessor_config.json"} <= names
+    assert not {p.suffix for p in tmp_path.rglob("*")} & {".pt", ".bin", ".pth", ".pkl"}
+
+    from burnish.fit.data import read
+    from burnish.fit.tasks import task_for
+    task = task_for(read("digits"), glyph_vit)
+    other = burnish.load(task.load(glyph_vit), tmp_path)
+    batch = task.example(16)
+    run.tuned.model.eval(), other.model.eval()
+    with torch.no_grad():
+        assert torch.equal(run.tuned.model(**batch).logits, other.model(**batch).logits)
+
+
+def test_the_promise_is_what_is_measured(vit, tmp_path):
+    run = burnish.fit(vit, "digits", "lora(rank=4)", output=tmp_path, **SMALL)
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
+    kept = safe.read_json(tmp_path / "run.json")["memory"]
+    assert kept["simulated"]["peak_bytes"] == run.promise.peak_bytes
+    assert kept["measured"]["peak_bytes"] == run.truth.peak_bytes
+    assert kept["process_peak"] >= kept["process_before"] > 0
+
+
+def test_metrics_are_written_line_by_line(vit, tmp_path):
+    burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL)
+    train = [r for r in rows(tmp_path) if "loss" in r]
+    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
+    assert all(r["learning_rate"] >= 0 and r["grad_norm"] > 0 for r in train)
+    assert [r["step"] for r in rows(tmp_path) if "eval_accuracy" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_step_by_validation_is_kept(vit, tmp_path):
+    run = burnish.fit(vit, "digits", "full", output=tmp_path, **{**SMALL, "lr": 3e-3})
+    scores = {r["step"]: r["eval_accuracy"] for r in rows(tmp_path) if "eval_accuracy" in r}
+    best = max(scores.values())
+    assert run.metrics["validation"]["accuracy"] == pytest.approx(best)
+    assert scores[run.facts["best"]["step"]] == pytest.approx(best)
+
+
+def test_a_module_of_ones_own(tmp_path):
+    """No transformers anywhere: a plain module, told how pictures are read."""
+    torch.manual_seed(0)
+
+    class Flat(nn.Sequential):
+        num_classes = 7
+
+    model = Flat(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 7))
+    run = burnish.fit(model, "digits", "full", output=tmp_path, epochs=6, lr=3e-3, batch_size=32,
+                      processor=Picture(8, 8, (0.5,), (0.5,)), quiet=True, report=False)
+    assert model[-1].out_features == 10
+    assert run.metrics["test"]["accuracy"] > 0.85
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
+
+
+def test_language_modelling_and_instruction_tuning(llama, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 40)
+    run = burnish.fit(llama, str(tmp_path / "a.txt"), "lora(rank=4)", output=tmp_path / "lm",
+                      task="language-modelling", max_length=32, validation=0, lr=1e-2,
+                      **{**SMALL, "max_steps": 12})
+    losses = [r["loss"] for r in rows(tmp_path / "lm") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.2
+    assert run.tuned.model.lm_head.weight.requires_grad is False
+
+    talk = [{"messages": [{"role": "user", "content": f"say {c}"},
+                          {"role": "assistant", "content": c * 3}]} for c in "abcdefgh"]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(map(json.dumps, talk)))
+    run = burnish.fit(llama, path, "lora(rank=4)", output=tmp_path / "chat", validation=2,
+                      **SMALL)
+    assert set(run.metrics["validation"]) >= {"loss", "token_accuracy", "perplexity"}
+    assert (tmp_path / "chat" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("recipe", ["lora(rank=2) + adam8bit", "snella(rank=4)",
+                                    "full + galore(rank=4)", "mezo + lora(rank=2)",
+                                    "full + step_in_backward"])
+def test_recipes_of_every_kind_of_step_run(vit, tmp_path, recipe):
+    run = burnish.fit(vit, "digits", recipe, output=tmp_path, **SMALL)
+    assert run.tuned.timeline.step == 6 or "mezo" in recipe
+    assert all(r["loss"] > 0 for r in rows(tmp_path) if "loss" in r)
+
+
+def test_gradients_that_accumulate_are_those_of_the_whole_batch(vit, tmp_path):
+    common = {**SMALL, "seed": 1, "validation": 0, "max_grad_norm": 0.0}
+    one = burnish.fit(vit, "digits", "lora(rank=4)", output=tmp_path / "one",
+                      **{**common, "batch_size": 16})
+    two = burnish.fit(vit, "digits", "lora(rank=4)", output=tmp_path / "two",
+                      **{**common, "batch_size": 4, "gradient_accumulation_steps": 4})
+    for (n, a), (_, b) in zip(one.tuned.named_parameters(), two.tuned.named_parameters(),
+                              strict=True):
+        assert torch.allclose(a, b, atol=2e-5), n
+
+
+# -- memory chosen -----------------------------------------------------------------------------------
+def test_a_recipe_is_chosen_for_a_memory(vit, tmp_path, monkeypatch):
+    import importlib
+    planning = importlib.import_module("burnish.memory.plan")
+    monkeypatch.setattr(planning, "shipped", lambda: [["lora(rank=4)"], ["linear_probe"]])
+    run = burnish.fit(vit, "digits", memory="1GB", output=tmp_path, **SMALL)
+    assert str(run.tuned.recipe) in ("lora(rank=4)", "linear_probe")
+    assert run.truth.peak_bytes <= 2**30
+
+
+def test_what_does_not_fit_is_refused_with_figures(vit, tmp_path):
+    with pytest.raises(NoPlanError, match="full needs .* more than the 4.00 KiB asked for"):
+        burnish.fit(vit, "digits", "full", memory="4KiB", output=tmp_path, **SMALL)
+    assert not any(tmp_path.iterdir())
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(vit, tmp_path):
+    with pytest.raises(BurnishError, match=r"is (nan|inf|-inf) at step \d+ .* is kept in"):
+        burnish.fit(vit, "digits", "full", output=tmp_path, **{**SMALL, "lr": 1e30,
+                    "warmup_steps": 0, "max_grad_norm": 0.0, "validation": 0, "save_steps": 100})
+    kept = checkpoint.all_in(tmp_path)[-1]
+    tensors = safe.load_file(kept / "adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_full_disk_while_saving_leaves_no_half_checkpoint(vit, tmp_path, monkeypatch):
+    real, calls = safe.save_file, []
+
+    def full(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        return real(tensors, path, metadata)
+
+    monkeypatch.setattr(safe, "save_file", full)
+    with pytest.raises(BurnishError, match="No space left on device"):
+        burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path, **SMALL)
+    assert all(checkpoint.whole(p) for p in tmp_path.iterdir() if p.is_dir())
+
+
+def test_no_memory_is_one_error_with_a_way_on(vit, tmp_path, monkeypatch):
+    from burnish.core.errors import MemoryExceeded
+    from burnish.fit.loop import Trainer
+    real, calls = Trainer.training_step, []
+
+    def step(self, *a, **k):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
+        return real(self, *a, **k)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    with pytest.raises(MemoryExceeded, match="checkpoint-3 with resume=True and a smaller"):
+        burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path, **SMALL)
+
+
+def test_an_output_with_checkpoints_is_not_mixed_with_another_run(vit, tmp_path):
+    burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL)
+    with pytest.raises(ConfigError, match="resume=True goes on from checkpoint-6, overwrite=True"):
+        burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL)
+    burnish.fit(vit, "digits", "norms", output=tmp_path, **SMALL, overwrite=True)
+    with pytest.raises(BurnishError, match="its recipe is 'norms'"):
+        burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL, resume=True)
+
+
+def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(tmp_path):
+    for given, words in (({"learnin_rate": 1}, "did you mean"), ({"optim": "sgd"}, "the recipe")):
+        with pytest.raises(ConfigError, match=words):
+            burnish.fit("nowhere", "nothing", output=tmp_path, **given)
+
+
+# -- somebody else's trainer ---------------------------------------------------------------------------
+def trainer_of(vit, tuned, output, **kw):
+    import transformers
+
+    from burnish.fit.data import read
+    from burnish.fit.tasks import task_for
+    task = task_for(read("digits"), vit)
+    args = transformers.TrainingArguments(
+        output_dir=str(output), max_steps=4, per_device_train_batch_size=8, report_to=[],
+        save_steps=2, remove_unused_columns=False, disable_tqdm=True, logging_steps=1, seed=0)
+    return transformers.Trainer(model=tuned.model, args=args, data_collator=task.collate,
+                                train_dataset=task.rows("train"), **kw)
+
+
+def test_one_line_in_a_trainer_of_ones_own(vit, tmp_path):
+    from transformers import AutoModelForImageClassification
+    tuned = burnish.tune(AutoModelForImageClassification.from_pretrained(vit), "snella(rank=4)")
+    trainer = trainer_of(vit, tuned, tmp_path, optimizers=(tuned.optimizer(1e-2), None),
+                         callbacks=[burnish.TrainerCallback()])
+    trainer.train()
+    assert tuned.total_steps == 4 and tuned.timeline.step == 4
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    again = burnish.load(model, tmp_path)
+    for (n, a), (_, b) in zip(tuned.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), n
+
+
+def test_a_trainer_that_would_leave_parts_out_is_refused(vit, tmp_path):
+    from transformers import AutoModelForImageClassification
+    tuned = burnish.tune(AutoModelForImageClassification.from_pretrained(vit),
+                         "lora(rank=2) + adam8bit")
+    with pytest.raises(ConfigError, match="adam8bit act.* through the optimizer"):
+        trainer_of(vit, tuned, tmp_path, callbacks=[burnish.TrainerCallback(tuned)]).train()
+
+
+def test_a_model_without_a_recipe_is_refused(vit, tmp_path):
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForImageClassification
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    with pytest.raises(ConfigError, match="call burnish.tune"):
+        trainer_of(vit, SimpleNamespace(model=model), tmp_path,
+                   callbacks=[burnish.TrainerCallback()]).train()
+
+
+def test_what_does_not_train_is_said_at_the_first_step(vit, tmp_path, monkeypatch):
+    from transformers import AutoModelForImageClassification
+    tuned = burnish.tune(AutoModelForImageClassification.from_pretrained(vit), "lora(rank=2)")
+    model = tuned.model
+    real = type(model).forward
+    monkeypatch.setattr(model, "forward", lambda **kw: real(model, **kw))
+    lost = nn.Parameter(torch.zeros(3))
+    model.register_parameter("lost", lost)
+    with pytest.raises(CheckError, match="lost"):
+        trainer_of(vit, tuned, tmp_path, optimizers=(tuned.optimizer(1e-3), None),
+                   callbacks=[burnish.TrainerCallback(tuned)]).train()
