@@ -82,15 +82,15 @@ class Prepended(Listener):
 
     Listens to the module that embeds and runs the blocks (it takes ``inputs_embeds``). Mask, token
     types and positions grow by L; the result loses its first L states, so labels, poolers and
-    heads need no care. Positions count from the first unmasked token, so padding on the left
-    changes nothing. With a filled key-value cache the rows are in it already: they are not put in
-    again.
+    heads need no care (``stay=True`` leaves them: a decoder reads them, see :class:`Lengthened`).
+    Positions count from the first unmasked token, so padding on the left changes nothing. With a
+    filled key-value cache the rows are in it already: they are not put in again.
     """
 
-    def __init__(self, state: Any, adapter: str, rows: Tensor, causal: bool):
+    def __init__(self, state: Any, adapter: str, rows: Tensor, causal: bool, stay: bool = False):
         super().__init__(state, adapter)
         self.rows = nn.Parameter(rows)
-        self.causal = causal
+        self.causal, self.stay = causal, stay
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         kw = named(module, args, kw)
@@ -116,7 +116,8 @@ class Prepended(Listener):
             kw["position_ids"] = torch.cat([first, at + L], -1)
         elif self.causal and mask is not None and accepts(module, "position_ids"):
             kw["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
-        return _shorter(call(**kw), L)
+        out = call(**kw)
+        return out if self.stay else _shorter(out, L)
 
     def put(self, module: nn.Module, kw: dict[str, Any]) -> Tensor:
         """The embeddings with the rows in front."""

@@ -51,10 +51,9 @@ class Down(nn.Linear):
 
 
 class Still(Listener):
-    """Listens to the backbone: everything in it that is frozen runs in evaluation mode.
+    """Listens to the model: the modules in `still` run in evaluation mode.
 
-    Dropout in a network that does not train only makes its taps noisy. What trains (`beside`, and
-    whatever the listed paths' modules hold) keeps its own mode.
+    Dropout in a backbone that does not train only makes its taps noisy.
     """
 
     what = "a side network"

@@ -26,8 +26,8 @@ class PromptTuning(Method):
     ``X' = [P; E(x)]``, P (length, d). Mask and positions grow by `length`; behind the last block
     the extra states are cut off, so labels, poolers, heads and losses see the tokens they know.
     Padding on the left changes nothing: positions count from the first unmasked token. With a
-    key-value cache P is put in once. In an encoder-decoder P stands before the encoder's input,
-    or the decoder's where the encoder reads no tokens.
+    key-value cache P is put in once. In an encoder-decoder P stands before the encoder's input and
+    the decoder reads its states too; where the encoder reads no tokens, before the decoder's.
 
     Start: rows of the embedding table, of `ids` (repeated to length) or drawn from the first 5,000;
     ``init="normal"`` draws N(0, 0.5^2). Never the pre-trained function. Trains length * d.
@@ -90,10 +90,12 @@ class Front:
         rows = self.method.start(stack.get_input_embeddings().weight)
         offset = getattr(getattr(stack, "config", None), "model_type", "") in OFFSET_POSITIONS
         causal = not offset and any(getattr(m, "is_causal", False) for m in stack.modules())
-        Prepended(state, name, rows, causal).listen(attacher.slot(path), part.name)
+        readers = [p for p in others
+                   if accepts(anatomy.model.get_submodule(p), "encoder_attention_mask")]
+        Prepended(state, name, rows, causal, stay=bool(readers)).listen(
+            attacher.slot(path), part.name)
         if isinstance(getattr(stack, "pooler", None), nn.Module):
             pooler = f"{path}.pooler" if path else "pooler"
             Behind(state, name, len(rows)).listen(attacher.slot(pooler), part.name)
-        for decoder in others:
-            if accepts(anatomy.model.get_submodule(decoder), "encoder_attention_mask"):
-                Lengthened(state, name, len(rows)).listen(attacher.slot(decoder), part.name)
+        for decoder in readers:
+            Lengthened(state, name, len(rows)).listen(attacher.slot(decoder), part.name)
