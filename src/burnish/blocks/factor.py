@@ -86,7 +86,8 @@ class Chain(Term):
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
         return (self.B @ self.A[..., i0:i1]).mul_(self.scale)
 
-    def pull(self, i0: int, i1: int, G: Tensor, state: object, grads: list[Tensor | None]) -> Tensor:
+    def pull(self, i0: int, i1: int, G: Tensor, state: object,
+             grads: list[Tensor | None]) -> Tensor:
         G = G.to(self.A.dtype)
         if self.B.requires_grad:
             part = (G @ self.A[..., i0:i1].transpose(-1, -2)).mul_(self.scale)

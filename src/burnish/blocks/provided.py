@@ -134,13 +134,18 @@ class Panels:
         for i0 in range(0, self.inp, step):
             yield i0, min(self.inp, i0 + step)
 
-    def value(self, i0: int, i1: int) -> Tensor:
-        """V[:, i0:i1]: a fresh panel, or a view of the base when nothing is added."""
+    def added(self, i0: int, i1: int) -> Tensor | None:
+        """What the terms add to columns i0:i1: a fresh panel, in their own precision."""
         panel: Tensor | None = None
         for (term, scale), state in zip(self.terms, self.states, strict=True):
             tile = term.tile(i0, i1, state)
             tile = tile if scale == 1 else tile.mul_(scale)
             panel = tile if panel is None else panel.add_(tile)
+        return panel
+
+    def value(self, i0: int, i1: int) -> Tensor:
+        """V[:, i0:i1]: a fresh panel, or a view of the base when nothing is added."""
+        panel = self.added(i0, i1)
         base = self.weight[..., i0:i1]
         if panel is None:
             return base
@@ -168,7 +173,8 @@ class Weighted:
         self.wrap = wrap
         self.tiled = [(t, s) for t, s in terms if not t.tokenwise]
         self.token = [(t, s) for t, s in terms if t.tokenwise]
-        self.all = [t for t, _ in self.tiled] + [t for t, _ in self.token] + ([wrap] if wrap else [])
+        self.all: list[Term] = [t for t, _ in (*self.tiled, *self.token)]
+        self.all += [wrap] if wrap else []
 
     def theta(self) -> list[Tensor]:
         return [p for t in self.all for p in t.theta()]
@@ -323,8 +329,17 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(x2: Tensor, V: Panels, bias: Tensor | None) -> Tensor:
-    """x V^T + b; one product when V is a single panel."""
+    """x V^T + b; one product when V is a single panel.
+
+    In half precision base and update are products of their own: added to the weight first, what
+    is below half its spacing would be lost.
+    """
     ranges = list(V)
+    if V.terms and x2.element_size() < 4:
+        y = F.linear(x2, V.weight, bias)
+        for i0, i1 in ranges:
+            y.addmm_(x2[:, i0:i1], V.added(i0, i1).to(x2.dtype).t())
+        return y
     if len(ranges) == 1 or not V.terms:
         return F.linear(x2, V.value(0, V.inp), bias)
     y = x2.new_empty(x2.shape[0], V.out)
@@ -342,9 +357,11 @@ def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, lis
     """dx = g V, and the pull of every tiled term from its panel of g^T x."""
     if not V.terms:
         return g2 @ V.weight if need_x else None
-    dx = g2.new_empty(g2.shape[0], inp) if need_x else None
+    half = g2.element_size() < 4                 # as in _product: two products
+    dx = None
+    if need_x:
+        dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], inp)
     for i0, i1 in V:
-        panel = V.weight[..., i0:i1]
         total: Tensor | None = None
         G = None
         if any(t.keeps_input for t, _ in V.terms):
@@ -356,10 +373,13 @@ def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, lis
                 tile = t.tile(i0, i1, state)
             if need_x:
                 total = tile * s if total is None else total.add_(tile, alpha=s)
-        if need_x:
-            if total.dtype == panel.dtype:
-                total.add_(panel)
-            else:
-                total = (total + panel).to(panel.dtype)
-            torch.mm(g2, total, out=dx[:, i0:i1]) if i1 - i0 == inp else dx[:, i0:i1].copy_(g2 @ total)
+        if not need_x:
+            continue
+        if half:
+            dx[:, i0:i1].addmm_(g2, total.to(g2.dtype))
+            continue
+        panel = V.weight[..., i0:i1]
+        total = total.add_(panel) if total.dtype == panel.dtype else \
+            (total + panel).to(panel.dtype)
+        torch.mm(g2, total, out=dx) if i1 - i0 == inp else dx[:, i0:i1].copy_(g2 @ total)
     return dx

@@ -3,10 +3,11 @@
 `torch.quantile` sorts everything and refuses more than 2^24 entries. Here the values stream past:
 a small sample brackets the wanted rank, one pass counts what lies below the bracket and collects
 what lies inside, and the exact entry is picked from the few collected. When the bracket missed
-(it says so by counting) it is widened; the result is always exact.
+(it says so by counting) the next one lies beside it; the result is always exact.
 
 On accelerators, where asking for a count stalls the queue, three histogram passes over the bit
-pattern (11 + 11 + 10 bits) give the same entry without a sync: positive floats sort like their bits.
+pattern (11 + 11 + 10 bits) give the same entry without a sync: positive floats sort like their
+bits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 Stream = Callable[[], Iterable[Tensor]]
 
 SAMPLE = 1 << 14
+#: entries the bracket may hold
+HELD = 1 << 21
 
 
 def quantile(stream: Stream, n: int, s: float, sample: Tensor) -> Tensor:
@@ -46,14 +49,16 @@ def order_statistics(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Te
 
 
 def bracket(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample, count, collect; widen when the rank fell outside."""
+    """Sample, count, collect; look beside the bracket when the rank fell outside."""
     ordered = sample.flatten().sort().values
     m = ordered.numel()
     centre = k / max(1, n - 1) * (m - 1)
-    # a rank's place in a sample of m scatters by sqrt(m)/2; the sample is strided, not random
-    margin = 3.0 * math.sqrt(m) * math.sqrt(max(1.0, min(k, n - k)) / n) + 8
+    # a rank's place in a fair sample of m scatters by sqrt(m)/2, in one of whole rows by more; a
+    # second pass costs more than a bracket of some per cent, as long as what it holds is small
+    margin = max(3.0 * math.sqrt(m) * math.sqrt(max(1.0, min(k, n - k)) / n) + 8,
+                 m * min(0.02, HELD / n / 2))
+    a, b = int(centre - margin), int(math.ceil(centre + margin))
     while True:
-        a, b = int(centre - margin), int(math.ceil(centre + margin))
         lo = ordered[a] if a > 0 else None
         hi = ordered[b] if b < m - 1 else None
         below, found = 0, []
@@ -75,7 +80,11 @@ def bracket(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Tensor, Ten
             if at + 1 >= values.numel():
                 return first, first
             return first, values.kthvalue(at + 2).values
-        margin *= 4
+        width = 4 * (b - a)
+        if at < 0:                                # both ranks, or only k, lie below
+            a, b = a - width, (b if at == -1 else a)
+        else:
+            a, b = (a if at < values.numel() else b), b + width
 
 
 def radix(stream: Stream, n: int, k: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ class SparseDelta(Term):
         few = 0 < columns.numel() <= self.inp // 4
         self.register_buffer("columns", columns if few else None, persistent=False)
         self.tokenwise, self.tiled = few, not few
+        self._read = (id(self.index), self.index._version)
 
     def _rows_cols(self) -> tuple[Tensor, Tensor]:
         index = self.index.long()
@@ -74,16 +75,22 @@ class SparseDelta(Term):
     def keeps_input(self) -> bool:
         return not self.tokenwise                # the narrow form keeps its own columns
 
+    def _columns(self) -> Tensor:
+        """The columns that hold entries; read again when a file has brought another index."""
+        if self._read != (now := (id(self.index), self.index._version)):
+            self.columns, self._read = torch.unique(self.index.long() % self.inp), now
+        return self.columns
+
     def _narrow(self) -> tuple[Tensor, Tensor, Tensor]:
         rows, cols = self._rows_cols()
-        where = torch.searchsorted(self.columns, cols)
+        where = torch.searchsorted(self._columns(), cols)
         small = torch.zeros(self.out, self.columns.numel(), dtype=self.values.dtype,
                             device=self.values.device)
         small[rows, where] = self.values.detach()
         return small, rows, where
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        x_NC = x_NI[:, self.columns]
+        x_NC = x_NI[:, self._columns()]
         y_NO.addmm_(x_NC, self._narrow()[0].t().to(y_NO.dtype), alpha=scale)
         return (x_NC,)
 

@@ -146,13 +146,16 @@ class KernelDelta(Term):
         return _State(tau, kept)
 
     def _sample(self, kept: Tensor | None) -> Tensor:
-        """Some of the values, from input features spread over the matrix."""
-        rows = max(1, min(self.inp, quantile.SAMPLE // self.out + 1))
-        picked = [r * (self.inp - 1) // max(1, rows - 1) for r in range(rows)]
+        """Some of the values: input features spread over the matrix, other outputs in each."""
+        wanted = 1024 if kept is not None else self.inp // 16
+        rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, wanted))
         step = max(1, rows * self.out // quantile.SAMPLE)
-        parts = [(kept[i : i + 1] if kept is not None else self._kernel(i, i + 1)).abs()
-                 for i in picked]
-        return torch.cat(parts).flatten()[::step]
+        parts = []
+        for j in range(rows):
+            i = j * (self.inp - 1) // max(1, rows - 1)
+            row = kept[i] if kept is not None else self._kernel(i, i + 1)[0]
+            parts.append(row[int(j * 0.6180339887498949 % 1.0 * step) :: step].abs())
+        return torch.cat(parts)
 
     # -- panels -----------------------------------------------------------------------------------
     @torch.no_grad()
