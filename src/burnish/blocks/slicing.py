@@ -52,10 +52,10 @@ def cut_norm(norm: nn.Module, keep: Tensor) -> nn.Module:
     """A norm of its own class on the kept channels, with their scales and shifts."""
     made = copy.copy(norm)
     made.__class__ = getattr(type(norm), "_burnish_base", type(norm))
-    made._modules = {}
-    made._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().index_select(0, keep.to(p.device)))
-        for k, p in norm._parameters.items()}
+    nn.Module.__init__(made)                    # no hooks, no slot: only its own settings stay
+    for k, p in norm._parameters.items():
+        part = None if p is None else p.detach().index_select(0, keep.to(p.device))
+        made.register_parameter(k, None if part is None else nn.Parameter(part))
     for name in ("normalized_shape", "hidden_size", "dim"):
         value = getattr(made, name, None)
         if isinstance(value, tuple):
