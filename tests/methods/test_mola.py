@@ -1,0 +1,260 @@
+"""MoLA: counts, the two forms, routing, the balance loss and its gradient, padding, bytes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.experts import Attached, ExpertChains, balance, top_k
+from burnish.core.recipe import parse
+from burnish.engine.slot import slots
+from burnish.testing.models import tiny
+
+
+def experts(tuned):
+    return {path: m for path, _, slot in slots(tuned.model) for m in slot.modules()
+            if isinstance(m, ExpertChains)}
+
+
+def stir(module, size=0.3):
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+# -- counts -----------------------------------------------------------------------------------
+def test_the_count_on_llama_2_7b(published):
+    anatomy, _ = published("LlamaConfig", "LlamaForCausalLM")
+    assert len(anatomy.blocks) == 32
+    method = parse("mola")[0]
+    with torch.device("meta"):
+        made = list(method.mixture(anatomy))
+    total = sum(p.numel() for b in made for p in b.module.parameters())
+    assert total == 99_942_400 + 5_693_440 == 105_635_840
+    assert len(made) == 32 * 7
+    places = [p for p in anatomy.places if p.block is not None]
+    assert sum(method.count(p, 32) for p in places) == total
+    q = [p for p in places if p.role == "q"]
+    per = [method.experts(p.block, 32) for p in q]
+    assert sum(per) == 160 and per == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
+
+
+def test_allocations():
+    for text, want in (("8-6-4-2", [8, 6, 4, 2]), ("5-5-5-5", [5] * 4), ("3", [3] * 4)):
+        method = parse(f"mola(allocation='{text}')")[0]
+        assert [method.experts(b, 4) for b in range(4)] == want
+    for wrong in ("2-x", "", "2-0"):
+        with pytest.raises(burnish.RecipeError, match="expected numbers of experts"):
+            burnish.tune(tiny("vit")[0], f"mola(allocation='{wrong}')")
+    tuned = burnish.tune(tiny("t5")[0], "mola(rank=2, allocation='2-3')")
+    sizes = {p: len(m.A) for p, m in experts(tuned).items()}
+    assert {n for p, n in sizes.items() if "block.0" in p} == {2}, "each stack is split by itself"
+    assert {n for p, n in sizes.items() if "block.1" in p} == {3}
+
+
+# -- what it computes -----------------------------------------------------------------------------
+@pytest.mark.parametrize("model", ["vit", "llama", "gpt2", "timm_qkv", "t5"])
+def test_the_start_is_the_base_bit_for_bit(model):
+    net, batch = tiny(model)
+    before = logits(net.eval(), batch)
+    burnish.tune(net, "mola(rank=2)")
+    assert torch.equal(logits(net.eval(), batch), before)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_dense_and_grouped_forms_agree(k):
+    m = ExpertChains(6, 7, 5, 3, k, scale=2.0).double()
+    stir(m)
+    x = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(m(x), m.grouped(x), rtol=1e-10, atol=1e-12)
+    inputs = (x, *m.parameters())
+    for a, b in zip(torch.autograd.grad(m(x).square().sum(), inputs),
+                    torch.autograd.grad(m.grouped(x).square().sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_the_equation_written_out():
+    m = ExpertChains(6, 7, 4, 3, 2, scale=2.0).double()
+    stir(m)
+    x = torch.randn(3, 6, dtype=torch.double)
+    p = (x @ m.router.t()).softmax(-1)
+    want = torch.zeros(3, 7, dtype=torch.double)
+    for t in range(3):
+        best = p[t].topk(2).indices
+        for e in best:
+            want[t] += p[t, e] / p[t, best].sum() * 2.0 * m.B[e] @ m.A[e] @ x[t]
+    torch.testing.assert_close(m(x), want, rtol=1e-10, atol=1e-12)
+
+
+def test_fewer_experts_than_k_are_all_used():
+    m = ExpertChains(6, 7, 2, 3, 4)
+    assert m.k == 2 and (m.gates(torch.randn(5, 6))[1] > 0).all()
+
+
+def test_rows_of_a_fused_projection():
+    m = ExpertChains(6, 9, 2, 3, 2, rows=((0, 3), (6, 9)))
+    stir(m)
+    y = m(torch.randn(4, 6))
+    assert y.shape == (4, 9) and not y[:, 3:6].any() and y[:, :3].any() and y[:, 6:].any()
+    net, batch = tiny("timm_qkv")
+    tuned = burnish.tune(net, "mola(rank=2, targets='q,v')")
+    assert {m.rows for m in experts(tuned).values()} == {((0, 32), (64, 96))}
+    tuned.loss(batch).backward()
+
+
+def test_dropout_draws_the_same_mask_twice():
+    m = ExpertChains(6, 7, 3, 2, 2, dropout=0.5).double()
+    stir(m)
+    x = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
+
+    def stock():
+        torch.manual_seed(3)
+        _, g = m.gates(x)
+        z = nn.functional.dropout(x, 0.5, True) @ m.A.flatten(0, 1).t()
+        return (z.view(4, 3, 2) * g.unsqueeze(-1)).flatten(1) @ m.B.transpose(1, 2).flatten(0, 1)
+
+    torch.manual_seed(3)
+    y = m(x)
+    torch.testing.assert_close(y, stock())
+    inputs = (x, *m.parameters())
+    torch.manual_seed(3)
+    got = torch.autograd.grad(m(x).square().sum(), inputs)
+    for a, b in zip(got, torch.autograd.grad(stock().square().sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_routing_is_single_precision_under_low_precision():
+    m, x = ExpertChains(6, 7, 3, 2, 2), torch.randn(4, 6, dtype=torch.bfloat16)
+    p, g = m.gates(x)
+    assert p.dtype == g.dtype == torch.float32 and m(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m.gates(x.float())[0].dtype == torch.float32
+    x.requires_grad_()
+    m(x).sum().backward()
+    assert m.A.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+
+
+# -- balance ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("experts_, k", [(4, 2), (8, 1), (5, 5)])
+def test_a_uniform_router_has_a_balance_of_one(experts_, k):
+    p = torch.full((7, experts_), 1 / experts_, dtype=torch.double)
+    assert float(balance(p, top_k(p, k))) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_collapsed_router_pays():
+    p = torch.tensor([[0.9, 0.05, 0.03, 0.02]] * 6)
+    assert float(balance(p, top_k(p, 1))) == pytest.approx(4 * 0.9, rel=1e-6)
+
+
+def test_padding_does_not_count():
+    p = torch.rand(2, 5, 4).softmax(-1)
+    g = top_k(p, 2)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    seen = mask.bool()
+    torch.testing.assert_close(balance(p, g, mask), balance(p[seen][None], g[seen][None]))
+
+
+def test_the_mask_of_the_batch_reaches_the_routers():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "mola(rank=2)")
+    made = list(experts(tuned).values())
+    assert len({id(m.padding) for m in made}) == 1
+    ids = batch["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    net(input_ids=ids, attention_mask=mask)
+    assert torch.equal(made[0].padding.of(torch.zeros(*ids.shape, 3)), mask)
+    net(input_ids=ids)
+    assert made[0].padding.of(torch.zeros(*ids.shape, 3)) is None
+
+
+def test_the_gradient_of_the_balance_is_added_where_it_arises():
+    """Gradients equal those of loss + sum of coefficient x balance, in anybody's loop."""
+    net, batch = tiny("llama", dtype=torch.float64)
+    tuned = burnish.tune(net, "mola(rank=2, balance=0.3, dropout=0.0)")
+    for m in experts(tuned).values():
+        m.double()
+        stir(m)
+    tuned.loss(batch).backward()
+    got = [p.grad.clone() for p in tuned.parameters()]
+    extra = []
+    for m in experts(tuned).values():
+        m.coefficient = 0.0
+        m.register_forward_pre_hook(
+            lambda m, a: extra.append(balance(*m.gates(a[0]))))
+    loss = tuned.loss(batch)
+    want = torch.autograd.grad(loss + 0.3 * sum(extra), list(tuned.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_attaching_a_loss_changes_no_value():
+    h, w = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    y = Attached.apply(h, (w ** 2).sum(), 0.5)
+    assert torch.equal(y, h)
+    y.sum().backward()
+    torch.testing.assert_close(w.grad, w.detach())
+    torch.testing.assert_close(h.grad, torch.ones(3))
+
+
+# -- around it ------------------------------------------------------------------------------------
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for extra in ("", " + checkpoint"):
+        net, batch = tiny("llama")
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, 4:] = 0
+        tuned = burnish.tune(net, "mola(rank=2, balance=0.3)" + extra)
+        for m in experts(tuned).values():
+            torch.manual_seed(1)
+            stir(m)
+        torch.manual_seed(5)
+        tuned.loss(batch).backward()
+        grads.append([p.grad for p in tuned.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_waits_for_backward(kept):
+    """Per linear: E R numbers and a few per expert and token; x once, as for any trained linear."""
+    tokens, R = 8 * 17, 4
+    per = {}
+    for E in (2, 6):
+        net, batch = tiny("vit", batch=8)
+        tuned = burnish.tune(
+            net, f"mola(rank={R}, allocation='{E}', targets='fc1', dropout=0.0)", head=False)
+        per[E] = kept(tuned, batch)
+    more = (per[6] - per[2]) / (2 * tokens * 4)            # per layer and token, for four experts
+    assert 4 * R <= more <= 4 * (R + 5), "R numbers, and gates, probabilities and slots"
+
+
+def test_targets_and_kinds():
+    tuned = burnish.tune(tiny("llama")[0], "mola(rank=2)", targets="q,v")
+    assert {p.rpartition(".")[2] for p in experts(tuned)} == {"q_proj", "v_proj"}
+    for model, targets, why in (("encoder", "q", "of kind mha"), ("vit", "patch", "of kind conv")):
+        with pytest.raises(burnish.TargetError, match="experts for linears"):
+            burnish.tune(tiny(model)[0], f"mola(rank=2, targets='{targets}')")
+    with pytest.raises(burnish.RecipeError, match="rank 40 does not fit"):
+        burnish.tune(tiny("vit")[0], "mola(rank=40)")
+
+
+def test_it_cannot_merge_and_copies_stay_whole():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "mola(rank=2)")
+    for m in experts(tuned).values():
+        stir(m)
+    net.eval()
+    other = copy.deepcopy(net)
+    assert torch.equal(logits(net, batch), logits(other, batch))
+    with pytest.raises(burnish.CheckError, match="mola has no form as a plain weight"):
+        tuned.merge()
