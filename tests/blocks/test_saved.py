@@ -195,3 +195,22 @@ def test_offload_to_disk_is_bit_equal_and_writes_each_storage_once(lean, tmp_pat
     assert policy.bytes_written / unit < (10.6 if lean else 22.6)
     gc.collect()
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_what_autocast_did_is_done_again():
+    """Backward runs outside the autocast context; a noted operation must not."""
+    x = torch.randn(8, 8, requires_grad=True)
+    w = torch.randn(8, 8, requires_grad=True)
+    grads = []
+    for tape in (None, Tape()):
+        with torch.autocast("cpu", torch.bfloat16):
+            if tape is None:
+                y = F.gelu(x @ w) @ w
+            else:
+                with tape.recording():
+                    h = x @ w
+                    tape.note(h, torch.matmul, (x, w), {})
+                    y = F.gelu(h) @ w
+        grads.append(torch.autograd.grad(y.float().square().sum(), [x, w]))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)

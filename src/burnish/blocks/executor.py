@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from . import replay
@@ -33,6 +34,7 @@ class _Again(torch.autograd.Function):
         ctx.call = call
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         ctx.device, ctx.rng = device, replay.rng_state(device)
+        ctx.autocast = replay.autocast_state(device)
         n = call.n_inputs
         out = call.run(tensors[:n])
         ctx.save_for_backward(*tensors[:n])
@@ -45,12 +47,14 @@ class _Again(torch.autograd.Function):
         return tuple(v.view_as(v) if id(v) in given else v for v in made)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         call, n = ctx.call, ctx.call.n_inputs
         inputs = []
         for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n], strict=True):
             inputs.append(t.detach().requires_grad_(need))
-        with torch.enable_grad(), replay.replay(ctx.device, ctx.rng), call.recording():
+        with torch.enable_grad(), replay.replay(ctx.device, ctx.rng), \
+                replay.autocast(ctx.autocast), call.recording():
             out = call.run(inputs)
         made = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
         del out

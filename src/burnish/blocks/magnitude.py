@@ -21,8 +21,11 @@ class Magnitude(Wrap):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        wide = weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
-        self.m = nn.Parameter(torch.linalg.vector_norm(wide, dim=-1))
+        self.m = nn.Parameter(_lengths(weight))
+
+    @torch.no_grad()
+    def restart(self, V: Tensor) -> None:
+        self.m.copy_(_lengths(V))
 
     def of(self, V: Tensor) -> Tensor:
         c = torch.linalg.vector_norm(V.detach(), dim=-1)
@@ -37,3 +40,8 @@ class Magnitude(Wrap):
 
     def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
         return [df * kept if self.m.requires_grad else None]
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    wide = weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
+    return torch.linalg.vector_norm(wide, dim=-1)

@@ -12,12 +12,14 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 #: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
 PANEL = 1 << 22
@@ -112,6 +114,9 @@ class Wrap(Term):
         """W' as a differentiable function of V and of this term's parameters."""
         raise NotImplementedError
 
+    def restart(self, V: Tensor) -> None:
+        """Start again from V (the base has got another form since)."""
+
     def gains(self, V: Panels) -> tuple[Tensor, Any]:
         """(f of shape (out,), what backward needs) from the panels of V."""
         raise NotImplementedError
@@ -196,10 +201,20 @@ class Weighted:
         return self.wrap.of(V) if self.wrap else V
 
 
+def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(ctx, tensor, ...)` in the tensors' own precision: autocast has had its say before."""
+    @functools.wraps(fn)
+    def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return fn(ctx, tensor, *rest)
+    return run
+
+
 class _Effective(torch.autograd.Function):
     """W -> f(W + sum of terms), regenerated in backward. Keeps O(out) numbers."""
 
     @staticmethod
+    @_uncast
     def forward(ctx: Any, weight: Tensor, op: Weighted, *theta: Tensor) -> Tensor:
         ctx.op, ctx.dtype = op, weight.dtype
         if op.wrap is not None and not op.wrap.diagonal:
@@ -216,6 +231,8 @@ class _Effective(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
+    @_uncast
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
         weight = op.base()
@@ -262,27 +279,27 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @_uncast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
                 op: Weighted, *theta: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            W = op.base() if weight is None else weight
-            W = W if W.dtype == x.dtype else W.to(x.dtype)
-            b = None if bias is None else bias.to(x.dtype)
-            x2 = x.reshape(-1, x.shape[-1])
-            ctx.states = [t.prepare() for t, _ in op.tiled]
-            early = None if op.wrap else b          # a wrapped weight's bias is not scaled
-            y2 = _product(x2, Panels(W, op.tiled, ctx.states), early)
-            kept: list[Any] = []
-            for t, s in op.token:
-                kept.append(t.forward_(x2, y2, s))
-            ctx.gain = None
-            if op.wrap is not None:
-                states = ctx.states + [t.prepare() for t, _ in op.token]
-                f, ctx.wrap_kept = op.wrap.gains(Panels(W, op.tiled + op.token, states))
-                ctx.gain = f
-                y2.mul_(f.to(y2.dtype))
-                if b is not None:
-                    y2.add_(b)
+        W = op.base() if weight is None else weight
+        W = W if W.dtype == x.dtype else W.to(x.dtype)
+        b = None if bias is None else bias.to(x.dtype)
+        x2 = x.reshape(-1, x.shape[-1])
+        ctx.states = [t.prepare() for t, _ in op.tiled]
+        early = None if op.wrap else b          # a wrapped weight's bias is not scaled
+        y2 = _product(x2, Panels(W, op.tiled, ctx.states), early)
+        kept: list[Any] = []
+        for t, s in op.token:
+            kept.append(t.forward_(x2, y2, s))
+        ctx.gain = None
+        if op.wrap is not None:
+            states = ctx.states + [t.prepare() for t, _ in op.token]
+            f, ctx.wrap_kept = op.wrap.gains(Panels(W, op.tiled + op.token, states))
+            ctx.gain = f
+            y2.mul_(f.to(y2.dtype))
+            if b is not None:
+                y2.add_(b)
         ctx.op, ctx.shape, ctx.n_theta = op, x.shape, len(theta)
         keep_x = op.keeps_input or (weight is not None and weight.requires_grad)
         tensors = [x if keep_x else None, weight]
@@ -297,6 +314,8 @@ class _Linear(torch.autograd.Function):
         return y2.view(*x.shape[:-1], y2.shape[-1])
 
     @staticmethod
+    @once_differentiable
+    @_uncast
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
         saved = ctx.saved_tensors

@@ -1,4 +1,7 @@
-"""Randomness that is drawn again instead of kept: a generator state is 5 KB, a mask is a tensor."""
+"""What a second run needs to repeat the first: its random numbers, and its autocast.
+
+Randomness is drawn again instead of kept: a generator state is 5 KB, a mask is a tensor.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,25 @@ def replay(device: torch.device, state: Tensor) -> Iterator[None]:
         yield
     finally:
         put(now, device) if put else torch.set_rng_state(now)
+
+
+def autocast_state(device: torch.device | str) -> tuple[str, bool, torch.dtype]:
+    """(device type, enabled, dtype) of autocast here and now."""
+    kind = torch.device(device).type
+    if not torch.amp.is_autocast_available(kind):
+        kind = "cpu"
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+@contextmanager
+def autocast(state: tuple[str, bool, torch.dtype]) -> Iterator[None]:
+    """Cast inside as in `state`; backward runs outside the user's autocast context."""
+    kind, enabled, dtype = state
+    if autocast_state(kind)[1:] == (enabled, dtype):
+        yield
+        return
+    with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+        yield
 
 
 class _Dropout(torch.autograd.Function):

@@ -34,12 +34,13 @@ Recompute = Callable[..., Tensor]
 class _Entry:
     """How to make one tensor again: an operation on arguments, packed once somebody asks."""
 
-    __slots__ = ("fn", "args", "kwargs", "size", "stride", "offset", "readers", "value",
-                 "settled", "__weakref__")
+    __slots__ = ("fn", "args", "kwargs", "size", "stride", "offset", "autocast", "readers",
+                 "value", "settled", "__weakref__")
 
     def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor):
         self.fn, self.args, self.kwargs = fn, args, kwargs
         self.size, self.stride, self.offset = out.size(), out.stride(), out.storage_offset()
+        self.autocast = replay.autocast_state(out.device)
         self.readers, self.value, self.settled = 0, None, False
 
     def settle(self, tape: Tape) -> None:
@@ -54,7 +55,7 @@ class _Entry:
         self.readers -= 1
         value = self.value
         if value is None:
-            with torch.no_grad():
+            with torch.no_grad(), replay.autocast(self.autocast):
                 value = self.fn(*[_open(a) for a in self.args],
                                 **{k: _open(v) for k, v in self.kwargs.items()})
             if value.stride() != self.stride:

@@ -9,6 +9,7 @@ from ...blocks.factor import Chain
 from ...blocks.magnitude import Magnitude
 from ...core.method import Method, setting
 from ...core.site import Place
+from .lora import check_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class Dora(Method):
     rank: int = setting(8, "rank of the direction's update", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+
+    def __post_init__(self) -> None:
+        check_dropout("dora", self.dropout)
 
     def claims(self) -> tuple[str, ...]:
         return (f"the function of W on {self.targets or 'the default targets'}",)

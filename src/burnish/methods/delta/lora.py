@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ...blocks.factor import Chain
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Place
 
@@ -41,6 +42,12 @@ class Lora(Method):
     train_a: bool = setting(True, "False freezes A (LoRA-FA): x is not kept")
     b_rate: float = setting(1.0, "learning rate of B relative to A (LoRA+)")
 
+    def __post_init__(self) -> None:
+        check_dropout("lora", self.dropout)
+        if self.b_rate <= 0:
+            raise RecipeError(f"lora: b_rate multiplies a learning rate, {self.b_rate} is no rate; "
+                              "1.0 is plain LoRA, LoRA+ suggests 16")
+
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rs" else self.rank)
@@ -56,3 +63,9 @@ class Lora(Method):
         """Trainable parameters on one matrix."""
         per = self.rank * (place.out + (place.inp if self.train_a else 0))
         return per * max(1, place.experts)
+
+
+def check_dropout(name: str, p: float) -> None:
+    """A probability below one."""
+    if not 0 <= p < 1:
+        raise RecipeError(f"{name}: dropout is a probability in [0, 1), got {p}")

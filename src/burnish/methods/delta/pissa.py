@@ -29,9 +29,16 @@ class Principal(Chain):
         """The stored weight minus the start, for a storage that will hold the residual."""
         out = stored.clone()
         view = place.view(out)
-        view.copy_((view.float() - self.scale * (self.B0 @ self.A0)).to(view.dtype))
-        self.A0 = self.B0 = None
+        view.copy_(view.to(self.A0.dtype) - self.scale * (self.B0 @ self.A0))
         return out
+
+    def absorbed(self) -> None:
+        """A storage holds the residual now: nothing is left to subtract."""
+        self.A0 = self.B0 = None
+
+    @property
+    def folded(self) -> bool:
+        return self.A0 is None
 
     def dense(self) -> Tensor:
         d = self.scale * (self.B @ self.A)

@@ -1,0 +1,108 @@
+"""DoRA: direction and length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import burnish
+from burnish.blocks.factor import Chain
+from burnish.blocks.magnitude import Magnitude
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.targets import match
+from burnish.testing.models import tiny
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+
+
+def test_count_on_llama_7b():
+    anatomy = Anatomy.of(tiny("llama", meta=True, **LLAMA_7B)[0])
+    (method,) = parse("dora(rank=32)")
+    places = match(anatomy, "q,k,v,up,down")
+    assert sum(method.count(p) for p in places) == 56_975_360
+    assert sum(p.out for p in places) == 876_544
+
+
+def stirred(recipe="dora(rank=4)"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24)).double()
+    tuned = burnish.tune(model, recipe)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return tuned, dict(tuned.terms(Chain))["0.weight"], dict(tuned.terms(Magnitude))["0.weight"]
+
+
+def test_gradient_with_the_norm_as_a_constant():
+    """dV = diag(m / c) dW', dm = rowsum(dW' * V) / c."""
+    tuned, chain, magnitude = stirred()
+    linear = tuned.model[0]
+    for t in (chain, magnitude):
+        t.double()
+    x, g = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)
+    wanted = [chain.A, chain.B, magnitude.m]
+    got = torch.autograd.grad(tuned.model(x), wanted, g)
+    V = linear.weight + chain.scale * chain.B @ chain.A
+    c = V.norm(dim=1).detach()
+    dW = g.t() @ x
+    dV = (magnitude.m / c)[:, None] * dW
+    want = (chain.scale * chain.B.t() @ dV, chain.scale * dV @ chain.A.t(), (dW * V).sum(1) / c)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_bias_is_not_scaled():
+    tuned, chain, magnitude = stirred()
+    x = torch.zeros(2, 16, dtype=torch.float64)
+    assert torch.equal(tuned.model(x)[0], tuned.model[0].bias)
+
+
+def test_the_length_of_the_direction_gets_no_gradient():
+    """W' does not change when V is stretched; with c held constant the gradient along V stays."""
+    tuned, chain, magnitude = stirred()
+    W = tuned.model[0].weight
+    torch.testing.assert_close(magnitude.of(W), magnitude.of(3 * W))
+
+
+def test_merge():
+    tuned, *_ = stirred()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    want = tuned.model(x)
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-6, atol=1e-7)
+
+
+def test_convolutions_take_the_norm_over_the_whole_kernel():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False))
+    tuned = burnish.tune(conv, "dora(rank=4)", targets="conv")
+    (_, magnitude), = tuned.terms(Magnitude)
+    torch.testing.assert_close(magnitude.m.detach(), conv[0].weight.detach().flatten(1).norm(dim=1))
+    with torch.no_grad():
+        magnitude.m.mul_(2)
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(conv(x), F.conv2d(x, 2 * conv[0].weight, padding=1),
+                               rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_come_from_the_stored_form_of_a_quantised_base():
+    model, _ = tiny("llama", hidden_size=64, intermediate_size=64)
+    tuned = burnish.tune(model, "nf4 + dora(rank=4)", targets="q", head=False)
+    for name, magnitude in tuned.terms(Magnitude):
+        stored = model.get_submodule(name.removesuffix(".weight")).weight.detach()
+        torch.testing.assert_close(magnitude.m.detach(), stored.norm(dim=1), rtol=1e-6, atol=1e-6)
+
+
+def test_two_functions_of_one_weight_are_refused():
+    with pytest.raises(RecipeError, match="cannot be joined"):
+        parse("dora + dora(rank=4)")
+
+
+def test_decay_leaves_lengths_alone():
+    tuned, *_ = stirred()
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.0]

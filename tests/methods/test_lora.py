@@ -1,0 +1,178 @@
+"""LoRA and its named variants: counts, scale, rates, what is kept, merge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.factor import Chain
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.site import Place
+from burnish.core.targets import match
+from burnish.testing.models import tiny
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+ROBERTA = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+           "num_attention_heads": 12, "vocab_size": 50265}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Anatomy.of(tiny("llama", meta=True, **LLAMA_7B)[0])
+
+
+def count(anatomy, recipe, targets=None):
+    (method,) = parse(recipe)
+    return sum(method.count(p) for p in match(anatomy, targets))
+
+
+@pytest.mark.parametrize("recipe, targets, expected", [
+    ("lora(rank=8)", "q,v", 4_194_304),
+    ("lora(rank=16)", None, 39_976_960),
+    ("lora(rank=64, train_a=False)", None, 87_031_808),
+])
+def test_counts_on_llama_7b(llama, recipe, targets, expected):
+    assert count(llama, recipe, targets) == expected
+
+
+def test_count_on_roberta_base():
+    anatomy = Anatomy.of(tiny("roberta", meta=True, **ROBERTA)[0])
+    assert count(anatomy, "lora(rank=8)", "q,v") == 294_912
+
+
+def mlp(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
+def fill(tuned, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+
+
+def test_the_start_is_the_base_to_the_bit():
+    model, x = mlp(), torch.randn(4, 32)
+    want = model(x)
+    burnish.tune(model, "lora(rank=4)")
+    assert torch.equal(model(x), want)
+
+
+def test_the_update_has_at_most_its_rank_and_merges():
+    model, x = mlp(), torch.randn(4, 32)
+    tuned = burnish.tune(model, "lora(rank=3)")
+    fill(tuned)
+    for _, term in tuned.terms(Chain):
+        assert int(torch.linalg.matrix_rank(term.dense())) == 3
+    want = tuned.model(x)
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale():
+    assert parse("lora(rank=16, alpha=8)")[0].scale == 0.5
+    assert parse("lora(rank=16, alpha=8, scaling='rs')")[0].scale == 2.0
+
+
+def test_rank_stabilised_updates_do_not_shrink_with_the_rank():
+    """The output of s B A x with entries of B of one size, as the rank goes 4 -> 1024: constant
+    with alpha / sqrt(rank), shrinking as 1 / sqrt(rank) with alpha / rank."""
+    place = Place("l", "weight", "linear", 256, 1024)
+    x = torch.randn(1024, 1024)
+
+    def size(scaling, rank):
+        torch.manual_seed(0)
+        term = Chain(place, rank, parse(f"lora(rank={rank}, scaling={scaling!r})")[0].scale)
+        nn.init.normal_(term.B)
+        return float((x @ term.dense().detach().t()).square().mean().sqrt())
+
+    for rank in (64, 1024):
+        assert size("rs", rank) / size("rs", 4) == pytest.approx(1.0, rel=0.1)
+        assert size("lora", rank) / size("lora", 4) == pytest.approx(math.sqrt(4 / rank), rel=0.1)
+
+
+def test_lora_plus_gives_b_its_own_rate():
+    tuned = burnish.tune(mlp(), "lora(rank=4, b_rate=16)")
+    opt = tuned.optimizer(lr=1e-4, weight_decay=0.1)
+    names = {id(p): n for n, p in tuned.named_parameters()}
+    rates = {names[id(p)].rpartition(".")[2]: (g["lr"], g["weight_decay"])
+             for g in opt.param_groups for p in g["params"]}
+    assert rates == {"A": (1e-4, 0.0), "B": (pytest.approx(16e-4), 0.0)}
+    assert len(opt.param_groups) == 2
+
+
+def test_a_head_decays_and_factors_do_not():
+    tuned = burnish.tune(tiny("bert")[0], "lora(rank=4)")
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.1)
+    names = {id(p): n for n, p in tuned.named_parameters()}
+    for g in opt.param_groups:
+        for p in g["params"]:
+            assert g["weight_decay"] == (0.0 if ".burnish." in names[id(p)] else 0.1)
+
+
+def kept_bytes(recipe, tokens=16, width=64):
+    """Bytes that wait for backward in one linear of an MLP, parameters excluded."""
+    model = nn.Sequential(nn.Linear(width, width, bias=False))
+    tuned = burnish.tune(model, recipe)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    tuned.state.tape.lean = False
+    tuned.state.tape.pack = pack
+    tuned.state.tape.unpack = lambda t: t
+    tuned.model(torch.randn(tokens, width, requires_grad=True))
+    return sum(kept.values()) / tokens / 4
+
+
+def test_frozen_a_keeps_rank_numbers_a_token():
+    assert kept_bytes("lora(rank=4, train_a=False)") == 4
+    assert kept_bytes("lora(rank=4)") == 4 + 64
+
+
+def test_frozen_a_stays_where_it_is():
+    model, x = mlp(), torch.randn(8, 32)
+    tuned = burnish.tune(model, "lora(rank=4, train_a=False)")
+    before = [t.A.clone() for _, t in tuned.terms(Chain)]
+    tuned.optimizer(lr=1e-2)
+    for _ in range(3):
+        tuned.step(x, loss=lambda y, _: (y - 1).square().mean())
+    for old, (_, term) in zip(before, tuned.terms(Chain), strict=True):
+        assert torch.equal(old, term.A)
+        assert term.B.abs().sum() > 0
+
+
+def test_factors_are_fp32_on_a_half_precision_base():
+    tuned = burnish.tune(mlp().bfloat16(), "lora(rank=4)")
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    assert tuned.model(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
+
+
+def test_only_rows_asked_for_change_in_a_fused_projection():
+    model, batch = tiny("timm_qkv")
+    tuned = burnish.tune(model, "lora(rank=4, targets='q,v')", head=False)
+    fill(tuned)
+    before = model.blocks[0].attn.qkv.weight.clone()
+    change = (tuned.merge().blocks[0].attn.qkv.weight - before).abs().sum(1)
+    assert (change[:32] > 0).all() and (change[64:] > 0).all()
+    assert torch.equal(change[32:64], torch.zeros(32))
+
+
+@pytest.mark.parametrize("settings, word", [
+    ("rank=33", "largest rank there is 32"), ("rank=0", "rank 0 does not fit"),
+    ("dropout=1.0", "dropout"), ("dropout=-0.1", "dropout"), ("b_rate=0.0", "b_rate"),
+])
+def test_settings_that_make_no_sense(settings, word):
+    with pytest.raises(RecipeError, match=word):
+        burnish.tune(mlp(), f"lora({settings})")
