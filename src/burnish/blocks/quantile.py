@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 Stream = Callable[[], Iterable[Tensor]]
 
 SAMPLE = 1 << 14
+#: a bracket that reaches into the first or last 1/EDGE of the sample is extended to that end
+EDGE = 32
 #: entries the bracket may hold
 HELD = 1 << 21
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.site import Place
 from . import quantile
@@ -28,7 +29,7 @@ from .provided import PANEL, Term
 
 COEFFICIENT = 0.1
 #: entries of a strip: its dozen temporaries fit the second-level cache
-STRIP = 1 << 16
+STRIP = 1 << 17
 
 
 class _State:
@@ -97,16 +98,27 @@ class KernelDelta(Term):
     def _mix(self, D: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.mixed:
             return D, None
-        S = torch.softmax(D / self.gamma, dim=1)
-        return torch.addcmul(self.beta, S, self.alpha).add_(D), S
+        alpha, gamma, beta = self._scalars()
+        S = torch.softmax(D / gamma, dim=1)
+        if isinstance(alpha, float):                 # one vectorised pass
+            return torch.add(D, S, alpha=alpha).add_(beta), S
+        return torch.addcmul(beta, S, alpha).add_(D), S
+
+    def _scalars(self) -> tuple[Any, Any, Any]:
+        """alpha, gamma, beta: numbers where reading them stalls nothing, else tensors."""
+        own = (self.alpha, self.gamma, self.beta)
+        return tuple(float(p.detach()) for p in own) if _on_host(self.alpha) else own
 
     def _gate(self, K: Tensor, tau: Tensor | None) -> Tensor | None:
         """The constant factor: |K| on survivors, 0 elsewhere; None where it is 1."""
         if self.magnitude == "linear":
             return None if tau is None else (K.abs() > tau).to(K.dtype)
         gate = K.abs()
-        # threshold: x where x > tau, else 0
-        return gate if tau is None else gate.mul_(gate > tau)
+        if tau is None:
+            return gate
+        if _on_host(tau):
+            return torch.nn.functional.threshold_(gate, float(tau), 0.0)
+        return gate.mul_(gate > tau)
 
     def kernel_reference(self) -> Tensor:
         """K of the whole matrix, (out, in), by differentiable torch functions."""
@@ -147,14 +159,18 @@ class KernelDelta(Term):
 
     def _sample(self, kept: Tensor | None) -> Tensor:
         """Some of the values: input features spread over the matrix, other outputs in each."""
-        wanted = 1024 if kept is not None else self.inp // 16
-        rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, wanted))
+        if kept is not None:
+            stride = max(1, kept.numel() // quantile.SAMPLE)
+            while math.gcd(stride, self.out) > 1:        # coprime to a row: visits all outputs
+                stride += 1
+            return kept.flatten()[::stride].abs()
+        rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, self.inp // 16))
         step = max(1, rows * self.out // quantile.SAMPLE)
         parts = []
         for j in range(rows):
             i = j * (self.inp - 1) // max(1, rows - 1)
-            row = kept[i] if kept is not None else self._kernel(i, i + 1)[0]
-            parts.append(row[int(j * 0.6180339887498949 % 1.0 * step) :: step].abs())
+            start = int(j * 0.6180339887498949 % 1.0 * step)
+            parts.append(self._kernel(i, i + 1)[0][start::step].abs())
         return torch.cat(parts)
 
     # -- panels -----------------------------------------------------------------------------------
@@ -214,7 +230,9 @@ class KernelDelta(Term):
         for h, c in ((0, COEFFICIENT), (1, -COEFFICIENT)):
             A, B = self.A[h, a:b], self.B[h]
             if self.norm_p == 2.0:
-                R = dD / d[h].masked_fill_(d[h] == 0, math.inf)
+                if not _on_host(dD) or float(d[h].amin()) == 0:
+                    d[h].masked_fill_(d[h] == 0, math.inf)
+                R = dD / d[h]
                 right = R @ ends[h]
                 left = R.t() @ torch.cat([A, torch.ones_like(A[:, :1])], 1)
                 dA[h, a:b].add_(right[:, q:] * A - right[:, :q], alpha=c)
@@ -237,3 +255,7 @@ class KernelDelta(Term):
     def stats(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity}
 
+
+def _on_host(t: Tensor) -> bool:
+    """Its value may be read without stalling a device (and it has one)."""
+    return t.device.type == "cpu" and not isinstance(t, FakeTensor)
