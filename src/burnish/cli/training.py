@@ -56,8 +56,10 @@ def fit(
             raise ConfigError(f"fit needs {name}: give --{name}, or '{name}:' in the "
                               f"configuration{nearest(name, settings)}")
     own = {k: settings.pop(k) for k in OWN if k in settings}
+    if json:
+        settings["quiet"] = True
     try:
-        run = burnish.fit(**own, **({"quiet": True} if json else {}), **settings)
+        run = burnish.fit(**own, **settings)
     except KeyboardInterrupt as stop:               # the parser would drop what it says
         raise Interrupted(str(stop) or "interrupted") from None
     if json:                                        # people were told while it ran
