@@ -48,7 +48,7 @@ def rows(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-# -- what a run is -------------------------------------------------------------------------------
+# -- what a run is -----------------------------------------------------------------------------
 def test_a_run_learns_and_its_folder_gives_the_same_answers(vit, glyph_vit, tmp_path):
     run = burnish.fit(glyph_vit, "digits", "lora(rank=4)", output=tmp_path, epochs=2, lr=3e-3,
                       batch_size=32, quiet=True)
@@ -148,7 +148,7 @@ def test_gradients_that_accumulate_are_those_of_the_whole_batch(vit, tmp_path):
         assert torch.allclose(a, b, atol=2e-5), n
 
 
-# -- memory chosen -----------------------------------------------------------------------------------
+# -- memory chosen -----------------------------------------------------------------------------
 def test_a_recipe_is_chosen_for_a_memory(vit, tmp_path, monkeypatch):
     import importlib
     planning = importlib.import_module("burnish.memory.plan")
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_with_figures(vit, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------
+# -- what goes wrong ---------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(vit, tmp_path):
     with pytest.raises(BurnishError, match=r"is (nan|inf|-inf) at step \d+ .* is kept in"):
         burnish.fit(vit, "digits", "full", output=tmp_path, **{**SMALL, "lr": 1e30,
@@ -220,7 +220,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(tmp_p
             burnish.fit("nowhere", "nothing", output=tmp_path, **given)
 
 
-# -- somebody else's trainer ---------------------------------------------------------------------------
+# -- somebody else's trainer -------------------------------------------------------------------
 def trainer_of(vit, tuned, output, **kw):
     import transformers
 

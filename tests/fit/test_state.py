@@ -96,7 +96,7 @@ def test_state_of_other_parameters_is_refused():
         state.load_optimizer_state(torch.optim.AdamW([p]), [("c", p)], kept)
 
 
-# -- folders ---------------------------------------------------------------------------------------
+# -- folders -----------------------------------------------------------------------------------
 def fill(folder, text="x"):
     with checkpoint.writing(folder) as hidden:
         (hidden / "a.txt").write_text(text)
@@ -142,7 +142,7 @@ def test_rotation_spares_the_newest_and_the_best(tmp_path):
     assert [p.name for p in checkpoint.all_in(tmp_path)] == ["checkpoint-5"]
 
 
-# -- names of settings -------------------------------------------------------------------------------
+# -- names of settings -------------------------------------------------------------------------
 def test_names_from_elsewhere_mean_what_they_meant_there():
     own, args, _ = sort_out({"lr": 1e-3, "num_epochs": 2, "micro_batch_size": 4, "cutoff_len": 64,
                              "val_set_size": 0.2, "warmup_ratio": 0.1, "weight_decay": 0.0})

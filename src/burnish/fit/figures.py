@@ -116,30 +116,33 @@ def memory(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | No
 
 
 def timeline(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | None) -> str:
-    """One training step: the promise as stacked areas, the measured total as a line."""
+    """One training step: the promise as stacked areas, the measured total as a line.
+
+    A real step takes other numbers of operations than the same step on tensors without bytes, so
+    the two are laid over each other phase by phase.
+    """
     if not simulated or not simulated["timeline"]:
         return ""
     figure, (ax,) = _axes(9, 3.1)
-    x, parts = _curve(simulated)
+    spans = _spans(simulated)
+    total = max(1, sum(n for _, _, n in spans))
+    widths = {name: n / total for name, _, n in spans}
+    x, parts = _curve(simulated, widths)
     ax.stackplot(x, [[p.get(k, 0) for p in parts] for k in KINDS], colors=list(KINDS.values()),
                  linewidth=0, step="post")
-    if measured and measured["timeline"]:
-        mx, mparts = _curve(measured)
+    if measured and measured["timeline"] and {n for n, _, _ in _spans(measured)} == set(widths):
+        mx, mparts = _curve(measured, widths)
         ax.step(mx, [sum(p.values()) for p in mparts], where="post", color=INK, linewidth=1.0,
                 label="measured")
         ax.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=INK)
-    start = simulated["timeline"][0][0]
-    end = max(1, simulated["timeline"][-1][0] - start)
-    seen: dict[str, float] = {}
-    for name, n in simulated["phases"]:
-        seen.setdefault(name, max(0, n - start) / end)
-    spans = sorted(seen.items(), key=lambda kv: kv[1])
-    for (name, a), b in zip(spans, [v for _, v in spans[1:]] + [1.0], strict=True):
-        if a:
-            ax.axvline(a, color=INK, linewidth=0.6, linestyle=":")
-        if b - a > 0.04:
-            ax.text((a + b) / 2, -0.05, name, transform=ax.get_xaxis_transform(), ha="center",
+    at = 0.0
+    for name, width in widths.items():
+        if at:
+            ax.axvline(at, color=INK, linewidth=0.6, linestyle=":")
+        if width > 0.04:
+            ax.text(at + width / 2, -0.05, name, transform=ax.get_xaxis_transform(), ha="center",
                     va="top", fontsize=8, color=FAINT)
+        at += width
     ax.set_xlim(0, 1)
     ax.set_xticks([])
     top = max(sum(p.values()) for p in parts)
@@ -149,10 +152,30 @@ def timeline(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | 
     return _svg(figure, "live memory over one training step")
 
 
-def _curve(report: Mapping[str, Any]) -> tuple[list[float], list[Mapping[str, int]]]:
+def _spans(report: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """(phase, its first event, how many it has), in order of first appearance."""
     points = report["timeline"]
-    start, end = points[0][0], max(points[-1][0], points[0][0] + 1)
-    return [(n - start) / (end - start) for n, _ in points], [p for _, p in points]
+    begin, end = points[0][0], points[-1][0] + 1
+    first: dict[str, int] = {}
+    for name, n in report["phases"]:
+        first.setdefault(name, min(max(begin, n), end))
+    order = sorted(first.items(), key=lambda kv: kv[1])
+    stops = [n for _, n in order[1:]] + [end]
+    return [(name, n, stop - n) for (name, n), stop in zip(order, stops, strict=True) if stop > n]
+
+
+def _curve(report: Mapping[str, Any], widths: Mapping[str, float]
+           ) -> tuple[list[float], list[Mapping[str, int]]]:
+    """Positions in [0, 1], each phase stretched to its width, and what lived there."""
+    x, at = [], 0.0
+    spans = []
+    for name, start, count in _spans(report):
+        spans.append((start, count, at, widths[name]))
+        at += widths[name]
+    for n, _ in report["timeline"]:
+        start, count, left, width = next(s for s in reversed(spans) if n >= s[0] or s is spans[0])
+        x.append(left + width * min(1.0, max(0, n - start) / max(1, count)))
+    return x, [p for _, p in report["timeline"]]
 
 
 def layers(moved: Mapping[str, Mapping[str, float]]) -> str:
@@ -189,15 +212,19 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     figure, (ax,) = _axes(9, 3.4)
-    for i, r in enumerate(rows):
-        own = bool(r.get("chosen"))
+    drawn: list[tuple[float, float]] = []
+    spread = max(r["accuracy"] for r in rows) - min(r["accuracy"] for r in rows) or 1.0
+    wide = max(r["measured"] for r in rows)
+    for r in sorted(rows, key=lambda r: r["measured"]):
+        own, here = bool(r.get("chosen")), (r["measured"] / wide, r["accuracy"] / spread)
         ax.scatter([r["measured"]], [100 * r["accuracy"]], s=90 if own else 60, zorder=4,
                    color=WARM if own else ACCENT)
-        left = r["measured"] > 0.8 * max(q["measured"] for q in rows)
-        ax.annotate(r["recipe"], (r["measured"], 100 * r["accuracy"]),
-                    xytext=(-9 if left else 9, 7 if i % 2 else -12),
-                    textcoords="offset points", ha="right" if left else "left", fontsize=9,
+        near = [d for d in drawn if abs(d[0] - here[0]) < 0.25 and abs(d[1] - here[1]) < 0.12]
+        below = bool(near)
+        ax.annotate(r["recipe"], (r["measured"], 100 * r["accuracy"]), xytext=(0, -17 if below
+                    else 9), textcoords="offset points", ha="center", fontsize=9,
                     weight="bold" if own else "normal", color=INK)
+        drawn.append(here)
     low, high = min(r["measured"] for r in rows), max(r["measured"] for r in rows)
     ax.set_xlim(low - 0.15 * (high - low) - 1, high + 0.12 * (high - low) + 1)
     worst, best = (100 * f(r["accuracy"] for r in rows) for f in (min, max))

@@ -5,6 +5,8 @@ The page is a single HTML file with its pictures inside; it needs no server and 
 
 from __future__ import annotations
 
+import base64
+import io
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from ..memory import MemoryReport, format_bytes
 from . import figures
 
 if TYPE_CHECKING:
+    from .data import Data
     from .tasks import Task
 
 #: entries of all tuned matrices together above which their change is not computed for the page
@@ -72,7 +75,7 @@ def change(tuned: Tuned) -> dict[str, dict[str, float]]:
     """How each weight moved: ``|Delta| / |W|``, and the share of entries that moved at all.
 
     For terms beside a weight (LoRA, SNELLA...) Delta is the term; for weights that trained whole
-    it is what they are minus what they were. Functions of W (DoRA) are left out.
+    it is what they are minus what they were. The head and functions of W (DoRA) are left out.
     """
     from ..blocks.provided import Wrap
 
@@ -92,11 +95,14 @@ def change(tuned: Tuned) -> dict[str, dict[str, float]]:
                 (term.dense().float(), float(part.place.view(base).float().norm())))
     out = {name: _moved(sum(d for d, _ in pieces), pieces[0][1])
            for name, pieces in found.items()}
+    heads = tuple(tuned.anatomy.head)  # a new head has nothing it could be compared with
     for path, leaf in tuned.originals:
         before = tuned.originals.get(path, leaf)
         if before.dim() < 2 or (size := size + before.numel()) > LOOKED_AT:
             continue
         name = f"{path}.{leaf}" if path else leaf
+        if heads and name.startswith(heads):
+            continue
         now = tuned.model.get_parameter(name)
         out[name] = _moved(now.float().cpu() - before.float().cpu(), float(before.float().norm()))
     return out
@@ -108,10 +114,11 @@ def _moved(delta: Any, norm: float) -> dict[str, float]:
 
 
 def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
-                 tuned: Tuned | None = None, *, comparison: Mapping[str, Any] | None = None,
-                 title: str | None = None) -> str:
+                 tuned: Tuned | None = None, *, data: Data | None = None,
+                 comparison: Mapping[str, Any] | None = None, title: str | None = None) -> str:
     """The page as text.
 
+    data: pictures of it are shown, where it has any.
     comparison: ``rows`` (recipe, accuracy, trained, simulated, measured, seconds...) of several
         runs, shown as one table and one picture at the top (the demo's, and `compare`'s).
     """
@@ -133,9 +140,27 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
                     "figure": lambda v: f"{v:.4g}" if isinstance(v, float) else v}
     return env.get_template("report.html.j2").render(
         title=title or f"{facts['recipe']} on {facts['data']['source']}", run=facts,
-        pictures=pictures, comparison=comparison,
+        pictures=pictures, comparison=comparison, gallery=gallery(data) if data else [],
         names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
         command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")
+
+
+def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]]:
+    """(picture as a data URI, class) of rows spread over the training split."""
+    if data.task != "image-classification":
+        return []
+    step = max(1, len(data.train) // count)
+    out = []
+    for i in range(0, len(data.train), step)[:count]:
+        row = data.train[i]
+        image = row["image"].convert("RGB")
+        image = image.resize((side, max(1, round(side * image.height / image.width))), 0
+                             if image.width < side else 2)
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        coded = base64.b64encode(buffer.getvalue()).decode()
+        out.append((f"data:image/png;base64,{coded}", data.labels[row["label"]]))
+    return out
 
 
 def _on_command_line() -> bool:

@@ -88,9 +88,6 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
                  split=own.split, validation=own.validation, seed=int(args.get("seed", 42)))
     say(str(found))
-    for sample in found.samples():
-        say(f"  {sample}")
-
     named = model if isinstance(model, nn.Module) else str(model)
     task = task_for(found, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code)
@@ -107,6 +104,8 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     plain = not isinstance(module, transformers.PreTrainedModel)
     size = int(args.setdefault("per_device_train_batch_size", 16))
     batch, loss = task.call(task.example(size), plain)
+    for sample in task.preview():
+        say(f"  {sample}")
     for note in task.notes:
         say(f"note: {note}")
     if recipe is None and memory is not None:
@@ -290,6 +289,7 @@ def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
         "per_device_eval_batch_size": args["per_device_train_batch_size"],
         "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
         "logging_nan_inf_filter": False, "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else several processes stay strangers
     }
     if steps is not None and "save_steps" not in args:
         defaults["save_steps"] = steps
@@ -340,7 +340,7 @@ def finish(run: Run, task: Task, own: Options) -> None:
     if hasattr(task.processor, "save_pretrained"):
         task.processor.save_pretrained(run.folder)
     if own.report:
-        page = write_report(run.facts, run.history, run.tuned)
+        page = write_report(run.facts, run.history, run.tuned, data=task.data)
         safe.write_text(run.folder / "report.html", page)
 
 

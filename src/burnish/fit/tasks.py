@@ -30,6 +30,7 @@ class Task:
     processor: Any = None
     max_length: int | None = None
     notes: list[str] = field(default_factory=list)
+    _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     auto: ClassVar[str] = ""
     #: what best-checkpoint goes by, and whether more of it is better
@@ -55,7 +56,19 @@ class Task:
 
     # -- the rows ------------------------------------------------------------------------
     def rows(self, split: str) -> Rows:
+        """The split as tensors; made once and kept."""
+        source = self.data.splits[split]
+        kept = self._made.get(split)
+        if kept is None or kept[0] is not source:
+            kept = self._made[split] = (source, self.make(split))
+        return kept[1]
+
+    def make(self, split: str) -> Rows:
         raise NotImplementedError
+
+    def preview(self, n: int = 3) -> list[str]:
+        """A few rows as people read them."""
+        return self.data.samples(n)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
@@ -115,7 +128,7 @@ class ImageClassification(_Classify):
     def input(self, batch: Batch) -> torch.Tensor:
         return batch["pixel_values"]
 
-    def rows(self, split: str) -> Rows:
+    def make(self, split: str) -> Rows:
         return Pictures(self.data.splits[split], self.processor, self.data.where.get(split))
 
 
@@ -134,7 +147,7 @@ class TextClassification(_Classify):
     def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
         return self.fit_head(super().load(name, trust_remote_code, **kw))
 
-    def rows(self, split: str) -> Rows:
+    def make(self, split: str) -> Rows:
         return Sentences(self.data.splits[split], self.processor, self.max_length)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
@@ -149,7 +162,7 @@ class LanguageModelling(Task):
 
     auto = "AutoModelForCausalLM"
 
-    def rows(self, split: str) -> Rows:
+    def make(self, split: str) -> Rows:
         return Documents(self.data.splits[split], self.processor, self.max_length or 512)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
@@ -173,11 +186,18 @@ class LanguageModelling(Task):
 class InstructionTuning(LanguageModelling):
     """As language modelling, row by row, with ``labels`` -100 wherever nothing is learnt."""
 
-    def rows(self, split: str) -> Rows:
+    def make(self, split: str) -> Rows:
         turns = Turns(self.data.splits[split], self.processor, self.max_length,
                       self.data.where.get(split))
         self.notes += turns.notes
         return turns
+
+    def preview(self, n: int = 3) -> list[str]:
+        """As the model sees them, with what is learnt between guillemets."""
+        from .chat import show
+
+        tokens = self.rows("train").tokens  # type: ignore[attr-defined]
+        return [show(self.processor, t) for t in tokens[:n]]
 
 
 TASKS: dict[str, type[Task]] = {
@@ -241,6 +261,21 @@ def check_local(name: str) -> None:
     if path.is_dir() and not (path / "config.json").exists():
         has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> dict[str, float]:
+    """The task's figures of a transformers model on one split, in row order, without a trainer."""
+    rows, was = task.rows(split), model.training
+    model.eval()
+    answers, labels = [], []
+    for start in range(0, len(rows), batch_size):
+        stop = min(start + batch_size, len(rows))
+        batch = task.collate([rows[i] for i in range(start, stop)])
+        answers.append(task.reduce(logits_of(model(**batch)), batch["labels"]))
+        labels.append(batch["labels"])
+    model.train(was)
+    return task.measure(torch.cat(answers), torch.cat(labels))
 
 
 def pad_tokens(rows: Sequence[dict[str, Any]], pad: int) -> Batch:
