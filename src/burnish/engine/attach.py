@@ -30,6 +30,7 @@ class Attacher:
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
+        self.names = {id(p): n for n, p in model.named_parameters()}    # one name per tied tensor
 
     # -- where ---------------------------------------------------------------------------------
     def places(self, method: Method) -> list[Place]:
@@ -65,8 +66,8 @@ class Attacher:
         for part in recipe:
             for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
                 self._branch(part, branch)
-        for part in recipe:
-            for question in ("prompt", "side", "activations"):
+        for question in ("prompt", "side", "activations"):
+            for part in recipe:
                 if question in part.axes():
                     answer = getattr(part, question)(self.anatomy)
                     if answer is not None:
@@ -125,20 +126,36 @@ class Attacher:
                 continue
             stored = module._parameters[place.param]
             moved = stored.detach()
-            for p in slot.parts:
-                fold = getattr(slot.module_of(p), "fold_start", None)
-                if p.place == place and fold is not None:
-                    moved = fold(moved, place)        # a start that storage should absorb
+            terms = [slot.module_of(p) for p in slot.parts if p.place == place]
+            absorbed = [t for t in terms if hasattr(t, "fold_start")]
             with torch.no_grad():
+                for term in absorbed:                # a start that storage should absorb
+                    moved = term.fold_start(moved, place)
                 provider = part.storage(place, moved)
             if provider is None:
                 continue
+            for term in absorbed:
+                term.absorbed()
             self.adapter.originals.put(place.path, place.param, stored)
             module._parameters[place.param] = None       # its place in the order stays
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
+            self._restart(slot, module, place.param)
             self.replaced[f"{place.path}.{place.param}"] = part.name
             self.placed.setdefault(part.name, []).append(place)
+
+    @torch.no_grad()
+    def _restart(self, slot: Any, module: nn.Module, param: str) -> None:
+        """Functions of W that start from its values take those of its new form, with the starts
+        it has absorbed."""
+        for p in slot.parts:
+            wrap = slot.module_of(p)
+            if isinstance(wrap, Wrap) and p.place.param == param:
+                V = slot._place_view(module, p.place)
+                for q in slot.parts:
+                    if q.place == p.place and getattr(slot.module_of(q), "folded", False):
+                        V = V + slot.module_of(q).dense()
+                wrap.restart(V)
 
     def _select(self, part: Method, name: str) -> None:
         if name in self.replaced:
@@ -152,7 +169,7 @@ class Attacher:
                 from None
         if not parameter.is_floating_point():
             raise RecipeError(f"{part.name} cannot train {name}: it holds {parameter.dtype}")
-        self.adapter.select(name, parameter)
+        self.adapter.select(self.names[id(parameter)], parameter)
 
     def _branch(self, part: Method, branch: Branch) -> None:
         target = self.model.get_submodule(branch.write)

@@ -122,7 +122,7 @@ class Tuned:
         for path in self.anatomy.head:
             for leaf, p in self.model.get_submodule(path).named_parameters():
                 if f".{ATTR}." not in f".{leaf}." and p.is_floating_point():
-                    adapter.select(f"{path}.{leaf}" if path else leaf, p)
+                    adapter.select(attacher.names[id(p)], p)
 
     def use(self, which: str | Mapping[str, float] | Sequence[str | None]) -> None:
         """Choose what is active: one adapter by name, a weighted mix, or one per sample.
