@@ -120,7 +120,7 @@ def row(kind, method, steps, batch_size):
             loss.backward()
             t2 = time.perf_counter()
             opt.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             del loss
             times.append((time.perf_counter() - t0, t1 - t0, t2 - t1))
         timed = times[1:] or times
