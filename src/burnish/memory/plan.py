@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import registry
-from ..core.errors import BurnishError, ConfigError, RecipeError, nearest
+from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
 from .fakes import from_config
 from .report import MemoryReport
@@ -185,18 +184,8 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
 def shipped() -> list[list[str]]:
     """The candidates of candidates.json: for each head its variants, fastest first."""
     data = json.loads(files("burnish.memory").joinpath("candidates.json").read_text("utf-8"))
-    known = {*registry.names(), *registry.presets()}
-    out = []
-    for head in data["heads"]:
-        if all(_name(part) in known for part in head.split("+")):
-            family = []
-            for variant in data["variants"]:
-                try:
-                    family.append(str(parse(variant.format(head=head))))
-                except RecipeError:           # e.g. full fine-tuning has no frozen weight to hold
-                    continue
-            out.append(family)
-    return out
+    return [[str(parse(variant.format(head=head))) for variant in group["variants"]]
+            for group in data.values() for head in group["heads"]]
 
 
 def _name(part: str) -> str:

@@ -30,7 +30,7 @@ from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
-from .shortcuts import quick_noise, tables_forgotten, values_are_known
+from .shortcuts import quick_noise, quick_strips, tables_forgotten, values_are_known
 
 #: values are followed through tensors up to this many entries
 FOLLOWED = 1 << 18
@@ -118,7 +118,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     kind = torch.device(device).type
     ledger.machine = kind
     here = device if kind == "cpu" or _usable(kind) else "cpu"
-    with _random_kept(), values_are_known(), fakes_move(), tables_forgotten(), quick_noise(ledger):
+    with (_random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
+          quick_noise(ledger), quick_strips(ledger)):
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
