@@ -88,6 +88,12 @@ class Adalora(Method):
         if not 1 <= self.rank <= self.init_rank:
             raise RecipeError(f"adalora: rank {self.rank} must be between 1 and init_rank "
                               f"{self.init_rank}")
+        if self.interval < 1 or self.warmup < 0 or self.final < 0 \
+                or self.warmup + self.final >= 1:
+            raise RecipeError("adalora: interval >= 1 and warmup + final < 1 are expected")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the budget of triplets",)
 
     def delta(self, place: Place, weight: Tensor) -> Triplets:
         place.check_rank(self.init_rank, "adalora")

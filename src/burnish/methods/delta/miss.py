@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blocks.provided import Term
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Place
 
@@ -87,9 +88,7 @@ class Miss(Method):
 
     def delta(self, place: Place, weight: Tensor) -> Shards:
         place.check_rank(self.rank, "miss")
-        if self.mini and place.out % self.mini:
-            from ...core.errors import RecipeError
-
+        if self.mini < 0 or self.mini and place.out % self.mini:
             raise RecipeError(f"miss: mini={self.mini} does not divide the {place.out} outputs of "
                               f"{place.name}")
         term = Shards(place, self.rank, self.mini or place.out)

@@ -69,17 +69,20 @@ def _same_everywhere(n: int, k: int, seed: int, key: str) -> Tensor:
 def _structured(place: Place, k: int) -> Tensor:
     """Diagonal first, then alternately a row and a column, evenly spaced, until k entries."""
     taken = torch.zeros(place.out, place.inp, dtype=torch.bool)
-    d = torch.arange(min(place.out, place.inp))
-    taken[d, d] = True
-    step = 0
-    while int(taken.sum()) < k:
+    taken.diagonal()[:] = True
+    left = k - min(place.out, place.inp)
+    for step in range(4 * (place.out + place.inp)):
         golden = (step // 2 * 0.6180339887498949) % 1.0
-        if step % 2:
-            taken[:, int(golden * place.inp)] = True
-        else:
-            taken[int(golden * place.out)] = True
-        step += 1
-        if step > 4 * (place.out + place.inp):
-            taken[:] = True
-    return taken.flatten().nonzero().squeeze(1)[:k] if step else \
-        taken.flatten().nonzero().squeeze(1)[:k]
+        line = taken[:, int(golden * place.inp)] if step % 2 else taken[int(golden * place.out)]
+        left -= _fill(line, left)
+        if not left:
+            break
+    _fill(taken.view(-1), left)                  # nearly every entry is asked for
+    return taken.view(-1).nonzero().squeeze(1)
+
+
+def _fill(line: Tensor, most: int) -> int:
+    """Take the free entries of a line, at most so many; how many they were."""
+    free = (~line).nonzero().squeeze(1)[:most]
+    line[free] = True
+    return free.numel()

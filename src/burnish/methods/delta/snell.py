@@ -46,6 +46,8 @@ class Snell(Method):
 
     def __post_init__(self) -> None:
         check_kernel("snell", self.rank, self.s)
+        if self.norm_p < 1:
+            raise RecipeError(f"snell: norm_p is the p of a norm, at least 1, got {self.norm_p}")
 
     def delta(self, place: Place, weight: Tensor) -> KernelDelta:
         return KernelDelta(place, self.rank, self.s, mixed=False, norm_p=self.norm_p,

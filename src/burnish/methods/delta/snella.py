@@ -61,6 +61,9 @@ class Snella(Method):
                 or self.warmup + self.cooldown >= 1:
             raise RecipeError("snella: rounds >= 1 and warmup + cooldown < 1 are expected")
 
+    def claims(self) -> tuple[str, ...]:
+        return ("the budget of generated entries",)
+
     def delta(self, place: Place, weight: Tensor) -> KernelDelta:
         term = KernelDelta(place, self.rank, self.s, mixed=True)
         for p in (term.alpha, term.gamma, term.beta):

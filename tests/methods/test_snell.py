@@ -1,0 +1,123 @@
+"""SNELL on models: counts, zeros, what is kept, merge. Its mathematics: blocks/test_tiled.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.tiled import KernelDelta
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.targets import match
+from burnish.testing.models import tiny
+
+VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+
+
+@pytest.mark.parametrize("rank, expected", [(8, 1_327_104), (16, 2_654_208), (32, 5_308_416)])
+def test_counts_on_vit_b(rank, expected):
+    anatomy = Anatomy.of(tiny("vit", meta=True, **VIT_B)[0])
+    places = match(anatomy, None)
+    assert len(places) == 72
+    assert sum(parse(f"snell(rank={rank})")[0].count(p) for p in places) == expected
+
+
+def terms(tuned):
+    return [t for _, t in tuned.terms(KernelDelta)]
+
+
+def stirred(recipe="snell(rank=4, s=0.7)", model="vit"):
+    net, batch = tiny(model)
+    tuned = burnish.tune(net.eval(), recipe)
+    with torch.no_grad():
+        for t in terms(tuned):
+            t.A.mul_(5)
+    return tuned, batch
+
+
+def test_every_matrix_has_its_own_competition():
+    tuned, _ = stirred()
+    assert len(terms(tuned)) == 12
+    for t in terms(tuned):
+        zeros = int((t.dense() == 0).sum())
+        assert abs(zeros - 0.7 * t.out * t.inp) <= 1
+
+
+def test_the_support_moves_and_no_index_is_stored():
+    tuned, batch = stirred()
+    first = [t.dense() != 0 for t in terms(tuned)]
+    tuned.optimizer(lr=1e-2)
+    for _ in range(3):
+        tuned.step(batch)
+    assert any((a != (t.dense() != 0)).any() for a, t in zip(first, terms(tuned), strict=True))
+    stored = {n for n in tuned.tensors() if ".burnish." in n}
+    assert {n.rpartition(".")[2] for n in stored} == {"A", "B", "_extra_state"}
+
+
+def test_the_start_is_near_the_base():
+    net, batch = tiny("vit")
+    net.eval()
+    want = net(**batch).logits
+    burnish.tune(net, "snell(rank=4)")
+    got = net(**batch).logits
+    assert not torch.equal(got, want)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
+def test_merged_in_fp32():
+    tuned, batch = stirred()
+    want = tuned.model(**batch).logits
+    torch.testing.assert_close(tuned.merge()(**batch).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_a_layer_keeps_its_input_and_one_number(width):
+    model = nn.Sequential(nn.Linear(16, width, bias=False))
+    tuned = burnish.tune(model, "snell(rank=4)")
+    tuned.state.tape.lean, kept = False, []
+    tuned.state.tape.pack = lambda t: kept.append(tuple(t.shape)) or t
+    tuned.state.tape.unpack = lambda t: t
+    model(torch.randn(3, 16, requires_grad=True))
+    assert kept == [(3, 16)]
+
+
+def test_three_projections_keep_one_input():
+    """q, k and v read one tensor; it waits once."""
+    tuned, batch = stirred()
+    kept = {}
+    pack = tuned.state.tape.pack
+
+    def see(t):
+        kept.setdefault(t.untyped_storage()._cdata, []).append(tuple(t.shape))
+        return pack(t)
+
+    tuned.state.tape.pack = see
+    tuned.model(**batch)
+    inputs = [k for k in kept.values() if k.count((2, 17, 32)) >= 3]
+    assert len(inputs) == 2                              # one per block
+
+
+def test_every_factor_trains_with_frozen_embeddings_and_checkpointing():
+    """Nothing below the first block carries a gradient; the factors get theirs all the same."""
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "snell(rank=4) + checkpoint")
+    tuned.loss(batch).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tuned.parameters())
+
+
+def test_the_dense_linear_form_is_the_kernel_itself():
+    tuned, batch = stirred("snell(rank=4, s=0.0, magnitude='linear')")
+    t = terms(tuned)[0]
+    torch.testing.assert_close(t.dense(), t.kernel_reference())
+
+
+@pytest.mark.parametrize("settings, word", [("rank=7", "rank=8"), ("rank=0", "rank=2"),
+                                            ("s=1.0", r"\[0, 1\)"), ("s=-0.1", r"\[0, 1\)"),
+                                            ("norm_p=0.5", "norm_p")])
+def test_settings_that_make_no_sense(settings, word):
+    with pytest.raises(RecipeError, match=word):
+        parse(f"snell({settings})")

@@ -1,0 +1,208 @@
+"""SNELLA: the budget that moves between layers while training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.tiled import KernelDelta
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.targets import match
+from burnish.methods.delta.snella import Budget, Snella
+from burnish.testing.models import tiny
+
+VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+STEPS = 10
+RECIPE = "snella(rank=4, s=0.05, s_target=0.8, rounds=5)"
+
+
+def test_count_on_vit_b():
+    anatomy = Anatomy.of(tiny("vit", meta=True, **VIT_B)[0])
+    (method,) = parse("snella(rank=32)")
+    assert sum(method.count(p) for p in match(anatomy, None)) == 5_308_416 + 3 * 72
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 24), nn.Tanh(),
+                         nn.Linear(24, 10))
+
+
+def start(recipe=RECIPE, total=STEPS):
+    tuned = burnish.tune(network(), recipe, targets="all", head=False)
+    tuned.total_steps = total
+    tuned.optimizer(lr=1e-2)
+    return tuned
+
+
+def terms(tuned):
+    return dict(tuned.terms(KernelDelta))
+
+
+def budget_of(tuned):
+    return next(h for n, h in tuned.timeline.handlers if n == "snella")
+
+
+def step(tuned, k):
+    g = torch.Generator().manual_seed(k)
+    x, y = torch.randn(16, 20, generator=g), torch.randn(16, 10, generator=g)
+    return tuned.step((x, y), loss=lambda out, b: (out - b[1]).square().mean())
+
+
+def test_entries_follow_the_budget_at_every_reallocation():
+    """Sum of nnz(Delta_l) = V(t), within one a layer; no layer above its size; V falls."""
+    tuned = start()
+    size = sum(t.out * t.inp for t in terms(tuned).values())
+    spent = []
+    for k in range(STEPS):
+        step(tuned, k)
+        nnz = [t.nnz() for t in terms(tuned).values()]
+        assert all(n <= t.out * t.inp for n, t in zip(nnz, terms(tuned).values(), strict=True))
+        if (k + 1) % 2 == 0:                                       # five rounds in ten steps
+            share = 1 - (k + 1) / STEPS
+            V = (1 - 0.8) * size + (0.8 - 0.05) * size * share**3
+            assert abs(sum(nnz) - V) <= len(nnz) + 1
+            assert abs(budget_of(tuned).budget(k + 1) - V) <= 1
+            spent.append(sum(nnz))
+    assert spent == sorted(spent, reverse=True) and len(spent) == 5
+    assert abs(spent[-1] - 0.2 * size) <= 4
+
+
+def test_the_budget_is_cubic_and_monotone():
+    method = parse("snella(s=0.0, s_target=0.9, warmup=0.2, cooldown=0.3)")[0]
+    budget = Budget(method, {"w": KernelDelta(match_place(), 4, 0.0, mixed=True)})
+    budget.start(100)
+    curve = [budget.budget(t) for t in range(101)]
+    assert curve == sorted(curve, reverse=True)
+    assert curve[:21] == [1000] * 21 and curve[70:] == [100] * 31
+    assert curve[45] == round(100 + 900 * 0.5**3)
+
+
+def match_place():
+    from burnish.core.site import Place
+    return Place("l", "weight", "linear", 50, 20)
+
+
+def test_equal_scores_share_in_proportion_until_the_caps():
+    tuned = start()
+    step(tuned, 0)
+    budget = budget_of(tuned)
+    for pair in budget.scores.values():
+        for s in pair:
+            s.mean.fill_(1.0)
+            s.spread.fill_(1.0)
+    sizes = {n: t.out * t.inp for n, t in terms(tuned).items()}      # 800, 960, 240
+    budget.reallocate(600)
+    assert [t.nnz() for t in terms(tuned).values()] == [200, 200, 200]
+    budget.reallocate(1200)                                          # 400 each, but one holds 240
+    assert [t.nnz() for t in terms(tuned).values()] == [480, 480, 240]
+    budget.reallocate(sum(sizes.values()))
+    assert [t.sparsity for t in terms(tuned).values()] == [0.0, 0.0, 0.0]
+
+
+def test_layers_get_in_proportion_to_their_importance():
+    tuned = start()
+    step(tuned, 0)
+    budget = budget_of(tuned)
+    for (a, b), score in zip(budget.scores.values(), (1.0, 2.0, 3.0), strict=True):
+        for s in (a, b):                         # e_l = mean(I' U)_A + mean(I' U)_B
+            s.mean.fill_(score / 2)
+            s.spread.fill_(1.0)
+    budget.reallocate(300)
+    assert [t.nnz() for t in terms(tuned).values()] == [50, 100, 150]
+
+
+def test_scores_use_the_new_weights_and_the_old_gradients():
+    tuned = start()
+    step(tuned, 0)
+    for name, term in terms(tuned).items():
+        a, b = budget_of(tuned).scores[name]
+        for p, s in ((term.A, a), (term.B, b)):
+            importance = (p * p.grad).abs()
+            torch.testing.assert_close(s.mean, 0.15 * importance)
+            torch.testing.assert_close(s.spread, 0.15 * (importance - 0.15 * importance))
+
+
+def test_without_a_known_length_the_budget_rests():
+    tuned = start(total=None)
+    for k in range(3):
+        step(tuned, k)
+    assert {t.sparsity for t in terms(tuned).values()} == {0.05}
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
+    """Budgets and scores are saved and resumed."""
+    whole = start()
+    for k in range(5):
+        step(whole, k)
+    saved = copy.deepcopy((whole.timeline.state(), whole.tensors(),
+                           whole.current_optimizer.state_dict()))
+    for k in range(5, STEPS):
+        step(whole, k)
+
+    second = start()
+    from burnish.formats.adapter import put
+
+    put(second, saved[1], "memory")
+    second.current_optimizer.load_state_dict(saved[2])
+    second.timeline.load(saved[0])
+    for k in range(5, STEPS):
+        step(second, k)
+    assert second.timeline.step == STEPS
+    for (n, a), b in zip(whole.tensors().items(), second.tensors().values(), strict=True):
+        assert torch.equal(a, b), n
+    assert [t.sparsity for t in terms(whole).values()] == \
+        [t.sparsity for t in terms(second).values()]
+
+
+def test_the_shares_are_part_of_the_folder(tmp_path):
+    tuned = start()
+    for k in range(6):
+        step(tuned, k)
+    tuned.save(tmp_path / "a")
+    again = burnish.load(network(), tmp_path / "a")
+    assert [t.sparsity for t in terms(again).values()] == \
+        [t.sparsity for t in terms(tuned).values()]
+    x = torch.randn(4, 20)
+    torch.testing.assert_close(again.model(x), tuned.model(x))
+
+
+def test_scalars_and_factors_train_and_only_factors_decay():
+    tuned = start("snella(rank=4)")
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.1)
+    assert len(list(tuned.parameters())) == 5 * 3
+    decayed = {p.dim() for g in opt.param_groups for p in g["params"] if g["weight_decay"]}
+    assert decayed == {3}
+    assert {p.dim() for g in opt.param_groups for p in g["params"] if not g["weight_decay"]} == {0}
+    step(tuned, 0)
+    for t in terms(tuned).values():
+        assert float(t.alpha.detach()) != 1 and float(t.gamma.detach()) != 1
+        assert float(t.beta.detach()) != 0
+
+
+def test_a_layer_that_got_nothing_adds_nothing():
+    tuned = start()
+    step(tuned, 0)
+    first = next(iter(terms(tuned).values()))
+    first.sparsity = 1.0
+    assert first.nnz() == 0
+    assert torch.equal(first.dense(), torch.zeros(40, 20))
+
+
+def test_one_budget_a_recipe():
+    with pytest.raises(RecipeError, match="cannot be joined"):
+        parse("snella(targets='q') + snella(rank=4, targets='v')")
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"s": 1.0}, {"s_target": -0.5}, {"rounds": 0},
+                                      {"warmup": 0.6, "cooldown": 0.4}, {"warmup": -0.1}])
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(RecipeError, match="snella"):
+        Snella(**settings)
