@@ -135,7 +135,8 @@ def test_normed_reads_behind_the_frozen_norm():
     nn.init.normal_(norm.weight)
     made, h = Normed(norm, b), torch.randn(4, 6)
     torch.testing.assert_close(made(h), b(norm(h)))
-    assert {n for n, _ in made.named_parameters()} == {f"inner.{n}" for n, _ in b.named_parameters()}
+    own = {n for n, _ in made.named_parameters()}
+    assert own == {f"inner.{n}" for n, _ in b.named_parameters()}
 
 
 # -- gates ------------------------------------------------------------------------------------

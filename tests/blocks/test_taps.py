@@ -81,7 +81,8 @@ def test_a_cut_is_indexing():
 # -- blocks -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, block", [("llama", "model.layers.1"), ("vit", "vit.layers.1"),
                                          ("bert", "bert.encoder.layer.1"),
-                                         ("gpt2", "transformer.h.1"), ("mixtral", "model.layers.1")])
+                                         ("gpt2", "transformer.h.1"),
+                                         ("mixtral", "model.layers.1")])
 def test_a_shrunk_block_has_every_width_over_r(name, block):
     net, _ = tiny(name)
     large = net.get_submodule(block)
@@ -93,7 +94,6 @@ def test_a_shrunk_block_has_every_width_over_r(name, block):
         router = n.endswith("gate.weight") and "mlp" in n
         assert ratio == (4 if p.dim() == 1 or router else 16), n
         assert sizes[n].dim() == p.dim()
-    assert net.config.num_attention_heads == 4 if hasattr(net.config, "num_attention_heads") else 1
 
 
 def test_blocks_without_a_config_cannot_be_shrunk():

@@ -82,7 +82,7 @@ def test_it_is_the_ladder_over_a_detached_backbone(model, recipe):
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-12)
     loss.backward()
     pairs = [*zip(parts(tuned, Rung), rungs, strict=True), (parts(tuned, Crown)[0], crown)]
-    for ours, stock in pairs:
+    for _, stock in pairs:
         stock.requires_grad_(True)
     ref = [p for _, m in pairs for p in m.parameters()]
     got = [p.grad for m, _ in pairs for p in m.parameters()]
@@ -279,6 +279,9 @@ def test_qst_reads_each_stored_weight_once():
     ("vit", "lst(reduction=4, targets='q')", "takes no targets"),
     ("vit", "lst(reduction=4) + lora", "could not train"),
     ("vit", "lst(reduction=4) + bitfit", "could not train"),
+    ("vit", "lst(reduction=4) + vpt(length=2)", "could not train"),
+    ("llama", "lst(reduction=4) + prompt_tuning(length=2)", "could not train"),
+    ("llama", "prefix(length=2) + lst(reduction=4)", "could not train"),
     ("vit", "lst(reduction=4) + checkpoint", "the mode of the blocks"),
 ])
 def test_what_has_no_ladder_says_why(model, recipe, why):
@@ -286,9 +289,18 @@ def test_what_has_no_ladder_says_why(model, recipe, why):
         burnish.tune(tiny(model)[0], recipe)
 
 
+def test_the_last_norm_and_the_head_may_train():
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "lst(reduction=4) + linear_probe")
+    tuned.loss(batch).backward()
+    assert {n for n, p in tuned.model.named_parameters() if ".burnish." not in n
+            and p.grad is not None} == {"classifier.weight", "classifier.bias"}
+
+
 def test_something_that_trains_below_is_found_out():
     net, batch = tiny("llama")
-    tuned = burnish.tune(net, "lst(reduction=4) + prompt_tuning(length=2)")
+    tuned = burnish.tune(net, "lst(reduction=4)")
+    net.model.embed_tokens.weight.requires_grad_(True)
     with pytest.raises(burnish.RecipeError, match="gradient would be cut"):
         tuned.loss(batch)
 

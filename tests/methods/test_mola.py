@@ -241,8 +241,8 @@ def test_what_waits_for_backward(kept):
 def test_targets_and_kinds():
     tuned = burnish.tune(tiny("llama")[0], "mola(rank=2)", targets="q,v")
     assert {p.rpartition(".")[2] for p in experts(tuned)} == {"q_proj", "v_proj"}
-    for model, targets, why in (("encoder", "q", "of kind mha"), ("vit", "patch", "of kind conv")):
-        with pytest.raises(burnish.TargetError, match="experts for linears"):
+    for model, targets, why in (("encoder", "q", "of kind mha"), ("vit", "patch", "outside them")):
+        with pytest.raises(burnish.TargetError, match=why):
             burnish.tune(tiny(model)[0], f"mola(rank=2, targets='{targets}')")
     with pytest.raises(burnish.RecipeError, match="rank 40 does not fit"):
         burnish.tune(tiny("vit")[0], "mola(rank=40)")

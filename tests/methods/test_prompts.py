@@ -245,7 +245,7 @@ def test_two_adapters_take_turns():
         logits(net, **batch)
 
 
-# -- visual prompts ---------------------------------------------------------------------------------
+# -- visual prompts -------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["vit", "deit", "timm_qkv", "encoder"])
 def test_deep_without_tokens_is_the_base(model):
     net, batch = tiny(model, dtype=torch.float64)

@@ -58,14 +58,15 @@ class Ladder:
             attacher.slot(last or self.blocks[-1].path), f"{part.name}_end")
 
     def _backbone_is_frozen(self, attacher: Any, part: Method) -> None:
-        paths = tuple(f"{b.path}." for b in self.blocks)
-        name = attacher.adapter.name
-        own = next((n for n, p in attacher.model.named_parameters()
-                    if f"burnish.{name}." in n and p.requires_grad and n.startswith(paths)), None)
-        base = next((n for n in attacher.adapter.selected if n.startswith(paths)), None)
-        if own or base:
-            raise RecipeError(f"{part.name} runs the backbone's blocks without a graph, so "
-                              f"{own or base} could not train: drop that part of the recipe")
+        """What trains may stand behind the blocks (the last norm, the head), nowhere else."""
+        anatomy, name = attacher.anatomy, attacher.adapter.name
+        behind = tuple(f"{p}." for p in (*anatomy.head, *anatomy.final_norms.values()))
+        own = [n for n, p in attacher.model.named_parameters()
+               if f".burnish.{name}." in f".{n}" and p.requires_grad]
+        for n in (*own, *attacher.adapter.selected):
+            if not n.startswith(behind):
+                raise RecipeError(f"{part.name} runs the backbone without a graph, so {n} could "
+                                  "not train: drop that part of the recipe")
 
     def _side(self, attacher: Any, block: Block, i: int, d: int, s: int) -> nn.Module:
         m, model = self.method, attacher.model
