@@ -1,0 +1,44 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from burnish.cli import config
+from burnish.fit.arguments import sort_out
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+pytestmark = pytest.mark.slow
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_loop(capsys):
+    load("own_loop").main()
+    before, after = capsys.readouterr().out.splitlines()[-2].split(": ")[-1].split(" -> ")
+    assert float(before) < 0.1 and float(after) > 0.7
+
+
+def test_trainer():
+    assert load("trainer").main(steps=40) > 0.6
+
+
+def test_before():
+    peaks = load("before").main(batch=2)
+    assert peaks["lora(rank=8) + checkpoint"] < peaks["lora(rank=8)"] < peaks["full"]
+
+
+def test_the_configuration_names_only_known_settings():
+    settings = config.read(EXAMPLES / "handwriting.yaml")
+    own = {k: settings.pop(k) for k in ("data", "recipe", "output")}
+    assert own["data"] == "digits"
+    _, args, _ = sort_out(settings)
+    assert args["learning_rate"] == 3e-3 and args["num_train_epochs"] == 5
