@@ -54,15 +54,15 @@ class Attacher:
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
+        chosen = [(part, s.name) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():
                 self._deltas(part)
         for part in recipe:
             if "storage" in part.axes():
                 self._storage(part)
-        for part in recipe:
-            for selection in part.select(self.anatomy):
-                self._select(part, selection.name)
+        for part, name in chosen:                # by now storage has said what it holds frozen
+            self._select(part, name)
         for part in recipe:
             for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
                 self._branch(part, branch)

@@ -6,6 +6,7 @@ second copy of the model in memory would defeat the purpose.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -22,15 +23,16 @@ class Originals:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], Tensor | Path] = {}
-        self.dtypes: dict[tuple[str, str], tuple[torch.dtype, torch.Size, bool]] = {}
+        self.devices: dict[tuple[str, str], torch.device] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._serial = itertools.count()
 
     def put(self, path: str, param: str, value: Tensor) -> None:
         key = (path, param)
         if key in self.kept:
             return
         value = value.detach()
-        self.dtypes[key] = (value.dtype, value.shape, value.requires_grad)
+        self.devices[key] = value.device
         if isinstance(value, FakeTensor) or value.device.type == "meta":
             self.kept[key] = value                   # a simulation has no bytes to keep
         elif value.numel() * value.element_size() <= IN_MEMORY:
@@ -40,17 +42,28 @@ class Originals:
 
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="burnish-")
-            file = Path(self._folder.name) / f"{len(self.kept)}.safetensors"
+            file = Path(self._folder.name) / f"{next(self._serial)}.safetensors"
             save_file({"t": value.to("cpu").contiguous()}, file)
             self.kept[key] = file
 
     def get(self, path: str, param: str) -> Tensor:
+        """The value, on the host; `home` says where it came from."""
         held = self.kept[path, param]
         if isinstance(held, Tensor):
             return held
         from safetensors.torch import load_file
 
         return load_file(held)["t"]
+
+    def home(self, path: str, param: str) -> torch.device:
+        """The device the value came from."""
+        return self.devices[path, param]
+
+    def forget(self, path: str, param: str) -> None:
+        """It is back in its place."""
+        held = self.kept.pop((path, param))
+        if isinstance(held, Path):
+            held.unlink()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.kept

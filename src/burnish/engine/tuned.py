@@ -6,7 +6,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..core.errors import BurnishError, CheckError, ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
+from .adapters import Adapter, Before, bring, check_name, check_rows, file_names
 from .attach import Attacher
 from .check import check, check_gradients
 from .originals import Originals
@@ -38,23 +38,6 @@ def tuned_of(model: nn.Module) -> Tuned | None:
     handle = _OWNERS.get(model)
     tuned = handle() if handle is not None else None
     return tuned if tuned is not None and tuned.adapters else None
-
-
-@dataclass
-class Adapter:
-    """One named recipe on the model: what it was made of and what of the base it trains."""
-
-    name: str
-    recipe: Recipe
-    targets: Any
-    head: bool
-    seed: int
-    originals: Originals
-    selected: dict[str, nn.Parameter] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def select(self, name: str, parameter: nn.Parameter) -> None:
-        self.selected[name] = parameter
 
 
 class Tuned:
@@ -89,16 +72,14 @@ class Tuned:
 
         Raises RecipeError, TargetError; the model is left as it was when anything is refused.
         """
-        if not name.isidentifier() or hasattr(nn.Module, name) or name.startswith("provided_"):
-            raise ConfigError(f"adapter name {name!r}: expected a plain word (letters, digits, _)")
-        if name in self.adapters:
-            raise ConfigError(f"there is an adapter {name!r} already; names are "
-                              f"{', '.join(self.adapters)}")
+        self._not_merged()
+        check_name(name, self.adapters)
         parsed = parse(recipe)
         train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
         adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
         attacher = Attacher(self.model, self.anatomy, self.state, adapter)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        before = Before(self)
         try:
             compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
                     [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)     # its laws, refused now
@@ -108,7 +89,7 @@ class Tuned:
             if train_head:
                 self._train_head(adapter, attacher)
         except Exception:
-            self._drop(adapter)
+            before.restore(self, name)
             raise
         adapter.notes = attacher.notes
         self.adapters[name] = adapter
@@ -117,6 +98,10 @@ class Tuned:
             self.originals.put(path, leaf, p)
         if len(self.adapters) == 1:
             self.use(name)
+        else:                                    # it starts from the base's values, not another's
+            adapter.away = {k: original(self, k).to(p.device, copy=True)
+                            for k, p in adapter.selected.items()}
+            self._set_trainable()
 
     def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
         for path in self.anatomy.head:
@@ -130,28 +115,38 @@ class Tuned:
         ``use("french")``; ``use({"french": .7, "law": .3})``; ``use(["french", None, "law"])``.
         A mix trains nothing; per-sample use serves batches of mixed origin.
         """
+        self._not_merged()
         names = [which] if isinstance(which, str) else list(which)
         for n in names:
             if n is not None and n not in self.adapters:
                 raise ConfigError(f"no adapter {n!r}{nearest(n, self.adapters)} "
                                   f"(there is {', '.join(self.adapters)})")
+        if not names:
+            raise ConfigError(f"use({which!r}) names no adapter (there is "
+                              f"{', '.join(self.adapters)}); to run the base: tuned.disabled()")
         if isinstance(which, str):
-            self.state.use(((which, 1.0),))
+            weights, rows = {which: 1.0}, None
         elif isinstance(which, Mapping):
-            self.state.use(tuple((n, float(w)) for n, w in which.items()))
+            weights, rows = {n: float(w) for n, w in which.items()}, None
         else:
-            self.state.use((), tuple(which))
-        single = names[0] if isinstance(which, str) else None
-        self._set_trainable(single)
+            weights, rows = {}, tuple(which)
+            check_rows(self, {n for n in rows if n is not None})
+        bring(self, weights)
+        self.state.use(tuple(weights.items()), rows)
+        self._set_trainable()
+        self._checked = False
 
-    def _set_trainable(self, name: str | None) -> None:
-        """Only the active adapter trains; several at once are for use, not for training."""
-        selected = self.adapters[name].selected if name else {}
+    def _set_trainable(self) -> None:
+        """Only an adapter that is active alone trains; several at once are for use."""
+        name = self.state.active[0][0] if [w for _, w in self.state.active] == [1.0] else None
         for adapter in self.adapters.values():
             for p in adapter.selected.values():
                 p.requires_grad_(False)
-        for p in selected.values():
-            p.requires_grad_(True)
+        if name is not None:
+            adapter = self.adapters[name]
+            for key, p in adapter.selected.items():
+                p.requires_grad_(True)
+                p.burnish_decay = adapter.decay[key]
         for _, _, slot in slots(self.model):
             for own, box in slot.named_children():
                 if own in self.adapters:
@@ -240,6 +235,7 @@ class Tuned:
 
         Raises BurnishError when the loss is not finite: nothing has been updated then.
         """
+        self._not_merged()
         opt = self.current_optimizer or self.optimizer()
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
             return self._evaluate(opt, batch, loss)
@@ -308,11 +304,12 @@ class Tuned:
 
     def detach(self) -> nn.Module:
         """The base, bit for bit: classes, parameters, flags as they were before ``tune``."""
+        if self.merged is not None:
+            self.unmerge()
         for path, module, slot in slots(self.model):
             for param, child in list(slot.providers.items()):
-                home = slot._modules[child]
-                value = self.originals.get(path, param) if (path, param) in self.originals \
-                    else home.weight()
+                value = slot._modules[child].weight() if (path, param) not in self.originals else \
+                    self.originals.get(path, param).to(self.originals.home(path, param))
                 slot.providers.pop(param)
                 unprovide(module, param, value)
         for path, param in self.originals:
@@ -327,26 +324,14 @@ class Tuned:
             unswap(module)
         for n, p in self.model.named_parameters():
             p.requires_grad_(self._before.get(n, False))
+            vars(p).pop("burnish_decay", None)
         self.adapters.clear()
         self.originals.clear()
         self.current_optimizer = None
 
-    def _drop(self, adapter: Adapter) -> None:
-        """Take one adapter out again (an add that was refused)."""
-        for path, module, slot in slots(self.model):
-            slot.drop(adapter.name)
-            for param, child in list(slot.providers.items()):
-                if (path, param) in self.originals and not self.adapters:
-                    slot.providers.pop(param)
-                    slot._modules.pop(child)
-                    unprovide(module, param, self.originals.get(path, param))
-            if not self.adapters:
-                slot.mode = None
-                slot.reads.clear()
-                slot.listeners.clear()
-            if slot.idle:
-                unswap(module)
-        self.adapters.pop(adapter.name, None)
+    def _not_merged(self) -> None:
+        if self.merged is not None:
+            raise ConfigError("the update is merged into the weights; call tuned.unmerge() first")
 
     # -- merging and files (see merge.py and formats) ------------------------------------------
     def merge(self) -> nn.Module:
@@ -384,14 +369,16 @@ class Tuned:
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What an adapter is: its own tensors and the base tensors it trains, by name."""
+        self._not_merged()
         name = name or self._active.name
         out: dict[str, Tensor] = {}
         mark = f"{ATTR}.{name}."
         for key, value in self.model.state_dict(keep_vars=True).items():
             if f".{mark}" in f".{key}":
                 out[key] = value.detach()
-        for key, p in self.adapters[name].selected.items():
-            out[key] = p.detach()
+        values = self.adapters[name].values()
+        for key, written in file_names(self, name).items():
+            out[written] = values[key]
         return out
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from ...blocks.factor import Chain
-from ...blocks.provided import Term
+from ...blocks.provided import Term, Wrap
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class L2Sp(Method):
 
     ``loss + alpha / 2 ||w - w0||^2`` over weights the base had, ``+ beta / 2 ||w_new||^2`` over the
     head. On a delta the pull acts on the update: ``||s B A||_F^2 = s^2 tr((A A^T)(B^T B))``, which
-    costs rank x rank; other terms are formed one matrix at a time.
+    costs rank x rank; other terms are formed one matrix at a time. Functions of W (DoRA's lengths)
+    are left free.
 
     Trains nothing of its own; reads w0 from where the originals wait. Its gradient is added once
     per update, before the rule sees the gradients, so it does the same in anybody's loop.
@@ -51,7 +52,7 @@ class L2Sp(Method):
                 w0 = tuned.originals.get(*_split(name)).to(p.device)
                 yield self.alpha / 2 * (p - w0).square().sum()
         for _, term in tuned.terms(Term):
-            if any(t.requires_grad for t in term.theta()):
+            if not isinstance(term, Wrap) and any(t.requires_grad for t in term.theta()):
                 yield self.alpha / 2 * update_norm(term)
 
 
