@@ -66,6 +66,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
             str(tmp_path))
 
 
+def test_a_model_that_is_not_there_is_named_with_its_neighbours(glyph_vit):
+    with pytest.raises(ConfigError, match="there is no model at .* did you mean 'glyph-vit'"):
+        task_for(read("digits"), glyph_vit.replace("glyph-vit", "glyphvit"))
+    with pytest.raises(ConfigError, match="neither a folder here nor a model"):
+        task_for(read("digits"), "nobody/nothing")
+
+
 # -- heads -----------------------------------------------------------------------------------------
 class Tiny(nn.Module):
     def __init__(self, classes=5):

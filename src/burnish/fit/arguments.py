@@ -67,7 +67,9 @@ class Options:
     overwrite: start afresh in a folder that holds checkpoints of an earlier run, and remove them.
     tensorboard: also write TensorBoard files.
     test: also evaluate the test split at the end (default: when there is one).
-    quiet: print nothing.
+    quiet: print nothing.  report: write report.html.  measure: measure a step at the end.
+    dtype: of the loaded weights; None takes what the model's config says.
+    trust_remote_code: let code that comes with a model run.  callbacks: more of transformers' own.
     """
 
     task: str | None = None

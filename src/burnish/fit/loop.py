@@ -198,7 +198,7 @@ class Trainer(transformers.Trainer):
             raise BurnishError(f"{bad[0]} is not finite after step {self.state.global_step}; "
                                "nothing was saved, the checkpoints before it are untouched")
         optimizer = self.tuned.current_optimizer
-        rank = self.args.process_index
+        rank, scaler = self.args.process_index, self.accelerator.scaler
         hidden = checkpoint.hidden_name(folder)
         with checkpoint.writing(folder) if self.args.should_save else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
@@ -214,6 +214,7 @@ class Trainer(transformers.Trainer):
                     "seed": self.args.seed, "processes": self.args.world_size,
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
+                    "scaler": scaler.state_dict() if scaler is not None else None,
                 }, hidden, "loop")
                 if self._pending:
                     checkpoint.owe(hidden)
@@ -261,6 +262,11 @@ class Trainer(transformers.Trainer):
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """All parameters: a schedule may have frozen some for now, and they keep their state."""
         return list(self.tuned.model.named_parameters())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        kept = state.load_tree(Path(checkpoint), "loop")["scaler"] if checkpoint else None
+        if kept is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

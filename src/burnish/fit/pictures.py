@@ -95,13 +95,13 @@ def _config(name: str) -> dict[str, Any] | None:
         file = path / "preprocessor_config.json"
         return json.loads(file.read_text()) if file.exists() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return json.loads(Path(hf_hub_download(name, "preprocessor_config.json")).read_text())
-    except EntryNotFoundError:
-        return None
     except Exception as e:
+        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
+            return None
         raise ConfigError(f"{name!r} is neither a folder here nor a model that could be loaded "
                           f"from the hub ({type(e).__name__})") from None
 

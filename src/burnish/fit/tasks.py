@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError, DataError
+from ..core.errors import ConfigError, DataError, nearest
 from .data import Data
 from .heads import resize_head
 from .rows import Documents, Pictures, Rows, Sentences, Turns
@@ -42,10 +42,13 @@ class Task:
         """The pre-trained model at `name`, with a head of the right width."""
         import transformers
 
-        if Path(name).is_dir() or "/" not in name:
-            check_local(name)
-        return getattr(transformers, self.auto).from_pretrained(
-            name, trust_remote_code=trust_remote_code, **self.head(), **kw)
+        check_local(name)
+        try:
+            return getattr(transformers, self.auto).from_pretrained(
+                name, trust_remote_code=trust_remote_code, **self.head(), **kw)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
+                              f"{str(e).strip().splitlines()[0]}") from None
 
     def head(self) -> dict[str, Any]:
         return {}
@@ -212,6 +215,8 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
              max_length: int | None = None, trust_remote_code: bool = False) -> Task:
     """The task of `data`, with the tokenizer or image processor that belongs to `model`."""
     kind = TASKS[data.task]
+    if isinstance(model, str):
+        check_local(model)
     if processor is None:
         processor = _processor(kind, model, trust_remote_code)
     if kind is not ImageClassification:
@@ -258,6 +263,10 @@ def logits_of(outputs: Any) -> torch.Tensor:
 def check_local(name: str) -> None:
     """A folder without a config is no model; say so before a library asks the network."""
     path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        here = path.parent if path.parent.is_dir() else Path(".")
+        raise ConfigError(f"there is no model at {path}"
+                          f"{nearest(path.name, (p.name for p in here.iterdir()))}")
     if path.is_dir() and not (path / "config.json").exists():
         has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")

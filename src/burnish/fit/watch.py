@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -26,6 +27,8 @@ class Metrics(transformers.TrainerCallback):
 
     def __init__(self, path: Path, resumed_at: int | None):
         self.path = path
+        if int(os.environ.get("RANK", "0")):
+            return
         kept: list[str] = []
         if resumed_at is not None and path.exists():
             for line in path.read_text().splitlines():

@@ -1,0 +1,99 @@
+"""Memory before and after: a recipe chosen for it, the promise, and words for when it is full."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import BurnishError, MemoryExceeded, NoPlanError
+from ..memory import MemoryReport, format_bytes
+from . import checkpoint
+from .arguments import Options
+
+#: words by which frameworks say that there is no more memory
+_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any) -> Any:
+    """The best plan within `memory`. Raises NoPlanError with what is missing."""
+    from ..memory import plan
+
+    plans = plan(module, memory=memory, batch=batch, targets=own.targets, head=own.head,
+                 device=device(), loss=loss)
+    if plans.best is None:
+        near = plans.cheapest
+        tail = f"; {near.recipe} comes closest and needs {format_bytes(near.needs)}" if near else ""
+        raise NoPlanError(f"no recipe fits {format_bytes(plans.budget)}{tail}")
+    best = plans.best
+    more = f", {best.accumulate} batches of {best.batch} per update" if best.accumulate > 1 else ""
+    say(f"plan: {best.recipe} fits {format_bytes(plans.budget)} with "
+        f"{format_bytes(best.peak_bytes)}{more} ({len(plans.fits)} recipes fit)")
+    return best
+
+
+def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
+             say: Any) -> MemoryReport | None:
+    """The memory the recipe will take. Raises NoPlanError where that is more than `memory`."""
+    from ..memory import parse_bytes, simulate
+    from ..memory.simulate import SimulationError
+
+    limit = parse_bytes(memory) if memory is not None else None
+    try:
+        promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
+                           device=device(), loss=loss)
+    except SimulationError as e:
+        if limit is not None:
+            raise
+        say(f"note: no promise of memory, {e}")
+        return None
+    say(f"promise: a training step peaks at {format_bytes(promise.peak_bytes)} "
+        f"({_parts(promise)}), batch {promise.batch}")
+    if limit is not None and promise.peak_bytes > limit:
+        raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
+                          f"{format_bytes(limit)} asked for; leave recipe= out to have one "
+                          "chosen that fits")
+    return promise
+
+
+def memory_line(memory: dict[str, Any]) -> str:
+    """"memory: 12.1 MiB promised, 12.2 MiB measured (+0.8 %); the process grew by 31 MiB"."""
+    said = []
+    if memory.get("simulated"):
+        said.append(f"{format_bytes(memory['simulated']['peak_bytes'])} promised")
+    if memory.get("measured"):
+        text = f"{format_bytes(memory['measured']['peak_bytes'])} measured"
+        if memory.get("difference") is not None:
+            text += f" ({100 * memory['difference']:+.1f} %)"
+        said.append(text)
+    grew = memory.get("process_peak", 0) - memory.get("process_before", 0)
+    tail = f"; the process grew by {format_bytes(grew)}" if grew > 0 else ""
+    return f"memory: {', '.join(said)}{tail}" if said else f"memory{tail}"
+
+
+@contextlib.contextmanager
+def out_of_memory(output: Path) -> Iterator[None]:
+    """Whatever says "no memory" becomes one error, with what is left of the run."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        full = isinstance(e, MemoryError) or any(w in str(e).lower() for w in _FULL)
+        if isinstance(e, BurnishError) or not full:
+            raise
+        found = checkpoint.all_in(output)
+        left = f"go on from {found[-1]} with resume=True and" if found else "start again with"
+        raise MemoryExceeded(f"the run ran out of memory: {str(e).splitlines()[0]}; {left} a "
+                             "smaller batch_size (and more gradient_accumulation_steps), or "
+                             "memory='...' to have a recipe chosen") from e
+
+
+def _parts(report: MemoryReport) -> str:
+    return ", ".join(f"{k} {format_bytes(v)}" for k, v in report.by_category.items() if v)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
