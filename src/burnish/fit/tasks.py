@@ -215,9 +215,9 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
              max_length: int | None = None, trust_remote_code: bool = False) -> Task:
     """The task of `data`, with the tokenizer or image processor that belongs to `model`."""
     kind = TASKS[data.task]
-    if isinstance(model, str):
-        check_local(model)
     if processor is None:
+        if isinstance(model, str):
+            check_local(model)
         processor = _processor(kind, model, trust_remote_code)
     if kind is not ImageClassification:
         from .chat import prepare_tokenizer
