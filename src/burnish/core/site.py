@@ -87,9 +87,11 @@ class Selection:
     """An existing parameter that trains whole. Entries, rows and columns are sparse deltas.
 
     name: the parameter's dotted name in the model, as in ``model.named_parameters()``.
+    decay: False keeps weight decay from it.
     """
 
     name: str
+    decay: bool = True
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,15 @@ class Attacher:
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
-        chosen = [(part, s.name) for part in recipe for s in part.select(self.anatomy)]
+        chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():
                 self._deltas(part)
         for part in recipe:
             if "storage" in part.axes():
                 self._storage(part)
-        for part, name in chosen:                # by now storage has said what it holds frozen
-            self._select(part, name)
+        for part, selection in chosen:           # by now storage has said what it holds frozen
+            self._select(part, selection.name, selection.decay)
         for part in recipe:
             for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
                 self._branch(part, branch)
@@ -87,6 +87,9 @@ class Attacher:
             module = self._module(place)
             slot = slot_of(module, self.state, place.path)
             weight = slot._place_view(module, place)
+            if not weight.is_floating_point():
+                raise TargetError(f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
+                                  "added to it; load the weights in a floating-point type")
             with torch.no_grad():
                 answer = part.delta(place, weight)
             if answer is None:
@@ -157,7 +160,7 @@ class Attacher:
                         V = V + slot.module_of(q).dense()
                 wrap.restart(V)
 
-    def _select(self, part: Method, name: str) -> None:
+    def _select(self, part: Method, name: str, decay: bool) -> None:
         if name in self.replaced:
             raise RecipeError(f"{part.name} trains {name} whole, but {self.replaced[name]} holds "
                               "it frozen in another form; train a delta there instead, or give "
@@ -169,7 +172,7 @@ class Attacher:
                 from None
         if not parameter.is_floating_point():
             raise RecipeError(f"{part.name} cannot train {name}: it holds {parameter.dtype}")
-        self.adapter.select(self.names[id(parameter)], parameter)
+        self.adapter.select(self.names[id(parameter)], parameter, decay)
 
     def _branch(self, part: Method, branch: Branch) -> None:
         target = self.model.get_submodule(branch.write)

@@ -48,6 +48,13 @@ def check(tuned: Tuned, example: Any) -> None:
 
 def check_gradients(tuned: Tuned) -> None:
     """See :meth:`burnish.Tuned.check_gradients`."""
+    held = {id(p) for g in tuned.current_optimizer.param_groups for p in g["params"]}
+    loose = [n for n, p in tuned.named_parameters() if id(p) not in held]
+    if loose:
+        more = f" and {len(loose) - 4} more" if len(loose) > 4 else ""
+        raise CheckError(f"{len(loose)} trainable tensors are not in the optimizer: "
+                         f"{', '.join(loose[:4])}{more}. It was made before they trained: call "
+                         "tuned.optimizer(...) again after use(...)")
     if getattr(tuned.current_optimizer, "zeroth_order", False) or \
             getattr(getattr(tuned.current_optimizer, "plan", None), "in_backward", False):
         return                               # gradients do not exist, or not all at once

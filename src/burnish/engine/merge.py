@@ -45,13 +45,19 @@ def why_not(tuned: Tuned) -> str | None:
 @torch.no_grad()
 def merge(tuned: Tuned) -> nn.Module:
     """See :meth:`burnish.Tuned.merge`."""
+    if tuned.merged is not None:
+        raise ConfigError("merged already; unmerge() brings the adapters back")
     if (reason := why_not(tuned)) is not None:
         raise CheckError(f"cannot merge: {reason}")
     undo = Undo(flags={n: p.requires_grad for n, p in tuned.model.named_parameters()})
-    for path, module, slot in slots(tuned.model):
-        for param, value in _merged(module, slot, tuned.state.active).items():
-            _write(undo, path, module, slot, param, value)
-        undo.modules.append((path, module, type(module), slot))
+    try:
+        for path, module, slot in slots(tuned.model):
+            for param, value in _merged(module, slot, tuned.state.active).items():
+                _write(undo, path, module, slot, param, value)
+            undo.modules.append((path, module, type(module), slot))
+    except Exception:
+        _take_back(tuned, undo)
+        raise
     for _, module, _, _ in undo.modules:
         unswap(module)
     for p in tuned.model.parameters():
@@ -92,16 +98,20 @@ def _write(undo: Undo, path: str, module: nn.Module, slot: Slot, param: str, val
         own.copy_(value)
 
 
+def _take_back(tuned: Tuned, undo: Undo) -> None:
+    for path, param in undo.written:
+        tuned.model.get_submodule(path).get_parameter(param).copy_(undo.written.get(path, param))
+    for module, leaf in undo.made:
+        module._parameters[leaf] = None
+
+
 @torch.no_grad()
 def unmerge(tuned: Tuned) -> None:
     """See :meth:`burnish.Tuned.unmerge`."""
     undo = tuned.merged
     if undo is None:
         raise ConfigError("nothing is merged: call merge() first")
-    for path, param in undo.written:
-        tuned.model.get_submodule(path).get_parameter(param).copy_(undo.written.get(path, param))
-    for module, leaf in undo.made:
-        module._parameters[leaf] = None
+    _take_back(tuned, undo)
     for _, module, cls, slot in undo.modules:
         module.__class__ = cls
         module._modules[ATTR] = slot

@@ -40,7 +40,6 @@ class State:
     version: int = 0                                 # grows when `active` or the parts change
     box: dict[tuple[str, str], Any] = field(default_factory=dict)
     readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
-    batch: int | None = None
 
     def use(self, active: tuple[tuple[str, float], ...],
             rows: tuple[str | None, ...] | None = None) -> None:
@@ -129,11 +128,11 @@ class Slot(nn.Module):
         state = self.state
         state.box.clear()
         if state.rows is not None:
-            state.batch = next(v.shape[0] for v in pytree.tree_leaves((args, kw))
-                               if isinstance(v, Tensor) and v.dim())
-            if state.batch != len(state.rows):
+            batch = next(v.shape[0] for v in pytree.tree_leaves((args, kw))
+                         if isinstance(v, Tensor) and v.dim())
+            if batch != len(state.rows):
                 raise RecipeError(f"use([...]) names {len(state.rows)} adapters for a batch of "
-                                  f"{state.batch}; give one per sample")
+                                  f"{batch}; give one per sample")
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
             # the fused encoder layer reads weights past their modules; ours would be ignored
@@ -155,7 +154,7 @@ class Slot(nn.Module):
     def _per_sample(self, module: nn.Module, forward: Callable[..., Any], args: tuple,
                     kw: dict) -> Any:
         """Each sample through its own adapter: the batch is split, run and put together."""
-        batch = self.state.batch
+        batch = len(self.state.rows)
         order, outs = [], []
         for name in dict.fromkeys(self.state.rows):
             index = torch.tensor([i for i, r in enumerate(self.state.rows) if r == name])
@@ -225,7 +224,7 @@ class Slot(nn.Module):
     def _branch(self, part: Part, scale: float, seen: Tensor, h: Tensor) -> Tensor:
         made = self.module_of(part)(seen)
         if part.branch.compose == "replace":
-            return made
+            return made if scale == 1 else h + scale * (made - h)
         return h + (made if scale == 1 else scale * made)
 
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:

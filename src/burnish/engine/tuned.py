@@ -19,7 +19,7 @@ from ..core.errors import BurnishError, CheckError, ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
-from .adapters import Adapter, Before, bring, check_name, check_rows, file_names
+from .adapters import Adapter, Before, bring, check_name, check_rows, file_names, original
 from .attach import Attacher
 from .check import check, check_gradients
 from .originals import Originals
@@ -283,6 +283,7 @@ class Tuned:
     def disabled(self) -> Iterator[None]:
         """Inside, the model answers as the base (trained base weights and head excepted are put
         back too)."""
+        self._not_merged()
         was, trained = self.state.off, {}
         for key in self.originals:
             name = ".".join(filter(None, key))

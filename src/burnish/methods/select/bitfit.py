@@ -35,8 +35,7 @@ class Bitfit(Method):
             raise RecipeError("bitfit: this model has no biases to train; the nearest methods are "
                               "norms (trains norm scales) and ia3")
         for n in names:
-            anatomy.model.get_parameter(n).burnish_decay = False
-            yield Selection(n)
+            yield Selection(n, decay=False)
 
     def _names(self, anatomy: Anatomy) -> Iterable[str]:
         params = dict(anatomy.model.named_parameters())

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ...core.errors import RecipeError
 from ...core.method import Method
 from ...core.site import Selection
 
@@ -26,6 +27,10 @@ class Full(Method):
             from ...core.targets import match
 
             for place in match(anatomy, self.targets):
+                if place.rows:
+                    raise RecipeError(f"full: {place.name} is a run of rows of one parameter, "
+                                      "which trains whole or not at all; target the fused weight, "
+                                      "or give these rows a delta")
                 yield Selection(f"{place.path}.{place.param}" if place.path else place.param)
             return
         for name, p in anatomy.model.named_parameters():

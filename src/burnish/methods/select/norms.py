@@ -27,9 +27,8 @@ class Norms(Method):
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         found = False
         for path in anatomy.norms:
-            for leaf, p in anatomy.model.get_submodule(path).named_parameters(recurse=False):
+            for leaf, _ in anatomy.model.get_submodule(path).named_parameters(recurse=False):
                 found = True
-                p.burnish_decay = False
-                yield Selection(f"{path}.{leaf}" if path else leaf)
+                yield Selection(f"{path}.{leaf}" if path else leaf, decay=False)
         if not found:
             raise RecipeError("norms: this model has no norm with trainable scale or shift")

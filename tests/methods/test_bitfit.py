@@ -1,0 +1,125 @@
+"""BitFit: biases train, and no linear keeps its input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import burnish
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.testing.models import tiny
+
+BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512}
+
+
+def chosen(model, recipe="bitfit"):
+    return [s.name for s in parse(recipe)[0].select(Anatomy.of(model))]
+
+
+def test_count_on_bert_base():
+    """12 (4 768 + 3072 + 768 + 2 768) + 2 768, embedding norm and pooler included."""
+    model, _ = tiny("bert", meta=True, **BERT_BASE)
+    names = chosen(model)
+    assert sum(model.get_parameter(n).numel() for n in names) == 102_912
+    assert not any(n.startswith("classifier") for n in names), "the head trains by itself"
+
+
+def test_query_and_first_mlp_biases():
+    model, _ = tiny("bert", meta=True, **BERT_BASE)
+    names = chosen(model, "bitfit(which='query-mlp')")
+    assert sum(model.get_parameter(n).numel() for n in names) == 12 * (768 + 3072)
+    assert all("query" in n or "intermediate" in n for n in names)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "timm_qkv", "encoder", "mha", "cnn"])
+def test_every_weight_matrix_stays_as_it_is(name):
+    model, batch = tiny(name)
+    tuned = burnish.tune(model, "bitfit", head=False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned.optimizer(lr=1e-2)
+    for _ in range(2):
+        tuned.step(batch)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+    assert moved and all(n.endswith("bias") for n in moved)
+    # a key's bias shifts all scores of a query alike: softmax does not see it
+    assert all(n in moved or ".k" in n or "key" in n
+               for n, _ in tuned.named_parameters())
+
+
+def test_the_gradient_is_the_sum_over_tokens():
+    model, _ = tiny("mlp")
+    burnish.tune(model, "bitfit", head=False)
+    h, seen = torch.randn(5, 32), {}
+    first = model.layers[0]
+    out = first(h)
+    out.register_hook(lambda g: seen.update(g=g))
+    torch.tanh(out).square().sum().backward()
+    torch.testing.assert_close(first.bias.grad, seen["g"].sum(0))
+
+
+class Plain(torch.nn.Module):
+    """Two linears with an operation between them that keeps its output, not its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 64), torch.nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("recipe, kept", [("bitfit", [(4, 64)]),
+                                          ("full", [(4, 16), (4, 64), (4, 64)])])
+def test_no_linear_keeps_its_input(recipe, kept):
+    """Of the activations only what ReLU needs waits for backward; to train weights, inputs do."""
+    model = Plain()
+    tuned = burnish.tune(model, recipe, head=False)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen = []
+    tape = tuned.state.tape
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in weights:
+            seen.append(tuple(t.shape))
+        return t
+
+    tape.lean, tape.pack, tape.unpack = False, pack, lambda t: t
+    model(torch.randn(4, 16)).sum().backward()
+    assert sorted(seen) == kept
+
+
+def test_head_and_biases_have_their_own_decay():
+    tuned = burnish.tune(tiny("bert")[0], "bitfit")
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.1)
+    names = {id(p): n for n, p in tuned.named_parameters()}
+    decayed = {names[id(p)] for g in opt.param_groups for p in g["params"] if g["weight_decay"]}
+    assert decayed == {"classifier.weight", "classifier.bias"}
+
+
+def test_nothing_of_it_stays_after_detach():
+    """A later full fine-tuning decays biases again."""
+    model, _ = tiny("bert")
+    burnish.tune(model, "bitfit").detach()
+    assert not any(hasattr(p, "burnish_decay") for p in model.parameters())
+    opt = burnish.tune(model, "full").optimizer(weight_decay=0.1)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.1]
+
+
+def test_a_model_without_biases_is_refused_with_a_way_out():
+    with pytest.raises(RecipeError, match="no biases.*norms"):
+        burnish.tune(tiny("llama")[0], "bitfit")
+
+
+def test_merged_and_saved(tmp_path):
+    model, batch = tiny("vit")
+    tuned = burnish.tune(model, "bitfit")
+    tuned.step(batch)
+    model.eval()
+    want = model(**batch).logits
+    tuned.save(tmp_path / "a")
+    again = burnish.load(tiny("vit")[0].eval(), tmp_path / "a")
+    torch.testing.assert_close(again.model(**batch).logits, want)
+    torch.testing.assert_close(tuned.merge()(**batch).logits, want)

@@ -1,0 +1,56 @@
+"""Norm tuning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.core.errors import RecipeError
+from burnish.testing.models import tiny
+
+BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+             "num_attention_heads": 12}
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("llama", (2 * 2 + 1) * 32),                    # two scales a block and the last
+    ("vit", (2 * 2 + 1) * 2 * 32), ("bert", (2 * 2 + 1) * 2 * 32),
+    ("cnn", 2 * (16 + 32)), ("encoder", (2 * 2 + 1) * 2 * 32),
+])
+def test_it_trains_scales_and_shifts_of_every_norm(name, expected):
+    model, batch = tiny(name)
+    tuned = burnish.tune(model, "norms", head=False)
+    assert sum(p.numel() for p in tuned.parameters()) == expected
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned.optimizer(lr=1e-2)
+    tuned.step(batch)
+    trained = {n for n, _ in tuned.named_parameters()}
+    for n, p in model.named_parameters():
+        assert n in trained or torch.equal(before[n], p), n
+    assert {type(model.get_submodule(n.rpartition(".")[0])).__name__ for n in trained} <= \
+        {"LayerNorm", "LlamaRMSNorm", "BatchNorm2d"}
+
+
+def test_the_start_is_the_base():
+    model, batch = tiny("vit")
+    model.eval()
+    want = model(**batch).logits
+    burnish.tune(model, "norms")
+    assert torch.equal(model(**batch).logits, want)
+
+
+def test_norms_do_not_decay():
+    tuned = burnish.tune(tiny("llama")[0], "norms")
+    opt = tuned.optimizer(weight_decay=0.1)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("model", [
+    nn.Sequential(nn.Linear(4, 4)),
+    nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False)),
+], ids=["none", "without scale"])
+def test_a_model_without_affine_norms_is_refused(model):
+    with pytest.raises(RecipeError, match="no norm with trainable"):
+        burnish.tune(model, "norms")
