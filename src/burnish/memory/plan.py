@@ -140,7 +140,10 @@ class Plans:
             lines += ["", *_table(shown[:rows], self.budget)]
         if len(shown) > rows:
             lines.append(f"... and {len(shown) - rows} more")
-        lines += [f"not possible here: {r}: {why}" for r, why in self.refused.items()]
+        for why in dict.fromkeys(self.refused.values()):
+            first, *rest = (r for r, reason in self.refused.items() if reason == why)
+            lines.append(f"not possible here: {first}{f' and {len(rest)} more' if rest else ''}: "
+                         f"{why}")
         lines += [f"note: {n}" for n in self.notes]
         return "\n".join(lines)
 
@@ -178,6 +181,9 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     families = [[str(parse(c))] for c in candidates] if candidates is not None else shipped()
     for family in families:
         search.family(family, thorough=prefer == "memory")
+    reasons = set(search.refused.values())
+    if not search.plans and len(reasons) == 1:
+        raise ConfigError(reasons.pop())      # the call is wrong, not the candidates
     return search.result(prefer)
 
 
@@ -200,6 +206,8 @@ class _Search:
         self.model, self.budget, self.batch, self.settings = model, budget, batch, settings
         self.device = torch.device(device).type
         self.samples = _samples(batch)
+        if self.samples < 1:
+            raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
         self.plans: list[Plan] = []
         self.refused: dict[str, str] = {}
         self.baseline: float | None = None
@@ -235,25 +243,24 @@ class _Search:
         levels = [self.samples]               # halving, rounded up so that the parts cover it
         while levels[-1] > 1:
             levels.append(-(-levels[-1] // 2))
-        whole = self._at(recipe, levels[0])
-        if whole.needs <= self.budget or len(levels) == 1:
-            return whole
-        one = self._at(recipe, levels[-1])
-        if one.needs > self.budget:
-            return one
-        # the peak grows as good as linearly with the batch: guess, then make sure
-        slope = max(1.0, (whole.needs - one.needs) / (levels[0] - 1))
-        guess = next((k for k, n in enumerate(levels[1:], 1)
-                      if one.needs + slope * (n - 1) <= self.budget), len(levels) - 1)
-        for k in range(max(1, guess - 1), len(levels) - 1):
-            at = self._at(recipe, levels[k]) if k >= guess or self._close(
-                one.needs + slope * (levels[k] - 1)) else None
-            if at is not None and at.needs <= self.budget:
-                return at
-        return one
+        found = self._at(recipe, levels[0])
+        k = 0
+        while found.needs > self.budget and k < len(levels) - 1:
+            k = max(k + 1, self._guess(found, levels, k))
+            smaller = self._at(recipe, levels[k])
+            if smaller.needs > found.needs:   # a smaller batch does not help
+                return found
+            found = smaller
+        return found
 
-    def _close(self, predicted: float) -> bool:
-        return predicted < 1.02 * self.budget
+    def _guess(self, known: Plan, levels: list[int], k: int) -> int:
+        """The first level that should fit: what stays whatever the batch, and a share per sample.
+        Generous (a level is simulated before it is believed), so that no larger one is missed."""
+        parts = known.report.by_category
+        stays = parts["weights"] + parts["optimizer"] + parts["gradients"]
+        grows = (known.needs - stays) / levels[k]
+        return next((j for j in range(k + 1, len(levels))
+                     if stays + grows * levels[j] <= 1.02 * self.budget), len(levels) - 1)
 
     def _at(self, recipe: str, samples: int) -> Plan:
         report = self._report(recipe, samples)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
 from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
@@ -214,7 +215,17 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
             batch = blank_batch(model, batch, dtype)
     else:
         label = _label(batch)
+    _accepted(model, batch)
     return _fake(batch, ledger, device, dtype), label
+
+
+def _accepted(model: nn.Module, batch: Any) -> None:
+    known = inspect.signature(model.forward).parameters
+    if isinstance(batch, Mapping) and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for name in batch:
+            if name not in known:
+                raise ConfigError(f"{type(model).__name__} takes no {name!r}{nearest(name, known)} "
+                                  f"(it takes {', '.join(known)})")
 
 
 def _fake(value: Any, ledger: FakeLedger, device: str, dtype: torch.dtype | None) -> Any:
