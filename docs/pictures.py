@@ -75,27 +75,28 @@ def plan() -> None:
 
 
 def result(folder: Path) -> None:
-    """Accuracy while it learns, and memory promised against memory taken."""
-    facts = json.loads((folder / "run.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    scores = [(r["epoch"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4), width_ratios=(3, 2))
-    left.plot(*zip(*scores, strict=True), marker="o", color="#33658a")
-    test = facts["metrics"]["test"]["accuracy"]
-    left.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
-    left.set_title(f"{facts['recipe']}: test accuracy {test:.3f}", fontsize=9)
-    memory = [("promised", facts["memory"]["simulated"]), ("measured", facts["memory"]["measured"])]
-    bottom = [0.0, 0.0]
-    for category, colour in COLOURS.items():
-        height = [m["by_category"][category] / 2**20 for _, m in memory]
-        right.bar([n for n, _ in memory], height, bottom=bottom, color=colour, label=category,
-                  width=0.5)
-        bottom = [a + b for a, b in zip(bottom, height, strict=True)]
-    right.set_ylabel("MiB of a step")
-    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    where = facts["environment"]
-    figure.text(0.99, -0.06, f"burnish {facts['burnish']}, torch {where['torch']}, "
-                f"{where['device']}, {date.today()}", ha="right", fontsize=7, color="grey")
+    """Each recipe of the demo: accuracy on test, memory promised and measured."""
+    done = json.loads((folder / "demo.json").read_text())
+    rows = sorted(done["rows"], key=lambda r: r["accuracy"])
+    names = [r["recipe"] for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.1), sharey=True)
+    bars = left.barh(names, [100 * r["accuracy"] for r in rows], color="#33658a", height=0.55)
+    left.bar_label(bars, [f" {100 * r['accuracy']:.1f} % ({r['trained']:,} trained)"
+                          for r in rows], fontsize=8)
+    left.set(xlim=(0, 170), xticks=(0, 50, 100), xlabel="test accuracy, %")
+    left.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
+    place = range(len(rows))
+    for shift, key, label, colour in ((0.17, "simulated", "promised", "#f6ae2d"),
+                                      (-0.17, "measured", "measured", "#758e4f")):
+        right.barh([k + shift for k in place], [r[key] / 2**20 for r in rows], height=0.3,
+                   label=label, color=colour)
+    right.set_xlabel("MiB at the peak of a step")
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.set_xlim(0, 1.35 * max(r["measured"] for r in rows) / 2**20)
+    chosen = json.loads((Path(rows[-1]["folder"]) / "run.json").read_text())["environment"]
+    figure.text(0.99, -0.06, f"burnish demo; burnish {burnish.__version__}, torch "
+                f"{chosen['torch']}, {chosen['device']}, {date.today()}",
+                ha="right", fontsize=7, color="grey")
     figure.tight_layout()
     save(figure, "result")
 
