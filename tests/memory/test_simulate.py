@@ -165,6 +165,23 @@ def test_a_step_that_depends_on_values_is_refused_with_the_operator():
         simulate(Branches(), "full", {"x": torch.randn(4, 8)})
 
 
+def test_a_step_that_fails_says_where_and_leaves_no_log(capfd):
+    model, batch = tiny("bert")
+    with pytest.raises(SimulationError, match="prompt_tuning.*fails: .*size"):
+        simulate(model, "prompt_tuning(length=100)", batch)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_vit_b_keeps_its_promise_to_the_byte():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    settings = ViTConfig(architectures=["ViTForImageClassification"])
+    promised = simulate(settings, "lora(rank=8)", 2)
+    tuned = burnish.tune(ViTForImageClassification(settings).train(), "lora(rank=8)")
+    batch = {"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor([0, 1])}
+    assert measure(tuned, batch).peak_bytes == promised.peak_bytes
+
+
 @pytest.mark.parametrize(("batch", "says"), [(0, "positive"), ((4, -1), "positive")])
 def test_batches_that_make_no_sense(batch, says):
     with pytest.raises(ConfigError, match=says):

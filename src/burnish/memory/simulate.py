@@ -31,7 +31,7 @@ from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
-from .shortcuts import quick_noise, quick_strips, tables_forgotten, values_are_known
+from .shortcuts import quick_noise, quick_strips, quiet, tables_forgotten, values_are_known
 
 #: values are followed through tensors up to this many entries
 FOLLOWED = 1 << 18
@@ -41,7 +41,7 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 class SimulationError(BurnishError):
-    """The step depends on values that only a real run has."""
+    """The step depends on values that only a real run has, or fails as a real one would."""
 
 
 class FakeLedger(Ledger):
@@ -120,7 +120,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     ledger.machine = kind
     here = device if kind == "cpu" or _usable(kind) else "cpu"
     with (_random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
-          quick_noise(ledger), quick_strips(ledger)):
+          quick_noise(ledger), quick_strips(ledger), quiet()):
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
@@ -134,6 +134,10 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
             raise SimulationError(
                 f"{type(model).__name__} with {parts} cannot be simulated: {error.func} needs "
                 "values that only a real step has; burnish.measure runs one") from error
+        except RuntimeError as error:         # a real step would fail at the same operator
+            reason = str(error).strip().splitlines()[0]
+            raise SimulationError(f"a step of {type(model).__name__} with {parts} fails: "
+                                  f"{reason}") from error
     report.batch = label
     if here != device:
         report.notes.append(f"no {kind} here: counted with the CPU's kernels in {kind}'s blocks; "
