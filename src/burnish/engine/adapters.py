@@ -61,6 +61,14 @@ def check_name(name: str, taken: dict[str, Adapter]) -> None:
         raise ConfigError(f"there is an adapter {name!r} already; names are {', '.join(taken)}")
 
 
+def check_storage(recipe: Recipe, taken: dict[str, Adapter]) -> None:
+    """All adapters stand on one base: only the first recipe says in what form it is held."""
+    for part in recipe:
+        if taken and "storage" in part.axes():
+            raise ConfigError(f"{part.name} changes the form of the weights that "
+                              f"{', '.join(taken)} stand on; name it in the recipe given to tune")
+
+
 def check_rows(tuned: Tuned, names: set[str]) -> None:
     """Refuse adapters that cannot differ from sample to sample."""
     for name in sorted(names):

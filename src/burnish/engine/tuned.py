@@ -19,7 +19,16 @@ from ..core.errors import BurnishError, CheckError, ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
-from .adapters import Adapter, Before, bring, check_name, check_rows, file_names, original
+from .adapters import (
+    Adapter,
+    Before,
+    bring,
+    check_name,
+    check_rows,
+    check_storage,
+    file_names,
+    original,
+)
 from .attach import Attacher
 from .check import check, check_gradients
 from .originals import Originals
@@ -75,6 +84,7 @@ class Tuned:
         self._not_merged()
         check_name(name, self.adapters)
         parsed = parse(recipe)
+        check_storage(parsed, self.adapters)
         train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
         adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
         attacher = Attacher(self.model, self.anatomy, self.state, adapter)
