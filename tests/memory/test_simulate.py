@@ -172,6 +172,7 @@ def test_a_step_that_fails_says_where_and_leaves_no_log(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_vit_b_keeps_its_promise_to_the_byte():
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -203,6 +204,7 @@ def test_an_accelerator_is_counted_in_its_blocks():
         assert any("CPU's kernels" in note for note in cuda.notes)
 
 
+@pytest.mark.slow
 def test_the_process_takes_what_was_promised():
     """Resident memory of a fresh process, against the promise: within a tenth."""
     script = textwrap.dedent("""

@@ -26,6 +26,7 @@ def from_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     from transformers import initialization
 
     names = list(getattr(config, "architectures", None) or [])
+    cls: Any
     if names:
         cls = getattr(transformers, names[0], None)
         if cls is None:
@@ -102,8 +103,10 @@ def fakes_move() -> Iterator[None]:
             for child in self.children():
                 child._apply(fn)
         for name, p in self._parameters.items():
+            if p is None:
+                continue
             with torch.no_grad():
-                new = p if p is None else fn(p)
+                new = fn(p)
             if new is not p:
                 moved = nn.Parameter(new, requires_grad=p.requires_grad)
                 moved.__dict__.update(p.__dict__)
@@ -131,6 +134,7 @@ def _layer_norm_backward(g: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: T
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None,
                 out_dtype: torch.dtype | None = None) -> Tensor:
     """The fake version takes bf16 only, the CPU takes every dtype. Rows are padded to 16 bytes."""
+    shape: tuple[int, ...]
     if a.dim() == 2 and b.dim() == 2:
         shape = (offs.shape[0], a.shape[0], b.shape[1])       # type: ignore[union-attr]
     elif a.dim() == 3 and b.dim() == 3:
@@ -140,10 +144,10 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
     dtype = out_dtype or a.dtype
     step = 16 // dtype.itemsize
     row = -(-shape[-1] // step) * step
-    stride = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
-    return torch.empty_strided(shape, stride, dtype=dtype, device=a.device)
+    strides = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=a.device)
 
 
-KERNELS = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
+KERNELS: dict[Any, Any] = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
 if hasattr(torch.ops.aten, "_grouped_mm"):
     KERNELS[torch.ops.aten._grouped_mm.default] = _grouped_mm

@@ -50,7 +50,8 @@ class Entry:
 
     def __init__(self, nbytes: int, birth: int, module: str, phase: str,
                  category: str | None, device: str):
-        self.bytes, self.birth, self.death = nbytes, birth, None
+        self.bytes, self.birth = nbytes, birth
+        self.death: int | None = None
         self.module, self.phase, self.category, self.device = module, phase, category, device
 
     def __repr__(self) -> str:
@@ -63,6 +64,8 @@ class _Watch(weakref.ref):
     """A weak reference to a storage that knows its entry."""
 
     __slots__ = ("key", "entry")
+    key: int
+    entry: Entry
 
 
 class Ledger(TorchDispatchMode):
@@ -156,7 +159,8 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device        # asked a dozen times per operator under fake tensors
         out = self.call(func, args, kwargs or {})
         self.now += 1
-        phase = module = None
+        phase: str | None = None
+        module = ""
         for t in leaves(out):
             storage = t.untyped_storage()
             watch = self._alive.get(storage._cdata)
@@ -172,7 +176,7 @@ class Ledger(TorchDispatchMode):
                 del self._alive[watch.key]
             found = watch is None and func is not _LIFT and aliases(func)
             # a view of something nobody watched: it was there before
-            self._enter(t, "" if found else module, "load" if found else phase,
+            self._enter(t, "" if found else module, "load" if found else str(phase),
                         "weights" if found else (watch.entry.category if watch else None),
                         birth=0 if found else self.now)
         if func is _ADD:

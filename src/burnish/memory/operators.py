@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def cost(func: Any, args: tuple, kwargs: dict[str, Any], out: Any
 
 def called_by_engine() -> bool:
     """Is the operator being dispatched the engine's own, not one of a Python backward?"""
-    frame = sys._getframe(3)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_code.co_name in ("_fn", "inner"):
         frame = frame.f_back                  # wrappers that older versions put around modes
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"

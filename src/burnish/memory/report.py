@@ -79,12 +79,13 @@ class MemoryReport:
                 there[birth] += e.bytes
                 there[death] -= e.bytes
         curves = {c: np.cumsum(d)[: ledger.now + 1] for c, d in deltas.items()}
-        total = sum(curves.values())
+        total = np.sum(list(curves.values()), axis=0)
         at = int(np.argmax(total)) if len(total) else 0
         modules: dict[str, int] = {}
         for e, _, birth, death in lives:
             if birth <= at < death and e.device == device:
-                modules[e.module] = modules.get(e.module, 0) + -(-e.bytes // block) * block
+                owner = e.module.partition(".burnish")[0]   # added parts count as it
+                modules[owner] = modules.get(owner, 0) + -(-e.bytes // block) * block
         phases = [(p, n) for p, n in ledger.phases if n >= since] or [("load", 0)]
         last = ledger.born_last(at)
         return cls(
