@@ -1,4 +1,4 @@
-"""Pairwise: a partner from every axis in both orders; each pair works or is refused with a reason."""
+"""A partner from every axis, in both orders: each pair works or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from burnish.testing.models import tiny
 
 #: one or two partners per axis
 PARTNERS = ["nf4", "bf16", "lora", "dora", "snella", "shira", "bitfit", "full", "parallel", "ia3",
-            "vpt", "prefix", "lst", "checkpoint", "offload", "lean", "galore", "lion", "mezo", "lisa",
-            "adalora", "l2_sp", "mola"]
+            "vpt", "prefix", "lst", "checkpoint", "offload", "lean", "galore", "lion", "mezo",
+            "lisa", "adalora", "l2_sp", "mola"]
 
 
 def text(name: str) -> str:

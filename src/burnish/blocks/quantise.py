@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.errors import ConfigError
 from .codecs import dynamic_map
@@ -59,13 +60,14 @@ def _values(name: str) -> list[float] | list[int]:
 
 def _table(name: str, like: Tensor) -> Tensor:
     """A constant on the device of `like`; one made under a fake mode is not kept."""
+    mode = getattr(like, "fake_mode", None)
+    home = _real if mode is None else mode.__dict__.setdefault("_burnish_constants", {})
     key = (name, like.device)
-    if key in _real and not is_fake(like):
-        return _real[key]
-    made = torch.tensor(_values(name), device=like.device)
-    if not is_fake(made):
-        _real[key] = made
-    return made
+    if key not in home:
+        with _disable_current_modes():           # no part of the step: nobody counts it
+            made = torch.tensor(_values(name), device=like.device)
+            home[key] = made if mode is None else mode.from_tensor(made)
+    return home[key]
 
 
 def is_fake(t: Tensor) -> bool:

@@ -304,5 +304,6 @@ def _native(rule: Rule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer |
     if isinstance(rule, AdamW) and not hyper.pop("eps_first"):
         return torch.optim.AdamW(groups, fused=fused, **hyper)
     if isinstance(rule, SGD):
-        return torch.optim.SGD(groups, fused=fused, **hyper)
+        # tensor by tensor nothing is allocated; the fused form makes lists of temporaries
+        return torch.optim.SGD(groups, foreach=False, **hyper)
     return None

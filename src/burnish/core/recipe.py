@@ -122,8 +122,9 @@ def _typed(name: str, key: str, value: object, hint: object) -> object:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
+            near = nearest(str(value), map(str, choices))
             raise RecipeError(f"{name}({key}={value!r}): expected one of "
-                              f"{', '.join(map(repr, choices))}{nearest(str(value), map(str, choices))}")
+                              f"{', '.join(map(repr, choices))}{near}")
         return value
     options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
     plain = [typing.get_origin(o) or o for o in options]

@@ -148,6 +148,17 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
     return torch.empty_strided(shape, strides, dtype=dtype, device=a.device)
 
 
-KERNELS: dict[Any, Any] = {torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward}
+def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
+    """Asked for the bias gradient, the CPU makes the weight's too, whether it is wanted or not."""
+    *rest, mask = args
+    if g.device.type == "cpu":
+        mask = [mask[0], mask[1] or mask[2], mask[2]]
+    return torch.ops.aten.convolution_backward.default(g, x, weight, *rest, mask)
+
+
+KERNELS: dict[Any, Any] = {
+    torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
+    torch.ops.aten.convolution_backward.default: _convolution_backward,
+}
 if hasattr(torch.ops.aten, "_grouped_mm"):
     KERNELS[torch.ops.aten._grouped_mm.default] = _grouped_mm
