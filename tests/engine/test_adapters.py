@@ -361,7 +361,8 @@ def test_detach_takes_all_of_them_out():
 REFUSED = ["lora(rank=99)", "lora(rank=4) + full(targets='nothing_like_it')",
            "nf4 + full + checkpoint + lora(rank=4)",
            "checkpoint + offload(to='disk') + lora(rank=99)",
-           "lean(on=False) + vpt + lora(rank=99)", "houlsby(width=4, norms=False) + lst(reduction=4)"]
+           "lean(on=False) + vpt + lora(rank=99)",
+           "houlsby(width=4, norms=False) + lst(reduction=4)"]
 
 
 @pytest.mark.parametrize("recipe", REFUSED)

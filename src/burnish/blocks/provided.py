@@ -13,7 +13,7 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -133,11 +133,11 @@ class Panels:
         self.weight, self.terms, self.states = weight, terms, states
         self.out, self.inp = weight.shape[-2:]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def ranges(self) -> list[tuple[int, int]]:
+        """The runs of inputs, one after the other."""
         whole = any(not t.tiled and not hasattr(t, "cheap_tile") for t, _ in self.terms)
         step = self.inp if whole else max(1, min(self.inp, PANEL // max(1, self.out)))
-        for i0 in range(0, self.inp, step):
-            yield i0, min(self.inp, i0 + step)
+        return [(i0, min(self.inp, i0 + step)) for i0 in range(0, self.inp, step)]
 
     def added(self, i0: int, i1: int) -> Tensor | None:
         """What the terms add to columns i0:i1: a fresh panel, in their own precision."""
@@ -161,7 +161,7 @@ class Panels:
     def row_squares(self) -> Tensor:
         """sum_i V[o, i]^2, accumulated in at least fp32."""
         acc = None
-        for i0, i1 in self:
+        for i0, i1 in self.ranges():
             v = self.value(i0, i1)
             v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
             part = torch.linalg.vector_norm(v, dim=-1).square_()
@@ -224,7 +224,7 @@ class _Effective(torch.autograd.Function):
         y = torch.empty_like(weight)
         if op.wrap is not None:
             ctx.f, ctx.kept = op.wrap.gains(V)
-        for i0, i1 in V:
+        for i0, i1 in V.ranges():
             y[..., i0:i1] = V.value(i0, i1)
         if op.wrap is not None:
             y.mul_(ctx.f.to(y.dtype).unsqueeze(-1))
@@ -246,7 +246,7 @@ class _Effective(torch.autograd.Function):
         grads = {id(t): [None] * len(t.theta()) for t in op.all}
         V = Panels(weight, op.terms, ctx.states)
         df = None
-        for i0, i1 in V:
+        for i0, i1 in V.ranges():
             part = G[..., i0:i1]
             if op.wrap is not None:
                 v = V.value(i0, i1)
@@ -334,7 +334,7 @@ class _Linear(torch.autograd.Function):
                 states = ctx.states + [t.prepare() for t, _ in op.token]
                 V = Panels(W, op.tiled + op.token, states)
                 df = torch.zeros_like(ctx.gain)
-                for i0, i1 in V:
+                for i0, i1 in V.ranges():
                     df += ((g2.t() @ x2[:, i0:i1]) * V.value(i0, i1)).sum(-1, dtype=df.dtype)
                 grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
             g2 = g2 * ctx.gain.to(g2.dtype)
@@ -353,7 +353,7 @@ def _product(x2: Tensor, V: Panels, bias: Tensor | None) -> Tensor:
     In half precision base and update are products of their own: added to the weight first, what
     is below half its spacing would be lost.
     """
-    ranges = list(V)
+    ranges = V.ranges()
     if V.terms and x2.element_size() < 4:
         y = F.linear(x2, V.weight, bias)
         for i0, i1 in ranges:
@@ -380,7 +380,7 @@ def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, lis
     dx = None
     if need_x:
         dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], inp)
-    for i0, i1 in V:
+    for i0, i1 in V.ranges():
         total: Tensor | None = None
         G = None
         if any(t.keeps_input for t, _ in V.terms):

@@ -40,6 +40,8 @@ def parse(recipe: str | Method | Iterable[str | Method]) -> Recipe:
     cannot be joined.
     """
     parts: list[Method] = []
+    if not isinstance(recipe, Iterable | Method):
+        raise RecipeError(f"a recipe is text or methods, not {type(recipe).__name__}")
     for piece in [recipe] if isinstance(recipe, str | Method) else recipe:
         if isinstance(piece, Method):
             if not piece.name:
