@@ -86,7 +86,7 @@ class Offload(Policy):
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-", dir=folder) \
             if to == "disk" else None
         self._serial = itertools.count()
-        self._away: dict[int, tuple[Any, Any]] = {}
+        self._away: dict[int, tuple[Any, Any, int]] = {}      # what went when it was like that
         self.bytes_written = 0
 
     def start(self) -> None:
@@ -100,12 +100,12 @@ class Offload(Policy):
                 or (self.to == "host" and t.device.type == "cpu"):
             return super().pack(t)
         key = storage._cdata
-        ref, gone = self._away.get(key, (_gone, _gone))
+        ref, gone, version = self._away.get(key, (_gone, _gone, None))
         away = gone()                            # alive while some reader waits for it
-        if ref() is None or away is None:
+        if ref() is None or away is None or version != t._version:
             flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
             away = _Away(flat, self.to, self._folder and Path(self._folder.name),
                          next(self._serial))
             self.bytes_written += nbytes
-            self._away[key] = (weakref.ref(storage), weakref.ref(away))
+            self._away[key] = (weakref.ref(storage), weakref.ref(away), t._version)
         return _Moved(away, t)

@@ -187,10 +187,12 @@ class Slot(nn.Module):
     def _active(self, module: nn.Module, forward: Callable[..., Any],
                 active: tuple[tuple[str, float], ...], args: tuple, kw: dict) -> Any:
         groups, before, after = self._planned(module, active)
-        given = args[0] if args else next(iter(kw.values()), None)
+        given = _first(args, kw)
         self._tap("input", given, active)
         for part, scale in before:
-            args = (self._branch(part, scale, args[0], args[0]), *args[1:])
+            x = _first(args, kw)
+            made = self._branch(part, scale, x, x)
+            args, kw = ((made, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): made})
         out = self._weighted(module, forward, groups, args, kw) if groups else \
             self._base(module, forward, args, kw)
         if after:
@@ -230,7 +232,7 @@ class Slot(nn.Module):
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         if self.providers and is_linear(module, forward):
             op = Weighted(functools.partial(self._matrix, module, "weight"), [])
-            return linear(args[0], op, module.bias)
+            return linear(_first(args, kw), op, module.bias)
         with ExitStack() as stack:
             for param, child in self.providers.items():
                 stack.enter_context(self._noted(module, param, self._modules[child].weight))
@@ -296,14 +298,14 @@ class Slot(nn.Module):
         place, op = groups[0]
         if is_linear(module, forward) and all(p.param == "weight" for p, _ in groups):
             if len(groups) == 1 and place.rows is None:
-                return linear(args[0], op, module.bias, self._trained(module, place))
+                return linear(_first(args, kw), op, module.bias, self._trained(module, place))
             if place.rows is not None and all(p.rows for p, _ in groups):
-                return self._sliced(module, groups, args[0])
+                return self._sliced(module, groups, _first(args, kw))
         if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward \
                 and len(groups) == 1 and op.wrap is None:
             out = forward(module, *args, **kw)
             for term, scale in op.terms:
-                out = out + scale * term.take(args[0]).to(out.dtype)
+                out = out + scale * term.take(_first(args, kw)).to(out.dtype)
             return out
         return self._effective(module, forward, groups, args, kw)
 
@@ -369,6 +371,11 @@ class Slot(nn.Module):
             rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
         return as_stored(torch.cat(pieces, dim=-2), first, stored)
+
+
+def _first(args: tuple, kw: dict) -> Any:
+    """What a module was given, by position or by name."""
+    return args[0] if args else next(iter(kw.values()), None)
 
 
 def slot_of(module: nn.Module, state: State, path: str) -> Slot:

@@ -26,7 +26,8 @@ def tuned_class(base: type, provided: tuple[str, ...] = ()) -> type:
 
         @functools.wraps(own)                    # signature(model.forward) stays the base's
         def forward(self: nn.Module, *args: Any, **kw: Any) -> Any:
-            return self._modules[ATTR].run(self, own, args, kw)
+            slot = self._modules.get(ATTR)       # a fresh type(module)(...) has none
+            return own(self, *args, **kw) if slot is None else slot.run(self, own, args, kw)
 
         def reduce(self: nn.Module, protocol: Any = None) -> tuple:
             return _rebuild, (base, provided), self.__dict__
@@ -36,9 +37,19 @@ def tuned_class(base: type, provided: tuple[str, ...] = ()) -> type:
                 "__qualname__": base.__qualname__, "__doc__": base.__doc__,
                 "_burnish_base": base, **members(base)}
         for name in provided:
-            body[name] = property(lambda self, n=name: self._modules[ATTR].answer(self, n))
+            body[name] = property(functools.partial(_provided, name=name))
         _CLASSES[key] = type(base.__name__, (base,), body)
     return _CLASSES[key]
+
+
+def _provided(module: nn.Module, name: str) -> Tensor:
+    """``module.<name>`` where a provider holds it."""
+    slot = module._modules.get(ATTR)
+    if slot is not None:
+        return slot.answer(module, name)
+    if name in module._parameters:
+        return module._parameters[name]
+    raise AttributeError(name)
 
 
 def _rebuild(base: type, provided: tuple[str, ...]) -> nn.Module:
