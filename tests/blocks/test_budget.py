@@ -60,8 +60,8 @@ def test_shares_are_proportional_among_those_below_their_caps(layers, share):
     for i in below:
         assert abs(got[i] - spent * scores[i] / whole) <= len(caps) + 1e-9 * spent
         for j, c in enumerate(caps):            # who is full deserves at least as much
-            if got[j] == c:
-                assert got[j] / scores[j] <= got[i] / scores[i] * (1 + 1e-6) + len(caps) / scores[i]
+            if got[j] == c:                     # (to the entry that rounding gives)
+                assert (c - 1) / scores[j] <= (got[i] + len(caps)) / scores[i] * (1 + 1e-6)
 
 
 def test_equal_scores_share_equally_until_the_caps():
