@@ -199,3 +199,30 @@ def test_every_kind_of_optimizer_goes_on(vit, tmp_path, recipe):
     second = burnish.fit(vit, "digits", **settings(halves, recipe, True))
     one, two = first.tuned.tensors(), second.tuned.tensors()
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_random_moments(processes, vit, tmp_path):
+    """SIGKILL from outside, twenty times after a random while; the ends agree bit for bit."""
+    import random
+
+    draw, recipe = random.Random(0), "lora(rank=2, dropout=0.1)"
+    assert start(processes, tmp_path / "whole", vit, recipe, False) == 0
+    want = results(tmp_path / "whole")
+    kills, n = 0, 0
+    while kills < 20:
+        folder, resume, n = tmp_path / f"run{n}", False, n + 1
+        while True:
+            child = processes.Process(target=run, args=(folder, vit, recipe, resume))
+            child.start()
+            child.join(draw.uniform(0.3, 4.0) if kills < 20 else 300)
+            if child.exitcode is None:
+                child.kill()
+                child.join(60)
+                kills += 1
+                resume = folder.exists()
+                continue
+            assert child.exitcode == 0
+            break
+        got = results(folder)
+        assert all(torch.equal(got[0][k], want[0][k]) for k in want[0]) and got[1:] == want[1:]
