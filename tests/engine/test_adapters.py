@@ -300,6 +300,19 @@ def test_an_adapter_without_base_weights_stands_on_the_base():
     assert not hasattr(net.classifier.bias, "burnish_decay") or net.classifier.bias.burnish_decay
 
 
+def test_an_adapter_is_exported_with_its_own_head(tmp_path):
+    from safetensors.torch import load_file
+
+    tuned, _ = heads()
+    tuned.use("default")
+    want = tuned.model.classifier.weight.clone()
+    tuned.use("other")
+    burnish.export_peft(tuned, tmp_path / "peft", name="default")
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    (head,) = (v for k, v in written.items() if "classifier" in k and k.endswith("weight"))
+    assert torch.equal(head, want)
+
+
 # -- files --------------------------------------------------------------------------------------
 
 def test_all_adapters_are_saved_and_loaded(tmp_path):

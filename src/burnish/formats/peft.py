@@ -225,6 +225,8 @@ def _whole(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
         what.saved.append(owner)
         state = tuned.model.get_submodule(owner).state_dict()
         what.whole |= {f"{owner}.{k}": v for k, v in state.items()}
+    for a in weights:                            # its own values also where another's stand
+        what.whole |= {k: v for k, v in tuned.adapters[a].values().items() if k in what.whole}
 
 
 def _task(model: nn.Module, what: PeftFolder) -> str | None:
