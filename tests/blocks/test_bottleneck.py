@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from burnish.blocks.bottleneck import ACTIVATIONS, Bottleneck, Normed
-from burnish.blocks.gates import Affine
+from burnish.blocks.state.bottleneck import ACTIVATIONS, Bottleneck, Normed
+from burnish.blocks.state.gates import Affine
 from burnish.core.errors import CheckError, ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.blocks.budget import allocate, cubic
+from burnish.blocks.choose.budget import allocate, cubic
 
 LAYERS = st.lists(st.tuples(st.integers(0, 2**40), st.floats(0, 1e6)), min_size=1, max_size=12)
 

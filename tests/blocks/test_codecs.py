@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from burnish.blocks.codecs import (
+from burnish.blocks.update.codecs import (
     Bf16,
     Block4,
     Block8,
@@ -17,7 +17,7 @@ from burnish.blocks.codecs import (
     dynamic_map,
     stochastic_bf16,
 )
-from burnish.blocks.noise import CounterNoise
+from burnish.blocks.update.noise import CounterNoise
 from burnish.core.errors import RecipeError
 
 CPU = torch.device("cpu")

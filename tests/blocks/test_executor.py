@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as stock
 
-from burnish.blocks.executor import checkpoint, no_grad
-from burnish.blocks.saved import Tape
+from burnish.blocks.tape.executor import checkpoint, no_grad
+from burnish.blocks.tape.saved import Tape
 
 D, M, N = 16, 64, 12
 

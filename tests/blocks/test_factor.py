@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.blocks.factor import Chain
-from burnish.blocks.provided import Weighted, linear
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.provided import Weighted, linear
 from burnish.core.site import Place
 
 OUT, IN, N, R = 12, 10, 5, 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.factor_algebra import Factors, cat, inner, linear, merge, svd, truncate
+from burnish.blocks.weight.factor_algebra import Factors, cat, inner, linear, merge, svd, truncate
 from burnish.core.errors import ConfigError
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.blocks.live import Draw, TrainableSchedule
-from burnish.blocks.rules import AdamW
-from burnish.blocks.step import InBackward, Inner, Subspace, compose
-from burnish.blocks.subspace import SubspaceMap
+from burnish.blocks.update.live import Draw, TrainableSchedule
+from burnish.blocks.update.rules import AdamW
+from burnish.blocks.update.step import InBackward, Inner, Subspace, compose
+from burnish.blocks.update.subspace import SubspaceMap
 from burnish.core.errors import ConfigError, RecipeError
 
 NAMES = [f"b{i}" for i in range(8)]

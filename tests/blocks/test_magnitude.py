@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.blocks import provided
-from burnish.blocks.factor import Chain
-from burnish.blocks.magnitude import Magnitude
-from burnish.blocks.provided import Weighted, linear
+from burnish.blocks.weight import provided
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.magnitude import Magnitude
+from burnish.blocks.weight.provided import Weighted, linear
 from burnish.core.site import Place
 
 OUT, IN, N = 12, 10, 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from burnish.blocks.noise import (
+from burnish.blocks.update.noise import (
     CounterNoise,
     ScalarLog,
     as_fp32,

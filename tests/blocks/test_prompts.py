@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from burnish.blocks.prompts import KeysValues, Prepended, Tokens, Trunk, is_active
-from burnish.blocks.saved import Tape
+from burnish.blocks.state.prompts import KeysValues, Prepended, Tokens, Trunk, is_active
+from burnish.blocks.tape.saved import Tape
 from burnish.core.errors import RecipeError
 
 

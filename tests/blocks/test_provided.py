@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.blocks import provided, tiled
-from burnish.blocks.factor import Chain
-from burnish.blocks.magnitude import Magnitude
-from burnish.blocks.provided import Weighted, linear
-from burnish.blocks.tiled import KernelDelta
+from burnish.blocks.weight import provided, tiled
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.magnitude import Magnitude
+from burnish.blocks.weight.provided import Weighted, linear
+from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.site import Place
 
 OUT, IN, N = 24, 20, 7

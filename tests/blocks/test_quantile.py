@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.blocks import quantile
+from burnish.blocks.choose import quantile
 
 
 @settings(max_examples=60, deadline=None)

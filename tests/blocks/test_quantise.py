@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from burnish.blocks import quantise
-from burnish.blocks.codecs import dynamic_map
-from burnish.blocks.provided import Weighted, linear
-from burnish.blocks.quantise import (
+from burnish.blocks.update.codecs import dynamic_map
+from burnish.blocks.weight import quantise
+from burnish.blocks.weight.provided import Weighted, linear
+from burnish.blocks.weight.quantise import (
     NF4,
     PIECE,
     Bf16Provider,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.rules import SGD, AdamW, Lion, Rule
+from burnish.blocks.update.rules import SGD, AdamW, Lion, Rule
 
 
 def gradients(n=40, steps=7):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from burnish.blocks.offload import Offload
-from burnish.blocks.saved import Tape
+from burnish.blocks.tape.offload import Offload
+from burnish.blocks.tape.saved import Tape
 
 D, M, N = 32, 128, 64
 

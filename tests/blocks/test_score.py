@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.score import Smoothed, sensitivity
+from burnish.blocks.choose.score import Smoothed, sensitivity
 
 
 def test_sensitivity():

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.blocks import provided
-from burnish.blocks.provided import Weighted, linear
-from burnish.blocks.sparse import SparseDelta, spread
+from burnish.blocks.weight import provided
+from burnish.blocks.weight.provided import Weighted, linear
+from burnish.blocks.weight.sparse import SparseDelta, spread
 from burnish.core.site import Place
 
 OUT, IN, N = 24, 20, 7

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from burnish.blocks.composed import Composed
-from burnish.blocks.named import load_named_state, named_state
-from burnish.blocks.rules import SGD, AdamW, Lion
-from burnish.blocks.step import (
+from burnish.blocks.update.composed import Composed
+from burnish.blocks.update.named import load_named_state, named_state
+from burnish.blocks.update.rules import SGD, AdamW, Lion
+from burnish.blocks.update.step import (
     InBackward,
     Inner,
     Rounding,
@@ -26,7 +26,7 @@ from burnish.blocks.step import (
     compose,
     matching,
 )
-from burnish.blocks.subspace import Basis, SubspaceMap
+from burnish.blocks.update.subspace import Basis, SubspaceMap
 from burnish.core.errors import ConfigError, FormatError, RecipeError
 
 LOW = Subspace(map=SubspaceMap(rank=4), every=3, where=lambda name, p: p.dim() > 1, name="galore")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.noise import CounterNoise
-from burnish.blocks.subspace import SubspaceMap, in_memory_order, matrix, panels, rotate
+from burnish.blocks.update.noise import CounterNoise
+from burnish.blocks.update.subspace import SubspaceMap, in_memory_order, matrix, panels, rotate
 from burnish.core.errors import RecipeError
 
 NOISE = CounterNoise(0, "w/subspace")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from burnish.blocks import slicing
-from burnish.blocks.saved import Tape
-from burnish.blocks.taps import Crown, Gate, Plain, Rung, Still, Watch, _small_rotary, shrunk
+from burnish.blocks.state.taps import Crown, Gate, Plain, Rung, Still, Watch, _small_rotary, shrunk
+from burnish.blocks.tape.saved import Tape
+from burnish.blocks.weight import slicing
 from burnish.core.errors import RecipeError
 from burnish.testing.models import tiny
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from burnish.blocks.taskvector import TaskVector, combine, kth_largest, threshold
 from burnish.core.errors import ConfigError
 from burnish.core.recipe import parse
 from burnish.formats.safe import Tensors, save_file, save_stream
+from burnish.methods.lifecycle._taskvector import TaskVector, combine, kth_largest, threshold
 from burnish.methods.lifecycle.soup import (
     Mean,
     alpha_gradient,

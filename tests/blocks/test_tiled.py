@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks import provided, tiled
-from burnish.blocks.factor import Chain
-from burnish.blocks.provided import Weighted, linear
-from burnish.blocks.tiled import KernelDelta
+from burnish.blocks.weight import provided, tiled
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.provided import Weighted, linear
+from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.site import Place
 from burnish.memory.ledger import Ledger
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import burnish
-from burnish.blocks.provided import Term
+from burnish.blocks.weight.provided import Term
 from burnish.core.method import Method, setting
 from burnish.core.registry import register
 from burnish.testing import conformance

@@ -15,13 +15,13 @@ from burnish.core.method import Method
 from burnish.core.recipe import parse
 
 FOLDER = Path(registry.__file__).resolve().parents[1] / "methods"
-FILES = sorted(f for f in FOLDER.glob("*/*.py") if not f.stem.startswith("_"))
+FILES = sorted(f for f in FOLDER.glob("*/**/*.py") if not f.stem.startswith("_"))
 NAMES = [f.stem for f in FILES]
 
 
 def test_names_are_unique_and_folders_are_axes():
     assert len(NAMES) == len(set(NAMES))
-    assert {f.parent.name for f in FILES} <= set(AXES)
+    assert {f.relative_to(FOLDER).parts[0] for f in FILES} <= set(AXES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)

@@ -37,11 +37,12 @@ def test_the_version_is_the_package_s():
 
 
 @pytest.mark.parametrize("first", [
-    "import burnish.methods.delta.lora", "import burnish.fit.data", "burnish.methods()",
+    "import burnish.methods.delta.lowrank.lora", "import burnish.fit.data", "burnish.methods()",
     "from burnish.core import registry; registry.catalogue()",
 ])
 def test_functions_stay_functions_though_packages_bear_their_names(first):
-    code = (f"import burnish\n{first}\nimport burnish.methods.delta.lora, burnish.fit.data\n"
+    code = (f"import burnish\n{first}\n"
+            "import burnish.methods.delta.lowrank.lora, burnish.fit.data\n"
             "assert callable(burnish.fit) and len(burnish.methods()) > 1")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

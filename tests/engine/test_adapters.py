@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.provided import Term
+from burnish.blocks.weight.provided import Term
 from burnish.core.errors import CheckError, ConfigError, RecipeError
 from burnish.engine.slot import slots
 from burnish.engine.swap import ATTR

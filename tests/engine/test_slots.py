@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
-from burnish.blocks.provided import Term
+from burnish.blocks.weight.provided import Term
 from burnish.engine.slot import slots
 from burnish.engine.swap import ATTR
 from burnish.testing.models import tiny

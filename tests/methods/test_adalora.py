@@ -15,7 +15,7 @@ from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.core.targets import match
-from burnish.methods.delta.adalora import Adalora, Pruner, Triplets
+from burnish.methods.delta.rank.adalora import Adalora, Pruner, Triplets
 from burnish.testing.models import tiny
 
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.blocks.step import compose
+from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 
 

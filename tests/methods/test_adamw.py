@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.blocks.composed import Composed
-from burnish.blocks.step import compose
+from burnish.blocks.update.composed import Composed
+from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 
 

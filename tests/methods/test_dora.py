@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
-from burnish.blocks.factor import Chain
-from burnish.blocks.magnitude import Magnitude
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.magnitude import Magnitude
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.blocks.rules import SGD
-from burnish.blocks.step import Inner, Subspace, block_matrices, compose
-from burnish.blocks.subspace import SubspaceMap
+from burnish.blocks.update.rules import SGD
+from burnish.blocks.update.step import Inner, Subspace, block_matrices, compose
+from burnish.blocks.update.subspace import SubspaceMap
 from burnish.core.recipe import parse
 
 F64 = torch.float64

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.factor import Chain
-from burnish.blocks.provided import Term
-from burnish.blocks.tiled import KernelDelta
+from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.provided import Term
+from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.site import Place
 from burnish.methods.objective.l2_sp import update_norm
 

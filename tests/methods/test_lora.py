@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.factor import Chain
+from burnish.blocks.weight.factor import Chain
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse

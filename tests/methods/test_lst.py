@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import burnish
-from burnish.blocks.taps import Crown, Rung
+from burnish.blocks.state.taps import Crown, Rung
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing.models import tiny

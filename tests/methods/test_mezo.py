@@ -11,11 +11,11 @@ from safetensors.torch import load, save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.blocks.named import load_named_state, named_state
-from burnish.blocks.noise import CounterNoise, ScalarLog
-from burnish.blocks.rules import Lion
-from burnish.blocks.step import InBackward, Subspace, compose
-from burnish.blocks.subspace import SubspaceMap
+from burnish.blocks.update.named import load_named_state, named_state
+from burnish.blocks.update.noise import CounterNoise, ScalarLog
+from burnish.blocks.update.rules import Lion
+from burnish.blocks.update.step import InBackward, Subspace, compose
+from burnish.blocks.update.subspace import SubspaceMap
 from burnish.core.errors import FormatError, RecipeError
 from burnish.core.recipe import parse
 
@@ -312,7 +312,7 @@ def test_small_bf16_updates_survive():
     kept = {}
     for recipe in ("mezo", "mezo + nearest"):
         p = nn.Parameter(start.clone())
-        from burnish.blocks.step import Rounding
+        from burnish.blocks.update.step import Rounding
         extra = [Rounding(kind="nearest")] if "nearest" in recipe else []
         opt = compose([*[m.optimizer() for m in parse("mezo")], *extra], [("w", p)], 1e-6)
         losses = iter([1e-3, -1e-3])                 # g = 1

@@ -11,7 +11,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.miss import Shards
+from burnish.methods.delta.lowrank.miss import Shards
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

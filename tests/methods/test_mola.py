@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.experts import Attached, ExpertChains, balance, top_k
+from burnish.blocks.weight.experts import Attached, ExpertChains, balance, top_k
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing.models import tiny

@@ -10,7 +10,7 @@ import burnish
 from burnish.core.anatomy import Anatomy
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.pissa import Principal
+from burnish.methods.delta.start.pissa import Principal
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -133,7 +133,7 @@ def test_saved_with_its_start_and_loaded_without_a_new_decomposition(tmp_path, m
 
 
 def test_dora_on_a_folded_start_begins_at_the_base():
-    from burnish.blocks.magnitude import Magnitude
+    from burnish.blocks.weight.magnitude import Magnitude
 
     W, _ = spiked()
     tuned = burnish.tune(model_of(W, torch.float32), f"nf4 + pissa(rank={R}) + dora(rank=4)")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import burnish
-from burnish.blocks.prompts import KeysValues, Prepended, Tokens
+from burnish.blocks.state.prompts import KeysValues, Prepended, Tokens
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing.models import tiny

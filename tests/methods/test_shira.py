@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.sparse import SparseDelta
+from burnish.blocks.weight.sparse import SparseDelta
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse

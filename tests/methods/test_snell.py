@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.tiled import KernelDelta
+from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse

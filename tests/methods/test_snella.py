@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.tiled import KernelDelta
+from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.snella import Budget, Snella
+from burnish.methods.delta.sparse.snella import Budget, Snella
 from burnish.testing.models import tiny
 
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

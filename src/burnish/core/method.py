@@ -27,7 +27,7 @@ from .axes import AXES
 from .site import Branch, Place, Selection
 
 if TYPE_CHECKING:
-    from ..blocks.provided import Provider, Term
+    from ..blocks.weight.provided import Provider, Term
     from .anatomy import Anatomy
     from .tuned import Tuned
 
@@ -78,16 +78,16 @@ class Method:
         return ()
 
     def prompt(self, anatomy: Anatomy) -> Any:
-        """A prompt bank (see blocks/prompts.py)."""
+        """A prompt bank (see blocks/state/prompts.py)."""
 
     def side(self, anatomy: Anatomy) -> Any:
-        """A side network on the tap bus (see blocks/taps.py)."""
+        """A side network on the tap bus (see blocks/state/taps.py)."""
 
     def activations(self, anatomy: Anatomy) -> Any:
-        """What is kept for backward (see blocks/executor.py and blocks/saved.py)."""
+        """What is kept for backward (see blocks/tape/executor.py and blocks/tape/saved.py)."""
 
     def optimizer(self) -> Any:
-        """A rule or a wrapper of rules (see blocks/step.py)."""
+        """A rule or a wrapper of rules (see blocks/update/step.py)."""
 
     def controller(self, tuned: Tuned) -> Any:
         """An object whose methods are named by events (see core/events.py)."""

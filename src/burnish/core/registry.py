@@ -1,6 +1,7 @@
 """Where methods are found: one file each, the file name is the name. There is no list to edit.
 
-Built-in methods are the files ``burnish/methods/<axis>/<name>.py``, imported when first named.
+Built-in methods are the files ``burnish/methods/<axis>/<name>.py``, imported when first named;
+an axis of many methods has folders for readers (``delta/lowrank/lora.py``); the stem is the name.
 Other packages add theirs through the entry-point group ``burnish.methods`` (name -> class), and
 any code may call :func:`register`.
 """
@@ -42,8 +43,8 @@ class Entry:
 @lru_cache(maxsize=1)
 def _files() -> dict[str, str]:
     """method name -> module, read off the folders."""
-    return {f.stem: f"burnish.methods.{f.parent.name}.{f.stem}"
-            for f in sorted(_ROOT.glob("*/*.py")) if not f.stem.startswith("_")}
+    return {f.stem: ".".join(("burnish", "methods", *f.relative_to(_ROOT).with_suffix("").parts))
+            for f in sorted(_ROOT.glob("*/**/*.py")) if not f.stem.startswith("_")}
 
 
 @lru_cache(maxsize=1)

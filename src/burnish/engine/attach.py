@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..blocks.provided import Wrap
+from ..blocks.weight.provided import Wrap
 from ..core.anatomy import Anatomy
 from ..core.errors import RecipeError, TargetError
 from ..core.method import Method

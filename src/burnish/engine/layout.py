@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.provided import Weighted
+from ..blocks.weight.provided import Weighted
 from ..core.site import Place
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..blocks.executor import MODES
-from ..blocks.provided import Provider, Weighted, Wrap, linear
-from ..blocks.saved import Tape
+from ..blocks.tape.executor import MODES
+from ..blocks.tape.saved import Tape
+from ..blocks.weight.provided import Provider, Weighted, Wrap, linear
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 from .layout import as_stored, is_conv1d, is_linear, segments, whole

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..blocks.step import compose
+from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, nearest
 from ..core.events import Timeline

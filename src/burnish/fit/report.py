@@ -77,7 +77,7 @@ def change(tuned: Tuned) -> dict[str, dict[str, float]]:
     For terms beside a weight (LoRA, SNELLA...) Delta is the term; for weights that trained whole
     it is what they are minus what they were. The head and functions of W (DoRA) are left out.
     """
-    from ..blocks.provided import Wrap
+    from ..blocks.weight.provided import Wrap
 
     found: dict[str, list[tuple[torch.Tensor, float]]] = {}
     size = 0

@@ -274,8 +274,8 @@ def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
 
 def sentence(tuned: Tuned) -> tuple[bool, bool]:
     """(zeroth order?, steps inside backward?) of the recipe's optimizer, without making it."""
-    from ..blocks.step import InBackward
-    from ..blocks.zeroth import ZerothOrder
+    from ..blocks.update.step import InBackward
+    from ..blocks.update.zeroth import ZerothOrder
 
     answers = [m.optimizer() for m in tuned.recipe if "optimizer" in m.axes()]
     return (any(isinstance(a, ZerothOrder) for a in answers),

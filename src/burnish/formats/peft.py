@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks.factor import Chain
-from ..blocks.factor_algebra import Factors, cat, truncate
-from ..blocks.magnitude import Magnitude
-from ..blocks.provided import Term, Wrap
+from ..blocks.weight.factor import Chain
+from ..blocks.weight.factor_algebra import Factors, cat, truncate
+from ..blocks.weight.magnitude import Magnitude
+from ..blocks.weight.provided import Term, Wrap
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make
@@ -27,7 +27,7 @@ from ..core.site import Place
 from ..core.targets import match
 from ..engine.slot import ATTR, Slot, slots
 from ..engine.tuned import Tuned, tune
-from ..methods.delta.miss import Shards
+from ..methods.delta.lowrank.miss import Shards
 from . import peft_files
 from .peft_files import Lora, PeftFolder
 

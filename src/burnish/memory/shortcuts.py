@@ -65,7 +65,7 @@ def quick_noise(ledger: Ledger) -> Iterator[None]:
     """A draw from the counter stream is a few hundred small operators per panel and the same ones
     every time. Each size is drawn once in full; after that its result, the highest moment inside it
     and its cost are entered as one event."""
-    from ..blocks.noise import _PANEL, CounterNoise
+    from ..blocks.update.noise import _PANEL, CounterNoise
 
     original = CounterNoise._draw
     known: dict[Any, tuple[int, dict[str, tuple[float, ...]]]] = {}
@@ -123,7 +123,7 @@ def _highest(entries: list[Entry], now: int) -> int:
 def quick_strips(ledger: Ledger) -> Iterator[None]:
     """A kernel delta works strip by strip, and every strip takes the same operators. Two are run;
     what the second cost and left behind stands for each of the others."""
-    from ..blocks.tiled import KernelDelta
+    from ..blocks.weight.tiled import KernelDelta
 
     original = KernelDelta._strips
 

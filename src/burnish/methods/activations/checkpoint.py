@@ -35,7 +35,7 @@ class Checkpoint(Method):
 
 @dataclass(frozen=True)
 class BlockMode:
-    """How some blocks run (see blocks/executor.py)."""
+    """How some blocks run (see blocks/tape/executor.py)."""
 
     mode: str
     paths: list[str]

@@ -22,7 +22,7 @@ class Lean(Method):
     compiler's own partitioner decides what is kept.
     """
 
-    paper: ClassVar[str] = "burnish; see blocks/saved.py"
+    paper: ClassVar[str] = "burnish; see blocks/tape/saved.py"
 
     on: bool = setting(True, "False keeps what autograd keeps")
 

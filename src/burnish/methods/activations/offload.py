@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...blocks import offload
+from ...blocks.tape import offload
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...blocks.bottleneck import Bottleneck
+from ...blocks.state.bottleneck import Bottleneck
 from ...core.method import Method, setting
 from ...core.site import Branch, Selection
 from ._sites import attention_ends, found, mlp_ends

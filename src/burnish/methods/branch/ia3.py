@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...blocks.gates import Affine
+from ...blocks.state.gates import Affine
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place

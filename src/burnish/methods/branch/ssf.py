@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
-from ...blocks.gates import Affine, takes_shift
+from ...blocks.state.gates import Affine, takes_shift
 from ...core.method import Method, setting
 from ...core.site import Branch
 from ._sites import chosen, found

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...blocks.live import Draw, TrainableSchedule
+from ...blocks.update.live import Draw, TrainableSchedule
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Selection

@@ -170,7 +170,7 @@ class Soup(Method):
 
     Trains nothing (learned: k + 1 numbers). Memory: one fp32 running sum whatever k. Checkpoints
     must share base and head start; running statistics need measuring again; low-rank updates are
-    averaged by stacking (``blocks.factor_algebra.cat``), not factor by factor.
+    averaged by stacking (``blocks.weight.factor_algebra.cat``), not factor by factor.
     """
 
     paper = "Model soups (2022), arXiv:2203.05482"

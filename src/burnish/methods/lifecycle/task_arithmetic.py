@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...blocks.taskvector import TaskVector, combine
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
+from ._taskvector import TaskVector, combine
 
 Checkpoint = Mapping[str, Tensor]
 
@@ -57,7 +57,8 @@ class TaskArithmetic(Method):
     0.05); 0.4 without. lambda = 0 is the base exactly; one task with lambda = 1 is that model bit
     for bit. Heads whose shapes differ, integers and running statistics stay the base's; tied
     tensors are subtracted once. Cost: a read of every file, one tensor at a time.
-    Low-rank updates are summed by stacking (``blocks.factor_algebra.cat``), never factor by factor.
+    Low-rank updates are summed by stacking (``blocks.weight.factor_algebra.cat``), never factor by
+    factor.
     """
 
     paper = "Editing Models with Task Arithmetic (2023), arXiv:2212.04089"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...blocks.experts import ExpertChains
+from ...blocks.weight.experts import ExpertChains
 from ...core.errors import RecipeError, TargetError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place

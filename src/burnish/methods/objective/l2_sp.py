@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ...blocks.factor import Chain
-from ...blocks.provided import Term, Wrap
+from ...blocks.weight.factor import Chain
+from ...blocks.weight.provided import Term, Wrap
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...blocks.rules import AdamW
-from ...blocks.step import Subspace, matching
-from ...blocks.subspace import SubspaceMap
+from ...blocks.update.rules import AdamW
+from ...blocks.update.step import Subspace, matching
+from ...blocks.update.subspace import SubspaceMap
 from ...core.method import Method, setting
 
 

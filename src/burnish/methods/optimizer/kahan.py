@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...blocks.step import Rounding
+from ...blocks.update.step import Rounding
 from ...core.method import Method
 
 

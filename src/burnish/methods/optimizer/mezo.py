@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...blocks.zeroth import ZerothOrder
+from ...blocks.update.zeroth import ZerothOrder
 from ...core.method import Method, setting
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...blocks import rules
-from ...blocks.step import Inner
+from ...blocks.update import rules
+from ...blocks.update.step import Inner
 from ...core.method import Method, setting
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...blocks.step import InBackward
+from ...blocks.update.step import InBackward
 from ...core.method import Method
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...blocks.prompts import accepts
+from ...blocks.state.prompts import accepts
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...blocks.prompts import KeysValues, Trunk
+from ...blocks.state.prompts import KeysValues, Trunk
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 

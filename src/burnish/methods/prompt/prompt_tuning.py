@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...blocks.prompts import Behind, Lengthened, Prepended, accepts
+from ...blocks.state.prompts import Behind, Lengthened, Prepended, accepts
 from ...core.errors import RecipeError
 from ...core.families import OFFSET_POSITIONS
 from ...core.method import Method, setting

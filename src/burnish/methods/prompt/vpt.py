@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ...blocks.prompts import Tokens
+from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ._stacks import above

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...blocks import slicing
-from ...blocks.taps import Crown, Plain, Rung, Still, shrunk
+from ...blocks.state.taps import Crown, Plain, Rung, Still, shrunk
+from ...blocks.weight import slicing
 from ...core.errors import RecipeError
 from ...core.method import Method
 

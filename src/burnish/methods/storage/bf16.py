@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...blocks.quantise import Bf16Provider
+from ...blocks.weight.quantise import Bf16Provider
 from ...core.method import Method
 from ...core.site import Place
 

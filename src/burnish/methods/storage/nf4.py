@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...blocks.quantise import Nf4Provider
+from ...blocks.weight.quantise import Nf4Provider
 from ...core.method import Method, setting
 from ...core.site import Place
 

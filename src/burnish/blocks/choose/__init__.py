@@ -1,0 +1,1 @@
+"""Scores, budgets and thresholds: what decides which entries, ranks or layers."""

@@ -1,0 +1,180 @@
+"""The bottleneck every adapter of the literature is made of.
+
+    f(h) = s (W_up mix(drop(act(W_down h + b_down))) + b_up)
+
+Letters: N tokens, D width in, R width of the bottleneck, O width out. The two products and the
+activation are one autograd function that keeps h (which the frozen layer shares) and the R-wide
+pre-activation; a stock chain also keeps the activation and, under autocast, copies of both
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError, nearest
+from ..tape.replay import replay, rng_state
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "linear": lambda z: z,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind a name; ConfigError with the nearest name otherwise."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {name!r}{nearest(name, ACTIVATIONS)} "
+                          f"(there are {', '.join(ACTIVATIONS)})")
+    return ACTIVATIONS[name]
+
+
+class Bottleneck(nn.Module):
+    """``f(h) = s (W_up mix(act(W_down norm(h) + b_down)) + b_up)``; norm may stand at either end.
+
+    down.weight (R, D), down.bias (R,), up.weight (O, R), up.bias (O,): R (D + O) + R + O numbers,
+    plus 2 D or 2 O for a norm and whatever the mixer holds.
+
+    act: a name of :data:`ACTIVATIONS`. norm: None, "in" or "out" (a LayerNorm that trains).
+    scale: s multiplies the whole branch, its bias too. dropout acts on the activation and is
+    drawn again in backward. mixer: any module from (..., R) to (..., R), None for none.
+    init: "zero" (down Kaiming-uniform(sqrt 5), everything else 0: the branch is exactly 0),
+    "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0).
+
+    Kept for backward: h, and R numbers per token.
+    """
+
+    def __init__(self, d_in: int, width: int, d_out: int | None = None, *, act: str = "relu",
+                 norm: Literal["in", "out"] | None = None, scale: float = 1.0,
+                 dropout: float = 0.0, bias: bool = True, mixer: nn.Module | None = None,
+                 init: Literal["zero", "bert", "truncated"] = "zero"):
+        super().__init__()
+        d_out = d_in if d_out is None else d_out
+        activation(act)
+        self.act, self.scale, self.dropout = act, scale, dropout
+        self.down, self.up = nn.Linear(d_in, width, bias), nn.Linear(width, d_out, bias)
+        self.norm_in = nn.LayerNorm(d_in) if norm == "in" else None
+        self.norm_out = nn.LayerNorm(d_out) if norm == "out" else None
+        self.mixer = mixer
+        self.reset(init)
+
+    def reset(self, init: str) -> None:
+        """Draw the start again (see the class)."""
+        for linear in (self.down, self.up):
+            if init == "bert":
+                nn.init.normal_(linear.weight, std=0.02)
+            elif init == "truncated":
+                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            elif linear is self.up:
+                nn.init.zeros_(linear.weight)
+            else:
+                nn.init.kaiming_uniform_(linear.weight, a=5 ** 0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.norm_in is not None:
+            h = _in_dtype_of(self.norm_in, h)
+        p = self.dropout if self.training else 0.0
+        if self.mixer is None:
+            if torch.is_autocast_enabled(h.device.type):
+                h = h.to(torch.get_autocast_dtype(h.device.type))
+            y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
+                            self.up.weight, self.up.bias)
+        else:
+            z = self.mixer(F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0))
+            y = _linear(self.up, z) * self.scale
+        return y if self.norm_out is None else _in_dtype_of(self.norm_out, y)
+
+    def dense(self, h: Tensor) -> Tensor:
+        """The same by the obvious route, without dropout: the reference."""
+        h = h if self.norm_in is None else self.norm_in(h)
+        z = activation(self.act)(self.down(h))
+        y = self.up(z if self.mixer is None else self.mixer(z)) * self.scale
+        return y if self.norm_out is None else self.norm_out(y)
+
+    @torch.no_grad()
+    def absorb_scale(self) -> None:
+        """Put s into W_up and b_up: the same function at s = 1."""
+        for p in self.up.parameters():
+            p.mul_(self.scale)
+        self.scale = 1.0
+
+    @staticmethod
+    def count(d_in: int, width: int, d_out: int | None = None) -> int:
+        """Trainable numbers of one bottleneck without norm and mixer."""
+        d_out = d_in if d_out is None else d_out
+        return width * (d_in + d_out) + width + d_out
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+def _in_dtype_of(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A LayerNorm on a state that may be of lower precision than its parameters."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype),
+                        norm.eps)
+
+
+class _Pair(torch.autograd.Function):
+    """s (drop(act(h A^T + a)) B^T + b), keeping h and the pre-activation."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, act: str, scale: float, p: float, A: Tensor,
+                a: Tensor | None, B: Tensor, b: Tensor | None) -> Tensor:
+        ctx.act, ctx.scale, ctx.p, ctx.shape = act, scale, p, h.shape
+        ctx.state = rng_state(h.device) if p else None
+        with torch.autocast(h.device.type, enabled=False):
+            h2 = h.reshape(-1, h.shape[-1])
+            z = F.linear(h2, A.to(h.dtype), None if a is None else a.to(h.dtype))
+            u = ACTIVATIONS[act](z)
+            u = F.dropout(u, p, True) if p else u
+            y = F.linear(u, B.to(h.dtype), None if b is None else b.to(h.dtype))
+            y = y if scale == 1 else y.mul_(scale)
+        ctx.save_for_backward(h if A.requires_grad else None, z, A, a, B, b)
+        return y.view(*h.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, z, A, a, B, b = ctx.saved_tensors
+        need_h, _, _, _, need_A, need_a, need_B, need_b = ctx.needs_input_grad
+        g2 = g.reshape(-1, g.shape[-1])
+        with torch.enable_grad():                       # the activation's own derivative, R wide
+            leaf = z.detach().requires_grad_()
+            u = ACTIVATIONS[ctx.act](leaf)
+        v = u.detach()
+        gu = (g2 @ B.to(g2.dtype)).mul_(ctx.scale)
+        if ctx.p:                                       # dropout is linear: one mask for both
+            v, gu = (_again(t, ctx.p, ctx.state) for t in (v, gu))
+        dB = (g2.t() @ v).mul_(ctx.scale).to(B.dtype) if need_B else None
+        db = g2.sum(0).mul_(ctx.scale).to(b.dtype) if need_b else None
+        (gz,) = torch.autograd.grad(u, leaf, gu)
+        dA = (gz.t() @ h.reshape(-1, h.shape[-1])).to(A.dtype) if need_A else None
+        da = gz.sum(0).to(a.dtype) if need_a else None
+        dh = (gz @ A.to(gz.dtype)).view(ctx.shape) if need_h else None
+        return dh, None, None, None, dA, da, dB, db
+
+
+def _again(t: Tensor, p: float, state: Tensor) -> Tensor:
+    with replay(t.device, state):
+        return F.dropout(t, p, True)
+
+
+class Normed(nn.Module):
+    """A bottleneck that reads a state behind a frozen norm of the model, which is not its own."""
+
+    def __init__(self, norm: nn.Module, bottleneck: Bottleneck):
+        super().__init__()
+        self.__dict__["norm"] = norm
+        self.inner = bottleneck
+
+    def forward(self, h: Tensor) -> Tensor:
+        base = getattr(type(self.norm), "_burnish_base", type(self.norm))
+        return self.inner(base.forward(self.norm, h))      # past the norm's own slot

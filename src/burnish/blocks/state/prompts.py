@@ -1,0 +1,340 @@
+"""What is put beside a frozen network's own tokens: embeddings, block tokens, keys and values.
+
+Each class is a module that owns its rows and *listens* to one module of the model: the slot calls
+``listener(module, call, *args, **kw)`` around the module's run, so the rows live where they are
+used, a checkpointed block sees them as its own parameters, and everything behind the last
+listener sees as many tokens as before. A listener does nothing while its adapter is not active.
+
+Letters: B batch, T tokens, L rows added, D width, H heads of keys and values, h width of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import RecipeError
+
+
+def is_active(state: Any, adapter: str, what: str) -> bool:
+    """Is the adapter in use? Extra tokens and side networks are used whole or not at all."""
+    if state.off:
+        return False
+    if state.rows is not None:
+        if adapter in state.rows:
+            raise RecipeError(f"{what} changes every sample of a batch; per-sample adapters cannot "
+                              f"hold it: use({adapter!r}) for whole batches")
+        return False
+    weight = dict(state.active).get(adapter)
+    if weight not in (None, 0, 1):
+        raise RecipeError(f"{what} of {adapter!r} can be used whole, not at {weight}")
+    return bool(weight)
+
+
+class Listener(nn.Module):
+    """A module that wraps another's run while its adapter is active.
+
+    `around(module, call, *args, **kw)` answers for the run; ``call(*args, **kw)`` is the module.
+    """
+
+    what = "a prompt"
+
+    def __init__(self, state: Any, adapter: str):
+        super().__init__()
+        self.__dict__["state"] = state            # shared by all slots, no part of this module
+        self.adapter = adapter
+
+    def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if not is_active(self.state, self.adapter, self.what):
+            return call(*args, **kw)
+        return self.around(module, call, *args, **kw)
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        raise NotImplementedError
+
+    def listen(self, slot: Any, key: str) -> None:
+        """Move into a slot: it owns this module from now on, and calls it."""
+        slot.add(self.adapter, key, self)
+        slot.listeners.append(self)
+
+
+def named(module: nn.Module, args: tuple, kw: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of the module by name."""
+    own = getattr(type(module), "_burnish_base", type(module)).forward
+    names = list(inspect.signature(own).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kw
+
+
+def accepts(module: nn.Module, *names: str) -> bool:
+    """Does the module's forward name all of these?"""
+    own = getattr(type(module), "_burnish_base", type(module)).forward
+    return set(names) <= set(inspect.signature(own).parameters)
+
+
+# -- embeddings in front of a sequence ------------------------------------------------------------
+class Prepended(Listener):
+    """``[P; E(x)]``: rows (L, D) before the embeddings of a stack of blocks.
+
+    Listens to the module that embeds and runs the blocks (it takes ``inputs_embeds``). Mask, token
+    types and positions grow by L; the result loses its first L states, so labels, poolers and
+    heads need no care (``stay=True`` leaves them: a decoder reads them, see :class:`Lengthened`).
+    Positions count from the first unmasked token, so padding on the left changes nothing. With a
+    filled key-value cache the rows are in it already: they are not put in again.
+    """
+
+    def __init__(self, state: Any, adapter: str, rows: Tensor, causal: bool, stay: bool = False):
+        super().__init__(state, adapter)
+        self.rows = nn.Parameter(rows)
+        self.causal, self.stay = causal, stay
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        kw = named(module, args, kw)
+        past = kw.get("past_key_values")
+        L = len(self.rows)
+        mask = kw.get("attention_mask")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise RecipeError("a prompt in front of the tokens needs attention_mask as "
+                                  "(batch, tokens); a mask made for this length cannot be extended")
+            kw["attention_mask"] = mask = F.pad(mask, (L, 0), value=1)
+        at = kw.get("position_ids")
+        if past is not None and past.get_seq_length() > 0:
+            if at is not None:
+                kw["position_ids"] = at + L
+            return call(**kw)
+        kw["inputs_embeds"] = x = self.put(module, kw)
+        kw["input_ids"] = None
+        if kw.get("token_type_ids") is not None:
+            kw["token_type_ids"] = F.pad(kw["token_type_ids"], (L, 0))
+        if at is not None:
+            first = torch.arange(L, device=x.device).expand(*at.shape[:-1], L)
+            kw["position_ids"] = torch.cat([first, at + L], -1)
+        elif self.causal and mask is not None and accepts(module, "position_ids"):
+            kw["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
+        out = call(**kw)
+        return out if self.stay else _shorter(out, L)
+
+    def put(self, module: nn.Module, kw: dict[str, Any]) -> Tensor:
+        """The embeddings with the rows in front."""
+        x = kw.get("inputs_embeds")
+        if x is None:
+            x = module.get_input_embeddings()(kw["input_ids"])
+        return torch.cat([self.rows.to(x.dtype).expand(len(x), -1, -1), x], 1)
+
+
+def _shorter(out: Any, L: int) -> Any:
+    """A stack's outputs without the states of the first L tokens."""
+    if isinstance(out, Tensor):
+        return out[:, L:]
+    if isinstance(out, tuple):
+        return (out[0][:, L:], *out[1:])
+    out["last_hidden_state"] = out["last_hidden_state"][:, L:]
+    if out.get("hidden_states") is not None:
+        out["hidden_states"] = tuple(h[:, L:] for h in out["hidden_states"])
+    return out
+
+
+class Behind(Listener):
+    """Listens to a pooler: it reads the states behind the first `length`."""
+
+    def __init__(self, state: Any, adapter: str, length: int):
+        super().__init__(state, adapter)
+        self.length = length
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        h, *rest = args
+        return call(h[:, self.length :], *rest, **kw)
+
+
+class Lengthened(Listener):
+    """Listens to a decoder: the mask of its encoder covers the encoder's extra rows."""
+
+    def __init__(self, state: Any, adapter: str, length: int):
+        super().__init__(state, adapter)
+        self.length = length
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        kw = named(module, args, kw)
+        mask = kw.get("encoder_attention_mask")
+        if mask is not None:
+            kw["encoder_attention_mask"] = F.pad(mask, (self.length, 0), value=1)
+        return call(**kw)
+
+
+# -- tokens inside a stack of blocks --------------------------------------------------------------
+class Tokens(Listener):
+    """Rows among the tokens of one block: put in, replaced, carried or taken out.
+
+    rows: (L, D), or None when the block only carries what came before. enter: the block is the
+    first, rows are put in behind `after` tokens; else they replace the L that are there.
+    leave: the block is the last, the L states are taken out behind it.
+    """
+
+    def __init__(self, state: Any, adapter: str, length: int, rows: Tensor | None, *, after: int,
+                 enter: bool, leave: bool, dropout: float = 0.0):
+        super().__init__(state, adapter)
+        self.rows = None if rows is None else nn.Parameter(rows)
+        self.length, self.after, self.dropout = length, after, dropout
+        self.enter, self.leave = enter, leave
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        given = named(module, args, kw)
+        if given.get("attention_mask") is not None:
+            raise RecipeError("tokens put between blocks have no place in an attention mask; vpt "
+                              "serves networks without one: use prefix or prompt_tuning here")
+        name, x = (None, args[0]) if args else next(iter(kw.items()))
+        x = self.put(x)
+        out = call(x, *args[1:], **kw) if name is None else call(**{**kw, name: x})
+        if not self.leave:
+            return out
+        if isinstance(out, tuple):
+            return (self.take(out[0]), *out[1:])
+        return self.take(out)
+
+    def put(self, x: Tensor) -> Tensor:
+        """The tokens a block is given."""
+        if x.dim() != 3:
+            raise RecipeError(f"vpt needs tokens (batch, tokens, width); this block is given "
+                              f"{tuple(x.shape)}")
+        if self.rows is None:
+            return x
+        rows = F.dropout(self.rows, self.dropout, self.training).to(x.dtype)
+        rest = self.after if self.enter else self.after + self.length
+        return torch.cat([x[:, : self.after], rows.expand(len(x), -1, -1), x[:, rest:]], 1)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens of the model, without the rows."""
+        return torch.cat([x[:, : self.after], x[:, self.after + self.length :]], 1)
+
+
+# -- keys and values ------------------------------------------------------------------------------
+_SDPA = F.scaled_dot_product_attention
+_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_MHA = F.multi_head_attention_forward
+
+
+class Trunk(nn.Module):
+    """The shared part of a prefix's MLP: ``tanh(W P' + b)``; P' (L, D), W (M, D)."""
+
+    def __init__(self, length: int, width: int, hidden: int):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(length, width))
+        self.down = nn.Linear(width, hidden)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.down(self.rows))
+
+
+class KeysValues(Listener):
+    """Rows before the keys and the values of one attention: ``K' = [P_k; K]``, ``V' = [P_v; V]``.
+
+    rows (2, L, H h) train, or are made by an MLP whose first part (`trunk`) all layers share:
+    ``P = up(tanh(W P' + b))``; :meth:`collapse` keeps only its result. The rows join the keys as
+    the attention sees them (behind rotary positions, before heads are repeated), so positions of
+    real tokens do not move, a key-value cache does not hold them, and a causal mask lets every
+    token see them.
+
+    Listens to a module that calls ``F.scaled_dot_product_attention`` (or is an
+    ``nn.MultiheadAttention``). Raises RecipeError when the run calls neither.
+    """
+
+    def __init__(self, state: Any, adapter: str, length: int, width: int,
+                 trunk: Trunk | None = None, std: float = 0.02):
+        super().__init__(state, adapter)
+        self.length, self.width = length, width
+        self.trunk = trunk
+        if trunk is None:
+            self.rows = nn.Parameter(torch.randn(2, length, width) * std)
+        else:
+            self.rows = None
+            self.up = nn.Linear(trunk.down.out_features, 2 * width)
+        self._met = False
+
+    def made(self) -> Tensor:
+        """The rows: (2, L, H h)."""
+        if self.trunk is None:
+            return self.rows
+        return self.up(self.trunk()).view(self.length, 2, self.width).transpose(0, 1)
+
+    @torch.no_grad()
+    def collapse(self) -> None:
+        """Keep the rows and drop the MLP that made them."""
+        if self.trunk is not None:
+            rows = nn.Parameter(self.made().contiguous())
+            self.trunk = None
+            del self.up
+            self.rows = rows
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        tape, self._met = self.state.tape, False
+        before = {f: tape.intercept.get(f) for f in (_SDPA, _MHA)}
+        tape.intercept.update({_SDPA: self.attend, _MHA: self.attend_mha})
+        try:
+            with tape.recording():
+                out = call(*args, **kw)
+        finally:
+            for f, was in before.items():
+                if was is None:
+                    del tape.intercept[f]
+                else:
+                    tape.intercept[f] = was
+        if not self._met:
+            raise RecipeError(f"prefix: {type(module).__name__} computed its attention without "
+                              "F.scaled_dot_product_attention; load the model with "
+                              "attn_implementation='sdpa'")
+        return out
+
+    def attend(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+        """Attention over ``[P_k; K]`` and ``[P_v; V]``."""
+        given = dict(zip(_SDPA_NAMES, args, strict=False)) | kwargs
+        q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
+        self._met = True
+        P = self.made().to(k.dtype)
+        mask, causal = given.pop("attn_mask", None), given.pop("is_causal", False)
+        if causal or mask is not None:
+            mask = self._mask(mask, q.shape[-2], k.shape[-2], q.device)
+        return func(q, torch.cat([self._heads(P[0], k), k], -2),
+                    torch.cat([self._heads(P[1], v), v], -2), attn_mask=mask, **given)
+
+    def _heads(self, rows: Tensor, like: Tensor) -> Tensor:
+        """(L, H h) as (B, heads of `like`, L, h)."""
+        B, heads, _, h = like.shape
+        rows = rows.view(self.length, -1, h).transpose(0, 1)
+        if rows.shape[0] != heads:                       # heads that were repeated for queries
+            rows = rows.repeat_interleave(heads // rows.shape[0], 0)
+        return rows.expand(B, -1, -1, -1)
+
+    def _mask(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The mask with L open columns; layers that share a mask share the wider one."""
+        box, name = self.state.box, ("prefix", self.adapter)
+        shape = (queries, keys, self.length, device)
+        had = box.get(name)
+        if had is not None and had[0] is mask and (mask is not None or had[1] == shape):
+            return had[2]
+        if mask is None:
+            wide = torch.ones(queries, self.length + keys, dtype=torch.bool, device=device)
+            wide = wide.tril_(self.length)
+        else:
+            full = mask.expand(*mask.shape[:-1], keys)
+            wide = F.pad(full, (self.length, 0), value=mask.dtype == torch.bool)
+        box[name] = (mask, shape, wide)
+        return wide
+
+    def attend_mha(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The same through the bias rows of ``nn.MultiheadAttention`` (they stand last)."""
+        names = list(inspect.signature(_MHA).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("attn_mask") is not None:
+            raise RecipeError("prefix: nn.MultiheadAttention with an attention mask cannot take "
+                              "more keys than tokens")
+        self._met = True
+        P = self.made().to(given["query"].dtype)
+        given["bias_k"], given["bias_v"] = P[0].unsqueeze(1), P[1].unsqueeze(1)
+        if given.get("key_padding_mask") is not None:
+            given["key_padding_mask"] = F.pad(given["key_padding_mask"], (0, self.length - 1))
+        return func(**given)

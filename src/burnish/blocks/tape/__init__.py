@@ -1,0 +1,1 @@
+"""What backward keeps, makes again, or finds elsewhere."""

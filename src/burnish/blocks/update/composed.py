@@ -1,0 +1,347 @@
+"""The optimizer that carries out a :class:`~burnish.blocks.step.Plan`.
+
+The step of one tensor, slice by slice, so that no temporary grows with the tensor:
+
+    read state slice (codec) -> direction (rule) -> weight slice (rounding) -> write both
+
+and for a projected matrix, whose only full-size object is the gradient it was given:
+
+    refresh basis every T -> R = down(G) -> direction on R, in place -> W += back(R), panel by panel
+
+In backward the same code runs from a hook on each tensor, in the same order of arithmetic, so
+the weights are the same bit for bit. A basis is linear: while it stays, the projections of
+micro-batches add up to the projection of their sum, so a projected gradient accumulates in R.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError, FormatError, RecipeError
+from . import named
+from .codecs import SMALL, Block, Codec, Parts, Plain
+from .noise import CounterNoise
+from .numerics import NUMERICS
+from .rules import accumulator
+from .step import Plan
+from .subspace import Basis, in_memory_order, matrix, panels, rotate
+
+State = dict[str, Any]
+
+
+class Composed(torch.optim.Optimizer):
+    """See the module. `param_groups` hold lr, weight_decay and the rule's hyperparameters.
+
+    state of a parameter: ``step`` (int), each state of the rule (``exp_avg``, or
+    ``exp_avg.codes`` and ``exp_avg.absmax`` under a block codec), ``projector.left``/``right``,
+    ``master`` or ``compensation``; ``folded`` between micro-batches.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], plan: Plan, *, seed: int = 0,
+                 accumulation: int = 1):
+        self.plan, self.seed, self.accumulation = plan, seed, accumulation
+        self.in_backward = plan.in_backward
+        self._numerics = NUMERICS[plan.rounding]
+        self._micro: dict[nn.Parameter, int] = {}       # backward passes since the last update
+        self._done: set[nn.Parameter] = set()           # stepped since the last tick
+        self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
+        self._hooks: list[Any] = []
+        super().__init__(groups, {"lr": 1e-3, **plan.rule.hyper()})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "param_names" not in group:
+            raise ConfigError("give the optimizer named parameters: (name, parameter) pairs")
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            self._where[p] = (group, name)
+            if self.in_backward:
+                self._hooks.append(_hook(self, p))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; inside-backward plans only finish
+        what a short last accumulation left open, and start the next update."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for p in [p for g in self.param_groups for p in g["params"]]:
+            if "folded" in self.state.get(p, ()):
+                self._update(p, None)
+            elif p.grad is not None and p not in self._done:
+                self._update(p, p.grad)
+                if self.in_backward:
+                    p.grad = None
+        self._micro.clear()
+        self._done.clear()
+        return loss
+
+    @torch.no_grad()
+    def _arrived(self, p: nn.Parameter) -> None:
+        """The gradient of `p` is complete for this backward pass."""
+        if p.grad is None:
+            return
+        self._micro[p] = count = self._micro.get(p, 0) + 1
+        if count > self.accumulation:
+            raise RecipeError(
+                f"{self._where[p][1]} got gradient number {count} since the last step(), but its "
+                f"step inside backward was set up for {self.accumulation}: pass accumulation= to "
+                "tuned.optimizer, or call step() after every backward")
+        last = count == self.accumulation
+        if self.accumulation > 1 and self._projected(p):
+            self._fold(p, p.grad)
+            p.grad = None
+            if last:
+                self._update(p, None)
+        elif last:
+            self._update(p, p.grad)
+            p.grad = None
+        if last:
+            self._done.add(p)
+
+    # -- one tensor -----------------------------------------------------------------------
+    def _projected(self, p: nn.Parameter) -> bool:
+        return self.plan.subspace is not None and self.plan.subspace.covers(self._where[p][1], p)
+
+    def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
+        if grad is not None and grad.is_sparse:
+            raise RecipeError(f"{self._where[p][1]} has a sparse gradient; dense ones only")
+        if self._projected(p):
+            self._project_step(p, grad)
+        else:
+            self._dense_step(p, grad)
+
+    def _dense_step(self, p: nn.Parameter, grad: Tensor) -> None:
+        group, name = self._where[p]
+        state, rule = self.state[p], self.plan.rule
+        state["step"] = t = state.get("step", 0) + 1
+        w = in_memory_order(p.detach())[0].reshape(-1)
+        g_flat = in_memory_order(grad, like=p)[0].reshape(-1)
+        codec = self._codec(p, p.numel())
+        self._allocate(state, codec, p.numel(), p.device, tuple(p.shape))
+        self._numerics.prepare(w, state)
+        lr, decay = group["lr"], group["weight_decay"]
+        for lo, hi in self._slices(p.numel(), p.device):
+            g = g_flat[lo:hi].to(accumulator(p.dtype), copy=True)
+            x = self._numerics.read(w, state, lo, hi)
+            if decay and not rule.decoupled:
+                g.add_(x, alpha=decay)
+            u = self._direct(name, state, codec, t, group, lo, hi, g)
+            if decay and rule.decoupled:
+                x.mul_(1 - lr * decay)
+            x.add_(u, alpha=-lr)
+            self._numerics.write(w, state, lo, hi, x, CounterNoise(self.seed, f"{name}/round"), t)
+
+    def _direct(self, name: str, state: State, codec: Codec, t: int, group: Mapping[str, Any],
+                lo: int, hi: int, g: Tensor) -> Tensor:
+        """Direction of one slice; the state's slice goes out of and back into its codec."""
+        parts = {s: _parts(state, s) for s in self.plan.rule.states}
+        values = {s: codec.read(parts[s], lo, hi) for s in parts}
+        u = self.plan.rule.direction(g, values, t, group)
+        for s, value in () if codec.view else values.items():
+            codec.write(parts[s], lo, hi, value, CounterNoise(self.seed, f"{name}/{s}"), t)
+        return u
+
+    # -- one projected matrix -------------------------------------------------------------
+    def _basis(self, p: nn.Parameter, G: Tensor) -> Basis:
+        """The current basis, refreshed first if its time has come."""
+        sub, state = self.plan.subspace, self.state[p]
+        name, done = self._where[p][1], state.get("step", 0)
+        noise = CounterNoise(self.seed, f"{name}/subspace")
+        turn, due = done // sub.every, done % sub.every == 0
+        dtype = p.dtype if p.dtype.is_floating_point else torch.float32
+        if not sub.map.stores():
+            basis = sub.map.basis(G, noise, turn, dtype)
+            if due and done and "folded" not in state:
+                self._move_moments(p, sub.map.basis(G, noise, turn - 1, dtype), basis)
+            return basis
+        old = None
+        if stored := _parts(state, "projector"):
+            old = Basis(stored.get("left"), stored.get("right"), stored.get("columns"),
+                        G.shape[1], accumulator(p.dtype))
+            if not due or "folded" in state:
+                return old
+        basis = sub.map.basis(G, noise, turn, dtype, old)
+        state.update({f"projector.{k}": v for k, v in basis.tensors().items()})
+        if old is not None:
+            self._move_moments(p, old, basis)
+        return basis
+
+    def _move_moments(self, p: nn.Parameter, old: Basis, new: Basis) -> None:
+        how, state = self.plan.subspace.at_refresh, self.state[p]
+        if how == "keep":
+            return
+        m, n = matrix(p).shape
+        shape = self.plan.subspace.map.shape(m, n)
+        codec, name = self._codec(p, shape[0] * shape[1]), self._where[p][1]
+        for s, signed in self.plan.rule.states.items():
+            if parts := _parts(state, s):
+                M = codec.read(parts, 0, shape[0] * shape[1]).view(shape)
+                M = torch.zeros_like(M) if how == "reset" else rotate(M, old, new, not signed)
+                codec.write(parts, 0, M.numel(), M.reshape(-1),
+                            CounterNoise(self.seed, f"{name}/{s}/refresh"), state["step"])
+
+    def _fold(self, p: nn.Parameter, grad: Tensor) -> None:
+        G = in_memory_order(grad, like=p)[0]
+        G = G.reshape(G.shape[0], -1)
+        R = self._basis(p, G).down(G)
+        state = self.state[p]
+        state["folded"] = R if "folded" not in state else state["folded"].add_(R)
+
+    def _project_step(self, p: nn.Parameter, grad: Tensor | None) -> None:
+        (group, name), state, sub = self._where[p], self.state[p], self.plan.subspace
+        W = matrix(p.detach())
+        m, n = W.shape
+        if grad is None:
+            G, R = None, state["folded"]
+            basis = self._basis(p, W)                # the stored one: no refresh while folded
+            del state["folded"]
+        else:
+            G = in_memory_order(grad, like=p)[0].reshape(m, n)
+            basis = self._basis(p, G)
+            R = basis.down(G)
+        state["step"] = t = state.get("step", 0) + 1
+        codec = self._codec(p, R.numel())
+        self._allocate(state, codec, R.numel(), p.device, tuple(R.shape))
+        self._numerics.prepare(W.view(-1), state)
+        axis = 0 if basis.left is not None else 1    # the rank dimension of R
+        before = torch.linalg.vector_norm(R, dim=axis) if sub.residual == "scaled" else None
+        flat = R.view(-1)
+        for lo, hi in self._slices(R.numel(), p.device):
+            u = self._direct(name, state, codec, t, group, lo, hi, flat[lo:hi])
+            flat[lo:hi].copy_(u)
+        residual = None
+        if sub.residual != "none":
+            residual = self._residual(state, basis, G, R, before, axis)
+        lr, decay = group["lr"], group["weight_decay"]
+        flat, noise = W.view(-1), CounterNoise(self.seed, f"{name}/round")
+        for lo, hi in panels(m, n, self._slice(p.device)):
+            step = basis.up(R, lo, hi)
+            step = step.mul(sub.scale) if residual is None else \
+                residual(lo, hi).add_(step, alpha=sub.scale)
+            x = self._numerics.read(flat, state, lo * n, hi * n)
+            x.add_(step.view(-1), alpha=-lr)
+            if decay:
+                x.mul_(1 - lr * decay)
+            self._numerics.write(flat, state, lo * n, hi * n, x, noise, t)
+
+    def _residual(self, state: State, basis: Basis, G: Tensor, N: Tensor,
+                  before: Tensor | None, axis: int) -> Callable[[int, int], Tensor]:
+        """rows -> what the part of the gradient outside the subspace adds to the step.
+
+        The rule has already turned R into its direction N; R itself is projected again, which
+        costs one product and no second buffer."""
+        sub = self.plan.subspace
+        R = basis.down(G)
+
+        def outside(lo: int, hi: int) -> Tensor:
+            return G[lo:hi].to(R.dtype) - basis.up(R, lo, hi)
+
+        if sub.residual == "sgd":
+            return lambda lo, hi: outside(lo, hi).mul_(sub.residual_scale)
+        if sub.residual == "sign":
+            if basis.columns is not None:            # exactly disjoint: no rounding dust
+                return lambda lo, hi: outside(lo, hi).index_fill_(
+                    1, basis.columns.long(), 0.0).sign_().mul_(sub.residual_scale)
+            return lambda lo, hi: outside(lo, hi).sign_().mul_(sub.residual_scale)
+        phi = torch.linalg.vector_norm(N, dim=axis) / (before + 1e-8)
+
+        def scaled(lo: int, hi: int) -> Tensor:
+            return outside(lo, hi).mul_(phi if axis == 0 else phi[lo:hi, None])
+
+        square = sum(scaled(lo, hi).square().sum()
+                     for lo, hi in panels(*G.shape, self._slice(G.device)))
+        norm = square.sqrt()
+        last = state.get("residual_norm")            # limit: ||S|| grows by at most 1 percent
+        shrink = torch.ones_like(norm) if last is None else \
+            sub.limit / (norm / (last + 1e-8)).clamp(min=sub.limit)
+        shrink = torch.where(torch.isfinite(shrink), shrink, 0.0)
+        kept = norm * shrink
+        state["residual_norm"] = kept if last is None else \
+            torch.where(torch.isfinite(kept), kept, last)
+        return lambda lo, hi: scaled(lo, hi).mul_(shrink * sub.residual_scale)
+
+    # -- storage --------------------------------------------------------------------------
+    def _codec(self, p: nn.Parameter, n: int) -> Codec:
+        codec = self.plan.codec
+        if p.dtype == torch.float64 or (isinstance(codec, Block) and n < SMALL):
+            return Plain(accumulator(p.dtype))
+        return codec
+
+    def _allocate(self, state: State, codec: Codec, n: int, device: torch.device,
+                  shape: tuple[int, ...]) -> None:
+        for s, signed in self.plan.rule.states.items():
+            if not _parts(state, s):
+                for part, tensor in codec.empty(n, signed, device).items():
+                    state[f"{s}.{part}" if part else s] = tensor if part else tensor.view(shape)
+
+    @staticmethod
+    def _slice(device: torch.device) -> int:
+        return 1 << (20 if device.type == "cpu" else 23)
+
+    def _slices(self, n: int, device: torch.device) -> Any:
+        size = self._slice(device)
+        return ((lo, min(lo + size, n)) for lo in range(0, n, size))
+
+    # -- saving ---------------------------------------------------------------------------
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state keeps its own dtype (torch casts to the parameter's)."""
+        super().load_state_dict(state_dict)
+        params = [p for g in self.param_groups for p in g["params"]]
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.detach().clone().to(p.device)
+        self._where = {p: (g, n) for g in self.param_groups
+                       for n, p in zip(g["param_names"], g["params"], strict=True)}
+
+    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See :func:`burnish.blocks.named.named_state`."""
+        return named.named_state(self)
+
+    def load_named_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """See :func:`burnish.blocks.named.load_named_state`."""
+        known = set(self.plan.rule.states) | {
+            "step", "projector", "master", "compensation", "folded", "residual_norm"}
+        for key in tensors:
+            name = max((n for _, n in self._where.values() if key.startswith(f"{n}.")),
+                       key=len, default=None)
+            if name is not None and key[len(name) + 1 :].split(".")[0] not in known:
+                raise FormatError(f"optimizer state {key} belongs to another optimizer")
+        named.load_named_state(self, tensors, scalars)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for h in self._hooks:
+            h.remove()
+        self._hooks.clear()
+
+
+def _parts(state: State, name: str) -> Parts:
+    """The tensors of one state: {"": tensor}, or {"codes": ..., "absmax": ...}."""
+    if name in state:
+        return {"": state[name]}
+    return {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+def _hook(optimizer: Composed, p: nn.Parameter) -> Any:
+    """Step `p` when its gradient is complete. The hook outlives freezing, and does not keep
+    the optimizer alive."""
+    ref = weakref.ref(optimizer)
+
+    def arrived(param: nn.Parameter) -> None:
+        if (opt := ref()) is not None:
+            opt._arrived(param)
+
+    live = p.requires_grad
+    p.requires_grad_(True)                       # torch registers on live tensors only
+    handle = p.register_post_accumulate_grad_hook(arrived)
+    p.requires_grad_(live)
+    return handle

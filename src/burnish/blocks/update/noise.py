@@ -1,0 +1,185 @@
+"""Noise that is never stored: a counter-based stream, and the log that replays a run from it.
+
+``z = CounterNoise(seed, key).normal(n, offset)`` is a pure function of (seed, key, element), so the
+same numbers come back on any device, in any order, whole or sharded. The words are Philox4x32-10
+(Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) in int64 tensor arithmetic; the
+normals are Box-Muller in fp32 whose logarithm and sine are short polynomials of IEEE additions and
+multiplications, which every device rounds alike (library transcendentals differ in the last bit).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...core.errors import FormatError
+
+Word = Tensor | int
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57      # multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85      # key increments (Weyl sequence)
+_ROUNDS = 10
+_PANEL = 1 << 16                       # counters per pass: the words stay in cache
+
+
+def philox(counter: Sequence[Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four 32-bit counter words (int64 tensors or ints) to four random words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _M0, c2 * _M1    # 64-bit products; the sign bit is data
+        c0, c1, c2, c3 = (((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK,
+                          ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK)
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def fold(*parts: object) -> int:
+    """A stable 64-bit hash of a tuple of strings and ints (Python's `hash` changes per run)."""
+    text = "\x1f".join(str(p) for p in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def log_unit(word: Tensor) -> Tensor:
+    """ln((word + 1/2) / 2^32) in fp32, by exponent and an odd series around 1."""
+    m, e = torch.frexp((word * 2 + 1).to(torch.float32))       # m in [1/2, 1)
+    low = m < math.sqrt(0.5)                                    # bring m to [0.707, 1.414)
+    m = torch.where(low, m * 2, m)
+    e = (e - low.to(e.dtype) - 33).to(torch.float32)
+    s = (m - 1) / (m + 1)                                       # ln m = 2 artanh s
+    s2 = s * s
+    series = s2.mul(1 / 11).add_(1 / 9)
+    for c in (1 / 7, 1 / 5, 1 / 3, 1.0):
+        series.mul_(s2).add_(c)
+    return series.mul_(s).mul_(2).add_(e.mul_(math.log(2)))
+
+
+def circle(word: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of a uniform angle: two bits choose the quarter, thirty the angle within it."""
+    x = ((word & 0x3FFFFFFF) - (1 << 29)).to(torch.float32).mul_(math.pi / 2 / (1 << 30))
+    x2 = x * x
+    sin = x2.mul(1 / 362880).sub_(1 / 5040)
+    for c in (1 / 120, -1 / 6, 1.0):
+        sin.mul_(x2).add_(c)
+    sin.mul_(x)
+    cos = x2.mul(-1 / 3628800).add_(1 / 40320)
+    for c in (-1 / 720, 1 / 24, -0.5, 1.0):
+        cos.mul_(x2).add_(c)
+    quarter = word >> 30
+    odd = (quarter & 1).bool()
+    cos, sin = torch.where(odd, -sin, cos), torch.where(odd, cos, sin)
+    sign = (1 - (quarter & 2)).to(torch.float32)
+    return cos.mul_(sign), sin.mul_(sign)
+
+
+def _normals(words: Sequence[Tensor]) -> Tensor:
+    """Four words to four independent N(0, 1) draws, last axis 4."""
+    out = []
+    for a, b in (words[:2], words[2:]):
+        radius = log_unit(a).mul_(-2).clamp_(min=0).sqrt_()
+        cos, sin = circle(b)
+        out += [cos.mul_(radius), sin.mul_(radius)]
+    return torch.stack(out, -1)
+
+
+def _halves(words: Sequence[Tensor]) -> Tensor:
+    """Four words to eight uniform integers in [0, 65535], last axis 8, int32."""
+    return torch.stack([h for w in words for h in (w & 0xFFFF, w >> 16)], -1).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class CounterNoise:
+    """One stream per (seed, key): ``key`` names the tensor, ``offset`` the first element drawn."""
+
+    seed: int
+    key: str
+
+    def normal(self, n: int, offset: int = 0, *, turn: int = 0,
+               device: torch.device | str | None = None) -> Tensor:
+        """Elements offset .. offset + n of z ~ N(0, 1), fp32. `turn` is a step of the stream."""
+        return self._draw(n, offset, turn, device, 4, _normals, torch.float32)
+
+    def bits16(self, n: int, offset: int = 0, *, turn: int = 0,
+               device: torch.device | str | None = None) -> Tensor:
+        """Elements offset .. offset + n of uniform integers in [0, 65535], int32."""
+        return self._draw(n, offset, turn, device, 8, _halves, torch.int32)
+
+    def _draw(self, n: int, offset: int, turn: int, device: torch.device | str | None, lanes: int,
+              finish: Callable[[Sequence[Tensor]], Tensor], dtype: torch.dtype) -> Tensor:
+        h = fold(self.seed, self.key, lanes)
+        key = (h & _MASK, h >> 32)
+        out = torch.empty(n, dtype=dtype, device=device)
+        first, stop = offset // lanes, -(-(offset + n) // lanes)
+        for a in range(first, stop, _PANEL):
+            b = min(a + _PANEL, stop)
+            index = torch.arange(a, b, device=out.device, dtype=torch.int64)
+            words = philox((index & _MASK, index >> 32, turn & _MASK, turn >> 32), key)
+            lo, hi = max(a * lanes, offset), min(b * lanes, offset + n)
+            drawn = finish(words).flatten()[lo - a * lanes : hi - a * lanes]
+            out[lo - offset : hi - offset] = drawn
+        return out
+
+
+def noise(seed: int, key: str, shape: Sequence[int], offset: int = 0, *,
+          device: torch.device | str | None = None) -> Tensor:
+    """``z ~ N(0, I)`` of `shape`, starting at flat element `offset` of the tensor named `key`."""
+    return CounterNoise(seed, key).normal(math.prod(shape), offset, device=device).view(*shape)
+
+
+@dataclass
+class ScalarLog:
+    """A zeroth-order run as scalars: one entry (seed, g, lr per group) per query.
+
+    A run is its starting weights and this log: 4 bytes of seed, 4 of g and 8 per learning rate for
+    each query. `header` holds what does not change (eps, decay, rounding...), in plain json.
+    """
+
+    header: dict[str, object] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    scalars: list[float] = field(default_factory=list)
+    lrs: list[tuple[float, ...]] = field(default_factory=list)
+
+    def append(self, seed: int, scalar: float, lr: Sequence[float]) -> None:
+        """Record one query; `scalar` must already be a value of fp32 (see :func:`as_fp32`)."""
+        self.seeds.append(seed)
+        self.scalars.append(scalar)
+        self.lrs.append(tuple(lr))
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def replay(self, apply: Callable[[int, float, Sequence[float], int], None]) -> None:
+        """Call ``apply(seed, g, lrs, index)`` for every entry in order."""
+        for i, entry in enumerate(zip(self.seeds, self.scalars, self.lrs, strict=True)):
+            apply(*entry, i)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The log as tensors for a safetensors file (seed int32, g fp32, lr fp64)."""
+        width = len(self.lrs[0]) if self.lrs else 0
+        return {"seed": torch.tensor(self.seeds, dtype=torch.int32),
+                "scalar": torch.tensor(self.scalars, dtype=torch.float32),
+                "lr": torch.tensor(self.lrs, dtype=torch.float64).view(len(self), width)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor],
+                     header: dict[str, object] | None = None) -> ScalarLog:
+        """The inverse of :meth:`tensors`."""
+        if missing := {"seed", "scalar", "lr"} - set(tensors):
+            raise FormatError(f"not a log of scalars: {', '.join(sorted(missing))} missing")
+        return cls(dict(header or {}), tensors["seed"].tolist(), tensors["scalar"].tolist(),
+                   [tuple(row) for row in tensors["lr"].tolist()])
+
+
+def as_fp32(x: float) -> float:
+    """The nearest value of fp32: what a log keeps is what the update used."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)

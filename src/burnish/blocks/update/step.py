@@ -1,0 +1,309 @@
+"""Every optimizer as a sentence: ``subspace x rule x residual x codec x rounding x step site``.
+
+Each part of a recipe that answers the optimizer question returns either an innermost rule
+(:class:`Inner`, or a plain rule) or a :class:`Wrapper` of rules. :func:`compose` folds the answers
+into a :class:`Plan`, in recipe order, and makes the optimizer that carries it out:
+
+    []                                   AdamW of torch, fused
+    [Inner(AdamW(), "8bit")]             8-bit Adam
+    [Subspace(...), Inner(AdamW())]      GaLore
+    [Subspace(...), InBackward()]        GaLore, tensor by tensor inside backward
+    [Rounding("stochastic")]             AdamW whose bf16 weights lose no update on average
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError, RecipeError, nearest
+from .codecs import Codec, Plain, codec
+from .rules import SGD, AdamW, Rule
+from .subspace import AtRefresh, SubspaceMap
+
+Residual = Literal["none", "sgd", "sign", "scaled"]
+RoundingKind = Literal["nearest", "stochastic", "master", "kahan"]
+ROUNDINGS = ("nearest", "stochastic", "master", "kahan")
+
+#: a weight of a repeated block has a number in its path; embeddings and biases are not projected
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+_NOT_LINEAR = re.compile(r"embed|wte|wpe|position|relative|bias_table|(^|\.)(lm_head|classifier)\.")
+
+
+def block_matrices(rank: int) -> Callable[[str, Tensor], bool]:
+    """The weights of linears and convolutions inside blocks whose short side exceeds `rank`
+    (below that a subspace costs more than it saves). Embeddings, heads, norms, biases: no."""
+    def where(name: str, p: Tensor) -> bool:
+        return (p.dim() >= 2 and min(p.shape[0], p[0].numel()) > rank
+                and bool(_IN_BLOCK.search(name)) and not _NOT_LINEAR.search(name))
+    return where
+
+
+def matching(targets: str) -> Callable[[str, Tensor], bool]:
+    """Matrices whose name fits one of the comma-separated words: a part of the dotted path
+    (``q_proj``) or a glob over all of it (``*.layers.3.*``)."""
+    words = [w.strip() for w in targets.split(",") if w.strip()]
+
+    def where(name: str, p: Tensor) -> bool:
+        return p.dim() >= 2 and any(w in name.split(".") or fnmatch(name, w) for w in words)
+    return where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One sentence. `names` says which part of the recipe gave each word, for error messages."""
+
+    rule: Rule
+    codec: Codec = field(default_factory=Plain)
+    subspace: Subspace | None = None
+    rounding: RoundingKind = "nearest"
+    in_backward: bool = False
+    names: dict[str, str] = field(default_factory=dict)
+
+    def say(self, word: str, by: str, **change: Any) -> Plan:
+        """The plan with one more word; saying a word twice is an error that names both parts."""
+        if word in self.names:
+            raise RecipeError(f"{self.names[word]} and {by} cannot be joined: both decide the "
+                              f"{word} of the optimizer, which only one part may")
+        return dataclasses.replace(self, names={**self.names, word: by}, **change)
+
+
+@runtime_checkable
+class Wrapper(Protocol):
+    """Changes one word of the plan."""
+
+    name: str
+
+    def wrap(self, plan: Plan) -> Plan: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """An innermost rule, the codec of its state, and the name its method has in recipes."""
+
+    rule: Rule
+    state: str = "fp32"
+    name: str = ""
+
+
+@runtime_checkable
+class Builder(Protocol):
+    """An innermost answer that is an optimizer of its own kind (zeroth-order methods)."""
+
+    name: str
+
+    def build(self, groups: list[dict[str, Any]], plan: Plan, seed: int,
+              accumulation: int) -> torch.optim.Optimizer: ...
+
+    def hyper(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """Run the rule on the gradient's image in a subspace, and step the weight with what comes back.
+
+        W <- W - lr (scale back(u(R)) + residual)        then decay
+
+    every: updates between refreshes of the basis; each tensor counts its own, from its first.
+    at_refresh: what happens to the moments ("keep" is GaLore's).
+    residual: what the part outside the subspace, G - back(R), adds: "none"; "sgd" itself; "sign"
+        its sign; "scaled" itself times ||u_j|| / ||R_j|| per channel j of the long side, its norm
+        growing by at most `limit` per step. Times `residual_scale`.
+    where: (name, parameter) -> projected? The others take the same rule directly.
+    default: the rule if the recipe names none.
+    in_backward: also step inside backward, where projected gradients accumulate in R.
+    """
+
+    map: SubspaceMap
+    every: int = 200
+    scale: float = 1.0
+    at_refresh: AtRefresh = "keep"
+    residual: Residual = "none"
+    residual_scale: float = 1.0
+    limit: float = 1.01
+    where: Callable[[str, Tensor], bool] | None = None
+    eps_first: bool = False
+    default: Rule | None = None
+    in_backward: bool = False
+    name: str = "subspace"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RecipeError(f"{self.name}: update_every is at least 1, got {self.every}")
+        if self.residual == "scaled" and self.map.side == "full":
+            raise RecipeError(f"{self.name}: a scaled residual needs a one-sided subspace")
+        if self.at_refresh == "rotate" and self.map.kind in ("columns", "gaussian"):
+            raise RecipeError(f"{self.name}: rotating moments needs orthonormal factors, which a "
+                              f"{self.map.kind} subspace has not; use keep or reset")
+
+    def wrap(self, plan: Plan) -> Plan:
+        rule = plan.rule
+        if self.eps_first and isinstance(rule, AdamW):
+            rule = dataclasses.replace(rule, eps_first=True)
+        plan = plan.say("subspace", self.name, subspace=self, rule=rule)
+        return InBackward(name=self.name).wrap(plan) if self.in_backward else plan
+
+    def covers(self, name: str, p: Tensor) -> bool:
+        if p.dim() < 2:
+            return False
+        return (self.where or block_matrices(self.map.rank))(name, p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBackward:
+    """Step each tensor inside backward, as soon as its gradient is complete, and free it."""
+
+    name: str = "step_in_backward"
+
+    def wrap(self, plan: Plan) -> Plan:
+        if plan.in_backward:                    # galore(in_backward=True) + step_in_backward agree
+            return plan
+        return plan.say("step site", self.name, in_backward=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How the fp32 result of a step becomes a half-precision weight.
+
+    nearest: +0 bytes; changes below half a spacing are lost.  stochastic: +0, right on average,
+    bf16 only.  master: +4, exact.  kahan: +2, deterministic, about 16 bits in all.
+    """
+
+    kind: RoundingKind
+    name: str = "rounding"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUNDINGS:
+            raise RecipeError(f"no rounding {self.kind!r}{nearest(self.kind, ROUNDINGS)}; "
+                              f"there are {', '.join(ROUNDINGS)}")
+
+    def wrap(self, plan: Plan) -> Plan:
+        return plan.say("rounding", self.name, rounding=self.kind)
+
+
+def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Parameter]],
+            lr: float, *, seed: int = 0, accumulation: int = 1,
+            max_grad_norm: float | None = None, **hyper: Any) -> torch.optim.Optimizer:
+    """The optimizer a recipe names.
+
+    answers: what each part's ``optimizer()`` returned, in recipe order; None is skipped.
+    named_parameters: everything that may ever train (also what a schedule has frozen for now).
+        A parameter may carry ``burnish_lr`` (multiplies lr) and ``burnish_decay`` (False: none).
+    seed: of stochastic rounding and drawn subspaces.  accumulation: backward passes per update.
+    max_grad_norm: only checked: clipping needs all gradients at once.
+    hyper: replaces hyperparameters of the innermost rule (betas, eps, weight_decay, momentum...).
+    """
+    inner, wrappers = _sort([a for a in answers if a is not None])
+    if inner is None:
+        inner = next((w.default for w in wrappers if getattr(w, "default", None)), AdamW())
+    builder = inner if isinstance(inner, Builder) else None
+    if not isinstance(inner, Inner):
+        inner = Inner(rule=AdamW() if builder else inner)
+    if not isinstance(inner.rule, Rule):
+        raise RecipeError(f"an optimizer answer is a rule or a wrapper, not "
+                          f"{type(inner.rule).__name__}")
+    defaults = (builder or inner.rule).hyper()
+    if unknown := set(hyper) - set(defaults):
+        word = sorted(unknown)[0]
+        raise ConfigError(f"{_name(builder or inner)} has no hyperparameter {word!r}"
+                          f"{nearest(word, defaults)} (it has {', '.join(defaults)})")
+    if not builder:
+        inner = dataclasses.replace(inner, rule=dataclasses.replace(inner.rule, **hyper))
+    plan = Plan(rule=inner.rule, codec=codec(inner.state))
+    for wrapper in wrappers:
+        plan = wrapper.wrap(plan)
+
+    named = list(named_parameters)
+    groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0))
+    check_loop(plan, accumulation=accumulation, max_grad_norm=max_grad_norm)
+    for name, p in named:
+        if plan.rounding == "stochastic" and p.dtype == torch.float16:
+            raise RecipeError(f"stochastic rounding is for bf16, but {name} is fp16; "
+                              "use rounding kind 'master' or bf16 weights")
+    if builder:
+        for g in groups:
+            g.update({k: v for k, v in {**defaults, **hyper}.items() if k != "weight_decay"})
+        return builder.build(groups, plan, seed, accumulation)
+    if not wrappers and isinstance(plan.codec, Plain):
+        if native := _native(plan.rule, groups):
+            return native
+    from .composed import Composed
+    return Composed(groups, plan, seed=seed, accumulation=accumulation)
+
+
+def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None = None,
+               scaler: bool = False) -> None:
+    """Refuse a training loop that a step inside backward would silently train wrongly."""
+    if accumulation < 1:
+        raise ConfigError(f"accumulation is at least 1, got {accumulation}")
+    if not plan.in_backward:
+        return
+    who = plan.names.get("step site", "step_in_backward")
+    if max_grad_norm:
+        raise RecipeError(f"{who} cannot clip by the global norm (max_grad_norm={max_grad_norm}): "
+                          "gradients never exist together; set max_grad_norm=0")
+    if scaler:
+        raise RecipeError(f"{who} cannot use a gradient scaler; train in bf16 or fp32")
+    if accumulation > 1 and (plan.subspace is None or plan.subspace.residual != "none"):
+        raise RecipeError(f"{who} steps in every backward, so gradients cannot accumulate over "
+                          f"{accumulation}; use accumulation 1, or a subspace without residual "
+                          "(galore), whose projected gradients do accumulate")
+
+
+def param_groups(named: Sequence[tuple[str, nn.Parameter]], lr: float,
+                 weight_decay: float) -> list[dict[str, Any]]:
+    """One group per (``burnish_lr``, ``burnish_decay``) met; tied parameters enter once."""
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, p in named:
+        if id(p) in seen:
+            continue
+        seen.add(id(p))
+        key = (float(getattr(p, "burnish_lr", 1.0)), bool(getattr(p, "burnish_decay", True)))
+        group = groups.setdefault(key, {"params": [], "lr": lr * key[0],
+                                        "weight_decay": weight_decay if key[1] else 0.0})
+        group["params"].append((name, p))
+    if not groups:
+        raise ConfigError("nothing trains: the optimizer got no parameters")
+    return list(groups.values())
+
+
+def _sort(answers: list[Any]) -> tuple[Any, list[Any]]:
+    """(the innermost rule or None, the wrappers)."""
+    inner = [a for a in answers if isinstance(a, Rule | Inner | Builder)]
+    wrappers = [a for a in answers if isinstance(a, Wrapper)]
+    if len(inner) > 1:
+        raise RecipeError(f"{_name(inner[0])} and {_name(inner[1])} cannot be joined: both are "
+                          "innermost rules, and one recipe has one")
+    if rest := [a for a in answers if a not in inner and a not in wrappers]:
+        raise RecipeError(f"an optimizer answer is a rule or a wrapper, not "
+                          f"{type(rest[0]).__name__}")
+    return (inner[0] if inner else None), wrappers
+
+
+def _name(answer: Any) -> str:
+    return answer.name or answer.rule.name
+
+
+#: device types whose fused kernels torch ships
+_FUSED = {"cpu", "cuda", "mps", "xpu", "hpu"}
+
+
+def _native(rule: Rule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+    """Torch's own optimizer where it computes the same."""
+    fused = all(p.device.type in _FUSED for g in groups for _, p in g["params"])
+    hyper = rule.hyper()
+    hyper.pop("weight_decay", None)
+    if isinstance(rule, AdamW) and not hyper.pop("eps_first"):
+        return torch.optim.AdamW(groups, fused=fused, **hyper)
+    if isinstance(rule, SGD):
+        # tensor by tensor nothing is allocated; the fused form makes lists of temporaries
+        return torch.optim.SGD(groups, foreach=False, **hyper)
+    return None

@@ -1,0 +1,198 @@
+"""Subspaces of a gradient: down to a few rows or columns, and back, panel by panel.
+
+For W (m, n) a basis has a left factor P (m, r), a right factor Q (r, n), or both::
+
+    left    R = P^T G    (r, n)     back  P N
+    right   R = G Q^T    (m, r)     back  N Q
+    full    R = P^T G Q^T  (r, r)   back  P N Q
+    columns R = G[:, idx] (m, r)    back  N in those columns, zero elsewhere
+
+``std`` is right when m >= n, else left: the factor sits on the short side, so with a = min(m, n)
+and c = max(m, n) the factor has a r entries and R has c r. ``reverse_std`` is the opposite.
+Convolutions are seen as (out, rest). Products accumulate in fp32 whatever dtype factors have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...core.errors import RecipeError
+from .noise import CounterNoise
+from .rules import accumulator
+
+Kind = Literal["svd", "randomized", "gaussian", "columns"]
+Side = Literal["std", "reverse_std", "left", "right", "full"]
+AtRefresh = Literal["keep", "reset", "rotate"]
+
+
+def matrix(p: Tensor) -> Tensor:
+    """A dense tensor as a (first dimension in memory, rest) view; no copy for any stride order.
+
+    For ordinary layouts this is (out, rest); a channels-last convolution gets its columns in
+    another order and a transposed weight its transpose, which is the same to a projection.
+    """
+    flat, shape = in_memory_order(p)
+    return flat.reshape(shape[0], -1)
+
+
+def in_memory_order(p: Tensor, like: Tensor | None = None) -> tuple[Tensor, tuple[int, ...]]:
+    """(p with its dimensions sorted by the strides of `like`, that shape)."""
+    like = p if like is None else like
+    order = sorted(range(like.dim()), key=lambda d: (-like.stride(d), d))
+    out = p.permute(order)
+    return out, tuple(out.shape)
+
+
+def panels(rows: int, width: int, numel: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `numel` entries each."""
+    height = max(1, numel // max(1, width))
+    for lo in range(0, rows, height):
+        yield lo, min(lo + height, rows)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The factors of one subspace, as stored; products are done in `dtype`."""
+
+    left: Tensor | None
+    right: Tensor | None
+    columns: Tensor | None
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    def down(self, G_mn: Tensor, numel: int = 1 << 22) -> Tensor:
+        """R in `dtype`; a low-precision G is widened one row panel at a time."""
+        m, n = G_mn.shape
+        if self.columns is not None:
+            return G_mn[:, self.columns.long()].to(self.dtype)
+        right = None if self.right is None else self.right.to(self.dtype).t()
+        left = None if self.left is None else self.left.to(self.dtype).t()
+        if left is None:
+            out = torch.empty(m, right.shape[1], dtype=self.dtype, device=G_mn.device)
+        else:
+            r = n if right is None else right.shape[1]
+            out = torch.zeros(left.shape[0], r, dtype=self.dtype, device=G_mn.device)
+        step = m * n if G_mn.dtype == self.dtype else numel
+        for lo, hi in panels(m, n, step):
+            g = G_mn[lo:hi].to(self.dtype)
+            if right is not None:
+                g = g @ right
+            if left is None:
+                out[lo:hi] = g
+            else:
+                out.addmm_(left[:, lo:hi], g)
+        return out
+
+    def up(self, N: Tensor, lo: int, hi: int) -> Tensor:
+        """Rows lo:hi of back(N), a new tensor (hi - lo, n) in `dtype`."""
+        if self.columns is not None:
+            out = torch.zeros(hi - lo, self.width, dtype=self.dtype, device=N.device)
+            return out.index_copy_(1, self.columns.long(), N[lo:hi])
+        rows = N[lo:hi] if self.left is None else self.left[lo:hi].to(self.dtype) @ N
+        return rows if self.right is None else rows @ self.right.to(self.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"left": self.left, "right": self.right, "columns": self.columns}
+        return {k: v for k, v in named.items() if v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceMap:
+    """How the basis of one matrix is chosen.
+
+    kind: "svd" takes singular vectors of the gradient, exactly; "randomized" finds their span with
+        a Gaussian sketch (oversampling 8, two power iterations; Halko et al., 2011); "gaussian"
+        draws N(0, 1/r) entries again from the counter stream at every use and stores nothing;
+        "columns" draws input dimensions without replacement.
+    rank: clamped to min(m, n) (columns: to n).
+    """
+
+    rank: int
+    kind: Kind = "svd"
+    side: Side = "std"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RecipeError(f"a subspace needs rank >= 1, got {self.rank}")
+        if self.kind == "gaussian" and self.side == "full":
+            raise RecipeError("a gaussian subspace has one side; use left, right or std")
+
+    def sides(self, m: int, n: int) -> tuple[bool, bool]:
+        """(has a left factor, has a right factor)."""
+        if self.kind == "columns":
+            return False, True
+        right = {"std": m >= n, "reverse_std": m < n, "left": False}.get(self.side, True)
+        return self.side == "full" or not right, right
+
+    def shape(self, m: int, n: int) -> tuple[int, int]:
+        """Shape of R."""
+        r = min(self.rank, n if self.kind == "columns" else min(m, n))
+        left, right = self.sides(m, n)
+        return r if left else m, r if right else n
+
+    def stores(self) -> bool:
+        return self.kind != "gaussian"
+
+    def basis(self, G_mn: Tensor, noise: CounterNoise, turn: int, dtype: torch.dtype,
+              old: Basis | None = None) -> Basis:
+        """The basis for refresh number `turn`. Where G is zero or not finite, `old` stays."""
+        m, n = G_mn.shape
+        left, right = self.sides(m, n)
+        wide = accumulator(G_mn.dtype)
+        r = min(self.rank, n if self.kind == "columns" else min(m, n))
+        if self.kind == "gaussian":
+            side = m if left else n
+            z = noise.normal(side * r, turn=turn, device=G_mn.device).div_(math.sqrt(r))
+            z = z.to(wide)
+            return Basis(z.view(m, r) if left else None, z.view(r, n) if right else None,
+                         None, n, wide)
+        if self.kind == "columns":
+            keys = noise.normal(n, turn=turn, device=G_mn.device)
+            return Basis(None, None, keys.topk(r).indices.sort().values.int(), n, wide)
+        G = G_mn.to(wide)
+        good = torch.isfinite(G).all()
+        G = torch.where(good, G, 0.0)
+        good = good & (G != 0).any()
+        U, V = self._span(G, r, noise, turn)
+        P, Q = (U if left else None), (V if right else None)
+        if old is not None:
+            P = None if P is None else torch.where(good, P, old.left.to(wide))
+            Q = None if Q is None else torch.where(good, Q, old.right.to(wide))
+        return Basis(None if P is None else P.to(dtype).contiguous(),
+                     None if Q is None else Q.to(dtype).contiguous(), None, n, wide)
+
+    def _span(self, G: Tensor, r: int, noise: CounterNoise, turn: int) -> tuple[Tensor, Tensor]:
+        """(U[:, :r], V^T[:r]) of G."""
+        m, n = G.shape
+        k = r + 8
+        if self.kind == "svd" or k >= min(m, n):
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            return U[:, :r], Vh[:r]
+        sketch = noise.normal(n * k, turn=turn, device=G.device).view(n, k).to(G.dtype)
+        Y, _ = torch.linalg.qr(G @ sketch)
+        for _ in range(2):
+            Z, _ = torch.linalg.qr(G.t() @ Y)
+            Y, _ = torch.linalg.qr(G @ Z)
+        U, _, Vh = torch.linalg.svd(Y.t() @ G, full_matrices=False)
+        return Y @ U[:, :r], Vh[:r]
+
+
+def rotate(M: Tensor, old: Basis, new: Basis, squared: bool = False) -> Tensor:
+    """A moment of the old basis in the new one: ``P_new^T P_old M`` (and the same on the right).
+
+    squared: for second moments, whose rotation uses the squared entries, so they stay >= 0.
+    """
+    def change(a: Tensor) -> Tensor:
+        return a.square() if squared else a
+
+    if new.left is not None:
+        M = change(new.left.to(M.dtype).t() @ old.left.to(M.dtype)) @ M
+    if new.right is not None:
+        M = M @ change(old.right.to(M.dtype) @ new.right.to(M.dtype).t())
+    return M

@@ -1,0 +1,348 @@
+"""Zeroth-order steps: evaluate the loss at two mirrored points, move along the noise between them.
+
+    g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)        theta <- theta - lr (g z + wd theta)
+
+z comes from :class:`~burnish.blocks.noise.CounterNoise`, so it is drawn again wherever it is needed
+and never stored. The step is a generator that yields what to evaluate and receives the loss; the
+training loop, the simulator and the tests drive the same body::
+
+    gen = optimizer.passes()
+    where = next(gen)
+    while True:
+        with where:                       # the model's weights read as theta +- eps z
+            loss = ...                    # no grad, eval mode, the same batch every time, fp32
+        where = gen.send(float(loss))     # StopIteration carries the mean loss
+
+What is kept during an evaluation, besides one forward without gradients:
+
+in_place    nothing; but adding and taking away eps z rounds, so half-precision weights drift.
+scratch     theta is never written. With ``optimizer.model`` set, a module's perturbed weights exist
+            while that module runs: the largest one is kept (parameters that are read without
+            calling their own module, as in `nn.MultiheadAttention`, live while the nearest module
+            that is called runs; one extra forward at the first step finds out which). Without a
+            model the whole trainable set is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError, FormatError, RecipeError
+from .noise import CounterNoise, ScalarLog, as_fp32, fold
+from .numerics import NUMERICS
+from .rules import accumulator
+from .step import Plan
+from .subspace import in_memory_order
+
+Mode = Literal["scratch", "in_place"]
+Evaluate = AbstractContextManager[Any]
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrder:
+    """The innermost answer of MeZO and its relatives; :func:`burnish.blocks.step.compose` builds.
+
+    eps: radius of the probe.  queries: probes averaged per update, all at the same theta.
+    mode: see the module.  weight_decay: on matrices only, as published.
+    """
+
+    eps: float = 1e-3
+    queries: int = 1
+    mode: Mode = "scratch"
+    weight_decay: float = 0.0
+    name: str = "mezo"
+
+    def __post_init__(self) -> None:
+        if self.eps <= 0 or self.queries < 1:
+            raise RecipeError(f"{self.name}: eps is positive and queries at least 1, got "
+                              f"eps={self.eps}, queries={self.queries}")
+
+    def hyper(self) -> dict[str, Any]:
+        return {"eps": self.eps, "weight_decay": self.weight_decay}
+
+    def build(self, groups: list[dict[str, Any]], plan: Plan, seed: int,
+              accumulation: int) -> ZerothOrderOptimizer:
+        for word in ("subspace", "step site"):
+            if word in plan.names:
+                raise RecipeError(f"{self.name} and {plan.names[word]} cannot be joined: "
+                                  f"{self.name} has no gradient for a {word}")
+        if accumulation > 1:
+            raise RecipeError(f"{self.name} makes no gradient that could accumulate; average the "
+                              "loss over the micro-batches inside the closure")
+        return ZerothOrderOptimizer(groups, self, plan, seed)
+
+
+def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor) -> Tensor:
+    """out <- p + scale z, in slices; `out` may be `p` itself."""
+    stream = CounterNoise(seed, name)
+    here, there = in_memory_order(p)[0].reshape(-1), in_memory_order(out, like=p)[0].view(-1)
+    for lo in range(0, p.numel(), _SLICE):
+        hi = min(lo + _SLICE, p.numel())
+        z = stream.normal(hi - lo, lo, device=p.device).to(accumulator(p.dtype)).mul_(scale)
+        there[lo:hi].copy_(z.add_(here[lo:hi]))
+    return out
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Drives :meth:`passes`; ``step(closure)`` does it for a closure that returns the loss.
+
+    log: every query as (seed, g, lr): with the starting weights it is the run (:meth:`replay`).
+        It is saved with the optimizer, so a resumed run keeps writing the same log.
+    model: set it to keep one module's perturbed weights at a time (see the module).
+    state of a parameter: only what the rounding needs (none by default).
+    """
+
+    zeroth_order = True
+
+    def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
+        self.spec, self.seed = spec, seed
+        self.model: nn.Module | None = None
+        self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
+        self._callers: _Callers | None = None
+        super().__init__(groups, {"lr": 1e-6, **spec.hyper(), "updates": 0})
+        self.log = ScalarLog(header={
+            "method": spec.name, "queries": spec.queries, "rounding": self._rounding,
+            "weight_decay": [g["weight_decay"] for g in self.param_groups], "seed": seed})
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for g in self.param_groups
+                for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> float:
+        """One update. `closure` returns the loss at the current weights: eval mode, same batch
+        at every call, no backward. Returns the mean of the losses seen."""
+        if closure is None:
+            raise RecipeError(f"{self.spec.name} needs evaluations of the loss, not gradients: "
+                              "use tuned.step(batch), or optimizer.step(closure)")
+        passes = self.passes()
+        where = next(passes)
+        while True:
+            with where:
+                loss = host_float(closure())
+            try:
+                where = passes.send(loss)
+            except StopIteration as done:
+                return done.value
+
+    def passes(self) -> Generator[Evaluate, float, float]:
+        """One update as a generator: yields contexts to evaluate the loss in, receives losses."""
+        if self.spec.mode == "scratch" and self.model is not None and self._callers is None:
+            callers = _Callers(self.model, self.named())
+            yield callers.watch()
+            self._callers = callers
+        update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
+        seeds = [fold("query", self.seed, update, q) & 0x7FFFFFFF for q in range(self.spec.queries)]
+        found, losses = [], []
+        for s in seeds:
+            up, down = yield from self._pair(s, eps)
+            losses += [up, down]
+            g = as_fp32((up - down) / (2 * eps * len(seeds)))
+            found.append(g if math.isfinite(g) else 0.0)     # a failed probe moves nothing
+        lrs = [g["lr"] for g in self.param_groups]
+        if not len(self.log):
+            self.log.header["first_update"] = update
+        for q, (s, g) in enumerate(zip(seeds, found, strict=True)):
+            self.log.append(s, g, lrs)
+            self._apply(s, g, lrs, update * len(seeds) + q)
+        for group in self.param_groups:
+            group["updates"] = update + 1
+        return sum(losses) / len(losses)
+
+    def _pair(self, seed: int, eps: float) -> Generator[Evaluate, float, tuple[float, float]]:
+        if self.spec.mode == "scratch":
+            up = yield _Scratch(self.named(), seed, eps, self._callers)
+            down = yield _Scratch(self.named(), seed, -eps, self._callers)
+            return up, down
+        away = 0.0                           # how far along z the stored weights stand
+        try:
+            losses = []
+            for target in (eps, -eps):
+                self._shift(seed, target - away)
+                away = target
+                losses.append((yield nullcontext()))
+        finally:
+            self._shift(seed, -away)
+        return losses[0], losses[1]
+
+    @torch.no_grad()
+    def _shift(self, seed: int, scale: float) -> None:
+        for name, p in self.named():
+            perturbed(p.detach(), name, seed, scale, out=p.detach())
+
+    @torch.no_grad()
+    def _apply(self, seed: int, g: float, lrs: Sequence[float], index: int) -> None:
+        """The update of query number `index` of the run; decay rides on an update's first."""
+        numerics, first = NUMERICS[self._rounding], index % self.spec.queries == 0
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                w = in_memory_order(p.detach())[0].view(-1)
+                state = self.state[p] if p in self.state else {}
+                numerics.prepare(w, state)
+                if state:
+                    self.state[p] = state
+                keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
+                stream, low = CounterNoise(seed, name), CounterNoise(seed, f"{name}/round")
+                for lo in range(0, p.numel(), _SLICE):
+                    hi = min(lo + _SLICE, p.numel())
+                    x = numerics.read(w, state, lo, hi)
+                    if keep != 1.0:
+                        x.mul_(keep)
+                    z = stream.normal(hi - lo, lo, device=p.device)
+                    x.sub_(z.to(x.dtype).mul_(lr * g))
+                    numerics.write(w, state, lo, hi, x, low, index)
+
+    def replay(self, log: ScalarLog) -> None:
+        """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
+        for key in ("queries", "rounding", "weight_decay"):
+            if log.header.get(key) != self.log.header[key]:
+                raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
+                                  f"optimizer has {self.log.header[key]!r}")
+        if len(log) and len(log.lrs[0]) != len(self.param_groups):
+            raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
+                              f"optimizer has {len(self.param_groups)} parameter groups")
+        first = int(log.header.get("first_update", 0))  # type: ignore[call-overload]
+        log.replay(lambda seed, g, lrs, i: self._apply(seed, g, lrs,
+                                                       first * self.spec.queries + i))
+        self.log = log
+        for group in self.param_groups:
+            group["updates"] = first + len(log) // self.spec.queries
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The log, for :func:`burnish.blocks.named.named_state`."""
+        return self.log.tensors(), dict(self.log.header)
+
+    def load_extra_state(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        self.log = ScalarLog.from_tensors(tensors, header)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and the log."""
+        return {**super().state_dict(), "log": self.extra_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rest = {k: v for k, v in state_dict.items() if k != "log"}
+        super().load_state_dict(rest)
+        params = [p for g in self.param_groups for p in g["params"]]
+        ids = [i for g in rest["param_groups"] for i in g["params"]]
+        for i, p in zip(ids, params, strict=True):       # torch casts to the weight's dtype
+            for key, value in rest["state"].get(i, {}).items():
+                self.state[p][key] = value.detach().clone().to(p.device)
+        if "log" in state_dict:
+            self.load_extra_state(*state_dict["log"])
+
+
+class _Scratch(AbstractContextManager[None]):
+    """Weights read as theta + scale z; the stored tensors are swapped out, never written."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], seed: int, scale: float,
+                 callers: _Callers | None):
+        self.named, self.seed, self.scale = dict(named), seed, scale
+        self.callers = callers
+        self.kept: dict[str, tuple[Tensor, int]] = {}         # name -> (theta, depth)
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.callers is None:
+            self._swap(list(self.named))
+            return
+        self._swap(self.callers.always)
+        for module, names in self.callers.during.items():
+            self.hooks.append(module.register_forward_pre_hook(
+                lambda *_, names=names: self._swap(names), prepend=True))
+            self.hooks.append(module.register_forward_hook(
+                lambda *_, names=names: self._restore(names), always_call=True))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        for name, (theta, _) in self.kept.items():
+            self.named[name].data = theta
+        self.kept.clear()
+
+    def _swap(self, names: Iterable[str]) -> None:
+        for name in names:
+            p = self.named[name]
+            theta, depth = self.kept.get(name, (p.data, 0))
+            if depth == 0:
+                p.data = perturbed(theta, name, self.seed, self.scale, torch.empty_like(theta))
+            self.kept[name] = theta, depth + 1
+
+    def _restore(self, names: Iterable[str]) -> None:
+        for name in names:
+            theta, depth = self.kept[name]
+            if depth == 1:
+                self.named[name].data = theta
+                del self.kept[name]
+            else:
+                self.kept[name] = theta, depth - 1
+
+
+class _Callers:
+    """Which module to watch for each parameter: its owner if the forward calls it, else the
+    nearest module above that is called; `always` where there is none."""
+
+    def __init__(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]):
+        self.model, self.names = model, {id(p): n for n, p in named}
+        self.during: dict[nn.Module, list[str]] = {}
+        self.always: list[str] = []
+
+    def watch(self) -> Evaluate:
+        """A context for one plain evaluation that notes which modules are called."""
+        return _Watch(self)
+
+    def settle(self, called: set[str]) -> None:
+        owned: set[str] = set()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for p in module._parameters.values():
+                name = self.names.get(id(p))
+                if name is None:
+                    continue
+                owned.add(name)
+                up = path
+                while up and up not in called:
+                    up = up.rpartition(".")[0]
+                if up in called:
+                    names = self.during.setdefault(self.model.get_submodule(up), [])
+                    if name not in names:
+                        names.append(name)
+                else:
+                    self.always.append(name)
+        self.always += [n for n in self.names.values() if n not in owned]
+
+
+class _Watch(AbstractContextManager[None]):
+    def __init__(self, callers: _Callers):
+        self.callers, self.called = callers, set()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for path, module in self.callers.model.named_modules(remove_duplicate=False):
+            self.hooks.append(module.register_forward_pre_hook(
+                lambda *_, path=path: self.called.add(path)))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.callers.settle(self.called)
+
+
+def host_float(loss: Any) -> float:
+    """The loss as a Python float. A fake tensor has no value: 1.0 stands for it, so that a
+    simulated step runs through every tensor of a real one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    if isinstance(loss, FakeTensor):
+        return 1.0
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ConfigError(f"the loss must be one number, got shape {tuple(loss.shape)}")
+        return float(loss.detach().double())
+    return float(loss)

@@ -1,0 +1,1 @@
+"""What stands for a weight matrix, and what is added to it."""

@@ -1,0 +1,219 @@
+"""Several low-rank updates of one linear, weighed token by token by a router.
+
+    y = s sum_e g_e(x) B_e A_e drop(x)
+
+In the dense form all down-projections are one product (E R wide), the gates multiply it, and one
+product goes up: for small R that is faster than sorting tokens by expert. Kept for backward: x
+(once, however many experts), E R numbers and E gates per token.
+
+Letters: N tokens, I in, O out, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tape.replay import replay, rng_state
+
+
+class Product(torch.autograd.Function):
+    """``x W^T`` in fp32, whatever x is held in; keeps x as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(_wide(x)), W.to(_wide(x)))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, W = ctx.saved_tensors
+        dx = (g @ W.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        x2 = x.reshape(-1, x.shape[-1]).to(g.dtype)
+        return dx, (g.reshape(-1, g.shape[-1]).t() @ x2).to(W.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Weighed(torch.autograd.Function):
+    """``s sum_e g_e B_e A_e drop(x)`` for x (..., I), gates (..., E), A (E, R, I), B (E, O, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scale: float,
+                p: float) -> Tensor:
+        E, R, _ = A.shape
+        ctx.scale, ctx.p, ctx.state = scale, p, rng_state(x.device) if p else None
+        with torch.autocast(x.device.type, enabled=False):
+            x2, g2 = x.reshape(-1, x.shape[-1]), gates.reshape(-1, E).to(x.dtype)
+            z = F.linear(_dropped(x2, p, None), A.flatten(0, 1).to(x.dtype))
+            h = (z.view(-1, E, R) * g2.unsqueeze(-1)).flatten(1)
+            y = (h @ _stacked(B).to(x.dtype)).mul_(scale)
+        ctx.save_for_backward(x, gates, z, A, B)
+        return y.view(*x.shape[:-1], B.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+        x, gates, z, A, B = ctx.saved_tensors
+        E, R, _ = A.shape
+        gy2, x2 = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        g3, z3 = gates.reshape(-1, E, 1).to(gy.dtype), z.view(-1, E, R)
+        gh = (gy2 @ _stacked(B).to(gy.dtype).t()).mul_(ctx.scale).view(-1, E, R)
+        dB = (((z3 * g3).flatten(1).t() @ gy2).mul_(ctx.scale).view(E, R, -1).transpose(1, 2)
+              .to(B.dtype)) if ctx.needs_input_grad[3] else None
+        dgates = (gh * z3).sum(-1).view(gates.shape).to(gates.dtype)
+        gz = (gh * g3).flatten(1)
+        dA = (gz.t() @ _dropped(x2, ctx.p, ctx.state)).view(A.shape).to(A.dtype) \
+            if ctx.needs_input_grad[2] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _dropped(gz @ A.flatten(0, 1).to(gz.dtype), ctx.p, ctx.state).view(x.shape)
+        return dx, dgates, dA, dB, None, None
+
+
+def _stacked(B: Tensor) -> Tensor:
+    """(E, O, R) as (E R, O)."""
+    return B.transpose(1, 2).flatten(0, 1)
+
+
+def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
+    """Dropout; with a state the mask of the first time."""
+    if not p:
+        return x
+    if state is None:
+        return F.dropout(x, p, True)
+    with replay(x.device, state):
+        return F.dropout(x, p, True)
+
+
+# -- routing --------------------------------------------------------------------------------------
+def top_k(probability: Tensor, k: int) -> Tensor:
+    """The k largest of each row, divided by their sum; 0 elsewhere. (..., E)"""
+    value, index = probability.topk(k, dim=-1)
+    value = value / value.sum(-1, keepdim=True)
+    return torch.zeros_like(probability).scatter(-1, index, value)
+
+
+def balance(probability: Tensor, gates: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Switch balance loss ``E sum_e f_e P_e``: 1 for a uniform router.
+
+    f_e: share of the (token, slot) pairs sent to e, no gradient. P_e: mean probability of e.
+    valid: mask (...,) of tokens that count; padding must not.
+    """
+    p, sent = probability.flatten(0, -2), (gates.detach() > 0).flatten(0, -2).to(probability.dtype)
+    if valid is not None:
+        m = valid.reshape(-1, 1).to(p.dtype)
+        p, sent = p * m, sent * m
+        tokens = m.sum().clamp_min(1)
+    else:
+        tokens = p.shape[0]
+    f = sent.sum(0) / sent.sum().clamp_min(1)
+    return p.shape[-1] * (f * p.sum(0) / tokens).sum()
+
+
+class Attached(torch.autograd.Function):
+    """The identity on `h`; backward adds the gradient of ``weight * loss`` on the way.
+
+    The loss reaches its parameters in anybody's training loop, once per forward: it is not divided
+    by accumulation steps and not multiplied by a loss scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight, ctx.like = weight, (loss.dtype, loss.device)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        dtype, device = ctx.like
+        return g, torch.full((), ctx.weight, dtype=dtype, device=device), None
+
+
+class Padding:
+    """Which tokens of the batch count; one object for all routers of an adapter.
+
+    It listens to the model's root and keeps the (batch, tokens) attention mask of the last call;
+    a model without one has no padding as far as a router can know.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def __call__(self, module: nn.Module, call: Any, *args: Any, **kw: Any) -> Any:
+        mask = kw.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return call(*args, **kw)
+
+    def of(self, x: Tensor) -> Tensor | None:
+        fits = self.mask is not None and self.mask.shape == x.shape[:-1]
+        return self.mask if fits else None
+
+
+class ExpertChains(nn.Module):
+    """``y = s sum_{e in top-k} g_e B_e A_e drop(x)``, g renormalised softmax(W_r x) in fp32.
+
+    A (E, R, I) Kaiming-uniform(sqrt 5), B (E, O, R) zero, router W_r (E, I) Kaiming-uniform:
+    E (R (I + O) + I) numbers; zero at the start. k is cut to E.
+    rows: runs of outputs that are adapted when the linear is fused; None for all.
+    """
+
+    def __init__(self, inp: int, out: int, experts: int, rank: int, k: int, *, scale: float = 1.0,
+                 dropout: float = 0.0, coefficient: float = 0.0,
+                 rows: tuple[tuple[int, int], ...] | None = None):
+        super().__init__()
+        self.k, self.scale, self.dropout = min(k, experts), scale, dropout
+        self.coefficient, self.out, self.rows = coefficient, out, rows
+        n = out if rows is None else sum(b - a for a, b in rows)
+        bound = 1 / math.sqrt(inp)
+        self.A = nn.Parameter(torch.empty(experts, rank, inp).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(experts, n, rank))
+        self.router = nn.Parameter(torch.empty(experts, inp).uniform_(-bound, bound))
+        for p in self.parameters():
+            p.burnish_decay = False
+        self.padding = Padding()
+
+    def attached(self, attacher: Any) -> None:
+        """Share one reader of the padding mask with the other routers of this adapter."""
+        listeners = attacher.slot("").listeners
+        known = next((x for x in listeners if isinstance(x, Padding)), None)
+        if known is None:
+            listeners.append(self.padding)
+        else:
+            self.padding = known
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(probabilities, gates), both (..., E) in fp32."""
+        p = torch.softmax(Product.apply(x, self.router), -1)
+        return p, top_k(p, self.k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        p, g = self.gates(x)
+        if self.coefficient and self.training and torch.is_grad_enabled():
+            g = Attached.apply(g, balance(p, g, self.padding.of(x)), self.coefficient)
+        y = Weighed.apply(x, g, self.A, self.B, self.scale, self.dropout * self.training)
+        if self.rows is None:
+            return y
+        whole = y.new_zeros(*y.shape[:-1], self.out)
+        pieces = y.split([b - a for a, b in self.rows], -1)
+        for (a, b), piece in zip(self.rows, pieces, strict=True):
+            whole[..., a:b] = piece
+        return whole
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The same expert by expert, each on its own tokens, without dropout: the reference."""
+        _, g = self.gates(x)
+        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        y = x2.new_zeros(len(x2), self.B.shape[1])
+        for e in range(len(self.A)):
+            mine = (g2[:, e] > 0).nonzero().squeeze(1)
+            made = x2[mine] @ self.A[e].t().to(x.dtype) @ self.B[e].t().to(x.dtype)
+            y = y.index_add(0, mine, made * g2[mine, e : e + 1].to(x.dtype))
+        return (y * self.scale).view(*x.shape[:-1], -1)

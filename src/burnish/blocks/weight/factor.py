@@ -1,0 +1,103 @@
+"""Factor chains: an update that is a short product of factors, evaluated on the token side.
+
+``Delta = scale * B A`` with A (R, I) and B (O, R); experts carry a leading axis. The product
+x A^T is R wide, so the chain costs R (I + O) per token and keeps x for A's gradient and R
+numbers for B's; with A frozen it keeps R numbers per token and no x at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.site import Place
+from ..tape.replay import replay, rng_state
+from .provided import Term
+
+
+class Chain(Term):
+    """``Delta = scale * B A``; A is Kaiming-uniform(sqrt 5), B zero: identity at the start.
+
+    A: (rank, in), B: (out, rank); for experts (E, rank, in) and (E, out, rank).
+    dropout acts on the input of A and is drawn again in backward, never kept.
+    train_a=False is LoRA-FA: only R numbers per token are kept.
+    """
+
+    tokenwise: ClassVar[bool] = True
+    cheap_tile: ClassVar[bool] = True
+
+    def __init__(self, place: Place, rank: int, scale: float = 1.0, dropout: float = 0.0,
+                 train_a: bool = True, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str | None = None):
+        super().__init__()
+        lead = (place.experts,) if place.experts else ()
+        self.A = nn.Parameter(torch.empty(*lead, rank, place.inp, dtype=dtype, device=device),
+                              requires_grad=train_a)
+        self.B = nn.Parameter(torch.zeros(*lead, place.out, rank, dtype=dtype, device=device))
+        self.scale, self.dropout = scale, dropout
+        if place.kind == "embedding":          # rows of A are looked up: A zero, B normal
+            nn.init.zeros_(self.A)
+            nn.init.normal_(self.B)
+        else:
+            nn.init.uniform_(self.A, -1 / math.sqrt(place.inp), 1 / math.sqrt(place.inp))
+
+    @property
+    def keeps_input(self) -> bool:
+        return self.A.requires_grad
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.B @ self.A)
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
+        state = None
+        if self.dropout and self.training:
+            state = rng_state(x_NI.device)
+            x_NI = F.dropout(x_NI, self.dropout, True)
+        h_NR = x_NI @ self.A.t().to(x_NI.dtype)
+        y_NO.addmm_(h_NR, self.B.t().to(y_NO.dtype), alpha=self.scale * scale)
+        return (h_NR if self.B.requires_grad else None, state)
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        h_NR, state = kept
+        s = self.scale * scale
+        A, B = self.A.to(g_NO.dtype), self.B.to(g_NO.dtype)
+        dB = None if h_NR is None else (g_NO.t() @ h_NR).mul_(s).to(self.B.dtype)
+        gB_NR = (g_NO @ B).mul_(s)
+        dA = None
+        if self.A.requires_grad:
+            x = x_NI if state is None else self._dropped(x_NI, state)
+            dA = (gB_NR.t() @ x).to(self.A.dtype)
+        if dx_NI is not None:
+            if state is None:
+                dx_NI.addmm_(gB_NR, A)
+            else:                               # dropout is linear: the same mask on the gradient
+                dx_NI.add_(self._dropped(gB_NR @ A, state))
+        return [dA, dB]
+
+    def _dropped(self, x: Tensor, state: Tensor) -> Tensor:
+        with replay(x.device, state):
+            return F.dropout(x, self.dropout, True)
+
+    def tile(self, i0: int, i1: int, state: object) -> Tensor:
+        return (self.B @ self.A[..., i0:i1]).mul_(self.scale)
+
+    def pull(self, i0: int, i1: int, G: Tensor, state: object,
+             grads: list[Tensor | None]) -> Tensor:
+        G = G.to(self.A.dtype)
+        if self.B.requires_grad:
+            part = (G @ self.A[..., i0:i1].transpose(-1, -2)).mul_(self.scale)
+            grads[1] = part if grads[1] is None else grads[1].add_(part)
+        if self.A.requires_grad:
+            if grads[0] is None:
+                grads[0] = torch.zeros_like(self.A)
+            grads[0][..., i0:i1] += (self.B.transpose(-1, -2) @ G).mul_(self.scale)
+        return self.tile(i0, i1, state)
+
+    def take(self, index: Tensor) -> Tensor:
+        h = F.embedding(index, self.A.transpose(-1, -2))
+        return (h @ self.B.transpose(-1, -2)) * self.scale

@@ -1,0 +1,133 @@
+"""Sparse updates: k values at k fixed entries of a frozen matrix.
+
+``y = x W^T + x Delta^T`` with ``Delta[row_k, col_k] = v_k``. Gradient: the entries of g^T x at the
+indices, nothing else. Two evaluations, both exact: when the entries touch few columns, only those
+columns of x are read and kept; otherwise the values are added to panels of W and one product
+serves base and update.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from ...core.site import Place
+from .provided import Term
+
+
+def spread(n: int, k: int, seed: int, key: str = "") -> Tensor:
+    """k distinct entries of range(n), the same on every machine: a keyed permutation.
+
+    Four Feistel rounds on the smallest even-bit square that holds n, walking the cycle until the
+    result lies inside. int64 tensor arithmetic only, so the seed is a portable file format.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    salt = zlib.crc32(f"{seed}/{key}".encode())
+
+    def permute(v: Tensor) -> Tensor:
+        left, right = v >> half, v & mask
+        for r in range(4):
+            mixed = (right * 0x9E3779B1 + salt + r * 0x85EBCA6B) & 0xFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ (mixed >> 15)) & mask)
+        return (left << half) | right
+
+    v = permute(torch.arange(k, dtype=torch.int64))
+    while bool((outside := v >= n).any()):
+        v = torch.where(outside, permute(v), v)
+    return v
+
+
+class SparseDelta(Term):
+    """``Delta[index // in, index % in] = values``; index (k,) of distinct flat positions.
+
+    portable: the index can be drawn again from a seed, so the file need not hold it.
+    """
+
+    def __init__(self, place: Place, index: Tensor, portable: bool):
+        super().__init__()
+        self.out, self.inp = place.out, place.inp
+        index = index.sort().values
+        self.values = nn.Parameter(torch.zeros(index.numel(), device=index.device))
+        self.register_buffer("index", index.to(torch.int32) if self.out * self.inp < 2**31
+                             else index, persistent=not portable)
+        columns = torch.unique(index % self.inp) if not _fake(index) else index.new_empty(0)
+        few = 0 < columns.numel() <= self.inp // 4
+        self.register_buffer("columns", columns if few else None, persistent=False)
+        self.tokenwise, self.tiled = few, not few
+        self._read = (id(self.index), self.index._version)
+
+    def _rows_cols(self) -> tuple[Tensor, Tensor]:
+        index = self.index.long()
+        return index // self.inp, index % self.inp
+
+    def dense(self) -> Tensor:
+        flat = torch.zeros(self.out * self.inp, dtype=self.values.dtype,
+                           device=self.values.device)
+        return flat.index_put((self.index.long(),), self.values).view(self.out, self.inp)
+
+    # -- few columns: x[:, columns] is all that is read and kept -----------------------------------
+    @property
+    def keeps_input(self) -> bool:
+        return not self.tokenwise                # the narrow form keeps its own columns
+
+    def _columns(self) -> Tensor:
+        """The columns that hold entries; read again when a file has brought another index."""
+        if self._read != (now := (id(self.index), self.index._version)):
+            self.columns, self._read = torch.unique(self.index.long() % self.inp), now
+        return self.columns
+
+    def _narrow(self) -> tuple[Tensor, Tensor, Tensor]:
+        rows, cols = self._rows_cols()
+        where = torch.searchsorted(self._columns(), cols)
+        small = torch.zeros(self.out, self.columns.numel(), dtype=self.values.dtype,
+                            device=self.values.device)
+        small[rows, where] = self.values.detach()
+        return small, rows, where
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
+        x_NC = x_NI[:, self._columns()]
+        y_NO.addmm_(x_NC, self._narrow()[0].t().to(y_NO.dtype), alpha=scale)
+        return (x_NC,)
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        (x_NC,) = kept
+        small, rows, where = self._narrow()
+        if dx_NI is not None:
+            dx_NI[:, self.columns] += (g_NO @ small.to(g_NO.dtype)).mul_(scale)
+        return [(g_NO.t() @ x_NC)[rows, where].mul_(scale).to(self.values.dtype)]
+
+    # -- panels ------------------------------------------------------------------------------------
+    def _inside(self, i0: int, i1: int) -> tuple[Tensor, Tensor, Tensor | slice]:
+        rows, cols = self._rows_cols()
+        if i0 == 0 and i1 == self.inp:
+            return rows, cols, slice(None)
+        inside = ((cols >= i0) & (cols < i1)).nonzero().squeeze(1)
+        return rows[inside], cols[inside] - i0, inside
+
+    @torch.no_grad()
+    def tile(self, i0: int, i1: int, state: object) -> Tensor:
+        rows, cols, inside = self._inside(i0, i1)
+        panel = torch.zeros(self.out, i1 - i0, dtype=self.values.dtype, device=self.values.device)
+        panel[rows, cols] = self.values[inside]
+        return panel
+
+    @torch.no_grad()
+    def pull(self, i0: int, i1: int, G: Tensor, state: object,
+             grads: list[Tensor | None]) -> Tensor:
+        rows, cols, inside = self._inside(i0, i1)
+        if grads[0] is None:
+            grads[0] = torch.zeros_like(self.values)
+        grads[0][inside] += G[rows, cols].to(self.values.dtype)
+        return self.tile(i0, i1, state)
+
+
+def _fake(t: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(t, FakeTensor)

@@ -1,0 +1,261 @@
+"""Kernelised sparse updates, generated panel by panel (SNELL, SNELLA).
+
+Two thin factors and a distance make a full-rank (out, in) matrix K; a magnitude competition keeps
+its largest entries. Nothing of size in x out is ever kept: panels are made in forward and again
+in backward. Letters: O out, I in, H heads, Q = rank / heads.
+
+    d_h[o, i] = || B_h[o] - A_h[i] ||_p
+    D = 0.1 (d_1 - d_2)                       K = D                              (SNELL)
+    K = D + alpha softmax_o(D / gamma) + beta                                    (SNELLA)
+    Delta = K |K| 1[|K| > tau]   with the factor |K| 1[...] held constant in the gradient
+    tau = the s-quantile of |K| over the matrix
+
+The gradient of Delta in K is |K| on survivors and zero elsewhere; nothing flows into tau.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...core.site import Place
+from ..choose import quantile
+from .provided import PANEL, Term
+
+COEFFICIENT = 0.1
+#: entries of a strip: its dozen temporaries fit the second-level cache
+STRIP = 1 << 17
+
+
+class _State:
+    """tau of one forward, and, until it is used, the panel that the quantile pass has made."""
+
+    __slots__ = ("tau", "panel")
+
+    def __init__(self, tau: Tensor | None, panel: Tensor | None):
+        self.tau, self.panel = tau, panel
+
+
+class KernelDelta(Term):
+    """The update above on one matrix.
+
+    A: (2, in, q), B: (2, out, q), q = rank // 2; alpha, gamma, beta: scalars when `mixed`.
+    sparsity: share of entries that are zero, in [0, 1); a controller may change it.
+    magnitude: "signed_square" (Delta = K |K| on survivors) or "linear" (Delta = K, the dense
+    form the authors use at s = 0).
+    """
+
+    tiled: ClassVar[bool] = True
+
+    def __init__(self, place: Place, rank: int, sparsity: float, mixed: bool, norm_p: float = 2.0,
+                 magnitude: str = "signed_square", dropout: float = 0.0, drop_path: float = 0.0):
+        super().__init__()
+        q = rank // 2
+        a, b = 1 / math.sqrt(place.inp * q), 1 / math.sqrt(place.out * q)
+        self.A = nn.Parameter(torch.empty(2, place.inp, q).uniform_(-a, a))
+        self.B = nn.Parameter(torch.empty(2, place.out, q).uniform_(-b, b))
+        self.mixed, self.norm_p, self.magnitude = mixed, float(norm_p), magnitude
+        self.out, self.inp = place.out, place.inp
+        if mixed:
+            self.alpha = nn.Parameter(torch.ones(()))
+            self.gamma = nn.Parameter(torch.ones(()))
+            self.beta = nn.Parameter(torch.zeros(()))
+        self.sparsity = float(sparsity)
+        self.dropout, self.drop_path = dropout, drop_path
+
+    # the sparsity a controller has set is part of the adapter
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.sparsity], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.sparsity = float(state[0])
+
+    # -- the kernel -----------------------------------------------------------------------------
+    # Strips are (n, out): one row per input feature, so softmax and sums run along memory, and a
+    # strip with all its temporaries stays in cache. Panels are (out, n) views of runs of strips.
+    def _strips(self, i0: int, i1: int) -> Iterator[tuple[int, int]]:
+        step = max(1, STRIP // self.out)
+        for a in range(i0, i1, step):
+            yield a, min(i1, a + step)
+
+    def _distances(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """d_1, d_2 of a strip, by direct differences: the Gram form cancels."""
+        def d(h: int) -> Tensor:
+            return torch.cdist(self.A[h, a:b], self.B[h], p=self.norm_p,
+                               compute_mode="donot_use_mm_for_euclid_dist")
+        return d(0), d(1)
+
+    def _kernel(self, a: int, b: int) -> Tensor:
+        """K of a strip."""
+        d1, d2 = self._distances(a, b)
+        return self._mix(d1.sub_(d2).mul_(COEFFICIENT))[0]
+
+    def _mix(self, D: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.mixed:
+            return D, None
+        alpha, gamma, beta = self._scalars()
+        S = torch.softmax(D / gamma, dim=1)
+        if isinstance(alpha, float):                 # one vectorised pass
+            return torch.add(D, S, alpha=alpha).add_(beta), S
+        return torch.addcmul(beta, S, alpha).add_(D), S
+
+    def _scalars(self) -> tuple[Any, Any, Any]:
+        """alpha, gamma, beta: numbers where reading them stalls nothing, else tensors."""
+        own = (self.alpha, self.gamma, self.beta)
+        return tuple(float(p.detach()) for p in own) if _on_host(self.alpha) else own
+
+    def _gate(self, K: Tensor, tau: Tensor | None) -> Tensor | None:
+        """The constant factor: |K| on survivors, 0 elsewhere; None where it is 1."""
+        if self.magnitude == "linear":
+            return None if tau is None else (K.abs() > tau).to(K.dtype)
+        gate = K.abs()
+        if tau is None:
+            return gate
+        if _on_host(tau):
+            return torch.nn.functional.threshold_(gate, float(tau), 0.0)
+        return gate.mul_(gate > tau)
+
+    def kernel_reference(self) -> Tensor:
+        """K of the whole matrix, (out, in), by differentiable torch functions."""
+        diff = (self.B[:, :, None, :] - self.A[:, None, :, :]).abs()
+        if self.norm_p == 2.0:
+            square = diff.square().sum(-1)
+            d = torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())
+        else:
+            d = torch.linalg.vector_norm(diff, self.norm_p, dim=-1)
+        D = COEFFICIENT * (d[0] - d[1])
+        if not self.mixed:
+            return D
+        return D + self.alpha * torch.softmax(D / self.gamma, dim=0) + self.beta
+
+    def dense(self) -> Tensor:
+        K = self.kernel_reference()
+        with torch.no_grad():
+            gate = self._gate(K.detach(), self.prepare().tau)
+        return K if gate is None else K * gate
+
+    # -- the threshold --------------------------------------------------------------------------
+    @torch.no_grad()
+    def prepare(self) -> _State:
+        if self.sparsity <= 0:
+            return _State(None, None)
+        whole = self.out * self.inp <= PANEL
+        kept = self.A.new_empty(self.inp, self.out) if whole else None
+        if kept is not None:
+            for a, b in self._strips(0, self.inp):
+                kept[a:b] = self._kernel(a, b)
+
+        def stream() -> Iterator[Tensor]:
+            for a, b in self._strips(0, self.inp):
+                yield kept[a:b].abs() if kept is not None else self._kernel(a, b).abs_()
+
+        tau = quantile.quantile(stream, self.out * self.inp, self.sparsity, self._sample(kept))
+        return _State(tau, kept)
+
+    def _sample(self, kept: Tensor | None) -> Tensor:
+        """Some of the values: input features spread over the matrix, other outputs in each."""
+        if kept is not None:
+            stride = max(1, kept.numel() // quantile.SAMPLE)
+            while math.gcd(stride, self.out) > 1:        # coprime to a row: visits all outputs
+                stride += 1
+            return kept.flatten()[::stride].abs()
+        rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, self.inp // 16))
+        step = max(1, rows * self.out // quantile.SAMPLE)
+        parts = []
+        for j in range(rows):
+            i = j * (self.inp - 1) // max(1, rows - 1)
+            start = int(j * 0.6180339887498949 % 1.0 * step)
+            parts.append(self._kernel(i, i + 1)[0][start::step].abs())
+        return torch.cat(parts)
+
+    # -- panels -----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def tile(self, i0: int, i1: int, state: _State) -> Tensor:
+        ready = state.panel is not None          # the quantile pass has made K already
+        panel = state.panel[i0:i1] if ready else self.A.new_empty(i1 - i0, self.out)
+        if i1 == self.inp:
+            state.panel = None                   # and nobody asks for it again
+        for a, b in self._strips(i0, i1):
+            here = panel[a - i0 : b - i0]
+            K = here if ready else self._kernel(a, b)
+            gate = self._gate(K, state.tau)
+            if gate is not None:
+                torch.mul(K, gate, out=here)
+            elif not ready:
+                here.copy_(K)
+        return panel.t()
+
+    @torch.no_grad()
+    def pull(self, i0: int, i1: int, G: Tensor, state: _State,
+             grads: list[Tensor | None]) -> Tensor:
+        Gt = G.t().to(self.A.dtype)
+        panel = self.A.new_empty(i1 - i0, self.out)
+        if grads[0] is None:
+            grads[0], grads[1] = torch.zeros_like(self.A), torch.zeros_like(self.B)
+            if self.mixed:
+                grads[2:5] = [torch.zeros_like(p) for p in (self.alpha, self.gamma, self.beta)]
+        ends = [torch.cat([self.B[h], torch.ones_like(self.B[h, :, :1])], 1) for h in (0, 1)]
+        for a, b in self._strips(i0, i1):
+            d1, d2 = self._distances(a, b)
+            D = (d1 - d2).mul_(COEFFICIENT)
+            K, S = self._mix(D)
+            gate = self._gate(K, state.tau)
+            dK = Gt[a - i0 : b - i0].clone() if gate is None else Gt[a - i0 : b - i0] * gate
+            if S is not None:
+                weighed = S * dK
+                p = weighed.sum(1, keepdim=True)
+                grads[2] += p.sum()
+                grads[4] += dK.sum()
+                weighed.sub_(S.mul_(p))                     # softmax's own gradient
+                grads[3] -= (self.alpha / self.gamma**2) * (weighed.flatten() @ D.flatten())
+                dK.add_(weighed.mul_(self.alpha / self.gamma))
+            self._add_factors(grads[0], grads[1], a, b, dK, (d1, d2), ends)
+            torch.mul(K, gate, out=panel[a - i0 : b - i0]) if gate is not None else \
+                panel[a - i0 : b - i0].copy_(K)
+        return panel.t()
+
+    def _add_factors(self, dA: Tensor, dB: Tensor, a: int, b: int, dD: Tensor,
+                     d: tuple[Tensor, Tensor], ends: list[Tensor]) -> None:
+        """dA, dB through both distances; the gradient of a zero distance is zero.
+
+        R = c dD / d: ``dA += rowsum(R) A - R B`` and ``dB += colsum(R) B - R^T A``; a column of
+        ones on the factors gives product and sum in one pass.
+        """
+        q = self.A.shape[2]
+        for h, c in ((0, COEFFICIENT), (1, -COEFFICIENT)):
+            A, B = self.A[h, a:b], self.B[h]
+            if self.norm_p == 2.0:
+                if not _on_host(dD) or float(d[h].amin()) == 0:
+                    d[h].masked_fill_(d[h] == 0, math.inf)
+                R = dD / d[h]
+                right = R @ ends[h]
+                left = R.t() @ torch.cat([A, torch.ones_like(A[:, :1])], 1)
+                dA[h, a:b].add_(right[:, q:] * A - right[:, :q], alpha=c)
+                dB[h].add_(left[:, q:] * B - left[:, :q], alpha=c)
+            else:
+                with torch.enable_grad():
+                    x, y = A.detach().requires_grad_(), B.detach().requires_grad_()
+                    gx, gy = torch.autograd.grad(torch.cdist(x, y, p=self.norm_p), (x, y), dD * c)
+                dA[h, a:b] += gx
+                dB[h] += gy
+
+    def nnz(self) -> int:
+        """Entries of the update that are not zero now."""
+        tau = self.prepare().tau
+        if tau is None:
+            return self.out * self.inp
+        return sum(int((self._kernel(a, b).abs_() > tau).sum())
+                   for a, b in self._strips(0, self.inp))
+
+    def stats(self) -> dict[str, Any]:
+        return {"sparsity": self.sparsity}
+
+
+def _on_host(t: Tensor) -> bool:
+    """Its value may be read without stalling a device (and it has one)."""
+    return t.device.type == "cpu" and not isinstance(t, FakeTensor)

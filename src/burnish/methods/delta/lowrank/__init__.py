@@ -1,0 +1,1 @@
+"""Updates of low rank, started from nothing."""

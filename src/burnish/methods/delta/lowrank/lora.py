@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ....blocks.weight.factor import Chain
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Method):
+    """LoRA: a frozen weight plus a product of two thin factors.
+
+    ``y = x W^T + b + s drop(x) A^T B^T`` with A (rank, in), B (out, rank), s = alpha / rank, or
+    alpha / sqrt(rank) with ``scaling="rs"`` (rsLoRA: the size of the update does not shrink as the
+    rank grows). Convolutions see W as (out, in * kernel); embeddings look up columns of A.
+
+    Start: A uniform in +-1/sqrt(in), B = 0 (embeddings: A = 0, B normal): the pre-trained function
+    exactly. Trains rank (in + out) per matrix, rank out with ``train_a=False`` (LoRA-FA).
+    Kept for backward: x (once for all layers that read it) and rank numbers per token; with
+    train_a=False only those. With dropout the mask is drawn again, never kept.
+    Merges exactly: ``W + s B A``.
+
+    ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16). No weight decay on
+    the factors. Factors are fp32 whatever the base.
+
+    Example: ``lora(rank=16, alpha=32, targets="q,v")``.
+    """
+
+    paper: ClassVar[str] = ("LoRA (2021), arXiv:2106.09685; rsLoRA (2023), arXiv:2312.03732; "
+                            "LoRA+ (2024), arXiv:2402.12354; LoRA-FA (2023), arXiv:2308.03303")
+
+    rank: int = setting(8, "rank of the update", alias=("r",))
+    alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    scaling: Literal["lora", "rs"] = setting("lora", "s = alpha/rank, or alpha/sqrt(rank)")
+    dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+    train_a: bool = setting(True, "False freezes A (LoRA-FA): x is not kept")
+    b_rate: float = setting(1.0, "learning rate of B relative to A (LoRA+)")
+
+    def __post_init__(self) -> None:
+        check_dropout("lora", self.dropout)
+        if self.b_rate <= 0:
+            raise RecipeError(f"lora: b_rate multiplies a learning rate, {self.b_rate} is no rate; "
+                              "1.0 is plain LoRA, LoRA+ suggests 16")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rs" else self.rank)
+
+    def delta(self, place: Place, weight: Tensor) -> Chain:
+        place.check_rank(self.rank, "lora")
+        term = Chain(place, self.rank, self.scale, self.dropout, self.train_a)
+        term.A.burnish_decay = term.B.burnish_decay = False
+        term.B.burnish_lr = self.b_rate
+        return term
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        per = self.rank * (place.out + (place.inp if self.train_a else 0))
+        return per * max(1, place.experts)
+
+
+def check_dropout(name: str, p: float) -> None:
+    """A probability below one."""
+    if not 0 <= p < 1:
+        raise RecipeError(f"{name}: dropout is a probability in [0, 1), got {p}")

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ....blocks.weight.factor import Chain
+from ....blocks.weight.magnitude import Magnitude
+from ....core.method import Method, setting
+from ....core.site import Place
+from ..lowrank.lora import check_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dora(Method):
+    """DoRA: the length of every row trains as a number, its direction as LoRA.
+
+    ``W' = diag(m / c) V``, ``V = W + s B A``, ``c_o = ||V_o||_2`` held constant in the gradient;
+    A (rank, in), B (out, rank), m (out,), s = alpha / rank. The bias is not scaled.
+    ``dm = rowsum(dW' * V) / c``.
+
+    Start: LoRA's, m = row norms of the (dequantised) W: the pre-trained function to one rounding.
+    Trains rank (in + out) + out per matrix. Kept for backward: what LoRA keeps and two numbers
+    per output; neither the base's output nor V is kept, and V exists only panel by panel.
+    Merges exactly. No weight decay on m or the factors. Experts are left to other methods.
+
+    Dropout acts on the low-rank branch's input only (with dropout the authors also drop the
+    magnitude's input, at the price of a second base product; that variant is not built).
+    """
+
+    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation (2024), arXiv:2402.09353"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+
+    rank: int = setting(8, "rank of the direction's update", alias=("r",))
+    alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+
+    def __post_init__(self) -> None:
+        check_dropout("dora", self.dropout)
+
+    def claims(self) -> tuple[str, ...]:
+        return (f"the function of W on {self.targets or 'the default targets'}",)
+
+    def delta(self, place: Place, weight: Tensor) -> tuple[Chain, Magnitude]:
+        place.check_rank(self.rank, "dora")
+        terms = Chain(place, self.rank, self.alpha / self.rank, self.dropout), Magnitude(weight)
+        for p in (terms[0].A, terms[0].B, terms[1].m):
+            p.burnish_decay = False
+        return terms
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        return self.rank * (place.out + place.inp) + place.out

@@ -1,0 +1,1 @@
+"""Updates whose rank changes while training."""

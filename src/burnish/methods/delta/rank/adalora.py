@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....blocks.choose.budget import cubic
+from ....blocks.choose.score import Smoothed, sensitivity
+from ....blocks.weight.provided import Term
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place
+
+if TYPE_CHECKING:
+    from ....engine.tuned import Tuned
+
+
+class Triplets(Term):
+    """``Delta = s P diag(E) Q``: P (out, r), E (r,), Q (r, in). Keeps x and r numbers per token."""
+
+    tokenwise: ClassVar[bool] = True
+    cheap_tile: ClassVar[bool] = True
+
+    def __init__(self, place: Place, rank: int, scale: float):
+        super().__init__()
+        self.P = nn.Parameter(torch.randn(place.out, rank) * 0.02)
+        self.E = nn.Parameter(torch.zeros(rank))
+        self.Q = nn.Parameter(torch.randn(rank, place.inp) * 0.02)
+        self.scale = scale
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.P * self.E) @ self.Q
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
+        h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
+        y_NO.addmm_(h_NR, (self.P * self.E).t().to(y_NO.dtype), alpha=self.scale * scale)
+        return (h_NR,)
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        (h_NR,) = kept
+        s, like = self.scale * scale, self.P.dtype
+        gh_OR = (g_NO.t() @ h_NR).mul_(s).to(like)
+        dP, dE = gh_OR * self.E, (gh_OR * self.P).sum(0)
+        back_NR = (g_NO @ (self.P * self.E).to(g_NO.dtype)).mul_(s)
+        if dx_NI is not None:
+            dx_NI.addmm_(back_NR, self.Q.to(g_NO.dtype))
+        return [dP, dE, (back_NR.t() @ x_NI).to(like)]
+
+    def tile(self, i0: int, i1: int, state: object) -> Tensor:
+        return ((self.P * self.E) @ self.Q[:, i0:i1]).mul_(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adalora(Method):
+    """AdaLoRA: an update in singular-value form whose values compete for a shrinking budget.
+
+    ``Delta = s P diag(E) Q``, P (out, r0), E (r0,), Q (r0, in), s = alpha / (r0 + 1e-5), r0 =
+    `init_rank`. Objective: ``ortho * mean ||P^T P - I||_F`` over all P and Q (the authors' code;
+    the paper sums squares). Scores after every update: ``I = |w dw|`` smoothed as ``I' U``;
+    triplet i: ``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``. Budget: r0 per matrix until
+    `warmup`, then cubically down to `rank` at 1 - `final`; every `interval` updates the triplets
+    that are not among the b(t) best of the whole model get E = 0; after 1 - `final` the pattern is
+    fixed and applied after every update. P and Q of a pruned triplet stay; it may revive before.
+
+    Start: P, Q normal with std 0.02, E = 0: the pre-trained function exactly. Trains
+    r0 (in + out + 1) per matrix. Kept for backward: x and r0 numbers per token; scores hold two
+    floats per parameter. Merges exactly. No weight decay. The number of steps must be known
+    (``tuned.total_steps``, set by fit); without it the budget stays at r0.
+    Ties at the threshold are broken by place, so exactly b(t) triplets live.
+    """
+
+    paper: ClassVar[str] = "Adaptive Budget Allocation for PEFT (2023), arXiv:2303.10512"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+
+    rank: int = setting(8, "rank per matrix on average at the end", alias=("target_r", "r"))
+    init_rank: int = setting(12, "rank per matrix at the start", alias=("init_r",))
+    alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    ortho: float = setting(0.1, "weight of the orthogonality term", alias=("orth_reg_weight",))
+    warmup: float = setting(0.1, "share of training before pruning starts")
+    final: float = setting(0.3, "share of training after the pattern is fixed")
+    interval: int = setting(10, "updates between prunings")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= self.init_rank:
+            raise RecipeError(f"adalora: rank {self.rank} must be between 1 and init_rank "
+                              f"{self.init_rank}")
+        if self.interval < 1 or self.warmup < 0 or self.final < 0 \
+                or self.warmup + self.final >= 1:
+            raise RecipeError("adalora: interval >= 1 and warmup + final < 1 are expected")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the budget of triplets",)
+
+    def delta(self, place: Place, weight: Tensor) -> Triplets:
+        place.check_rank(self.init_rank, "adalora")
+        term = Triplets(place, self.init_rank, self.alpha / (self.init_rank + 1e-5))
+        for p in term.parameters():
+            p.burnish_decay = False
+        return term
+
+    def objective(self, tuned: Tuned) -> Iterator[Tensor]:
+        terms = [t for _, t in tuned.terms(Triplets)]
+        for term in terms:
+            eye = torch.eye(term.E.numel(), device=term.E.device)
+            off = (torch.linalg.matrix_norm(term.P.t() @ term.P - eye)
+                   + torch.linalg.matrix_norm(term.Q @ term.Q.t() - eye))
+            yield self.ortho / (2 * len(terms)) * off
+
+    def controller(self, tuned: Tuned) -> Pruner:
+        return Pruner(self, dict(tuned.terms(Triplets)))
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix, before pruning."""
+        return self.init_rank * (place.out + place.inp + 1)
+
+
+class Pruner:
+    """Scores, budget and mask of one run."""
+
+    def __init__(self, method: Adalora, terms: dict[str, Triplets]):
+        self.method, self.terms = method, terms
+        self.scores = {n: [Smoothed() for _ in t.theta()] for n, t in terms.items()}
+        self.total: int | None = None
+        self.alive: dict[str, Tensor] | None = None      # the fixed pattern, once there is one
+
+    def start(self, total: int | None) -> None:
+        self.total = total
+
+    def budget(self, step: int) -> int:
+        """b(t): triplets alive over the whole model."""
+        m, n = self.method, len(self.terms)
+        return int(cubic(m.init_rank * n, m.rank * n, step, m.warmup * self.total,
+                         self.total - m.final * self.total))
+
+    def after_update(self, step: int) -> None:
+        if self.total is None:
+            return
+        last = self.total - int(self.method.final * self.total)
+        if step < last:
+            for name, term in self.terms.items():
+                for smoothed, p in zip(self.scores[name], term.theta(), strict=True):
+                    if p.grad is not None:
+                        smoothed.update(sensitivity(p, p.grad))
+        if step >= last and self.alive is None:
+            self.alive = self.pattern(self.method.rank * len(self.terms))
+        if self.alive is not None:
+            self._apply(self.alive)
+        elif step > self.method.warmup * self.total and step % self.method.interval == 0:
+            self._apply(self.pattern(self.budget(step)))
+
+    @torch.no_grad()
+    def pattern(self, budget: int) -> dict[str, Tensor]:
+        """Which triplets are among the `budget` best of the whole model."""
+        rows = []
+        for name in self.terms:
+            P, E, Q = (s.score() for s in self.scores[name])
+            rows.append(E + P.mean(0) + Q.mean(1))
+        flat = torch.cat(rows)
+        order = flat.argsort(descending=True, stable=True)
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        mask[order[:budget]] = True
+        return dict(zip(self.terms, mask.split([r.numel() for r in rows]), strict=True))
+
+    @torch.no_grad()
+    def _apply(self, alive: dict[str, Tensor]) -> None:
+        for name, term in self.terms.items():
+            term.E.mul_(alive[name].to(term.E.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "alive": self.alive,
+                "scores": {n: [s.state() for s in ss] for n, ss in self.scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.alive = state["total"], state["alive"]
+        for n, ss in self.scores.items():
+            for s, saved in zip(ss, state["scores"][n], strict=True):
+                s.load(saved)

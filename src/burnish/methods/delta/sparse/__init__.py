@@ -1,0 +1,1 @@
+"""Sparse updates, chosen or generated."""

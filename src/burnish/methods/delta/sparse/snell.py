@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ....blocks.weight.tiled import KernelDelta
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snell(Method):
+    """SNELL: a sparse update generated from two thin factors by a distance kernel.
+
+    With q = rank // 2, A (2, in, q), B (2, out, q) and ``d_h[o, i] = ||B_h[o] - A_h[i]||_p``::
+
+        K = 0.1 (d_1 - d_2)            tau = the s-quantile of |K| over the matrix
+        Delta = K |K| 1[|K| > tau]     y = (W + Delta) x + b
+
+    The factor |K| 1[...] is constant in the gradient (so dK = |K| dDelta on survivors, zero
+    elsewhere) and nothing flows into tau. The matrix K has full rank although the factors are
+    thin. tau is recomputed in every forward; indices are never stored.
+
+    Start: A uniform in +-1/sqrt(in q), B in +-1/sqrt(out q): close to, not equal to, the
+    pre-trained function (rms of Delta about 3e-6 at 768 x 768, rank 8). Trains rank (in + out) per
+    matrix (rank even). Kept for backward: x, once for all layers that read it, and tau.
+    Panels of Delta are made in forward and again in backward and added to W before the one
+    product; the published code keeps checkpoints and sorts instead. Merges exactly in fp32.
+
+    ``magnitude="linear"`` is Delta = K (the authors use this dense form at s = 0). The authors
+    train with dropout 0.1 on the input and drop-path 0.1 on the update; both need a second
+    product and are not offered in this version.
+    """
+
+    paper: ClassVar[str] = "Expanding Sparse Tuning for Low Memory Usage (2024), arXiv:2411.01800"
+    identity: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+
+    rank: int = setting(8, "width of both factors together; even", alias=("r",))
+    s: float = setting(0.5, "share of entries that stay zero, in [0, 1)", alias=("sparsity",))
+    norm_p: float = setting(2.0, "p of the distance")
+    magnitude: Literal["signed_square", "linear"] = setting("signed_square", "Delta from K")
+
+    def __post_init__(self) -> None:
+        check_kernel("snell", self.rank, self.s)
+        if self.norm_p < 1:
+            raise RecipeError(f"snell: norm_p is the p of a norm, at least 1, got {self.norm_p}")
+
+    def delta(self, place: Place, weight: Tensor) -> KernelDelta:
+        return KernelDelta(place, self.rank, self.s, mixed=False, norm_p=self.norm_p,
+                           magnitude=self.magnitude)
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        return self.rank * (place.out + place.inp)
+
+
+def check_kernel(name: str, rank: int, *shares: float) -> None:
+    """Even rank, shares in [0, 1)."""
+    if rank < 2 or rank % 2:
+        raise RecipeError(f"{name}: rank {rank} must be even and at least 2 (two heads share it); "
+                          f"try rank={max(2, rank + rank % 2)}")
+    for s in shares:
+        if not 0 <= s < 1:
+            raise RecipeError(f"{name}: a share of zeros is in [0, 1), got {s}")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ....blocks.choose.budget import allocate, cubic
+from ....blocks.choose.score import Smoothed, sensitivity
+from ....blocks.weight.tiled import KernelDelta
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place
+from .snell import check_kernel
+
+if TYPE_CHECKING:
+    from ....engine.tuned import Tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snella(Method):
+    """SNELLA: SNELL with a mixed kernel, and a budget that moves between layers while training.
+
+    Per matrix, with A (2, in, q), B (2, out, q), q = rank // 2 and scalars alpha, gamma, beta::
+
+        D = 0.1 (d_1 - d_2),  d_h[o, i] = ||B_h[o] - A_h[i]||_2
+        K = D + alpha softmax_o(D / gamma) + beta
+        Delta = K |K| 1[|K| > tau_l],  tau_l = the s_l-quantile of |K|
+
+    the factor |K| 1[...] constant in the gradient, as in SNELL. Budget, in entries of Delta over
+    all matrices: V(t) falls cubically from (1 - s) to (1 - s_target) of them between `warmup` and
+    1 - `cooldown` of training, reallocated `rounds` times: v_l in proportion to the layer's
+    importance ``e_l = mean(I' U)_A + mean(I' U)_B`` (I = |theta dtheta| with the new theta and the
+    old gradient, smoothed by 0.85), capped at the layer's size; s_l = 1 - v_l / (in out).
+
+    Start: alpha = gamma = 1, beta = 0, factors as SNELL: near, not equal to, the pre-trained
+    function. Trains rank (in + out) + 3 per matrix. Kept for backward: x and tau; scores hold two
+    floats per factor element. Merges exactly in fp32. Saved: factors, scalars and every s_l.
+
+    Where the number of steps is unknown (a bare loop), the budget stays at `s` unless
+    ``tuned.total_steps`` is set. The authors count `rounds` in epochs (100).
+    """
+
+    paper: ClassVar[str] = ("Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for "
+                            "Vision Models (2025)")
+    identity: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+
+    rank: int = setting(8, "width of both factors together; even (the authors use 32)",
+                        alias=("r",))
+    s: float = setting(0.01, "share of zeros at the start", alias=("s_init",))
+    s_target: float = setting(0.5, "share of zeros at the end")
+    rounds: int = setting(100, "how often the budget is reallocated in a run")
+    warmup: float = setting(0.0, "share of training before the budget starts to fall")
+    cooldown: float = setting(0.0, "share of training after it has arrived")
+
+    def __post_init__(self) -> None:
+        check_kernel("snella", self.rank, self.s, self.s_target)
+        if self.rounds < 1 or self.warmup < 0 or self.cooldown < 0 \
+                or self.warmup + self.cooldown >= 1:
+            raise RecipeError("snella: rounds >= 1 and warmup + cooldown < 1 are expected")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the budget of generated entries",)
+
+    def delta(self, place: Place, weight: Tensor) -> KernelDelta:
+        term = KernelDelta(place, self.rank, self.s, mixed=True)
+        for p in (term.alpha, term.gamma, term.beta):
+            p.burnish_decay = False
+        return term
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        return self.rank * (place.out + place.inp) + 3
+
+    def controller(self, tuned: Tuned) -> Budget:
+        return Budget(self, {n: t for n, t in tuned.terms(KernelDelta) if t.mixed})
+
+
+class Budget:
+    """The bi-level competition: scores every update, reallocates every `total / rounds`."""
+
+    def __init__(self, method: Snella, terms: dict[str, KernelDelta]):
+        self.method, self.terms = method, terms
+        self.scores = {n: (Smoothed(), Smoothed()) for n in terms}
+        self.total: int | None = None
+        self.every = 1
+
+    def start(self, total: int | None) -> None:
+        self.total = total
+        self.every = max(1, round(total / self.method.rounds)) if total else 1
+
+    def budget(self, step: int) -> int:
+        """V(t) in entries of Delta."""
+        size = sum(t.out * t.inp for t in self.terms.values())
+        m = self.method
+        return round(cubic((1 - m.s) * size, (1 - m.s_target) * size, step,
+                           m.warmup * self.total, (1 - m.cooldown) * self.total))
+
+    def after_update(self, step: int) -> None:
+        for name, term in self.terms.items():
+            for p, smoothed in zip((term.A, term.B), self.scores[name], strict=True):
+                if p.grad is not None:
+                    smoothed.update(sensitivity(p, p.grad))
+        done = step + 1
+        if self.total and done % self.every == 0:
+            self.reallocate(self.budget(done))
+
+    def reallocate(self, budget: int) -> None:
+        """Give every matrix its share of `budget` entries."""
+        if any(a.mean is None for a, _ in self.scores.values()):
+            return
+        raw = torch.stack([a.score().mean() + b.score().mean()
+                           for a, b in self.scores.values()])
+        if _fake(raw):
+            return
+        sizes = [t.out * t.inp for t in self.terms.values()]
+        for term, size, v in zip(self.terms.values(), sizes,
+                                 allocate(budget, raw.tolist(), sizes), strict=True):
+            term.sparsity = 1 - v / size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "every": self.every,
+                "scores": {n: {"A": a.state(), "B": b.state()}
+                           for n, (a, b) in self.scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.every = state["total"], state["every"]
+        for n, (a, b) in self.scores.items():
+            a.load(state["scores"][n]["A"])
+            b.load(state["scores"][n]["B"])
+
+
+def _fake(t: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(t, FakeTensor)

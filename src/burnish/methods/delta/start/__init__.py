@@ -1,0 +1,1 @@
+"""Updates of low rank that start from the weight or from data."""
