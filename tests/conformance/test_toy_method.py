@@ -35,8 +35,8 @@ class Toy(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     strength: float = setting(1.0, "unused here")
 
-    def delta(self, place, weight):
-        return RowScale(weight)
+    def delta(self, site):
+        return RowScale(site.weight)
 
     def count(self, place):
         return place.out

@@ -9,8 +9,8 @@ It is a dataclass whose fields are its settings and whose overridden methods are
 
         rank: int = setting(8, "rank of the update")
 
-        def delta(self, place, weight):
-            return Chain(place, rank=self.rank, ...)
+        def delta(self, site):
+            return Chain(site.place, rank=self.rank, ...)
 
 Registry, command-line help, catalogue and conformance suite are generated from these classes.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .axes import AXES
-from .site import Branch, Place, Selection
+from .site import Branch, Selection, Site
 
 if TYPE_CHECKING:
     from ..blocks.weight.provided import Provider, Term
@@ -46,7 +46,7 @@ class Method:
     paper: the source.
     identity: step 0 equals the pre-trained function exactly (up to rounding).
     merges: the update folds exactly into plain weights.
-    kinds: kinds of :class:`Place` a `delta` or `storage` applies to.
+    kinds: kinds of :class:`~burnish.core.site.Place` a `delta` or `storage` applies to.
     quality: prior used by the planner comes from measured data, never from here.
     """
 
@@ -62,12 +62,12 @@ class Method:
     targets: str | None = setting(None, "which weights; None takes the recipe's default")
 
     # -- the twelve questions -------------------------------------------------------------
-    def storage(self, place: Place, weight: torch.Tensor) -> Provider | None:
+    def storage(self, site: Site) -> Provider | None:
         """The provider that holds this frozen weight from now on, or None to leave it."""
 
-    def delta(self, place: Place, weight: torch.Tensor) -> Term | tuple[Term, ...] | None:
+    def delta(self, site: Site) -> Term | tuple[Term, ...] | None:
         """The term (or terms) added to this weight, and at most one function of W (`Wrap`).
-        `weight` is the (out, in) view, possibly fake."""
+        `site.weight` is the (out, in) view, possibly fake."""
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         """Existing parameters that train whole."""

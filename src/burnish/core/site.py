@@ -8,7 +8,9 @@ of a fused qkv, a projection inside `nn.MultiheadAttention`, or the matrix of ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,6 +82,22 @@ class Place:
                 f"{method}: rank {rank} does not fit {self.name} ({self.out} x {self.inp}); "
                 f"the largest rank there is {min(self.out, self.inp)}"
             )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place as a method finds it when it is asked for its answer.
+
+    place: where.
+    weight: the (out, in) view of what stands there, possibly fake; (experts, out, in) for experts.
+    seen: what the data pass gathered here for this method (`Method.observe`), None without one.
+    shared: tensors that the recipe owns once for all places (`Method.shared`), by name.
+    """
+
+    place: Place
+    weight: torch.Tensor
+    seen: Any = None
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..core.anatomy import Anatomy
 from ..core.errors import RecipeError, TargetError
 from ..core.method import Method
 from ..core.recipe import Recipe
-from ..core.site import Branch, Place
+from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .slot import State, slot_of
 from .swap import swap_provided
@@ -91,7 +91,7 @@ class Attacher:
                 raise TargetError(f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
                                   "added to it; load the weights in a floating-point type")
             with torch.no_grad():
-                answer = part.delta(place, weight)
+                answer = part.delta(Site(place, weight))
             if answer is None:
                 continue
             several = sum(p.path == place.path for p in placed) > 1
@@ -134,7 +134,7 @@ class Attacher:
             with torch.no_grad():
                 for term in absorbed:                # a start that storage should absorb
                     moved = term.fold_start(moved, place)
-                provider = part.storage(place, moved)
+                provider = part.storage(Site(place, moved))
             if provider is None:
                 continue
             for term in absorbed:

@@ -8,7 +8,7 @@ import torch
 
 from ...blocks.weight.quantise import Bf16Provider
 from ...core.method import Method
-from ...core.site import Place
+from ...core.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Bf16(Method):
     identity = False
     kinds = frozenset({"linear", "conv1d", "conv", "embedding", "experts"})
 
-    def storage(self, place: Place, weight: torch.Tensor) -> Bf16Provider | None:
-        return None if weight.dtype == torch.bfloat16 else Bf16Provider(weight)
+    def storage(self, site: Site) -> Bf16Provider | None:
+        return None if site.weight.dtype == torch.bfloat16 else Bf16Provider(site.weight)
 
     def claims(self) -> tuple[str, ...]:
         return ("the grid of the stored weights",)

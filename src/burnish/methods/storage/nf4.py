@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ...blocks.weight.quantise import Nf4Provider
 from ...core.method import Method, setting
-from ...core.site import Place
+from ...core.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +31,8 @@ class Nf4(Method):
 
     double_quant: bool = setting(True, "hold the block maxima in 8 bits too")
 
-    def storage(self, place: Place, weight: torch.Tensor) -> Nf4Provider | None:
-        return None if place.role == "head" else Nf4Provider(weight, self.double_quant)
+    def storage(self, site: Site) -> Nf4Provider | None:
+        return None if site.place.role == "head" else Nf4Provider(site.weight, self.double_quant)
 
     def claims(self) -> tuple[str, ...]:
         return ("the grid of the stored weights",)

@@ -4,12 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from ....blocks.weight.factor import Chain
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +50,9 @@ class Lora(Method):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rs" else self.rank)
 
-    def delta(self, place: Place, weight: Tensor) -> Chain:
-        place.check_rank(self.rank, "lora")
-        term = Chain(place, self.rank, self.scale, self.dropout, self.train_a)
+    def delta(self, site: Site) -> Chain:
+        site.place.check_rank(self.rank, "lora")
+        term = Chain(site.place, self.rank, self.scale, self.dropout, self.train_a)
         term.A.burnish_decay = term.B.burnish_decay = False
         term.B.burnish_lr = self.b_rate
         return term

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ....blocks.weight.provided import Term
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 
 class Shards(Term):
@@ -86,7 +86,8 @@ class Miss(Method):
     rank: int = setting(64, "length of a shard", alias=("r",))
     mini: int = setting(0, "width of D when it is repeated along out; 0: not repeated")
 
-    def delta(self, place: Place, weight: Tensor) -> Shards:
+    def delta(self, site: Site) -> Shards:
+        place = site.place
         place.check_rank(self.rank, "miss")
         if self.mini < 0 or self.mini and place.out % self.mini:
             raise RecipeError(f"miss: mini={self.mini} does not divide the {place.out} outputs of "

@@ -3,12 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ....blocks.weight.factor import Chain
 from ....blocks.weight.magnitude import Magnitude
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 from ..lowrank.lora import check_dropout
 
 
@@ -42,7 +40,8 @@ class Dora(Method):
     def claims(self) -> tuple[str, ...]:
         return (f"the function of W on {self.targets or 'the default targets'}",)
 
-    def delta(self, place: Place, weight: Tensor) -> tuple[Chain, Magnitude]:
+    def delta(self, site: Site) -> tuple[Chain, Magnitude]:
+        place, weight = site.place, site.weight
         place.check_rank(self.rank, "dora")
         terms = Chain(place, self.rank, self.alpha / self.rank, self.dropout), Magnitude(weight)
         for p in (terms[0].A, terms[0].B, terms[1].m):

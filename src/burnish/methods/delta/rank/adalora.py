@@ -12,7 +12,7 @@ from ....blocks.choose.score import Smoothed, sensitivity
 from ....blocks.weight.provided import Term
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
@@ -95,9 +95,9 @@ class Adalora(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the budget of triplets",)
 
-    def delta(self, place: Place, weight: Tensor) -> Triplets:
-        place.check_rank(self.init_rank, "adalora")
-        term = Triplets(place, self.init_rank, self.alpha / (self.init_rank + 1e-5))
+    def delta(self, site: Site) -> Triplets:
+        site.place.check_rank(self.init_rank, "adalora")
+        term = Triplets(site.place, self.init_rank, self.alpha / (self.init_rank + 1e-5))
         for p in term.parameters():
             p.burnish_decay = False
         return term

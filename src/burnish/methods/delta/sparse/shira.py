@@ -9,7 +9,7 @@ from torch import Tensor
 from ....blocks.weight.sparse import SparseDelta, spread
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class Shira(Method):
                               f"{place.out * place.inp // (place.out + place.inp)}")
         return k
 
-    def delta(self, place: Place, weight: Tensor) -> SparseDelta:
+    def delta(self, site: Site) -> SparseDelta:
+        place, weight = site.place, site.weight
         k, n = self.entries(place), place.out * place.inp
         if self.mask == "random":
             index = _same_everywhere(n, k, self.seed, place.name).to(weight.device)

@@ -3,12 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from ....blocks.weight.tiled import KernelDelta
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +47,8 @@ class Snell(Method):
         if self.norm_p < 1:
             raise RecipeError(f"snell: norm_p is the p of a norm, at least 1, got {self.norm_p}")
 
-    def delta(self, place: Place, weight: Tensor) -> KernelDelta:
-        return KernelDelta(place, self.rank, self.s, mixed=False, norm_p=self.norm_p,
+    def delta(self, site: Site) -> KernelDelta:
+        return KernelDelta(site.place, self.rank, self.s, mixed=False, norm_p=self.norm_p,
                            magnitude=self.magnitude)
 
     def count(self, place: Place) -> int:

@@ -11,7 +11,7 @@ from ....blocks.choose.score import Smoothed, sensitivity
 from ....blocks.weight.tiled import KernelDelta
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 from .snell import check_kernel
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Snella(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the budget of generated entries",)
 
-    def delta(self, place: Place, weight: Tensor) -> KernelDelta:
-        term = KernelDelta(place, self.rank, self.s, mixed=True)
+    def delta(self, site: Site) -> KernelDelta:
+        term = KernelDelta(site.place, self.rank, self.s, mixed=True)
         for p in (term.alpha, term.gamma, term.beta):
             p.burnish_decay = False
         return term

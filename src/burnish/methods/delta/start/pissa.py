@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....blocks.weight.factor import Chain
 from ....core.method import Method, setting
-from ....core.site import Place
+from ....core.site import Place, Site
 
 
 class Principal(Chain):
@@ -91,7 +91,8 @@ class Pissa(Method):
     alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)")
     iterations: int = setting(0, "0: exact SVD; else subspace iterations of the randomised one")
 
-    def delta(self, place: Place, weight: Tensor) -> Principal:
+    def delta(self, site: Site) -> Principal:
+        place, weight = site.place, site.weight
         place.check_rank(self.rank, "pissa")
         s = (self.alpha if self.alpha is not None else self.rank) / self.rank
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
