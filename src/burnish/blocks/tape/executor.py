@@ -33,7 +33,8 @@ class _Again(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
         ctx.call = call
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        ctx.device, ctx.rng = device, replay.rng_state(device)
+        ctx.devices = [torch.device("cpu"), *{t.device: None for t in tensors}]
+        ctx.rng = replay.rng_state(ctx.devices)
         ctx.autocast = replay.autocast_state(device)
         n = call.n_inputs
         out = call.run(tensors[:n])
@@ -53,7 +54,7 @@ class _Again(torch.autograd.Function):
         inputs = []
         for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n], strict=True):
             inputs.append(t.detach().requires_grad_(need))
-        with torch.enable_grad(), replay.replay(ctx.device, ctx.rng), \
+        with torch.enable_grad(), replay.replay(ctx.devices, ctx.rng), \
                 replay.autocast(ctx.autocast), call.recording():
             out = call.run(inputs)
         made = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]

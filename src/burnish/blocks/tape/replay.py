@@ -5,29 +5,76 @@ Randomness is drawn again instead of kept: a generator state is 5 KB, a mask is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: one device, or several whose generators move together
+Devices = torch.device | str | Iterable[torch.device | str]
+#: the states of some generators, in the order of their devices
+States = tuple[Tensor, ...]
 
-def rng_state(device: torch.device) -> Tensor:
-    """The state of the generator that random functions on `device` draw from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+def rng_state(devices: Devices) -> States:
+    """The states of the generators that random functions on `devices` draw from."""
+    return tuple(_get(d) for d in _each(devices))
 
 
 @contextmanager
-def replay(device: torch.device, state: Tensor) -> Iterator[None]:
-    """Draw inside from `state`; the generator outside is left as it was."""
-    now = rng_state(device)
-    put = torch.cuda.set_rng_state if device.type == "cuda" else None
+def replay(devices: Devices, states: States) -> Iterator[None]:
+    """Draw inside from `states` (of the same devices); outside, generators are as they were."""
+    devices = _each(devices)
+    now = rng_state(devices)
     try:
-        put(state, device) if put else torch.set_rng_state(state)
+        for d, state in zip(devices, states, strict=True):
+            _set(d, state)
         yield
     finally:
-        put(now, device) if put else torch.set_rng_state(now)
+        for d, state in zip(devices, now, strict=True):
+            _set(d, state)
+
+
+def _each(devices: Devices) -> list[torch.device]:
+    if isinstance(devices, torch.device | str):
+        return [torch.device(devices)]
+    return list(dict.fromkeys(torch.device(d) for d in devices))
+
+
+def _accelerator(device: torch.device) -> Any:
+    """The module that holds the generator of a device; None: torch's own, on the host.
+
+    A device without a generator of its own (meta, one that is only simulated) draws nothing that
+    has a value: the host's answers for it.
+    """
+    if device.type in ("cpu", "meta"):
+        return None
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        return None
+    return module if hasattr(module, "get_rng_state") and module.is_available() else None
+
+
+def _get(device: torch.device) -> Tensor:
+    module = _accelerator(device)
+    if module is None:
+        return torch.get_rng_state()
+    # the one device of its kind has no number to give
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def _set(device: torch.device, state: Tensor) -> None:
+    module = _accelerator(device)
+    if module is None:
+        torch.set_rng_state(state)
+    elif device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
 
 
 def autocast_state(device: torch.device | str) -> tuple[str, bool, torch.dtype]:

@@ -1,0 +1,92 @@
+"""Randomness drawn again: on every device at once, and nobody outside notices."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from burnish.blocks.tape import replay
+
+
+class Generators:
+    """The random side of an accelerator's module: one counter per device number."""
+
+    def __init__(self, numbered=True):
+        self.at = {0: 10, 1: 20}
+        if not numbered:                         # as torch.mps has it: no device to name
+            self.get_rng_state = lambda: self.state(0)
+            self.set_rng_state = lambda state: self.put(state, 0)
+
+    def is_available(self):
+        return True
+
+    def state(self, index):
+        return torch.tensor([self.at[index]])
+
+    def put(self, state, index):
+        self.at[index] = int(state)
+
+    def get_rng_state(self, device):
+        return self.state(device.index or 0)
+
+    def set_rng_state(self, state, device):
+        self.put(state, device.index or 0)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    made = {"xpu": Generators(), "mps": Generators(numbered=False)}
+    monkeypatch.setattr(torch, "get_device_module", lambda d: made[torch.device(d).type])
+    return made
+
+
+def test_every_device_draws_again_and_is_put_back(devices):       # findings 1.10
+    where = ["cpu", "xpu:0", "xpu:1", "mps"]
+    states = replay.rng_state(where)
+    first = torch.rand(3)
+    devices["xpu"].at = {0: 11, 1: 22}
+    devices["mps"].at = {0: 33}
+    outside = torch.get_rng_state()
+    with replay.replay(where, states):
+        assert torch.equal(torch.rand(3), first)
+        assert devices["xpu"].at == {0: 10, 1: 20} and devices["mps"].at[0] == 10
+        devices["xpu"].at[1] = 99
+    assert devices["xpu"].at == {0: 11, 1: 22} and devices["mps"].at == {0: 33}
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+def test_generators_are_put_back_behind_an_exception():
+    state = replay.rng_state("cpu")
+    torch.rand(3)
+    outside = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), replay.replay("cpu", state):
+        torch.rand(5)
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), outside)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "mps", "privateuseone"])
+def test_a_device_without_a_generator_is_answered_for_by_the_host(device, monkeypatch):
+    nothing = types.SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(torch, "get_device_module", lambda d: nothing)
+    state = replay.rng_state(torch.device(device))
+    first = torch.rand(2)
+    with replay.replay(device, state):
+        assert torch.equal(torch.rand(2), first)
+
+
+def test_dropout_is_the_stock_one_twice_differentiable():
+    """Its backward is dropout again, so its own gradient is the same mask once more."""
+    x = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    got, want = [], []
+    for fn, into in ((lambda t: replay.dropout(t, 0.4), got),
+                     (lambda t: F.dropout(t, 0.4, True), want)):
+        torch.manual_seed(3)
+        y = fn(x)
+        (g,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        into += [y, g, *torch.autograd.grad(g.pow(2).sum(), x)]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
