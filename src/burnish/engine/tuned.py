@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
-from ..core.errors import BurnishError, CheckError, ConfigError, nearest
+from ..core.errors import CheckError, ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
@@ -30,9 +28,10 @@ from .adapters import (
     original,
 )
 from .attach import Attacher
-from .check import check, check_gradients
+from .check import check
 from .originals import Originals
 from .slot import State, slot_of, slots
+from .step import Stepping
 from .summary import summary, table
 from .swap import ATTR, unprovide, unswap
 
@@ -49,7 +48,7 @@ def tuned_of(model: nn.Module) -> Tuned | None:
     return tuned if tuned is not None and tuned.adapters else None
 
 
-class Tuned:
+class Tuned(Stepping):
     """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
 
     model: the same module that was given, changed in place.
@@ -188,105 +187,6 @@ class Tuned:
 
     def __repr__(self) -> str:
         return table(summary(self))
-
-    # -- the step ------------------------------------------------------------------------------
-    def optimizer(self, lr: float = 1e-3, **kw: Any) -> torch.optim.Optimizer:
-        """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
-
-        Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
-        loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
-        weight_decay).
-        """
-        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
-        if hasattr(self.current_optimizer, "close"):
-            self.current_optimizer.close()           # one that steps in backward would go on
-        opt = compose(answers, list(self.named_parameters()), lr=lr, **kw)
-        self.current_optimizer = opt
-        self._timeline = Timeline([(m.name, h) for m in self.recipe
-                                   if (h := m.controller(self)) is not None])
-        opt.register_step_pre_hook(lambda *_: self._before_update())
-        opt.register_step_post_hook(lambda *_: self.timeline.after_update())
-        self.state.tape.on_start = self._start
-        return opt
-
-    @property
-    def timeline(self) -> Timeline:
-        if self._timeline is None:
-            raise ConfigError("no optimizer yet; call tuned.optimizer(lr) first")
-        return self._timeline
-
-    def _start(self) -> None:
-        if self._timeline is not None and torch.is_grad_enabled():
-            self._timeline.start(self.total_steps)
-
-    def _before_update(self) -> None:
-        self.timeline.start(self.total_steps)
-        for m in self.recipe:
-            if "objective" in m.axes():
-                with torch.enable_grad():
-                    for extra in m.objective(self):
-                        extra.backward()
-        if not self._checked:
-            self.check_gradients()
-        self.timeline.before_update()
-
-    def check_gradients(self) -> None:
-        """Every tensor that should train has a finite gradient, or CheckError names those
-        without (a silent no-op is the worst way to fail)."""
-        self._checked = True
-        check_gradients(self)
-
-    def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """One whole training step, right for every recipe; returns the loss (detached).
-
-        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
-        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
-        themselves when they are a scalar.
-
-        Raises BurnishError when the loss is not finite: nothing has been updated then.
-        """
-        self._not_merged()
-        opt = self.current_optimizer or self.optimizer()
-        if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
-            return self._evaluate(opt, batch, loss)
-        opt.zero_grad(set_to_none=True)
-        value = self.loss(batch, loss)
-        self._finite(value)
-        value.backward()
-        opt.step()
-        return value.detach()
-
-    def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
-        was, opt.model = self.model.training, self.model
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                value = opt.step(lambda: self.loss(batch, loss))
-        finally:
-            self.model.train(was)
-        return torch.tensor(value)
-
-    def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """The task's loss on a batch (see :meth:`step`)."""
-        if isinstance(batch, Mapping):
-            out = self.model(**batch)
-        elif isinstance(batch, list | tuple):
-            out = self.model(batch[0])
-        else:
-            out = self.model(batch)
-        if loss is not None:
-            return loss(out, batch)
-        value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
-        if not isinstance(value, Tensor) or value.dim():
-            raise ConfigError("the model returned no scalar loss; pass labels in the batch or "
-                              "give step(batch, loss=lambda outputs, batch: ...)")
-        return value
-
-    def _finite(self, value: Tensor) -> None:
-        if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):
-            return
-        raise BurnishError(f"the loss is {float(value.detach())} at step {self.timeline.step}; "
-                           "nothing was updated: the weights are those of the step before")
 
     # -- switching off, out and in -------------------------------------------------------------
     @contextlib.contextmanager

@@ -1,0 +1,139 @@
+"""The step of a tuned model: its optimizer, the events around an update, and one whole step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..blocks.update.step import compose
+from ..core.errors import BurnishError, ConfigError
+from ..core.events import Timeline
+from ..core.recipe import Recipe
+from .check import check_gradients
+from .slot import State
+
+
+class Stepping:
+    """What :class:`~burnish.engine.tuned.Tuned` does once per update (the life-cycle is there)."""
+
+    model: nn.Module
+    state: State
+    current_optimizer: torch.optim.Optimizer | None
+    total_steps: int | None
+    _timeline: Timeline | None
+    _checked: bool
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that trains."""
+        raise NotImplementedError
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of everything that trains."""
+        raise NotImplementedError
+
+    def _not_merged(self) -> None:
+        raise NotImplementedError
+
+    def optimizer(self, lr: float = 1e-3, **kw: Any) -> torch.optim.Optimizer:
+        """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
+
+        Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
+        loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
+        weight_decay).
+        """
+        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        if hasattr(self.current_optimizer, "close"):
+            self.current_optimizer.close()           # one that steps in backward would go on
+        opt = compose(answers, list(self.named_parameters()), lr=lr, **kw)
+        self.current_optimizer = opt
+        self._timeline = Timeline([(m.name, h) for m in self.recipe
+                                   if (h := m.controller(self)) is not None])
+        opt.register_step_pre_hook(lambda *_: self._before_update())
+        opt.register_step_post_hook(lambda *_: self.timeline.after_update())
+        self.state.tape.on_start = self._start
+        return opt
+
+    @property
+    def timeline(self) -> Timeline:
+        if self._timeline is None:
+            raise ConfigError("no optimizer yet; call tuned.optimizer(lr) first")
+        return self._timeline
+
+    def _start(self) -> None:
+        if self._timeline is not None and torch.is_grad_enabled():
+            self._timeline.start(self.total_steps)
+
+    def _before_update(self) -> None:
+        self.timeline.start(self.total_steps)
+        for m in self.recipe:
+            if "objective" in m.axes():
+                with torch.enable_grad():
+                    for extra in m.objective(self):
+                        extra.backward()
+        if not self._checked:
+            self.check_gradients()
+        self.timeline.before_update()
+
+    def check_gradients(self) -> None:
+        """Every tensor that should train has a finite gradient, or CheckError names those
+        without (a silent no-op is the worst way to fail)."""
+        self._checked = True
+        check_gradients(self)
+
+    def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """One whole training step, right for every recipe; returns the loss (detached).
+
+        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
+        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
+        themselves when they are a scalar.
+
+        Raises BurnishError when the loss is not finite: nothing has been updated then.
+        """
+        self._not_merged()
+        opt = self.current_optimizer or self.optimizer()
+        if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
+            return self._evaluate(opt, batch, loss)
+        opt.zero_grad(set_to_none=True)
+        value = self.loss(batch, loss)
+        self._finite(value)
+        value.backward()
+        opt.step()
+        return value.detach()
+
+    def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
+        was, opt.model = self.model.training, self.model
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                value = opt.step(lambda: self.loss(batch, loss))
+        finally:
+            self.model.train(was)
+        return torch.tensor(value)
+
+    def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """The task's loss on a batch (see :meth:`step`)."""
+        if isinstance(batch, Mapping):
+            out = self.model(**batch)
+        elif isinstance(batch, list | tuple):
+            out = self.model(batch[0])
+        else:
+            out = self.model(batch)
+        if loss is not None:
+            return loss(out, batch)
+        value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
+        if not isinstance(value, Tensor) or value.dim():
+            raise ConfigError("the model returned no scalar loss; pass labels in the batch or "
+                              "give step(batch, loss=lambda outputs, batch: ...)")
+        return value
+
+    def _finite(self, value: Tensor) -> None:
+        if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):
+            return
+        raise BurnishError(f"the loss is {float(value.detach())} at step {self.timeline.step}; "
+                           "nothing was updated: the weights are those of the step before")
