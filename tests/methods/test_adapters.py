@@ -96,7 +96,7 @@ def test_targets_narrow_the_sites():
     net, _ = tiny("bert")
     tuned = burnish.tune(net, "houlsby(width=4, targets='fc2@-1')")
     assert [p for p, _ in adapters(tuned)] == ["bert.encoder.layer.1.output.dense"]
-    with pytest.raises(burnish.RecipeError, match="no attention or MLP at 'q'"):
+    with pytest.raises(burnish.TargetError, match="nothing it acts on"):
         burnish.tune(tiny("bert")[0], "houlsby(width=4, targets='q')")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import burnish
-from burnish.core.errors import RecipeError
+from burnish.core.errors import RecipeError, TargetError
 from burnish.testing.models import tiny
 
 
@@ -51,7 +51,7 @@ def test_targets_narrow_it_to_some_weights():
 
 def test_a_run_of_rows_is_not_a_parameter():
     """A fused weight trains whole or through a delta, never silently whole when rows were asked."""
-    with pytest.raises(RecipeError, match="rows"):
+    with pytest.raises(TargetError, match="rows"):
         burnish.tune(tiny("timm_qkv")[0], "full(targets='q')", head=False)
 
 

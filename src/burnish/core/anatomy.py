@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from . import families
+from .asked import Asked
 from .example import example_batch
 from .places import Found, matrices
 from .site import Place
@@ -67,6 +68,7 @@ class Anatomy:
     final_norm: the norm after the last block; final_norms: the same per stack.
     aliases: tied parameter -> the name under which it is a place.
     notes: what was guessed or left out.
+    asked: the targets of the recipe that is being joined, and who has used them.
     """
 
     model: nn.Module
@@ -83,6 +85,7 @@ class Anatomy:
     kv_heads: int | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    asked: Asked = field(default_factory=Asked)
 
     @classmethod
     def of(cls, model: nn.Module) -> Anatomy:

@@ -59,7 +59,8 @@ class Method:
     #: name in a recipe; set by the registry from the file name
     name: ClassVar[str] = ""
 
-    targets: str | None = setting(None, "which weights; None takes the recipe's default")
+    targets: str | list[str] | tuple[str, ...] | None = setting(
+        None, "which weights, text or a list; None takes the recipe's")
 
     # -- the twelve questions -------------------------------------------------------------
     def storage(self, site: Site) -> Provider | None:

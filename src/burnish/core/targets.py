@@ -20,11 +20,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from . import families
-from .anatomy import Anatomy
 from .errors import TargetError, nearest
 from .site import Place
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy, Block
 
 _LINEAR = ("linear", "conv1d", "mha", "experts")
 _RANGE = re.compile(r"-?\d+|-?\d*:-?\d*(:-?\d+)?")
@@ -82,6 +85,70 @@ def match(anatomy: Anatomy, targets: str | Iterable[str] | None = None) -> list[
     return sorted(chosen, key=lambda p: (order[_home(anatomy, p)], p.rows or (0, 0)))
 
 
+def tensors(anatomy: Anatomy, targets: str | Iterable[str], among: Iterable[str], *,
+            siblings: bool) -> list[str]:
+    """Those parameters of `among` (dotted names) that `targets` name, in the order of `among`.
+
+    An item names the weights of its places, with `siblings` their biases too; a module's or a
+    parameter's name, its ending, a glob or a regex names parameters themselves, where no place
+    answers to it or with `siblings` besides. Raises TargetError for an item that names nothing in
+    the model and for rows of a fused weight, which no parameter is.
+    """
+    among = list(among)
+    items = _items(targets)
+    take = [i for i in items if not i.startswith("-")]
+    kept = set(among) if not take else set()
+    for item in take:
+        kept |= _tensors(anatomy, item, siblings)
+    for item in items:
+        if item.startswith("-"):
+            kept -= _tensors(anatomy, item[1:].strip(), siblings)
+    return [n for n in among if n in kept]
+
+
+def _tensors(a: Anatomy, item: str, siblings: bool) -> set[str]:
+    word, blocks = _parted(item)
+    known = [n for n, _ in a.model.named_parameters() if ".burnish." not in f".{n}"]
+    named = [n for n in known if _answers(n, word)]
+    try:
+        places = _resolve(a, item)
+    except TargetError:
+        if blocks:
+            named = [n for n in named if _block_of(a, n) in _numbers(a, blocks)]
+        if not named:
+            raise
+        return set(named)
+    out: set[str] = set()
+    for place in places:
+        weight = f"{place.path}.{place.param}" if place.path else place.param
+        if place.rows:
+            raise TargetError(f"target {item!r} names {place.name}, a run of rows of one "
+                              "parameter, which trains whole or not at all: target the fused "
+                              "weight, or give these rows a delta")
+        out.add(weight)
+        if siblings:
+            out.add(f"{weight.removesuffix('weight')}bias")
+    if siblings and word not in GROUPS and word not in families.ROLES:
+        inside = _numbers(a, blocks) if blocks else None
+        out |= {n for n in named if inside is None or _block_of(a, n) in inside}
+    return out
+
+
+def _answers(name: str, word: str) -> bool:
+    """Does a parameter answer to a word: by its own name or that of a module it stands in?"""
+    parts = name.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    if word.startswith("re:"):
+        return any(_pattern(word).fullmatch(n) for n in above[-2:])
+    if re.search(r"[*?\[]", word):
+        return any(fnmatch.fnmatchcase(n, q) for n in above[-2:] for q in (word, f"*.{word}"))
+    return any(n == word or n.endswith(f".{word}") for n in above)
+
+
+def _block_of(a: Anatomy, name: str) -> int | None:
+    return next((i for i, b in enumerate(a.blocks) if name.startswith(f"{b.path}.")), None)
+
+
 def explain(anatomy: Anatomy) -> dict[str, list[str]]:
     """What can be said about this model: its roles, groups and module names."""
     whole = dict.fromkeys(p.role for p in anatomy.places if p.role)
@@ -123,24 +190,33 @@ def _split(text: str) -> list[str]:
 
 
 def _resolve(a: Anatomy, item: str) -> list[Place]:
-    word, at, blocks = item.rpartition("@")
-    if not at or not word or not _RANGE.fullmatch(blocks.strip()):
-        word, blocks = item, ""
-    word = word.strip()
+    word, blocks = _parted(item)
     found = _word(a, word)
     if not found:
         raise TargetError(_nothing(a, word))
     if blocks:
-        return _in_range(a, found, item, blocks.strip())
+        return _in_range(a, found, item, blocks)
     return found
+
+
+def _parted(item: str) -> tuple[str, str]:
+    """(word, range) of an item; the range is empty where there is none."""
+    word, at, blocks = item.rpartition("@")
+    if not at or not word or not _RANGE.fullmatch(blocks.strip()):
+        return item.strip(), ""
+    return word.strip(), blocks.strip()
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    try:
+        return re.compile(word[3:])
+    except re.error as error:
+        raise TargetError(f"target {word!r} is no regular expression: {error}") from None
 
 
 def _word(a: Anatomy, word: str) -> list[Place]:
     if word.startswith("re:"):
-        try:
-            pattern = re.compile(word[3:])
-        except re.error as error:
-            raise TargetError(f"target {word!r} is no regular expression: {error}") from None
+        pattern = _pattern(word)
         return [p for p in a.places if any(pattern.fullmatch(n) for n in _names(p))]
     if word in GROUPS:
         return [p for p in a.places if GROUPS[word][1](a, p)]
@@ -171,19 +247,8 @@ def _in_range(a: Anatomy, places: list[Place], item: str, text: str) -> list[Pla
     if not stacks:
         raise TargetError(f"target {item!r} counts blocks, but {_called(a)} has no repeated "
                           f"blocks; write {item.rpartition('@')[0]!r}")
-    bounds = [int(n) if n else None for n in text.split(":")]
-
-    def inside(p: Place) -> bool:
-        if p.block is None:
-            return False
-        b = a.blocks[p.block]
-        count = stacks[b.stack]
-        if len(bounds) == 1:
-            assert bounds[0] is not None
-            return b.index == (bounds[0] + count if bounds[0] < 0 else bounds[0])
-        return b.index in range(count)[slice(*bounds)]
-
-    found = [p for p in places if inside(p)]
+    inside = _numbers(a, text)
+    found = [p for p in places if p.block in inside]
     if not found:
         sizes = ", ".join(f"{n} in {s}" for s, n in stacks.items())
         where = sorted({a.blocks[p.block].index for p in places if p.block is not None})
@@ -192,6 +257,21 @@ def _in_range(a: Anatomy, places: list[Place], item: str, text: str) -> list[Pla
         raise TargetError(f"target {item!r} matches no block of {_called(a)}: there are {sizes}, "
                           f"counted from 0; {have}")
     return found
+
+
+def _numbers(a: Anatomy, text: str) -> set[int | None]:
+    """Positions in ``anatomy.blocks`` that a range names, counted in each stack."""
+    stacks = {name: len(blocks) for name, blocks in a.stacks().items()}
+    bounds = [int(n) if n else None for n in text.split(":")]
+
+    def inside(b: Block) -> bool:
+        count = stacks[b.stack]
+        if len(bounds) == 1:
+            assert bounds[0] is not None
+            return b.index == (bounds[0] + count if bounds[0] < 0 else bounds[0])
+        return b.index in range(count)[slice(*bounds)]
+
+    return {i for i, b in enumerate(a.blocks) if inside(b)}
 
 
 def _spans(numbers: list[int]) -> str:

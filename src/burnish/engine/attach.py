@@ -9,13 +9,14 @@ from torch import nn
 
 from ..blocks.weight.provided import Wrap
 from ..core.anatomy import Anatomy
+from ..core.asked import Asked, wanted
 from ..core.errors import RecipeError, TargetError
 from ..core.method import Method
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .slot import State, slot_of
-from .swap import swap_provided
+from .swap import ATTR, swap_provided
 
 if TYPE_CHECKING:
     from .tuned import Adapter
@@ -26,7 +27,7 @@ class Attacher:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter):
         self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
-        anatomy.asked = adapter.targets      # for parts that look for weights themselves
+        self.asked = anatomy.asked = Asked(adapter.targets)
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
@@ -35,8 +36,8 @@ class Attacher:
     # -- where ---------------------------------------------------------------------------------
     def places(self, method: Method) -> list[Place]:
         """The places a part applies to; those of a kind it has no form for are named."""
-        asked = method.targets if method.targets is not None else self.adapter.targets
-        found = match(self.anatomy, asked)
+        asked = wanted(self.anatomy, method)
+        found = match(self.anatomy) if asked is None else asked
         fit = [p for p in found if p.kind in method.kinds]
         left = [p for p in found if p.kind not in method.kinds]
         if left and (asked is not None or not fit):
@@ -72,6 +73,24 @@ class Attacher:
                     answer = getattr(part, question)(self.anatomy)
                     if answer is not None:
                         answer.install(self, part)
+        for part in recipe:
+            if part.targets is not None and "optimizer" in part.axes():
+                self._optimizer(part)
+        self.asked.check(self.anatomy, recipe)
+        self.notes += self.asked.notes
+
+    def _optimizer(self, part: Method) -> None:
+        """Targets of an optimizer choose among what trains."""
+        where = getattr(part.optimizer(), "where", None)
+        if where is None:
+            return
+        own = [*((n, p) for n, p in self.adapter.selected.items()),
+               *((n, p) for n, p in self.model.named_parameters()
+                 if f".{ATTR}.{self.adapter.name}." in f".{n}")]
+        if not any(where(n, p) for n, p in own):
+            raise TargetError(f"{part.name}: targets {part.targets!r} name no matrix that this "
+                              "recipe trains")
+        self.asked.used(part)
 
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use (for blocks that install themselves)."""

@@ -300,7 +300,8 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
 
     model: any ``torch.nn.Module``.
     recipe: an expression (``"nf4 + snella(rank=8) + checkpoint"``), a method or a list of them.
-    targets: which weights deltas and storage apply to; default every linear outside the head.
+    targets: what the parts apply to that can be narrowed, text or a list; by default deltas and
+        storage take every linear outside the head. Refused when no part uses them.
     head: "auto" trains a classification-like head and leaves a language-model head frozen.
     calibration: iterable of batches for methods that read data first.
     example: one batch; a traced step on fake tensors then proves, before anything runs, that

@@ -46,10 +46,12 @@ def block_matrices(rank: int) -> Callable[[str, Tensor], bool]:
     return where
 
 
-def matching(targets: str) -> Callable[[str, Tensor], bool]:
+def matching(targets: str | Iterable[str]) -> Callable[[str, Tensor], bool]:
     """Matrices whose name fits one of the comma-separated words: a part of the dotted path
     (``q_proj``) or a glob over all of it (``*.layers.3.*``)."""
-    words = [w.strip() for w in targets.split(",") if w.strip()]
+    items = targets.split(",") if isinstance(targets, str) else \
+        [w for t in targets for w in t.split(",")]
+    words = [w.strip() for w in items if w.strip()]
 
     def where(name: str, p: Tensor) -> bool:
         return p.dim() >= 2 and any(w in name.split(".") or fnmatch(name, w) for w in words)

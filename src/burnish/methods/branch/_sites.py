@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ...core.asked import narrowed
 from ...core.errors import RecipeError
-from ...core.targets import match
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
     from ...core.method import Method
+    from ...core.site import Place
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,9 @@ class Site:
     width: int
 
 
-def chosen(anatomy: Anatomy, method: Method) -> set[str] | None:
-    """Paths of the weights a part asks for with its own targets; None for no wish."""
-    if method.targets is None:
-        return None
-    return {p.path for p in match(anatomy, method.targets)}
+def at(path: str, places: list[Place]) -> bool:
+    """Is a site named by one of the places: its own weight, or one inside it?"""
+    return any(p.path == path or p.path.startswith(f"{path}.") for p in places)
 
 
 def width(anatomy: Anatomy, path: str, block: Block) -> int:
@@ -43,31 +42,28 @@ def width(anatomy: Anatomy, path: str, block: Block) -> int:
     return made
 
 
-def attention_ends(anatomy: Anatomy, method: Method) -> Iterator[Site]:
+def attention_ends(anatomy: Anatomy) -> Iterator[Site]:
     """Behind self-attention, cross-attention or another mixer of tokens, before the residual."""
-    wanted = chosen(anatomy, method)
     for b in anatomy.blocks:
         for path in dict.fromkeys((b.attn_out or (b.mixer if not b.attn else None), b.cross_out)):
-            if path and (wanted is None or path in wanted):
+            if path:
                 yield Site(b, path, width(anatomy, path, b))
 
 
-def mlp_ends(anatomy: Anatomy, method: Method) -> Iterator[Site]:
+def mlp_ends(anatomy: Anatomy) -> Iterator[Site]:
     """Behind the MLP, or behind a whole mixture of experts."""
-    wanted = chosen(anatomy, method)
     for b in anatomy.blocks:
         path = b.mlp_out or b.mlp
-        if path and (wanted is None or path in wanted
-                     or any(w.startswith(f"{path}.") for w in wanted)):
+        if path:
             yield Site(b, path, width(anatomy, path, b))
 
 
-def found(sites: list, method: Method, what: str) -> list:
-    """The sites, or an error when there is none."""
+def found(anatomy: Anatomy, sites: Iterable[Site], method: Method, what: str) -> list[Site]:
+    """The sites that targets name, or an error when the model has none."""
+    sites = list(sites)
     if not sites:
-        where = f" at {method.targets!r}" if method.targets else ""
-        raise RecipeError(f"{method.name}: this model has no {what}{where} to stand behind")
-    return sites
+        raise RecipeError(f"{method.name}: this model has no {what} to stand behind")
+    return narrowed(anatomy, method, sites, lambda s, places: at(s.path, places))
 
 
 def post_norm(anatomy: Anatomy, block: Block) -> str | None:

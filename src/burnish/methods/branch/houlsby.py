@@ -39,8 +39,8 @@ class Houlsby(Method):
     norms: bool = setting(True, "train the norms too")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        sites = [*attention_ends(anatomy, self), *mlp_ends(anatomy, self)]
-        for s in found(sites, self, "attention or MLP"):
+        sites = [*attention_ends(anatomy), *mlp_ends(anatomy)]
+        for s in found(anatomy, sites, self, "attention or MLP"):
             yield Branch(s.path, Bottleneck(s.width, self.width, act=self.act, init=self.init))
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.state.gates import Affine
+from ...core.asked import wanted
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
-from ...core.targets import match
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -63,8 +63,8 @@ class Ia3(Method):
                               "name places with ia3(targets='...') or use ssf")
 
     def _places(self, anatomy: Anatomy) -> Iterator[Place]:
-        if self.targets is not None:
-            yield from match(anatomy, self.targets)
+        if (asked := wanted(anatomy, self)) is not None:
+            yield from asked
             return
         for place in anatomy.places:
             if place.block is None:

@@ -38,7 +38,7 @@ class Parallel(Method):
     tap: Literal["norm", "residual"] = setting("norm", "what the bottleneck reads")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        for s in found(list(mlp_ends(anatomy, self)), self, "MLP"):
+        for s in found(anatomy, mlp_ends(anatomy), self, "MLP"):
             made = Bottleneck(s.width, self.reduced, act=self.act, scale=self.scale,
                               dropout=self.dropout)
             norm = mlp_norm(anatomy, s.block) if self.tap == "residual" else None

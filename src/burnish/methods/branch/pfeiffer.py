@@ -40,7 +40,7 @@ class Pfeiffer(Method):
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        for s in found(list(mlp_ends(anatomy, self)), self, "MLP"):
+        for s in found(anatomy, mlp_ends(anatomy), self, "MLP"):
             made = Bottleneck(s.width, max(1, s.width // self.reduction), act=self.act,
                               init=self.init)
             if self.placement == "plain":

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import nn
 
 from ...blocks.state.gates import Affine, takes_shift
+from ...core.asked import chosen
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch
-from ._sites import chosen, found
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -33,7 +34,7 @@ class Ssf(Method):
 
     No weight decay: it would pull gamma to zero instead of one. The projections inside
     ``nn.MultiheadAttention`` are read without a call and stay as they are. `targets` narrows it
-    to some weights; norms are then left out.
+    to some weights or norms.
     """
 
     paper: ClassVar[str] = "Scaling & Shifting Your Features (2022), arXiv:2210.08823"
@@ -41,15 +42,17 @@ class Ssf(Method):
     init: Literal["identity", "author"] = setting("identity", "start of gamma and beta")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        wanted = chosen(anatomy, self)
         sites = {p.path: p.out for p in anatomy.places
                  if p.kind in ("linear", "conv1d", "conv") and p.param == "weight"
-                 and p.role not in _SKIPPED and (wanted is None or p.path in wanted)}
-        if wanted is None:
-            for path in anatomy.norms:
-                if path not in anatomy.head:
-                    sites[path] = next(anatomy.model.get_submodule(path).parameters()).numel()
-        for path in found(list(sites), self, "linear, convolution or norm"):
+                 and p.role not in _SKIPPED}
+        for path in anatomy.norms:
+            if path not in anatomy.head:
+                sites[path] = next(anatomy.model.get_submodule(path).parameters()).numel()
+        if not sites:
+            raise RecipeError("ssf: this model has no linear, convolution or norm to stand behind")
+        named = chosen(anatomy, self, [f"{s}.weight" if s else "weight" for s in sites],
+                       siblings=True)
+        for path in (n.rpartition(".")[0] for n in named):
             module = anatomy.model.get_submodule(path)
             gate = Affine(sites[path], shift=takes_shift(module), axis=channel_axis(module),
                           spread=0.02 if self.init == "author" else 0.0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.weight.experts import ExpertChains
+from ...core.asked import wanted
 from ...core.errors import RecipeError, TargetError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
@@ -57,9 +58,9 @@ class Mola(Method):
         return groups[block * len(groups) // blocks]
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
-        asked = self.targets if self.targets is not None else getattr(anatomy, "asked", None)
+        asked = wanted(anatomy, self)
         by_path: dict[str, list[Place]] = {}
-        for place in match(anatomy, asked):
+        for place in match(anatomy) if asked is None else asked:
             if place.kind in self.kinds and place.block is not None:
                 by_path.setdefault(place.path, []).append(place)
             elif asked is not None:

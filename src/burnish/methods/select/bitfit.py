@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...core.asked import chosen
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Selection
@@ -21,7 +22,8 @@ class Bitfit(Method):
     only the query biases and the first bias of every MLP. BERT-base: 102,912.
 
     Start: the pre-trained function. Kept for backward: no linear keeps its input. No weight decay.
-    Models without biases (Llama) are refused: biases would have to be added.
+    Models without biases (Llama) are refused: biases would have to be added. `targets` narrows it
+    to the biases of some weights or modules: ``bitfit(targets="fc1,norm1")``.
     """
 
     paper: ClassVar[str] = "BitFit (2022), arXiv:2106.10199"
@@ -34,7 +36,7 @@ class Bitfit(Method):
         if not names:
             raise RecipeError("bitfit: this model has no biases to train; the nearest methods are "
                               "norms (trains norm scales) and ia3")
-        for n in names:
+        for n in chosen(anatomy, self, names, siblings=True):
             yield Selection(n, decay=False)
 
     def _names(self, anatomy: Anatomy) -> Iterable[str]:

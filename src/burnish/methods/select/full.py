@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...core.errors import RecipeError
+from ...core.asked import chosen
 from ...core.method import Method
 from ...core.site import Selection
 
@@ -17,22 +17,14 @@ class Full(Method):
     """Full fine-tuning: every floating-point parameter trains.
 
     Trains all of them; start is the pre-trained function. Kept for backward: what autograd keeps,
-    less what the lean tape makes again. `targets` narrows it to the weights of some places.
+    less what the lean tape makes again. `targets` narrows it: a role, a group or the name of a
+    matrix means that weight (not its bias), any other name the tensors of that module.
     """
 
     paper: ClassVar[str] = "the baseline"
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
-        if self.targets is not None:
-            from ...core.targets import match
-
-            for place in match(anatomy, self.targets):
-                if place.rows:
-                    raise RecipeError(f"full: {place.name} is a run of rows of one parameter, "
-                                      "which trains whole or not at all; target the fused weight, "
-                                      "or give these rows a delta")
-                yield Selection(f"{place.path}.{place.param}" if place.path else place.param)
-            return
-        for name, p in anatomy.model.named_parameters():
-            if p.is_floating_point() and ".burnish." not in f".{name}":
-                yield Selection(name)
+        names = [n for n, p in anatomy.model.named_parameters()
+                 if p.is_floating_point() and ".burnish." not in f".{n}"]
+        for name in chosen(anatomy, self, names, siblings=False):
+            yield Selection(name)

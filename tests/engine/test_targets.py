@@ -1,0 +1,129 @@
+"""Targets act or are refused, whatever the method, wherever and however they are written."""
+
+from __future__ import annotations
+
+import pytest
+
+import burnish
+from burnish.core import registry
+from burnish.engine.slot import slots
+from burnish.testing import conformance
+from burnish.testing.models import tiny
+
+METHODS = [m for m in conformance.methods() if m != "toy"]
+MODELS = ("vit", "bert", "gpt2", "llama", "cnn")
+
+
+def host(method):
+    """The first small model that takes the method."""
+    return next(m for m in MODELS if conformance.refusal(method, m) is None)
+
+
+def first(method, model):
+    """Targets that name a part, not all, of what the method acts on by default."""
+    if method == "norms":
+        return {"vit": "layernorm_before", "cnn": "features.1"}[model]
+    if method == "ia3":
+        return "k@0"                             # other targets are scaled besides the default's
+    return {"vit": "linear@0", "bert": "linear@0", "gpt2": "linear@0", "llama": "linear@0",
+            "cnn": "features.0"}[model]
+
+
+def touched(tuned):
+    """Everything the recipe stands on: what trains and what is stored in another form."""
+    stored = {f"{path}.{p}" for path, _, slot in slots(tuned.model) for p in slot.providers}
+    return {n for n, _ in tuned.named_parameters()} | stored
+
+
+def outcome(method, model, part=None, whole=None):
+    """What the recipe touches, or the error."""
+    net, _ = tiny(model)
+    try:
+        pieces = [burnish.parse(p)[0] for p in conformance.recipe(method).split(" + ")]
+        if part is not None:
+            own = {k: v for k, v in pieces[-1].changed().items() if v is not None}
+            pieces[-1] = type(pieces[-1])(**own, targets=part)
+        return touched(burnish.tune(net, pieces, targets=whole, head=False))
+    except burnish.BurnishError as e:
+        assert not [n for n, _ in net.named_modules() if n.endswith("burnish")]
+        return e
+
+
+@pytest.mark.parametrize("where", ["part", "whole"])
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_narrow_a_method_or_are_refused(method, where):          # findings 3.6
+    model = host(method)
+    everything = outcome(method, model)
+    text = first(method, model)
+    got = outcome(method, model, **{where: text})
+    also = outcome(method, model, **{where: [t.strip() for t in text.split(",")]})
+    if isinstance(got, burnish.BurnishError):
+        assert type(got) is type(also) and len(str(got)) > 30
+    else:
+        assert got and got < everything, f"{text!r} narrowed nothing"
+        assert got == also, "a list says what text says"
+
+
+@pytest.mark.parametrize("written", ["nonsense", ["nonsense"], "linear,nonsense", "nonsense@0"])
+@pytest.mark.parametrize("where", ["part", "whole"])
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_that_name_nothing_are_refused(method, where, written):  # findings 3.6
+    assert isinstance(outcome(method, host(method), **{where: written}), burnish.BurnishError)
+
+
+@pytest.mark.parametrize("recipe, name, targets, trained", [
+    ("full", "llama", "embed_tokens", {"model.embed_tokens.weight"}),
+    ("full(targets=['embed_tokens'])", "llama", None, {"model.embed_tokens.weight"}),
+    ("full(targets=['q', 'k@0'])", "vit", None,
+     {f"vit.layers.{i}.attention.q_proj.weight" for i in (0, 1)}
+     | {"vit.layers.0.attention.k_proj.weight"}),
+    ("full(targets='layernorm_after@1')", "vit", None,
+     {f"vit.layers.1.layernorm_after.{x}" for x in ("weight", "bias")}),
+    ("full(targets='cls_token')", "vit", None, {"vit.embeddings.cls_token"}),
+    ("bitfit(targets='fc1@0')", "vit", None, {"vit.layers.0.mlp.fc1.bias"}),
+    ("bitfit", "vit", "q", {f"vit.layers.{i}.attention.q_proj.bias" for i in (0, 1)}),
+    ("norms(targets='re:.*layers.0.*')", "vit", None,
+     {f"vit.layers.0.layernorm_{w}.{x}" for w in ("before", "after") for x in ("weight", "bias")}),
+])
+def test_a_selection_takes_targets_as_which_tensors(recipe, name, targets, trained):
+    tuned = burnish.tune(tiny(name)[0], recipe, targets=targets, head=False)
+    assert {n for n, _ in tuned.named_parameters()} == trained
+
+
+@pytest.mark.parametrize("recipe", ["prefix(length=2)", "vpt(length=2)", "linear_probe",
+                                    "lst(reduction=4)", "lisa(layers=1)", "prefix + checkpoint"])
+def test_targets_that_no_part_uses_are_refused(recipe):                  # findings 3.6
+    with pytest.raises(burnish.TargetError, match="targets 'q' do nothing in"):
+        burnish.tune(tiny("vit")[0], recipe, targets="q")
+
+
+@pytest.mark.parametrize("part", ["prefix", "vpt", "lst", "lisa", "linear_probe", "checkpoint",
+                                  "lean", "offload", "adamw", "mezo", "l2_sp"])
+def test_a_part_that_cannot_be_narrowed_says_so(part):                   # findings 3.6
+    with pytest.raises(burnish.BurnishError, match=f"{part} takes no targets"):
+        burnish.tune(tiny("vit")[0], f"lora + {part}(targets='q')")
+
+
+def test_the_recipes_targets_are_for_the_parts_they_name():
+    """LoRA on q and v, every norm, and a word about it."""
+    tuned = burnish.tune(tiny("vit")[0], "lora(rank=4) + norms", targets="q,v", head=False)
+    names = {n for n, _ in tuned.named_parameters()}
+    assert sum("lora" in n for n in names) == 2 * 2 * 2
+    assert sum("norm" in n for n in names) == 2 * (2 * 2 + 1)
+    assert any("norms is not narrowed" in n for n in tuned.summary()["notes"])
+
+
+def test_a_target_that_names_rows_is_no_whole_tensor():
+    for recipe in ("full(targets='q')", "bitfit(targets='q')", "ssf(targets='q')"):
+        with pytest.raises(burnish.TargetError, match="rows"):
+            burnish.tune(tiny("timm_qkv")[0], recipe)
+
+
+def test_targets_written_as_a_list_survive_text_and_files(tmp_path):
+    part = registry.find("lora")(rank=4, targets=["q", "v"])
+    assert burnish.parse(str(part))[0] == part
+    tuned = burnish.tune(tiny("vit")[0], part, head=False)
+    names = {n for n, _ in tuned.named_parameters()}
+    tuned.save(tmp_path / "a")
+    again = burnish.load(tiny("vit")[0], tmp_path / "a")
+    assert {n for n, _ in again.named_parameters()} == names
