@@ -10,8 +10,11 @@ training loop, the simulator and the tests drive the same body::
     where = next(gen)
     while True:
         with where:                       # the model's weights read as theta +- eps z
-            loss = ...                    # no grad, eval mode, the same batch every time, fp32
+            loss = ...                    # no grad, eval mode, the same batch every time
         where = gen.send(float(loss))     # StopIteration carries the mean loss
+
+The context also lets loss functions compute in fp32 (see precise.py): a loss in half precision is
+refused, since the difference of two is below its spacing.
 
 What is kept during an evaluation, besides one forward without gradients:
 
@@ -34,9 +37,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import ConfigError, FormatError, RecipeError
+from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
 from .noise import CounterNoise, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
+from .precise import HALF, Evaluation
 from .rules import accumulator
 from .step import Plan
 from .subspace import in_memory_order
@@ -44,6 +48,8 @@ from .subspace import in_memory_order
 Mode = Literal["scratch", "in_place"]
 Evaluate = AbstractContextManager[Any]
 _SLICE = 1 << 20
+#: updates in a row without a difference between the losses before the run is stopped
+PATIENCE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +107,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """
 
     zeroth_order = True
+    #: a step on fake tensors, whose losses have no value
+    simulated = False
+    #: the last loss was a tensor; a plain number may be a count, which stands still for longer
+    smooth = True
 
     def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
         self.spec, self.seed = spec, seed
         self.model: nn.Module | None = None
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
         self._callers: _Callers | None = None
+        self._flat = 0                       # updates in a row that found no difference
         super().__init__(groups, {"lr": 1e-6, **spec.hyper(), "updates": 0})
         self.log = ScalarLog(header={
             "method": spec.name, "queries": spec.queries, "rounding": self._rounding,
@@ -127,7 +138,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         where = next(passes)
         while True:
             with where:
-                loss = host_float(closure())
+                value = closure()
+                loss, self.simulated = host_float(value, self.spec.name), _fake(value)
+                self.smooth = isinstance(value, Tensor)
             try:
                 where = passes.send(loss)
             except StopIteration as done:
@@ -137,7 +150,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """One update as a generator: yields contexts to evaluate the loss in, receives losses."""
         if self.spec.mode == "scratch" and self.model is not None and self._callers is None:
             callers = _Callers(self.model, self.named())
-            yield callers.watch()
+            yield Evaluation(callers.watch(), self.model)
             self._callers = callers
         update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
         seeds = [fold("query", self.seed, update, q) & 0x7FFFFFFF for q in range(self.spec.queries)]
@@ -147,6 +160,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             losses += [up, down]
             g = as_fp32((up - down) / (2 * eps * len(seeds)))
             found.append(g if math.isfinite(g) else 0.0)     # a failed probe moves nothing
+        self._moving(found, losses)
         lrs = [g["lr"] for g in self.param_groups]
         if not len(self.log):
             self.log.header["first_update"] = update
@@ -159,8 +173,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _pair(self, seed: int, eps: float) -> Generator[Evaluate, float, tuple[float, float]]:
         if self.spec.mode == "scratch":
-            up = yield _Scratch(self.named(), seed, eps, self._callers)
-            down = yield _Scratch(self.named(), seed, -eps, self._callers)
+            up = yield self._at(_Scratch(self.named(), seed, eps, self._callers))
+            down = yield self._at(_Scratch(self.named(), seed, -eps, self._callers))
             return up, down
         away = 0.0                           # how far along z the stored weights stand
         try:
@@ -168,10 +182,31 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for target in (eps, -eps):
                 self._shift(seed, target - away)
                 away = target
-                losses.append((yield nullcontext()))
+                losses.append((yield self._at(nullcontext())))
         finally:
             self._shift(seed, -away)
         return losses[0], losses[1]
+
+    def _at(self, where: Evaluate) -> Evaluate:
+        return Evaluation(where, self.model)
+
+    def _moving(self, found: list[float], losses: list[float]) -> None:
+        """A run whose probes never differ goes nowhere: say so instead of going on."""
+        stands = not any(found) and not self.simulated
+        self._flat = self._flat + 1 if stands else 0
+        if self._flat < (PATIENCE if self.smooth else 20 * PATIENCE):
+            return
+        name, n, eps = self.spec.name, self._flat, self.param_groups[0]["eps"]
+        if not all(map(math.isfinite, losses)):
+            raise BurnishError(f"{name}: the losses of {n} updates in a row were not finite "
+                               f"({losses[-1]}), so nothing moves; try a smaller eps than {eps} "
+                               "and look at the rows of these batches")
+        raise BurnishError(
+            f"{name}: the two losses of {n} updates in a row were equal (last {losses[-1]:.9g}), "
+            "so the estimated gradient is 0 and nothing moves. Either the loss is rounded too "
+            "coarsely (compute it in fp32; a loss of counts needs a larger batch), or a probe of "
+            f"radius eps={eps} is too small to be seen (try eps={eps * 10:g}), or what trains has "
+            "no part in the loss")
 
     @torch.no_grad()
     def _shift(self, seed: int, scale: float) -> None:
@@ -335,14 +370,23 @@ class _Watch(AbstractContextManager[None]):
         self.callers.settle(self.called)
 
 
-def host_float(loss: Any) -> float:
-    """The loss as a Python float. A fake tensor has no value: 1.0 stands for it, so that a
-    simulated step runs through every tensor of a real one."""
+def _fake(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
-    if isinstance(loss, FakeTensor):
-        return 1.0
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ConfigError(f"the loss must be one number, got shape {tuple(loss.shape)}")
-        return float(loss.detach().double())
-    return float(loss)
+    return isinstance(value, FakeTensor)
+
+
+def host_float(loss: Any, name: str = "mezo") -> float:
+    """The loss as a Python float. A fake tensor has no value: 1.0 stands for it, so that a
+    simulated step runs through every tensor of a real one.
+
+    Raises ConfigError for more than one number, and for a loss in half precision.
+    """
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1:
+        raise ConfigError(f"the loss must be one number, got shape {tuple(loss.shape)}")
+    if loss.dtype in HALF:
+        raise ConfigError(f"{name}: the loss is {str(loss.dtype).removeprefix('torch.')}, whose "
+                          "spacing is wider than the differences the step is made of; compute it "
+                          "in fp32, e.g. from logits.float()")
+    return 1.0 if _fake(loss) else float(loss.detach().double())
