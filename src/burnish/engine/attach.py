@@ -15,6 +15,7 @@ from ..core.method import Method
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
+from .layout import no_dropout
 from .slot import State, slot_of
 from .swap import ATTR, swap_provided
 
@@ -97,6 +98,7 @@ class Attacher:
         return slot_of(self.model.get_submodule(path), self.state, path)
 
     def _deltas(self, part: Method) -> None:
+        undropped: list[tuple[Place, str]] = []
         for place in (placed := self.places(part)):
             if self.anatomy.tied(place):
                 raise TargetError(
@@ -113,16 +115,39 @@ class Attacher:
                 answer = part.delta(Site(place, weight))
             if answer is None:
                 continue
+            answer = answer if isinstance(answer, tuple) else (answer,)
+            if (why := self._undropped(module, place, answer)):
+                undropped.append((place, why))
             several = sum(p.path == place.path for p in placed) > 1
             label = part.name if not several else \
                 f"{part.name}_{place.role or place.param.replace('.', '_')}"
-            for k, term in enumerate(answer if isinstance(answer, tuple) else (answer,)):
+            for k, term in enumerate(answer):
                 if isinstance(term, Wrap):
                     self._one_wrap(part, place, slot)
                 term.to(weight.device)
                 slot.add(self.adapter.name, label if not k else
                          f"{label}_{type(term).__name__.lower()}", term, place=place)
             self.placed.setdefault(part.name, []).append(place)
+        if undropped:
+            self._without_dropout(part, undropped, len(placed))
+
+    def _undropped(self, module: nn.Module, place: Place, terms: tuple) -> str | None:
+        """Switch off dropout that cannot act on this place; why, if there was any."""
+        mine = [t for t in terms if getattr(t, "dropout", 0)]
+        why = no_dropout(module, place, any(isinstance(t, Wrap) for t in terms)) if mine else None
+        for t in mine if why else ():
+            t.dropout = 0.0
+        return why
+
+    def _without_dropout(self, part: Method, places: list[tuple[Place, str]], of: int) -> None:
+        """By default a word about the weights that dropout cannot reach; an error when they were
+        asked for, or when there are no others."""
+        place, why = places[0]
+        if self.asked.of(part)[0] is not None or len(places) == of:
+            raise RecipeError(f"{part.name}: dropout cannot act on {place.name}: {why}; set "
+                              "dropout=0, or leave it out of targets")
+        self.notes.append(f"{part.name}: dropout does not act on {len(places)} of {of} weights, "
+                          f"e.g. {place.name}: {why}")
 
     def _one_wrap(self, part: Method, place: Place, slot: Any) -> None:
         for other in slot.parts:

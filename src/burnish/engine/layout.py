@@ -40,5 +40,28 @@ def is_conv1d(module: nn.Module) -> bool:
     return hasattr(module, "nf") and type(module).__name__ == "Conv1D"
 
 
+def is_conv(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """A convolution that runs as torch has it."""
+    return any(isinstance(module, c) and forward is c.forward
+               for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def no_dropout(module: nn.Module, place: Place, wrapped: bool) -> str | None:
+    """Why dropout on the input of an update cannot act here; None where it can.
+
+    wrapped: a function of W stands over the update.
+    """
+    forward = getattr(type(module), "_burnish_base", type(module)).forward
+    if place.param == "weight" and is_linear(module, forward):
+        return None
+    if place.param == "weight" and is_conv(module, forward):
+        return "a function of a convolution's weight acts on the weight" if wrapped else None
+    if place.kind == "embedding":
+        return "rows are looked up, so there is no input to drop"
+    if place.kind == "experts":
+        return "its module multiplies the weights of all experts by itself"
+    return f"{type(module).__name__} takes a weight and no update beside it"
+
+
 def is_linear(module: nn.Module, forward: Callable[..., Any]) -> bool:
     return (isinstance(module, nn.Linear) and forward is nn.Linear.forward) or is_conv1d(module)

@@ -22,10 +22,11 @@ from torch.utils import _pytree as pytree
 
 from ..blocks.tape.executor import MODES
 from ..blocks.tape.saved import Tape
+from ..blocks.weight.convolved import convolved
 from ..blocks.weight.provided import Provider, Weighted, Wrap, linear
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
-from .layout import as_stored, is_conv1d, is_linear, segments, whole
+from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
 from .swap import ATTR, tuned_class
 
 
@@ -307,7 +308,21 @@ class Slot(nn.Module):
             for term, scale in op.terms:
                 out = out + scale * term.take(_first(args, kw)).to(out.dtype)
             return out
+        if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
+                and (dropped := [ts for ts in op.terms if _drops(ts[0])]):
+            return self._beside(module, forward, place, op, dropped, args, kw)
         return self._effective(module, forward, groups, args, kw)
+
+    def _beside(self, module: nn.Module, forward: Callable[..., Any], place: Place, op: Weighted,
+                dropped: list, args: tuple, kw: dict) -> Any:
+        """A convolution with chains that drop part of its input: they run beside it."""
+        rest = [ts for ts in op.terms if not _drops(ts[0])]
+        out = self._effective(module, forward, [(place, Weighted(op.base, rest))], args, kw) \
+            if rest else self._base(module, forward, args, kw)
+        for term, scale in dropped:
+            made = convolved(term, module, _first(args, kw))
+            out = out + (made if scale == 1 else scale * made)
+        return out
 
     def _trained(self, module: nn.Module, place: Place) -> Tensor | None:
         own = None if place.param in self.providers else module._parameters.get(place.param)
@@ -327,6 +342,10 @@ class Slot(nn.Module):
         """The module's own forward on weights that are made again in backward."""
         by_param: dict[str, list] = {}
         for place, op in groups:
+            if any(_drops(t) for t, _ in op.terms):
+                raise RecipeError(f"dropout on the input of {place.name} cannot act beside the "
+                                  "other parts there: they act on the weight. Set dropout=0, or "
+                                  "give the parts different targets")
             by_param.setdefault(place.param, []).append((place, op))
         with ExitStack() as stack:
             for param, items in by_param.items():
@@ -371,6 +390,11 @@ class Slot(nn.Module):
             rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
         return as_stored(torch.cat(pieces, dim=-2), first, stored)
+
+
+def _drops(term: nn.Module) -> bool:
+    """Does a term drop part of its input just now?"""
+    return bool(term.training and getattr(term, "dropout", 0))
 
 
 def _first(args: tuple, kw: dict) -> Any:

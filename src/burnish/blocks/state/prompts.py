@@ -203,9 +203,10 @@ class Tokens(Listener):
                               f"{tuple(x.shape)}")
         if self.rows is None:
             return x
-        rows = F.dropout(self.rows, self.dropout, self.training).to(x.dtype)
+        rows = self.rows.to(x.dtype).expand(len(x), -1, -1)
+        rows = F.dropout(rows, self.dropout, self.training)
         rest = self.after if self.enter else self.after + self.length
-        return torch.cat([x[:, : self.after], rows.expand(len(x), -1, -1), x[:, rest:]], 1)
+        return torch.cat([x[:, : self.after], rows, x[:, rest:]], 1)
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of the model, without the rows."""

@@ -23,7 +23,8 @@ class Chain(Term):
     """``Delta = scale * B A``; A is Kaiming-uniform(sqrt 5), B zero: identity at the start.
 
     A: (rank, in), B: (out, rank); for experts (E, rank, in) and (E, out, rank).
-    dropout acts on the input of A and is drawn again in backward, never kept.
+    dropout acts on the input of A and is drawn again in backward, never kept; where there is no
+    input (a weight read past its module, rows of a table) it cannot act: see `effective`.
     train_a=False is LoRA-FA: only R numbers per token are kept.
     """
 
@@ -58,7 +59,7 @@ class Chain(Term):
             state = rng_state(x_NI.device)
             x_NI = F.dropout(x_NI, self.dropout, True)
         h_NR = x_NI @ self.A.t().to(x_NI.dtype)
-        y_NO.addmm_(h_NR, self.B.t().to(y_NO.dtype), alpha=self.scale * scale)
+        y_NO.addmm_(h_NR.to(y_NO.dtype), self.B.t().to(y_NO.dtype), alpha=self.scale * scale)
         return (h_NR if self.B.requires_grad else None, state)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
@@ -78,6 +79,12 @@ class Chain(Term):
             else:                               # dropout is linear: the same mask on the gradient
                 dx_NI.add_(self._dropped(gB_NR @ A, state))
         return [dA, dB]
+
+    def gain_(self, g_NO: Tensor, kept: tuple[object, ...], scale: float) -> Tensor | None:
+        h_NR, state = kept
+        if state is None:
+            return None
+        return ((g_NO.t() @ h_NR) * self.B).sum(-1).mul_(self.scale * scale)
 
     def _dropped(self, x: Tensor, state: Tensor) -> Tensor:
         with replay(x.device, state):

@@ -65,13 +65,19 @@ class Term(nn.Module):
 
     # -- token side -------------------------------------------------------------------------
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
-        """Add ``scale * x Delta^T`` into `y_NO` in place; return what backward needs besides x."""
+        """Add ``scale * x Delta^T`` into `y_NO` in place; return what backward needs besides x.
+        In half precision `y_NO` is fp32 where a function of W comes behind: cast what is added."""
         raise NotImplementedError
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[Any, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
         """Add this term's part into `dx_NI` in place; return one gradient per ``theta()``."""
         raise NotImplementedError
+
+    def gain_(self, g_NO: Tensor, kept: tuple[Any, ...], scale: float) -> Tensor | None:
+        """``sum_n g_no (scale Delta x)_no`` per output, the term's part in the gradient of a gain
+        on the result; None where Delta itself tells it (no dropout in between)."""
+        return None
 
     # -- panels -----------------------------------------------------------------------------
     def prepare(self) -> Any:
@@ -227,7 +233,7 @@ class _Effective(torch.autograd.Function):
         for i0, i1 in V.ranges():
             y[..., i0:i1] = V.value(i0, i1)
         if op.wrap is not None:
-            y.mul_(ctx.f.to(y.dtype).unsqueeze(-1))
+            y.mul_(ctx.f.unsqueeze(-1))           # the factor stays wide: one rounding
         return y
 
     @staticmethod
@@ -252,14 +258,14 @@ class _Effective(torch.autograd.Function):
                 v = V.value(i0, i1)
                 d = (part * v).sum(-1, dtype=ctx.f.dtype)
                 df = d if df is None else df.add_(d)
-                part = part * ctx.f.to(part.dtype).unsqueeze(-1)
+                part = _gained(part, ctx.f.unsqueeze(-1))
             for (t, s), state in zip(op.terms, ctx.states, strict=True):
                 t.pull(i0, i1, part if s == 1 else part * s, state, grads[id(t)])
         if op.wrap is not None:
             grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.kept)
         dW = None
         if ctx.needs_input_grad[0]:
-            dW = G if op.wrap is None else G * ctx.f.to(G.dtype).unsqueeze(-1)
+            dW = G if op.wrap is None else _gained(G, ctx.f.unsqueeze(-1))
         return dW, None, *[g for t in op.all for g in grads[id(t)]]
 
 
@@ -288,7 +294,10 @@ class _Linear(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         ctx.states = [t.prepare() for t, _ in op.tiled]
         early = None if op.wrap else b          # a wrapped weight's bias is not scaled
-        y2 = _product(x2, Panels(W, op.tiled, ctx.states), early)
+        # in half precision the product waits unrounded for its gain: on the grid of rounded
+        # numbers a gain of 1.002 would change nothing
+        wide = op.wrap is not None and x2.element_size() < 4
+        y2 = _product(x2, Panels(W, op.tiled, ctx.states), early, wide)
         kept: list[Any] = []
         for t, s in op.token:
             kept.append(t.forward_(x2, y2, s))
@@ -297,7 +306,7 @@ class _Linear(torch.autograd.Function):
             states = ctx.states + [t.prepare() for t, _ in op.token]
             f, ctx.wrap_kept = op.wrap.gains(Panels(W, op.tiled + op.token, states))
             ctx.gain = f
-            y2.mul_(f.to(y2.dtype))
+            y2.mul_(f)
             if b is not None:
                 y2.add_(b)
         ctx.op, ctx.shape, ctx.n_theta = op, x.shape, len(theta)
@@ -311,7 +320,7 @@ class _Linear(torch.autograd.Function):
                               for v, p in zip(ctx.layout[-1], part, strict=True)]
             tensors += part
         ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
-        return y2.view(*x.shape[:-1], y2.shape[-1])
+        return y2.to(x.dtype).view(*x.shape[:-1], y2.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -331,13 +340,17 @@ class _Linear(torch.autograd.Function):
         grads: dict[int, list[Tensor | None]] = {id(t): [None] * len(t.theta()) for t in op.all}
         if op.wrap is not None:
             if op.wrap.keeps_input:
-                states = ctx.states + [t.prepare() for t, _ in op.token]
-                V = Panels(W, op.tiled + op.token, states)
+                own = [t.gain_(g2, part, s) for (t, s), part in zip(op.token, kept, strict=True)]
+                whole = [ts for ts, d in zip(op.token, own, strict=True) if d is None]
+                states = ctx.states + [t.prepare() for t, _ in whole]
+                V = Panels(W, op.tiled + whole, states)
                 df = torch.zeros_like(ctx.gain)
+                for d in own:
+                    df += 0 if d is None else d
                 for i0, i1 in V.ranges():
                     df += ((g2.t() @ x2[:, i0:i1]) * V.value(i0, i1)).sum(-1, dtype=df.dtype)
                 grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
-            g2 = g2 * ctx.gain.to(g2.dtype)
+            g2 = _gained(g2, ctx.gain)
         V = Panels(W, op.tiled, ctx.states)
         dx = _product_back(g2, x2, V, grads, need_x, ctx.shape[-1])
         for (t, s), part in zip(op.token, kept, strict=True):
@@ -347,17 +360,33 @@ class _Linear(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape)), dW, db, None, *flat
 
 
-def _product(x2: Tensor, V: Panels, bias: Tensor | None) -> Tensor:
+def _gained(t: Tensor, f: Tensor) -> Tensor:
+    """t f in t's precision, multiplied in the wider of both and rounded once."""
+    return torch.mul(t, f, out=torch.empty_like(t))
+
+
+def _mm(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """a b, with `wide` for half precision in fp32 as it is accumulated."""
+    if not wide:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _product(x2: Tensor, V: Panels, bias: Tensor | None, wide: bool = False) -> Tensor:
     """x V^T + b; one product when V is a single panel.
 
     In half precision base and update are products of their own: added to the weight first, what
     is below half its spacing would be lost.
     """
     ranges = V.ranges()
-    if V.terms and x2.element_size() < 4:
-        y = F.linear(x2, V.weight, bias)
-        for i0, i1 in ranges:
-            y.addmm_(x2[:, i0:i1], V.added(i0, i1).to(x2.dtype).t())
+    if wide or V.terms and x2.element_size() < 4:
+        y = _mm(x2, V.weight.t(), True) if wide else F.linear(x2, V.weight, bias)
+        for i0, i1 in ranges if V.terms else ():
+            added = V.added(i0, i1).to(x2.dtype).t()
+            y = y.add_(_mm(x2[:, i0:i1], added, True)) if wide else \
+                y.addmm_(x2[:, i0:i1], added)
         return y
     if len(ranges) == 1 or not V.terms:
         return F.linear(x2, V.value(0, V.inp), bias)

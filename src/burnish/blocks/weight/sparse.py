@@ -91,7 +91,7 @@ class SparseDelta(Term):
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         x_NC = x_NI[:, self._columns()]
-        y_NO.addmm_(x_NC, self._narrow()[0].t().to(y_NO.dtype), alpha=scale)
+        y_NO.addmm_(x_NC.to(y_NO.dtype), self._narrow()[0].t().to(y_NO.dtype), alpha=scale)
         return (x_NC,)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],

@@ -53,7 +53,7 @@ class KernelDelta(Term):
     tiled: ClassVar[bool] = True
 
     def __init__(self, place: Place, rank: int, sparsity: float, mixed: bool, norm_p: float = 2.0,
-                 magnitude: str = "signed_square", dropout: float = 0.0, drop_path: float = 0.0):
+                 magnitude: str = "signed_square"):
         super().__init__()
         q = rank // 2
         a, b = 1 / math.sqrt(place.inp * q), 1 / math.sqrt(place.out * q)
@@ -66,7 +66,6 @@ class KernelDelta(Term):
             self.gamma = nn.Parameter(torch.ones(()))
             self.beta = nn.Parameter(torch.zeros(()))
         self.sparsity = float(sparsity)
-        self.dropout, self.drop_path = dropout, drop_path
 
     # the sparsity a controller has set is part of the adapter
     def get_extra_state(self) -> Tensor:

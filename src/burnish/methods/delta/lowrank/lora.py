@@ -21,7 +21,9 @@ class Lora(Method):
     Start: A uniform in +-1/sqrt(in), B = 0 (embeddings: A = 0, B normal): the pre-trained function
     exactly. Trains rank (in + out) per matrix, rank out with ``train_a=False`` (LoRA-FA).
     Kept for backward: x (once for all layers that read it) and rank numbers per token; with
-    train_a=False only those. With dropout the mask is drawn again, never kept.
+    train_a=False only those. With dropout the mask is drawn again, never kept; beside a convolution
+    the two factors run on its input then. Refused on what is read as a weight or looked up
+    (attention of torch, experts, embeddings), which has no input to drop.
     Merges exactly: ``W + s B A``.
 
     ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16). No weight decay on

@@ -42,7 +42,7 @@ class Shards(Term):
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         h_NR = self._fold(x_NI)
-        y_NO.addmm_(h_NR, self._matrix().to(y_NO.dtype), alpha=scale)
+        y_NO.addmm_(h_NR.to(y_NO.dtype), self._matrix().to(y_NO.dtype), alpha=scale)
         return (h_NR,)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],

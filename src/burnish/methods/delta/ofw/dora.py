@@ -23,8 +23,11 @@ class Dora(Method):
     per output; neither the base's output nor V is kept, and V exists only panel by panel.
     Merges exactly. No weight decay on m or the factors. Experts are left to other methods.
 
-    Dropout acts on the low-rank branch's input only (with dropout the authors also drop the
-    magnitude's input, at the price of a second base product; that variant is not built).
+    With dropout ``y = m / c * (W x + s B A drop(x)) + b`` (the authors also drop the input of W in
+    the part that differs from the base, at the price of a second base product; not built), and
+    ``dm = sum_n g * (W x + s B A drop(x)) / c``. Refused on convolutions, whose weight is all a
+    length can act on. In half precision the product is multiplied by its gain before it is
+    rounded, so that a gain near 1 counts.
     """
 
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation (2024), arXiv:2402.09353"

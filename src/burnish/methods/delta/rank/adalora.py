@@ -36,7 +36,8 @@ class Triplets(Term):
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
-        y_NO.addmm_(h_NR, (self.P * self.E).t().to(y_NO.dtype), alpha=self.scale * scale)
+        y_NO.addmm_(h_NR.to(y_NO.dtype), (self.P * self.E).t().to(y_NO.dtype),
+                    alpha=self.scale * scale)
         return (h_NR,)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],

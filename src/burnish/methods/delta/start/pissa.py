@@ -48,7 +48,7 @@ class Principal(Chain):
         kept = super().forward_(x_NI, y_NO, scale)
         if self.A0 is not None:
             h = x_NI @ self.A0.t().to(x_NI.dtype)
-            y_NO.addmm_(h, self.B0.t().to(y_NO.dtype), alpha=-self.scale * scale)
+            y_NO.addmm_(h.to(y_NO.dtype), self.B0.t().to(y_NO.dtype), alpha=-self.scale * scale)
         return kept
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
