@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .notes import View, storage_of
 from .saved import Policy
 
 #: bytes below which moving costs more than it saves
@@ -44,15 +45,17 @@ class _Away:
             self.held.copy_(flat)
 
     def bring(self) -> Tensor:
-        now = self.back()
-        if now is None:
-            if self.file is not None:
-                now = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).to(self.device)
-            elif self.held is not None:
-                now = self.held.to(self.device, copy=True)
-            else:                                   # a simulation: memory comes, no bytes
-                now = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-            self.back = weakref.ref(now)
+        """The bytes as a flat tensor; views of it hold the storage, so that is what is shared."""
+        storage = self.back()
+        if storage is not None:
+            return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        if self.file is not None:
+            now = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).to(self.device)
+        elif self.held is not None:
+            now = self.held.to(self.device, copy=True)
+        else:                                       # a simulation: memory comes, no bytes
+            now = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        self.back = weakref.ref(now.untyped_storage())
         return now
 
 
@@ -60,13 +63,10 @@ class _Moved:
     """A view of a storage that is away."""
 
     def __init__(self, away: _Away, t: Tensor):
-        self.away = away
-        self.dtype, self.size, self.stride = t.dtype, t.size(), t.stride()
-        self.offset = t.storage_offset()
+        self.away, self.view = away, View(t)
 
     def open(self) -> Tensor:
-        flat = self.away.bring()
-        return torch.as_strided(flat.view(self.dtype), self.size, self.stride, self.offset)
+        return self.view.of(self.away.bring())
 
 
 def _gone() -> None:
@@ -93,6 +93,8 @@ class Offload(Policy):
         self._away.clear()
 
     def pack(self, t: Tensor) -> Any:
+        if storage_of(t) is None:
+            return super().pack(t)
         storage = t.untyped_storage()
         nbytes = storage.nbytes()
         owner = t._base if t._is_view() else t          # weights are also kept as transposes

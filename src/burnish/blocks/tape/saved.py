@@ -9,6 +9,11 @@ all its readers. Gradients are exact, since the same operation runs on the same 
 
 Dropout keeps a generator state instead of a mask and draws bit for bit what the stock one draws.
 
+Tensors that change in place: one that has changed since it was noted, or whose arguments have, is
+kept as it is. An argument that is about to change when notes stand on it already makes those
+notes into tensors first; the tape sees every change that Python asks torch for while it watches.
+What changes later is known by its version when backward asks, and raises as autograd does.
+
 Traps this file avoids: an address alone does not name a tensor (addresses are reused), so every
 entry holds a weak reference to its tensor; a pack hook that returns an operation's own output
 closes a reference cycle, so pass-through returns an alias.
@@ -17,7 +22,7 @@ closes a reference cycle, so pass-through returns an alias.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,104 +32,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import replay
-
-Recompute = Callable[..., Tensor]
-
-
-class _Entry:
-    """How to make one tensor again: an operation on arguments, packed once somebody asks."""
-
-    __slots__ = ("fn", "args", "kwargs", "size", "stride", "offset", "autocast", "readers",
-                 "value", "settled", "__weakref__")
-
-    def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor):
-        self.fn, self.args, self.kwargs = fn, args, kwargs
-        self.size, self.stride, self.offset = out.size(), out.stride(), out.storage_offset()
-        self.autocast = replay.autocast_state(out.device)
-        self.readers, self.value, self.settled = 0, None, False
-
-    def settle(self, tape: Tape) -> None:
-        """The first reader has come: the arguments go where kept tensors go."""
-        if not self.settled:
-            self.settled = True
-            self.args = tuple(tape.argument(a) for a in self.args)
-            self.kwargs = {k: tape.argument(v) for k, v in self.kwargs.items()}
-
-    def make(self) -> Tensor:
-        """The tensor; shared until the last reader has asked."""
-        self.readers -= 1
-        value = self.value
-        if value is None:
-            with torch.no_grad(), replay.autocast(self.autocast):
-                value = self.fn(*[_open(a) for a in self.args],
-                                **{k: _open(v) for k, v in self.kwargs.items()})
-            if value.stride() != self.stride:
-                value = torch.empty_strided(self.size, self.stride, dtype=value.dtype,
-                                            device=value.device).copy_(value)
-        self.value = value if self.readers > 0 else None
-        return value
-
-
-class _Note:
-    """What autograd keeps instead of a tensor: an entry and the view that was wanted."""
-
-    __slots__ = ("entry", "view")
-
-    def __init__(self, entry: _Entry, t: Tensor):
-        self.entry = entry
-        entry.readers += 1
-        same = (t.size() == entry.size and t.stride() == entry.stride
-                and t.storage_offset() == entry.offset)
-        self.view = None if same else (t.size(), t.stride(), t.storage_offset() - entry.offset)
-
-    def open(self) -> Tensor:
-        value = self.entry.make()
-        if self.view is None:
-            return value
-        size, stride, shift = self.view
-        return value.as_strided(size, stride, value.storage_offset() + shift)
-
-
-class _Kept:
-    """A tensor kept as it is, with the version autograd saw."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, t: Tensor):
-        self.tensor, self.version = t, t._version
-
-    def open(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "a tensor needed for backward was modified in place (version "
-                f"{self.tensor._version}, expected {self.version}); clone it before changing it"
-            )
-        return self.tensor
-
-
-def _open(x: Any) -> Any:
-    return x.open() if isinstance(x, (_Note, _Kept)) or hasattr(x, "open") else x
-
-
-#: name of a function -> may its output be made again? (output, arguments) -> bool
-def _always(out: Tensor, args: tuple) -> bool:
-    return True
-
-
-def _widening(out: Tensor, args: tuple) -> bool:
-    """A cast is worth a note only when the input is no larger than the output."""
-    return isinstance(args[0], Tensor) and args[0].element_size() <= out.element_size()
-
-
-CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
-    # operations whose backward keeps their input
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "gelu", "silu", "mish", "hardswish",
-                     "softplus", "leaky_relu", "elu", "selu", "pow", "square"), _always),
-    # products keep both factors as soon as both carry gradients; else a note costs no more
-    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply", "addcmul"), _always),
-    **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
-}
-_IN_PLACE = ("inplace", "out")
+from .notes import DEPTH, Entry, Kept, Note, Recompute, storage_of, version_of
+from .watched import Watched
 
 
 def _nothing() -> None:
@@ -135,7 +44,7 @@ class Policy:
     """Where a kept tensor lives until backward. The default leaves it where it is."""
 
     def pack(self, t: Tensor) -> Any:
-        return _Kept(t if t.grad_fn is None else t.detach())
+        return Kept(t)
 
     def start(self) -> None:
         """A forward begins."""
@@ -153,8 +62,9 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.lean, self.policy = lean, policy or Policy()
         self.intercept: dict[Any, Callable[..., Any]] = {}
-        self._known: dict[int, tuple[Any, _Entry]] = {}
-        self._rules: dict[Any, Any] = {}
+        self._known: dict[int, tuple[Any, Entry]] = {}          # storage -> (tensor, entry)
+        self._stands: dict[int, list[Any]] = {}                 # storage -> entries that read it
+        self._watched: dict[Any, Watched] = {}
         self._depth = 0
         self.on_start: Callable[[], None] = _nothing
 
@@ -164,27 +74,33 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.intercept:
             return self.intercept[func](func, args, kwargs)
-        if not (self.lean and torch.is_grad_enabled()):
+        if not self.lean:
             return func(*args, **kwargs)
-        rule = self._rule(func)
-        if rule is None:
+        watched = self._watched.get(func)
+        if watched is None:
+            watched = self._watched[func] = Watched(func)
+        changed = watched.changes(args, kwargs)
+        if changed:
+            self._changing(changed)
+        if watched.cheap is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if rule == "dropout":
+        if watched.cheap == "dropout":
             return self._dropout(func, args, kwargs)
         out = func(*args, **kwargs)
-        if (isinstance(out, Tensor) and out.requires_grad
-                and not any(kwargs.get(k) for k in _IN_PLACE) and rule(out, args)):
+        if (isinstance(out, Tensor) and out.requires_grad and not changed
+                and watched.cheap(out, args)):
             self.note(out, func, args, kwargs)
         return out
 
-    def _rule(self, func: Any) -> Any:
-        try:
-            return self._rules[func]
-        except KeyError:
-            name = getattr(func, "__name__", "")
-            rule = "dropout" if func is F.dropout else CHEAP.get(name)
-            self._rules[func] = rule
-            return rule
+    def _changing(self, tensors: list[Tensor]) -> None:
+        """These are about to be changed: notes about them end, notes on them become tensors."""
+        for t in tensors:
+            key = storage_of(t)
+            self._known.pop(key, None)
+            for ref in self._stands.get(key, ()):
+                entry = ref()
+                if entry is not None:
+                    entry.before(key, self)
 
     def _dropout(self, func: Any, args: tuple, kwargs: dict) -> Any:
         bound = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
@@ -202,43 +118,59 @@ class Tape(TorchFunctionMode):
         self.note(out, again, (x,), {})
         return out
 
-    def note(self, out: Tensor, fn: Recompute, args: tuple, kwargs: dict) -> None:
-        """Remember that ``fn(*args)`` makes `out`, for as long as `out` lives."""
-        storage = out.untyped_storage()._cdata
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if any(a.untyped_storage()._cdata == storage for a in tensors):
+    def note(self, out: Tensor, fn: Recompute, args: tuple, kwargs: dict,
+             reads: Iterable[Tensor] = ()) -> None:
+        """Remember that ``fn(*args)`` makes `out`, for as long as `out` lives.
+
+        reads: tensors that `fn` reads besides its arguments (weights); changed later, they raise.
+        """
+        storage = storage_of(out)
+        if storage is None or type(out) is not Tensor and hasattr(out, "__tensor_flatten__") \
+                or out.untyped_storage().nbytes() != out.numel() * out.element_size():
+            return                                  # a wrapper, or a view of something larger
+        entry = Entry(fn, args, kwargs, out, reads=reads)
+        known, stands = self._known, [storage_of(t) for t in entry.tensors()]
+        if storage in stands:
             return                                  # a view or a cast that did nothing
-        entry = _Entry(fn, args, kwargs, out)
-        known = self._known
+        entry.depth = 1 + max((known[k][1].depth for k in stands if k in known), default=0)
+        if entry.depth > DEPTH:
+            return
 
         def forget(ref: Any, key: int = storage) -> None:
             if known.get(key, (None,))[0] is ref:
                 del known[key]
 
         known[storage] = (weakref.ref(out, forget), entry)
+        for key in (*stands, *(storage_of(t) for t in entry.reads.tensors)):
+            self.stands_on(entry, key)
+
+    def stands_on(self, entry: Entry, storage: int | None) -> None:
+        """Ask an entry before this memory changes."""
+        if storage is not None:
+            self._stands.setdefault(storage, []).append(weakref.ref(entry))
 
     def argument(self, a: Any) -> Any:
         """An argument of a noted operation, as backward will want it."""
         return self.pack(a) if isinstance(a, Tensor) else a
 
-    def _find(self, t: Tensor) -> _Entry | None:
-        key = t.untyped_storage()._cdata
+    def _find(self, t: Tensor) -> tuple[Entry, int] | None:
+        """The entry of a tensor that is as it was noted, and where in its storage that began."""
+        key = storage_of(t)
         ref, entry = self._known.get(key, (None, None))
         if ref is None:
             return None
         alive = ref()
-        if alive is None or alive.untyped_storage()._cdata != key:
+        if alive is None or storage_of(alive) != key or version_of(alive) != entry.version:
             self._known.pop(key, None)
             return None
-        return entry
+        return entry, alive.storage_offset() * alive.element_size()
 
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
-        entry = self._find(t) if self.lean else None
-        if entry is None:
+        found = self._find(t) if self.lean else None
+        if found is None or not found[0].settle(self):
             return self.policy.pack(t)
-        entry.settle(self)
-        return _Note(entry, t)
+        return Note(found[0], t, found[1])
 
     @staticmethod
     def unpack(x: Any) -> Tensor:
@@ -253,12 +185,18 @@ class Tape(TorchFunctionMode):
         self._depth += 1
         self.on_start()
         self.policy.start()
+        self._prune()
         try:
             with self, torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 yield
         finally:
             self._depth -= 1
             self._known.clear()
+
+    def _prune(self) -> None:
+        """Entries whose graphs are gone stand on nothing."""
+        living = {k: [r for r in refs if r() is not None] for k, refs in self._stands.items()}
+        self._stands = {k: refs for k, refs in living.items() if refs}
 
     def __deepcopy__(self, memo: dict) -> Tape:
         new = type(self)(self.lean, self.policy)

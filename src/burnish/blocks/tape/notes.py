@@ -1,0 +1,257 @@
+"""What a tape puts in a tensor's place: the tensor with its version, or how to make it again.
+
+A note is right only while nothing it stands on has moved. Every tensor counts its changes
+(``_version``, shared by all its views); an entry remembers the counts of its output and of its
+arguments at the time the operation ran, and nobody takes a note whose counts have moved since.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from . import replay
+
+if TYPE_CHECKING:
+    from .saved import Tape
+
+Recompute = Callable[..., Tensor]
+#: notes that stand on notes: deeper than this the tensor is kept (making it again is recursive)
+DEPTH = 32
+
+
+def storage_of(t: Tensor) -> int | None:
+    """Which memory a tensor lives in; None where it has none of its own (sparse, wrappers)."""
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor has been changed in place; one of inference mode cannot be."""
+    try:
+        return t._version
+    except RuntimeError:
+        return -1
+
+
+class View:
+    """One way to look at a storage: element type, sizes, strides, and where it begins (bytes)."""
+
+    __slots__ = ("dtype", "size", "stride", "at", "conj", "neg")
+
+    def __init__(self, t: Tensor, start: int = 0):
+        self.dtype, self.size, self.stride = t.dtype, t.size(), t.stride()
+        self.at = t.storage_offset() * t.element_size() - start
+        self.conj, self.neg = t.is_conj(), t.is_neg()
+
+    def of(self, value: Tensor, start: int = 0) -> Tensor:
+        """The same view of the storage behind `value`, `start` bytes further on."""
+        offset = (start + self.at) // self.dtype.itemsize
+        if value.dtype == self.dtype:
+            made = value.as_strided(self.size, self.stride, offset)
+        else:                                    # complex numbers looked at as pairs, and back
+            made = torch.empty(0, dtype=self.dtype, device=value.device)
+            made.set_(value.untyped_storage(), offset, self.size, self.stride)
+        made = made.conj() if self.conj else made
+        return made._neg_view() if self.neg else made
+
+
+class Kept:
+    """A tensor kept as it is, with the version autograd saw."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, t: Tensor):
+        # an operation's own output would close a cycle: tensor -> node -> tensor
+        self.tensor = t if t.grad_fn is None else t.detach()
+        self.version = version_of(t)
+
+    @property
+    def intact(self) -> bool:
+        return version_of(self.tensor) == self.version
+
+    def open(self) -> Tensor:
+        if not self.intact:
+            raise RuntimeError(
+                f"a tensor needed for backward, {tuple(self.tensor.shape)} of "
+                f"{self.tensor.dtype}, was modified in place after the forward (version "
+                f"{version_of(self.tensor)}, expected {self.version}); clone it before changing it")
+        return self.tensor
+
+
+class Seen:
+    """Tensors that are read, not kept, and read again in backward: they must be as they were.
+
+    Holds what a module holds anyway (parameters, codes of a quantised weight) and one number each.
+    """
+
+    __slots__ = ("tensors", "versions")
+
+    def __init__(self, tensors: Iterable[Tensor] = ()):
+        self.tensors = tuple(tensors)
+        self.versions = tuple(version_of(t) for t in self.tensors)
+
+    @property
+    def intact(self) -> bool:
+        return all(version_of(t) == v for t, v in zip(self.tensors, self.versions, strict=True))
+
+    def check(self, now: Iterable[Tensor], name: Callable[[int], str]) -> None:
+        """RuntimeError, as autograd has it, when one of `now` is not what was seen."""
+        for k, (t, was, version) in enumerate(zip(now, self.tensors, self.versions, strict=True)):
+            if t is not was:
+                raise RuntimeError(f"{name(k)} was replaced between forward and backward; run the "
+                                   "forward again after replacing it")
+            if version_of(t) != version:
+                raise RuntimeError(
+                    f"{name(k)}, needed for backward, was modified in place (version "
+                    f"{version_of(t)}, expected {version}); run backward before changing it, or "
+                    "the forward again")
+
+
+class Entry:
+    """How to make one tensor again: an operation on arguments, packed once somebody asks.
+
+    out: the tensor, weakly. seen: versions of the tensors among the arguments, None once one is
+    about to change. reads: tensors that `fn` looks up by itself.
+    """
+
+    __slots__ = ("fn", "args", "kwargs", "out", "version", "seen", "reads", "view", "depth",
+                 "autocast", "readers", "left", "value", "changed", "settled", "__weakref__")
+
+    def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor, depth: int = 0,
+                 reads: Iterable[Tensor] = ()):
+        self.fn, self.args, self.kwargs, self.depth = fn, args, kwargs, depth
+        self.out, self.version = weakref.ref(out), version_of(out)
+        self.seen: tuple[int, ...] | None = tuple(version_of(t) for t in self.tensors())
+        self.reads = Seen(reads)
+        self.view = View(out, out.storage_offset() * out.element_size())
+        self.autocast = replay.autocast_state(out.device)
+        self.readers = self.left = self.changed = 0
+        self.value: Tensor | None = None
+        self.settled = False
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, before they are packed."""
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
+
+    @property
+    def intact(self) -> bool:
+        """Would the operation still make the tensor it made?"""
+        if self.seen is None or not self.reads.intact:
+            return False
+        if self.settled:
+            return all(getattr(a, "intact", True) for a in (*self.args, *self.kwargs.values()))
+        return all(version_of(t) == v for t, v in zip(self.tensors(), self.seen, strict=True))
+
+    def settle(self, tape: Tape) -> bool:
+        """A reader has come: the arguments go where kept tensors go. False: it is too late."""
+        if not self.intact:
+            return False
+        if not self.settled:
+            self.settled = True
+            self.args = tuple(tape.argument(a) for a in self.args)
+            self.kwargs = {k: tape.argument(v) for k, v in self.kwargs.items()}
+        return True
+
+    def before(self, storage: int, tape: Tape) -> None:
+        """Memory is about to change: whoever waits for this tensor gets it as it is now."""
+        if not self.settled:
+            if any(storage_of(t) == storage for t in (*self.tensors(), *self.reads.tensors)):
+                self._forget(None)
+            return
+        kept = [a.tensor for a in (*self.args, *self.kwargs.values()) if isinstance(a, Kept)]
+        if not any(storage_of(t) == storage for t in (*kept, *self.reads.tensors)):
+            return
+        out = self.out()
+        if out is None or version_of(out) != self.version or storage_of(out) == storage:
+            out = self._run()
+            out = out.clone() if storage_of(out) == storage else out
+        self._forget(())
+        self.fn, self.args = _as_it_is, (tape.policy.pack(out),)
+        tape.stands_on(self, storage_of(out))
+
+    def _forget(self, seen: tuple[int, ...] | None) -> None:
+        self.args, self.kwargs, self.seen, self.reads = (), {}, seen, Seen()
+
+    def _run(self) -> Tensor:
+        self.reads.check(self.reads.tensors, lambda k: "a weight")
+        with torch.no_grad(), replay.autocast(self.autocast):
+            return self.fn(*[opened(a) for a in self.args],
+                           **{k: opened(v) for k, v in self.kwargs.items()})
+
+    def make(self) -> Tensor:
+        """The tensor; shared until the last reader has asked, or this backward is over."""
+        self.left -= 1
+        value = self.value
+        if value is None or version_of(value) != self.changed:
+            value = self._run()
+            if value.stride() != self.view.stride:
+                value = torch.empty_strided(self.view.size, self.view.stride, dtype=value.dtype,
+                                            device=value.device).copy_(value)
+        if self.left <= 0:
+            self.release()
+        elif self.value is not value and self._until_the_end():
+            self.value, self.changed = value, version_of(value)
+        return value
+
+    def _until_the_end(self) -> bool:
+        """Let the value go when this backward ends, if readers are left that it does not reach."""
+        me = weakref.ref(self)
+
+        def over() -> None:
+            entry = me()
+            if entry is not None:
+                entry.release()
+
+        try:
+            Variable._execution_engine.queue_callback(over)
+        except RuntimeError:                     # opened by hand, outside of any backward
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Nothing is shared any more; a second backward starts counting again."""
+        self.value, self.left = None, self.readers
+
+
+class Note:
+    """What autograd keeps instead of a tensor: an entry and the view that was wanted."""
+
+    __slots__ = ("entry", "view")
+
+    def __init__(self, entry: Entry, t: Tensor, start: int):
+        self.entry = entry
+        entry.readers += 1
+        entry.left += 1
+        view = View(t, start)
+        own = entry.view
+        same = (view.size == own.size and view.stride == own.stride and view.at == own.at
+                and view.dtype == own.dtype and not view.conj and not view.neg)
+        self.view = None if same else view
+
+    @property
+    def intact(self) -> bool:
+        return self.entry.intact
+
+    def open(self) -> Tensor:
+        value = self.entry.make()
+        if self.view is None:
+            return value
+        return self.view.of(value, value.storage_offset() * value.element_size())
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def opened(x: Any) -> Any:
+    """A packed argument as a tensor; anything else as it is."""
+    return x.open() if hasattr(x, "open") else x
