@@ -115,23 +115,28 @@ class Seen:
                     "the forward again")
 
 
+_NOTHING = Seen()
+
+
 class Entry:
     """How to make one tensor again: an operation on arguments, packed once somebody asks.
 
-    out: the tensor, weakly. seen: versions of the tensors among the arguments, None once one is
-    about to change. reads: tensors that `fn` looks up by itself.
+    out: the tensor, weakly (the tape sets it). seen: versions of the tensors among the arguments,
+    None once one is about to change. reads: tensors that `fn` looks up by itself.
     """
 
-    __slots__ = ("fn", "args", "kwargs", "out", "version", "seen", "reads", "view", "depth",
+    __slots__ = ("fn", "args", "kwargs", "out", "version", "seen", "reads", "shape", "depth",
                  "autocast", "readers", "left", "value", "changed", "settled", "__weakref__")
+
+    out: Any
+    shape: tuple[Any, ...]
 
     def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor, depth: int = 0,
                  reads: Iterable[Tensor] = ()):
         self.fn, self.args, self.kwargs, self.depth = fn, args, kwargs, depth
-        self.out, self.version = weakref.ref(out), version_of(out)
-        self.seen: tuple[int, ...] | None = tuple(version_of(t) for t in self.tensors())
-        self.reads = Seen(reads)
-        self.view = View(out, out.storage_offset() * out.element_size())
+        self.version = version_of(out)
+        self.seen: tuple[int, ...] | None = tuple([version_of(t) for t in self.tensors()])
+        self.reads = Seen(reads) if reads else _NOTHING
         self.autocast = replay.autocast_state(out.device)
         self.readers = self.left = self.changed = 0
         self.value: Tensor | None = None
@@ -139,23 +144,25 @@ class Entry:
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, before they are packed."""
-        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
+        given = (*self.args, *self.kwargs.values()) if self.kwargs else self.args
+        return [a for a in given if isinstance(a, Tensor)]
 
     @property
     def intact(self) -> bool:
         """Would the operation still make the tensor it made?"""
-        if self.seen is None or not self.reads.intact:
+        if self.seen is None or not (self.reads is _NOTHING or self.reads.intact):
             return False
         if self.settled:
-            return all(getattr(a, "intact", True) for a in (*self.args, *self.kwargs.values()))
-        return all(version_of(t) == v for t, v in zip(self.tensors(), self.seen, strict=True))
+            return all([getattr(a, "intact", True) for a in (*self.args, *self.kwargs.values())])
+        return self.seen == tuple([version_of(t) for t in self.tensors()])
 
     def settle(self, tape: Tape) -> bool:
         """A reader has come: the arguments go where kept tensors go. False: it is too late."""
         if not self.intact:
             return False
         if not self.settled:
-            self.settled = True
+            self.settled, out = True, self.out()
+            self.shape = out.dtype, out.size(), out.stride(), out.storage_offset()
             self.args = tuple(tape.argument(a) for a in self.args)
             self.kwargs = {k: tape.argument(v) for k, v in self.kwargs.items()}
         return True
@@ -178,7 +185,7 @@ class Entry:
         tape.stands_on(self, storage_of(out))
 
     def _forget(self, seen: tuple[int, ...] | None) -> None:
-        self.args, self.kwargs, self.seen, self.reads = (), {}, seen, Seen()
+        self.args, self.kwargs, self.seen, self.reads = (), {}, seen, _NOTHING
 
     def _run(self) -> Tensor:
         self.reads.check(self.reads.tensors, lambda k: "a weight")
@@ -192,8 +199,9 @@ class Entry:
         value = self.value
         if value is None or version_of(value) != self.changed:
             value = self._run()
-            if value.stride() != self.view.stride:
-                value = torch.empty_strided(self.view.size, self.view.stride, dtype=value.dtype,
+            _, size, stride, _ = self.shape
+            if value.stride() != stride:
+                value = torch.empty_strided(size, stride, dtype=value.dtype,
                                             device=value.device).copy_(value)
         if self.left <= 0:
             self.release()
@@ -227,15 +235,14 @@ class Note:
 
     __slots__ = ("entry", "view")
 
-    def __init__(self, entry: Entry, t: Tensor, start: int):
+    def __init__(self, entry: Entry, t: Tensor):
         self.entry = entry
         entry.readers += 1
         entry.left += 1
-        view = View(t, start)
-        own = entry.view
-        same = (view.size == own.size and view.stride == own.stride and view.at == own.at
-                and view.dtype == own.dtype and not view.conj and not view.neg)
-        self.view = None if same else view
+        dtype, size, stride, offset = entry.shape
+        same = (t.size() == size and t.stride() == stride and t.storage_offset() == offset
+                and t.dtype is dtype and not t.is_conj() and not t.is_neg())
+        self.view = None if same else View(t, offset * dtype.itemsize)
 
     @property
     def intact(self) -> bool:

@@ -79,9 +79,11 @@ class Tape(TorchFunctionMode):
         watched = self._watched.get(func)
         if watched is None:
             watched = self._watched[func] = Watched(func)
-        changed = watched.changes(args, kwargs)
-        if changed:
-            self._changing(changed)
+        changed = None
+        if kwargs or watched.may_change:
+            changed = watched.changes(args, kwargs)
+            if changed:
+                self._changing(changed)
         if watched.cheap is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if watched.cheap == "dropout":
@@ -132,7 +134,9 @@ class Tape(TorchFunctionMode):
         known, stands = self._known, [storage_of(t) for t in entry.tensors()]
         if storage in stands:
             return                                  # a view or a cast that did nothing
-        entry.depth = 1 + max((known[k][1].depth for k in stands if k in known), default=0)
+        for key in stands:
+            if key in known:
+                entry.depth = max(entry.depth, known[key][1].depth + 1)
         if entry.depth > DEPTH:
             return
 
@@ -140,21 +144,28 @@ class Tape(TorchFunctionMode):
             if known.get(key, (None,))[0] is ref:
                 del known[key]
 
-        known[storage] = (weakref.ref(out, forget), entry)
-        for key in (*stands, *(storage_of(t) for t in entry.reads.tensors)):
+        entry.out = weakref.ref(out, forget)
+        known[storage] = (entry.out, entry)
+        for key in stands:
             self.stands_on(entry, key)
+        for t in entry.reads.tensors:
+            self.stands_on(entry, storage_of(t))
 
     def stands_on(self, entry: Entry, storage: int | None) -> None:
         """Ask an entry before this memory changes."""
-        if storage is not None:
-            self._stands.setdefault(storage, []).append(weakref.ref(entry))
+        if storage is None:
+            return
+        if storage in self._stands:
+            self._stands[storage].append(weakref.ref(entry))
+        else:
+            self._stands[storage] = [weakref.ref(entry)]
 
     def argument(self, a: Any) -> Any:
         """An argument of a noted operation, as backward will want it."""
         return self.pack(a) if isinstance(a, Tensor) else a
 
-    def _find(self, t: Tensor) -> tuple[Entry, int] | None:
-        """The entry of a tensor that is as it was noted, and where in its storage that began."""
+    def _find(self, t: Tensor) -> Entry | None:
+        """The entry of a tensor that is as it was noted."""
         key = storage_of(t)
         ref, entry = self._known.get(key, (None, None))
         if ref is None:
@@ -163,14 +174,14 @@ class Tape(TorchFunctionMode):
         if alive is None or storage_of(alive) != key or version_of(alive) != entry.version:
             self._known.pop(key, None)
             return None
-        return entry, alive.storage_offset() * alive.element_size()
+        return entry
 
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
-        found = self._find(t) if self.lean else None
-        if found is None or not found[0].settle(self):
+        entry = self._find(t) if self.lean else None
+        if entry is None or not entry.settle(self):
             return self.policy.pack(t)
-        return Note(found[0], t, found[1])
+        return Note(entry, t)
 
     @staticmethod
     def unpack(x: Any) -> Tensor:

@@ -46,7 +46,7 @@ _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 class Watched:
     """What is known of one function. cheap: None, "dropout" or a condition (see CHEAP)."""
 
-    __slots__ = ("cheap", "changes_first", "switch")
+    __slots__ = ("cheap", "changes_first", "switch", "may_change")
 
     def __init__(self, func: Any):
         name = getattr(func, "__name__", "").split(".")[0]        # operators: add_.Tensor
@@ -54,6 +54,7 @@ class Watched:
         self.changes_first = name in _ASSIGNMENTS or name in _HANDED_OUT or (
             name.endswith("_") and not name.startswith("__") and name not in _HARMLESS)
         self.switch = _position(func)
+        self.may_change = self.changes_first or self.switch is not None
 
     def changes(self, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors this call writes into."""
