@@ -47,6 +47,7 @@ class Method:
     identity: step 0 equals the pre-trained function exactly (up to rounding).
     merges: the update folds exactly into plain weights.
     kinds: kinds of :class:`~burnish.core.site.Place` a `delta` or `storage` applies to.
+    needs: what a model must have besides (words of core/needs.py); others refuse with a reason.
     quality: prior used by the planner comes from measured data, never from here.
     """
 
@@ -56,6 +57,7 @@ class Method:
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
     )
+    needs: ClassVar[frozenset[str]] = frozenset()
     #: name in a recipe; set by the registry from the file name
     name: ClassVar[str] = ""
 

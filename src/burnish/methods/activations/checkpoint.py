@@ -21,6 +21,7 @@ class Checkpoint(Method):
     """
 
     paper: ClassVar[str] = "Training Deep Nets with Sublinear Memory Cost (2016), arXiv:1604.06174"
+    needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
     every: int = setting(1, "checkpoint every n-th block and leave the others; 1: all")
 

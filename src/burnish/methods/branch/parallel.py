@@ -29,6 +29,7 @@ class Parallel(Method):
 
     paper: ClassVar[str] = ("Towards a Unified View of Parameter-Efficient Transfer Learning "
                             "(2022), arXiv:2110.04366")
+    needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     merges: ClassVar[bool] = False
 
     reduced: int = setting(512, "r, width of the bottleneck", alias=("width",))

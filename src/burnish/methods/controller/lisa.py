@@ -32,6 +32,7 @@ class Lisa(Method):
 
     paper: ClassVar[str] = ("LISA: Layerwise Importance Sampling for Memory-Efficient Large "
                             "Language Model Fine-Tuning, NeurIPS 2024")
+    needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
     layers: int = setting(2, "gamma, blocks live at once", alias=("gamma",))
     every: int = setting(20, "K, updates between draws", alias=("period", "K"))

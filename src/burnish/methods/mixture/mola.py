@@ -36,6 +36,7 @@ class Mola(Method):
     """
 
     paper: ClassVar[str] = "MoLA: Higher Layers Need More LoRA Experts (2024), arXiv:2402.08562"
+    needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     merges: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 

@@ -27,6 +27,7 @@ class Bitfit(Method):
     """
 
     paper: ClassVar[str] = "BitFit (2022), arXiv:2106.10199"
+    needs: ClassVar[frozenset[str]] = frozenset({"biases"})
 
     which: Literal["all", "query-mlp"] = setting("all", "which biases")
 

@@ -22,6 +22,7 @@ class LinearProbe(Method):
     """
 
     paper: ClassVar[str] = "the baseline"
+    needs: ClassVar[frozenset[str]] = frozenset({"head"})
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         if not anatomy.head:

@@ -25,6 +25,7 @@ class Norms(Method):
 
     paper: ClassVar[str] = ("Tuning LayerNorm in Attention (2023), arXiv:2312.11420; "
                             "Training BatchNorm and Only BatchNorm (2020), arXiv:2003.00152")
+    needs: ClassVar[frozenset[str]] = frozenset({"norms"})
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         names = [f"{path}.{leaf}" if path else leaf for path in anatomy.norms

@@ -36,6 +36,7 @@ class Lst(Method):
 
     paper: ClassVar[str] = ("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer "
                             "Learning (2022), arXiv:2206.06522")
+    needs: ClassVar[frozenset[str]] = frozenset({"one stack"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 

@@ -1,0 +1,83 @@
+"""What a method needs of a model, in words that are tested on every architecture.
+
+A method that has no place on some models says so once, in ``needs``; a delta or a storage says it
+with ``kinds``. Planner, suite and docs read these facts instead of trying. The words describe an
+anatomy; the suite compares them with what attaching really does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from .anatomy import Anatomy
+from .errors import BurnishError
+from .method import Method
+from .targets import match
+
+
+def _reads_text(a: Anatomy, stack: str, *names: str) -> bool:
+    """The innermost module above the stack that takes inputs takes token ids (and `names`)."""
+    parts = stack.split(".")
+    for n in range(len(parts), -1, -1):
+        taken = set(inspect.signature(a.model.get_submodule(".".join(parts[:n])).forward)
+                    .parameters)
+        if {"input_ids", *names} <= taken:
+            return True
+        if "pixel_values" in taken:
+            return False
+    return False
+
+
+def _ladder(a: Anatomy) -> bool:
+    return (len(a.stacks()) == 1 and all(b.attn for b in a.blocks)
+            and len({b.hidden_size for b in a.blocks}) == 1)
+
+
+def _states(a: Anatomy) -> bool:
+    return any(all(b.attn for b in blocks) and len({b.hidden_size for b in blocks}) == 1
+               and not _reads_text(a, stack) for stack, blocks in a.stacks().items())
+
+
+def _scalable(a: Anatomy) -> bool:
+    keys = [p for p in a.places if p.block is not None and p.role.removeprefix("cross_") in
+            ("k", "v", "qkv", "kv")]
+    inner = [p for p in a.places if p.block is not None and p.role in ("fc2", "down")
+             and p.kind in ("linear", "conv1d")]
+    return bool(keys or inner) and all(p.kind in ("linear", "conv1d") for p in keys)
+
+
+#: word -> (what it means, does this model have it?)
+NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
+    "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
+    "attention": ("blocks with attention", lambda a: any(b.attn for b in a.blocks)),
+    "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
+    "norms": ("norms with a scale or a shift",
+              lambda a: any(m._parameters.get(k) is not None for p in a.norms
+                            for m in [a.model.get_submodule(p)] for k in ("weight", "bias"))),
+    "biases": ("biases", lambda a: any(n.endswith("bias") for n, _ in
+                                       a.model.named_parameters())),
+    "head": ("a task head", lambda a: bool(a.head)),
+    "text": ("a stack that takes embeddings in place of token ids",
+             lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
+    "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
+    "one stack": ("a single stack of transformer blocks of one width", _ladder),
+    "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
+                        "computes", _scalable),
+}
+
+
+def lacks(method: type[Method], anatomy: Anatomy) -> str | None:
+    """What `method` needs and this model has not, in words, or None when it applies."""
+    for word in sorted(method.needs):
+        meaning, has = NEEDS[word]
+        if not has(anatomy):
+            return meaning
+    if {"delta", "storage"} & set(method.axes()):
+        try:
+            places = match(anatomy, None)
+        except BurnishError as e:
+            return str(e)
+        if not any(p.kind in method.kinds for p in places):
+            return f"weights of kind {', '.join(sorted(method.kinds))} among the default targets"
+    return None
