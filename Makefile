@@ -9,11 +9,11 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test test-all check bench docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## everything needed to work on burnish, in .venv
 
@@ -30,8 +30,11 @@ $(DOCSTAMP): $(STAMP)
 demo: $(STAMP)  ## fine-tune a small vision transformer to real handwriting
 	$(BIN)/burnish demo
 
-test: $(STAMP)  ## the whole suite
+test: $(STAMP)  ## the suite: every method on three models, beside every axis
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+test-all: $(STAMP)  ## every method on every model, every pair in both orders; SHARD=3/8 a part
+	BURNISH_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most
 	$(BIN)/ruff check .

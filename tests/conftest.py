@@ -12,6 +12,17 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(config, items):
+    """``SHARD=3/8``: the third of eight parts of what was collected."""
+    from burnish.testing.choose import rank, shard
+
+    part, parts = shard(os.environ.get("SHARD"))
+    if parts > 1:
+        mine = [i for i in items if rank(i.nodeid) % parts == part - 1]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(mine)])
+        items[:] = mine
+
+
 @pytest.fixture(autouse=True)
 def steady():
     """Seed, dtype and threads are put back whatever a test does to them."""

@@ -1,30 +1,23 @@
-"""Every registered method on every small architecture where it applies."""
+"""Every registered method on small architectures: three each, all with ``BURNISH_ALL=1``."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from burnish.testing import conformance
+from burnish.core import registry
+from burnish.core.needs import NEEDS, lacks
+from burnish.core.site import KINDS
+from burnish.testing import choose, conformance
 from burnish.testing.models import NAMES
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "applies.json"
 METHODS = conformance.methods()
+CELLS = [(m, n) for m in METHODS for n in choose.models_for(m)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, model", CELLS, ids=[f"{m}-{n}" for m, n in CELLS])
 def test_method(method, model):
-    """All checks; or a refusal with a reason that says what to do, exactly where it is expected."""
-    refused = json.loads(GOLDEN.read_text())["refused"].get(method, [])
-    reason = conformance.refusal(method, model)
-    assert (reason is not None) == (model in refused), reason
-    if reason is not None:
-        assert len(reason) > 30 and "\n" not in reason
-        return
+    """All checks."""
     for check in conformance.CHECKS:
         check(method, model)
 
@@ -35,10 +28,57 @@ def test_method_on_vit(method):
     conformance.check(method, "vit")
 
 
-def test_enough_methods_conform():
-    """The catalogue is broad: at least thirty methods, most of them on most models."""
-    refused = json.loads(GOLDEN.read_text())["refused"]
-    assert len(METHODS) >= 30
-    assert set(refused) <= set(METHODS)
-    broad = [m for m in METHODS if len(refused.get(m, [])) <= len(NAMES) // 2]
-    assert len(broad) >= 28
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_applies_where_its_file_says(method):
+    """Refused exactly where the model lacks what `kinds` and `needs` name, with a reason."""
+    cls = registry.find(method)
+    for model in NAMES:
+        lack = lacks(cls, choose.anatomy(model))
+        reason = conformance.refusal(method, model)
+        assert (reason is None) == (lack is None), f"{model}: {reason or lack}"
+        if reason is not None:
+            assert len(reason) > 30 and "\n" not in reason
+
+
+# -- the choice itself ----------------------------------------------------------------------------
+def test_needs_are_words_that_have_a_meaning():
+    for method in METHODS:
+        assert registry.find(method).needs <= set(NEEDS), method
+
+
+def test_every_method_has_three_models_where_it_applies_to_three():
+    for method in METHODS:
+        chosen = choose.models_for(method, all=False)
+        every = choose.models_for(method, all=True)
+        assert len(chosen) == min(3, len(every)) and set(chosen) <= set(every), method
+        assert len(every) >= 5, f"{method} applies to {every} only"
+
+
+def test_every_family_and_every_kind_of_place_is_looked_at():
+    """Three models a method are enough: together they are all models, and all kinds of place."""
+    chosen = {m: choose.models_for(m, all=False) for m in METHODS}
+    assert {n for models in chosen.values() for n in models} == set(NAMES)
+    deltas = [m for m in METHODS if "delta" in registry.find(m).axes()]
+    seen = {k for m in deltas for n in chosen[m] for k in choose.kinds_on(n)}
+    assert seen | {k for k, _, _ in choose.PLACES} >= {*KINDS, "fused"}
+    assert {k for k, _, _ in choose.PLACES} == set(KINDS)
+
+
+def test_a_new_method_moves_no_choice():
+    before = choose.models_for("lora", all=False)
+    assert before == choose.models_for("lora", all=False)
+    assert choose.rank("lora", "vit") == 9607555404148528131       # on every machine
+
+
+@pytest.mark.parametrize("text, parts", [(None, (1, 1)), ("", (1, 1)), ("3/8", (3, 8))])
+def test_a_shard_is_a_part_of_the_whole(text, parts):
+    assert choose.shard(text) == parts
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "3", "a/b", "3/", "-1/2"])
+def test_a_wrong_shard_is_refused(text):
+    from burnish import BurnishError
+
+    with pytest.raises(BurnishError, match="SHARD"):
+        choose.shard(text)

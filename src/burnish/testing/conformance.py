@@ -400,17 +400,3 @@ def check(name: str | type[Method], model: str = "vit") -> None:
     name = name if isinstance(name, str) else registry.register(name).name
     for one in CHECKS:
         one(name, model)
-
-
-def applicability() -> dict[str, dict[str, list[str]]]:
-    """method -> models that refuse it (the golden table of our tests)."""
-    from .models import NAMES
-
-    refused = {m: [n for n in NAMES if refusal(m, n) is not None] for m in methods()}
-    return {"refused": {m: ns for m, ns in refused.items() if ns}}
-
-
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(applicability(), indent=1))
