@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckError, ConfigError, DataError
+
+#: either says that a run left its tokenizer or image processor in the folder
+PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -25,11 +29,13 @@ class Finished:
 
         Raises FormatError for what is no adapter, ConfigError for an adapter without a run.
         """
+        import torch
+
         import burnish
 
         from ..fit.data import Data
         from ..fit.loop import quiet_libraries
-        from ..fit.tasks import task_for
+        from ..fit.tasks import processor_for, task_for
         from ..formats.folder import RUN, read_config
         from ..formats.safe import read_json
 
@@ -43,8 +49,10 @@ class Finished:
         about = facts["data"]
         data = Data(about["task"], {}, about["source"], about["layout"],
                     tuple(about["labels"]) if about["labels"] else None)
-        words = (folder / "tokenizer_config.json").is_file()
-        task = task_for(data, str(folder) if words else name)
+        own = any((folder / f).is_file() for f in PROCESSORS)   # as it was used in training
+        task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
+                        None, max_length=facts.get("max_length"))
+        torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         tuned = burnish.load(task.load(name), folder, force=force)
         tuned.model.eval()
         return cls(folder, tuned, task, facts)
@@ -78,11 +86,6 @@ class Finished:
                 yield text, self.task.processor(text, return_tensors="pt", truncation=True,
                                                 max_length=self.task.max_length)
 
-    def _logits(self, batch: dict[str, Any]) -> Any:
-        from ..fit.tasks import logits_of
-
-        return logits_of(self.tuned.model(**batch))
-
     def _go_on(self, row: dict[str, Any], tokens: int) -> str:
         made = self.tuned.model.generate(**row, max_new_tokens=tokens, do_sample=False,
                                          pad_token_id=self.task.processor.pad_token_id)
@@ -90,56 +93,61 @@ class Finished:
                                           skip_special_tokens=True)
 
     # -- figures -------------------------------------------------------------------------------
-    def evaluate(self, data: Any, split: str | None = None, batch: int = 16) -> dict[str, Any]:
-        """The figures of the tuned model and of its base on every row of a split.
+    def evaluate(self, data: Any, split: str | None = None, batch: int = 16,
+                 **columns: str | None) -> dict[str, Any]:
+        """The figures of the tuned model and of its base on rows of a split.
 
+        data: where it is what the run was trained on, the rows that the run held out are taken;
+        columns: text=, label=, image=, where they are not called as in the run.
         Raises CheckError when both give the same outputs: the adapter does nothing then.
         """
-        rows, name = self._split(data, split)
-        tuned, first = self._figures(rows, batch)
-        with self.tuned.disabled():
-            base, plain = self._figures(rows, batch)
-        if first.equal(plain):
+        import torch
+
+        from ..fit.tasks import evaluate
+
+        rows, name, these = self._split(data, split, columns)
+        first = self.task.collate([rows[i] for i in range(min(batch, len(rows)))])
+        with torch.no_grad():
+            logits = self._logits(first)
+            with self.tuned.disabled():
+                plain = self._logits(first)
+        if logits.equal(plain):
             raise CheckError(f"{self.folder} changes nothing: its outputs are those of the base")
-        return {"data": str(data), "split": name, "rows": len(rows), "tuned": tuned, "base": base}
+        tuned = evaluate(self.tuned.model, self.task, name, batch)
+        with self.tuned.disabled():
+            base = evaluate(self.tuned.model, self.task, name, batch)
+        return {"data": str(data), "split": name,
+                "rows": len(self.task.data.splits[name]), "these": these,
+                "tuned": tuned, "base": base}
 
-    def _split(self, data: Any, split: str | None) -> tuple[Any, str]:
-        from ..fit.data import read
+    def _split(self, data: Any, split: str | None, columns: dict[str, str | None]
+               ) -> tuple[Any, str, str]:
+        """(rows, name of the split, which rows these are in words)."""
+        from ..fit.data import read, set_aside
 
-        own = self.task.data
-        found = read(data, task=own.task, split=None, validation=0)
-        if own.labels and found.labels and not set(found.labels) <= set(own.labels):
-            new = sorted(set(found.labels) - set(own.labels))
-            raise DataError(f"{data} has classes this run was not trained for: {', '.join(new)}; "
-                            f"it knows {', '.join(own.labels)}")
+        about = self.facts["data"]
+        how = {**about.get("reading", {}), **{k: v for k, v in columns.items() if v}}
+        part, seed = how.pop("validation", 0), how.pop("seed", 0)
+        found = read(data, **{**how, "task": about["task"]}, validation=0,
+                     labels=self.task.data.labels)
+        again = found
+        if part and "validation" not in found.splits:
+            with contextlib.suppress(ConfigError):              # fewer rows than it would take
+                again = set_aside(found, part, seed)
+        same = again.fingerprint() == about["fingerprint"]
+        found = again if same else found
         name = split or next(s for s in ("test", "validation", "train") if s in found.splits)
         if name not in found.splits:
             raise ConfigError(f"{data} has no split {name!r}; it has {', '.join(found.splits)}")
-        if own.labels and found.labels != own.labels:
-            place = [own.labels.index(word) for word in found.labels or ()]
-            found.splits[name] = found.splits[name].map(lambda r: {"label": place[r["label"]]})
         self.task.data.splits[name] = found.splits[name]
-        return self.task.rows(name), name
+        self.task.data.where |= found.where
+        these = "the rows this run was trained on" if name == "train" else "held out by this run"
+        return self.task.rows(name), name, these if same else "all of them"
 
-    def _figures(self, rows: Any, size: int) -> tuple[dict[str, float], Any]:
-        """(figures, the first batch's logits)."""
-        import torch
+    def _logits(self, batch: dict[str, Any]) -> Any:
+        from ..fit.tasks import logits_of
 
-        answers, truth, losses, first = [], [], [], None
-        with torch.no_grad():
-            for start in range(0, len(rows), size):
-                batch = self.task.collate([rows[i] for i in range(start, min(start + size,
-                                                                             len(rows)))])
-                logits = self._logits(batch)
-                first = logits if first is None else first
-                losses.append((float(self.task.loss(logits, batch["labels"])), len(logits)))
-                answers += list(self.task.reduce(logits, batch["labels"]))
-                truth += list(batch["labels"])
-        pad = torch.nn.utils.rnn.pad_sequence
-        whole = [pad(v, batch_first=True, padding_value=-100) if v[0].dim() else torch.stack(v)
-                 for v in (answers, truth)]
-        loss = sum(v * n for v, n in losses) / sum(n for _, n in losses)
-        return {"loss": loss, **self.task.measure(*whole)}, first
+        return logits_of(self.tuned.model(**{k: v for k, v in batch.items() if k != "labels"}))
 
 
 def _pictures(inputs: Sequence[str]) -> Iterator[Path]:

@@ -95,15 +95,24 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Default: test, else validation, else train.")
                      ] = None,
     batch: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 16,
+    text: Annotated[str | None, typer.Option(help="The text's column; default: the run's.")] = None,
+    label: Annotated[str | None, typer.Option(help="The label's column; default: the run's.")
+                     ] = None,
+    image: Annotated[str | None, typer.Option(help="The picture's column; default: the run's.")
+                     ] = None,
     base: Base = None,
     json: Json = False,
 ) -> None:
-    """The figures of a finished run on data, beside those of its base."""
+    """The figures of a finished run on data, beside those of its base.
+
+    Given the data of the run itself, it takes the rows that the run held out.
+    """
     from .finished import Finished
 
-    found = Finished.open(run, base).evaluate(data, split, batch)
+    found = Finished.open(run, base).evaluate(data, split, batch, text=text, label=label,
+                                              image=image)
     rows = [(name, *(f"{v:.4f}" for v in found[name].values())) for name in ("base", "tuned")]
-    emit(json, found, f"{found['rows']} rows of {data} ({found['split']})\n"
+    emit(json, found, f"{found['rows']} rows of {data} ({found['split']}: {found['these']})\n"
          + table(("", *found["tuned"]), rows, right=range(1, 9)))
 
 

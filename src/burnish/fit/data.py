@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ class Data:
     layout: str
     labels: tuple[str, ...] | None = None
     where: dict[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
+    #: what :func:`read` was told, so that the same rows can be found again
+    reading: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def train(self) -> datasets.Dataset:
@@ -75,7 +77,7 @@ class Data:
         return {"source": self.source, "layout": self.layout, "task": self.task,
                 "rows": {k: len(v) for k, v in self.splits.items()},
                 "labels": list(self.labels) if self.labels else None,
-                "fingerprint": self.fingerprint()}
+                "reading": self.reading, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """A digest of task, labels, sizes and some rows: enough to tell other data."""
@@ -95,7 +97,7 @@ class Data:
 
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
          image: str | None = None, split: str | None = None, validation: float | int = 0.1,
-         seed: int = 0) -> Data:
+         seed: int = 0, labels: Sequence[str] | None = None) -> Data:
     """Reads data for fine-tuning.
 
     data: a name, path, hub name (``owner/name``, ``owner/name:split``), `datasets` object or Data.
@@ -104,6 +106,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     split: the training split's name where it is not called train.
     validation: share (or number) of training rows set aside when there is no validation split;
         0 for none. The choice is a function of `seed`, and keeps the proportions of classes.
+    labels: the classes in their order, where they are known beforehand.
 
     Raises DataError with row and field, ConfigError for a wrong flag.
     """
@@ -117,13 +120,15 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
         raise DataError(f"{source} has no training split; it has {', '.join(tables)}; name it "
                         "with split=")
     roles = assign(tables["train"], flags)
-    classes: tuple[str, ...] | None = None
+    classes = tuple(labels) if labels else None
     splits: dict[str, datasets.Dataset] = {}
     order = sorted(tables, key=lambda s: s != "train")  # the classes are those of the train split
     for name in order:
         splits[name], classes = canonical(tables[name], roles, classes, source)
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
-                {k: t.where for k, t in tables.items()})
+                {k: t.where for k, t in tables.items()},
+                {"task": task, "text": text, "label": label, "image": image, "split": split,
+                 "validation": validation, "seed": seed})
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)
     return done
@@ -154,7 +159,7 @@ def set_aside(data: Data, part: float | int, seed: int) -> Data:
     if "train" in where:
         at = where["train"]
         where |= {"train": lambda i: at(kept[i]), "validation": lambda i: at(held[i])}
-    return Data(data.task, splits, data.source, data.layout, data.labels, where)
+    return replace(data, splits=splits, where=where)
 
 
 # -- where it comes from ---------------------------------------------------------------------

@@ -67,6 +67,8 @@ def table(path: Path) -> Table:
     """One CSV, TSV, JSON, JSONL, parquet or plain text file."""
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     kind = path.suffix.lower()
+    if kind == ".txt":
+        return passages(path)
     if kind in PROSE:
         return prose([path])
     if kind not in readers:
@@ -148,13 +150,37 @@ def look(paths: Sequence[str]) -> None:
 
 def prose(paths: Sequence[Path]) -> Table:
     """Each file is one document."""
-    texts = []
-    for p in paths:
-        try:
-            texts.append(p.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise DataError(f"{p} is not UTF-8 text: {e}") from None
-    return Table({"text": texts}, lambda i: str(paths[i]), "plain text")
+    return Table({"text": [_utf8(p) for p in paths]}, lambda i: str(paths[i]), "plain text")
+
+
+def passages(path: Path) -> Table:
+    """One `.txt` holds many documents: its paragraphs (blank lines between), else its lines."""
+    texts: list[str] = []
+    starts: list[int] = []
+    gap = True
+    lines = _utf8(path).removeprefix("\ufeff").splitlines()
+    paragraphs = any(not line.strip() for line in "\n".join(lines).strip().split("\n"))
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            gap = True
+        elif gap or not paragraphs:
+            texts.append(line)
+            starts.append(n)
+            gap = False
+        else:
+            texts[-1] += f"\n{line}"
+    if not texts:
+        raise DataError(f"{path} holds no text")
+    kind = "paragraphs" if paragraphs else "lines"
+    return Table({"text": texts}, lambda i: f"{path}, line {starts[i]}",
+                 f"plain text, {kind} are documents")
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text: {e}") from None
 
 
 def _split_of(name: str) -> str | None:

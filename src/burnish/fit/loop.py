@@ -32,6 +32,8 @@ from .checkpoint import is_owed
 from .tasks import Task
 
 STATE = "trainer_state.json"
+#: what the task's loss is called until the trainer has written its own
+_PLAIN = "loss_per_answer"
 
 
 class Shuffled(Sampler[int]):
@@ -75,12 +77,22 @@ class Trainer(transformers.Trainer):
         self._resumed: tuple[list[float], bool] | None = None
         self._rng: dict[str, Any] | None = None
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
-                         compute_metrics=self._figures, preprocess_logits_for_metrics=task.reduce,
-                         **kw)
+                         compute_metrics=self._figures,
+                         preprocess_logits_for_metrics=_answers(task), **kw)
         self.pop_callback(PrinterCallback)
 
     def _figures(self, prediction: Any) -> dict[str, float]:
-        return self.task.measure(prediction.predictions, prediction.label_ids)
+        answers, losses = prediction.predictions
+        found = self.task.figures(answers, losses, prediction.label_ids)
+        return {_PLAIN: found.pop("loss"), **found}
+
+    def evaluation_loop(self, *args: Any, **kw: Any) -> Any:
+        """The loss is the task's own, per answer: not smoothed, not a mean of batches' means."""
+        made = super().evaluation_loop(*args, **kw)
+        prefix = next((k.removesuffix(_PLAIN) for k in made.metrics if k.endswith(_PLAIN)), None)
+        if prefix is not None:
+            made.metrics[f"{prefix}loss"] = made.metrics.pop(f"{prefix}{_PLAIN}")
+        return made
 
     # -- the step ------------------------------------------------------------------------------
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -311,6 +323,14 @@ class GoOn(transformers.TrainerCallback):
         if self.trainer is not None:
             self.trainer.tuned.total_steps = state.max_steps
             self.trainer.go_on()
+
+
+def _answers(task: Task) -> Any:
+    """What evaluation keeps of the logits: the answer, and the loss of each row."""
+    def keep(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return task.reduce(logits, labels), task.losses(logits, labels)
+
+    return keep
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

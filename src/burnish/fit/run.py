@@ -311,15 +311,10 @@ def reread(tuned: Tuned, folder: Path) -> None:
 
 
 def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """Without the prefix, and without the timings that come along; perplexity beside its loss."""
-    import math
-
+    """Without the prefix, and without the timings that come along."""
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    out = {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
-           if k.startswith(f"{prefix}_") and not k.endswith(skip)}
-    if "token_accuracy" in out and "loss" in out:
-        out["perplexity"] = math.exp(min(out["loss"], 700.0))
-    return out
+    return {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
+            if k.startswith(f"{prefix}_") and not k.endswith(skip)}
 
 
 # -- small things ----------------------------------------------------------------------------------

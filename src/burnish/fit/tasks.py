@@ -6,6 +6,7 @@ a batch, and what is measured. The four tasks differ in nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,22 @@ class Task:
         """What of the model's answer is kept for the figures (evaluation holds all of it)."""
         return logits_of(logits).argmax(-1)
 
+    def losses(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """(rows, 2): per row the sum of -log p over what was asked, and how much was asked.
+
+        Kept apart, so that the mean weighs every answer alike, however rows are batched.
+        """
+        logits = logits_of(logits).float()
+        sums = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([sums, torch.ones_like(sums)], -1)
+
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
         raise NotImplementedError
+
+    def figures(self, answers: Any, losses: Any, labels: Any) -> dict[str, float]:
+        """``loss``, the plain task loss per answer, and what :meth:`measure` finds beside it."""
+        total, count = torch.as_tensor(losses).double().sum(0).tolist()
+        return {"loss": total / max(count, 1.0), **self.measure(answers, labels)}
 
 
 class _Classify(Task):
@@ -180,10 +195,24 @@ class LanguageModelling(Task):
         # position t answers for token t + 1: aligned here, so that measure compares as they stand
         return torch.cat([torch.full_like(guess[:, :1], -100), guess[:, :-1]], 1)
 
+    def losses(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        logits, labels = logits_of(logits)[:, :-1], labels[:, 1:]
+        rows = []
+        for row, wanted in zip(logits, labels, strict=True):  # fp32 for one row's words at a time
+            asked = wanted != -100
+            rows.append(torch.stack([nn.functional.cross_entropy(
+                row[asked].float(), wanted[asked], reduction="sum"), asked.sum().float()]))
+        return torch.stack(rows)
+
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
         answers, labels = torch.as_tensor(answers), torch.as_tensor(labels)
         asked = (labels != -100) & (answers != -100)
         return {"token_accuracy": (answers == labels)[asked].double().mean().item()}
+
+    def figures(self, answers: Any, losses: Any, labels: Any) -> dict[str, float]:
+        """As for every task, with ``perplexity``, e to the loss per token."""
+        found = super().figures(answers, losses, labels)
+        return {**found, "perplexity": math.exp(min(found["loss"], 700.0))}
 
 
 class InstructionTuning(LanguageModelling):
@@ -218,7 +247,7 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
     if processor is None:
         if isinstance(model, str):
             check_local(model)
-        processor = _processor(kind, model, trust_remote_code)
+        processor = processor_for(data.task, model, trust_remote_code)
     if kind is not ImageClassification:
         from .chat import prepare_tokenizer
 
@@ -232,10 +261,11 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
     return kind(data, processor, max_length)
 
 
-def _processor(kind: type[Task], model: str | nn.Module, trust_remote_code: bool) -> Any:
+def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> Any:
+    """The tokenizer or image processor that lies with `model`: a folder, a name or a module."""
     from .pictures import processor_of
 
-    if kind is ImageClassification:
+    if TASKS[task] is ImageClassification:
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:
@@ -277,14 +307,25 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> 
     """The task's figures of a transformers model on one split, in row order, without a trainer."""
     rows, was = task.rows(split), model.training
     model.eval()
-    answers, labels = [], []
+    answers: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         batch = task.collate([rows[i] for i in range(start, stop)])
-        answers.append(task.reduce(logits_of(model(**batch)), batch["labels"]))
-        labels.append(batch["labels"])
+        logits = logits_of(model(**{k: v for k, v in batch.items() if k != "labels"}))
+        answers += task.reduce(logits, batch["labels"])
+        losses += task.losses(logits, batch["labels"])
+        labels += batch["labels"]
     model.train(was)
-    return task.measure(torch.cat(answers), torch.cat(labels))
+    return task.figures(_together(answers), torch.stack(losses), _together(labels))
+
+
+def _together(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of unlike length side by side; what is filled in was never asked."""
+    if not rows[0].dim():
+        return torch.stack(rows)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 def pad_tokens(rows: Sequence[dict[str, Any]], pad: int) -> Batch:
