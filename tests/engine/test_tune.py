@@ -359,3 +359,40 @@ def test_generation_runs():
     want = base.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(net.generate(ids, max_new_tokens=4, do_sample=False), want)
     assert tuned.model is net
+
+
+def with_an_unused_tensor():
+    """A model that owns a tensor no batch uses, as DINOv2 its mask token."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.register_parameter("mask_token", nn.Parameter(torch.zeros(1, 8)))
+    return model, (torch.randn(4, 8), torch.arange(4) % 3)
+
+
+def test_a_whole_selection_names_what_the_batch_does_not_use():            # findings 3.7
+    model, batch = with_an_unused_tensor()
+    tuned = burnish.tune(model, "full")
+    loss = lambda out, b: nn.functional.cross_entropy(out, b[1])  # noqa: E731
+    for _ in range(2):
+        tuned.step(batch, loss=loss)
+    assert model.mask_token.abs().sum() == 0
+    notes = [n for n in tuned.summary()["notes"] if "mask_token" in n]
+    assert len(notes) == 1 and "no gradient" in notes[0]
+
+
+def test_a_selection_of_nothing_but_unused_tensors_is_refused():           # findings 3.7
+    model, batch = with_an_unused_tensor()
+    tuned = burnish.tune(model, "full(targets='mask_token')", head=False)
+    with pytest.raises(burnish.BurnishError):
+        tuned.step(batch, loss=lambda out, b: nn.functional.cross_entropy(out, b[1]))
+
+
+def test_dinov2_trains_whole():                                            # findings 3.7
+    import transformers
+
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                       image_size=16, patch_size=4, num_labels=3)
+    model = transformers.Dinov2ForImageClassification(config)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    tuned = burnish.tune(model, "full", example=batch)
+    tuned.step(batch)
+    assert any("mask_token" in n for n in tuned.summary()["notes"])

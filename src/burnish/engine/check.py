@@ -17,6 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from ..core.errors import CheckError
+from .swap import ATTR
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -43,8 +44,7 @@ def check(tuned: Tuned, example: Any) -> None:
                 raise CheckError(_unreached(names, "no part in the loss of the example"))
             got = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
     missing = [n for n, g in zip(names, got, strict=True) if g is None]
-    if missing:
-        raise CheckError(_unreached(missing, "no gradient from the loss of the example"))
+    _reached(tuned, missing, "no gradient from the loss of the example", len(names))
 
 
 def check_gradients(tuned: Tuned) -> None:
@@ -60,12 +60,25 @@ def check_gradients(tuned: Tuned) -> None:
             getattr(getattr(tuned.current_optimizer, "plan", None), "in_backward", False):
         return                               # gradients do not exist, or not all at once
     missing = [n for n, p in tuned.named_parameters() if p.grad is None]
-    if missing:
-        raise CheckError(_unreached(missing, "no gradient after the first step"))
+    _reached(tuned, missing, "no gradient after the first step", len(held))
     bad = [n for n, p in tuned.named_parameters()
-           if not isinstance(p.grad, FakeTensor) and not _finite(p.grad)]
+           if p.grad is not None and not isinstance(p.grad, FakeTensor) and not _finite(p.grad)]
     if bad:
         raise CheckError(_unreached(bad, "a gradient that is not finite in the first step"))
+
+
+def _reached(tuned: Tuned, missing: list[str], what: str, of: int) -> None:
+    """An added tensor without a gradient is an error; one of the model's own, chosen among others,
+    is only named: models hold tensors that some batches do not use (a mask token)."""
+    added = [n for n in missing if f".{ATTR}." in f".{n}"]
+    if added or len(missing) == of and missing:
+        raise CheckError(_unreached(added or missing, what))
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        note = (f"{len(missing)} tensors of the model get no gradient and stay as they are: "
+                f"{', '.join(missing[:4])}{more}")
+        if note not in tuned._active.notes:
+            tuned._active.notes.append(note)
 
 
 def _finite(grad: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.update.step import compose
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import BurnishError, CheckError, ConfigError
 from ..core.events import Timeline
 from ..core.recipe import Recipe
 from .check import check_gradients
@@ -102,6 +102,9 @@ class Stepping:
         opt.zero_grad(set_to_none=True)
         value = self.loss(batch, loss)
         self._finite(value)
+        if not value.requires_grad:
+            raise CheckError("the loss depends on nothing that trains: what was chosen is no part "
+                             "of the computation of this batch; check targets")
         value.backward()
         opt.step()
         return value.detach()
