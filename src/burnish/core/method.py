@@ -17,17 +17,19 @@ Registry, command-line help, catalogue and conformance suite are generated from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .axes import AXES
-from .site import Branch, Selection, Site
+from .site import Branch, Place, Selection, Site
 
 if TYPE_CHECKING:
+    from ..blocks.choose.observe import Statistic
     from ..blocks.weight.provided import Provider, Term
+    from ..blocks.weight.shared import Seeded
     from .anatomy import Anatomy
     from .tuned import Tuned
 
@@ -105,6 +107,22 @@ class Method:
 
     def lifecycle(self, *args: Any, **kw: Any) -> Any:
         """Functions on checkpoints before or after training."""
+
+    # -- before the questions: data, and tensors that places share -------------------------
+    def observe(self, place: Place) -> Statistic | None:
+        """What a `delta` or `storage` wants to know of the data that passes this place (see
+        blocks/choose/observe.py); read before anything is added, from as many samples as the
+        setting `samples` says, all there are where there is none. None: nothing."""
+
+    def settle(self, seen: Mapping[Place, Statistic]) -> Mapping[Place, dict[str, Any]]:
+        """Decide over all places at once (ranks, budgets) from what was seen so far; called after
+        every batch of the data pass. Plain values only: they go into the adapter's file."""
+        return {}
+
+    def shared(self, places: Sequence[Place]) -> Mapping[str, torch.Tensor | Seeded]:
+        """Tensors this part owns once for all its places: parameters train and are saved once,
+        `Seeded` ones are drawn again and never saved."""
+        return {}
 
     # -- laws -----------------------------------------------------------------------------
     def claims(self) -> tuple[str, ...]:

@@ -90,14 +90,18 @@ class Site:
 
     place: where.
     weight: the (out, in) view of what stands there, possibly fake; (experts, out, in) for experts.
-    seen: what the data pass gathered here for this method (`Method.observe`), None without one.
-    shared: tensors that the recipe owns once for all places (`Method.shared`), by name.
+    seen: the statistic the data pass gathered here (`Method.observe`); None where nothing was read
+        (a load, a simulation): then shapes are what counts.
+    settled: what `Method.settle` decided for this place once data was read: kept in files, so that
+        a load needs no data.
+    shared: module whose attributes are the tensors the part owns once (`Method.shared`), or None.
     """
 
     place: Place
     weight: torch.Tensor
     seen: Any = None
-    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    shared: Any = None
 
 
 @dataclass(frozen=True)

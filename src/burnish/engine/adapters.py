@@ -27,6 +27,7 @@ class Adapter:
 
     selected: base parameters it trains, by name; decay: False for those no decay applies to.
     away: their values while another adapter's stand in the model.
+    settled: part -> place -> what it decided from data, so that a file needs none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Adapter:
     decay: dict[str, bool] = field(default_factory=dict)
     away: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
+    settled: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def select(self, name: str, parameter: nn.Parameter, decay: bool = True) -> None:
         self.selected[name] = parameter

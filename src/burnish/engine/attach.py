@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.weight.provided import Wrap
+from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, wanted
 from ..core.errors import RecipeError, TargetError
@@ -16,6 +19,7 @@ from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
+from .observe import Batches, Pass
 from .slot import State, slot_of
 from .swap import ATTR, swap_provided
 
@@ -26,9 +30,11 @@ if TYPE_CHECKING:
 class Attacher:
     """Collects the answers of one recipe for one model and applies each axis' law."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter):
+    def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter,
+                 data: tuple[Any, ...] = (Batches(None), None)):
         self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
         self.asked = anatomy.asked = Asked(adapter.targets)
+        self.data = data                     # batches, how to run one, how to be the base
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
@@ -97,9 +103,50 @@ class Attacher:
         """The slot of a module, made on first use (for blocks that install themselves)."""
         return slot_of(self.model.get_submodule(path), self.state, path)
 
+    def _informed(self, part: Method, places: list[Place]
+                  ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:
+        """(place, what was seen there, what was settled for it), after a data pass where the part
+        asks for one. A file knows what was settled, and a simulation has no values to see."""
+        key = self._key(part)
+        known = self.adapter.settled.get(key)
+        fake = isinstance(next(self.model.parameters(), None), FakeTensor)
+        if type(part).observe is Method.observe or known is not None or fake:
+            for place in places:
+                yield place, None, (known or {}).get(place.name, {})
+            return
+        record = self.adapter.settled.setdefault(key, {})
+        left = dict.fromkeys(places)
+        for seen, decided in Pass(self.model, part, places, *self.data).rounds():
+            for place, statistic in seen.items():
+                record[place.name] = dict(decided.get(place, {}))
+                del left[place]
+                yield place, statistic, record[place.name]
+            seen.clear()
+            del statistic                            # a round's statistics go with it
+        for place in left:                           # the part asked for nothing there
+            yield place, None, {}
+
+    def _key(self, part: Method) -> str:
+        """The part's name, numbered where the recipe has several of that name."""
+        same = [m for m in self.adapter.recipe if m.name == part.name]
+        n = next(i for i, m in enumerate(same) if m is part)
+        return f"{part.name}_{n + 1}" if n else part.name
+
+    def _shared(self, part: Method, places: list[Place]) -> Shared | None:
+        """The tensors a part owns once, held by the root."""
+        tensors = part.shared(places) if places else {}
+        if not tensors:
+            return None
+        module = Shared(tensors, self.adapter.seed)
+        module.to(next(self._module(places[0]).parameters()).device)
+        self.slot("").add(self.adapter.name, f"{part.name}_shared", module)
+        return module
+
     def _deltas(self, part: Method) -> None:
         undropped: list[tuple[Place, str]] = []
-        for place in (placed := self.places(part)):
+        placed = self.places(part)
+        shared = self._shared(part, placed)
+        for place, seen, settled in self._informed(part, placed):
             if self.anatomy.tied(place):
                 raise TargetError(
                     f"{part.name}: {place.name} is tied to {', '.join(self.anatomy.tied(place))}; "
@@ -112,7 +159,7 @@ class Attacher:
                 raise TargetError(f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
                                   "added to it; load the weights in a floating-point type")
             with torch.no_grad():
-                answer = part.delta(Site(place, weight))
+                answer = part.delta(Site(place, weight, seen, settled, shared))
             if answer is None:
                 continue
             answer = answer if isinstance(answer, tuple) else (answer,)
@@ -159,7 +206,7 @@ class Attacher:
                                   "give them different targets or drop one")
 
     def _storage(self, part: Method) -> None:
-        for place in self.places(part):
+        for place, seen, settled in self._informed(part, self.places(part)):
             if place.rows:
                 raise TargetError(f"{part.name} stores whole weights; {place.name} is a slice: "
                                   "target the fused weight")
@@ -178,7 +225,7 @@ class Attacher:
             with torch.no_grad():
                 for term in absorbed:                # a start that storage should absorb
                     moved = term.fold_start(moved, place)
-                provider = part.storage(Site(place, moved))
+                provider = part.storage(Site(place, moved, seen, settled))
             if provider is None:
                 continue
             for term in absorbed:

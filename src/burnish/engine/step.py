@@ -18,6 +18,14 @@ from .check import check_gradients
 from .slot import State
 
 
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's answer to a batch: a mapping is passed as keywords, a tuple is (inputs, target),
+    anything else is the inputs."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
 class Stepping:
     """What :class:`~burnish.engine.tuned.Tuned` does once per update (the life-cycle is there)."""
 
@@ -121,12 +129,7 @@ class Stepping:
 
     def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The task's loss on a batch (see :meth:`step`)."""
-        if isinstance(batch, Mapping):
-            out = self.model(**batch)
-        elif isinstance(batch, list | tuple):
-            out = self.model(batch[0])
-        else:
-            out = self.model(batch)
+        out = forward(self.model, batch)
         if loss is not None:
             return loss(out, batch)
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)

@@ -29,9 +29,10 @@ from .adapters import (
 )
 from .attach import Attacher
 from .check import check
+from .observe import Batches
 from .originals import Originals
 from .slot import State, slot_of, slots
-from .step import Stepping
+from .step import Stepping, forward
 from .summary import summary, table
 from .swap import ATTR, unprovide, unswap
 
@@ -58,7 +59,7 @@ class Tuned(Stepping):
         self.model = model
         _OWNERS[model] = weakref.ref(self)
         self.anatomy = Anatomy.of(model)
-        self.calibration = calibration
+        self.calibration = Batches(calibration)
         self.adapters: dict[str, Adapter] = {}
         self.state = State()
         self.originals = Originals()
@@ -75,8 +76,12 @@ class Tuned(Stepping):
 
     # -- recipes -------------------------------------------------------------------------------
     def add(self, name: str, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
-            head: bool | str = False, seed: int = 0) -> None:
+            head: bool | str = False, seed: int = 0, calibration: Iterable[Any] | None = None,
+            settled: Mapping[str, Any] | None = None) -> None:
         """Join another recipe under a name; it becomes active with :meth:`use`.
+
+        calibration: batches for methods that read data first; default those given to `tune`.
+        settled: what such methods decided once (a file knows it), so that they need no data.
 
         Raises RecipeError, TargetError; the model is left as it was when anything is refused.
         """
@@ -86,7 +91,11 @@ class Tuned(Stepping):
         check_storage(parsed, self.adapters)
         train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
         adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
-        attacher = Attacher(self.model, self.anatomy, self.state, adapter)
+        adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
+        batches = self.calibration if calibration is None else Batches(calibration)
+        base = self.disabled if self.adapters else contextlib.nullcontext
+        attacher = Attacher(self.model, self.anatomy, self.state, adapter,
+                            (batches, self._run, base))
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         before = Before(self)
         try:
@@ -111,6 +120,10 @@ class Tuned(Stepping):
             adapter.away = {k: original(self, k).to(p.device, copy=True)
                             for k, p in adapter.selected.items()}
             self._set_trainable()
+
+    def _run(self, batch: Any, loss: bool = False) -> Any:
+        """One batch through the model, for a data pass."""
+        return self.loss(batch) if loss else forward(self.model, batch)
 
     def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
         for path in self.anatomy.head:
@@ -295,7 +308,7 @@ class Tuned(Stepping):
 
 def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
          head: bool | str = "auto", calibration: Any = None, example: Any = None,
-         seed: int = 0, name: str = DEFAULT) -> Tuned:
+         seed: int = 0, name: str = DEFAULT, settled: Mapping[str, Any] | None = None) -> Tuned:
     """Join a recipe to a model, in place, and return the :class:`Tuned` handle.
 
     model: any ``torch.nn.Module``.
@@ -304,6 +317,7 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
         storage take every linear outside the head. Refused when no part uses them.
     head: "auto" trains a classification-like head and leaves a language-model head frozen.
     calibration: iterable of batches for methods that read data first.
+    settled: what such methods decided once (:func:`burnish.load` knows it from the file).
     example: one batch; a traced step on fake tensors then proves, before anything runs, that
     every attached tensor is reached by forward and by gradient.
     seed: of everything that is drawn at the start.
@@ -325,7 +339,7 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
     parsed = parse(recipe)
     tuned = Tuned(model, example=example, calibration=calibration)
     try:
-        tuned.add(name, parsed, targets=targets, head=head, seed=seed)
+        tuned.add(name, parsed, targets=targets, head=head, seed=seed, settled=settled)
         if next(tuned.parameters(), None) is None:
             raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
                              f"e.g. full + {parsed} or lora(rank=8) + {parsed}")

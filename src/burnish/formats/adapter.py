@@ -30,7 +30,7 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
         "selected": sorted(tuned._active.selected),
         "active": [list(a) for a in tuned.state.active] or None,
         "adapters": {n: {"recipe": str(a.recipe), "targets": a.targets, "head": a.head,
-                         "seed": a.seed} for n, a in tuned.adapters.items()},
+                         "seed": a.seed, "settled": a.settled} for n, a in tuned.adapters.items()},
     }
     tensors: dict[str, Tensor] = {}
     for name in tuned.adapters:
@@ -55,7 +55,7 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> Tuned:
     tuned: Tuned | None = None
     for name, entry in adapters.items():
         args = {"targets": entry.get("targets"), "head": bool(entry.get("head")),
-                "seed": entry.get("seed", 0)}
+                "seed": entry.get("seed", 0), "settled": entry.get("settled")}
         if tuned is None:
             tuned = tune(model, parse(entry["recipe"]), name=name, **args)
         else:

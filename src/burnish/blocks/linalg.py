@@ -1,0 +1,30 @@
+"""Decompositions that are the same for the same matrix, whatever was drawn before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: passes of the subspace iteration, and directions beyond those asked for
+PASSES, BESIDES = 4, 8
+
+
+def svd(M: Tensor, k: int, passes: int = PASSES) -> tuple[Tensor, Tensor, Tensor]:
+    """(U (m, k), S (k,), V (k, n)) of the k largest singular values, S falling; fewer where M has
+    fewer.
+
+    Exact where that costs little, else by subspace iteration from a fixed sketch: nothing is
+    drawn from a global generator, so the same matrix has the same answer.
+    """
+    k = min(k, *M.shape)
+    if min(M.shape) <= 4 * (k + BESIDES):
+        U, S, V = torch.linalg.svd(M, full_matrices=False)
+        return U[:, :k], S[:k], V[:k]
+    g = torch.Generator().manual_seed(0)
+    sketch = torch.randn(M.shape[1], k + BESIDES, generator=g, dtype=torch.float32).to(M)
+    Q = torch.linalg.qr(M @ sketch).Q
+    for _ in range(passes):
+        Q = torch.linalg.qr(M.t() @ Q).Q
+        Q = torch.linalg.qr(M @ Q).Q
+    U, S, V = torch.linalg.svd(Q.t() @ M, full_matrices=False)
+    return (Q @ U)[:, :k], S[:k], V[:k]

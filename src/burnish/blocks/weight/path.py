@@ -1,0 +1,90 @@
+"""Updates written as a path of activations: the forward says all, backward is made from it.
+
+A method gives ``path(h) -> y``, built of ordinary differentiable operations on its own small
+tensors; no autograd function is written by hand. Nothing of the path is kept: backward runs it
+again from h, under a graph that lives as long as one layer's backward.
+
+``h`` is the layer's input, (N, in), or, where a frozen matrix stands first (`into`), its product
+with it: ``h = x into^T``, (N, r). Then h is all that is kept for backward, not x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tape.replay import replay, rng_state
+from .provided import Term
+
+
+class Path(Term):
+    """``Delta x = path(into x)``, linear in x. Subclasses give :meth:`path`.
+
+    draws: the path draws random numbers in training (dropout); they are drawn again in backward.
+    """
+
+    tokenwise = True
+    cheap_tile = False
+    inp: int
+
+    @property
+    def into(self) -> Tensor | None:
+        """A frozen (r, in) matrix that stands before everything that trains."""
+        return None
+
+    def path(self, h: Tensor) -> Tensor:
+        """(N, out) from h (N, in), or (N, r) where there is an `into`, in h's precision."""
+        raise NotImplementedError
+
+    @property
+    def draws(self) -> bool:
+        return False
+
+    @property
+    def keeps_input(self) -> bool:
+        return self.into is None and (self.draws or super().keeps_input)
+
+    def dense(self) -> Tensor:
+        """The update as (out, in): the path of every unit vector."""
+        first = self.theta()[0]
+        eye = torch.eye(self.inp, dtype=first.dtype, device=first.device)
+        was, self.training = self.training, False
+        try:
+            return self.path(eye if self.into is None else self.into.t().to(eye.dtype)).t()
+        finally:
+            self.training = was
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
+        state = rng_state(x_NI.device) if self.draws else None
+        h = x_NI if self.into is None else x_NI @ self.into.t().to(x_NI.dtype)
+        with torch.no_grad():
+            y_NO.add_(self.path(h), alpha=scale)
+        wanted = any(t.requires_grad for t in self.theta())
+        return (h if self.into is not None and wanted else None, state)
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[Any, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        h, state = kept
+        theta, into = self.theta(), self.into
+        wanted = [t for t in theta if t.requires_grad]
+        if h is None:
+            h = x_NI if into is None and x_NI is not None else \
+                g_NO.new_zeros(g_NO.shape[0], self.inp if into is None else into.shape[0])
+        h = h.detach().requires_grad_(dx_NI is not None)
+        with torch.enable_grad():
+            if state is None:
+                y = self.path(h)
+            else:
+                with replay(g_NO.device, state):
+                    y = self.path(h)
+        asked = [*wanted, *([h] if dx_NI is not None else [])]
+        got = torch.autograd.grad(y, asked, g_NO if scale == 1 else g_NO * scale,
+                                  allow_unused=True) if asked and y.requires_grad else ()
+        it = iter(got)
+        grads = [next(it, None) if t.requires_grad else None for t in theta]
+        dh = next(it, None)
+        if dx_NI is not None and dh is not None:
+            dx_NI.add_(dh) if into is None else dx_NI.addmm_(dh, into.to(dh.dtype))
+        return grads

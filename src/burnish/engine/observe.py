@@ -1,0 +1,254 @@
+"""The data pass: what methods read before they start.
+
+Runs the model as it was found (evaluation mode, adapters off) over the calibration batches and
+feeds the statistics that a part asked for. Places that are given the very same tensor share one
+statistic (q, k and v; gate and up). Statistics are gathered in rounds that fit a budget of bytes,
+and each is handed over as soon as its round is done: for those that need an (in, in) matrix, one
+layer at a time is enough.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.choose.observe import Statistic
+from ..core.errors import ConfigError, DataError
+from ..core.method import Method
+from ..core.site import Place
+
+Seen = dict[Place, Statistic]
+Decided = Mapping[Place, dict[str, Any]]
+
+
+class Batches:
+    """Calibration batches that can be read again: what was taken is kept."""
+
+    def __init__(self, source: Iterable[Any] | None):
+        self._rest: Iterator[Any] | None = None if source is None else iter(source)
+        self._taken: list[Any] = []
+
+    def __bool__(self) -> bool:
+        return self._rest is not None
+
+    def first(self, samples: int | None) -> Iterator[Any]:
+        """Batches until `samples` samples have come; the last is cut. None: all there are."""
+        left = samples
+        for batch in self._all():
+            if left is not None:
+                if left <= 0:
+                    return
+                n = size(batch)
+                batch = cut(batch, left) if n > left else batch
+                left -= n
+            yield batch
+
+    def _all(self) -> Iterator[Any]:
+        yield from self._taken
+        assert self._rest is not None
+        for batch in self._rest:
+            self._taken.append(batch)
+            yield batch
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    for v in batch.values() if isinstance(batch, Mapping) else \
+            batch if isinstance(batch, tuple | list) else [batch]:
+        if isinstance(v, Tensor) and v.dim():
+            yield v
+
+
+def size(batch: Any) -> int:
+    """Samples in a batch."""
+    first = next(_leaves(batch), None)
+    if first is None:
+        raise DataError(f"a calibration batch is a mapping, a tuple or a tensor with samples along "
+                        f"its first dimension, not {type(batch).__name__}")
+    return first.shape[0]
+
+
+def cut(batch: Any, n: int) -> Any:
+    """The first n samples of a batch."""
+    whole = size(batch)
+
+    def some(v: Any) -> Any:
+        return v[:n] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
+
+    if isinstance(batch, Mapping):
+        return {k: some(v) for k, v in batch.items()}
+    return type(batch)(some(v) for v in batch) if isinstance(batch, tuple | list) else some(batch)
+
+
+def valid_tokens(batch: Any) -> Tensor | None:
+    """(batch, tokens), True where a token counts: attended to and, where labels stand per token,
+    learnt from."""
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    out = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() \
+            and (out is None or out.shape == labels.shape):
+        learnt = labels != -100
+        if bool(learnt.any()):
+            out = learnt if out is None else out & learnt
+    return out
+
+
+class Pass:
+    """One part's data pass.
+
+    run: ``run(batch)`` is the model's answer to a batch, ``run(batch, loss=True)`` its loss.
+    base: a context inside which the model is the base, whatever adapters it has.
+    budget: bytes of statistics at a time; at least one is always gathered.
+    """
+
+    def __init__(self, model: nn.Module, part: Method, places: list[Place], batches: Batches,
+                 run: Callable[..., Any], base: Callable[[], AbstractContextManager] = nullcontext,
+                 budget: int | None = None):
+        self.base = base
+        self.model, self.part, self.batches, self.run = model, part, batches, run
+        self.wanted: Seen = {p: s for p in places if (s := part.observe(p)) is not None}
+        self.budget = budget if budget is not None else \
+            sum(p.numel() * p.element_size() for p in model.parameters()) // 8
+        self.samples: int | None = getattr(part, "samples", None)
+        self.alike: dict[Place, Place] = {}          # place -> the one that reads for it
+
+    def rounds(self) -> Iterator[tuple[Seen, Decided]]:
+        """({place: its statistic}, what the part decided from them), a round at a time, until
+        every place has had its turn."""
+        if not self.batches:
+            raise ConfigError(f"{self.part.name} reads data before it starts: give "
+                              "tune(..., calibration=batches), an iterable of training batches")
+        with self._as_found():
+            self._group()
+            together = type(self.part).settle is not Method.settle
+            for places in self._split(together):
+                seen = self._read(places)
+                yield seen, self.part.settle(seen)
+                del seen                             # before the next round's stand
+
+    # -- which places share ------------------------------------------------------------------
+    def _group(self) -> None:
+        """One batch tells which places are given the same tensor."""
+        self.alike = {p: p for p in self.wanted}
+        reads = {p: s for p, s in self.wanted.items() if s.reads == "input"}
+        if not reads:
+            return
+        batch = next(self.batches.first(self.samples), None)
+        if batch is None:
+            raise DataError(f"{self.part.name} reads data before it starts, and calibration holds "
+                            "no batch")
+        given: dict[int, tuple[Any, int, int]] = {}    # id -> (tensor, version, its number)
+        calls: dict[Place, list[int]] = {p: [] for p in reads}
+
+        def look(place: Place, x: Tensor) -> None:
+            ref, version, number = given.get(id(x), (None, -1, -1))
+            if ref is None or ref() is not x or version != x._version:
+                number = 1 + max((n for _, _, n in given.values()), default=0)
+                given[id(x)] = (weakref.ref(x), x._version, number)
+            calls[place].append(number)
+
+        with self._inputs(reads, look), torch.no_grad():
+            self.run(batch)
+        leaders: dict[Hashable, Place] = {}
+        for place, numbers in calls.items():
+            if numbers:                              # the same tensors, call by call
+                self.alike[place] = leaders.setdefault((tuple(numbers), self.wanted[place].key),
+                                                       place)
+
+    def _split(self, together: bool) -> list[list[Place]]:
+        leaders = list(dict.fromkeys(self.alike.values()))
+        if together:
+            return [leaders]
+        out: list[list[Place]] = []
+        room = -1
+        for p in leaders:
+            room -= self.wanted[p].nbytes
+            if room < 0:
+                out.append([])
+                room = self.budget - self.wanted[p].nbytes
+            out[-1].append(p)
+        return out
+
+    # -- one round ---------------------------------------------------------------------------
+    def _read(self, leaders: list[Place]) -> Seen:
+        stats: Seen = {p: self.wanted.pop(p) for p in leaders}
+        inputs = {p: s for p, s in stats.items() if s.reads == "input"}
+        weights = {p: s for p, s in stats.items() if s.reads == "gradient"}
+        seen = {p: stats[lead] for p, lead in self.alike.items() if lead in stats}
+        read = set()
+        for batch in self.batches.first(self.samples):
+            valid = valid_tokens(batch)
+
+            def feed(place: Place, x: Tensor, valid: Tensor | None = valid) -> None:
+                read.add(place)
+                stats[place].update(x, valid)
+
+            with self._inputs(inputs, feed), self._gradients(weights, feed):
+                if weights:
+                    with torch.enable_grad():
+                        self.run(batch, loss=True).backward()
+                else:
+                    with torch.no_grad():
+                        self.run(batch)
+            self.part.settle(seen)
+            if all(s.done for s in stats.values()):
+                break
+        for place in leaders:
+            if place not in read:
+                raise DataError(f"{self.part.name}: the calibration batches never reach "
+                                f"{place.name}; leave it out of targets, or give batches that do")
+        return seen
+
+    @contextmanager
+    def _inputs(self, places: Seen, tell: Callable[[Place, Tensor], None]) -> Iterator[None]:
+        by_path: dict[str, list[Place]] = {}
+        for p in places:
+            by_path.setdefault(p.path, []).append(p)
+        with ExitStack() as stack:
+            for path, here in by_path.items():
+                def hook(module: nn.Module, args: tuple, kw: dict,
+                         here: list[Place] = here) -> None:
+                    x = args[0] if args else next(iter(kw.values()))
+                    for p in here:
+                        tell(p, x)
+
+                module = self.model.get_submodule(path)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def _gradients(self, places: Seen, tell: Callable[[Place, Tensor], None]) -> Iterator[None]:
+        by_tensor: dict[nn.Parameter, list[Place]] = {}
+        for p in places:
+            by_tensor.setdefault(p.stored(self.model.get_submodule(p.path)), []).append(p)
+        with ExitStack() as stack:
+            for tensor, here in by_tensor.items():
+                def hook(t: Tensor, here: list[Place] = here) -> None:
+                    g, t.grad = t.grad, None         # one gradient stands at a time
+                    for p in here:
+                        tell(p, p.view(g))
+
+                stack.callback(tensor.requires_grad_, tensor.requires_grad)
+                tensor.requires_grad_(True)
+                handle = tensor.register_post_accumulate_grad_hook(hook)
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        """Evaluation mode, the caller's random numbers left alone, every flag put back."""
+        modes = {m: m.training for m in self.model.modules()}
+        self.model.eval()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        try:
+            with torch.random.fork_rng(devices), self.base():
+                yield
+        finally:
+            for m, was in modes.items():
+                m.training = was

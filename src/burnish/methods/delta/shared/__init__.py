@@ -1,0 +1,1 @@
+"""Updates made of tensors that all places share."""
