@@ -25,7 +25,7 @@ def masks(xs, seed=1):
 @pytest.mark.parametrize("masked", [False, True])
 def test_covariance_is_the_mean_over_samples(scaled, masked):
     xs = batches()
-    xs[0][0] = -xs[0][0].abs()            # max(X) < 0: absolute values count
+    xs[0][0] = -xs[0][0].abs()      # max(X) < 0: absolute values count
     valid = masks(xs) if masked else [None] * len(xs)
     c = Covariance(8, scaled=scaled)
     want, n = torch.zeros(8, 8, dtype=torch.float64), 0
@@ -124,7 +124,8 @@ def test_half_precision_is_gathered_in_single():
 
 @pytest.mark.parametrize("shape", [(6, 40), (200, 160)])
 def test_svd_is_the_same_whatever_was_drawn_before(shape):
-    M = torch.randn(*shape, dtype=torch.float64) * torch.logspace(0, -6, shape[1], dtype=torch.float64)
+    M = torch.randn(*shape, dtype=torch.float64)
+    M *= torch.logspace(0, -6, shape[1], dtype=torch.float64)
     torch.manual_seed(1)
     first = svd(M, 5)
     torch.manual_seed(2)

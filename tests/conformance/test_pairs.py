@@ -41,7 +41,7 @@ def works(names, model) -> bool:
     net, batch = tiny(model)
     recipe = " + ".join(TEXT[n] for n in names)
     try:
-        tuned = burnish.tune(net, recipe)
+        tuned = burnish.tune(net, recipe, calibration=[batch])
     except burnish.BurnishError as e:
         said = str(e)
         assert len(said) > 30 and "\n" not in said

@@ -14,6 +14,7 @@ reason; :func:`refusal` gives that reason, and checks are for the pairs where it
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
@@ -56,9 +57,9 @@ def recipe(name: str) -> str:
 @lru_cache(maxsize=512)
 def refusal(name: str, model: str) -> str | None:
     """Why the method refuses this model, or None when it applies."""
-    net, _ = tiny(model)
+    net, batch = tiny(model)
     try:
-        tune(net, recipe(name))
+        tune(net, recipe(name), calibration=[batch])
     except CheckError:
         raise
     except BurnishError as e:
@@ -76,7 +77,7 @@ def make(name: str, model: str, dtype: torch.dtype = torch.float64,
     batch = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
              for k, v in batch.items()}
     base = copy.deepcopy(net)
-    tuned = tune(net, recipe(name))
+    tuned = tune(net, recipe(name), calibration=[batch])
     net.train(train)
     base.train(train)
     return tuned, batch, base
@@ -131,12 +132,15 @@ def gradients_reach_exactly_what_trains(name: str, model: str) -> None:
 
 
 def declared_count(name: str, model: str) -> None:
-    """`count(place)` is what a delta trains there."""
+    """`count(place)` is what a delta trains there; one that needs to know what was settled there,
+    or the tensors its places share, takes them by name."""
     cls = registry.find(name)
     if "delta" not in cls.axes() or not hasattr(cls, "count"):
         return
     tuned, _, _ = make(name, model, torch.float32)
     method = tuned.recipe.named(name)
+    settled = tuned.adapters["default"].settled.get(name, {})
+    shared = tuned.model._modules[ATTR]._modules.get("default", {})
     for _, _, slot in slots(tuned.model):
         by_place: dict[Any, int] = {}
         for part in slot.parts:
@@ -144,7 +148,11 @@ def declared_count(name: str, model: str) -> None:
                 n = sum(p.numel() for p in slot.module_of(part).parameters() if p.requires_grad)
                 by_place[part.place] = by_place.get(part.place, 0) + n
         for place, n in by_place.items():
-            assert n == method.count(place), f"{place.name}: trains {n}, says {method.count(place)}"
+            known = {**settled.get(place.name, {}),
+                     **({"shared": shared[f"{name}_shared"]} if f"{name}_shared" in shared else {})}
+            taken = inspect.signature(method.count).parameters
+            says = method.count(place, **{k: v for k, v in known.items() if k in taken})
+            assert n == says, f"{place.name}: trains {n}, says {says}"
 
 
 @contextmanager
@@ -229,7 +237,7 @@ def detaches_bit_for_bit(name: str, model: str) -> None:
     """After steps, detach gives back classes, names, values and flags."""
     net, batch = tiny(model)
     base = copy.deepcopy(net)
-    tuned = tune(net, recipe(name))
+    tuned = tune(net, recipe(name), calibration=[batch])
     tuned.optimizer(lr=1e-3)
     tuned.step(batch)
     tuned.detach()
@@ -244,10 +252,10 @@ def detaches_bit_for_bit(name: str, model: str) -> None:
 
 def base_stays_visible(name: str, model: str) -> None:
     """isinstance holds, names and storages stay, the state dict without our keys is the base's."""
-    net, _ = tiny(model)
+    net, batch = tiny(model)
     kinds = [(n, type(m)) for n, m in net.named_modules()]
     where = {n: p.data_ptr() for n, p in net.named_parameters()}
-    tuned = tune(net, recipe(name))
+    tuned = tune(net, recipe(name), calibration=[batch])
     for n, kind in kinds:
         assert isinstance(net.get_submodule(n), kind), n
     provided = "storage" in {a for m in tuned.recipe for a in m.axes()}
@@ -263,7 +271,7 @@ def saves_and_loads(name: str, model: str) -> None:
     """A saved folder gives the same outputs on a fresh base."""
     net, batch = tiny(model)
     base = copy.deepcopy(net)
-    tuned = tune(net, recipe(name))
+    tuned = tune(net, recipe(name), calibration=[batch])
     tuned.optimizer(lr=1e-2)
     for _ in range(2):
         tuned.step(batch)
@@ -327,7 +335,7 @@ def checkpointing_changes_nothing(name: str, model: str) -> None:
         return
     net = copy.deepcopy(base)
     try:
-        second = tune(net, f"{recipe(name)} + checkpoint")
+        second = tune(net, f"{recipe(name)} + checkpoint", calibration=[batch])
     except BurnishError as e:
         assert "cannot be joined" in str(e) or "mode" in str(e), e
         return
@@ -375,7 +383,7 @@ def simulated_is_measured(name: str, model: str) -> None:
 
     net, batch = tiny(model)
     promise = simulate(copy.deepcopy(net), recipe(name), batch)
-    tuned = tune(net, recipe(name))
+    tuned = tune(net, recipe(name), calibration=[batch])
     tuned.optimizer(lr=1e-3)
     truth = measure(tuned, batch)
     ratio = promise.peak_bytes / truth.peak_bytes

@@ -97,10 +97,17 @@ class _Call:
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
+def trained(module: nn.Module) -> list[Tensor]:
+    """What a block reads and trains: its own parameters, and those its terms borrow."""
+    found = [*module.parameters(),
+             *(p for m in module.modules() for p in getattr(m, "borrowed", ()))]
+    return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+
+
 def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
                recording: Callable[[], Any] = nullcontext) -> Any:
     """Run ``fn(*args, **kwargs)``, the forward of `module`, keeping only its inputs."""
-    params = [p for p in module.parameters() if p.requires_grad]
+    params = trained(module)
     floating = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not torch.is_grad_enabled() or not (params or any(t.requires_grad for t in floating)):
         return fn(*args, **kwargs)

@@ -50,9 +50,14 @@ class Term(nn.Module):
     tokenwise: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
 
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """Parameters this term reads and others own (what its recipe shares among places)."""
+        return ()
+
     def theta(self) -> tuple[Tensor, ...]:
         """The tensors gradients are wanted for, in a fixed order."""
-        return tuple(self.parameters())
+        return (*self.parameters(), *self.borrowed)
 
     def dense(self) -> Tensor:
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""

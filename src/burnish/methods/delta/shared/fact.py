@@ -36,8 +36,9 @@ class Tiles(Path):
             self.sigma = nn.Parameter(torch.empty(self.rows, self.columns, rank, rank))
             nn.init.uniform_(self.sigma, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
 
-    def theta(self) -> tuple[Tensor, ...]:
-        return (*self.parameters(), *self.shared.parameters())
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        return tuple(self.shared.parameters())
 
     @property
     def draws(self) -> bool:
@@ -103,6 +104,8 @@ class Fact(Method):
         return Tiles(site.place, site.shared.U.shape[0], self.rank, self.scale, self.dropout,
                      self.form == "tk", site.shared)
 
-    def count(self, place: Place) -> int:
-        """Trainable parameters of one d x d tile's own (the shared ones are counted once)."""
-        return self.rank**2 if self.form == "tt" else self.rank
+    def count(self, place: Place, shared: Any) -> int:
+        """Trainable parameters of one matrix alone (U, V and C are the recipe's)."""
+        d = shared.U.shape[0]
+        own = self.rank**2 if self.form == "tt" else self.rank
+        return (place.out // d) * (place.inp // d) * own

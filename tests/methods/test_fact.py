@@ -1,0 +1,171 @@
+"""FacT against its equation in plain float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.core.errors import TargetError
+from burnish.core.site import Place
+from burnish.testing.models import tiny
+
+
+class Block(nn.Module):
+    """A width of 6: one square matrix, one of four tiles up, one of four tiles down."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(self.q(x))))
+
+
+def tuned_block(form, dropout=0.0):
+    torch.manual_seed(0)
+    net = Block().double()
+    tuned = burnish.tune(net, f"fact(rank=3, form='{form}', scale=0.7, dropout={dropout})",
+                         targets="q,up,down", head=False)
+    for m in net.modules():
+        if hasattr(m, "burnish"):
+            m.burnish.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.copy_(torch.randn_like(p))
+    return net, tuned
+
+
+def dense(term, U, V, C, d=6, s=0.7):
+    """Delta[tile a, b] = s V Sigma_ab U^T, Sigma_ab given or sum_j P_abj C[:, :, j]."""
+    rows = []
+    for a in range(term["rows"]):
+        row = []
+        for b in range(term["columns"]):
+            sigma = term["sigma"][a, b] if C is None else \
+                sum(term["P"][a, b, j] * C[:, :, j] for j in range(3))
+            row.append(s * V @ sigma @ U.t())
+        rows.append(torch.cat(row, 1))
+    return torch.cat(rows, 0)
+
+
+@pytest.mark.parametrize("form", ["tt", "tk"])
+def test_outputs_and_gradients_are_the_equations(form):
+    net, tuned = tuned_block(form)
+    shared = net.burnish.default["fact_shared"]
+    ref = {n: p.detach().clone().requires_grad_() for n, p in shared.named_parameters()}
+    own, layers = {}, {}
+    for n in ("q", "up", "down"):
+        term = getattr(net, n).burnish.default["fact"]
+        own[n] = {k: p.detach().clone().requires_grad_() for k, p in term.named_parameters()}
+        layers[n] = own[n] | {"rows": term.rows, "columns": term.columns}
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+
+    def layer(n, x):
+        lin = getattr(net, n)
+        D = dense(layers[n], ref["U"], ref["V"], ref.get("C"))
+        return x @ (lin.weight.detach() + D).t() + lin.bias.detach()
+
+    y = net(x)
+    want = layer("down", torch.tanh(layer("up", layer("q", x2))))
+    torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-11)
+    g = torch.randn_like(y)
+    y.backward(g)
+    want.backward(g)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-8, atol=1e-11)
+    for n, p in shared.named_parameters():
+        torch.testing.assert_close(p.grad, ref[n].grad, rtol=1e-8, atol=1e-11)
+    for n in own:
+        for k, p in getattr(net, n).burnish.default["fact"].named_parameters():
+            torch.testing.assert_close(p.grad, own[n][k].grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("form, want", [("tt", 61_440), ("tk", 86_528)])
+def test_the_count_on_vit_b(form, want):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.device("meta"):
+        net = ViTForImageClassification(ViTConfig(num_labels=2))
+    method = burnish.parse(f"fact(rank={16 if form == 'tt' else 32}, form='{form}')")[0]
+    places = [Place(n, "weight", "linear", m.out_features, m.in_features)
+              for n, m in net.named_modules()
+              if isinstance(m, nn.Linear) and "classifier" not in n]
+    assert len(places) == 72
+    shared = method.shared(places)
+    bag = type("Bag", (), shared)
+    n = sum(t.numel() for t in shared.values()) + sum(method.count(p, bag) for p in places)
+    assert n == want
+
+
+def test_it_starts_as_the_base_and_v_moves_first():
+    net, batch = tiny("vit")
+    net.eval()
+    want = net(**batch).logits
+    tuned = burnish.tune(net, "fact(rank=4)", head=False)
+    assert torch.equal(net(**batch).logits, want)
+    net(**batch).loss.backward()
+    moved = {n.rpartition(".")[2] for n, p in tuned.named_parameters() if p.grad.any()}
+    assert moved == {"V"}
+
+
+def test_one_set_of_shared_tensors_in_the_model_and_in_the_file(tmp_path):
+    from safetensors.torch import load_file
+
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "fact(rank=4, form='tk')", head=False)
+    for _ in range(3):
+        tuned.step(batch)
+    names = [n for n, _ in tuned.named_parameters()]
+    assert sum(n.endswith((".U", ".V", ".C")) for n in names) == 3
+    tuned.save(tmp_path / "a")
+    file = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert sorted(file) == sorted(names)
+    other, _ = tiny("vit")
+    burnish.load(other, tmp_path / "a")
+    net.eval(), other.eval()
+    assert torch.equal(net(**batch).logits, other(**batch).logits)
+
+
+def test_dropout_acts_in_training_and_is_drawn_again_in_backward():
+    net, tuned = tuned_block("tt", dropout=0.5)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    net.eval()
+    plain = net(x)
+    assert torch.equal(net(x), plain)
+    net.train()
+    torch.manual_seed(1)
+    y = net(x)
+    assert not torch.allclose(y, plain)
+    V = net.burnish.default["fact_shared"].V
+    torch.manual_seed(7)                    # backward must not depend on where the generator is
+    (g,) = torch.autograd.grad(y.sum(), [V])
+    eps, total = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            V[2, 1] += sign * eps
+            torch.manual_seed(1)
+            total.append(float(net(x).sum()))
+            V[2, 1] -= sign * eps
+    assert (total[0] - total[1]) / (2 * eps) == pytest.approx(float(g[2, 1]), rel=1e-6)
+
+
+def test_a_matrix_that_is_no_whole_number_of_tiles_is_refused():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 8))
+    with pytest.raises(TargetError, match=r"6 x 6 tiles.*1.weight \(8 x 6\)"):
+        burnish.tune(net, "fact(rank=2)", targets="0,1", head=False)
+
+
+def test_checkpointing_gives_shared_tensors_their_gradients():
+    grads = []
+    for extra in ("", " + checkpoint"):
+        net, batch = tiny("vit")
+        tuned = burnish.tune(net, "fact(rank=4)" + extra, head=False)
+        with torch.no_grad():
+            for i, p in enumerate(tuned.parameters()):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+        net.eval()
+        net(**batch).loss.backward()
+        grads.append({n: p.grad for n, p in tuned.named_parameters()})
+    assert all(torch.allclose(grads[1][n], g) and g.any() for n, g in grads[0].items())
