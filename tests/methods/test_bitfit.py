@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import burnish
+from burnish.blocks.state.gates import Shift
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
@@ -123,3 +126,36 @@ def test_merged_and_saved(tmp_path):
     again = burnish.load(tiny("vit")[0].eval(), tmp_path / "a")
     torch.testing.assert_close(again.model(**batch).logits, want)
     torch.testing.assert_close(tuned.merge()(**batch).logits, want)
+
+
+@pytest.mark.parametrize("name", ["timm_qkv", "gpt2"])
+def test_query_biases_of_a_fused_weight_train_as_rows(name):             # findings 3.8
+    """The gradient is that of the bias' query rows; keys and values stay; it merges exactly."""
+    model, batch = tiny(name)
+    stock = copy.deepcopy(model)
+    tuned = burnish.tune(model, "bitfit(which='query-mlp')", head=False)
+    shifts = [m for _, m in model.named_modules() if isinstance(m, Shift)]
+    assert len(shifts) == 2 and all(s.shift.shape == (32,) for s in shifts)
+    assert sum(p.numel() for p in tuned.parameters()) == 2 * (32 + (64 if name != "gpt2" else 128))
+    tuned.loss(batch).backward()
+    stock(**batch).loss.backward()
+    fused = [p.grad for n, p in stock.named_parameters()
+             if n.endswith(("qkv.bias", "c_attn.bias"))]
+    for s, g in zip(shifts, fused, strict=True):
+        torch.testing.assert_close(s.shift.grad, g[:32], rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        for s in shifts:
+            s.shift.normal_()
+    model.eval()
+    want = model(**batch).logits
+    before = {n: p.detach().clone() for n, p in stock.named_parameters()}
+    merged = tuned.merge()
+    torch.testing.assert_close(merged(**batch).logits, want, rtol=1e-5, atol=1e-5)
+    for n, p in merged.named_parameters():
+        if n.endswith(("qkv.bias", "c_attn.bias")):
+            assert torch.equal(p[32:], before[n][32:]) and not torch.equal(p[:32], before[n][:32])
+
+
+def test_query_biases_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(RecipeError, match="without a call.*which='all'"):
+        burnish.tune(tiny("mha")[0], "bitfit(which='query-mlp')")

@@ -176,3 +176,17 @@ def test_only_rows_asked_for_change_in_a_fused_projection():
 def test_settings_that_make_no_sense(settings, word):
     with pytest.raises(RecipeError, match=word):
         burnish.tune(mlp(), f"lora({settings})")
+
+
+def test_an_embedding_leaves_its_padding_alone():                         # findings 3.8
+    """As in torch the row of padding_idx gets no gradient, so it stays what it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 6, padding_idx=3))
+    tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
+    ids = torch.tensor([[1, 3, 3, 4]])
+    tuned.optimizer(lr=1e-1)
+    for _ in range(3):
+        tuned.step((ids, None), loss=lambda out, b: (out - 1).square().sum())
+    (_, term), = tuned.terms(nn.Module)
+    assert torch.equal(model(torch.tensor(3)), torch.zeros(6))
+    assert term.A[:, 3].abs().sum() == 0 and term.A[:, 1].abs().sum() > 0

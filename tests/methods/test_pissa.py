@@ -143,3 +143,30 @@ def test_dora_on_a_folded_start_begins_at_the_base():
     torch.testing.assert_close(wrap.m.detach(), V.norm(dim=1))
     x = torch.randn(4, 64)
     torch.testing.assert_close(tuned.model(x), x @ V.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_start_is_the_base_to_the_last_bit(dtype):                    # findings 3.8
+    """Over a dense base nothing is added at step 0, whatever the precision."""
+    model, batch = tiny("vit")
+    model = model.to(dtype).eval()
+    batch = {"pixel_values": batch["pixel_values"].to(dtype)}
+    want = model(**batch).logits
+    tuned = burnish.tune(model, "pissa(rank=4)", head=False)
+    assert torch.equal(model(**batch).logits, want)
+    merged = tuned.merge()
+    assert torch.equal(merged(**batch).logits, want)
+
+
+def test_a_small_move_is_not_lost_in_half_precision():                    # findings 3.8
+    """B moves by 1e-3 of itself: the difference is seen, and is that of s (B - B0) A."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    tuned = burnish.tune(model, "pissa(rank=8)", targets="0", head=False)
+    (_, term), = tuned.terms(torch.nn.Module)
+    with torch.no_grad():
+        term.B.mul_(1.001)
+    x = torch.randn(256, 64).bfloat16()
+    y = torch.zeros(256, 64, dtype=torch.bfloat16)
+    term.forward_(x, y, 1.0)
+    want = term.scale * x.double() @ ((term.B - term.B0).double() @ term.A.double()).t()
+    assert ((y.double() - want).norm() / want.norm()).item() < 1e-2

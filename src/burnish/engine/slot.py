@@ -306,7 +306,7 @@ class Slot(nn.Module):
                 and len(groups) == 1 and op.wrap is None:
             out = forward(module, *args, **kw)
             for term, scale in op.terms:
-                out = out + scale * term.take(_first(args, kw)).to(out.dtype)
+                out = out + scale * term.take(_first(args, kw), module.padding_idx).to(out.dtype)
             return out
         if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
                 and (dropped := [ts for ts in op.terms if _drops(ts[0])]):

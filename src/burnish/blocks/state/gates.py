@@ -94,6 +94,37 @@ class Affine(nn.Module):
         values["bias"] = new.to(weight.dtype if bias is None else bias.dtype)
 
 
+class Shift(nn.Module):
+    """``y = h + shift`` on runs of rows of a bias: those rows of the bias as tensors of their own.
+
+    shift (n,), n the length of `rows` together, starts at 0. Folds into the module's bias exactly.
+    """
+
+    def __init__(self, rows: tuple[tuple[int, int], ...]):
+        super().__init__()
+        self.rows = rows
+        self.shift = nn.Parameter(torch.zeros(sum(b - a for a, b in rows)))
+        self.shift.burnish_decay = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self._whole(h.shape[-1]).to(h.dtype)
+
+    def _whole(self, channels: int) -> Tensor:
+        sizes = [b - a for a, b in self.rows]
+        pieces, at = [], 0
+        for (a, b), part in zip(self.rows, self.shift.split(sizes), strict=True):
+            pieces += [part.new_zeros(a - at), part]
+            at = b
+        return torch.cat([*pieces, self.shift.new_zeros(channels - at)])
+
+    @torch.no_grad()
+    def fold(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        """Write the shift into the module's bias."""
+        bias = _value(module, values, "bias")
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        values["bias"] = (bias.to(wide) + self._whole(bias.numel()).to(wide)).to(bias.dtype)
+
+
 def takes_shift(module: nn.Module) -> bool:
     """Does the module read a bias, so that a shift behind it can fold?"""
     return "bias" in module._parameters

@@ -105,6 +105,6 @@ class Chain(Term):
             grads[0][..., i0:i1] += (self.B.transpose(-1, -2) @ G).mul_(self.scale)
         return self.tile(i0, i1, state)
 
-    def take(self, index: Tensor) -> Tensor:
-        h = F.embedding(index, self.A.transpose(-1, -2))
+    def take(self, index: Tensor, padding: int | None = None) -> Tensor:
+        h = F.embedding(index, self.A.transpose(-1, -2), padding)
         return (h @ self.B.transpose(-1, -2)) * self.scale

@@ -107,9 +107,10 @@ class Term(nn.Module):
         return d.detach()
 
     # -- rows of an embedding ---------------------------------------------------------------
-    def take(self, index: Tensor) -> Tensor:
-        """Columns `index` of the update as rows: (*index.shape, out). Differentiable."""
-        return F.embedding(index, self.dense().transpose(-1, -2))
+    def take(self, index: Tensor, padding: int | None = None) -> Tensor:
+        """Columns `index` of the update as rows: (*index.shape, out). Differentiable; the column
+        of `padding` gets no gradient, as in ``nn.Embedding(padding_idx=...)``."""
+        return F.embedding(index, self.dense().transpose(-1, -2), padding)
 
 
 class Wrap(Term):

@@ -13,10 +13,12 @@ from ....core.site import Place, Site
 
 
 class Principal(Chain):
-    """``Delta = s (B A - B0 A0)``: a chain whose start is subtracted from the base.
+    """``Delta = s (B A - B0 A0) = s ((B - B0) A + B0 (A - A0))``: a chain less its start.
 
-    A0, B0 are kept as buffers (the base is never written), unless a storage has absorbed the
-    start into the weight it holds; then they are dropped.
+    The second form is what runs: at the start it is exactly nothing, in any precision, and small
+    moves are not lost beside the two large products. A0, B0 are kept as buffers (the base is never
+    written), unless a storage has absorbed the start into the weight it holds; then they are
+    dropped.
     """
 
     def __init__(self, place: Place, A: Tensor, B: Tensor, scale: float):
@@ -41,29 +43,35 @@ class Principal(Chain):
         return self.A0 is None
 
     def dense(self) -> Tensor:
-        d = self.scale * (self.B @ self.A)
-        return d if self.A0 is None else d - self.scale * (self.B0 @ self.A0)
+        if self.A0 is None:
+            return self.scale * (self.B @ self.A)
+        return self.scale * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        kept = super().forward_(x_NI, y_NO, scale)
-        if self.A0 is not None:
-            h = x_NI @ self.A0.t().to(x_NI.dtype)
-            y_NO.addmm_(h.to(y_NO.dtype), self.B0.t().to(y_NO.dtype), alpha=-self.scale * scale)
-        return kept
+        if self.A0 is None:
+            return super().forward_(x_NI, y_NO, scale)
+        x, y, s = x_NI.dtype, y_NO.dtype, self.scale * scale
+        h_NR, move_NR = x_NI @ self.A.t().to(x), x_NI @ (self.A - self.A0).t().to(x)
+        y_NO.addmm_(h_NR.to(y), (self.B - self.B0).t().to(y), alpha=s)
+        y_NO.addmm_(move_NR.to(y), self.B0.t().to(y), alpha=s)
+        return (h_NR if self.B.requires_grad else None, None)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        grads = super().backward_(g_NO, x_NI, kept, dx_NI, scale)
-        if dx_NI is not None and self.A0 is not None:
-            dx_NI.addmm_(g_NO @ self.B0.to(g_NO.dtype), self.A0.to(g_NO.dtype),
-                         alpha=-self.scale * scale)
+        if self.A0 is None:
+            return super().backward_(g_NO, x_NI, kept, dx_NI, scale)
+        grads = super().backward_(g_NO, x_NI, kept, None, scale)
+        if dx_NI is not None:
+            g, s = g_NO.dtype, self.scale * scale
+            dx_NI.addmm_(g_NO @ (self.B - self.B0).to(g), self.A.to(g), alpha=s)
+            dx_NI.addmm_(g_NO @ self.B0.to(g), (self.A - self.A0).to(g), alpha=s)
         return grads
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
-        tile = super().tile(i0, i1, state)
-        if self.A0 is not None:
-            tile.sub_(self.B0 @ self.A0[..., i0:i1], alpha=self.scale)
-        return tile
+        if self.A0 is None:
+            return super().tile(i0, i1, state)
+        A, A0 = self.A[..., i0:i1], self.A0[..., i0:i1]
+        return ((self.B - self.B0) @ A).add_(self.B0 @ (A - A0)).mul_(self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +83,10 @@ class Pissa(Method):
     Realised as ``W + s (B A - B0 A0)``, so the base is never written; with a storage in the
     recipe (``nf4 + pissa``, QPiSSA) the storage holds the residual instead.
 
-    Start: B = B0, A = A0: the pre-trained function up to rounding. Trains rank (in + out) per
-    matrix. Kept for backward as LoRA. Merges exactly; exports as plain LoRA of twice the rank
-    (``B* = [B, -B0]``, ``A* = [A; A0]``). The file holds A0 and B0 too (never recomputed: singular
-    vectors differ between devices), so it is twice the trained bytes.
+    Start: B = B0, A = A0: the pre-trained function exactly (up to rounding over a storage).
+    Trains rank (in + out) per matrix. Kept for backward as LoRA. Merges exactly; exports as plain
+    LoRA of twice the rank (``B* = [B, -B0]``, ``A* = [A; A0]``). The file holds A0 and B0 too
+    (never recomputed: singular vectors differ between devices), so it is twice the trained bytes.
 
     ``iterations=0`` takes the exact SVD; larger values the randomised one with that many subspace
     iterations. Use a learning rate far below LoRA's (2e-5 in the paper).
