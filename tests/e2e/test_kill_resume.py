@@ -32,8 +32,6 @@ def settings(folder, recipe, resume):
 def run(folder, model, recipe, resume, point=None, count=1):
     """In a process of its own: fit, and die at the `count`-th passing of `point`."""
     torch.set_num_threads(1)
-    import shutil
-
     import burnish
     from burnish.fit import loop
 
@@ -66,8 +64,7 @@ def run(folder, model, recipe, resume, point=None, count=1):
     elif point == "after the name":
         die_at(os, "replace", before=False, wanted=lambda a, b: str(a).endswith(".writing"))
     elif point == "removal":
-        die_at(shutil, "rmtree", wanted=lambda p, **k: str(p).endswith(".going")
-               and os.path.isdir(p))
+        die_at(checkpoint, "_delete", wanted=lambda p: p.name.endswith(".going") and p.is_dir())
     elif point == "evaluation":
         die_at(loop.Trainer, "evaluate")
     burnish.fit(model, "digits", **settings(folder, recipe, resume))

@@ -49,6 +49,14 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
+    from ..formats import claim, staged
+    from ..formats.folder import read_config
+    from ..formats.model_files import copy_processor
+
+    reads = [("the adapter", adapter), ("the base model", base),
+             ("the base model", read_config(adapter)["base"].get("name"))]
+    claim.refuse_overlap(output, reads, whole=True)      # before anything is loaded
+    staged.refuse_others(output, "model")
     tuned, source = attached(adapter, base, force)
     before = probe(tuned.model)
     merged = tuned.merge()
@@ -56,8 +64,9 @@ def merge(
     if not drift <= tolerance:
         raise CheckError(f"merging changes the outputs by {drift:.2g} of their size, more than "
                          f"--tolerance {tolerance:g}; nothing was written")
-    merged.save_pretrained(output)
-    copy_processor([Path(source), adapter], output)
+    with staged.replace(output, "model", reads) as new:
+        merged.save_pretrained(new)
+        copy_processor([Path(source), adapter], new)
     emit(json, {"output": output, "drift": drift},
          f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
 
@@ -77,9 +86,13 @@ def export(
     """The adapter in another library's files."""
     import burnish
 
+    from ..formats import claim, staged
+
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
                           f"{nearest(to, FORMATS)}")
+    claim.refuse_overlap(output, [("the adapter", adapter), ("the base model", base)], whole=True)
+    staged.refuse_others(output, "peft")
     burnish.export_peft(attached(adapter, base, force)[0], output)
     emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
 
@@ -101,14 +114,3 @@ def probe(model: Any) -> Any:
 def difference(a: Any, b: Any) -> float:
     """|a - b| relative to |a|."""
     return float((a - b).norm() / a.norm().clamp(min=1e-12))
-
-
-def copy_processor(sources: list[Path], output: Path) -> None:
-    """Tokenizer or image processor and chat template beside the weights; later sources win."""
-    import shutil
-
-    wanted = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model",
-              "preprocessor_config.json", "processor_config.json", "chat_template.*",
-              "added_tokens.json")
-    for file in (f for s in sources if s.is_dir() for pattern in wanted for f in s.glob(pattern)):
-        shutil.copy2(file, output / file.name)

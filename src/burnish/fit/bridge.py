@@ -19,6 +19,8 @@ import transformers
 
 from ..core.errors import ConfigError
 from ..engine.tuned import Tuned
+from ..formats import claim
+from ..formats.folder import CARD, CONFIG, RUN, TENSORS
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -39,6 +41,9 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None,
                        optimizer: Any = None, **kw: Any) -> None:
         tuned = self.tuned = self.tuned or _owner(model)
+        output = Path(args.output_dir)           # refused now rather than after the training
+        claim.refuse_overlap(output, [("the base model", getattr(model, "name_or_path", None))])
+        claim.refuse_foreign(output, (CONFIG, TENSORS, CARD, RUN), "adapter")
         tuned.total_steps = state.max_steps
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not tuned.current_optimizer:

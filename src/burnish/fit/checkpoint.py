@@ -18,15 +18,17 @@ the same step comes after the save, rewrites ``trainer_state.json`` and removes 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ..core.errors import BurnishError, FormatError
-from ..formats import safe
+from ..core.errors import BurnishError, ConfigError, FormatError
+from ..formats import claim, safe, staged
 
 PREFIX = "checkpoint-"
 SEAL = "complete.json"
@@ -41,27 +43,75 @@ _HIDDEN = re.compile(rf"^\.{PREFIX}\d+\.(?:writing|going)$")
 def writing(folder: Path) -> Iterator[Path]:
     """A hidden folder to fill; it takes the name `folder` when the block ends without an error.
 
-    Raises BurnishError when the disk refuses; whatever was there before is untouched.
+    Raises BurnishError when the disk refuses, ConfigError when the name is taken by a folder that
+    is not ours; whatever was there before is untouched.
     """
     hidden = hidden_name(folder)
+    if folder.exists() and not ours(folder):
+        raise ConfigError(foreign(folder))
     try:
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(hidden)
         hidden.mkdir(parents=True)
-        yield hidden
-        sizes = {str(p.relative_to(hidden)): p.stat().st_size
-                 for p in sorted(hidden.rglob("*")) if p.is_file() and p.name not in CHANGES}
-        safe.write_json(hidden / SEAL, {"files": sizes})
+        claim.own(hidden, (), "checkpoint")
+        with staged.joining(hidden):
+            yield hidden
+        files = {str(p.relative_to(hidden)): p for p in sorted(hidden.rglob("*"))
+                 if p.is_file() and p.name not in (OWED, claim.MARK)}
+        safe.write_json(hidden / SEAL, {"files": {n: _line(p) for n, p in files.items()}})
         if folder.exists():
             remove(folder)
         os.replace(hidden, folder)
-        sync(folder.parent)
+        safe.sync_folder(folder.parent)
     except OSError as e:
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(hidden)
         raise BurnishError(f"cannot write {folder}: {e.strerror or e}; the checkpoints before it "
                            "are untouched") from None
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(hidden)
         raise
+
+
+def rewrite(folder: Path, name: str, text: str) -> None:
+    """Another text for a sealed file: the seal allows both before the text changes, so a kill
+    at any moment leaves a whole checkpoint."""
+    seal = safe.read_json(folder / SEAL)
+    data = text.encode()
+    new = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    before = seal["files"].get(name, [])
+    seal["files"][name] = [*(before if isinstance(before, list) else [before]), new]
+    safe.write_json(folder / SEAL, seal)
+    safe.write_text(folder / name, text)
+
+
+def _line(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": claim.digest(path)}
+
+
+def ours(folder: Path) -> bool:
+    """Does the folder carry our mark?"""
+    return claim.Mark.of(folder).kind == "checkpoint"
+
+
+def foreign(folder: Path) -> str:
+    return (f"{folder} was not written by burnish, and a run would take its name; move it away, "
+            "or name another folder for the output")
+
+
+def _delete(folder: Path) -> None:
+    """A folder of ours, its mark last, so that what a kill leaves of it is still known as ours.
+    One without a mark goes only when it is empty."""
+    if not folder.is_dir():
+        return
+    if ours(folder):
+        for p in list(folder.iterdir()):
+            if p.name != claim.MARK:
+                if p.is_dir() and not p.is_symlink():
+                    shutil.rmtree(p, ignore_errors=True)
+                else:
+                    p.unlink(missing_ok=True)
+        (folder / claim.MARK).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def hidden_name(folder: Path) -> Path:
@@ -84,10 +134,31 @@ def is_owed(folder: Path) -> bool:
 
 def remove(folder: Path) -> None:
     """Takes the name away first, so that half a checkpoint never carries it."""
+    if not ours(folder):
+        raise ConfigError(foreign(folder))
+    if added := _added(folder):
+        raise ConfigError(f"{folder} holds {added}, which burnish did not write, so the "
+                          "checkpoint is not removed; move it away")
     going = folder.with_name(f".{folder.name}.going")
-    shutil.rmtree(going, ignore_errors=True)
+    _delete(going)
     os.replace(folder, going)
-    shutil.rmtree(going, ignore_errors=True)
+    _delete(going)
+
+
+def _added(folder: Path) -> str | None:
+    """A file that somebody put into a checkpoint of ours."""
+    known = {SEAL, *CHANGES, claim.MARK, *_sealed(folder)}
+    return next((n for p in sorted(folder.rglob("*")) if p.is_file()
+                 and (n := str(p.relative_to(folder))) not in known
+                 and not safe.is_temporary(p)), None)
+
+
+def _sealed(folder: Path) -> Mapping[str, Any]:
+    try:
+        files = safe.read_json(folder / SEAL)["files"]
+        return files if isinstance(files, dict) else {}
+    except (OSError, FormatError, KeyError):
+        return {}
 
 
 def step_of(folder: Path) -> int:
@@ -101,16 +172,30 @@ def all_in(output: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     if not output.is_dir():
         return []
-    found = [p for p in output.iterdir() if _NAME.match(p.name) and whole(p)]
+    found = [p for p in output.iterdir() if _NAME.match(p.name) and p.is_dir() and whole(p)]
     return sorted(found, key=step_of)
 
 
 def whole(folder: Path) -> bool:
-    """Has every file its seal names, in full size."""
+    """Is ours, and has every file its seal names, in full size."""
+    files = _sealed(folder)
+    return bool(files) and ours(folder) and all(
+        _fits(folder / name, entry, False) for name, entry in files.items())
+
+
+def changed(folder: Path) -> str | None:
+    """The first sealed file that is not byte for byte what was written; None when all are."""
+    return next((name for name, entry in _sealed(folder).items()
+                 if not _fits(folder / name, entry, True)), None)
+
+
+def _fits(path: Path, entry: Any, content: bool) -> bool:
     try:
-        files = safe.read_json(folder / SEAL)["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, FormatError, KeyError, AttributeError):
+        size = path.stat().st_size
+        allowed = [e["sha256"] for e in (entry if isinstance(entry, list) else [entry])
+                   if e["size"] == size]
+        return bool(allowed) and (not content or claim.digest(path) in allowed)
+    except (OSError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -126,11 +211,23 @@ def clear_leftovers(output: Path) -> list[str]:
             named = p.with_name(p.name[1:].removesuffix(".writing"))
             if not named.exists():
                 os.replace(p, named)
-    left = [p for p in output.iterdir()
-            if _HIDDEN.match(p.name) or (_NAME.match(p.name) and not whole(p))]
+    left = [p for p in output.iterdir() if p.is_dir() and (ours(p) or _empty(p)) and (
+        _HIDDEN.match(p.name) or (_NAME.match(p.name) and not whole(p) and not _added(p)))]
     for p in left:
-        shutil.rmtree(p, ignore_errors=True)
+        _delete(p)
     return sorted(p.name for p in left)
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raises ConfigError for a folder that has a checkpoint's name and is not ours."""
+    if output.is_dir():
+        for p in sorted(output.iterdir()):
+            if (_NAME.match(p.name) or _HIDDEN.match(p.name)) and not ours(p) and not _empty(p):
+                raise ConfigError(foreign(p))
+
+
+def _empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def rotate(output: Path, keep: int | None, protected: Path | None = None) -> None:
@@ -139,7 +236,7 @@ def rotate(output: Path, keep: int | None, protected: Path | None = None) -> Non
         return
     found = all_in(output)
     best = protected.name if protected is not None else None
-    spare = [p for p in found[:-1] if p.name != best]
+    spare = [p for p in found[:-1] if p.name != best and not _added(p)]
     for p in spare[: max(0, len(found) - max(keep, 1 + (best is not None)))]:
         remove(p)
 
@@ -153,24 +250,17 @@ def find(output: Path, resume: bool | str | Path) -> Path | None:
         return None
     if resume in (True, "auto"):
         found = all_in(output)
-        return found[-1] if found else None
-    folder = Path(resume)
-    step_of(folder)
+        if not found:
+            return None
+        folder = found[-1]
+    else:
+        folder = Path(resume)
+        step_of(folder)
     if not whole(folder):
         raise FormatError(f"{folder} is not a whole checkpoint"
                           + ("" if folder.is_dir() else ": there is no such folder"))
+    if bad := changed(folder):
+        raise FormatError(f"{folder / bad} is not what was saved: its SHA-256 differs, so the "
+                          "disk or a copy changed it; go on from an earlier checkpoint "
+                          f"(resume='{folder.parent / PREFIX}<step>'), or remove this one")
     return folder
-
-
-def sync(folder: Path) -> None:
-    """The rename itself reaches the disk, where folders can be flushed."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, CheckError
-from ..formats import safe
+from ..formats import claim, safe, staged
 from ..memory import format_bytes
 from .assets import GLYPH_VIT
 
@@ -86,9 +86,15 @@ def demo(output: str | Path = "demo-out", memory: str | int = BUDGET, *, quiet: 
     Raises CheckError (after everything is written) when one of the checks fails, BurnishError when
     a row cannot be run.
     """
-    began = time.perf_counter()
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    claim.refuse_foreign(output, ("demo.json", "report.html"), "demo")
+    with claim.lock(output):
+        return _demo(output, memory, quiet, rows, epochs)
+
+
+def _demo(output: Path, memory: str | int, quiet: bool, rows: Mapping[str, Sequence[float]] | None,
+          epochs: int) -> Demo:
+    began = time.perf_counter()
     rates = dict(ROWS if rows is None else rows)
 
     def say(text: str = "") -> None:
@@ -109,7 +115,8 @@ def demo(output: str | Path = "demo-out", memory: str | int = BUDGET, *, quiet: 
     done = Demo(output, found, checks(found), plans.to_dict(), 0.0)
     write(done, plans)
     done.seconds = time.perf_counter() - began
-    safe.write_json(output / "demo.json", done.to_dict())
+    with staged.update(output, "demo") as new:
+        safe.write_json(new / "demo.json", done.to_dict())
     say()
     say(str(done))
     failed = [w for w, h in done.checks if not h]
@@ -181,7 +188,8 @@ def write(done: Demo, plans: Any) -> None:
         facts, extra["history"], data=read("digits"), title="From print to handwriting",
         comparison={"title": "Four ways to tune, measured alike", "columns": COLUMNS,
                     "table": table(done.rows), "rows": done.rows, "notes": notes})
-    safe.write_text(done.folder / "report.html", page)
+    with staged.update(done.folder, "demo") as new:
+        safe.write_text(new / "report.html", page)
 
 
 # -- one row, in its own process -------------------------------------------------------------------
@@ -234,9 +242,10 @@ def row(recipe: str, rates: Sequence[float], folder: str, epochs: int) -> dict[s
     memory = run.facts["memory"]
     test = evaluate(run.tuned.model, task_for(read("digits"), str(GLYPH_VIT)), "test")
     run.facts["metrics"]["test"] = test
-    safe.write_json(run.folder / "run.json", run.facts)
-    safe.write_json(run.folder / "history.json",
-                    {"history": run.history, "layers": change(run.tuned), "tried": tried})
+    with staged.update(run.folder, "adapter") as new:
+        safe.write_json(new / "run.json", run.facts)
+        safe.write_json(new / "history.json",
+                        {"history": run.history, "layers": change(run.tuned), "tried": tried})
     return {"recipe": recipe, "accuracy": test["accuracy"],
             "validation": run.metrics["validation"]["accuracy"], "trained": run.facts["trainable"],
             "simulated": run.promise.peak_bytes, "measured": run.truth.peak_bytes,

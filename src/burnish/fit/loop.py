@@ -177,7 +177,7 @@ class Trainer(transformers.Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder)
         if self.args.should_save and folder.exists():
-            safe.write_text(folder / STATE, self._state_text())
+            checkpoint.rewrite(folder, STATE, self._state_text())
             checkpoint.settle(folder)
 
     def evaluate(self, *args: Any, **kw: Any) -> dict[str, float]:
@@ -306,6 +306,8 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
+        if bad := checkpoint.changed(folder):
+            raise FormatError(f"{folder / bad} is not what was saved: its SHA-256 differs")
         put(self.tuned, safe.load_file(folder / "adapter_model.safetensors"), str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

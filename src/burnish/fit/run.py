@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from torch import nn
 
 from ..core.errors import CheckError, ConfigError
 from ..engine.tuned import Tuned, tune
-from ..formats import safe
+from ..formats import claim, safe, staged
+from ..formats.model_files import PROCESSOR
 from ..memory import MemoryReport, process_peak, steady_heap
 from ..memory.allocator import reset_peak, resident
 from . import checkpoint
@@ -76,12 +78,42 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     """
     own, args, lora = sort_out(training)
     recipe = recipe_of(recipe, lora)
+    output = Path(output)
+    with claimed(output, model, data, own.processor):
+        return _fit(model, data, recipe, memory, output, own, args)
+
+
+#: what a run writes beside its checkpoints, and files that make a folder somebody's model
+WRITES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.json",
+          "metrics.jsonl", "report.html", *PROCESSOR, "config.json", "model.safetensors*")
+
+
+@contextlib.contextmanager
+def claimed(output: Path, model: Any, data: Any, processor: Any = None) -> Iterator[None]:
+    """The output is this run's alone until it ends; raises ConfigError beforehand when it is (in)
+    an input, holds files of the run's names that are not ours, or another run is writing there.
+    """
+    named = getattr(model, "name_or_path", None) if isinstance(model, nn.Module) else model
+    claim.refuse_overlap(output, [("the model", named), ("the data", data),
+                                  ("the processor", processor)])
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; name a folder for the output")
+    claim.refuse_foreign(output, WRITES, "adapter")
+    checkpoint.refuse_foreign(output)
+    if int(os.environ.get("RANK", "0")):      # the first process of a run holds it for all
+        yield
+        return
+    with claim.lock(output):
+        yield
+
+
+def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, output: Path,
+         own: Options, args: dict[str, Any]) -> Run:
     steady_heap()
     from .loop import quiet_libraries
 
     quiet_libraries()
     say = _say(own.quiet)
-    output = Path(output)
     found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
                  split=own.split, validation=own.validation, seed=int(args.get("seed", 42)))
     say(str(found))
@@ -293,13 +325,14 @@ def finish(run: Run, task: Task, own: Options) -> None:
     from .card import card
     from .report import write_report
 
-    run.tuned.save(run.folder, run=run.facts, card=card(run.facts))
-    reread(run.tuned, run.folder)
-    if hasattr(task.processor, "save_pretrained"):
-        task.processor.save_pretrained(run.folder)
-    if own.report:
-        page = write_report(run.facts, run.history, run.tuned, data=task.data)
-        safe.write_text(run.folder / "report.html", page)
+    with staged.update(run.folder, "adapter", WRITES[:6]) as new:
+        run.tuned.save(new, run=run.facts, card=card(run.facts))
+        reread(run.tuned, new)
+        if hasattr(task.processor, "save_pretrained"):
+            task.processor.save_pretrained(new)
+        if own.report:
+            page = write_report(run.facts, run.history, run.tuned, data=task.data)
+            safe.write_text(new / "report.html", page)
 
 
 def reread(tuned: Tuned, folder: Path) -> None:
@@ -333,8 +366,6 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _say(quiet: bool) -> Any:
-    import os
-
     first = int(os.environ.get("RANK", "0")) == 0
 
     def say(text: str) -> None:

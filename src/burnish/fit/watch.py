@@ -16,6 +16,8 @@ from typing import Any
 
 import transformers
 
+from ..core.errors import BurnishError
+from ..formats import claim, safe
 from ..memory import format_bytes, process_peak
 
 
@@ -35,8 +37,8 @@ class Metrics(transformers.TrainerCallback):
                 with contextlib.suppress(ValueError):  # the last line of a killed process
                     if json.loads(line)["step"] <= resumed_at:
                         kept.append(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in kept))
+        claim.own(path.parent, [path.name], "adapter")
+        safe.write_text(path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -45,8 +47,12 @@ class Metrics(transformers.TrainerCallback):
                **{k: v for k, v in logs.items() if isinstance(v, int | float | str)}}
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                for k, v in row.items()}
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise BurnishError(f"cannot write {self.path}: {e.strerror or e}; the checkpoints "
+                               "so far are whole, resume=True goes on from the last") from None
 
 
 class Bar(transformers.TrainerCallback):

@@ -5,13 +5,13 @@
     README.md                  the model card
     run.json                   data, metrics, simulated and measured memory (where there was a run)
 
-Files are written one by one, each atomically, the configuration last; it names the SHA-256 of
-the tensors it belongs to, so a folder that was interrupted half way, or mixed by hand, is noticed.
+Files are written beside and take their places together (staged.py), so a kill leaves the old
+adapter or the new one. The configuration names the SHA-256 of the tensors it belongs to: tensors
+of which one bit changed, or that were mixed in by hand, are noticed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import FormatError, nearest
-from . import safe
+from ..core.errors import BurnishError, FormatError, nearest
+from . import claim, safe, staged
 from .card import model_card
 
 FORMAT = 1
@@ -48,38 +48,75 @@ REQUIRED = ("library", "format", "recipe", "base")
 
 
 def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
-                  card: str | None = None, run: Mapping[str, Any] | None = None) -> Path:
-    """Write an adapter folder; an older one in its place is replaced.
+                  card: str | None = None, run: Mapping[str, Any] | None = None,
+                  inputs: claim.Inputs = ()) -> Path:
+    """Write an adapter folder; an older one that burnish wrote in its place is replaced.
 
     config: the fields of :data:`FIELDS` but the first three, which are filled in, and
-    tensors_sha256. card: text of README.md; None writes one from `config` and `run`.
-    Raises FormatError for an unknown field, BurnishError where the disk refuses.
+    tensors_sha256. card: text of README.md; None writes one from `config` and `run`. inputs: what
+    else must not be written over (the base is always among it).
+    Raises FormatError for an unknown field, ConfigError for files that are not ours or a folder
+    that is the base's, BurnishError where the disk refuses or a tensor is not finite.
     """
     folder = Path(folder)
     own = {"library": "burnish", "format": FORMAT, "burnish": _version()}
     _check_fields(config, f"configuration for {folder}")
-    safe.save_file(tensors, folder / TENSORS, {"library": "burnish"})
-    full = {**own, **config, "tensors_sha256": _sha256(folder / TENSORS)}
-    safe.write_text(folder / CARD, card if card is not None else model_card(full, run))
-    if run is not None:
-        safe.write_json(folder / RUN, run)
-    else:
-        (folder / RUN).unlink(missing_ok=True)          # it spoke of an earlier run
-    safe.write_json(folder / CONFIG, full)
+    for name, t in tensors.items():
+        if not finite(t):
+            raise BurnishError(f"{name} holds NaN or infinite values; nothing was saved in "
+                               f"{folder}")
+    base = ("the base model", (config.get("base") or {}).get("name"))
+    gone = () if run is not None else (RUN,)             # it spoke of an earlier run
+    with staged.update(folder, "adapter", (CONFIG, TENSORS, CARD, RUN), gone,
+                       [base, *inputs]) as new:
+        safe.save_file(tensors, new / TENSORS, {"library": "burnish"})
+        full = {**own, **config, "tensors_sha256": claim.digest(new / TENSORS)}
+        safe.write_text(new / CARD, card if card is not None else model_card(full, run))
+        if run is not None:
+            safe.write_json(new / RUN, run)
+        safe.write_json(new / CONFIG, full)
     return folder
+
+
+def finite(t: Tensor) -> bool:
+    """No NaN and no infinity; integers and sizes alone (fake, on meta) pass."""
+    if not (t.is_floating_point() or t.is_complex()) or t.device.type == "meta":
+        return True
+    t = t.detach()
+    t = t.float() if t.dtype.itemsize == 1 else t        # float8 has no test of its own
+    return bool(t.isfinite().all())
 
 
 def read_adapter(folder: str | Path, device: str = "cpu") -> tuple[dict[str, Any],
                                                                    dict[str, Tensor]]:
-    """(configuration, tensors) of an adapter folder.
+    """(configuration, tensors) of an adapter folder; while another process saves there, those of
+    the older or of the newer one.
 
     Raises FormatError, one line that says what is wrong: a missing folder or file, a PEFT or other
     foreign folder, a pickle, a newer format, an unknown field, corrupt JSON, truncated tensors,
-    tensors that belong to another save.
+    tensors that belong to another save or hold NaN or infinity.
     """
     folder = Path(folder)
+    while True:
+        before = claim.moment(folder)
+        try:
+            config, tensors = _read(folder, device)
+            break
+        except (FormatError, OSError) as e:
+            if before != claim.moment(folder):           # they changed places as we read
+                continue
+            if isinstance(e, OSError):
+                raise FormatError(f"cannot read {folder}: {safe.reason(e)}") from None
+            raise
+    for name, t in tensors.items():
+        if not finite(t):
+            raise FormatError(f"{folder / TENSORS}: {name} holds NaN or infinite values")
+    return config, tensors
+
+
+def _read(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_config(folder)
-    path = folder / TENSORS
+    path = staged.current(folder, TENSORS)
     if not path.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
         raise FormatError(f"{folder} has no {TENSORS}"
@@ -87,7 +124,7 @@ def read_adapter(folder: str | Path, device: str = "cpu") -> tuple[dict[str, Any
                              else ""))
     tensors = safe.load_file(path, device)
     recorded = config.get("tensors_sha256")
-    if recorded and recorded != _sha256(path):
+    if recorded and recorded != claim.digest(path):
         raise FormatError(f"{path} is not the file {CONFIG} was written for: "
                           "the save was interrupted, or the file changed since")
     return config, tensors
@@ -101,7 +138,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise FormatError(f"{folder}: no such folder{nearest(folder.name, here)}")
-    path = folder / CONFIG
+    path = staged.current(folder, CONFIG)
     if not path.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
         tail = f" ({pickles[0]} may hold a pickle and is not opened)" if pickles else ""
@@ -130,14 +167,6 @@ def _check_fields(config: Mapping[str, Any], where: str) -> None:
     for name in config:
         if name not in FIELDS:
             raise FormatError(f"{where}: unknown field {name!r}{nearest(name, FIELDS)}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _version() -> str:

@@ -25,7 +25,8 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import FormatError
-from . import safe
+from . import safe, staged
+from .claim import Inputs
 from .folder import CONFIG, TENSORS
 
 PREFIX = "base_model.model."
@@ -197,9 +198,11 @@ def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) ->
 
 # -- writing --------------------------------------------------------------------------------
 def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
-          card: str | None = None) -> Path:
+          card: str | None = None, inputs: Inputs = ()) -> Path:
     """Write a folder `peft` loads. names: every module name of the model, so that the targets
-    written match these modules and no others."""
+    written match these modules and no others. inputs: what must not be written over (the base is
+    always among it). An older folder is replaced as a whole, if burnish wrote all of it.
+    """
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {
@@ -218,10 +221,11 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
                    "init_weights": "mini" if what.mini else True}
         tensors |= {f"{PREFIX}{p}.miss_block": D for p, D in what.blocks.items()}
     tensors |= {PREFIX + n: t for n, t in what.whole.items()}
-    safe.save_file(tensors, folder / TENSORS)
-    if card is not None:
-        safe.write_text(folder / "README.md", card)
-    safe.write_json(folder / CONFIG, config)
+    with staged.replace(folder, "peft", [("the base model", what.base), *inputs]) as new:
+        safe.save_file(tensors, new / TENSORS)
+        if card is not None:
+            safe.write_text(new / "README.md", card)
+        safe.write_json(new / CONFIG, config)
     return folder
 
 

@@ -48,11 +48,16 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temp, path)
     except (OSError, SafetensorError) as e:
-        raise BurnishError(f"cannot write {path}: {_reason(e)}; "
+        raise BurnishError(f"cannot write {path}: {reason(e)}; "
                            "what was there before is untouched") from None
     finally:
         temp.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """A file that :func:`atomic` was writing when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _umask() -> int:
@@ -61,11 +66,11 @@ def _umask() -> int:
     return mask
 
 
-def _reason(e: Exception) -> str:
+def reason(e: Exception) -> str:
     return str(getattr(e, "strerror", None) or e).rpartition("I/O error: ")[2]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself reaches the disk; systems that cannot open a folder need no such call."""
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -235,8 +240,8 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 # -- text -----------------------------------------------------------------------------------
 def write_text(path: str | Path, text: str) -> None:
-    with atomic(path) as temp:
-        temp.write_text(text, encoding="utf-8")
+    with atomic(path) as temp, open(temp, "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
 
 
 def write_json(path: str | Path, data: Any) -> None:
