@@ -87,6 +87,20 @@ def test_picture_is_drawn(report, tmp_path, ending):
         assert "<svg" in drawn and drawn.count("<path") > 10
 
 
+def test_a_picture_takes_the_place_of_none_but_our_own(report, tmp_path):
+    """findings 4.1"""
+    for ending in ("png", "svg", "pdf"):
+        file = report.picture(tmp_path / f"step.{ending}")
+        report.picture(file)                                # ours
+        file.write_bytes(b"mine")
+        with pytest.raises(ConfigError, match="no picture of burnish"):
+            report.picture(file)
+        assert file.read_bytes() == b"mine"
+    with pytest.raises(ConfigError, match="a picture is png, svg, pdf"):
+        report.picture(tmp_path / "config.json")
+
+
+
 def test_nothing_to_draw_is_said(report, tmp_path):
     empty = MemoryReport.from_dict({**report.to_dict(), "timeline": []})
     with pytest.raises(ConfigError, match="no timeline"):

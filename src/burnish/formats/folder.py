@@ -97,17 +97,7 @@ def read_adapter(folder: str | Path, device: str = "cpu") -> tuple[dict[str, Any
     tensors that belong to another save or hold NaN or infinity.
     """
     folder = Path(folder)
-    while True:
-        before = claim.moment(folder)
-        try:
-            config, tensors = _read(folder, device)
-            break
-        except (FormatError, OSError) as e:
-            if before != claim.moment(folder):           # they changed places as we read
-                continue
-            if isinstance(e, OSError):
-                raise FormatError(f"cannot read {folder}: {safe.reason(e)}") from None
-            raise
+    config, tensors = staged.steady(folder, lambda: _read(folder, device))
     for name, t in tensors.items():
         if not finite(t):
             raise FormatError(f"{folder / TENSORS}: {name} holds NaN or infinite values")
@@ -115,7 +105,7 @@ def read_adapter(folder: str | Path, device: str = "cpu") -> tuple[dict[str, Any
 
 
 def _read(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = read_config(folder)
+    config = _read_config(folder)
     path = staged.current(folder, TENSORS)
     if not path.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
@@ -133,6 +123,10 @@ def _read(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The checked configuration alone, without reading any tensor."""
     folder = Path(folder)
+    return staged.steady(folder, lambda: _read_config(folder))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         raise FormatError(f"{folder} is a file; expected an adapter folder")
     if not folder.is_dir():

@@ -14,16 +14,18 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import BurnishError, ConfigError, FormatError
 from . import claim, safe
 from .claim import KINDS, MARK, STAGE, Inputs, Mark
 
 _open: set[Path] = set()
+T = TypeVar("T")
 
 
 def waiting(folder: Path) -> bool:
@@ -123,6 +125,21 @@ def current(folder: Path, name: str) -> Path:
     if name in mark.pending and staged.exists():
         return staged
     return folder / name
+
+
+def steady(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` finds in a folder; again, when files changed places as it read."""
+    for n in range(1000):
+        before = claim.moment(folder)
+        try:
+            return read()
+        except (FormatError, OSError) as e:
+            moving = before != claim.moment(folder) or bool(Mark.of(folder).pending and n < 20)
+            if not moving and isinstance(e, FormatError):
+                raise
+            if not moving:
+                raise FormatError(f"cannot read {folder}: {safe.reason(e)}") from None
+    raise FormatError(f"{folder} does not stand still: another process writes to it all the time")
 
 
 @contextlib.contextmanager

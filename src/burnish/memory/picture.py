@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ConfigError
+from ..formats import safe
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 #: what stays lies at the bottom in quiet colours, what comes and goes lies on top
 COLOURS = {"weights": "#33415c", "optimizer": "#5c7899", "gradients": "#8fb8c9",
            "activations": "#e9a03b", "temporary": "#d1495b"}
+#: how our own pictures are known again, by the name's ending
+SIGNATURE = "drawn by burnish"
+SIGNED = {"png": {"Software": SIGNATURE}, "svg": {"Creator": SIGNATURE},
+          "pdf": {"Creator": SIGNATURE}}
 ORDER = ("weights", "optimizer", "gradients", "activations", "temporary")
 
 
@@ -26,6 +31,7 @@ def draw(report: MemoryReport, path: Path) -> Path:
         from matplotlib.ticker import FixedLocator, FuncFormatter
     except ImportError:
         raise ConfigError("a picture needs matplotlib: pip install 'burnish[fit]'") from None
+    kind = _free(path)
     if not report.timeline:
         raise ConfigError("this report has no timeline to draw")
 
@@ -73,9 +79,23 @@ def draw(report: MemoryReport, path: Path) -> Path:
     ax.legend(handles, [f"{c}  {format_bytes(sizes.get(c, 0))}" for c in labels],
               loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9,
               title="at the peak", title_fontsize=9, alignment="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with safe.atomic(path) as temp:
+        figure.savefig(temp, dpi=150, format=path.suffix[1:].lower(), metadata=SIGNED[kind])
     return path
+
+
+def _free(path: Path) -> str:
+    """The kind of picture `path` asks for; raises ConfigError for what cannot be drawn, and for a
+    file that is there and is no picture of ours."""
+    kind = path.suffix[1:].lower()
+    if kind not in SIGNED:
+        raise ConfigError(f"a picture is {', '.join(SIGNED)}, which the name's ending says; "
+                          f"{path} ends in {path.suffix or 'nothing'!r}")
+    if path.exists():
+        head = path.read_bytes()[: 1 << 16] if path.is_file() else b""
+        if SIGNATURE.encode() not in head:
+            raise ConfigError(f"{path} is there and is no picture of burnish; name another file")
+    return kind
 
 
 def _scale(top: float) -> tuple[list[float], int, str]:
