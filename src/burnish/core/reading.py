@@ -100,7 +100,7 @@ def decode(data: bytes, what: Any, error: type[BurnishError] = FormatError) -> s
 
 
 def parse_json(text: str | bytes, what: Any, error: type[BurnishError] = FormatError,
-               finite: bool = True) -> Any:
+               finite: bool = False) -> Any:
     """JSON as it was meant: no name twice in an object, no text that cannot be written again, no
     nesting beyond :data:`DEPTH`, and with `finite` no NaN and no number beyond all bounds."""
     where = plain(what)
@@ -125,6 +125,8 @@ def parse_json(text: str | bytes, what: Any, error: type[BurnishError] = FormatE
         try:
             found = json.loads(text, object_pairs_hook=once, parse_constant=number,
                                parse_float=number)
+        except BurnishError:
+            raise
         except json.JSONDecodeError as e:
             place = f"line {e.lineno}" + (f", column {e.colno}" if "\n" not in text else "")
             raise error(f"{where} is not JSON: {e.msg} at {place}") from None
@@ -142,7 +144,7 @@ def sane(tree: Any, what: Any, error: type[BurnishError] = FormatError,
     """Raises `error` for a tree too deep, too large when written out (aliases), or that contains
     itself, and for text that no file can hold."""
     level: list[Any] = [tree]
-    for depth in range(DEPTH + 1):
+    for _ in range(DEPTH + 1):
         below: list[Any] = []
         for x in level:
             nodes -= 1

@@ -137,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)
         tail = f" ({pickles[0]} may hold a pickle and is not opened)" if pickles else ""
         raise FormatError(f"{folder} is no adapter folder: it has no {CONFIG}{tail}")
-    config = safe.read_json(path)
+    config = safe.read_json(path, finite=True)
     if config.get("library") != "burnish":
         if "peft_type" in config:
             raise FormatError(f"{folder} was written by PEFT ({config['peft_type']}); "

@@ -21,6 +21,7 @@ from safetensors.torch import save_file as _write
 from torch import Tensor
 
 from ..core.errors import BurnishError, FormatError
+from ..core.reading import LARGEST, parse_json, plain, read_text, regular
 
 #: endings of files that run code when they are opened
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -121,9 +122,9 @@ def load_file(path: str | Path, device: str | torch.device = "cpu",
 
     Raises FormatError for a missing, truncated or foreign file, a pickle, or an unknown name.
     """
-    with opened(path, device) as (f, aliases):
-        stored = list(f.keys())
-        wanted = [*stored, *aliases] if names is None else list(names)
+    with opened(path, device) as (f, aliases), _as_safetensors(path):
+        stored = set(f.keys())
+        wanted = [*f.keys(), *aliases] if names is None else list(names)
         out: dict[str, Tensor] = {}
         for name in wanted:
             source = aliases.get(name, name)
@@ -140,13 +141,33 @@ def opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tup
     if path.suffix in PICKLES:
         raise FormatError(f"{path} may hold a pickle, which runs code when opened; "
                           "expected a .safetensors file")
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
+    regular(path)
+    with _as_safetensors(path):
+        file = safe_open(str(path), "pt", device=str(device))
+        text = (file.metadata() or {}).get(_ALIASES, "{}")
+        aliases = parse_json(text, f"{path}, entry {_ALIASES!r}")
+        if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
+            raise FormatError(f"{path}: entry {_ALIASES!r} should map names to names")
+    with file as f:
+        yield f, aliases
+
+
+@contextmanager
+def _as_safetensors(path: str | Path) -> Iterator[None]:
     try:
-        with safe_open(str(path), "pt", device=str(device)) as f:
-            yield f, json.loads((f.metadata() or {}).get(_ALIASES, "{}"))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise FormatError(f"{path} is truncated or no safetensors file ({e})") from None
+        yield
+    except (BurnishError, MemoryError):
+        raise
+    except Exception as e:                           # RuntimeError and TypeError among them
+        raise FormatError(f"{plain(path)} is truncated or no safetensors file "
+                          f"({plain(e)})") from None
+
+
+def header(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, aliases included, without reading a tensor."""
+    with opened(path) as (f, aliases), _as_safetensors(path):
+        shapes = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118
+        return shapes | {a: shapes[n] for a, n in aliases.items() if n in shapes}
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -166,7 +187,9 @@ class Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         name = self.aliases.get(name, name)
-        with opened(self.files[name]) as (f, _):
+        if name not in self.files:
+            raise KeyError(name)
+        with opened(self.files[name]) as (f, _), _as_safetensors(self.files[name]):
             return f.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -181,7 +204,10 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(s, str) for s in named.values()):
+            raise FormatError(f"{index}: field 'weight_map' should map tensors to files")
+        shards = sorted(set(named.values()))
         return [path / Path(s).name for s in shards]
     for name in ("model.safetensors", "adapter_model.safetensors"):
         if (path / name).is_file():
@@ -248,17 +274,10 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object; anything else is a FormatError that names the line."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except json.JSONDecodeError as e:
-        raise FormatError(f"{path} is not JSON: {e.msg} at line {e.lineno}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise FormatError(f"cannot read {path}: {e}") from None
+def read_json(path: str | Path, finite: bool = False) -> dict[str, Any]:
+    """A JSON object, with `finite` one without NaN and infinity; anything else is a FormatError
+    that names the line."""
+    data = parse_json(read_text(path, largest=LARGEST), path, finite=finite)
     if not isinstance(data, dict):
         raise FormatError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
