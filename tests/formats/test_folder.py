@@ -121,7 +121,8 @@ DAMAGE = {
     "corrupt json": (lambda f: (f / CONFIG).write_text('{"library": "burnish",\n oops'),
                      "is not JSON: .* at line 2"),
     "json list": (lambda f: (f / CONFIG).write_text("[]"), "expected a JSON object, got list"),
-    "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is UTF-16 text; save it as UTF-8"),
+    "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"),
+                      "is UTF-16 text; save it as UTF-8"),
 }
 
 

@@ -16,9 +16,28 @@ from .blocks import D, Net
 
 @pytest.mark.parametrize(("text", "size"), [
     ("8GB", 8 * 10**9), ("8 GiB", 8 * 2**30), ("900MB", 900 * 10**6), ("1.5g", 1.5 * 2**30),
-    ("16384", 16384), (4096, 4096), ("1,5e3 kB", 15e3 * 1e3), ("0.5 tib", 2**39), ("7b", 7)])
+    ("16384", 16384), (4096, 4096), ("1,500 kB", 15e5), ("16,000,000", 16e6),
+    ("1_000", 1000), ("0.5 tib", 2**39), ("7b", 7)])
 def test_sizes_are_read(text, size):
     assert parse_bytes(text) == size
+
+
+def test_a_decimal_comma_is_not_taken_for_thousands():
+    """findings 4.7"""
+    for text, near in (("7,5GB", "7.5gb"), ("1,50 GiB", "1.50 gib"), ("7,5", "7.5")):
+        with pytest.raises(ConfigError, match=f"decimal is written with a point: '{near}'"):
+            parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["1e400GB", "9" * 5000, "9" * 50_000 + "x", 1e300, float("inf"),
+                                  float("nan"), 10**5000, -(10**5000), "1" + "_1" * 40_000, "8\0GB",
+                                  "\ud800", "8GB" * 9, "1e99999999", "8,00GB", "1,0000", ",", "_",
+                                  "1__0", "0.1", "1e-400"], ids=lambda v: type(v).__name__)
+def test_no_number_is_too_odd_to_be_refused_in_a_line(text):
+    """findings 4.5, 4.6"""
+    with pytest.raises(ConfigError) as caught:
+        parse_bytes(text)
+    assert len(str(caught.value)) < 250 and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("text", ["", "lots", "8 bananas", "GB", "-3GB", "0GB", "8GB 2", None,

@@ -7,6 +7,7 @@ spelling. The command line turns each class into the exit code written beside it
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 
@@ -58,7 +59,10 @@ class MemoryExceeded(BurnishError, MemoryError):
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """`", did you mean 'lora'?"` or an empty string: the tail of an error about a name."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=n, cutoff=0.5)
+    if not isinstance(word, str) or len(word) > 200:     # nobody misspelt that
+        return ""
+    names = [str(k) for k in itertools.islice(known, 20_000)]
+    close = difflib.get_close_matches(word, names, n=n, cutoff=0.5)
     if not close:
         return ""
     return f"; did you mean {' or '.join(repr(c) for c in close)}?"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from . import registry
 from .errors import RecipeError, nearest
 from .method import Method
+from .reading import plain, reading
 
 
 class Recipe(tuple[Method, ...]):
@@ -57,11 +59,20 @@ def parse(recipe: str | Method | Iterable[str | Method]) -> Recipe:
     return Recipe(parts)
 
 
+#: longest recipe, and most parts of one
+LENGTH, PARTS = 100_000, 200
+
+
 def _expression(text: str, depth: int = 0) -> list[Method]:
+    if len(text) > LENGTH:
+        raise RecipeError(f"a recipe of {len(text)} characters is too long (at most {LENGTH})")
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as e:
-        raise RecipeError(f"cannot read recipe {text!r} at character {e.offset}; "
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # an odd escape in a pattern
+            tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        at = f" at character {e.offset}" if isinstance(e, SyntaxError) and e.offset else ""
+        raise RecipeError(f"cannot read recipe {_shown(text)}{at}; "
                           "expected 'method(setting=value) + method'") from None
     out: list[Method] = []
     for node in _terms(tree, text):
@@ -77,11 +88,20 @@ def _expression(text: str, depth: int = 0) -> list[Method]:
 
 
 def _terms(node: ast.expr, text: str) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp):
-        if not isinstance(node.op, ast.Add):
-            raise RecipeError(f"parts of a recipe are joined by '+': {text!r}")
-        return _terms(node.left, text) + _terms(node.right, text)
-    return [node]
+    """The parts in written order, without a call per part."""
+    waiting: list[ast.expr] = [node]
+    out: list[ast.expr] = []
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.BinOp):
+            out.append(node)
+        elif isinstance(node.op, ast.Add):
+            waiting += [node.right, node.left]
+        else:
+            raise RecipeError(f"parts of a recipe are joined by '+': {_shown(text)}")
+        if len(out) > PARTS:
+            raise RecipeError(f"the recipe {_shown(text)} has more than {PARTS} parts")
+    return out
 
 
 def _call(node: ast.expr, text: str) -> tuple[str, dict[str, object]]:
@@ -91,16 +111,29 @@ def _call(node: ast.expr, text: str) -> tuple[str, dict[str, object]]:
         name = node.func.id
         if node.args or any(k.arg is None for k in node.keywords):
             raise RecipeError(f"settings of {name!r} are written by name, e.g. {name}(rank=8)")
-        args = {}
+        args: dict[str, object] = {}
         for k in node.keywords:
+            if str(k.arg) in args:
+                raise RecipeError(f"{name} is given {k.arg} twice in {_shown(text)}")
             try:
                 args[str(k.arg)] = ast.literal_eval(k.value)
-            except ValueError:
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 raise RecipeError(f"{name}({k.arg}=...): expected a number, text, True, False or "
-                                  f"None, got {ast.unparse(k.value)!r}") from None
+                                  f"None, got {_unparsed(k.value)}") from None
         return name, args
-    raise RecipeError(f"cannot read {ast.unparse(node)!r} in recipe {text!r}; expected "
+    raise RecipeError(f"cannot read {_unparsed(node)} in recipe {_shown(text)}; expected "
                       "'method' or 'method(setting=value)'")
+
+
+def _shown(value: object) -> str:
+    return plain(repr(value), 120)
+
+
+def _unparsed(node: ast.expr) -> str:
+    try:
+        return _shown(ast.unparse(node))
+    except RecursionError:
+        return "something nested very deeply"
 
 
 def make(name: str, args: dict[str, object]) -> Method:
@@ -115,33 +148,45 @@ def make(name: str, args: dict[str, object]) -> Method:
         if key not in known:
             raise RecipeError(f"{name} has no setting {key!r}{nearest(key, known)}"
                               f" (it has {', '.join(known)})")
+        if key in given:
+            raise RecipeError(f"{name} is given {key} twice, under two of its names")
         given[key] = _typed(name, key, value, hints[key])
-    return cls(**given)
+    with reading(f"{name}({', '.join(given)})", RecipeError):
+        return cls(**given)
 
 
 def _typed(name: str, key: str, value: object, hint: object) -> object:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
-        if value not in choices:
-            near = nearest(str(value), map(str, choices))
-            raise RecipeError(f"{name}({key}={value!r}): expected one of "
+        if not any(type(c) is type(value) and c == value for c in choices):
+            near = nearest(_shown(value), map(str, choices))
+            raise RecipeError(f"{name}({key}={_shown(value)}): expected one of "
                               f"{', '.join(map(repr, choices))}{near}")
         return value
     options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
-    plain = [typing.get_origin(o) or o for o in options]
-    if float in plain and isinstance(value, int) and not isinstance(value, bool):
-        return value if int in plain else float(value)
-    if isinstance(value, bool) and bool not in plain:
+    types_ = [typing.get_origin(o) or o for o in options]
+    if isinstance(value, int | float) and not abs(value) < 2**63:      # NaN among them
+        raise RecipeError(f"{name}({key}={_shown(value)}): expected a finite number of moderate "
+                          "size")
+    if isinstance(value, str) and not _writable(value):
+        raise RecipeError(f"{name}({key}={_shown(value)}): text with characters no file can hold")
+    if float in types_ and isinstance(value, int) and not isinstance(value, bool):
+        return value if int in types_ else float(value)
+    if isinstance(value, bool) and bool not in types_:
         ok = False
     else:
-        ok = any(isinstance(o, type) and isinstance(value, o) for o in plain)
+        ok = any(isinstance(o, type) and isinstance(value, o) for o in types_)
     if not ok:
         kinds = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o))
-                            for o in plain)
-        raise RecipeError(f"{name}({key}={value!r}): expected {kinds}, "
+                            for o in types_)
+        raise RecipeError(f"{name}({key}={_shown(value)}): expected {kinds}, "
                           f"got {type(value).__name__}")
     return value
+
+
+def _writable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def check(parts: Sequence[Method]) -> None:

@@ -23,14 +23,16 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from . import families
-from .errors import TargetError, nearest
+from .errors import ConfigError, TargetError, nearest
+from .patterns import Pattern
+from .reading import plain
 from .site import Place
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block
 
 _LINEAR = ("linear", "conv1d", "mha", "experts")
-_RANGE = re.compile(r"-?\d+|-?\d*:-?\d*(:-?\d+)?")
+_RANGE = re.compile(r"-?\d{1,9}|-?\d{0,9}:-?\d{0,9}(:-?\d{1,9})?", re.ASCII)
 
 
 def _body_linear(a: Anatomy, p: Place) -> bool:
@@ -207,11 +209,11 @@ def _parted(item: str) -> tuple[str, str]:
     return word.strip(), blocks.strip()
 
 
-def _pattern(word: str) -> re.Pattern[str]:
+def _pattern(word: str) -> Pattern:
     try:
-        return re.compile(word[3:])
-    except re.error as error:
-        raise TargetError(f"target {word!r} is no regular expression: {error}") from None
+        return Pattern(word[3:])
+    except ConfigError as error:
+        raise TargetError(f"target {plain(repr(word), 60)}: {error}") from None
 
 
 def _word(a: Anatomy, word: str) -> list[Place]:
@@ -263,6 +265,8 @@ def _numbers(a: Anatomy, text: str) -> set[int | None]:
     """Positions in ``anatomy.blocks`` that a range names, counted in each stack."""
     stacks = {name: len(blocks) for name, blocks in a.stacks().items()}
     bounds = [int(n) if n else None for n in text.split(":")]
+    if bounds[2:] == [0]:
+        raise TargetError(f"{text!r} counts blocks in steps of 0; leave the step out")
 
     def inside(b: Block) -> bool:
         count = stacks[b.stack]
