@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import ConfigError
-from ..formats import safe
+from ..core.errors import BurnishError, ConfigError
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -79,8 +80,18 @@ def draw(report: MemoryReport, path: Path) -> Path:
     ax.legend(handles, [f"{c}  {format_bytes(sizes.get(c, 0))}" for c in labels],
               loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9,
               title="at the peak", title_fontsize=9, alignment="left")
-    with safe.atomic(path) as temp:
-        figure.savefig(temp, dpi=150, format=path.suffix[1:].lower(), metadata=SIGNED[kind])
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=kind, metadata=SIGNED[kind])
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.write_bytes(drawn.getvalue())
+        temp.replace(path)
+    except OSError as e:
+        raise BurnishError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
     return path
 
 
