@@ -72,12 +72,12 @@ def size(batch: Any) -> int:
     return first.shape[0]
 
 
-def cut(batch: Any, n: int) -> Any:
-    """The first n samples of a batch."""
+def cut(batch: Any, stop: int, start: int = 0) -> Any:
+    """Samples start:stop of a batch."""
     whole = size(batch)
 
     def some(v: Any) -> Any:
-        return v[:n] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
+        return v[start:stop] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
 
     if isinstance(batch, Mapping):
         return {k: some(v) for k, v in batch.items()}

@@ -15,6 +15,7 @@ from ..core.errors import BurnishError, CheckError, ConfigError
 from ..core.events import Timeline
 from ..core.recipe import Recipe
 from .check import check_gradients
+from .persample import sample_norms
 from .slot import State
 
 
@@ -137,6 +138,17 @@ class Stepping:
             raise ConfigError("the model returned no scalar loss; pass labels in the batch or "
                               "give step(batch, loss=lambda outputs, batch: ...)")
         return value
+
+    def sample_norms(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """(B,): the norm of each sample's own gradient, over everything that trains.
+
+        A sample's gradient is its part of the batch's mean loss, times B; the model runs in
+        evaluation mode (dropout off). Terms on linears need no gradient for it (the ghost norm).
+        Nothing is updated, and no ``.grad`` is touched.
+        """
+        self._not_merged()
+        trained = [p for _, p in self.named_parameters()]
+        return sample_norms(self.model, trained, batch, lambda b: self.loss(b, loss))
 
     def _finite(self, value: Tensor) -> None:
         if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core.site import Place
 from ..tape.replay import replay, rng_state
+from .persample import product_norms
 from .provided import Term
 
 
@@ -104,6 +105,15 @@ class Chain(Term):
                 grads[0] = torch.zeros_like(self.A)
             grads[0][..., i0:i1] += (self.B.transpose(-1, -2) @ G).mul_(self.scale)
         return self.tile(i0, i1, state)
+
+    def sample_norms(self, x_BTI: Tensor, g_BTO: Tensor) -> list[Tensor | None]:
+        if self.dropout and self.training:
+            return super().sample_norms(x_BTI, g_BTO)
+        s = self.scale**2
+        x, g = x_BTI.to(self.A.dtype), g_BTO.to(self.A.dtype)
+        dA = product_norms(g @ self.B, x) * s if self.A.requires_grad else None
+        dB = product_norms(g, x @ self.A.t()) * s if self.B.requires_grad else None
+        return [dA, dB]
 
     def take(self, index: Tensor, padding: int | None = None) -> Tensor:
         h = F.embedding(index, self.A.transpose(-1, -2), padding)

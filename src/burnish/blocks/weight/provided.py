@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .persample import term_norms
+
 #: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
 PANEL = 1 << 22
 
@@ -105,6 +107,12 @@ class Term(nn.Module):
             if t.requires_grad and (part := next(got)) is not None:
                 grads[k] = part if grads[k] is None else grads[k].add_(part)
         return d.detach()
+
+    # -- each sample's own gradient ---------------------------------------------------------
+    def sample_norms(self, x_BTI: Tensor, g_BTO: Tensor) -> list[Tensor | None]:
+        """Squared norm of each sample's gradient, (B,) per tensor of ``theta()`` (None where no
+        gradient is wanted): x the layer's input, g the gradient of its output."""
+        return term_norms(self, x_BTI, g_BTO)
 
     # -- rows of an embedding ---------------------------------------------------------------
     def take(self, index: Tensor, padding: int | None = None) -> Tensor:
