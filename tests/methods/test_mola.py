@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.weight.experts import Attached, ExpertChains, balance, top_k
+from burnish.blocks.weight.experts import Attached, ExpertChains, balance, counted, top_k
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing.models import tiny
@@ -167,15 +167,19 @@ def test_padding_does_not_count():
 def test_the_mask_of_the_batch_reaches_the_routers():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "mola(rank=2)")
-    made = list(experts(tuned).values())
-    assert len({id(m.padding) for m in made}) == 1
+    seen = []
+    for m in experts(tuned).values():
+        m.register_forward_pre_hook(lambda m, a: seen.append(counted(a[0])))
     ids = batch["input_ids"]
     mask = torch.ones_like(ids)
     mask[:, 5:] = 0
     net(input_ids=ids, attention_mask=mask)
-    assert torch.equal(made[0].padding.of(torch.zeros(*ids.shape, 3)), mask)
+    assert len(seen) == len(experts(tuned)) and all(torch.equal(s, mask) for s in seen)
+    net(ids, mask)                                  # by position
+    assert all(torch.equal(s, mask) for s in seen)
+    seen.clear()
     net(input_ids=ids)
-    assert made[0].padding.of(torch.zeros(*ids.shape, 3)) is None
+    assert seen and not any(s is not None for s in seen)
 
 
 def test_the_gradient_of_the_balance_is_added_where_it_arises():

@@ -20,7 +20,8 @@ from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
 from .observe import Batches, Pass
-from .slot import State, slot_of
+from .slot import slot_of
+from .state import State
 from .swap import ATTR, swap_provided
 
 if TYPE_CHECKING:

@@ -10,41 +10,27 @@ parameters keep their names, and one child, ``module.burnish``, owns everything 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ..blocks.tape.executor import MODES
-from ..blocks.tape.saved import Tape
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.provided import Provider, Weighted, Wrap, linear
+from ..core.call import Call, again, call_of, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
-from .swap import ATTR, tuned_class
-
-
-@dataclass
-class State:
-    """What all slots of one model share."""
-
-    tape: Tape = field(default_factory=Tape)
-    active: tuple[tuple[str, float], ...] = ()
-    rows: tuple[str | None, ...] | None = None      # one adapter per sample
-    off: bool = False
-    version: int = 0                                 # grows when `active` or the parts change
-    box: dict[tuple[str, str], Any] = field(default_factory=dict)
-    readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
-
-    def use(self, active: tuple[tuple[str, float], ...],
-            rows: tuple[str | None, ...] | None = None) -> None:
-        self.active, self.rows, self.version = active, rows, self.version + 1
+from .rows import check_rows, split
+from .state import State, valid
+from .swap import ATTR, expose, tuned_class
 
 
 @dataclass
@@ -66,12 +52,11 @@ class Slot(nn.Module):
         self.path = path
         self.parts: list[Part] = []
         self.providers: dict[str, str] = {}          # parameter -> child name
-        self.standing: dict[str, Tensor] = {}        # what answers for a parameter just now
         self.mode: str | None = None
         self.root = False
         self.reads: set[tuple[str, str]] = set()     # taps other slots want from here
         self.listeners: list[Callable[..., Any]] = []  # around the forward, outermost first
-        self._plan: tuple[Any, Any] | None = None
+        self._plans: tuple[int, dict[Any, Any]] = (-1, {})     # of one version, by what is active
 
     # -- building -----------------------------------------------------------------------------
     def add(self, adapter: str, key: str, module: nn.Module, place: Place | None = None,
@@ -87,6 +72,8 @@ class Slot(nn.Module):
         for p in module.parameters():            # `use` switches the others on and off
             p.burnish_frozen = not p.requires_grad
         self.parts.append(Part(adapter, name, place, branch))
+        if place is None and branch is None:
+            self.state.listening.append(adapter)
         self.state.version += 1
         return name
 
@@ -102,6 +89,9 @@ class Slot(nn.Module):
         for names in self.state.readers.values():
             names[:] = [n for n in names if n != adapter]
         self.state.version += 1
+        self.state.gone[adapter] = self.state.version
+        self.state.needs.pop(adapter, None)
+        self.state.listening[:] = [a for a in self.state.listening if a != adapter]
 
     def module_of(self, part: Part) -> nn.Module:
         return self._modules[part.adapter][part.key]
@@ -115,81 +105,81 @@ class Slot(nn.Module):
     # -- running ------------------------------------------------------------------------------
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         state = self.state
-        if self.root and not state.tape._depth:
-            return self._run_root(module, forward, args, kw)
-        call = functools.partial(self._inside, module, forward)
+        if torch.compiler.is_compiling():
+            return self._traced(module, forward, args, kw)
+        call = call_of(state)
+        if call is None:
+            return self._outermost(module, forward, args, kw)
+        run = functools.partial(self._inside, module, forward)
         for listener in self.listeners:
-            call = functools.partial(listener, module, call)
-        if self.mode and not state.off:
-            return MODES[self.mode](module, call, args, kw, state.tape.recording)
-        return call(*args, **kw)
+            run = functools.partial(listener, module, run)
+        if self.mode and not call.off:
+            return MODES[self.mode](module, run, args, kw, state.tape.recording)
+        return run(*args, **kw)
 
-    def _run_root(self, module: nn.Module, forward: Callable[..., Any], args: tuple,
-                  kw: dict) -> Any:
+    def _outermost(self, module: nn.Module, forward: Callable[..., Any], args: tuple,
+                   kw: dict) -> Any:
+        """The first of ours that runs in this thread: it opens the call, and the tape.
+
+        Usually the root. Else a part of the model was called by itself; or, in backward, somebody
+        else's checkpointing runs it again: then in the call whose tensors he has just asked for.
+        """
         state = self.state
-        state.box.clear()
-        if state.rows is not None:
-            batch = next(v.shape[0] for v in pytree.tree_leaves((args, kw))
-                         if isinstance(v, Tensor) and v.dim())
-            if batch != len(state.rows):
-                raise RecipeError(f"use([...]) names {len(state.rows)} adapters for a batch of "
-                                  f"{batch}; give one per sample")
-        fast = torch.backends.mha.get_fastpath_enabled()
-        try:
-            # the fused encoder layer reads weights past their modules; ours would be ignored
-            torch.backends.mha.set_fastpath_enabled(False)
-            with state.tape.recording():
-                return self.run(module, forward, args, kw)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            state.box.clear()
+        then = None if self.root else state.tape.last_opened()
+        call = state.open(valid(module, args, kw)) if then is None else then
+        if self.root and call.rows is not None:
+            check_rows(call.rows, args, kw)
+        with again(call), state.tape.recording():
+            return self.run(module, forward, args, kw)
+
+    def _traced(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
+        """In a graph that is compiled. The compiler decides what is kept, so there is no tape; the
+        facts of the call are constants of the graph, which its guards watch. What a graph cannot
+        hold (listeners, taps, weights that stand in for others) runs as it is, beside it."""
+        state = self.state
+        why = state.beside if self.root else ""
+        if why or not self._graphable(module, forward):
+            return _beside(self, module, forward, args, kw, why)
+        call = Call(state, state.active, version=state.version)
+        run = functools.partial(self._active, module, forward, call)
+        if self.mode == "checkpoint":
+            return torch_checkpoint(run, args, kw, use_reentrant=False)
+        return run(args, kw)
+
+    def _graphable(self, module: nn.Module, forward: Callable[..., Any]) -> bool:
+        state = self.state
+        if state.off_here or state.rows is not None or self.listeners or self.reads \
+                or self.mode not in (None, "checkpoint"):
+            return False
+        if not any(p.place for p in self.parts) and not self.providers:
+            return True
+        return is_linear(module, forward)
 
     def _inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        state = self.state
-        if state.off:
+        call = call_of(self.state)
+        if call.off:
             return self._base(module, forward, args, kw)
-        if state.rows is not None and self.parts:
-            return self._per_sample(module, forward, args, kw)
-        return self._active(module, forward, state.active, args, kw)
+        if call.rows is not None and any(p.adapter in call.rows and (p.place or p.branch)
+                                         for p in self.parts):
+            return self._per_sample(module, forward, call, args, kw)
+        return self._active(module, forward, call, args, kw)
 
-    def _per_sample(self, module: nn.Module, forward: Callable[..., Any], args: tuple,
-                    kw: dict) -> Any:
+    def _per_sample(self, module: nn.Module, forward: Callable[..., Any], call: Call,
+                    args: tuple, kw: dict) -> Any:
         """Each sample through its own adapter: the batch is split, run and put together."""
-        batch = len(self.state.rows)
-        order, outs = [], []
-        for name in dict.fromkeys(self.state.rows):
-            index = torch.tensor([i for i, r in enumerate(self.state.rows) if r == name])
-            order.append(index)
-
-            def pick(v: Any, index: Tensor = index) -> Any:
-                if not isinstance(v, Tensor) or not v.dim() or v.shape[0] % batch or not v.shape[0]:
-                    return v
-                per = v.shape[0] // batch
-                return v.view(batch, per, *v.shape[1:])[index.to(v.device)].flatten(0, 1) \
-                    if per > 1 else v[index.to(v.device)]
-
-            a, k = pytree.tree_map(pick, (args, kw))
+        def run(name: str | None, a: tuple, k: dict, valid: Any, given: dict) -> Any:
             active = () if name is None else ((name, 1.0),)
-            outs.append(self._active(module, forward, active, a, k))
-        back = torch.cat(order).argsort()
+            own = replace(call, active=active, rows=None, valid=valid, given=given)
+            with resume(own):
+                return self._active(module, forward, own, a, k)
 
-        def join(*parts: Any) -> Any:
-            if not isinstance(parts[0], Tensor):
-                return parts[0]
-            whole = torch.cat(parts)
-            per = whole.shape[0] // batch
-            where = back.to(whole.device)
-            if per > 1:
-                return whole.view(batch, per, *whole.shape[1:])[where].flatten(0, 1)
-            return whole[where]
+        return split(call.rows, run, args, kw, call.valid, dict(call.given))
 
-        return pytree.tree_map(join, *outs)
-
-    def _active(self, module: nn.Module, forward: Callable[..., Any],
-                active: tuple[tuple[str, float], ...], args: tuple, kw: dict) -> Any:
-        groups, before, after = self._planned(module, active)
+    def _active(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
+                kw: dict) -> Any:
+        groups, before, after = self._planned(module, call.active)
         given = _first(args, kw)
-        self._tap("input", given, active)
+        self._tap("input", given, call)
         for part, scale in before:
             x = _first(args, kw)
             made = self._branch(part, scale, x, x)
@@ -203,25 +193,29 @@ class Slot(nn.Module):
                 if path in ("", self.path):
                     seen = first if what == "output" else given
                 else:
-                    seen = self._seen(path, what)
+                    seen = self._seen(path, what, part, call)
                 first = self._branch(part, scale, seen, first)
             out = (first, *out[1:]) if isinstance(out, tuple) else first
-        self._tap("output", out[0] if isinstance(out, tuple) else out, active)
+        self._tap("output", out[0] if isinstance(out, tuple) else out, call)
         return out
 
-    def _tap(self, what: str, value: Any, active: tuple[tuple[str, float], ...]) -> None:
+    def _tap(self, what: str, value: Any, call: Call) -> None:
         """Keep a state for the branches elsewhere that read it, until the last one has."""
         if (self.path, what) in self.reads:
-            wanted = dict(active)
+            wanted = dict(call.active)
             n = sum(bool(wanted.get(a)) for a in self.state.readers.get((self.path, what), ()))
             if n:
-                self.state.box[self.path, what] = [value, n]
+                call.box[self.path, what] = [value, n]
 
-    def _seen(self, path: str, what: str) -> Any:
-        entry = self.state.box[path, what]
+    def _seen(self, path: str, what: str, part: Part, call: Call) -> Any:
+        entry = call.box.get((path, what))
+        if entry is None:
+            raise RecipeError(f"{part.key} in {self.path} reads the {what} of {path}, which did "
+                              "not run before it in the same block: a block that runs again in "
+                              "backward sees only what it is given; drop the checkpointing")
         entry[1] -= 1
         if not entry[1]:
-            del self.state.box[path, what]
+            del call.box[path, what]
         return entry[0]
 
     def _branch(self, part: Part, scale: float, seen: Tensor, h: Tensor) -> Tensor:
@@ -241,13 +235,20 @@ class Slot(nn.Module):
 
     # -- weights ------------------------------------------------------------------------------
     def _planned(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
-        key = (self.state.version, active)
-        if self._plan is None or self._plan[0] != key:
-            self._plan = (key, self._make_plan(module, active))
-        return self._plan[1]
+        version, made = self._plans
+        if version != self.state.version:
+            self._plans = version, made = self.state.version, {}
+        if active not in made:
+            made[active] = self._make_plan(module, active)
+        return made[active]
 
     def _make_plan(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
         weights = dict(active)
+        call = current()
+        for name in weights if call is not None else ():
+            if self.state.gone.get(name, -1) > call.version:
+                raise RecipeError(f"this forward ran with the adapter {name!r}, which has been "
+                                  "taken out since: its backward can no longer run")
         groups: dict[tuple, tuple[Place, list, list]] = {}
         before, after = [], []
         for part in self.parts:
@@ -357,27 +358,21 @@ class Slot(nn.Module):
     def _noted(self, module: nn.Module, param: str, make: Callable[[], Tensor]) -> Iterator[None]:
         """`make()` answers for the parameter; backward makes it again instead of keeping it."""
         value = make()
+        call = current()
         if torch.is_grad_enabled():
-            self.state.tape.note(value, make, (), {})
+            self.state.tape.note(value, functools.partial(_in, call, make), (), {})
         owner, leaf = module, param
-        if param in self.providers:              # a property answers: it looks here first
-            self.standing[param] = value
-        else:
-            *parents, leaf = param.split(".")
-            for p in parents:
-                owner = getattr(owner, p)
-            owner.__dict__[leaf] = value         # found before nn.Module looks at _parameters
+        *parents, leaf = param.split(".")
+        for p in parents:
+            owner = getattr(owner, p)
+        expose(owner, leaf)                      # a property answers, in this thread alone
+        key = id(owner), leaf
+        call.standing[key] = value
         del value
         try:
             yield
         finally:
-            self.standing.pop(param, None)
-            owner.__dict__.pop(leaf, None)
-
-    def answer(self, module: nn.Module, param: str) -> Tensor:
-        """What ``module.<param>`` is when a provider holds it."""
-        value = self.standing.get(param)
-        return self._stored(module, param) if value is None else value
+            call.standing.pop(key, None)
 
     def _make_weight(self, module: nn.Module, param: str, items: list) -> Tensor:
         stored = self._stored(module, param)
@@ -395,6 +390,21 @@ class Slot(nn.Module):
 def _drops(term: nn.Module) -> bool:
     """Does a term drop part of its input just now?"""
     return bool(term.training and getattr(term, "dropout", 0))
+
+
+@torch._dynamo.disable
+def _beside(slot: Slot, module: nn.Module, forward: Callable[..., Any], args: tuple,
+            kw: dict, why: str) -> Any:
+    """A run that stays out of the graph."""
+    if why:
+        warnings.warn(f"torch.compile: this model runs uncompiled, since {why}", stacklevel=2)
+    return slot.run(module, forward, args, kw)
+
+
+def _in(call: Call, make: Callable[[], Tensor]) -> Tensor:
+    """`make()` in a call that may be over."""
+    with resume(call):
+        return make()
 
 
 def _first(args: tuple, kw: dict) -> Any:

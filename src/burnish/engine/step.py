@@ -16,7 +16,7 @@ from ..core.events import Timeline
 from ..core.recipe import Recipe
 from .check import check_gradients
 from .persample import sample_norms
-from .slot import State
+from .state import State
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

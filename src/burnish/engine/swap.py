@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.call import answer
 from .containers import members
 
 #: the one child a touched module gets
@@ -35,21 +36,52 @@ def tuned_class(base: type, provided: tuple[str, ...] = ()) -> type:
         body: dict[str, Any] = {
                 "forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__,
                 "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-                "_burnish_base": base, **members(base)}
+                "_burnish_base": base, "_burnish_shown": provided, **members(base)}
         for name in provided:
-            body[name] = property(functools.partial(_provided, name=name))
+            body[name] = property(functools.partial(_shown, name=name),
+                                  functools.partial(_set, name=name),
+                                  functools.partial(_del, name=name))
         _CLASSES[key] = type(base.__name__, (base,), body)
     return _CLASSES[key]
 
 
-def _provided(module: nn.Module, name: str) -> Tensor:
-    """``module.<name>`` where a provider holds it."""
+def _shown(module: nn.Module, name: str) -> Any:
+    """``module.<name>``: what stands for it in this thread, what a provider holds, or its own."""
+    value = answer(module, name)
+    if value is not None:
+        return value
     slot = module._modules.get(ATTR)
-    if slot is not None:
-        return slot.answer(module, name)
-    if name in module._parameters:
-        return module._parameters[name]
-    raise AttributeError(name)
+    if slot is not None and name in slot.providers:
+        return slot._stored(module, name)
+    for own in (module.__dict__, module._parameters, module._buffers):
+        if name in own:
+            return own[name]
+    below = getattr(type(module)._burnish_base, name, None)      # the base computes it
+    if isinstance(below, property):
+        return below.fget(module)
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+
+def _set(module: nn.Module, value: Any, name: str) -> None:
+    """Plain attributes only: nn.Module has taken parameters and buffers before."""
+    below = getattr(type(module)._burnish_base, name, None)
+    if isinstance(below, property):
+        below.fset(module, value)
+    else:
+        module.__dict__[name] = value
+
+
+def _del(module: nn.Module, name: str) -> None:
+    del module.__dict__[name]
+
+
+def expose(module: nn.Module, name: str) -> None:
+    """Let a property answer for a parameter from now on, so that each thread may see its own."""
+    cls = type(module)
+    shown = getattr(cls, "_burnish_shown", ())
+    if name not in shown:
+        base = getattr(cls, "_burnish_base", cls)
+        module.__class__ = tuned_class(base, (*shown, name))
 
 
 def _rebuild(base: type, provided: tuple[str, ...]) -> nn.Module:
@@ -59,19 +91,18 @@ def _rebuild(base: type, provided: tuple[str, ...]) -> nn.Module:
 
 def swap_provided(module: nn.Module, names: tuple[str, ...]) -> None:
     """Let properties answer for parameters that a provider now holds."""
-    base = type(module)._burnish_base
-    module.__class__ = tuned_class(base, names)
+    for name in names:
+        expose(module, name)
 
 
 def unswap(module: nn.Module) -> None:
-    """Give a module its own class back and drop its slot."""
-    module.__class__ = type(module)._burnish_base
+    """Give a module its own class back and drop its slot; likewise what shows below it."""
     del module._modules[ATTR]
+    for m in module.modules():
+        if hasattr(type(m), "_burnish_base") and ATTR not in m._modules:
+            m.__class__ = type(m)._burnish_base
 
 
 def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
     """Give a module its parameter back from a provider."""
-    slot = module._modules[ATTR]
-    base = type(module)._burnish_base
-    module.__class__ = tuned_class(base, tuple(slot.providers))
     module._parameters[param] = nn.Parameter(value, requires_grad=False)

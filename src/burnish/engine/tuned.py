@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
+from ..core.call import off
 from ..core.errors import CheckError, ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
@@ -28,10 +29,12 @@ from .adapters import (
     original,
 )
 from .attach import Attacher
+from .base import Base
 from .check import check
 from .observe import Batches
 from .originals import Originals
-from .slot import State, slot_of, slots
+from .slot import slot_of, slots
+from .state import State
 from .step import Stepping, forward
 from .summary import summary, table
 from .swap import ATTR, unprovide, unswap
@@ -204,27 +207,12 @@ class Tuned(Stepping):
     # -- switching off, out and in -------------------------------------------------------------
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model answers as the base (trained base weights and head excepted are put
-        back too)."""
+        """Inside, in this thread, the model answers as the base: what was added is left out, and
+        base weights that train answer with the values they had. Nothing is written, so it may
+        stand between a forward and its backward (distillation, a penalty against the base)."""
         self._not_merged()
-        was, trained = self.state.off, {}
-        for key in self.originals:
-            name = ".".join(filter(None, key))
-            try:
-                p = self.model.get_parameter(name)
-            except AttributeError:
-                continue
-            trained[name] = p.detach().clone()
-            with torch.no_grad():
-                p.copy_(self.originals.get(*key))
-        self.state.off = True
-        try:
+        with off(self.state, Base(self.model, self.originals)):
             yield
-        finally:
-            self.state.off = was
-            with torch.no_grad():
-                for name, value in trained.items():
-                    self.model.get_parameter(name).copy_(value)
 
     def detach(self) -> nn.Module:
         """The base, bit for bit: classes, parameters, flags as they were before ``tune``."""

@@ -18,19 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.call import call_of
 from ...core.errors import RecipeError
 
 
-def is_active(state: Any, adapter: str, what: str) -> bool:
+def is_active(call: Any, adapter: str, what: str) -> bool:
     """Is the adapter in use? Extra tokens and side networks are used whole or not at all."""
-    if state.off:
+    if call.off:
         return False
-    if state.rows is not None:
-        if adapter in state.rows:
+    if call.rows is not None:
+        if adapter in call.rows:
             raise RecipeError(f"{what} changes every sample of a batch; per-sample adapters cannot "
                               f"hold it: use({adapter!r}) for whole batches")
         return False
-    weight = dict(state.active).get(adapter)
+    weight = dict(call.active).get(adapter)
     if weight not in (None, 0, 1):
         raise RecipeError(f"{what} of {adapter!r} can be used whole, not at {weight}")
     return bool(weight)
@@ -49,8 +50,13 @@ class Listener(nn.Module):
         self.__dict__["state"] = state            # shared by all slots, no part of this module
         self.adapter = adapter
 
+    @property
+    def here(self) -> Any:
+        """The call under way in this thread (the shared state where the block is used alone)."""
+        return call_of(self.state) or self.state
+
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        if not is_active(self.state, self.adapter, self.what):
+        if not is_active(self.here, self.adapter, self.what):
             return call(*args, **kw)
         return self.around(module, call, *args, **kw)
 
@@ -254,7 +260,6 @@ class KeysValues(Listener):
         else:
             self.rows = None
             self.up = nn.Linear(trunk.down.out_features, 2 * width)
-        self._met = False
 
     def made(self) -> Tensor:
         """The rows: (2, L, H h)."""
@@ -272,19 +277,22 @@ class KeysValues(Listener):
             self.rows = rows
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        tape, self._met = self.state.tape, False
-        before = {f: tape.intercept.get(f) for f in (_SDPA, _MHA)}
-        tape.intercept.update({_SDPA: self.attend, _MHA: self.attend_mha})
+        tape, met = self.state.tape, []
+
+        def join(how: Callable[..., Any]) -> Callable[..., Any]:
+            def joined(*given: Any) -> Any:
+                met.append(how)
+                return how(*given)
+            return joined
+
+        before = tape.intercept                      # this thread's alone
+        tape.intercept = before | {_SDPA: join(self.attend), _MHA: join(self.attend_mha)}
         try:
             with tape.recording():
                 out = call(*args, **kw)
         finally:
-            for f, was in before.items():
-                if was is None:
-                    del tape.intercept[f]
-                else:
-                    tape.intercept[f] = was
-        if not self._met:
+            tape.intercept = before
+        if not met:
             raise RecipeError(f"prefix: {type(module).__name__} computed its attention without "
                               "F.scaled_dot_product_attention; load the model with "
                               "attn_implementation='sdpa'")
@@ -294,7 +302,6 @@ class KeysValues(Listener):
         """Attention over ``[P_k; K]`` and ``[P_v; V]``."""
         given = dict(zip(_SDPA_NAMES, args, strict=False)) | kwargs
         q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
-        self._met = True
         P = self.made().to(k.dtype)
         mask, causal = given.pop("attn_mask", None), given.pop("is_causal", False)
         if causal or mask is not None:
@@ -312,7 +319,7 @@ class KeysValues(Listener):
 
     def _mask(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
         """The mask with L open columns; layers that share a mask share the wider one."""
-        box, name = self.state.box, ("prefix", self.adapter)
+        box, name = self.here.box, ("prefix", self.adapter)
         shape = (queries, keys, self.length, device)
         had = box.get(name)
         if had is not None and had[0] is mask and (mask is not None or had[1] == shape):
@@ -333,7 +340,6 @@ class KeysValues(Listener):
         if given.get("attn_mask") is not None:
             raise RecipeError("prefix: nn.MultiheadAttention with an attention mask cannot take "
                               "more keys than tokens")
-        self._met = True
         P = self.made().to(given["query"].dtype)
         given["bias_k"], given["bias_v"] = P[0].unsqueeze(1), P[1].unsqueeze(1)
         if given.get("key_padding_mask") is not None:

@@ -107,7 +107,7 @@ class Rung(Listener):
             args, kw = _uncached(args), dict(zip(kw, _uncached(tuple(kw.values())), strict=True))
             if kw.get("use_cache"):
                 kw["use_cache"] = False
-        box, key = self.state.box, ("side", self.adapter)
+        box, key = self.here.box, ("side", self.adapter)
         watch = Watch(self.state.tape) if isinstance(self.side, Plain) else None
         with watch or _nothing():
             out = no_grad(module, call, args, kw)
@@ -187,7 +187,7 @@ class Crown(Listener):
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         out = call(*args, **kw)
         h = out[0] if isinstance(out, tuple) else out
-        s = self.state.box.pop(("side", self.adapter))
+        s = self.here.box.pop(("side", self.adapter))
         y = self.gate(self.up(self.norm(s)), h)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 

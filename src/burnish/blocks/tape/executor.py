@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from ...core.call import again, current
 from . import replay
 
 _TENSOR = object()
@@ -37,7 +38,8 @@ class _Again(torch.autograd.Function):
         ctx.rng = replay.rng_state(ctx.devices)
         ctx.autocast = replay.autocast_state(device)
         n = call.n_inputs
-        out = call.run(tensors[:n])
+        with again(call.context):
+            out = call.run(tensors[:n])
         ctx.save_for_backward(*tensors[:n])
         ctx.params = tensors[n:]
         leaves, call.out_spec = pytree.tree_flatten(out)
@@ -54,7 +56,7 @@ class _Again(torch.autograd.Function):
         inputs = []
         for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n], strict=True):
             inputs.append(t.detach().requires_grad_(need))
-        with torch.enable_grad(), replay.replay(ctx.devices, ctx.rng), \
+        with again(call.context), torch.enable_grad(), replay.replay(ctx.devices, ctx.rng), \
                 replay.autocast(ctx.autocast), call.recording():
             out = call.run(inputs)
         made = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
@@ -81,6 +83,7 @@ class _Call:
         for i in self.where:
             self.leaves[i] = None                 # the function keeps them, not this object
         self.n_inputs, self.fn, self.recording = len(self.where), fn, recording
+        self.context = current()                  # backward runs it again in this call
         self.out_spec: Any = None
         self.out_leaves: list[Any] = []
 

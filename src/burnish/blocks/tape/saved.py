@@ -21,9 +21,10 @@ closes a reference cycle, so pass-through returns an alias.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...core.call import Call, current
 from . import replay
 from .notes import DEPTH, Entry, Kept, Note, Recompute, storage_of, version_of
 from .watched import Watched
@@ -50,30 +52,82 @@ class Policy:
         """A forward begins."""
 
 
+class _Here(threading.local):
+    """What a tape holds for the thread that asks: two threads may run one model at once."""
+
+    def __init__(self) -> None:
+        self.intercept: dict[Any, Callable[..., Any]] = {}
+        self.known: dict[int, tuple[Any, Entry]] = {}          # storage -> (tensor, entry)
+        self.stands: dict[int, list[Any]] = {}                 # storage -> entries that read it
+        self.depth = 0
+        self.opened: Any = None                  # weak reference to the call opened last
+
+
+def backward_runs() -> bool:
+    """Is this thread inside a backward?"""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _counted() -> bool:
+    """Is this somebody else's recomputation, which counts the tensors that are saved?"""
+    return backward_runs() and \
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class Tape(TorchFunctionMode):
     """Watches one forward of a model. Also the one place where functions are intercepted.
 
     lean: note cheap outputs instead of keeping them.
     policy: what happens to the tensors that are kept.
-    intercept: function -> replacement ``f(func, args, kwargs) -> result`` (prefix attention).
+    intercept: function -> replacement ``f(func, args, kwargs) -> result`` (prefix attention), in
+    the thread that sets it.
     """
 
     def __init__(self, lean: bool = True, policy: Policy | None = None):
         super().__init__()
         self.lean, self.policy = lean, policy or Policy()
-        self.intercept: dict[Any, Callable[..., Any]] = {}
-        self._known: dict[int, tuple[Any, Entry]] = {}          # storage -> (tensor, entry)
-        self._stands: dict[int, list[Any]] = {}                 # storage -> entries that read it
+        self._here = _Here()
         self._watched: dict[Any, Watched] = {}
-        self._depth = 0
         self.on_start: Callable[[], None] = _nothing
+
+    @property
+    def intercept(self) -> dict[Any, Callable[..., Any]]:
+        return self._here.intercept
+
+    @intercept.setter
+    def intercept(self, value: dict[Any, Callable[..., Any]]) -> None:
+        self._here.intercept = value
+
+    @property
+    def _known(self) -> dict[int, tuple[Any, Entry]]:
+        return self._here.known
+
+    @property
+    def _stands(self) -> dict[int, list[Any]]:
+        return self._here.stands
+
+    @property
+    def _depth(self) -> int:
+        return self._here.depth
+
+    def last_opened(self) -> Call | None:
+        """The call that kept what this thread's backward has asked for last.
+
+        Whoever recomputes in backward takes his inputs from the tape first, so this is the call
+        in which a module that runs now ran before.
+        """
+        opened = self._here.opened
+        return opened() if opened is not None and backward_runs() else None
 
     # -- watching -----------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.intercept:
-            return self.intercept[func](func, args, kwargs)
+        if torch.compiler.is_compiling():            # the compiler decides what is kept
+            return func(*args, **kwargs)
+        intercept = self._here.intercept
+        if intercept and func in intercept:
+            return intercept[func](func, args, kwargs)
         if not self.lean:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
@@ -187,27 +241,42 @@ class Tape(TorchFunctionMode):
     def unpack(x: Any) -> Tensor:
         return x.open()
 
+    def _hooks(self) -> AbstractContextManager[Any]:
+        """Pack and unpack for what runs inside; none where somebody else counts what is saved."""
+        if _counted():
+            return nullcontext()
+        call, here = current(), self._here
+        mine = None if call is None else weakref.ref(call)
+
+        def unpack(x: Any, call: Call | None = call) -> Tensor:     # holds the call: see core/call
+            here.opened = mine
+            return self.unpack(x)
+
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Watch what runs inside; nested calls join the outermost one."""
-        if self._depth:
+        here = self._here
+        if here.depth:
             yield
             return
-        self._depth += 1
+        here.depth += 1
         self.on_start()
         self.policy.start()
         self._prune()
         try:
-            with self, torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            with self, self._hooks():
                 yield
         finally:
-            self._depth -= 1
-            self._known.clear()
+            here.depth -= 1
+            here.known.clear()
 
     def _prune(self) -> None:
         """Entries whose graphs are gone stand on nothing."""
-        living = {k: [r for r in refs if r() is not None] for k, refs in self._stands.items()}
-        self._stands = {k: refs for k, refs in living.items() if refs}
+        here = self._here
+        living = {k: [r for r in refs if r() is not None] for k, refs in here.stands.items()}
+        here.stands = {k: refs for k, refs in living.items() if refs}
 
     def __deepcopy__(self, memo: dict) -> Tape:
         new = type(self)(self.lean, self.policy)

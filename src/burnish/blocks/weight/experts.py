@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.call import context
 from ..tape.replay import replay, rng_state
 
 
@@ -135,24 +136,10 @@ class Attached(torch.autograd.Function):
         return g, torch.full((), ctx.weight, dtype=dtype, device=device), None
 
 
-class Padding:
-    """Which tokens of the batch count; one object for all routers of an adapter.
-
-    It listens to the model's root and keeps the (batch, tokens) attention mask of the last call;
-    a model without one has no padding as far as a router can know.
-    """
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-
-    def __call__(self, module: nn.Module, call: Any, *args: Any, **kw: Any) -> Any:
-        mask = kw.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return call(*args, **kw)
-
-    def of(self, x: Tensor) -> Tensor | None:
-        fits = self.mask is not None and self.mask.shape == x.shape[:-1]
-        return self.mask if fits else None
+def counted(x: Tensor) -> Tensor | None:
+    """Which of the tokens x (batch, tokens, ...) count in the call under way; None: all of them."""
+    valid = context().valid
+    return valid if valid is not None and valid.shape == x.shape[:-1] else None
 
 
 class ExpertChains(nn.Module):
@@ -176,16 +163,6 @@ class ExpertChains(nn.Module):
         self.router = nn.Parameter(torch.empty(experts, inp).uniform_(-bound, bound))
         for p in self.parameters():
             p.burnish_decay = False
-        self.padding = Padding()
-
-    def attached(self, attacher: Any) -> None:
-        """Share one reader of the padding mask with the other routers of this adapter."""
-        listeners = attacher.slot("").listeners
-        known = next((x for x in listeners if isinstance(x, Padding)), None)
-        if known is None:
-            listeners.append(self.padding)
-        else:
-            self.padding = known
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(probabilities, gates), both (..., E) in fp32."""
@@ -197,7 +174,7 @@ class ExpertChains(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         p, g = self.gates(x)
         if self.coefficient and self.training and torch.is_grad_enabled():
-            g = Attached.apply(g, balance(p, g, self.padding.of(x)), self.coefficient)
+            g = Attached.apply(g, balance(p, g, counted(x)), self.coefficient)
         y = Weighed.apply(x, g, self.A, self.B, self.scale, self.dropout * self.training)
         if self.rows is None:
             return y

@@ -12,8 +12,6 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...core.call import current
+from .backward import as_then, uncast
 from .persample import term_norms
 
 #: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
@@ -221,22 +221,13 @@ class Weighted:
         return self.wrap.of(V) if self.wrap else V
 
 
-def _uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(ctx, tensor, ...)` in the tensors' own precision: autocast has had its say before."""
-    @functools.wraps(fn)
-    def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
-            return fn(ctx, tensor, *rest)
-    return run
-
-
 class _Effective(torch.autograd.Function):
     """W -> f(W + sum of terms), regenerated in backward. Keeps O(out) numbers."""
 
     @staticmethod
-    @_uncast
+    @uncast
     def forward(ctx: Any, weight: Tensor, op: Weighted, *theta: Tensor) -> Tensor:
-        ctx.op, ctx.dtype = op, weight.dtype
+        ctx.op, ctx.call, ctx.dtype = op, current(), weight.dtype
         if op.wrap is not None and not op.wrap.diagonal:
             return op.dense(weight)
         ctx.states = [t.prepare() for t, _ in op.terms]
@@ -252,7 +243,8 @@ class _Effective(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_uncast
+    @as_then
+    @uncast
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
         weight = op.base()
@@ -299,7 +291,7 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    @_uncast
+    @uncast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
                 op: Weighted, *theta: Tensor) -> Tensor:
         W = op.base() if weight is None else weight
@@ -323,7 +315,7 @@ class _Linear(torch.autograd.Function):
             y2.mul_(f)
             if b is not None:
                 y2.add_(b)
-        ctx.op, ctx.shape, ctx.n_theta = op, x.shape, len(theta)
+        ctx.op, ctx.call, ctx.shape, ctx.n_theta = op, current(), x.shape, len(theta)
         keep_x = op.keeps_input or (weight is not None and weight.requires_grad)
         tensors = [x if keep_x else None, weight]
         ctx.layout = []
@@ -338,7 +330,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_uncast
+    @as_then
+    @uncast
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
         saved = ctx.saved_tensors

@@ -1,0 +1,164 @@
+"""The call: what one forward of a tuned model reads from beside its arguments.
+
+    model(**batch)
+      +-- open            the root takes the declared keys off the batch and fixes what is active
+      |     module        its branches and terms ask context(): .valid, .need("task"), ...
+      |     block         one that backward runs again reads the same facts and an empty box
+      +-- close           the box is emptied; what waits for backward keeps the call
+    tuned.use(...), tuned.disabled(), another forward ...
+    loss.backward()
+      +-- resume          a block run again, a weight made again: in the call of *its* forward
+
+A call is fixed when it opens. It belongs to the thread that opened it, so two threads may run one
+model at once, and backward, whenever it comes, computes what that forward computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RecipeError
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward. Facts are fixed; `box` and `standing` belong to the run that is under way.
+
+    owner: the shared state of the model's slots.
+    active, rows: which adapters answer, and which per sample.
+    off: the base answers alone; `base` then gives its value of a tensor that trains.
+    version: of the shared state when the call opened.
+    valid: the (batch, tokens) attention mask the model was called with, or None: all count.
+    given: the declared keys of the batch by name: task, domain, modality, whatever a part reads.
+    box: what one module leaves for another within this forward.
+    standing: (id of a module, parameter) -> the tensor that answers for it just now.
+    """
+
+    owner: Any = None
+    active: tuple[tuple[str, float], ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    off: bool = False
+    base: Callable[[Any, str], Tensor | None] | None = None
+    version: int = 0
+    valid: Tensor | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    box: dict[Any, Any] = field(default_factory=dict)
+    standing: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def inner(self, **changed: Any) -> Call:
+        """The same facts (or `changed` ones) with nothing in the box: a run of its own inside."""
+        return replace(self, box={}, standing={}, **changed)
+
+    def need(self, key: str) -> Any:
+        """A declared key of the batch. RecipeError when the batch did not bring it."""
+        try:
+            return self.given[key]
+        except KeyError:
+            has = f"it brought {', '.join(self.given)}" if self.given else "it brought none"
+            raise RecipeError(f"a part of the recipe reads {key!r} of the batch; {has}") from None
+
+
+class _Here(threading.local):
+    """The calls this thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.off: list[tuple[Any, Any]] = []         # (owner, its base) switched off here
+
+
+_here = _Here()
+_counting = threading.Lock()
+
+
+def context() -> Call:
+    """The call that is under way in this thread; an empty one outside any forward."""
+    return current() or Call()
+
+
+def current() -> Call | None:
+    """The call that is under way in this thread, or None (a graph that is compiled has none)."""
+    if torch.compiler.is_compiling():
+        return None
+    calls = _here.calls
+    return calls[-1] if calls else None
+
+
+def call_of(owner: Any) -> Call | None:
+    """The innermost call of one model in this thread (a tuned model may hold another)."""
+    for call in reversed(_here.calls):
+        if call.owner is owner:
+            return call
+    return None
+
+
+def answer(module: Any, name: str) -> Tensor | None:
+    """What stands for ``module.<name>`` in this thread just now instead of its own tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    for call in reversed(_here.calls):
+        value = call.standing.get((id(module), name))
+        if value is None and call.base is not None:
+            value = call.base(module, name)
+        if value is not None:
+            return value
+    for _, base in () if _here.calls else reversed(_here.off):     # read outside any forward
+        if (value := base(module, name)) is not None:
+            return value
+    return None
+
+
+def switched_off(owner: Any) -> tuple[bool, Any]:
+    """(is this model's recipe off in this thread, what then gives the base's values)."""
+    for who, base in reversed(_here.off):
+        if who is owner:
+            return True, base
+    return False, None
+
+
+@contextmanager
+def off(owner: Any, base: Callable[[Any, str], Tensor | None]) -> Iterator[None]:
+    """Calls of this model that open inside, in this thread, are answered by the base alone."""
+    _here.off.append((owner, base))
+    with _counting:
+        owner.off_here += 1                          # compiled graphs watch it
+    try:
+        yield
+    finally:
+        _here.off.pop()
+        with _counting:
+            owner.off_here -= 1
+
+
+@contextmanager
+def resume(call: Call | None) -> Iterator[None]:
+    """Inside, this thread is in `call` (None changes nothing)."""
+    if call is None:
+        yield
+        return
+    calls = _here.calls
+    calls.append(call)
+    try:
+        yield
+    finally:
+        calls.pop()
+
+
+@contextmanager
+def again(call: Call | None) -> Iterator[None]:
+    """Inside, a run of its own in `call`: the same facts, a box that is empty before and after."""
+    if call is None:
+        yield
+        return
+    own = call.inner()
+    with resume(own):
+        try:
+            yield
+        finally:
+            own.box.clear()

@@ -1,0 +1,57 @@
+"""What the slots of one model share, and the call that a forward makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..blocks.state.prompts import named
+from ..blocks.tape.saved import Tape
+from ..core.call import Call, switched_off
+
+
+@dataclass
+class State:
+    """What all slots of one model share. A forward reads none of it but through its `Call`."""
+
+    tape: Tape = field(default_factory=Tape)
+    active: tuple[tuple[str, float], ...] = ()
+    rows: tuple[str | None, ...] | None = None      # one adapter per sample
+    version: int = 0                                 # grows when `active` or the parts change
+    readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
+    gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
+    listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
+    needs: dict[str, dict[str, Any]] = field(default_factory=dict)   # adapter -> what it reads
+    off_here: int = 0                                # how many stand in `disabled` just now
+
+    def use(self, active: tuple[tuple[str, float], ...],
+            rows: tuple[str | None, ...] | None = None) -> None:
+        self.active, self.rows, self.version = active, rows, self.version + 1
+
+    @property
+    def off(self) -> bool:
+        """Is the recipe switched off in this thread?"""
+        return switched_off(self)[0]
+
+    @property
+    def beside(self) -> str:
+        """Why a compiled graph may not begin at the root, or "" if it may."""
+        if self.rows is not None:
+            return "each sample has its own adapter"
+        if self.listening or self.readers:
+            return "parts of the recipe hand states to each other"
+        return "parts of the recipe read the context of the call" if self.needs else ""
+
+    def open(self, valid: Tensor | None = None, given: Mapping[str, Any] | None = None) -> Call:
+        """A new call: what is active now, for good."""
+        off, base = switched_off(self)
+        return Call(self, self.active, self.rows, off, base, self.version, valid, given or {})
+
+
+def valid(module: nn.Module, args: tuple, kw: dict) -> Tensor | None:
+    """The (batch, tokens) attention mask the model is called with."""
+    mask = kw.get("attention_mask") if not args else named(module, args, kw).get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
