@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.weight.experts import Attached, ExpertChains, balance, counted, top_k
+from burnish.blocks.update.objective import Attached, Riding
+from burnish.blocks.weight.experts import ExpertChains, balance, counted, top_k
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing.models import tiny
@@ -204,7 +205,7 @@ def test_the_gradient_of_the_balance_is_added_where_it_arises():
 
 def test_attaching_a_loss_changes_no_value():
     h, w = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    y = Attached.apply(h, (w ** 2).sum(), 0.5)
+    y = Attached.apply(h, (w ** 2).sum(), 0.5, Riding())
     assert torch.equal(y, h)
     y.sum().backward()
     torch.testing.assert_close(w.grad, w.detach())

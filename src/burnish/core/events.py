@@ -5,9 +5,14 @@
       |     forward -> loss -> backward
       |     before_update(step)      gradients complete, weights old
       |     update                   the optimizer's step
-      |     after_update(step)       weights new, gradients still there
+      |       tensor_updated(p, grad)  for each tensor: p new, its gradient still there
+      |     after_update(step)       all weights new
       +-- step_end(step)
     finish
+
+`tensor_updated` is for what reads gradients (scores): it comes tensor by tensor, also where a step
+inside backward frees each gradient at once. An optimizer that makes no gradients does not send it,
+and a recipe whose parts need it is refused (`words.py`).
 
 A handler is any object; its methods named like the events are called. Phases order handlers of
 one event (`phase`, default 50, small first), then the order written in the recipe. Everything
@@ -20,7 +25,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-EVENTS = ("start", "step_begin", "before_update", "after_update", "step_end", "finish")
+EVENTS = ("start", "step_begin", "before_update", "tensor_updated", "after_update", "step_end",
+          "finish")
 
 
 class Timeline:
@@ -37,6 +43,16 @@ class Timeline:
         for name, handler in sorted(ready, key=lambda nh: getattr(nh[1], "phase", 50)):
             self.trace.append((event, name, self.step))
             getattr(handler, event)(*args)
+
+    def listens(self, event: str) -> bool:
+        """Does any handler want this event?"""
+        return any(hasattr(h, event) for _, h in self.handlers)
+
+    def tensor_updated(self, p: Any, grad: Any) -> None:
+        """One tensor is new; too frequent for the trace."""
+        for _, handler in self.handlers:
+            if hasattr(handler, "tensor_updated"):
+                handler.tensor_updated(p, grad)
 
     def start(self, total: int | None) -> None:
         """Once, before the first forward; `total` updates are planned, None if unknown."""

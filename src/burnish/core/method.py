@@ -60,6 +60,10 @@ class Method:
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
     )
     needs: ClassVar[frozenset[str]] = frozenset()
+    #: what this part needs of the optimizer beside it (see core/words.py); axes are read off
+    relies_on: ClassVar[tuple[str, ...]] = ()
+    #: the objective reads the forward it is asked about (its outputs, its batch)
+    sees_run: ClassVar[bool] = False
     #: name in a recipe; set by the registry from the file name
     name: ClassVar[str] = ""
 
@@ -97,8 +101,17 @@ class Method:
     def controller(self, tuned: Tuned) -> Any:
         """An object whose methods are named by events (see core/events.py)."""
 
-    def objective(self, tuned: Tuned) -> Iterable[torch.Tensor]:
-        """Scalars added to the task's loss once per update; each goes backward by itself."""
+    def objective(self, tuned: Tuned, run: Any) -> Iterable[Any]:
+        """Terms added to the task's loss; they follow its scale (see blocks/update/objective.py).
+
+        A term of weights alone is an ``OnWeights``, asked for once per optimizer (`run` is None).
+        With ``sees_run`` the terms are scalar tensors of one forward: `run` has ``batch``,
+        ``outputs``, ``taps`` and ``reference()``.
+        """
+        return ()
+
+    def taps(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Paths of modules whose outputs the objective reads as ``run.taps[path]``."""
         return ()
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import registry
+from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import plain, reading
@@ -207,3 +207,4 @@ def check(parts: Sequence[Method]) -> None:
                 rest = [p for p in parts if p is not part]
                 raise RecipeError(f"{part.name} and {owner[resource].name} cannot be joined: "
                                   f"{reason}; nearest recipe that works: {Recipe(rest)}")
+    words.check(parts)

@@ -130,7 +130,8 @@ class Slot(nn.Module):
         if self.root and call.rows is not None:
             check_rows(call.rows, args, kw)
         with again(call), state.tape.recording():
-            return self.run(module, forward, args, kw)
+            out = self.run(module, forward, args, kw)
+        return state.riding.end(args, kw, out) if self.root and not call.off else out
 
     def _traced(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         """In a graph that is compiled. The compiler decides what is kept, so there is no tape; the

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks.state.prompts import named
 from ..blocks.tape.saved import Tape
+from ..blocks.update.objective import Riding
 from ..core.call import Call, switched_off
 
 
@@ -18,6 +19,7 @@ class State:
     """What all slots of one model share. A forward reads none of it but through its `Call`."""
 
     tape: Tape = field(default_factory=Tape)
+    riding: Riding = field(default_factory=Riding)
     active: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None      # one adapter per sample
     version: int = 0                                 # grows when `active` or the parts change
@@ -41,6 +43,8 @@ class State:
         """Why a compiled graph may not begin at the root, or "" if it may."""
         if self.rows is not None:
             return "each sample has its own adapter"
+        if self.riding.on_end is not None:
+            return "objectives of the recipe follow the loss"
         if self.listening or self.readers:
             return "parts of the recipe hand states to each other"
         return "parts of the recipe read the context of the call" if self.needs else ""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..blocks.update.step import compose
+from ..blocks.update.step import Plan, compose, plan_of
 from ..core.errors import BurnishError, CheckError, ConfigError
 from ..core.events import Timeline
 from ..core.recipe import Recipe
+from ..core.words import honours, why
 from .check import check_gradients
+from .objectives import Objectives
 from .persample import sample_norms
 from .state import State
 
@@ -36,6 +38,7 @@ class Stepping:
     total_steps: int | None
     _timeline: Timeline | None
     _checked: bool
+    _objectives: Objectives | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -49,24 +52,66 @@ class Stepping:
     def _not_merged(self) -> None:
         raise NotImplementedError
 
-    def optimizer(self, lr: float = 1e-3, **kw: Any) -> torch.optim.Optimizer:
+    def optimizer(self, lr: float = 1e-3, *, scaler: Any = None, **kw: Any
+                  ) -> torch.optim.Optimizer:
         """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
 
         Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
         loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
         weight_decay).
+
+        accumulation: backward passes per update; a step inside backward must know, and objectives
+        that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
         """
+        old, self.current_optimizer = self.current_optimizer, None
+        if hasattr(old, "close"):
+            old.close()                              # one that steps in backward would go on
+        if self._objectives is not None:
+            self._objectives.close()
+        self._wake()
         answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
-        if hasattr(self.current_optimizer, "close"):
-            self.current_optimizer.close()           # one that steps in backward would go on
-        opt = compose(answers, list(self.named_parameters()), lr=lr, **kw)
+        plan = plan_of(answers)
+        # its hooks come first, so that a step inside backward sees gradient and objective together
+        self._objectives = Objectives(self, plan.in_backward)
+        try:
+            opt = compose(answers, list(self.named_parameters()), lr=lr, scaler=scaler, **kw)
+        except BaseException:
+            self._objectives.close()
+            self._objectives = None
+            raise
         self.current_optimizer = opt
+        accumulation = kw.get("accumulation", 1)
+        self.state.riding.rest = lambda: (1.0 if scaler is None else float(scaler.get_scale())) \
+            / accumulation
         self._timeline = Timeline([(m.name, h) for m in self.recipe
                                    if (h := m.controller(self)) is not None])
+        self._listen(opt, plan, answers, accumulation)
         opt.register_step_pre_hook(lambda *_: self._before_update())
-        opt.register_step_post_hook(lambda *_: self.timeline.after_update())
+        opt.register_step_post_hook(lambda *_: self._after_update())
         self.state.tape.on_start = self._start
         return opt
+
+    def _wake(self) -> None:
+        """What an earlier optimizer's schedule had put to rest trains again."""
+        for p in self.model.parameters():
+            if vars(p).pop("burnish_resting", False):
+                p.requires_grad_(True)
+
+    def _listen(self, opt: Any, plan: Plan, answers: list[Any], accumulation: int) -> None:
+        if getattr(opt, "zeroth_order", False):
+            opt.riding, opt.terms = self.state.riding, self._objectives.on_weights
+        if not self.timeline.listens("tensor_updated"):
+            return
+        for answer in answers:
+            if not honours(answer, "gradient"):
+                raise ConfigError(f"a part of {self.recipe} reads gradients, but "
+                                  f"{why(answer, 'gradient')}")
+        if plan.in_backward:
+            if accumulation > 1:
+                raise ConfigError(f"a part of {self.recipe} reads whole gradients, which never "
+                                  "exist where projected ones accumulate inside backward; use "
+                                  "accumulation 1")
+            opt.on_updated = self.timeline.tensor_updated
 
     @property
     def timeline(self) -> Timeline:
@@ -80,14 +125,18 @@ class Stepping:
 
     def _before_update(self) -> None:
         self.timeline.start(self.total_steps)
-        for m in self.recipe:
-            if "objective" in m.axes():
-                with torch.enable_grad():
-                    for extra in m.objective(self):
-                        extra.backward()
+        self._objectives.before_update(self.current_optimizer)
         if not self._checked:
             self.check_gradients()
         self.timeline.before_update()
+
+    def _after_update(self) -> None:
+        opt = self.current_optimizer
+        if self.timeline.listens("tensor_updated") and getattr(opt, "on_updated", None) is None:
+            scale = getattr(opt, "grad_scale", None)           # a fused step unscales by itself
+            for p in [p for g in opt.param_groups for p in g["params"] if p.grad is not None]:
+                self.timeline.tensor_updated(p, p.grad if scale is None else p.grad / scale)
+        self.timeline.after_update()
 
     def check_gradients(self) -> None:
         """Every tensor that should train has a finite gradient, or CheckError names those
@@ -129,10 +178,16 @@ class Stepping:
         return torch.tensor(value)
 
     def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """The task's loss on a batch (see :meth:`step`)."""
-        out = forward(self.model, batch)
+        """The task's loss on a batch (see :meth:`step`). Going backward it takes the recipe's
+        objectives along, at its own scale."""
+        riding = self.state.riding
+        before, riding.outside = riding.outside, loss is not None
+        try:
+            out = forward(self.model, batch)
+        finally:
+            riding.outside = before
         if loss is not None:
-            return loss(out, batch)
+            return riding.join(loss(out, batch))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
         if not isinstance(value, Tensor) or value.dim():
             raise ConfigError("the model returned no scalar loss; pass labels in the batch or "

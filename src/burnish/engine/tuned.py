@@ -237,6 +237,7 @@ class Tuned(Stepping):
         for n, p in self.model.named_parameters():
             p.requires_grad_(self._before.get(n, False))
             vars(p).pop("burnish_decay", None)
+            vars(p).pop("burnish_resting", None)
         self.adapters.clear()
         self.originals.clear()
         self.current_optimizer = None

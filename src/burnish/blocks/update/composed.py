@@ -28,7 +28,7 @@ from .codecs import SMALL, Block, Codec, Parts, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
 from .rules import accumulator
-from .step import Plan
+from .step import Plan, check_shape
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
 
 State = dict[str, Any]
@@ -51,6 +51,9 @@ class Composed(torch.optim.Optimizer):
         self._done: set[nn.Parameter] = set()           # stepped since the last tick
         self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
         self._hooks: list[Any] = []
+        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        #: called with every tensor that was stepped inside backward, its gradient still there
+        self.on_updated: Callable[[nn.Parameter, Tensor], None] | None = None
         super().__init__(groups, {"lr": 1e-3, **plan.rule.hyper()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,10 +115,14 @@ class Composed(torch.optim.Optimizer):
     def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
         if grad is not None and grad.is_sparse:
             raise RecipeError(f"{self._where[p][1]} has a sparse gradient; dense ones only")
+        check_shape(self._where[p][1], p, self.state.get(p), self._shapes)
+        self._shapes.setdefault(p, p.shape)
         if self._projected(p):
             self._project_step(p, grad)
         else:
             self._dense_step(p, grad)
+        if self.on_updated is not None and grad is not None:
+            self.on_updated(p, grad)
 
     def _dense_step(self, p: nn.Parameter, grad: Tensor) -> None:
         group, name = self._where[p]

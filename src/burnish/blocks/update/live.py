@@ -107,11 +107,13 @@ class TrainableSchedule:
         self.live = live
 
     def _join(self, p: nn.Parameter) -> None:
+        vars(p).pop("burnish_resting", None)
         p.requires_grad_(True)
         if self.state_on_leave == "cpu" and (state := self._state(p)):
             _move(state, p.device)
 
     def _leave(self, p: nn.Parameter) -> None:
+        p.burnish_resting = True                      # it trains, only not now
         p.requires_grad_(False)
         p.grad = None
         state = self._state(p)

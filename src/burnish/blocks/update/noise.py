@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,19 @@ class ScalarLog:
         self.seeds.append(seed)
         self.scalars.append(scalar)
         self.lrs.append(tuple(lr))
+
+    def rests(self, names: Iterable[str]) -> None:
+        """From the next entry on, these tensors stay where they are (a schedule's changes are kept
+        in the header, as [first entry, names])."""
+        names = sorted(names)
+        periods: list[Any] = self.header.get("resting") or []  # type: ignore[assignment]
+        if names != (periods[-1][1] if periods else []):
+            self.header["resting"] = [*periods, [len(self), names]]
+
+    def resting(self, index: int) -> frozenset[str]:
+        """The tensors that stay at entry `index`."""
+        periods: list[Any] = self.header.get("resting") or []  # type: ignore[assignment]
+        return frozenset(next((names for first, names in reversed(periods) if first <= index), ()))
 
     def __len__(self) -> int:
         return len(self.seeds)

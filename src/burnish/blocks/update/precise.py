@@ -52,15 +52,18 @@ class Fp32Losses(TorchFunctionMode):
 class Evaluation(AbstractContextManager[None]):
     """One evaluation of a loss for its value: inside `where`, with losses in fp32.
 
+    more: contexts to be inside of as well.
     model: its outputs are widened where it returns no loss of its own, for one computed outside.
     """
 
-    def __init__(self, where: AbstractContextManager[Any], model: nn.Module | None):
-        self.where, self.model, self._stack = where, model, ExitStack()
+    def __init__(self, where: AbstractContextManager[Any], model: nn.Module | None,
+                 *more: AbstractContextManager[Any]):
+        self.where, self.model, self.more, self._stack = where, model, more, ExitStack()
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(self.where)
+            for context in (self.where, *self.more):
+                stack.enter_context(context)
             stack.enter_context(Fp32Losses())
             if self.model is not None:
                 hook = self.model.register_forward_hook(lambda _m, _a, out: _outputs(out))

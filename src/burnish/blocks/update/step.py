@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase as fnmatch
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
+from ...core.words import honours, why
 from .codecs import Codec, Plain, codec
 from .rules import SGD, AdamW, Rule
 from .subspace import AtRefresh, SubspaceMap
@@ -82,6 +83,8 @@ class Wrapper(Protocol):
     """Changes one word of the plan."""
 
     name: str
+    #: what it decides, for own steps that may not honour it (core/words.py)
+    word: ClassVar[str]
 
     def wrap(self, plan: Plan) -> Plan: ...
 
@@ -97,7 +100,11 @@ class Inner:
 
 @runtime_checkable
 class Builder(Protocol):
-    """An innermost answer that is an optimizer of its own kind (zeroth-order methods)."""
+    """An innermost answer that is an optimizer of its own kind (zeroth-order methods).
+
+    `honours` names the words of other parts that it carries out (core/words.py); the rest is
+    refused, so an own step that declares nothing stands alone.
+    """
 
     name: str
 
@@ -122,6 +129,8 @@ class Subspace:
     default: the rule if the recipe names none.
     in_backward: also step inside backward, where projected gradients accumulate in R.
     """
+
+    word: ClassVar[str] = "subspace"
 
     map: SubspaceMap
     every: int = 200
@@ -152,6 +161,14 @@ class Subspace:
         plan = plan.say("subspace", self.name, subspace=self, rule=rule)
         return InBackward(name=self.name).wrap(plan) if self.in_backward else plan
 
+    @property
+    def hides(self) -> frozenset[str]:
+        return InBackward.hides if self.in_backward else frozenset()
+
+    @property
+    def why(self) -> Mapping[str, str]:
+        return InBackward.why
+
     def covers(self, name: str, p: Tensor) -> bool:
         if p.dim() < 2:
             return False
@@ -161,6 +178,11 @@ class Subspace:
 @dataclass(frozen=True, kw_only=True)
 class InBackward:
     """Step each tensor inside backward, as soon as its gradient is complete, and free it."""
+
+    word: ClassVar[str] = "step site"
+    hides: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    why: ClassVar[Mapping[str, str]] = {
+        "gradients": "a step inside backward frees each gradient at once"}
 
     name: str = "step_in_backward"
 
@@ -178,6 +200,8 @@ class Rounding:
     bf16 only.  master: +4, exact.  kahan: +2, deterministic, about 16 bits in all.
     """
 
+    word: ClassVar[str] = "rounding"
+
     kind: RoundingKind
     name: str = "rounding"
 
@@ -192,25 +216,19 @@ class Rounding:
 
 def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Parameter]],
             lr: float, *, seed: int = 0, accumulation: int = 1,
-            max_grad_norm: float | None = None, **hyper: Any) -> torch.optim.Optimizer:
+            max_grad_norm: float | None = None, scaler: Any = None,
+            **hyper: Any) -> torch.optim.Optimizer:
     """The optimizer a recipe names.
 
     answers: what each part's ``optimizer()`` returned, in recipe order; None is skipped.
     named_parameters: everything that may ever train (also what a schedule has frozen for now).
         A parameter may carry ``burnish_lr`` (multiplies lr) and ``burnish_decay`` (False: none).
     seed: of stochastic rounding and drawn subspaces.  accumulation: backward passes per update.
-    max_grad_norm: only checked: clipping needs all gradients at once.
+    max_grad_norm, scaler: only checked: both need all gradients at once.
     hyper: replaces hyperparameters of the innermost rule (betas, eps, weight_decay, momentum...).
     """
-    inner, wrappers = _sort([a for a in answers if a is not None])
-    if inner is None:
-        inner = next((w.default for w in wrappers if getattr(w, "default", None)), AdamW())
+    inner, wrappers = _answers(answers)
     builder = inner if isinstance(inner, Builder) else None
-    if not isinstance(inner, Inner):
-        inner = Inner(rule=AdamW() if builder else inner)
-    if not isinstance(inner.rule, Rule):
-        raise RecipeError(f"an optimizer answer is a rule or a wrapper, not "
-                          f"{type(inner.rule).__name__}")
     defaults = (builder or inner.rule).hyper()
     if unknown := set(hyper) - set(defaults):
         word = sorted(unknown)[0]
@@ -218,26 +236,98 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
                           f"{nearest(word, defaults)} (it has {', '.join(defaults)})")
     if not builder:
         inner = dataclasses.replace(inner, rule=dataclasses.replace(inner.rule, **hyper))
-    plan = Plan(rule=inner.rule, codec=codec(inner.state))
-    for wrapper in wrappers:
-        plan = wrapper.wrap(plan)
+    plan = _plan(inner, wrappers)
 
     named = list(named_parameters)
     groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0))
-    check_loop(plan, accumulation=accumulation, max_grad_norm=max_grad_norm)
+    check_loop(plan, accumulation=accumulation, max_grad_norm=max_grad_norm,
+               scaler=scaler is not None)
     for name, p in named:
         if plan.rounding == "stochastic" and p.dtype == torch.float16:
             raise RecipeError(f"stochastic rounding is for bf16, but {name} is fp16; "
                               "use rounding kind 'master' or bf16 weights")
     if builder:
+        for word, by in plan.names.items():
+            if not honours(builder, word):
+                raise RecipeError(f"{builder.name} and {by} cannot be joined: {why(builder, word)}")
         for g in groups:
             g.update({k: v for k, v in {**defaults, **hyper}.items() if k != "weight_decay"})
-        return builder.build(groups, plan, seed, accumulation)
+        return guarded(builder.build(groups, plan, seed, accumulation))
     if not wrappers and isinstance(plan.codec, Plain):
         if native := _native(plan.rule, groups):
-            return native
+            return guarded(native)
     from .composed import Composed
     return Composed(groups, plan, seed=seed, accumulation=accumulation)
+
+
+def plan_of(answers: Iterable[Any]) -> Plan:
+    """The sentence alone, without an optimizer."""
+    return _plan(*_answers(answers))
+
+
+def _answers(answers: Iterable[Any]) -> tuple[Any, list[Any]]:
+    """(the innermost answer, an `Inner` or a `Builder`; the wrappers)."""
+    inner, wrappers = _sort([a for a in answers if a is not None])
+    if inner is None:
+        inner = next((w.default for w in wrappers if getattr(w, "default", None)), AdamW())
+    if not isinstance(inner, Inner | Builder):
+        inner = Inner(rule=inner)
+    if isinstance(inner, Inner) and not isinstance(inner.rule, Rule):
+        raise RecipeError(f"an optimizer answer is a rule or a wrapper, not "
+                          f"{type(inner.rule).__name__}")
+    return inner, wrappers
+
+
+def _plan(inner: Any, wrappers: list[Any]) -> Plan:
+    plan = Plan(rule=AdamW()) if isinstance(inner, Builder) else \
+        Plan(rule=inner.rule, codec=codec(inner.state))
+    for wrapper in wrappers:
+        plan = wrapper.wrap(plan)
+    return plan
+
+
+#: states of a weight's own shape (flat or not); a projected or coded state has others beside it
+_WHOLE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master", "compensation")
+
+
+def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer; before it steps, shapes are compared with those its state was made for.
+
+    A resized embedding keeps its Parameter. Stepped with the moments of its old shape, a fused
+    kernel writes past their end.
+    """
+    shapes: dict[nn.Parameter, torch.Size] = {}
+
+    def before(opt: torch.optim.Optimizer, *_: Any) -> None:
+        for group in opt.param_groups:
+            names = group.get("param_names") or [""] * len(group["params"])
+            for name, p in zip(names, group["params"], strict=True):
+                check_shape(name, p, opt.state.get(p), shapes)
+
+    def after(opt: torch.optim.Optimizer, *_: Any) -> None:
+        for p in opt.state:
+            shapes.setdefault(p, p.shape)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return optimizer
+
+
+def check_shape(name: str, p: nn.Parameter, state: Any,
+                shapes: dict[nn.Parameter, torch.Size]) -> None:
+    """Raises ConfigError where a tensor has another shape than its optimizer state."""
+    if not state:
+        return
+    was = shapes.get(p)
+    if was is None and "projector" not in {k.partition(".")[0] for k in state}:
+        other = next((s for k in _WHOLE if isinstance(s := state.get(k), Tensor)
+                      and s.numel() != p.numel()), None)
+        was = None if other is None else other.shape
+    if was is not None and was != p.shape:
+        raise ConfigError(
+            f"{name or 'a tensor'} has shape {tuple(p.shape)}, but its optimizer state was made "
+            f"for {tuple(was)}: it was resized after a step. Nothing was stepped; make a new "
+            "optimizer with tuned.optimizer(...), or resize before the first step")
 
 
 def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None = None,

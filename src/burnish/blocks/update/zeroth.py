@@ -29,10 +29,10 @@ scratch     theta is never written. With ``optimizer.model`` set, a module's per
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
 from .noise import CounterNoise, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
-from .precise import HALF, Evaluation
+from .objective import OnWeights, Riding
+from .precise import HALF, Evaluation, widened
 from .rules import accumulator
 from .step import Plan
 from .subspace import in_memory_order
@@ -60,6 +61,15 @@ class ZerothOrder:
     mode: see the module.  weight_decay: on matrices only, as published.
     """
 
+    #: words of other parts that it carries out; it refuses the rest (core/words.py)
+    honours: ClassVar[frozenset[str]] = frozenset({"objective", "schedule", "rounding"})
+    why: ClassVar[Mapping[str, str]] = {
+        "subspace": "a step of evaluations makes no gradient that could be projected",
+        "transform": "a step of evaluations makes no gradient that could be changed",
+        "step site": "a step of evaluations has no backward to step in",
+        "gradient": "a step of evaluations makes no gradient to read",
+        "gradients": "a step of evaluations makes no gradients to read"}
+
     eps: float = 1e-3
     queries: int = 1
     mode: Mode = "scratch"
@@ -76,10 +86,6 @@ class ZerothOrder:
 
     def build(self, groups: list[dict[str, Any]], plan: Plan, seed: int,
               accumulation: int) -> ZerothOrderOptimizer:
-        for word in ("subspace", "step site"):
-            if word in plan.names:
-                raise RecipeError(f"{self.name} and {plan.names[word]} cannot be joined: "
-                                  f"{self.name} has no gradient for a {word}")
         if accumulation > 1:
             raise RecipeError(f"{self.name} makes no gradient that could accumulate; average the "
                               "loss over the micro-batches inside the closure")
@@ -103,6 +109,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     log: every query as (seed, g, lr): with the starting weights it is the run (:meth:`replay`).
         It is saved with the optimizer, so a resumed run keeps writing the same log.
     model: set it to keep one module's perturbed weights at a time (see the module).
+    terms, riding: objectives beside the loss; their values at theta +- eps z are added to it.
+        A schedule's tensors that rest are neither perturbed nor moved.
     state of a parameter: only what the rounding needs (none by default).
     """
 
@@ -117,6 +125,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.model: nn.Module | None = None
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
         self._callers: _Callers | None = None
+        self.terms: Sequence[OnWeights] = ()
+        self.riding: Riding | None = None
+        self._terms: list[Tensor] | None = None
         self._flat = 0                       # updates in a row that found no difference
         super().__init__(groups, {"lr": 1e-6, **spec.hyper(), "updates": 0})
         self.log = ScalarLog(header={
@@ -124,8 +135,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "weight_decay": [g["weight_decay"] for g in self.param_groups], "seed": seed})
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
+        """What is live: a schedule may have put the others to rest."""
+        return [(n, p) for n, p in self._all() if _live(p)]
+
+    def _all(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for g in self.param_groups
                 for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+    def resting(self) -> frozenset[str]:
+        """Names of the tensors that a schedule keeps still for now."""
+        return frozenset(n for n, p in self._all() if not _live(p))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> float:
@@ -149,7 +168,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def passes(self) -> Generator[Evaluate, float, float]:
         """One update as a generator: yields contexts to evaluate the loss in, receives losses."""
         if self.spec.mode == "scratch" and self.model is not None and self._callers is None:
-            callers = _Callers(self.model, self.named())
+            callers = _Callers(self.model, self._all())
             yield Evaluation(callers.watch(), self.model)
             self._callers = callers
         update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
@@ -164,6 +183,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         lrs = [g["lr"] for g in self.param_groups]
         if not len(self.log):
             self.log.header["first_update"] = update
+        self.log.rests(self.resting())
         for q, (s, g) in enumerate(zip(seeds, found, strict=True)):
             self.log.append(s, g, lrs)
             self._apply(s, g, lrs, update * len(seeds) + q)
@@ -173,22 +193,43 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _pair(self, seed: int, eps: float) -> Generator[Evaluate, float, tuple[float, float]]:
         if self.spec.mode == "scratch":
-            up = yield self._at(_Scratch(self.named(), seed, eps, self._callers))
-            down = yield self._at(_Scratch(self.named(), seed, -eps, self._callers))
-            return up, down
+            both = []
+            for scale in (eps, -eps):
+                loss = yield self._at(_Scratch(self.named(), seed, scale, self._callers))
+                both.append(loss + self._beside(seed, scale))
+            return both[0], both[1]
         away = 0.0                           # how far along z the stored weights stand
         try:
             losses = []
             for target in (eps, -eps):
                 self._shift(seed, target - away)
                 away = target
-                losses.append((yield self._at(nullcontext())))
+                losses.append((yield self._at(nullcontext())) + self._beside(seed, 0.0))
         finally:
             self._shift(seed, -away)
         return losses[0], losses[1]
 
     def _at(self, where: Evaluate) -> Evaluate:
-        return Evaluation(where, self.model)
+        self._terms = [] if self.riding is None else None
+        return Evaluation(where, self.model) if self.riding is None else \
+            Evaluation(where, self.model, self._collect())
+
+    @contextmanager
+    def _collect(self) -> Iterator[None]:
+        with self.riding.collecting() as self._terms:
+            yield
+
+    def _beside(self, seed: int, scale: float) -> float:
+        """The objectives of the evaluation just made: those the forward collected, and those of
+        weights alone at theta + scale z (0 where the stored weights stand there already)."""
+        total = sum(host_float(t, self.spec.name) for t in self._terms or ())
+        live = dict(self.named()) if self.terms else {}
+        names = {p: n for n, p in live.items()}
+        for term in self.terms:
+            moved = {names[p]: p for p in term.params if p in names} if scale else {}
+            with _Scratch(moved.items(), seed, scale, None):
+                total += host_float(widened(term.value()), self.spec.name)
+        return total
 
     def _moving(self, found: list[float], losses: list[float]) -> None:
         """A run whose probes never differ goes nowhere: say so instead of going on."""
@@ -214,11 +255,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             perturbed(p.detach(), name, seed, scale, out=p.detach())
 
     @torch.no_grad()
-    def _apply(self, seed: int, g: float, lrs: Sequence[float], index: int) -> None:
-        """The update of query number `index` of the run; decay rides on an update's first."""
+    def _apply(self, seed: int, g: float, lrs: Sequence[float], index: int,
+               rest: frozenset[str] | None = None) -> None:
+        """The update of query number `index` of the run; decay rides on an update's first.
+        rest: names of tensors that stay; None: those that do not train just now."""
+        if rest is None:
+            rest = self.resting()
         numerics, first = NUMERICS[self._rounding], index % self.spec.queries == 0
         for group, lr in zip(self.param_groups, lrs, strict=True):
             for name, p in zip(group["param_names"], group["params"], strict=True):
+                if rest is not None and name in rest:
+                    continue
                 w = in_memory_order(p.detach())[0].view(-1)
                 state = self.state[p] if p in self.state else {}
                 numerics.prepare(w, state)
@@ -245,8 +292,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
                               f"optimizer has {len(self.param_groups)} parameter groups")
         first = int(log.header.get("first_update", 0))  # type: ignore[call-overload]
-        log.replay(lambda seed, g, lrs, i: self._apply(seed, g, lrs,
-                                                       first * self.spec.queries + i))
+        log.replay(lambda seed, g, lrs, i: self._apply(seed, g, lrs, first * self.spec.queries + i,
+                                                       log.resting(i)))
         self.log = log
         for group in self.param_groups:
             group["updates"] = first + len(log) // self.spec.queries
@@ -305,7 +352,9 @@ class _Scratch(AbstractContextManager[None]):
 
     def _swap(self, names: Iterable[str]) -> None:
         for name in names:
-            p = self.named[name]
+            p = self.named.get(name)
+            if p is None:                            # at rest
+                continue
             theta, depth = self.kept.get(name, (p.data, 0))
             if depth == 0:
                 p.data = perturbed(theta, name, self.seed, self.scale, torch.empty_like(theta))
@@ -313,6 +362,8 @@ class _Scratch(AbstractContextManager[None]):
 
     def _restore(self, names: Iterable[str]) -> None:
         for name in names:
+            if name not in self.kept:
+                continue
             theta, depth = self.kept[name]
             if depth == 1:
                 self.named[name].data = theta
@@ -368,6 +419,10 @@ class _Watch(AbstractContextManager[None]):
         for hook in self.hooks:
             hook.remove()
         self.callers.settle(self.called)
+
+
+def _live(p: nn.Parameter) -> bool:
+    return p.requires_grad
 
 
 def _fake(value: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...core.call import context
 from ..tape.replay import replay, rng_state
+from ..update.objective import Riding
 
 
 class Product(torch.autograd.Function):
@@ -118,24 +119,6 @@ def balance(probability: Tensor, gates: Tensor, valid: Tensor | None = None) -> 
     return p.shape[-1] * (f * p.sum(0) / tokens).sum()
 
 
-class Attached(torch.autograd.Function):
-    """The identity on `h`; backward adds the gradient of ``weight * loss`` on the way.
-
-    The loss reaches its parameters in anybody's training loop, once per forward: it is not divided
-    by accumulation steps and not multiplied by a loss scale.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.like = weight, (loss.dtype, loss.device)
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.like
-        return g, torch.full((), ctx.weight, dtype=dtype, device=device), None
-
-
 def counted(x: Tensor) -> Tensor | None:
     """Which of the tokens x (batch, tokens, ...) count in the call under way; None: all of them."""
     valid = context().valid
@@ -163,6 +146,11 @@ class ExpertChains(nn.Module):
         self.router = nn.Parameter(torch.empty(experts, inp).uniform_(-bound, bound))
         for p in self.parameters():
             p.burnish_decay = False
+        self.riding = Riding()                   # alone; attached, the model's
+
+    def attached(self, attacher: Any) -> None:
+        """Share the scale of the loss with all of the model."""
+        self.riding = attacher.state.riding
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(probabilities, gates), both (..., E) in fp32."""
@@ -173,8 +161,9 @@ class ExpertChains(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         p, g = self.gates(x)
-        if self.coefficient and self.training and torch.is_grad_enabled():
-            g = Attached.apply(g, balance(p, g, counted(x)), self.coefficient)
+        collecting = self.riding.collected is not None
+        if self.coefficient and (collecting or self.training and torch.is_grad_enabled()):
+            g = self.riding.on(g, balance(p, g, counted(x)), self.coefficient)
         y = Weighed.apply(x, g, self.A, self.B, self.scale, self.dropout * self.training)
         if self.rows is None:
             return y

@@ -46,9 +46,8 @@ class Houlsby(Method):
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for path in anatomy.norms if self.norms else ():
-            for leaf, p in anatomy.model.get_submodule(path).named_parameters(recurse=False):
-                p.burnish_decay = False
-                yield Selection(f"{path}.{leaf}")
+            for leaf, _ in anatomy.model.get_submodule(path).named_parameters(recurse=False):
+                yield Selection(f"{path}.{leaf}", decay=False)
 
     def count(self, d: int) -> int:
         """Trainable parameters of one site of width d, norms left out."""

@@ -40,6 +40,8 @@ class Lisa(Method):
     state_on_leave: Literal["drop", "cpu", "keep"] = setting(
         "drop", "optimizer state of a block that leaves: freed, moved to the host, or kept")
 
+    relies_on: ClassVar[tuple[str, ...]] = ("schedule",)
+
     def claims(self) -> tuple[str, ...]:
         return ("the schedule of live blocks",)
 

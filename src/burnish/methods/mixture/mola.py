@@ -26,8 +26,9 @@ class Mola(Method):
     `allocation` gives the experts of equal groups of blocks, first to last: "2-4-6-8" is the
     paper's inverted triangle, "5-5-5-5" the rectangle. A layer with fewer than k experts uses all.
     Balance: ``balance * E sum_e f_e P_e`` per router (1 for a uniform router), f the share of
-    (token, slot) pairs, P the mean probability. Its gradient is added where it arises, once per
-    forward, so it acts in any loop; accumulation does not divide it. Padding is left out where the
+    (token, slot) pairs, P the mean probability. It is an objective: its gradient is added where the
+    router's state passes, at the scale with which the loss of that forward goes backward
+    (accumulation, loss scaling). Padding is left out where the
     model is called with ``attention_mask=(batch, tokens)``; without one every token counts.
 
     Start: B = 0, the pre-trained function exactly. Trains E (rank (in + out) + in) per matrix.
@@ -38,6 +39,7 @@ class Mola(Method):
     paper: ClassVar[str] = "MoLA: Higher Layers Need More LoRA Experts (2024), arXiv:2402.08562"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     merges: ClassVar[bool] = False
+    relies_on: ClassVar[tuple[str, ...]] = ("objective",)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     rank: int = setting(8, "rank of every expert", alias=("r",))

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...blocks.update.objective import OnWeights
 from ...blocks.weight.factor import Chain
 from ...blocks.weight.provided import Term, Wrap
 from ...core.method import Method, setting
@@ -33,8 +34,9 @@ class L2Sp(Method):
     costs rank x rank; other terms are formed one matrix at a time. Functions of W (DoRA's lengths)
     are left free.
 
-    Trains nothing of its own; reads w0 from where the originals wait. Its gradient is added once
-    per update, before the rule sees the gradients, so it does the same in anybody's loop.
+    Trains nothing of its own; reads w0 from where the originals wait. Its gradient joins a tensor's
+    own when that is complete, at the scale of the loss, so it does the same in anybody's loop,
+    under accumulation and inside a step in backward; zeroth-order steps add its value.
     """
 
     paper: ClassVar[str] = "Explicit Inductive Bias for Transfer Learning (2018), arXiv:1802.01483"
@@ -42,18 +44,27 @@ class L2Sp(Method):
     alpha: float = setting(0.1, "strength on weights the base had, and on updates")
     beta: float = setting(0.01, "strength on the head")
 
-    def objective(self, tuned: Tuned) -> Iterator[Tensor]:
+    def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         for name, p in tuned.named_parameters():
             if ".burnish." in name:
                 continue
             if any(name == h or name.startswith(f"{h}.") for h in tuned.anatomy.head):
-                yield self.beta / 2 * p.square().sum()
+                yield pull(p, None, self.beta)
             else:
-                w0 = tuned.originals.get(*_split(name)).to(p.device)
-                yield self.alpha / 2 * (p - w0).square().sum()
+                yield pull(p, tuned.originals.get(*_split(name)), self.alpha)
         for _, term in tuned.terms(Term):
-            if not isinstance(term, Wrap) and any(t.requires_grad for t in term.theta()):
-                yield self.alpha / 2 * update_norm(term)
+            trained = tuple(t for t in term.theta() if t.requires_grad)
+            if trained and not isinstance(term, Wrap):
+                yield OnWeights(trained, lambda term=term: self.alpha / 2 * update_norm(term))
+
+
+def pull(p: nn.Parameter, w0: Tensor | None, a: float) -> OnWeights:
+    """``a / 2 ||w - w0||^2`` and its gradient ``a (w - w0)``; w0 = 0 if None. w0 may wait on the
+    host (mapped from a file): it comes over when it is needed and is not kept."""
+    def away() -> Tensor:
+        return p if w0 is None else p - w0.to(p.device)
+
+    return OnWeights((p,), lambda: a / 2 * away().square().sum(), lambda: [away() * a])
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -22,6 +22,10 @@ class Mezo(Method):
     half-precision weights drift with every perturbation. bf16 weights are rounded stochastically
     unless the recipe says otherwise, since updates this small vanish under nearest rounding.
 
+    Objectives of the recipe are evaluated at both points and added; tensors that a schedule keeps
+    at rest (lisa) are neither perturbed nor moved; parts that read gradients (adalora, snella)
+    are refused. Losses are evaluated in fp32 whatever the logits are held in.
+
     The whole run is its starting weights and ``optimizer.log``: 16 bytes per query; ``replay``
     repeats it bit for bit. L may be any number, also one without a gradient.
     """
@@ -35,10 +39,6 @@ class Mezo(Method):
 
     def claims(self) -> tuple[str, ...]:
         return ("the innermost rule",)
-
-    def forbids(self) -> dict[str, str]:
-        return {"the subspace of the gradient": "mezo makes no gradient that could be projected",
-                "the step site": "mezo has no backward to step in"}
 
     def optimizer(self) -> ZerothOrder:
         return ZerothOrder(eps=self.eps, queries=self.queries, mode=self.mode,

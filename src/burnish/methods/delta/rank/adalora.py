@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ....blocks.choose.budget import cubic
 from ....blocks.choose.score import Smoothed, sensitivity
+from ....blocks.update.objective import OnWeights
 from ....blocks.weight.provided import Term
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
@@ -76,6 +78,7 @@ class Adalora(Method):
 
     paper: ClassVar[str] = "Adaptive Budget Allocation for PEFT (2023), arXiv:2303.10512"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+    relies_on: ClassVar[tuple[str, ...]] = ("gradient",)
 
     rank: int = setting(8, "rank per matrix on average at the end", alias=("target_r", "r"))
     init_rank: int = setting(12, "rank per matrix at the start", alias=("init_r",))
@@ -103,13 +106,12 @@ class Adalora(Method):
             p.burnish_decay = False
         return term
 
-    def objective(self, tuned: Tuned) -> Iterator[Tensor]:
+    def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         terms = [t for _, t in tuned.terms(Triplets)]
+        weight = self.ortho / (2 * len(terms)) if terms else 0.0
         for term in terms:
-            eye = torch.eye(term.E.numel(), device=term.E.device)
-            off = (torch.linalg.matrix_norm(term.P.t() @ term.P - eye)
-                   + torch.linalg.matrix_norm(term.Q @ term.Q.t() - eye))
-            yield self.ortho / (2 * len(terms)) * off
+            for factor, gram in ((term.P, lambda P: P.t() @ P), (term.Q, lambda Q: Q @ Q.t())):
+                yield OnWeights((factor,), partial(_crooked, factor, gram, weight))
 
     def controller(self, tuned: Tuned) -> Pruner:
         return Pruner(self, dict(tuned.terms(Triplets)))
@@ -119,12 +121,21 @@ class Adalora(Method):
         return self.init_rank * (place.out + place.inp + 1)
 
 
+def _crooked(factor: nn.Parameter, gram: Callable[[Tensor], Tensor], weight: float) -> Tensor:
+    """``weight * ||gram(F) - I||_F``."""
+    made = gram(factor)
+    return weight * torch.linalg.matrix_norm(made - torch.eye(len(made), dtype=made.dtype,
+                                                              device=made.device))
+
+
 class Pruner:
     """Scores, budget and mask of one run."""
 
     def __init__(self, method: Adalora, terms: dict[str, Triplets]):
         self.method, self.terms = method, terms
         self.scores = {n: [Smoothed() for _ in t.theta()] for n, t in terms.items()}
+        self._score = {p: s for n, t in terms.items()
+                       for p, s in zip(t.theta(), self.scores[n], strict=True)}
         self.total: int | None = None
         self.alive: dict[str, Tensor] | None = None      # the fixed pattern, once there is one
 
@@ -137,15 +148,14 @@ class Pruner:
         return int(cubic(m.init_rank * n, m.rank * n, step, m.warmup * self.total,
                          self.total - m.final * self.total))
 
+    def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
+        if self.alive is None and (smoothed := self._score.get(p)) is not None:
+            smoothed.update(sensitivity(p, grad))
+
     def after_update(self, step: int) -> None:
         if self.total is None:
             return
         last = self.total - int(self.method.final * self.total)
-        if step < last:
-            for name, term in self.terms.items():
-                for smoothed, p in zip(self.scores[name], term.theta(), strict=True):
-                    if p.grad is not None:
-                        smoothed.update(sensitivity(p, p.grad))
         if step >= last and self.alive is None:
             self.alive = self.pattern(self.method.rank * len(self.terms))
         if self.alive is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....blocks.choose.budget import allocate, cubic
 from ....blocks.choose.score import Smoothed, sensitivity
@@ -46,6 +46,7 @@ class Snella(Method):
                             "Vision Models (2025)")
     identity: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+    relies_on: ClassVar[tuple[str, ...]] = ("gradient",)
 
     rank: int = setting(8, "width of both factors together; even (the authors use 32)",
                         alias=("r",))
@@ -84,6 +85,8 @@ class Budget:
     def __init__(self, method: Snella, terms: dict[str, KernelDelta]):
         self.method, self.terms = method, terms
         self.scores = {n: (Smoothed(), Smoothed()) for n in terms}
+        self._score = {p: s for n, t in terms.items()
+                       for p, s in zip((t.A, t.B), self.scores[n], strict=True)}
         self.total: int | None = None
         self.every = 1
 
@@ -98,11 +101,11 @@ class Budget:
         return round(cubic((1 - m.s) * size, (1 - m.s_target) * size, step,
                            m.warmup * self.total, (1 - m.cooldown) * self.total))
 
+    def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
+        if (smoothed := self._score.get(p)) is not None:
+            smoothed.update(sensitivity(p, grad))
+
     def after_update(self, step: int) -> None:
-        for name, term in self.terms.items():
-            for p, smoothed in zip((term.A, term.B), self.scores[name], strict=True):
-                if p.grad is not None:
-                    smoothed.update(sensitivity(p, p.grad))
         done = step + 1
         if self.total and done % self.every == 0:
             self.reallocate(self.budget(done))

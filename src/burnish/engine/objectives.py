@@ -1,0 +1,197 @@
+"""The objectives of a recipe beside whatever loss goes backward, in anybody's loop.
+
+See ``blocks/update/objective.py`` for the three kinds of terms. Here they are joined to a tuned
+model: terms of weights wait at their tensors, terms of a forward ride on the loss the model returns
+(or ``tuned.loss`` makes), and where the loss is made elsewhere, terms of weights are added once per
+update, when gradients are complete and unscaled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.update.objective import OnWeights
+from ..core.errors import CheckError, ConfigError
+from ..core.method import Method
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+class Run:
+    """One forward of the model, as an objective sees it.
+
+    batch: what the model was called with: keywords as a mapping, or the positional arguments.
+    outputs: what it returned.  taps: module path -> its output, for the paths a method asked for.
+    """
+
+    def __init__(self, tuned: Tuned, args: tuple, kw: dict[str, Any], outputs: Any,
+                 taps: dict[str, Any]):
+        self._tuned, self._args, self._kw = tuned, args, kw
+        self.outputs, self.taps = outputs, taps
+        self._references: dict[str | None, Any] = {}
+
+    @property
+    def batch(self) -> Any:
+        if not self._args:
+            return self._kw
+        return self._args[0] if len(self._args) == 1 and not self._kw else (*self._args, self._kw)
+
+    def reference(self, adapter: str | None = None) -> Any:
+        """The outputs of the base (or of another adapter) on the same batch: without gradients, in
+        eval mode, computed once."""
+        if adapter not in self._references:
+            with torch.no_grad(), _as(self._tuned, adapter):
+                self._references[adapter] = self._tuned.model(*self._args, **self._kw)
+        return self._references[adapter]
+
+
+@contextlib.contextmanager
+def _as(tuned: Tuned, adapter: str | None) -> Iterator[None]:
+    """The model answers as its base, or with another adapter. Nothing is written, so a graph that
+    waits for backward stays whole."""
+    model, state = tuned.model, tuned.state
+    if adapter is not None:
+        if adapter not in tuned.adapters:
+            raise ConfigError(f"no adapter {adapter!r} to compare with "
+                              f"(there is {', '.join(tuned.adapters)})")
+        if tuned.adapters[adapter].selected:
+            raise ConfigError(f"{adapter!r} has base weights of its own, which cannot stand beside "
+                              "those that train; compare with the base or with a pure delta")
+    training = [m for m in model.modules() if m.training]
+    active, rows = state.active, state.rows
+    collected, state.riding.collected = state.riding.collected, None
+    model.eval()
+    try:
+        if adapter is None:
+            with tuned.disabled():
+                yield
+        else:
+            state.use(((adapter, 1.0),))
+            yield
+    finally:
+        state.riding.collected = collected
+        if adapter is not None:
+            state.use(active, rows)
+        for m in training:
+            m.training = True
+
+
+class Objectives:
+    """The terms of one optimizer's life."""
+
+    def __init__(self, tuned: Tuned, in_backward: bool):
+        self.tuned, self.riding, self.in_backward = tuned, tuned.state.riding, in_backward
+        methods = [m for m in tuned.recipe if "objective" in m.axes()]
+        self.sees_run = [m for m in methods if m.sees_run]
+        self.on_weights = self._static([m for m in methods if not m.sees_run])
+        self._term: dict[nn.Parameter, list[OnWeights]] = {}
+        for term in self.on_weights:
+            for p in term.params:
+                self._term.setdefault(p, []).append(term)
+        self._made: dict[OnWeights, dict[nn.Parameter, Tensor]] = {}
+        self._taps: dict[str, Any] = {}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._term]
+        for m in self.sees_run:
+            for path in m.taps(tuned.anatomy):
+                module = tuned.model.get_submodule(path)
+                self._hooks.append(module.register_forward_hook(
+                    lambda _m, _a, out, path=path: self._taps.__setitem__(path, out)))
+        self._busy = False
+        self._seen = False                       # a term of a forward has ridden since the update
+        riding = self.riding
+        riding.ridden = False
+        riding.on_end = self._end if methods else None
+        riding.on_share = self._made.clear
+
+    def _static(self, methods: list[Method]) -> list[OnWeights]:
+        terms = [t for m in methods for t in m.objective(self.tuned, None)]
+        if strange := [t for t in terms if not isinstance(t, OnWeights)]:
+            raise ConfigError("an objective that does not see the run (sees_run) gives terms of "
+                              f"weights as OnWeights, not {type(strange[0]).__name__}")
+        return [t for t in terms if any(p.requires_grad for p in t.params)]
+
+    # -- a forward ends -------------------------------------------------------------------------
+    def _end(self, args: tuple, kw: dict[str, Any], out: Any) -> list[Tensor]:
+        """The terms of one forward."""
+        taps, self._taps = self._taps, {}
+        if self._busy or not self.riding.wanted or not self.sees_run:
+            return []
+        self._busy = True                        # a reference runs the model, too
+        try:
+            run = Run(self.tuned, args, kw, out, taps)
+            terms = [t for m in self.sees_run for t in m.objective(self.tuned, run)]
+        finally:
+            self._busy = False
+        if terms and torch.is_grad_enabled():
+            terms[0] = _Notice.apply(terms[0], self)
+        return terms
+
+    # -- gradients arrive -------------------------------------------------------------------------
+    @torch.no_grad()
+    def _arrived(self, p: nn.Parameter) -> None:
+        share: Any = self.riding.total
+        if share is None:
+            if not self.in_backward:
+                return                           # at the update, once gradients are complete
+            share = self.riding.rest()
+        if p.grad is not None:
+            self._add(p, share)
+
+    def _add(self, p: nn.Parameter, share: Any) -> None:
+        for term in self._term[p]:
+            made = self._made.pop(term, None)
+            if made is None:
+                made = {q: g for q, g in zip(term.params, term.gradients(), strict=True)
+                        if g is not None and q.requires_grad}
+            if (g := made.pop(p, None)) is not None:
+                by = share.to(g.device) if isinstance(share, Tensor) else share
+                p.grad.add_((g * by).to(p.grad.dtype))
+            if made:                             # the others of this term are still to come
+                self._made[term] = made
+
+    @torch.no_grad()
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once per update: add terms of weights if no loss of ours took them along."""
+        ridden, self.riding.ridden = self.riding.ridden, False
+        seen, self._seen = self._seen, False
+        self._made.clear()
+        if getattr(optimizer, "zeroth_order", False):
+            return
+        if self.sees_run and not seen:
+            raise CheckError(
+                f"{self.sees_run[0].name} had no part in this update: it rides on the loss that "
+                "the model returns, and this loop went backward from another one. Take "
+                "tuned.loss(batch, loss=...) or tuned.step, or call the model without labels")
+        if ridden or self.in_backward:
+            return
+        scale = getattr(optimizer, "grad_scale", None)         # a fused step unscales by itself
+        for p in self._term:
+            if p.requires_grad and p.grad is not None:
+                self._add(p, 1.0 if scale is None else scale)
+        self._made.clear()
+
+    def close(self) -> None:
+        for h in self._hooks:
+            h.remove()
+        self._hooks.clear()
+        self.riding.on_end = self.riding.on_share = None
+
+
+class _Notice(torch.autograd.Function):
+    """The identity that remembers its backward: a term that never ran must not pass unseen."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, owner: Objectives) -> Tensor:
+        ctx.owner = owner
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.owner._seen = True
+        return g, None
