@@ -73,6 +73,7 @@ class Riding:
         self.outside = False                      # the caller will ask for the ride itself
         self.rode = False                         # a term joined an activation in this forward
         self._terms: list[Tensor] = []            # of a forward whose loss is made outside
+        self._due = False                         # and does anybody wait for its share?
         self._portion = 1.0
         self.on_end: Callable[..., Any] | None = None
         self.on_share: Callable[[], None] | None = None
@@ -102,7 +103,8 @@ class Riding:
         if self.collected is not None:
             self.collected += [widened(t.detach()) for t in terms]
             return out
-        if not (rode or self.on_end is not None) or not torch.is_grad_enabled():
+        self._due = (rode or self.on_end is not None) and torch.is_grad_enabled()
+        if not self._due:
             return out
         self._terms, self._portion = terms, portion(kw)
         if self.outside:
@@ -116,7 +118,8 @@ class Riding:
         takes the terms of that forward along."""
         terms, self._terms = self._terms, []
         size, self._portion = self._portion, 1.0
-        if not (torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.requires_grad):
+        due, self._due = self._due, False
+        if not (due and isinstance(loss, Tensor) and loss.requires_grad):
             return loss
         return Ride.apply(loss, self, size, *terms)
 

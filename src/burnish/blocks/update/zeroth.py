@@ -160,6 +160,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 value = closure()
                 loss, self.simulated = host_float(value, self.spec.name), _fake(value)
                 self.smooth = isinstance(value, Tensor)
+                del value
             try:
                 where = passes.send(loss)
             except StopIteration as done:
