@@ -87,3 +87,124 @@ def test_the_loss_mask_can_be_read(tokenizer):
     tokenizer = chat.prepare_tokenizer(tokenizer)
     tokens = chat.tokenize(tokenizer, chat.mark(tokenizer, TURNS), None)
     assert "»4</s>«" in chat.show(tokenizer, tokens)
+
+
+# -- what is learnt, for every kind of tokenizer ---------------------------------------------------
+def bytelevel(trim):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(["yes it is", "no it is not", "the answer: yes", "a b c  d"] * 3,
+                            trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"],
+                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                show_progress=False))
+    if trim is not None:
+        raw.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return raw
+
+
+def wordpiece():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.train_from_iterator(["yes it is", "no it is not", "the answer: yes", "a b c  d"],
+                            trainers.WordPieceTrainer(vocab_size=80, show_progress=False,
+                                                      special_tokens=["<unk>", "</s>"]))
+    return raw
+
+
+def sentencepiece():
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    raw = Tokenizer(models.Unigram())
+    raw.normalizer = normalizers.NFKC()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    raw.train_from_iterator(["yes it is", "no it is not", "the answer: yes", "a b c  d"] * 4,
+                            trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>",
+                                                    special_tokens=["<unk>", "</s>"],
+                                                    show_progress=False))
+    return raw
+
+
+KINDS = {"bytelevel": lambda: bytelevel(None), "trimmed": lambda: bytelevel(True),
+         "untrimmed": lambda: bytelevel(False), "wordpiece": wordpiece,
+         "sentencepiece": sentencepiece}
+_MADE: dict = {}
+
+
+def kind_of(name):
+    from transformers import PreTrainedTokenizerFast
+    if name not in _MADE:
+        _MADE[name] = PreTrainedTokenizerFast(tokenizer_object=KINDS[name](), eos_token="</s>",
+                                              pad_token="</s>", unk_token="<unk>")
+    return _MADE[name]
+
+
+def covered(tokenizer, marked):
+    """(letters some learnt token holds, letters some token holds), by the tokenizer's offsets."""
+    tokens = chat.tokenize(tokenizer, marked, None)
+    spans = tokenizer(marked.text, return_offsets_mapping=True,
+                      add_special_tokens=False)["offset_mapping"]
+    assert len(spans) == len(tokens.labels)
+    learnt, held = set(), set()
+    for (a, b), y in zip(spans, tokens.labels, strict=True):
+        held |= set(range(a, b))
+        if y != -100:
+            learnt |= set(range(a, b))
+            assert any(a < stop and max(b, a + 1) > start for start, stop in marked.learnt), (a, b)
+    return learnt, held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_after_a_space_keeps_its_first_token(kind):  # findings 5.3
+    tokenizer = kind_of(kind)
+    for prompt in ("the answer: ", "the answer:", "a\n", "a  "):
+        marked = chat.mark_completion(tokenizer, prompt, "yes it is")
+        learnt, held = covered(tokenizer, marked)
+        answer = set(range(*marked.learnt[0]))
+        assert answer & held <= learnt, (prompt, sorted(answer & held - learnt))
+        said = tokenizer.decode([y for y in chat.tokenize(tokenizer, marked, None).labels
+                                 if y != -100]).replace(" ", "")
+        assert said.endswith("yesitis</s>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_letter_of_an_answer_is_learnt_whatever_the_text(kind):  # findings 5.3
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    tokenizer = kind_of(kind)
+    words = st.text(alphabet=" \n\tabyes:éß漢👍ﬁ", max_size=12)
+
+    @settings(max_examples=60, deadline=None)
+    @given(words, words)
+    def check(prompt, answer):
+        marked = chat.mark_completion(tokenizer, prompt, answer)
+        learnt, held = covered(tokenizer, marked)
+        assert set(range(*marked.learnt[0])) & held <= learnt
+        labels = chat.tokenize(tokenizer, marked, None).labels
+        assert labels[-1] == tokenizer.eos_token_id
+
+    check()
+
+
+# -- templates are other people's programs ---------------------------------------------------------
+ALTERNATE = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+             "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+             "{{ m['content'] }}{{ eos_token }}{% endfor %}")
+
+
+@pytest.mark.parametrize("template, turns, words", [
+    (ALTERNATE, TURNS, "here: .*refuses these turns .system, user.*roles must alternate"),
+    (ALTERNATE, [TURNS[1], TURNS[1], TURNS[2]], "here: .*roles must alternate"),
+    ("{% for m in messages %}{{ m['content']", TURNS, "cannot be read .line 1"),
+    ("{{ messages[0]['tools'][0] }}", TURNS, "here: .*refuses these turns"),
+    ("{{ 1 / 0 }}", TURNS, "here: .*refuses these turns.*division by zero"),
+    ("{{ messages[99]['content'] }}", TURNS, "here: .*refuses"),
+])
+def test_a_template_that_fails_is_one_error_with_the_row(tokenizer, template, turns, words):
+    # findings 5.4
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=words):
+        chat.mark(tokenizer, turns, "here")

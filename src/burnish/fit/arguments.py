@@ -60,7 +60,8 @@ ELSEWHERE = {
 class Options:
     """What `fit` itself takes, beside transformers' training arguments.
 
-    task, text, label, image, split, validation: see :func:`burnish.fit.data.read`.
+    task, text, label, image, prompt, completion, split, validation: see
+        :func:`burnish.fit.data.read`.
     max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
@@ -76,6 +77,8 @@ class Options:
     text: str | None = None
     label: str | None = None
     image: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
     split: str | None = None
     validation: float | int = 0.1
     max_length: int | None = None

@@ -1,7 +1,7 @@
 """One chat template for training and for use, and which of its tokens are learnt.
 
 A conversation is rendered once as text, with the stretches that the assistant speaks marked; it
-is tokenised whole, and a token is in the loss when it starts inside a marked stretch. Each
+is tokenised whole, and a token is in the loss when it holds any of a marked stretch. Each
 stretch ends in a stop token, so that the tuned model knows how to stop. The template is stored in
 the tokenizer, which is saved beside the adapter.
 """
@@ -61,18 +61,15 @@ def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") ->
     prompt, up to and including the stop token. Raises DataError where a template is not
     incremental (rewrites earlier turns), for then no stretch could be trusted.
     """
-    def render(upto: int, ask: bool) -> str:
-        return tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False,
-                                             add_generation_prompt=ask)
-
     pieces: list[str] = []  # alternately given and learnt
     done = ""
     for k, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        asked, answered = render(k, True), render(k + 1, False)
+        asked = render(tokenizer, messages[:k], True, where)
+        answered = render(tokenizer, messages[: k + 1], False, where)
         if not (asked.startswith(done) and answered.startswith(asked)):
-            raise DataError(f"{where}: the tokenizer's chat template rewrites earlier turns, so "
+            raise DataError(f"{_at(where)}the tokenizer's chat template rewrites earlier turns, so "
                             "what the assistant says cannot be told apart; train on single "
                             "answers, or set tokenizer.chat_template")
         said = answered[len(asked):]
@@ -88,6 +85,38 @@ def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") ->
             learnt.append((len(text), len(text) + len(piece)))
         text += piece
     return Marked(text, tuple(learnt))
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where: str = "") -> str:
+    """The conversation as text. A template is somebody else's program: whatever it raises is a
+    DataError with the row (roles it refuses, turns it wants to alternate, a template that is no
+    template)."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False,
+                                             add_generation_prompt=ask)
+    except Exception as e:
+        said = " ".join(str(e).split()) or type(e).__name__
+        line = getattr(e, "lineno", None)
+        if type(e).__name__ == "TemplateSyntaxError":
+            raise DataError(f"the tokenizer's chat template cannot be read (line {line}: {said}); "
+                            "set tokenizer.chat_template") from None
+        roles = ", ".join(m["role"] for m in messages) or "none yet"
+        raise DataError(f"{_at(where)}the tokenizer's chat template refuses these turns ({roles}): "
+                        f"{said}") from None
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """What ends the assistant's turn in this tokenizer's template, beside its end-of-text."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        tokens = tokenize(tokenizer, mark(tokenizer, turns), None)
+    except DataError:                                    # said of the first real row
+        return []
+    return [[y for y in tokens.labels if y != -100][-1]]
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
 
 
 def mark_completion(tokenizer: Any, prompt: str, completion: str) -> Marked:
@@ -106,8 +135,9 @@ def tokenize(tokenizer: Any, marked: Marked, max_length: int | None, *,
     if tokenizer.is_fast:
         coded = tokenizer(marked.text, return_offsets_mapping=True, add_special_tokens=False)
         ids = list(coded["input_ids"])
-        starts = [a for a, _ in coded["offset_mapping"]]
-        keep = [any(a <= s < b for a, b in marked.learnt) for s in starts]
+        # a token may begin in the prompt and hold the answer's first letters (" yes")
+        keep = [any(a < stop and max(b, a + 1) > start for start, stop in marked.learnt)
+                for a, b in coded["offset_mapping"]]
     else:
         ids, keep = [], []
         for piece, learn in _pieces(marked):

@@ -48,6 +48,7 @@ def resize_head(model: nn.Module, labels: Sequence[str]) -> nn.Module:
                         nn.init.zeros_(new.bias)
                 setattr(parent, name.rpartition(".")[2], new)
     if config is not None and hasattr(config, "num_labels"):
+        config.problem_type = "single_label_classification"  # not what the base was trained for
         config.num_labels = wanted
         config.id2label = dict(enumerate(labels))
         config.label2id = {v: k for k, v in enumerate(labels)}

@@ -60,6 +60,18 @@ class Driven(torch.optim.Optimizer):
         self.inner = inner
         super().__init__(inner.param_groups, {})
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Always the inner's own: loading state gives it new ones, and a schedule writes here."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        """torch starts every optimizer with an empty list."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The inner has them already."""
+
     def step(self, closure: Any = None) -> None:
         pass
 
@@ -112,7 +124,7 @@ class Trainer(transformers.Trainer):
         if not self.zeroth:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain)
+        batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain, self._smoothing())
         value = torch.as_tensor(self.tuned.step(batch, loss) if loss else self.tuned.step(batch))
         self._must_be_finite(value, "loss")
         return value.detach().to(self.args.device)
@@ -121,13 +133,17 @@ class Trainer(transformers.Trainer):
                      num_items_in_batch: Any = None) -> Any:
         if self.plain:
             logits = model(self.task.input(inputs))
-            loss = self.task.loss(logits, inputs["labels"])
+            loss = self.task.loss(logits, inputs["labels"], self._smoothing())
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
             made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
             self._must_be_finite(made[0] if return_outputs else made, "loss")
         return made
+
+    def _smoothing(self) -> float:
+        """Of the labels, while it trains; figures are of the plain loss."""
+        return self.args.label_smoothing_factor if self.model.training else 0.0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         if self.zeroth or getattr(self.tuned.current_optimizer, "in_backward", False):

@@ -64,9 +64,14 @@ class Pictures(Rows):
 
 class Sentences(Rows):
     def __init__(self, rows: Any, tokenizer: Any, max_length: int | None):
+        self.notes: list[str] = []
         pair = rows["pair"][:] if "pair" in rows.column_names else None
         coded = tokenizer(rows["text"][:], pair, truncation=max_length is not None,
                           max_length=max_length)
+        cut = sum(bool(e.overflowing) for e in coded.encodings or ())
+        if cut:
+            self.notes.append(f"{cut} of {len(rows)} rows are longer than max_length={max_length} "
+                              "tokens, and are read up to there")
         self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
         self.labels = rows["label"][:]
 
@@ -115,20 +120,25 @@ class Turns(Rows):
                  where: Callable[[int], str] | None):
         self.notes: list[str] = []
         self.tokens: list[chat.Tokens] = []
-        cut = 0
+        lost = cut = 0
         plain = "prompt" in rows.column_names
         for i, row in enumerate(rows):
             at = where(i) if where else f"row {i}"
             marked = (chat.mark_completion(tokenizer, row["prompt"], row["completion"]) if plain
                       else chat.mark(tokenizer, row["messages"], at))
-            tokens = chat.tokenize(tokenizer, marked, max_length, special=plain)
+            whole = chat.tokenize(tokenizer, marked, None, special=plain)
+            tokens = chat.Tokens(whole.input_ids[:max_length], whole.labels[:max_length])
             if all(y == -100 for y in tokens.labels[1:]):
-                cut += 1
+                lost += 1
             else:
+                cut += len(tokens.labels) < len(whole.labels)
                 self.tokens.append(tokens)
+        if lost:
+            self.notes.append(f"{lost} of {len(rows)} rows are longer than max_length={max_length} "
+                              "before the answer starts, and are left out")
         if cut:
             self.notes.append(f"{cut} of {len(rows)} rows are longer than max_length={max_length} "
-                              "before the answer starts, and are left out")
+                              "tokens: their answers are learnt up to there, without their stop")
         if not self.tokens:
             raise DataError(f"no row has an answer within max_length={max_length} tokens; raise it")
 

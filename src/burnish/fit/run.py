@@ -24,7 +24,7 @@ from . import checkpoint
 from .arguments import Options, recipe_of, sort_out
 from .data import Data, read
 from .promise import choose, memory_line, out_of_memory, promised
-from .tasks import Task, task_for
+from .tasks import Task, check_served, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
@@ -115,7 +115,8 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
     quiet_libraries()
     say = _say(own.quiet)
     found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
-                 split=own.split, validation=own.validation, seed=int(args.get("seed", 42)))
+                 prompt=own.prompt, completion=own.completion, split=own.split,
+                 validation=own.validation, seed=int(args.get("seed", 42)))
     say(str(found))
     named = model if isinstance(model, nn.Module) else str(model)
     task = task_for(found, named, processor=own.processor, max_length=own.max_length,
@@ -125,14 +126,18 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
         kw = {"dtype": own.dtype} if own.dtype is not None else {}
         module, name = task.load(named, own.trust_remote_code, **kw), named
     else:
+        check_served(found.task, named)
         module = task.fit_head(named)
+        task.settle(module)
         name = getattr(named, "name_or_path", "") or type(named).__name__
 
     import transformers
 
     plain = not isinstance(module, transformers.PreTrainedModel)
     size = int(args.setdefault("per_device_train_batch_size", 16))
+    module.train()  # dropout keeps masks and chooses kernels: promised as it will run
     batch, loss = task.call(task.example(size), plain)
+    task.check(module)
     for sample in task.preview():
         say(f"  {sample}")
     for note in task.notes:

@@ -44,6 +44,7 @@ class Task:
         import transformers
 
         check_local(name)
+        check_served(self.data.task, name, trust_remote_code)
         try:
             return getattr(transformers, self.auto).from_pretrained(
                 name, trust_remote_code=trust_remote_code, **self.head(), **kw)
@@ -57,6 +58,15 @@ class Task:
     def fit_head(self, model: nn.Module) -> nn.Module:
         """Gives a model that is already here the right number of classes."""
         return model
+
+    def settle(self, model: nn.Module) -> None:
+        """Makes the model and what reads its data agree, before any row is read.
+
+        Raises ConfigError where they cannot.
+        """
+
+    def check(self, model: nn.Module) -> None:
+        """Looks through the rows for what the model cannot take. Raises DataError with the row."""
 
     # -- the rows ------------------------------------------------------------------------
     def rows(self, split: str) -> Rows:
@@ -88,15 +98,19 @@ class Task:
         """What a plain module is called with."""
         return batch["input_ids"]
 
-    def loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-        """The task's loss of a plain module's outputs."""
-        return nn.functional.cross_entropy(logits_of(outputs), labels)
+    def loss(self, outputs: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        """The task's loss of a module's outputs."""
+        return nn.functional.cross_entropy(logits_of(outputs), labels, label_smoothing=smoothing)
 
-    def call(self, batch: Batch, plain: bool) -> tuple[Any, Callable[[Any, Any], Any] | None]:
+    def call(self, batch: Batch, plain: bool, smoothing: float = 0.0
+             ) -> tuple[Any, Callable[[Any, Any], Any] | None]:
         """(batch, loss) as :meth:`burnish.Tuned.step`, simulate and measure take them."""
-        if not plain:
-            return batch, None
-        return (self.input(batch), batch["labels"]), lambda out, b: self.loss(out, b[1])
+        if plain:
+            return (self.input(batch), batch["labels"]), \
+                lambda out, b: self.loss(out, b[1], smoothing)
+        if smoothing:
+            return batch, lambda out, b: self.loss(out, b["labels"], smoothing)
+        return batch, None
 
     # -- the figures -----------------------------------------------------------------------
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -128,7 +142,8 @@ class _Classify(Task):
     def head(self) -> dict[str, Any]:
         names = dict(enumerate(self.data.labels or ()))
         return {"num_labels": len(names), "id2label": names,
-                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
+                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True,
+                "problem_type": "single_label_classification"}
 
     def fit_head(self, model: nn.Module) -> nn.Module:
         return resize_head(model, self.data.labels or ())
@@ -150,23 +165,45 @@ class ImageClassification(_Classify):
         return Pictures(self.data.splits[split], self.processor, self.data.where.get(split))
 
 
-class TextClassification(_Classify):
+class _Words(Task):
+    """Tasks of text: one tokenizer, whose ids and lengths the model must follow."""
+
+    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
+        model = super().load(name, trust_remote_code, **kw)
+        self.settle(model)
+        return model
+
+    def settle(self, model: nn.Module) -> None:
+        from . import words
+
+        self.notes += words.agree(model, self.processor, self.stops())
+        limit = self.processor.model_max_length
+        self.max_length, notes = words.longest(
+            model, self.max_length, limit if limit and limit < 10**9 else None)
+        self.notes += notes
+
+    def stops(self) -> list[int]:
+        """Ids that end an answer, beside the end of text."""
+        return []
+
+    def check(self, model: nn.Module) -> None:
+        from . import words
+
+        known = words.words_of(model)
+        if known is not None and len(self.processor) > known:
+            for split in self.data.splits:
+                words.check_words(self.rows(split), known, f"{self.data.source}, {split}")
+
+
+class TextClassification(_Words, _Classify):
     """``input_ids``, ``attention_mask`` (B, T) padded to the longest row, ``labels`` (B,)."""
 
     auto = "AutoModelForSequenceClassification"
 
-    def fit_head(self, model: nn.Module) -> nn.Module:
-        model = super().fit_head(model)
-        config = getattr(model, "config", None)
-        if config is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.processor.pad_token_id  # decoders find the last token by it
-        return model
-
-    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
-        return self.fit_head(super().load(name, trust_remote_code, **kw))
-
     def make(self, split: str) -> Rows:
-        return Sentences(self.data.splits[split], self.processor, self.max_length)
+        made = Sentences(self.data.splits[split], self.processor, self.max_length)
+        self.notes += [f"{split}: {n}" for n in made.notes]
+        return made
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         labels = torch.tensor([r["labels"] for r in rows])
@@ -175,7 +212,7 @@ class TextClassification(_Classify):
         return dict(padded) | {"labels": labels}
 
 
-class LanguageModelling(Task):
+class LanguageModelling(_Words):
     """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
 
     auto = "AutoModelForCausalLM"
@@ -186,9 +223,10 @@ class LanguageModelling(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return pad_tokens(rows, self.processor.pad_token_id)
 
-    def loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, outputs: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         logits = logits_of(outputs)[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(),
+                                           label_smoothing=smoothing)
 
     def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         guess = logits_of(logits).argmax(-1)
@@ -221,8 +259,13 @@ class InstructionTuning(LanguageModelling):
     def make(self, split: str) -> Rows:
         turns = Turns(self.data.splits[split], self.processor, self.max_length,
                       self.data.where.get(split))
-        self.notes += turns.notes
+        self.notes += [f"{split}: {n}" for n in turns.notes]
         return turns
+
+    def stops(self) -> list[int]:
+        from .chat import stop_ids
+
+        return stop_ids(self.processor)
 
     def preview(self, n: int = 3) -> list[str]:
         """As the model sees them, with what is learnt between guillemets."""
@@ -255,9 +298,6 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
             processor = prepare_tokenizer(processor)
         elif processor.pad_token is None:
             processor.pad_token = processor.eos_token
-        limit = processor.model_max_length
-        if limit and limit < 10**9:
-            max_length = min(max_length or limit, limit)
     return kind(data, processor, max_length)
 
 
@@ -279,6 +319,52 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     except (OSError, ValueError) as e:
         raise ConfigError(f"no tokenizer could be loaded from {name}: "
                           f"{str(e).splitlines()[0]}; pass processor=") from None
+
+
+#: an encoder under this head would read the token it is to foretell
+_BOTH_WAYS = "AutoModelForMaskedLM"
+
+
+def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
+    import transformers
+
+    if isinstance(model, str):
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(f"{model} cannot be loaded for {task}: "
+                              f"{str(e).strip().splitlines()[0]}") from None
+    else:
+        config = getattr(model, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig):
+            return
+    reason = _unserved(task, config, by_name=isinstance(model, str))
+    if reason is None:
+        return
+    fits = [t for t in TASKS if t != task and _unserved(t, config, by_name=True) is None]
+    name = model if isinstance(model, str) else type(model).__name__
+    tail = f"fit can train it for {' or '.join(fits)}" if fits else "fit serves no task of it yet"
+    raise ConfigError(f"{name} is {config.model_type}, {reason}; {tail}")
+
+
+def _unserved(task: str, config: Any, by_name: bool) -> str | None:
+    import transformers
+
+    auto = TASKS[task].auto
+    own = getattr(config, "auto_map", None) or {}
+    if auto in own:
+        return None
+    if task in ("language-modelling", "instruction-tuning"):
+        if getattr(config, "is_encoder_decoder", False):
+            return f"an encoder-decoder, and {task} is served for decoders"
+        both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
+        if both and not getattr(config, "is_decoder", False):
+            return f"an encoder that reads in both directions, and {task} is served for decoders"
+    if by_name and type(config) not in getattr(transformers, auto)._model_mapping:
+        return f"for which transformers has no model for {task}"
+    return None
 
 
 def logits_of(outputs: Any) -> torch.Tensor:

@@ -1,0 +1,117 @@
+"""What a model and its tokenizer must agree about: special ids, the vocabulary, the positions.
+
+A model pads, stops and finds its last token by ids of its config, and a tokenizer writes its own.
+Where they differ, nothing fails and everything is a little wrong, so the tokenizer in use decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..core import families
+from ..core.errors import ConfigError, DataError
+
+IDS = ("pad", "bos", "eos")
+
+
+def agree(model: nn.Module, tokenizer: Any, stops: Iterable[int] = ()) -> list[str]:
+    """Gives the model's configs the special ids of `tokenizer`; returns what people should know.
+
+    stops: further ids that end an answer (those that close a turn of a chat template).
+    Raises ConfigError where the model counts its positions from another padding id: there the two
+    do not belong together.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    notes = []
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rows = words_of(model)
+    if rows is not None and (tokenizer.pad_token_id or 0) >= rows:
+        was, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+            raise ConfigError(f"the tokenizer pads with {was!r}, and the model has no such word "
+                              f"(its vocabulary ends at {rows}); resize the model's embeddings")
+        notes.append(f"the tokenizer's padding {was!r} is beyond the model's {rows} words: rows "
+                     f"are padded with {tokenizer.pad_token!r}")
+    counted = getattr(text, "model_type", "") in families.OFFSET_POSITIONS
+    if counted and text.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f"{type(model).__name__} counts its positions from padding id {text.pad_token_id}, and "
+            f"the tokenizer pads with {tokenizer.pad_token_id}; use the tokenizer it was made with")
+    for place in (config, text):
+        for name in IDS:
+            own = getattr(tokenizer, f"{name}_token_id", None)
+            if own is not None:
+                setattr(place, f"{name}_token_id", own)
+    said = getattr(model, "generation_config", None)
+    if said is not None:
+        said.pad_token_id = tokenizer.pad_token_id
+        if tokenizer.bos_token_id is not None:
+            said.bos_token_id = tokenizer.bos_token_id
+        ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, *stops) if i is not None)
+        if ends:
+            said.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends))
+    return notes
+
+
+def words_of(model: nn.Module) -> int | None:
+    """Rows of the model's input embedding."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])     # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def positions_of(model: nn.Module) -> tuple[int, bool] | None:
+    """(tokens of the longest row, is that a hard end?); None where the model does not say.
+
+    A table of positions ends; rotary and relative positions only have not been trained further.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    hard = any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 2
+               and any(w in name.rpartition(".")[2] for w in ("position", "wpe"))
+               for name, m in model.named_modules())
+    if getattr(text, "model_type", "") in families.OFFSET_POSITIONS:
+        limit -= (text.pad_token_id or 0) + 1
+    return limit, hard
+
+
+def longest(model: nn.Module, asked: int | None, limit: int | None) -> tuple[int | None, list[str]]:
+    """(max_length, notes) of what was asked, the tokenizer's limit and the model's positions.
+
+    Raises ConfigError where more is asked than the model has positions for.
+    """
+    notes = []
+    found = positions_of(model)
+    if found is not None:
+        most, hard = found
+        if asked is not None and asked > most:
+            if hard:
+                raise ConfigError(f"max_length={asked} is more than the {most} positions that "
+                                  f"{type(model).__name__} has")
+            notes.append(f"max_length={asked} is more than the {most} tokens this model was made "
+                         "for")
+        limit = min(limit or most, most) if hard or asked is None else limit
+    if asked is not None and limit is not None and asked > limit:
+        notes.append(f"max_length={asked} is more than the tokenizer's {limit}: rows end there")
+    ends = [n for n in (asked, limit) if n is not None]
+    return min(ends) if ends else None, notes
+
+
+def check_words(rows: Any, words: int, where: str) -> None:
+    """Every id has a row in the embedding. Raises DataError with the first that has none."""
+    for i in range(len(rows)):
+        ids = rows[i]["input_ids"]
+        worst = int(max(ids))
+        if worst >= words:
+            raise DataError(f"{where} row {i}: the tokenizer writes id {worst}, the model knows "
+                            f"{words} words; they do not belong together (or resize the model's "
+                            "embeddings)")
