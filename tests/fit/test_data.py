@@ -12,6 +12,7 @@ from PIL import Image
 
 from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
+from burnish.fit.readings import AmbiguousError
 
 
 def picture(path, value=100, size=(12, 10)):
@@ -161,6 +162,127 @@ def test_datasets_objects_take_the_same_road():
                                       features=features)
     data = read(datasets.DatasetDict(train=rows, validation=rows))
     assert data.labels == ("no", "yes") and data.train["label"][:] == [1, 0, 1, 1]
+
+
+# -- what can be read in more than one way ---------------------------------------------------------
+def summaries(n=20):
+    return [{"document": f"a long document about matter {i} and more of it", "summary": f"on {i}"}
+            for i in range(n)]
+
+
+def test_documents_with_summaries_are_not_guessed(tmp_path):  # newcomer A3
+    path = lines(tmp_path / "x.jsonl", summaries())
+    with pytest.raises(AmbiguousError, match="in more than one way") as e:
+        read(path)
+    ways = [dict(r.flags) for r in e.value.readings]
+    assert {"prompt": "document", "completion": "summary"} in ways
+    assert {"task": "language-modelling", "text": "document"} in ways
+    kinds = []
+    for flags in ways:                                  # whatever is offered, works
+        data = read(path, validation=0, **flags)
+        kinds.append(data.task)
+        if "prompt" in flags:
+            assert data.train[3] == {"prompt": summaries()[3]["document"], "completion": "on 3"}
+    assert kinds == ["instruction-tuning", "language-modelling"]
+
+
+def test_prose_with_a_column_of_few_words_is_not_guessed(tmp_path):  # newcomer A3
+    path = table(tmp_path / "x.csv", [["docstring", "area"], *[
+        [f"Return the value number {i}.", ("io", "text", "net")[i % 3]] for i in range(30)]])
+    with pytest.raises(AmbiguousError) as e:
+        read(path)
+    ways = [dict(r.flags) for r in e.value.readings]
+    assert ways[0] == {"text": "docstring", "label": "area"}
+    data = read(path, **ways[0])
+    assert data.task == "text-classification" and data.labels == ("io", "net", "text")
+    assert read(path, **ways[-1]).task == "language-modelling"
+
+
+def test_questions_about_a_context_and_preferences_say_that_they_are_not_served(tmp_path):
+    squad = {"id": "1", "title": "t", "context": "a b c", "question": "b or c", "answers":
+             {"text": ["b"], "answer_start": [2]}}
+    for row, words in ((squad, "answering questions about a context .*not served yet"),
+                       ({"prompt": "a b", "chosen": "c d", "rejected": "e f"},
+                        "preference tuning .*not served yet")):
+        with pytest.raises(DataError, match=words):
+            read(lines(tmp_path / "x.jsonl", [row] * 4))
+
+
+def test_answers_marked_good_and_bad_are_not_all_learnt(tmp_path):
+    rows = [{"prompt": f"what is {i}", "completion": f"it is {i % 7}", "label": i % 2 == 0}
+            for i in range(20)]
+    with pytest.raises(AmbiguousError):
+        read(lines(tmp_path / "x.jsonl", rows))
+    assert read(tmp_path / "x.jsonl", task="instruction-tuning").task == "instruction-tuning"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_labels_with_fractions_are_no_classes(tmp_path, suffix):  # newcomer A3
+    rows = [("text", "label"), *[(f"a text {i}", round(i * 0.37, 2)) for i in range(1, 99)]]
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "csv":
+        table(path, rows)
+    else:
+        lines(path, [{"text": t, "label": x} for t, x in rows[1:]])
+    with pytest.raises(DataError, match="line .*the label is 0.37, .*regression"):
+        read(path)
+
+
+def test_whole_numbers_are_classes_however_they_are_written(tmp_path):
+    path = table(tmp_path / "x.csv", [["text", "label"], ["a", "3.0"], ["b", "3"], ["c", "1.0"]])
+    assert read(path, validation=0).labels == ("1", "3")
+
+
+def test_several_columns_of_words_are_not_chosen_from_in_silence(tmp_path):
+    rows = [{"title": f"some title {i}", "body": f"the body {i}", "label": i % 2}
+            for i in range(9)]
+    path = lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match="which column holds the text: .*name it with text="):
+        read(path)
+    assert str(read(path, text="body")).endswith("text from 'body'; not read: title")
+
+
+def test_several_columns_of_classes_are_not_chosen_from_in_silence(tmp_path):
+    rows = [{"text": f"words {i}", "category": "ab"[i % 2], "topic": "cd"[i % 2]}
+            for i in range(9)]
+    with pytest.raises(DataError, match="holds the label: category or topic; name it"):
+        read(lines(tmp_path / "x.jsonl", rows))
+
+
+def test_a_target_of_whole_sentences_is_no_label(tmp_path):
+    rows = [{"source": f"some words to say {i}", "target": f"other words to say {i}"}
+            for i in range(9)]
+    with pytest.raises(AmbiguousError, match="prompt='s"):
+        read(lines(tmp_path / "x.jsonl", [{"said": r["source"], "target": r["target"]}
+                                          for r in rows]))
+
+
+def test_columns_that_come_along_do_not_make_prose_ambiguous(tmp_path):
+    rows = [{"id": i, "url": f"http://x/{i}", "title": f"page {i}", "text": f"a page about {i}"}
+            for i in range(5)]
+    data = read(lines(tmp_path / "x.jsonl", rows), validation=0)
+    assert data.task == "language-modelling" and "not read: id, url, title" in str(data)
+
+
+def test_two_columns_that_belong_together_are_given_together(tmp_path):
+    path = lines(tmp_path / "x.jsonl", summaries())
+    with pytest.raises(DataError, match="give both"):
+        read(path, prompt="document")
+    with pytest.raises(DataError, match="completion='sumary' is no column.*'summary'"):
+        read(path, prompt="document", completion="sumary")
+
+
+def test_a_text_file_is_its_paragraphs_or_its_lines(tmp_path):  # newcomer A3
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    data = read(tmp_path / "a.txt", validation=0)
+    assert data.train["text"][:] == ["one\ntwo", "three"] and "paragraphs" in str(data)
+    assert data.where["train"](1).endswith("line 5")
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    data = read(tmp_path / "b.txt", validation=0)
+    assert data.train["text"][:] == ["one", "two"] and "lines" in str(data)
+    (tmp_path / "c.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="holds no text"):
+        read(tmp_path / "c.txt")
 
 
 # -- validation ----------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError, nearest
 from .layouts import Table
+from .readings import ambiguous, aside, label_like, texts
 
 if TYPE_CHECKING:
     import datasets
@@ -20,6 +22,9 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
         "question": "sentence"}
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
+
+#: "3.0", which tables make of 3
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system", "tool": "tool", "function": "tool"}
@@ -36,19 +41,40 @@ class Roles:
     pair: str | None = None
     #: messages, conversations, alpaca, completion
     form: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+    def said(self, names: Iterable[str]) -> str:
+        """"text from 'body', label from 'mood'; not read: id" """
+        parts = {k: v for k in ("image", "text", "pair", "label", "prompt", "completion")
+                 if (v := getattr(self, k)) is not None}
+        used = set(parts.values()) | _FORMS.get(self.form or "", set())
+        left = [n for n in names if n not in used]
+        read = ", ".join(f"{k} from {v!r}" for k, v in parts.items() if k != v) or (
+            f"read as {self.form}" if self.form else "")
+        return "; ".join(filter(None, [read, f"not read: {', '.join(left)}" if left else ""]))
+
+
+#: the columns that each form of conversation is made of
+_FORMS = {"messages": {"messages"}, "conversations": {"conversations"},
+          "alpaca": {"instruction", "input", "output", "system"},
+          "completion": {"prompt", "completion"}}
 
 
 def assign(table: Table, flags: Roles) -> Roles:
     """The parts columns play, from their names; flags go before guesses."""
     names = list(table.columns)
-    for flag in ("text", "label", "image"):
+    if (flags.prompt is None) != (flags.completion is None):
+        raise DataError("prompt= and completion= name two columns that belong together; give both")
+    for flag in ("text", "label", "image", "prompt", "completion"):
         given = getattr(flags, flag)
         if given is not None and given not in names:
             raise DataError(f"{flag}={given!r} is no column of the data; it has "
                             f"{', '.join(names)}{nearest(given, names)}")
     found = flags.task or _task(table, flags)
     if found == "instruction-tuning":
-        return replace(flags, task=found, form=_form(names))
+        form = "completion" if flags.prompt else _form(names)
+        return replace(flags, task=found, form=form)
     image = label = text = pair = None
     if found == "image-classification":
         image = flags.image or _first(names, IMAGE)
@@ -56,13 +82,11 @@ def assign(table: Table, flags: Roles) -> Roles:
             raise DataError(f"no column holds pictures; the data has {', '.join(names)}; name it "
                             "with image=")
     else:
-        text = flags.text or _first(names, TEXT) or _only_text(table, flags.label)
-        if text is None:
-            raise DataError(f"cannot tell which column holds the text; the data has "
-                            f"{', '.join(names)}; name it with text=")
+        known = flags.label or _label(names)
+        text = flags.text or _text(table, known if found != "language-modelling" else None)
         pair = PAIR.get(text) if PAIR.get(text) in names else None
     if found != "language-modelling":
-        label = flags.label or _first(names, LABEL)
+        label = flags.label or _label(names)
         if label is None:
             raise DataError(f"cannot tell which column holds the label; the data has "
                             f"{', '.join(names)}; name it with label=")
@@ -70,17 +94,62 @@ def assign(table: Table, flags: Roles) -> Roles:
 
 
 def _task(table: Table, flags: Roles) -> str:
+    """What the columns say. Raises AmbiguousError where they leave a choice."""
     names = list(table.columns)
-    if not flags.text and not flags.label and _form(names, ask=True):
+    if flags.prompt:
+        return "instruction-tuning"
+    label = flags.label or _label(names)
+    if not flags.text and not flags.label and (form := _form(names, ask=True)):
+        if form == "completion" and label is not None:    # answers marked good and bad, perhaps
+            raise ambiguous(table)
         return "instruction-tuning"
     if flags.image or _first(names, IMAGE):
         return "image-classification"
-    if flags.label or _first(names, LABEL):
+    if flags.label or (label is not None and not _prose(table, label)):
         return "text-classification"
-    if flags.text or _first(names, TEXT) or _only_text(table, None):
+    text = flags.text or (texts(table) or [None])[0]
+    others = [n for n in names if n != text and not aside(n)]
+    if text is not None and (not others or (text.lower() == "text" and others == ["title"])):
         return "language-modelling"
-    raise DataError(f"cannot tell what the columns mean: {', '.join(names)}; name them with "
-                    "text=, label= or image=")
+    raise ambiguous(table)
+
+
+def _prose(table: Table, name: str) -> bool:
+    """A column called target may hold whole sentences: nearly all different, and not short."""
+    seen = [v for v in table.columns[name] if isinstance(v, str)]
+    return len(seen) > 3 and not label_like(table, name) and (
+        sum(" " in v.strip() for v in seen) > len(seen) // 2)
+
+
+def _label(names: list[str]) -> str | None:
+    """The column called label, or the only one of a name that labels have."""
+    lower = {n.lower(): n for n in reversed(names)}
+    found = [lower[w] for w in LABEL if w in lower]
+    if len(found) > 1 and found[0].lower() not in ("label", "labels"):
+        raise DataError(f"cannot tell which column holds the label: {' or '.join(found)}; name it "
+                        "with label=")
+    return found[0] if found else None
+
+
+def _text(table: Table, label: str | None) -> str:
+    """The column called text, the first of a known pair, or the only one of words."""
+    names = list(table.columns)
+    lower = {n.lower(): n for n in reversed(names)}
+    if "text" in lower:
+        return lower["text"]
+    for first, second in PAIR.items():
+        if {first, second} <= set(names):
+            return first
+    words = [n for n in texts(table) if n != label]
+    named = [lower[w] for w in TEXT if w in lower and lower[w] != label]
+    for found in (words, named):
+        if len(found) == 1:
+            return found[0]
+    if not words and not named:
+        raise DataError(f"cannot tell which column holds the text; the data has "
+                        f"{', '.join(names)}; name it with text=")
+    raise DataError(f"cannot tell which column holds the text: {' or '.join(words or named)}; name "
+                    "it with text=")
 
 
 def _form(names: list[str], ask: bool = False) -> str | None:
@@ -104,13 +173,6 @@ def _first(names: list[str], wanted: Iterable[str]) -> str | None:
     return next((lower[w] for w in wanted if w in lower), None)
 
 
-def _only_text(table: Table, label: str | None) -> str | None:
-    """The one column of words, where there is only one."""
-    texts = [k for k, v in table.columns.items() if k != label and
-             any(isinstance(x, str) and " " in x for x in v[:50])]
-    return texts[0] if len(texts) == 1 else None
-
-
 # -- values ----------------------------------------------------------------------------------
 def canonical(table: Table, roles: Roles, classes: tuple[str, ...] | None,
               source: str) -> tuple[datasets.Dataset, tuple[str, ...] | None]:
@@ -118,7 +180,7 @@ def canonical(table: Table, roles: Roles, classes: tuple[str, ...] | None,
     import datasets
 
     if roles.task == "instruction-tuning":
-        return datasets.Dataset.from_list(_conversations(table, roles.form or "")), None
+        return datasets.Dataset.from_list(_conversations(table, roles)), None
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
     for role in ("image", "text", "pair"):
@@ -138,6 +200,7 @@ def canonical(table: Table, roles: Roles, classes: tuple[str, ...] | None,
     if roles.label is not None:
         if roles.label not in table.columns:
             raise DataError(f"{table.where(0)}: a split lacks the column {roles.label!r}")
+        _no_fractions(table, roles.label)
         given = [class_name(v, table.where(i), roles.label)
                  for i, v in enumerate(table.columns[roles.label])]
         classes = classes or table.classes or _classes(given, roles.label, source)
@@ -151,6 +214,23 @@ def canonical(table: Table, roles: Roles, classes: tuple[str, ...] | None,
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
 
 
+def _no_fractions(table: Table, field: str) -> None:
+    """Numbers with fractions are quantities, however few of them there are."""
+    values = table.columns[field]
+    numbers = []
+    for v in values:
+        try:
+            numbers.append(float(v))
+        except (TypeError, ValueError):
+            return
+    for i, x in enumerate(numbers):
+        if math.isfinite(x) and not x.is_integer():
+            raise DataError(f"{table.where(i)}, field {field!r}: the label is {values[i]}, a "
+                            "number with a fraction: that is regression, and fit serves "
+                            "classification; put the numbers into classes, or name another column "
+                            "with label=")
+
+
 def class_name(value: Any, where: str, field: str) -> str:
     """A class as a name; 3, 3.0 and "3" are one class. Missing, NaN and 3.5 are errors."""
     at = f"{where}, field {field!r}"
@@ -160,7 +240,7 @@ def class_name(value: Any, where: str, field: str) -> str:
         value = value.strip()
         if value.lower() in ("nan", "none", "null", "n/a"):
             raise DataError(f"{at}: the label is {value!r}; name the class, or remove the row")
-        return value
+        return _WHOLE.sub(r"\1", value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -205,29 +285,30 @@ def _images(values: list[Any], field: str, table: Table) -> None:
                             f"encoded bytes or a PIL image), found {type(v).__name__}")
 
 
-def _conversations(table: Table, form: str) -> list[dict[str, Any]]:
+def _conversations(table: Table, roles: Roles) -> list[dict[str, Any]]:
     """Every form as `messages`, except that plain prompts and completions stay plain."""
-    rows = []
+    rows, form = [], roles.form
+    asked, answer = roles.prompt or "prompt", roles.completion or "completion"
     for i, row in enumerate(table.rows()):
         at = table.where(i)
         if form in ("messages", "conversations"):
             rows.append({"messages": _messages(row[form], at, form)})
         elif form == "alpaca":
-            asked = _words(row, "instruction", at)
+            said = _words(row, "instruction", at)
             extra = row.get("input")
             if extra:
-                asked += "\n\n" + _words(row, "input", at)
-            turns = [{"role": "user", "content": asked},
+                said += "\n\n" + _words(row, "input", at)
+            turns = [{"role": "user", "content": said},
                      {"role": "assistant", "content": _words(row, "output", at)}]
             if row.get("system"):
                 turns.insert(0, {"role": "system", "content": _words(row, "system", at)})
             rows.append({"messages": turns})
-        elif isinstance(row["prompt"], list):
-            rows.append({"messages": _messages([*row["prompt"], *(row["completion"] or ())], at,
-                                               "prompt and completion")})
+        elif isinstance(row.get(asked), list):
+            rows.append({"messages": _messages([*row[asked], *(row[answer] or ())], at,
+                                               f"{asked} and {answer}")})
         else:
-            rows.append({"prompt": _words(row, "prompt", at),
-                         "completion": _words(row, "completion", at)})
+            rows.append({"prompt": _words(row, asked, at),
+                         "completion": _words(row, answer, at)})
     if len({tuple(r) for r in rows}) > 1:
         raise DataError(f"{table.where(0)}: prompts are texts in some rows and messages in others; "
                         "write them one way")

@@ -47,6 +47,8 @@ class Data:
     layout: str
     labels: tuple[str, ...] | None = None
     where: dict[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
+    #: which columns are read as what, in words
+    columns: str = ""
     #: what :func:`read` was told, so that the same rows can be found again
     reading: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -92,29 +94,34 @@ class Data:
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(v)} {k}" for k, v in self.splits.items())
         kinds = f", {len(self.labels)} classes" if self.labels else ""
-        return f"{self.source}: {self.layout}, {self.task} ({sizes}{kinds})"
+        read = f"; {self.columns}" if self.columns else ""
+        return f"{self.source}: {self.layout}, {self.task} ({sizes}{kinds}){read}"
 
 
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
          image: str | None = None, split: str | None = None, validation: float | int = 0.1,
-         seed: int = 0, labels: Sequence[str] | None = None) -> Data:
+         seed: int = 0, labels: Sequence[str] | None = None, prompt: str | None = None,
+         completion: str | None = None) -> Data:
     """Reads data for fine-tuning.
 
     data: a name, path, hub name (``owner/name``, ``owner/name:split``), `datasets` object or Data.
     task: one of TASKS; None takes what the columns say.
     text, label, image: names of columns where they cannot be told.
+    prompt, completion: two columns of which the second is learnt as the answer to the first.
     split: the training split's name where it is not called train.
     validation: share (or number) of training rows set aside when there is no validation split;
         0 for none. The choice is a function of `seed`, and keeps the proportions of classes.
     labels: the classes in their order, where they are known beforehand.
 
-    Raises DataError with row and field, ConfigError for a wrong flag.
+    Raises DataError with row and field, ConfigError for a wrong flag, and AmbiguousError (a
+    DataError) with the readings where columns can be read in more than one way.
     """
     if isinstance(data, Data):
         return data
     if task is not None and task not in TASKS:
         raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
-    flags = Roles(task=task, text=text, label=label, image=image)
+    flags = Roles(task=task, text=text, label=label, image=image, prompt=prompt,
+                  completion=completion)
     source, tables = _tables(data, split)
     if "train" not in tables:
         raise DataError(f"{source} has no training split; it has {', '.join(tables)}; name it "
@@ -126,9 +133,10 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     for name in order:
         splits[name], classes = canonical(tables[name], roles, classes, source)
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
-                {k: t.where for k, t in tables.items()},
-                {"task": task, "text": text, "label": label, "image": image, "split": split,
-                 "validation": validation, "seed": seed})
+                {k: t.where for k, t in tables.items()}, roles.said(tables["train"].columns),
+                {"task": task, "text": text, "label": label, "image": image, "prompt": prompt,
+                 "completion": completion, "split": split, "validation": validation,
+                 "seed": seed})
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)
     return done

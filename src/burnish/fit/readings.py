@@ -1,0 +1,105 @@
+"""Columns that can be read in more than one way: which ways, and which flags choose each.
+
+A guess that trains the wrong thing costs hours and says nothing, so where the names do not decide,
+the person does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import DataError
+from .layouts import Table
+
+#: columns that come along and hold nothing to learn
+ASIDE = frozenset({
+    "id", "idx", "index", "uid", "guid", "uuid", "url", "link", "source", "date", "time",
+    "timestamp", "created", "meta", "metadata", "lang", "language", "split", "file", "path"})
+_LOOKED_AT = 200
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the columns: the flags that choose it, and what is learnt then."""
+
+    flags: tuple[tuple[str, str], ...]
+    learns: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(f'{k}={v!r}' for k, v in self.flags)} {self.learns}"
+
+
+class AmbiguousError(DataError):
+    """Columns with several readings; `readings` holds them, likeliest first."""
+
+    def __init__(self, message: str, readings: tuple[Reading, ...] = ()):
+        super().__init__(message)
+        self.readings = readings
+
+
+def aside(name: str) -> bool:
+    return name.lower() in ASIDE or name.lower().endswith(("_id", "_url"))
+
+
+def texts(table: Table) -> list[str]:
+    """Columns of words, the longest first."""
+    size = {}
+    for name, values in table.columns.items():
+        seen = [v for v in values[:_LOOKED_AT] if v is not None]
+        if seen and not aside(name) and all(isinstance(v, str) for v in seen) and any(
+                not _number(v) for v in seen):
+            size[name] = sum(map(len, seen)) / len(seen)
+    return sorted(size, key=lambda n: -size[n])
+
+
+def label_like(table: Table, name: str) -> bool:
+    """Few different values, all short names or whole numbers."""
+    seen = [v for v in table.columns[name] if v is not None]
+    if not seen or not all(isinstance(v, str | int | bool) for v in seen):
+        return False
+    kinds = {str(v).strip() for v in seen}
+    short = all(len(k) <= 40 and k.count(" ") < 4 for k in kinds)
+    return 2 <= len(kinds) <= max(2, min(len(seen) // 2, 200)) and short and not aside(name)
+
+
+def ambiguous(table: Table) -> AmbiguousError | DataError:
+    """What to say of a table whose names do not decide. Likeliest readings first."""
+    names, at = list(table.columns), table.where(0).partition(", ")[0]
+    listed = ", ".join(names)
+    if {"context", "question", "answers"} <= set(names):
+        return DataError(f"{at}: answering questions about a context ({listed}) is not served yet; "
+                         "as one column of prompts and one of answers it is: prompt= and "
+                         "completion=")
+    if {"chosen", "rejected"} <= set(names):
+        return DataError(f"{at}: preference tuning (chosen, rejected) is not served yet; to learn "
+                         "the chosen answers give prompt= and completion='chosen'")
+    words = texts(table)
+    labels = [n for n in names if label_like(table, n)]
+    found = []
+    text = next((w for w in words if w not in labels), words[0] if words else None)
+    for label in labels[:2]:
+        if text is not None and label != text:
+            found.append(Reading((("text", text), ("label", label)),
+                                 f"learns to tell {label} from {text}"))
+    longer = [w for w in words if w not in labels][:2]
+    if len(longer) == 2:
+        found.append(Reading((("prompt", longer[0]), ("completion", longer[1])),
+                             f"learns to answer {longer[0]} with {longer[1]}"))
+    if text is not None:
+        found.append(Reading((("task", "language-modelling"), ("text", text)),
+                             f"learns to write such {text}"))
+    if not found:
+        return DataError(f"{at}: cannot tell what the columns mean: {listed}; name them with "
+                         "text=, label=, image=, or prompt= and completion=")
+    ways = "; or ".join(map(str, found))
+    return AmbiguousError(f"{at}: its columns ({listed}) can be read in more than one way; say "
+                          f"which: {ways}", tuple(found))
+
+
+def _number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
