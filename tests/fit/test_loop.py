@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import burnish
@@ -76,6 +77,92 @@ def test_the_promise_is_what_is_measured(vit, tmp_path):
     assert kept["simulated"]["peak_bytes"] == run.promise.peak_bytes
     assert kept["measured"]["peak_bytes"] == run.truth.peak_bytes
     assert kept["process_peak"] >= kept["process_before"] > 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_promise_knows_dropout(tmp_path, tokenizer, attention):  # newcomer A2
+    """Masks are kept and other kernels chosen in training mode, and a loaded model is not in it."""
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=64, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": "ab " * (3 + i % 17), "label": i % 3}) + "\n"
+                            for i in range(32)))
+    from transformers import AutoModelForSequenceClassification
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "bert", attn_implementation=attention)
+    run = burnish.fit(model, path, "lora(rank=4)", output=tmp_path / "run", validation=0,
+                      **{**SMALL, "max_steps": 2, "processor": tokenizer})
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.01)
+    quiet = burnish.simulate(BertForSequenceClassification(BertConfig(
+        **{**model.config.to_dict(), "hidden_dropout_prob": 0.0,
+           "attention_probs_dropout_prob": 0.0})), "lora(rank=4)", (8, 51))
+    assert run.promise.peak_bytes > 1.1 * quiet.peak_bytes
+
+
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "mezo + lora(rank=2)"])
+def test_figures_are_of_the_plain_loss_and_training_is_smoothed(vit, tmp_path, recipe):
+    # findings 5.4
+    common = {**SMALL, "lr": 0.0, "max_steps": 2, "seed": 3}
+    plain = burnish.fit(vit, "digits", recipe, output=tmp_path / "a", **common)
+    smooth = burnish.fit(vit, "digits", recipe, output=tmp_path / "b", **common,
+                         label_smoothing_factor=0.5)
+    assert smooth.metrics == plain.metrics
+    a, b = (next(r["loss"] for r in rows(tmp_path / n) if "loss" in r) for n in "ab")
+    assert abs(a - b) > 1e-4
+
+
+def test_the_loss_of_a_split_weighs_every_token_alike(llama, tmp_path):
+    """However rows are batched: the mean of batches' means would depend on it."""
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "say ", "completion": "ab" * (1 + i % 9)}) + "\n"
+                            for i in range(24)))
+    found = []
+    for size in (1, 3, 8):
+        run = burnish.fit(llama, path, "lora(rank=2)", output=tmp_path / str(size), validation=11,
+                          per_device_eval_batch_size=size, **{**SMALL, "lr": 0.0, "max_steps": 1})
+        found.append(run.metrics["validation"]["loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "lora(rank=2) + adam8bit",
+                                    "full + galore(rank=4)", "full + step_in_backward",
+                                    "mezo + lora(rank=2)"])
+def test_learning_rates_go_on_where_they_stopped(vit, tmp_path, recipe):  # findings 5.5
+    """The rates a resumed run takes are those of the run that was not stopped."""
+    common = {**SMALL, "max_steps": 8, "validation": 0, "save_steps": 3, "warmup_steps": 2,
+              "measure": False}
+    taken: list[list[float]] = []
+
+    class Rates(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kw):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner = getattr(inner, "inner", inner)
+            taken[-1].append(inner.param_groups[0]["lr"])
+
+    class Pull(Rates):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 5:                  # two steps after what was saved
+                raise KeyboardInterrupt
+
+    taken.append([])
+    whole = burnish.fit(vit, "digits", recipe, output=tmp_path / "a", callbacks=[Rates()], **common)
+    taken.append([])
+    with pytest.raises(KeyboardInterrupt):
+        burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[Pull()], **common)
+    taken.append([])
+    again = burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[Rates()],
+                        resume=True, **common)
+    assert len(taken[0]) == 8 and max(taken[0]) > 0
+    assert taken[1] == taken[0][:5] and taken[2] == taken[0][3:]
+    assert again.facts["time"]["steps"] == 8                # of both sessions, as its seconds are
+    for (name, a), (_, b) in zip(whole.tuned.named_parameters(), again.tuned.named_parameters(),
+                                 strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_metrics_are_written_line_by_line(vit, tmp_path):

@@ -114,6 +114,17 @@ def test_a_model_that_counts_positions_from_another_padding_is_refused(tmp_path,
         task.settle(model)
 
 
+def test_a_tokenizer_may_be_named_by_its_folder(tmp_path, tokenizer, tokenizer_factory):
+    tokenizer.save_pretrained(tmp_path / "words")
+    data = read(lines(tmp_path / "x.jsonl", SAID), validation=0)
+    task = task_for(data, "", processor=str(tmp_path / "words"))
+    assert task.processor.get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ConfigError, match="there is no model at"):
+        task_for(data, "", processor=str(tmp_path / "wrds"))
+    with pytest.raises(ConfigError, match="neither a padding nor an end"):
+        task_for(data, "", processor=tokenizer_factory(pad_token=None, eos_token=None))
+
+
 # -- problem_type ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("inherited", ["regression", "multi_label_classification", None])
 def test_the_loss_is_cross_entropy_whatever_the_base_was_for(tmp_path, tokenizer, inherited):
@@ -210,3 +221,41 @@ def test_a_module_that_reads_in_both_directions_is_refused_too():
         num_attention_heads=1))
     with pytest.raises(ConfigError, match="both directions"):
         check_served("language-modelling", model)
+
+
+# -- what a base lacks -----------------------------------------------------------------------------
+def test_a_head_drawn_at_random_is_not_left_so(tmp_path, tokenizer):
+    import transformers
+
+    from burnish.fit.heads import drawn
+
+    body = transformers.LlamaModel(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2))
+    body.save_pretrained(tmp_path / "m")
+    data = read(lines(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}] * 3),
+                validation=0)
+    task = task_for(data, "", processor=tokenizer)
+    model = task.load(str(tmp_path / "m"))
+    with pytest.raises(ConfigError, match="lack lm_head.weight.*give head=True"):
+        drawn(model, task.fresh, "auto")
+    assert drawn(model, task.fresh, True) == []
+    task = task_for(read(lines(tmp_path / "y.jsonl", SAID), validation=0), "", processor=tokenizer)
+    model = task.load(str(tmp_path / "m"))
+    assert drawn(model, task.fresh, "auto") == []               # a new classifier trains
+    with pytest.raises(ConfigError, match="head=False would leave it so"):
+        drawn(model, task.fresh, False)
+
+
+def test_other_tensors_drawn_at_random_are_said(tmp_path, tokenizer):
+    import transformers
+
+    from burnish.fit.heads import drawn
+
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2), add_pooling_layer=False).save_pretrained(tmp_path / "m")
+    task = task_for(read(lines(tmp_path / "x.jsonl", SAID), validation=0), "", processor=tokenizer)
+    model = task.load(str(tmp_path / "m"))
+    assert "lack bert.pooler.dense.bias, bert.pooler.dense.weight: drawn" in drawn(
+        model, task.fresh, "auto")[0]

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail("interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except BurnishError as error:
-        return _fail(_line(error), error.exit_code)
+        from .flags import flags
+
+        return _fail(flags(_line(error)), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:                         # `burnish methods | head`

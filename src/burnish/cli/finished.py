@@ -53,7 +53,13 @@ class Finished:
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
                         None, max_length=facts.get("max_length"))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
-        tuned = burnish.load(task.load(name), folder, force=force)
+        try:
+            module = task.load(name)
+        except ConfigError as e:
+            if base is not None:
+                raise
+            raise ConfigError(f"{e}; where the base model has moved since, give base=") from None
+        tuned = burnish.load(module, folder, force=force)
         tuned.model.eval()
         return cls(folder, tuned, task, facts)
 

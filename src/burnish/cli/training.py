@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.errors import BurnishError, ConfigError, nearest
 from . import config
 from .app import Json, app
+from .flags import flags
 from .screen import emit, table
+
+if TYPE_CHECKING:
+    from ..fit.readings import AmbiguousError
 
 #: what `burnish.fit` takes by name; everything else is a setting of training
 OWN = ("model", "data", "recipe", "memory", "output")
@@ -43,6 +48,8 @@ def fit(
     """
     import burnish
 
+    from ..fit.readings import AmbiguousError
+
     words = list(ctx.args)
     settings = config.read(words.pop(0)) if words and not words[0].startswith("--") else {}
     settings |= config.overrides(words)
@@ -59,11 +66,27 @@ def fit(
     if json:
         settings["quiet"] = True
     try:
-        run = burnish.fit(**own, **settings)
+        try:
+            run = burnish.fit(**own, **settings)
+        except AmbiguousError as question:
+            if json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+                raise
+            run = burnish.fit(**own, **(settings | ask(question)))
     except KeyboardInterrupt as stop:               # the parser would drop what it says
         raise Interrupted(str(stop) or "interrupted") from None
     if json:                                        # people were told while it ran
         emit(True, run, "")
+
+
+def ask(question: AmbiguousError) -> dict[str, str]:
+    """The flags of the reading that the person at the terminal chooses."""
+    print(f"{question.at}: these columns can be read in more than one way")
+    for n, reading in enumerate(question.readings, 1):
+        print(f"  {n}  {flags(str(reading))}")
+    answer = input(f"which one? [1-{len(question.readings)}, Enter stops] ").strip()
+    if not answer.isdigit() or not 1 <= int(answer) <= len(question.readings):
+        raise question
+    return dict(question.readings[int(answer) - 1].flags)
 
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished fit.")]

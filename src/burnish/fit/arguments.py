@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
@@ -103,9 +106,7 @@ def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict
     Raises ConfigError for an unknown name (with the nearest), for one given twice under two
     spellings, and for one that is decided elsewhere (with where).
     """
-    from transformers import TrainingArguments
-
-    theirs = {f.name for f in fields(TrainingArguments) if f.init}
+    theirs = training_names()
     ours = {f.name for f in fields(Options)}
     own: dict[str, Any] = {}
     args: dict[str, Any] = {}
@@ -129,6 +130,31 @@ def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict
             known = ours | (theirs - set(ELSEWHERE)) | set(ALIASES) | set(OWN_ALIASES)
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
     return Options(**own), args, lora
+
+
+def training_names() -> frozenset[str]:
+    """The settings of transformers' TrainingArguments, read off its source: importing it takes
+    seconds, and a misspelt word should be told at once."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("fit trains with transformers: pip install 'burnish[fit]'")
+    file = Path(next(iter(spec.submodule_search_locations)), "training_args.py")
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        body = next(n for n in tree.body if isinstance(n, ast.ClassDef)
+                    and n.name == "TrainingArguments").body
+    except (OSError, SyntaxError, StopIteration):           # laid out otherwise: ask the class
+        from transformers import TrainingArguments
+
+        return frozenset(f.name for f in fields(TrainingArguments) if f.init)
+    return frozenset(n.target.id for n in body if isinstance(n, ast.AnnAssign)
+                     and isinstance(n.target, ast.Name) and not _inner(n))
+
+
+def _inner(node: ast.AnnAssign) -> bool:
+    """A field that is no argument, or no field at all."""
+    said = ast.unparse(node.annotation) + (ast.unparse(node.value) if node.value else "")
+    return "init=False" in said or "ClassVar" in said
 
 
 #: what people type for LoRA elsewhere, and what it is called in a recipe

@@ -170,6 +170,19 @@ def set_aside(data: Data, part: float | int, seed: int) -> Data:
     return replace(data, splits=splits, where=where)
 
 
+def there(data: Any) -> None:
+    """Is there something at a path? Raises DataError before anything heavy is imported."""
+    if isinstance(data, str | Path) and str(data) != "digits":
+        path = Path(data).expanduser()
+        if not path.exists() and _looks_local(str(data), path):
+            layouts.files(path)  # says what is missing, and what is near
+
+
+def _looks_local(name: str, path: Path) -> bool:
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or (
+        path.suffix.lower() in layouts.TABLES | layouts.PROSE)
+
+
 # -- where it comes from ---------------------------------------------------------------------
 def _tables(data: Any, split: str | None) -> tuple[str, dict[str, Table]]:
     if type(data).__module__.partition(".")[0] == "datasets":
@@ -189,10 +202,7 @@ def _tables(data: Any, split: str | None) -> tuple[str, dict[str, Table]]:
                 raise DataError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
             tables["train"] = tables.pop(split)
         return str(data), tables
-    looks_local = name.count("/") > 1 or name.startswith((".", "/", "~")) or (
-        path.suffix.lower() in layouts.TABLES | layouts.PROSE) or name.endswith("/")
-    if looks_local:
-        layouts.files(path)  # says what is missing, and what is near
+    there(name)
     return name, _from_hub(name, split)
 
 
@@ -203,8 +213,11 @@ def _from_hub(name: str, split: str | None) -> dict[str, Table]:
     try:
         found = datasets.load_dataset(repo)
     except Exception as e:
+        path = Path(name)
+        here = path.parent if path.parent.is_dir() else Path(".")
         raise DataError(f"{repo!r} is neither a path here nor a data set that could be loaded from "
-                        f"the hub ({type(e).__name__}: {str(e).splitlines()[0]})") from None
+                        f"the hub ({type(e).__name__}: {str(e).splitlines()[0]})"
+                        f"{nearest(path.name, (p.name for p in here.iterdir()))}") from None
     return _from_datasets(found, split or named or None, "hub")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError
 
 
@@ -17,6 +18,25 @@ def head_of(model: nn.Module, classes: int | None = None) -> str | None:
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)
              and (classes is None or m.out_features == classes)]
     return names[-1] if names else None
+
+
+def drawn(model: nn.Module, fresh: Sequence[str], train_head: bool | str) -> list[str]:
+    """Notes on tensors that the base lacks, so that they were drawn at random.
+
+    train_head: as for :func:`burnish.tune`. Raises ConfigError where the head is among them and
+    would stay as it was drawn.
+    """
+    anatomy = Anatomy.of(model)
+    head = [n for n in fresh if n.startswith(tuple(f"{h}." for h in anatomy.head))]
+    trains = anatomy.head_kind == "classification" if train_head == "auto" else bool(train_head)
+    if head and not trains:
+        raise ConfigError(f"the model's files lack {head[0]}, so the head is drawn at random, and "
+                          f"head={train_head!r} would leave it so; give head=True, or a model with "
+                          "its head")
+    rest = [n for n in fresh if n not in head]
+    return [f"the model's files lack {', '.join(rest[:3])}"
+            f"{f' and {len(rest) - 3} more' if len(rest) > 3 else ''}: drawn at random by the seed"
+            ] if rest else []
 
 
 def resize_head(model: nn.Module, labels: Sequence[str]) -> nn.Module:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -88,10 +89,19 @@ class Trainer(transformers.Trainer):
         self._pending = False  # an evaluation that the newest checkpoint has not seen
         self._resumed: tuple[list[float], bool] | None = None
         self._rng: dict[str, Any] | None = None
+        self._began, self._earlier = time.perf_counter(), 0.0
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
                          preprocess_logits_for_metrics=_answers(task), **kw)
         self.pop_callback(PrinterCallback)
+
+    def seconds(self) -> float:
+        """Spent on this run so far, in earlier sessions too."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def train(self, *args: Any, **kw: Any) -> Any:
+        self._began = time.perf_counter()
+        return super().train(*args, **kw)
 
     def _figures(self, prediction: Any) -> dict[str, float]:
         answers, losses = prediction.predictions
@@ -243,6 +253,7 @@ class Trainer(transformers.Trainer):
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
                     "scaler": scaler.state_dict() if scaler is not None else None,
+                    "seconds": self.seconds(),
                 }, hidden, "loop")
                 if self._pending:
                     checkpoint.owe(hidden)
@@ -286,6 +297,7 @@ class Trainer(transformers.Trainer):
         self.lr_scheduler.load_state_dict(kept["scheduler"])
         self.tuned.timeline.load(kept["timeline"])
         self._resumed = (kept["losses"], is_owed(Path(checkpoint)))
+        self._earlier = float(kept.get("seconds", 0.0))
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """All parameters: a schedule may have frozen some for now, and they keep their state."""

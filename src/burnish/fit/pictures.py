@@ -72,8 +72,8 @@ def processor_of(model: str | nn.Module, trust_remote_code: bool = False) -> Pic
         if config is not None:
             return _from_config(config)
     if isinstance(model, str):
-        raise ConfigError(f"{model} has no preprocessor_config.json; pass "
-                          "processor=burnish.fit.pictures.Picture(...)")
+        raise ConfigError(f"{model} has no preprocessor_config.json; give processor= with "
+                          "a folder that has one (or, in Python, a burnish.fit.pictures.Picture)")
     timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if timm:
         _, height, width = timm["input_size"]

@@ -51,8 +51,8 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
             raise
         say(f"note: no promise of memory, {e}")
         return None
-    say(f"promise: a training step peaks at {format_bytes(promise.peak_bytes)} "
-        f"({_parts(promise)}), batch {promise.batch}")
+    say(f"promise: a training step of batch {promise.batch} peaks at "
+        f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:
         raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
                           f"{format_bytes(limit)} asked for; leave recipe= out to have one "

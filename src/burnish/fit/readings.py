@@ -33,9 +33,9 @@ class Reading:
 class AmbiguousError(DataError):
     """Columns with several readings; `readings` holds them, likeliest first."""
 
-    def __init__(self, message: str, readings: tuple[Reading, ...] = ()):
-        super().__init__(message)
-        self.readings = readings
+    def __init__(self, at: str, message: str, readings: tuple[Reading, ...] = ()):
+        super().__init__(f"{at}: {message}")
+        self.at, self.readings = at, readings
 
 
 def aside(name: str) -> bool:
@@ -82,7 +82,7 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
         if text is not None and label != text:
             found.append(Reading((("text", text), ("label", label)),
                                  f"learns to tell {label} from {text}"))
-    longer = [w for w in words if w not in labels][:2]
+    longer = sorted([w for w in words if w not in labels][:2], key=names.index)
     if len(longer) == 2:
         found.append(Reading((("prompt", longer[0]), ("completion", longer[1])),
                              f"learns to answer {longer[0]} with {longer[1]}"))
@@ -93,8 +93,8 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
         return DataError(f"{at}: cannot tell what the columns mean: {listed}; name them with "
                          "text=, label=, image=, or prompt= and completion=")
     ways = "; or ".join(map(str, found))
-    return AmbiguousError(f"{at}: its columns ({listed}) can be read in more than one way; say "
-                          f"which: {ways}", tuple(found))
+    return AmbiguousError(at, f"its columns ({listed}) can be read in more than one way; say "
+                              f"which: {ways}", tuple(found))
 
 
 def _number(value: Any) -> bool:

@@ -41,7 +41,7 @@ def facts_of(tuned: Tuned, task: Task, name: str, metrics: dict[str, dict[str, f
     }
     if promise and truth:
         memory["difference"] = promise.peak_bytes / truth.peak_bytes - 1
-    steps = state.global_step - getattr(trainer, "_initial_global_step", 0)
+    steps = state.global_step                       # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name, "recipe": summary["recipe"],
         "parts": [m.name for m in tuned.recipe],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,19 @@ import torch
 from torch import nn
 
 from ..core.errors import CheckError, ConfigError
+from ..core.recipe import parse
 from ..engine.tuned import Tuned, tune
 from ..formats import claim, safe, staged
 from ..formats.model_files import PROCESSOR
-from ..memory import MemoryReport, process_peak, steady_heap
+from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap
 from ..memory.allocator import reset_peak, resident
 from . import checkpoint
 from .arguments import Options, recipe_of, sort_out
-from .data import Data, read
+from .data import Data, read, there
+from .heads import drawn
+from .processes import alone
 from .promise import choose, memory_line, out_of_memory, promised
-from .tasks import Task, check_served, task_for
+from .tasks import Task, check_local, check_served, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
@@ -78,6 +80,13 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     """
     own, args, lora = sort_out(training)
     recipe = recipe_of(recipe, lora)
+    if recipe is not None:
+        parse(recipe)
+    if memory is not None:
+        parse_bytes(memory)
+    if not isinstance(model, nn.Module):
+        check_local(str(model))
+    there(data)
     output = Path(output)
     with claimed(output, model, data, own.processor):
         return _fit(model, data, recipe, memory, output, own, args)
@@ -110,31 +119,36 @@ def claimed(output: Path, model: Any, data: Any, processor: Any = None) -> Itera
 def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, output: Path,
          own: Options, args: dict[str, Any]) -> Run:
     steady_heap()
+    import transformers
+
     from .loop import quiet_libraries
 
     quiet_libraries()
     say = _say(own.quiet)
+    if note := alone():
+        say(f"note: {note}")
+    named = model if isinstance(model, nn.Module) else str(model)
     found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
                  prompt=own.prompt, completion=own.completion, split=own.split,
                  validation=own.validation, seed=int(args.get("seed", 42)))
     say(str(found))
-    named = model if isinstance(model, nn.Module) else str(model)
+    size = int(args.setdefault("per_device_train_batch_size", 16))
+    with _transformers_errors():                # values, before a model is loaded
+        transformers.TrainingArguments(**training_arguments(None, found, output, own, args)[1])
     task = task_for(found, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     if isinstance(named, str):
         kw = {"dtype": own.dtype} if own.dtype is not None else {}
         module, name = task.load(named, own.trust_remote_code, **kw), named
+        task.notes += drawn(module, task.fresh, own.head)
     else:
         check_served(found.task, named)
         module = task.fit_head(named)
         task.settle(module)
         name = getattr(named, "name_or_path", "") or type(named).__name__
 
-    import transformers
-
     plain = not isinstance(module, transformers.PreTrainedModel)
-    size = int(args.setdefault("per_device_train_batch_size", 16))
     module.train()  # dropout keeps masks and chooses kernels: promised as it will run
     batch, loss = task.call(task.example(size), plain)
     task.check(module)
@@ -209,10 +223,10 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
     tuned.total_steps = total_steps(trainer)
 
     reset_peak()
-    before, began = resident(), time.perf_counter()
+    before = resident()
     with stop.listening(), out_of_memory(output):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    seconds = time.perf_counter() - began
+    seconds = trainer.seconds()
     peak = max(before, process_peak())
     if stop.asked is not None:
         step = trainer.state.global_step
@@ -263,9 +277,12 @@ def starting_point(output: Path, own: Options, say: Any) -> Path | None:
     return None
 
 
-def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
+def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,
                        args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """(hyperparameters for the recipe's optimizer, transformers' arguments, checkpoints kept)."""
+    """(hyperparameters for the recipe's optimizer, transformers' arguments, checkpoints kept).
+
+    Without `tuned`, when there is none yet, what depends on it is a stand-in.
+    """
     args = dict(args)
     keep = args.pop("save_total_limit", 2)
     hyper = {k: args.pop(k) for k in ("weight_decay",) if k in args}
@@ -277,7 +294,8 @@ def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
     steps = max(1, args["max_steps"] // 5) if strategy == "steps" else None
     evaluates = found.validation is not None
     defaults: dict[str, Any] = {
-        "output_dir": str(output), "learning_rate": learning_rate(tuned), "warmup_steps": 0.05,
+        "output_dir": str(output), "learning_rate": learning_rate(tuned) if tuned else 1e-3,
+        "warmup_steps": 0.05,
         "logging_steps": 0.01, "save_strategy": strategy, "report_to": [],
         "eval_strategy": strategy if evaluates else "no", "seed": 42, "disable_tqdm": True,
         "per_device_eval_batch_size": args["per_device_train_batch_size"],
@@ -304,7 +322,7 @@ def training_arguments(tuned: Tuned, found: Data, output: Path, own: Options,
         settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("metric_for_best_model", kind.metric)
         settings.setdefault("greater_is_better", kind.greater_is_better)
-    if sentence(tuned)[1]:
+    if tuned is not None and sentence(tuned)[1]:
         settings.setdefault("max_grad_norm", 0.0)  # gradients never exist together
     return hyper, settings, keep
 

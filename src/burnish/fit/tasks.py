@@ -31,6 +31,8 @@ class Task:
     processor: Any = None
     max_length: int | None = None
     notes: list[str] = field(default_factory=list)
+    #: tensors of the loaded model that its files lack, or have in another size: drawn anew
+    fresh: list[str] = field(default_factory=list)
     _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     auto: ClassVar[str] = ""
@@ -46,11 +48,15 @@ class Task:
         check_local(name)
         check_served(self.data.task, name, trust_remote_code)
         try:
-            return getattr(transformers, self.auto).from_pretrained(
-                name, trust_remote_code=trust_remote_code, **self.head(), **kw)
+            model, found = getattr(transformers, self.auto).from_pretrained(
+                name, trust_remote_code=trust_remote_code, output_loading_info=True,
+                **self.head(), **kw)
         except (OSError, ValueError) as e:
             raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
                               f"{str(e).strip().splitlines()[0]}") from None
+        changed = (k[0] if isinstance(k, tuple) else k for k in found["mismatched_keys"])
+        self.fresh = sorted({*found["missing_keys"], *changed})
+        return model
 
     def head(self) -> dict[str, Any]:
         return {}
@@ -287,6 +293,9 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
              max_length: int | None = None, trust_remote_code: bool = False) -> Task:
     """The task of `data`, with the tokenizer or image processor that belongs to `model`."""
     kind = TASKS[data.task]
+    if isinstance(processor, str | Path):
+        check_there(str(processor))
+        processor = processor_for(data.task, str(processor), trust_remote_code)
     if processor is None:
         if isinstance(model, str):
             check_local(model)
@@ -298,6 +307,9 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
             processor = prepare_tokenizer(processor)
         elif processor.pad_token is None:
             processor.pad_token = processor.eos_token
+            if processor.pad_token is None:
+                raise ConfigError("the tokenizer has neither a padding nor an end-of-text token, "
+                                  "so rows cannot be put together; set tokenizer.pad_token")
     return kind(data, processor, max_length)
 
 
@@ -310,7 +322,7 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:
         raise ConfigError("a text task needs a tokenizer: give the model by folder or name, or "
-                          "pass processor=")
+                          "processor=")
     import transformers
 
     try:
@@ -318,7 +330,7 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
             name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise ConfigError(f"no tokenizer could be loaded from {name}: "
-                          f"{str(e).splitlines()[0]}; pass processor=") from None
+                          f"{str(e).splitlines()[0]}{_near(name) or '; give processor='}") from None
 
 
 #: an encoder under this head would read the token it is to foretell
@@ -335,7 +347,7 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
                 model, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as e:
             raise ConfigError(f"{model} cannot be loaded for {task}: "
-                              f"{str(e).strip().splitlines()[0]}") from None
+                              f"{str(e).strip().splitlines()[0]}{_near(model)}") from None
     else:
         config = getattr(model, "config", None)
         if not isinstance(config, transformers.PretrainedConfig):
@@ -376,13 +388,29 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
 
-def check_local(name: str) -> None:
-    """A folder without a config is no model; say so before a library asks the network."""
+def check_there(name: str) -> Path:
+    """The path of `name`; raises ConfigError where it can only be a path and nothing is there."""
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         here = path.parent if path.parent.is_dir() else Path(".")
         raise ConfigError(f"there is no model at {path}"
                           f"{nearest(path.name, (p.name for p in here.iterdir()))}")
+    return path
+
+
+def _near(name: str) -> str:
+    """Folders here whose name is like one that is not here: the tail of an error."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir()))
+
+
+def check_local(name: str) -> None:
+    """A folder without a config is no model; say so before a library asks the network."""
+    path = check_there(name)
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; expected a model folder or a name on the hub")
     if path.is_dir() and not (path / "config.json").exists():
         has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")

@@ -18,7 +18,10 @@ import transformers
 
 from ..core.errors import BurnishError
 from ..formats import claim, safe
-from ..memory import format_bytes, process_peak
+from ..memory import format_bytes
+
+#: what counts first, so that a narrow terminal cuts off the least
+LINE = "{n_fmt}/{total_fmt} |{bar:14}| {rate_noinv_fmt}, {remaining} left{postfix}"
 
 
 class Metrics(transformers.TrainerCallback):
@@ -56,7 +59,10 @@ class Metrics(transformers.TrainerCallback):
 
 
 class Bar(transformers.TrainerCallback):
-    """One bar: loss, steps per second, peak memory against the promise. Silent off-terminal."""
+    """One line: how far, how fast, the loss, and a device's peak against the promise.
+
+    Silent off-terminal.
+    """
 
     def __init__(self, promise: int | None, quiet: bool):
         self.promise, self.quiet, self.bar = promise, quiet, None
@@ -67,7 +73,7 @@ class Bar(transformers.TrainerCallback):
 
         off = self.quiet or not state.is_world_process_zero or not sys.stderr.isatty()
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=off,
-                        dynamic_ncols=True, unit="step")
+                        dynamic_ncols=True, unit=" steps", bar_format=LINE)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.bar is not None:
@@ -80,10 +86,10 @@ class Bar(transformers.TrainerCallback):
             if key in (logs or {}):
                 self.shown[key.removeprefix("eval_")] = f"{logs[key]:.4g}"
         peak = device_peak()
-        if peak is not None:
+        if peak is not None:                    # both are bytes of tensors on the device
             against = f" of {format_bytes(self.promise)}" if self.promise else ""
             self.shown["peak"] = f"{format_bytes(peak)}{against}"
-        self.bar.set_postfix(self.shown)
+        self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self.shown.items()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.bar is not None:
@@ -129,9 +135,8 @@ class Stop(transformers.TrainerCallback):
 
 
 def device_peak() -> int | None:
-    """Peak bytes on the accelerator, or of this process where there is none."""
+    """Peak bytes of tensors on the accelerator; None without one (what a whole process takes, its
+    libraries included, is no measure of a step)."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return process_peak()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
