@@ -184,6 +184,22 @@ def test_rotary_positions_go_on_with_a_note(tmp_path, tokenizer):
     assert task.max_length == 12 and "made for" in task.notes[0]
 
 
+def test_documents_are_cut_into_rows_that_can_be_trained(tmp_path, tokenizer):
+    """A model made for 100,000 tokens is not given rows of 100,000 unless somebody asks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=100_000))
+    tokenizer.model_max_length = 100_000
+    (tmp_path / "a.txt").write_text("a word or two\n\n" * 100)
+    data = read(tmp_path / "a.txt", validation=0)
+    for asked, found in ((None, 512), (2000, 2000)):
+        task = task_for(data, model, processor=tokenizer, max_length=asked)
+        task.settle(model)
+        assert task.max_length == found and task.notes == []
+
+
 # -- what is served --------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, task, words", [
     ("T5", "language-modelling", "t5, an encoder-decoder.*can train it for text-classification"),

@@ -174,6 +174,9 @@ class ImageClassification(_Classify):
 class _Words(Task):
     """Tasks of text: one tokenizer, whose ids and lengths the model must follow."""
 
+    #: tokens of a row where nobody says how many; None: as many as the row has
+    usual_length: ClassVar[int | None] = None
+
     def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
         model = super().load(name, trust_remote_code, **kw)
         self.settle(model)
@@ -183,9 +186,11 @@ class _Words(Task):
         from . import words
 
         self.notes += words.agree(model, self.processor, self.stops())
-        limit = self.processor.model_max_length
+        asked, limit = self.max_length, self.processor.model_max_length
         self.max_length, notes = words.longest(
-            model, self.max_length, limit if limit and limit < 10**9 else None)
+            model, asked, limit if limit and limit < 10**9 else None)
+        if asked is None and self.usual_length is not None:
+            self.max_length = min(self.usual_length, self.max_length or self.usual_length)
         self.notes += notes
 
     def stops(self) -> list[int]:
@@ -222,6 +227,7 @@ class LanguageModelling(_Words):
     """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
 
     auto = "AutoModelForCausalLM"
+    usual_length = 512
 
     def make(self, split: str) -> Rows:
         return Documents(self.data.splits[split], self.processor, self.max_length or 512)
@@ -261,6 +267,8 @@ class LanguageModelling(_Words):
 
 class InstructionTuning(LanguageModelling):
     """As language modelling, row by row, with ``labels`` -100 wherever nothing is learnt."""
+
+    usual_length = None
 
     def make(self, split: str) -> Rows:
         turns = Turns(self.data.splits[split], self.processor, self.max_length,
