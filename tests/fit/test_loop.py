@@ -129,6 +129,21 @@ def test_the_loss_of_a_split_weighs_every_token_alike(llama, tmp_path):
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
+class Rates(transformers.TrainerCallback):
+    """Writes down the rate of every step that is taken; may be pulled out of the wall after one."""
+
+    def __init__(self, pulled_after=None):
+        self.taken, self.pulled_after = [], pulled_after
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kw):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.taken.append(getattr(inner, "inner", inner).param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == self.pulled_after:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("recipe", ["lora(rank=2)", "lora(rank=2) + adam8bit",
                                     "full + galore(rank=4)", "full + step_in_backward",
                                     "mezo + lora(rank=2)"])
@@ -136,33 +151,35 @@ def test_learning_rates_go_on_where_they_stopped(vit, tmp_path, recipe):  # find
     """The rates a resumed run takes are those of the run that was not stopped."""
     common = {**SMALL, "max_steps": 8, "validation": 0, "save_steps": 3, "warmup_steps": 2,
               "measure": False}
-    taken: list[list[float]] = []
-
-    class Rates(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kw):
-            inner = getattr(optimizer, "optimizer", optimizer)
-            inner = getattr(inner, "inner", inner)
-            taken[-1].append(inner.param_groups[0]["lr"])
-
-    class Pull(Rates):
-        def on_step_end(self, args, state, control, **kw):
-            if state.global_step == 5:                  # two steps after what was saved
-                raise KeyboardInterrupt
-
-    taken.append([])
-    whole = burnish.fit(vit, "digits", recipe, output=tmp_path / "a", callbacks=[Rates()], **common)
-    taken.append([])
+    one, two, three = Rates(), Rates(pulled_after=5), Rates()
+    whole = burnish.fit(vit, "digits", recipe, output=tmp_path / "a", callbacks=[one], **common)
     with pytest.raises(KeyboardInterrupt):
-        burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[Pull()], **common)
-    taken.append([])
-    again = burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[Rates()],
+        burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[two], **common)
+    again = burnish.fit(vit, "digits", recipe, output=tmp_path / "b", callbacks=[three],
                         resume=True, **common)
-    assert len(taken[0]) == 8 and max(taken[0]) > 0
-    assert taken[1] == taken[0][:5] and taken[2] == taken[0][3:]
-    assert again.facts["time"]["steps"] == 8                # of both sessions, as its seconds are
+    assert len(one.taken) == 8 and max(one.taken) > 0
+    assert two.taken == one.taken[:5] and three.taken == one.taken[3:]
+    assert again.facts["time"]["steps"] == 8            # of both sessions, as its seconds are
     for (name, a), (_, b) in zip(whole.tuned.named_parameters(), again.tuned.named_parameters(),
                                  strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_run_given_more_steps_or_another_rate_goes_on_by_them(vit, tmp_path):  # findings 5.5
+    """Not at the rate at which the shorter run ended, which is nought."""
+    common = {**SMALL, "validation": 0, "warmup_steps": 2, "measure": False, "lr": 1e-3}
+    long, short, more, other = Rates(), Rates(), Rates(), Rates()
+    burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "a", callbacks=[long],
+                **{**common, "max_steps": 8})
+    for n in "bc":
+        burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / n, callbacks=[short],
+                    **{**common, "max_steps": 4})
+    burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "b", callbacks=[more],
+                resume=True, **{**common, "max_steps": 8})
+    burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "c", callbacks=[other],
+                resume=True, **{**common, "max_steps": 8, "lr": 2e-3})
+    assert more.taken == long.taken[4:] and more.taken[0] > 0
+    assert other.taken == pytest.approx([2 * r for r in long.taken[4:]])
 
 
 def test_metrics_are_written_line_by_line(vit, tmp_path):

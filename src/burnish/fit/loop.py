@@ -294,7 +294,7 @@ class Trainer(transformers.Trainer):
         kept = state.load_tree(Path(checkpoint), "loop")
         state.load_optimizer_state(self.tuned.current_optimizer, self._named(),
                                    state.load_tree(Path(checkpoint), "optimizer"))
-        self.lr_scheduler.load_state_dict(kept["scheduler"])
+        _go_on_by(self.lr_scheduler, kept["scheduler"])
         self.tuned.timeline.load(kept["timeline"])
         self._resumed = (kept["losses"], is_owed(Path(checkpoint)))
         self._earlier = float(kept.get("seconds", 0.0))
@@ -353,6 +353,24 @@ class GoOn(transformers.TrainerCallback):
         if self.trainer is not None:
             self.trainer.tuned.total_steps = state.max_steps
             self.trainer.go_on()
+
+
+def _go_on_by(scheduler: Any, kept: dict[str, Any]) -> None:
+    """The schedule where it stood, with the rates that *this* run's settings give from there.
+
+    A run that had ended and is given more steps, or another learning rate, would otherwise take its
+    first step at the old end's rate, which is nought.
+    """
+    fresh = list(getattr(scheduler, "base_lrs", ()))
+    scheduler.load_state_dict(kept)
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    scheduler.base_lrs = fresh
+    rates = [base * shape(scheduler.last_epoch)
+             for base, shape in zip(fresh, scheduler.lr_lambdas, strict=True)]
+    for group, base, rate in zip(scheduler.optimizer.param_groups, fresh, rates, strict=True):
+        group["initial_lr"], group["lr"] = base, rate
+    scheduler._last_lr = rates
 
 
 def _answers(task: Task) -> Any:
