@@ -122,7 +122,7 @@ def test_no_colour_off_a_terminal():
 SURFACE = {
     "fit": "data json memory model output recipe",
     "predict": "base inputs json run tokens",
-    "evaluate": "base batch data json run split",
+    "evaluate": "base batch data image json label run split text",
     "demo": "json memory output",
     "plan": "batch device dtype json length memory model prefer targets",
     "simulate": "batch device dtype json length model picture recipe targets",

@@ -10,7 +10,8 @@ import torch
 from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
 from burnish.fit.heads import resize_head
-from burnish.fit.tasks import check_served, task_for
+from burnish.fit.places import check_served
+from burnish.fit.tasks import task_for
 
 
 def lines(path, rows):

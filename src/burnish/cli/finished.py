@@ -35,7 +35,8 @@ class Finished:
 
         from ..fit.data import Data
         from ..fit.loop import quiet_libraries
-        from ..fit.tasks import processor_for, task_for
+        from ..fit.places import processor_for
+        from ..fit.tasks import task_for
         from ..formats.folder import RUN, read_config
         from ..formats.safe import read_json
 

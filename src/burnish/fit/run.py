@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,10 @@ from . import checkpoint
 from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
+from .places import check_local, check_served
 from .processes import alone
 from .promise import choose, memory_line, out_of_memory, promised
-from .tasks import Task, check_local, check_served, task_for
+from .tasks import Task, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
@@ -153,7 +155,7 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
     batch, loss = task.call(task.example(size), plain)
     task.check(module)
     for sample in task.preview():
-        say(f"  {sample}")
+        say(textwrap.indent(sample, "  "))
     for note in task.notes:
         say(f"note: {note}")
     if recipe is None and memory is not None:

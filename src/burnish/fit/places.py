@@ -1,0 +1,112 @@
+"""Where a model and what reads its data lie, and what a model can be trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core.errors import ConfigError, nearest
+
+#: the class of transformers that holds the models of a task
+AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "language-modelling": "AutoModelForCausalLM",
+    "instruction-tuning": "AutoModelForCausalLM",
+}
+
+
+def check_there(name: str) -> Path:
+    """The path of `name`; raises ConfigError where it can only be a path and nothing is there."""
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        here = path.parent if path.parent.is_dir() else Path(".")
+        raise ConfigError(f"there is no model at {path}"
+                          f"{nearest(path.name, (p.name for p in here.iterdir()))}")
+    return path
+
+
+def _near(name: str) -> str:
+    """Folders here whose name is like one that is not here: the tail of an error."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir()))
+
+
+def check_local(name: str) -> None:
+    """A folder without a config is no model; say so before a library asks the network."""
+    path = check_there(name)
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; expected a model folder or a name on the hub")
+    if path.is_dir() and not (path / "config.json").exists():
+        has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")
+
+
+def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> Any:
+    """The tokenizer or image processor that lies with `model`: a folder, a name or a module."""
+    from .pictures import processor_of
+
+    if task == "image-classification":
+        return processor_of(model, trust_remote_code)
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if not name:
+        raise ConfigError("a text task needs a tokenizer: give the model by folder or name, or "
+                          "processor=")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"no tokenizer could be loaded from {name}: "
+                          f"{str(e).splitlines()[0]}{_near(name) or '; give processor='}") from None
+
+
+#: an encoder under this head would read the token it is to foretell
+_BOTH_WAYS = "AutoModelForMaskedLM"
+
+
+def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
+    import transformers
+
+    if isinstance(model, str):
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(f"{model} cannot be loaded for {task}: "
+                              f"{str(e).strip().splitlines()[0]}{_near(model)}") from None
+    else:
+        config = getattr(model, "config", None)
+        if not isinstance(config, transformers.PretrainedConfig):
+            return
+    reason = _unserved(task, config, by_name=isinstance(model, str))
+    if reason is None:
+        return
+    fits = [t for t in AUTO if t != task and _unserved(t, config, by_name=True) is None]
+    name = model if isinstance(model, str) else type(model).__name__
+    tail = f"fit can train it for {' or '.join(fits)}" if fits else "fit serves no task of it yet"
+    raise ConfigError(f"{name} is {config.model_type}, {reason}; {tail}")
+
+
+def _unserved(task: str, config: Any, by_name: bool) -> str | None:
+    import transformers
+
+    auto = AUTO[task]
+    own = getattr(config, "auto_map", None) or {}
+    if auto in own:
+        return None
+    if task in ("language-modelling", "instruction-tuning"):
+        if getattr(config, "is_encoder_decoder", False):
+            return f"an encoder-decoder, and {task} is served for decoders"
+        both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
+        if both and not getattr(config, "is_decoder", False):
+            return f"an encoder that reads in both directions, and {task} is served for decoders"
+    if by_name and type(config) not in getattr(transformers, auto)._model_mapping:
+        return f"for which transformers has no model for {task}"
+    return None
