@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "tune": "engine.tuned", "Tuned": "engine.tuned", "load": "formats.adapter",
+    "tune": "engine.tune", "Tuned": "engine.tuned", "load": "formats.adapter",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
     "fit": "fit", "TrainerCallback": "fit",
     "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, parse
     from .core.registry import catalogue as methods
     from .core.registry import register
-    from .engine.tuned import Tuned, tune
+    from .engine.tune import tune
+    from .engine.tuned import Tuned
     from .fit.bridge import TrainerCallback
     from .fit.run import fit
     from .formats.adapter import load

@@ -50,12 +50,15 @@ class Method:
     merges: the update folds exactly into plain weights.
     kinds: kinds of :class:`~burnish.core.site.Place` a `delta` or `storage` applies to.
     needs: what a model must have besides (words of core/needs.py); others refuse with a reason.
+    fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
+    model's mode (no dropout, no moving statistics).
     quality: prior used by the planner comes from measured data, never from here.
     """
 
     paper: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
     )

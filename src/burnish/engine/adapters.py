@@ -1,12 +1,14 @@
-"""Several recipes on one model: each adapter's own base weights, and an add that was refused.
+"""Several recipes on one model: each adapter's own base weights and running statistics.
 
-An adapter is what was added to the model plus the base weights it trains (a head, biases). Only
-one set of values can stand in the model; those of the other adapters wait beside it.
+An adapter is what was added to the model, the base weights it trains (a head, biases) and the
+buffers its training has moved. Only one set of values can stand in the model; those of the other
+adapters wait beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.recipe import Recipe
-from .slot import Slot, slots
-from .swap import unprovide, unswap
+from .slot import Slot
+from .swap import ATTR
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -26,7 +28,9 @@ class Adapter:
     """One named recipe on the model: what it was made of and what of the base it trains.
 
     selected: base parameters it trains, by name; decay: False for those no decay applies to.
-    away: their values while another adapter's stand in the model.
+    away: their values, and those of the buffers it has moved, while another adapter's stand in
+    the model.
+    parts: (path of the module, key) of everything that was added.
     settled: part -> place -> what it decided from data, so that a file needs none.
     """
 
@@ -41,6 +45,7 @@ class Adapter:
     away: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     settled: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    parts: list[tuple[str, str]] = field(default_factory=list)
 
     def select(self, name: str, parameter: nn.Parameter, decay: bool = True) -> None:
         self.selected[name] = parameter
@@ -49,7 +54,7 @@ class Adapter:
     def values(self) -> dict[str, Tensor]:
         """Its base weights as it has trained them, wherever they are."""
         if self.away is not None:
-            return self.away
+            return {n: self.away[n] for n in self.selected}
         return {n: p.detach() for n, p in self.selected.items()}
 
 
@@ -77,75 +82,117 @@ def check_rows(tuned: Tuned, names: set[str]) -> None:
         if selected := tuned.adapters[name].selected:
             raise ConfigError(f"{name!r} trains {next(iter(selected))}, which every sample of a "
                               "batch shares; per-sample adapters hold additions only (head=False)")
+        if moved := moved_buffers(tuned, name):
+            raise ConfigError(f"{name!r} has moved {next(iter(moved))}, which every sample of a "
+                              "batch shares; per-sample adapters leave running statistics alone "
+                              "(train them with those modules in evaluation mode)")
         for (path, _), readers in tuned.state.readers.items():
             if name in readers:
                 raise ConfigError(f"{name!r} reads states of {path} elsewhere; per-sample adapters "
                                   "read where they write")
 
 
+def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
+    """Running statistics mix between the base's and the adapters', never beyond: a variance
+    outside may be negative."""
+    inside = all(w >= 0 for w in weights.values()) and sum(weights.values()) <= 1 + 1e-6
+    for name in () if inside else weights:
+        if moved := moved_buffers(tuned, name):
+            raise ConfigError(f"{name!r} has moved {next(iter(moved))}; running statistics mix "
+                              "with weights that are not negative and add up to 1 at most, "
+                              f"not {weights}")
+
+
+def moved_buffers(tuned: Tuned, name: str) -> dict[str, Tensor]:
+    """Buffers of the base that an adapter has moved, with its values, wherever they are."""
+    adapter = tuned.adapters[name]
+    if adapter.away is None:
+        return tuned.buffers.moved()
+    return {k: v for k, v in adapter.away.items() if k not in adapter.selected}
+
+
 @torch.no_grad()
 def bring(tuned: Tuned, active: dict[str, float]) -> None:
-    """Let the base weights that adapters train take the values of those in `active`: the
+    """Let the base tensors that adapters train or move take the values of those in `active`: the
     adapter's own, or the start plus the weighted sum of what each has changed."""
+    adapters = tuned.adapters
     whole = next(iter(active)) if list(active.values()) == [1.0] else None
-    if not any(a.selected for a in tuned.adapters.values()) \
-            or whole is not None and tuned.adapters[whole].away is None:
-        return                                   # nothing to move, or it stands there already
-    for a in tuned.adapters.values():
-        if a.away is None and a.name != whole:
-            a.away = {n: p.detach().clone() for n, p in a.selected.items()}
-    for key, p in {k: p for a in tuned.adapters.values() for k, p in a.selected.items()}.items():
+    if whole is not None and adapters[whole].away is None:
+        return                                   # it stands there already
+    live = dict(tuned.buffers.live())
+    for a in adapters.values():
+        live.update(a.selected)
+    leaving = next((a for a in adapters.values() if a.away is None), None)
+    if leaving is not None:
+        leaving.away = {n: live[n].detach().clone()
+                        for n in (*leaving.selected, *tuned.buffers.moved())}
+    mine = {n: w for n, w in active.items() if w}
+    for key, p in live.items():
+        waiting = None if leaving is None else partial(
+            leaving.away.__getitem__, key) if key in leaving.away else partial(original, tuned, key)
+        tuned.undo.keep(p, waiting)
         start = original(tuned, key).to(p.device)
-        parts = [(w, tuned.adapters[n]) for n, w in active.items()
-                 if key in tuned.adapters[n].selected]
+        parts = [(w, adapters[n].away[key]) for n, w in mine.items() if key in adapters[n].away]
         if whole is not None and parts:
-            p.copy_(parts[0][1].values()[key])
+            p.copy_(parts[0][1])
+        elif p.is_floating_point():
+            p.copy_(start + sum(w * (own.to(p.device) - start) for w, own in parts))
         else:
-            p.copy_(start + sum(w * (a.away[key] - start) for w, a in parts))
+            p.copy_(start)                       # a counter has no weighted sum
     if whole is not None:
-        tuned.adapters[whole].away = None
+        adapters[whole].away = None
 
 
 def original(tuned: Tuned, key: str) -> Tensor:
-    """A base weight as it was before anything trained it."""
+    """A base tensor as it was before anything trained it."""
     path, _, leaf = key.rpartition(".")
-    return tuned.originals.get(path, leaf)
+    return tuned.originals.get(path, leaf) if (path, leaf) in tuned.originals \
+        else tuned.buffers.start(key)
 
 
 def file_names(tuned: Tuned, name: str) -> dict[str, str]:
-    """Name of each selected weight of an adapter in files: the first adapter that trains a weight
-    writes it under the weight's own name, later ones add theirs."""
+    """Name in files of each base tensor that an adapter trains or has moved. The first adapter
+    that trains a weight writes it under the weight's own name, later ones add theirs; so does
+    every adapter but the first for buffers."""
     before: set[str] = set()
     for other in tuned.adapters.values():
         if other.name == name:
             break
         before |= set(other.selected)
-    return {k: f"{k}@{name}" if k in before else k for k in tuned.adapters[name].selected}
+    first = name == next(iter(tuned.adapters))
+    return {**{k: f"{k}@{name}" if k in before else k for k in tuned.adapters[name].selected},
+            **{k: k if first else f"{k}@{name}" for k, _ in tuned.buffers.live()}}
 
 
-class Before:
-    """What an add may change, to be put back when it is refused."""
+def still_there(tuned: Tuned) -> None:
+    """What was added and what trains is in the model yet, under its name and in its shape.
 
-    def __init__(self, tuned: Tuned):
-        tape = tuned.state.tape
-        self.tape = (tape.lean, tape.policy, dict(tape.intercept))
-        self.originals = set(tuned.originals)
-        self.slots = {path: (slot.mode, set(slot.reads), list(slot.listeners), set(slot.providers))
-                      for path, _, slot in slots(tuned.model)}
+    A parameter that was replaced by one of the same shape takes its place. Raises ConfigError.
+    """
+    advice = "call tuned.detach() before a model is changed, and tune it again"
+    slots = {}
+    for adapter in tuned.adapters.values():
+        for path, key in adapter.parts:
+            if path not in slots:
+                slots[path] = _slot(tuned.model, path)
+            if slots[path] is None or key not in slots[path]._modules.get(adapter.name, ()):
+                raise ConfigError(f"{path or 'the model'} was replaced since it was tuned, and "
+                                  f"{adapter.name}.{key} went with it; {advice}")
+        for name in adapter.selected:
+            try:
+                now = tuned.model.get_parameter(name)
+            except AttributeError:
+                raise ConfigError(f"{name}, which {adapter.name!r} trains, is gone from the "
+                                  f"model; {advice}") from None
+            path, _, leaf = name.rpartition(".")
+            if now.shape != (was := tuned.originals.shape(path, leaf)):
+                raise ConfigError(f"{name}, which {adapter.name!r} trains, was {tuple(was)} and "
+                                  f"is {tuple(now.shape)} now; {advice}")
+            adapter.selected[name] = now
 
-    def restore(self, tuned: Tuned, name: str) -> None:
-        """Take everything of the adapter `name` out again."""
-        tape = tuned.state.tape
-        tape.lean, tape.policy, tape.intercept = self.tape
-        for path, module, slot in slots(tuned.model):
-            slot.drop(name)
-            mode, reads, listeners, provided = self.slots.get(path, (None, set(), [], set()))
-            for param in set(slot.providers) - provided:
-                del slot._modules[slot.providers.pop(param)]
-                unprovide(module, param, tuned.originals.get(path, param)
-                          .to(tuned.originals.home(path, param)))
-            slot.mode, slot.reads, slot.listeners = mode, reads, listeners
-            if slot.idle:
-                unswap(module)
-        for key in set(tuned.originals) - self.originals:
-            tuned.originals.forget(*key)
+
+def _slot(model: nn.Module, path: str) -> Slot | None:
+    try:
+        return model.get_submodule(path)._modules.get(ATTR)
+    except AttributeError:
+        return None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..blocks.state.prompts import Fixed
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
@@ -20,20 +21,22 @@ from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
 from .observe import Batches, Pass
-from .slot import slot_of
+from .slot import slot_of, slots
 from .state import State
-from .swap import ATTR, swap_provided
+from .swap import ATTR, refill, set_aside, swap_provided
+from .undo import Transaction
 
 if TYPE_CHECKING:
-    from .tuned import Adapter
+    from .adapters import Adapter
 
 
 class Attacher:
     """Collects the answers of one recipe for one model and applies each axis' law."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter,
-                 data: tuple[Any, ...] = (Batches(None), None)):
+                 undo: Transaction, data: tuple[Any, ...] = (Batches(None), None)):
         self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
+        self.undo = undo
         self.asked = anatomy.asked = Asked(adapter.targets)
         self.data = data                     # batches, how to run one, how to be the base
         self.notes: list[str] = []
@@ -75,17 +78,42 @@ class Attacher:
         for part in recipe:
             for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
                 self._branch(part, branch)
-        for question in ("prompt", "side", "activations"):
-            for part in recipe:
-                if question in part.axes():
-                    answer = getattr(part, question)(self.anatomy)
-                    if answer is not None:
-                        answer.install(self, part)
+        for question in ("prompt", "side"):
+            self._install(recipe, question)
+        for part in recipe:
+            if part.fixed:
+                self._fix(part)
+        self.modes(recipe)
         for part in recipe:
             if part.targets is not None and "optimizer" in part.axes():
                 self._optimizer(part)
         self.asked.check(self.anatomy, recipe)
         self.notes += self.asked.notes
+
+    def _fix(self, part: Method) -> None:
+        """The body of a part that declares it fixed runs in evaluation mode, unless another part
+        of the recipe trains something there."""
+        mine = [p for _, _, slot in slots(self.model) for p in slot.parts
+                if p.adapter == self.adapter.name]
+        if mine:
+            self.notes.append(f"{part.name}: {mine[0].key} trains in the body, so it is not fixed")
+            return
+        owners = {n.rpartition(".")[0] for n in self.adapter.selected}
+        fixed = [m for p, m in self.model.named_modules()
+                 if f".{ATTR}." not in f".{p}."
+                 and not any(_within(p, o) or _within(o, p) for o in owners)]
+        Fixed(self.state, self.adapter.name, fixed).listen(self.slot(""), part.name)
+
+    def modes(self, recipe: Recipe) -> None:
+        """What is kept for backward."""
+        self._install(recipe, "activations")
+
+    def _install(self, recipe: Recipe, question: str) -> None:
+        for part in recipe:
+            if question in part.axes():
+                answer = getattr(part, question)(self.anatomy)
+                if answer is not None:
+                    answer.install(self, part)
 
     def _optimizer(self, part: Method) -> None:
         """Targets of an optimizer choose among what trains."""
@@ -219,6 +247,10 @@ class Attacher:
                 self.notes.append(f"{part.name} leaves {place.name} alone: its module reads "
                                   "the weight past the child that owns it")
                 continue
+            if self._elsewhere(module._parameters[place.param]):
+                self.notes.append(f"{part.name} leaves {place.name} alone: it is tied to another "
+                                  "weight, which would go on holding it whole")
+                continue
             stored = module._parameters[place.param]
             moved = stored.detach()
             terms = [slot.module_of(p) for p in slot.parts if p.place == place]
@@ -232,12 +264,24 @@ class Attacher:
             for term in absorbed:
                 term.absorbed()
             self.adapter.originals.put(place.path, place.param, stored)
-            module._parameters[place.param] = None       # its place in the order stays
+            self._empty(stored, place)
+            set_aside(module, place.param)
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
             self._restart(slot, module, place.param)
             self.replaced[f"{place.path}.{place.param}"] = part.name
             self.placed.setdefault(part.name, []).append(place)
+
+    def _elsewhere(self, parameter: nn.Parameter) -> bool:
+        """Does the model hold this parameter under another name too?"""
+        return sum(p is parameter for m in self.model.modules()
+                   for p in m._parameters.values()) > 1
+
+    def _empty(self, parameter: nn.Parameter, place: Place) -> None:
+        """Let go of the values of a parameter whose original waits aside."""
+        originals, home = self.adapter.originals, parameter.device
+        self.undo.later(lambda: refill(parameter, originals.get(place.path, place.param).to(home)))
+        parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def _restart(self, slot: Any, module: nn.Module, param: str) -> None:
@@ -285,3 +329,7 @@ class Attacher:
             self.state.readers.setdefault((path, what), []).append(self.adapter.name)
         if (ready := getattr(branch.module, "attached", None)) is not None:
             ready(self)
+
+
+def _within(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(f"{above}.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import CheckError, ConfigError
 from .originals import Originals
 from .slot import Slot, slots
-from .swap import ATTR, unswap
+from .swap import ATTR, refill, unswap
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -27,7 +27,9 @@ class Undo:
 
     modules: list[tuple[str, nn.Module, type, Slot]] = field(default_factory=list)
     written: Originals = field(default_factory=Originals)
-    made: list[tuple[nn.Module, str]] = field(default_factory=list)     # parameters that were None
+    #: (module, name, what waited) of parameters that were None
+    made: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # buffer, its value
     flags: dict[str, bool] = field(default_factory=dict)
 
 
@@ -49,15 +51,13 @@ def merge(tuned: Tuned) -> nn.Module:
         raise ConfigError("merged already; unmerge() brings the adapters back")
     if (reason := why_not(tuned)) is not None:
         raise CheckError(f"cannot merge: {reason}")
-    undo = Undo(flags={n: p.requires_grad for n, p in tuned.model.named_parameters()})
-    try:
-        for path, module, slot in slots(tuned.model):
-            for param, value in _merged(module, slot, tuned.state.active).items():
-                _write(undo, path, module, slot, param, value)
-            undo.modules.append((path, module, type(module), slot))
-    except Exception:
-        _take_back(tuned, undo)
-        raise
+    undo = Undo(flags={n: p.requires_grad for n, p in tuned.model.named_parameters()},
+                buffers=[(b, b.detach().clone()) for _, b in tuned.buffers.live()])
+    tuned.undo.later(lambda: _take_back(tuned, undo))
+    for path, module, slot in slots(tuned.model):
+        for param, value in _merged(module, slot, tuned.state.active).items():
+            _write(undo, path, module, slot, param, value)
+        undo.modules.append((path, module, type(module), slot))
     for _, module, _, _ in undo.modules:
         unswap(module)
     for p in tuned.model.parameters():
@@ -90,27 +90,33 @@ def _write(undo: Undo, path: str, module: nn.Module, slot: Slot, param: str, val
     for p in parents:
         module = getattr(module, p)
     own = module._parameters.get(leaf)
-    if own is None:                              # a provider held it, or there was no bias
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        undo.made.append((module, leaf))
-    else:
+    if own is not None:
         undo.written.put(path, param, own)
         own.copy_(value)
+        return
+    shell = slot.shells.get(param)               # a provider held it, or there was no bias
+    undo.made.append((module, leaf, shell))
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False) if shell is None else \
+        refill(shell, value)
 
 
+@torch.no_grad()
 def _take_back(tuned: Tuned, undo: Undo) -> None:
+    """The values as they were before the merge; can be done twice."""
     for path, param in undo.written:
         tuned.model.get_submodule(path).get_parameter(param).copy_(undo.written.get(path, param))
-    for module, leaf in undo.made:
+    for module, leaf, shell in undo.made:
+        if shell is not None:
+            shell.data = shell.data.new_empty(0)
         module._parameters[leaf] = None
+    for buffer, value in undo.buffers:
+        buffer.copy_(value)
 
 
 @torch.no_grad()
 def unmerge(tuned: Tuned) -> None:
-    """See :meth:`burnish.Tuned.unmerge`."""
+    """See :meth:`burnish.Tuned.unmerge`. Can be done twice."""
     undo = tuned.merged
-    if undo is None:
-        raise ConfigError("nothing is merged: call merge() first")
     _take_back(tuned, undo)
     for _, module, cls, slot in undo.modules:
         module.__class__ = cls

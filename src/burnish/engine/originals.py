@@ -7,8 +7,11 @@ second copy of the model in memory would defeat the purpose.
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ class Originals:
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], Tensor | Path] = {}
         self.devices: dict[tuple[str, str], torch.device] = {}
+        self.shapes: dict[tuple[str, str], torch.Size] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count()
 
@@ -32,7 +36,7 @@ class Originals:
         if key in self.kept:
             return
         value = value.detach()
-        self.devices[key] = value.device
+        self.devices[key], self.shapes[key] = value.device, value.shape
         if isinstance(value, FakeTensor) or value.device.type == "meta":
             self.kept[key] = value                   # a simulation has no bytes to keep
         elif value.numel() * value.element_size() <= IN_MEMORY:
@@ -40,11 +44,14 @@ class Originals:
         else:
             from safetensors.torch import save_file
 
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="burnish-")
-            file = Path(self._folder.name) / f"{next(self._serial)}.safetensors"
+            file = self._new_file()
             save_file({"t": value.to("cpu").contiguous()}, file)
             self.kept[key] = file
+
+    def _new_file(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="burnish-")
+        return Path(self._folder.name) / f"{next(self._serial)}.safetensors"
 
     def get(self, path: str, param: str) -> Tensor:
         """The value, on the host; `home` says where it came from."""
@@ -59,17 +66,36 @@ class Originals:
         """The device the value came from."""
         return self.devices[path, param]
 
+    def shape(self, path: str, param: str) -> torch.Size:
+        return self.shapes[path, param]
+
     def forget(self, path: str, param: str) -> None:
         """It is back in its place."""
         held = self.kept.pop((path, param))
         if isinstance(held, Path):
-            held.unlink()
+            held.unlink(missing_ok=True)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.kept
 
     def __iter__(self):
         return iter(list(self.kept))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
+        """Its own files (links to the same bytes where the disk can), so that either may go."""
+        twin = memo[id(self)] = type(self)()
+        twin.devices, twin.shapes = dict(self.devices), dict(self.shapes)
+        for key, held in self.kept.items():
+            if isinstance(held, Tensor):
+                twin.kept[key] = held            # never written to
+                continue
+            file = twin._new_file()
+            try:
+                os.link(held, file)
+            except OSError:
+                shutil.copyfile(held, file)
+            twin.kept[key] = file
+        return twin
 
     def clear(self) -> None:
         self.kept.clear()

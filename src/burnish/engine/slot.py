@@ -52,6 +52,7 @@ class Slot(nn.Module):
         self.path = path
         self.parts: list[Part] = []
         self.providers: dict[str, str] = {}          # parameter -> child name
+        self.shells: dict[str, nn.Parameter] = {}    # parameters that a provider answers for
         self.mode: str | None = None
         self.root = False
         self.reads: set[tuple[str, str]] = set()     # taps other slots want from here

@@ -49,7 +49,16 @@ class Stepping:
         """(name in the model, parameter) of everything that trains."""
         raise NotImplementedError
 
-    def _not_merged(self) -> None:
+    def _here(self) -> None:
+        """Raises ConfigError on a handle that was detached."""
+        raise NotImplementedError
+
+    def _plain(self) -> None:
+        """Raises ConfigError on one that was detached or merged."""
+        raise NotImplementedError
+
+    def _ready(self) -> None:
+        """Raises ConfigError on one that was detached or merged, or whose parts are gone."""
         raise NotImplementedError
 
     def optimizer(self, lr: float = 1e-3, *, scaler: Any = None, **kw: Any
@@ -63,6 +72,7 @@ class Stepping:
         accumulation: backward passes per update; a step inside backward must know, and objectives
         that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
         """
+        self._ready()
         old, self.current_optimizer = self.current_optimizer, None
         if hasattr(old, "close"):
             old.close()                              # one that steps in backward would go on
@@ -124,6 +134,7 @@ class Stepping:
             self._timeline.start(self.total_steps)
 
     def _before_update(self) -> None:
+        self._here()
         self.timeline.start(self.total_steps)
         self._objectives.before_update(self.current_optimizer)
         if not self._checked:
@@ -141,8 +152,9 @@ class Stepping:
     def check_gradients(self) -> None:
         """Every tensor that should train has a finite gradient, or CheckError names those
         without (a silent no-op is the worst way to fail)."""
-        self._checked = True
+        self._ready()
         check_gradients(self)
+        self._checked = True
 
     def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """One whole training step, right for every recipe; returns the loss (detached).
@@ -153,7 +165,7 @@ class Stepping:
 
         Raises BurnishError when the loss is not finite: nothing has been updated then.
         """
-        self._not_merged()
+        self._plain()
         opt = self.current_optimizer or self.optimizer()
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
             return self._evaluate(opt, batch, loss)
@@ -180,6 +192,7 @@ class Stepping:
     def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
         """The task's loss on a batch (see :meth:`step`). Going backward it takes the recipe's
         objectives along, at its own scale."""
+        self._here()
         riding = self.state.riding
         before, riding.outside = riding.outside, loss is not None
         try:
@@ -201,7 +214,7 @@ class Stepping:
         evaluation mode (dropout off). Terms on linears need no gradient for it (the ghost norm).
         Nothing is updated, and no ``.grad`` is touched.
         """
-        self._not_merged()
+        self._plain()
         trained = [p for _, p in self.named_parameters()]
         return sample_norms(self.model, trained, batch, lambda b: self.loss(b, loss))
 

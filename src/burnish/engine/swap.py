@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.call import answer
@@ -97,12 +98,36 @@ def swap_provided(module: nn.Module, names: tuple[str, ...]) -> None:
 
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back and drop its slot; likewise what shows below it."""
-    del module._modules[ATTR]
+    module._modules.pop(ATTR, None)
     for m in module.modules():
         if hasattr(type(m), "_burnish_base") and ATTR not in m._modules:
             m.__class__ = type(m)._burnish_base
 
 
+def set_aside(module: nn.Module, param: str) -> None:
+    """A provider answers for a parameter from now on. The Parameter itself waits empty in the slot
+    (whoever holds it, an optimizer or a tie, finds it again), its place in the order stays."""
+    slot = module._modules[ATTR]
+    slot.shells[param] = module._parameters[param]
+    module._parameters[param] = None
+
+
+@torch.no_grad()
+def refill(shell: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """The Parameter with its values again; a new one where torch cannot put them into the old."""
+    try:
+        shell.data = value
+    except (RuntimeError, TypeError):            # another kind of tensor than it was (fake, say)
+        return nn.Parameter(value, requires_grad=shell.requires_grad)
+    return shell
+
+
 def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
     """Give a module its parameter back from a provider."""
-    module._parameters[param] = nn.Parameter(value, requires_grad=False)
+    slot = module._modules[ATTR]
+    shell = slot.shells.get(param)
+    module._parameters[param] = nn.Parameter(value, requires_grad=False) if shell is None else \
+        refill(shell, value)
+    slot.shells.pop(param, None)
+    if (name := slot.providers.pop(param, None)) is not None:
+        slot._modules.pop(name, None)

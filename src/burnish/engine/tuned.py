@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +15,37 @@ from torch import Tensor, nn
 from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
 from ..core.call import off
-from ..core.errors import CheckError, ConfigError, nearest
+from ..core.errors import ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
 from .adapters import (
     Adapter,
-    Before,
     bring,
+    check_mix,
     check_name,
     check_rows,
     check_storage,
     file_names,
+    moved_buffers,
     original,
+    still_there,
 )
 from .attach import Attacher
 from .base import Base
-from .check import check
+from .buffers import Buffers
+from .leave import give_back, take_out
 from .observe import Batches
 from .originals import Originals
 from .slot import slot_of, slots
 from .state import State
 from .step import Stepping, forward
 from .summary import summary, table
-from .swap import ATTR, unprovide, unswap
+from .swap import ATTR
+from .undo import Transaction, all_or_nothing, to_the_end
 
 DEFAULT = "default"
+T = TypeVar("T")
 
 #: tuned model -> its handle, without keeping either alive
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuned]] = weakref.WeakKeyDictionary()
@@ -49,35 +55,69 @@ def tuned_of(model: nn.Module) -> Tuned | None:
     """The handle of a tuned model (a trainer's callback is given the model alone)."""
     handle = _OWNERS.get(model)
     tuned = handle() if handle is not None else None
-    return tuned if tuned is not None and tuned.adapters else None
+    return tuned if tuned is not None and tuned.gone is None else None
 
 
 class Tuned(Stepping):
     """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
 
     model: the same module that was given, changed in place.
+
+    `add`, `use`, `remove` and `merge` are done whole or leave everything as it was, whatever
+    interrupts them; `detach` and `unmerge` are carried to their end. After `detach` the handle is
+    of no more use: everything but another `detach` raises ConfigError.
     """
 
-    def __init__(self, model: nn.Module, *, example: Any = None, calibration: Any = None):
+    def __init__(self, model: nn.Module, undo: Transaction, *, calibration: Any = None):
         self.model = model
-        _OWNERS[model] = weakref.ref(self)
+        self.gone: str | None = None                  # why this handle is of no more use
+        self.undo: Transaction | None = undo          # the change that is being made
         self.anatomy = Anatomy.of(model)
         self.calibration = Batches(calibration)
         self.adapters: dict[str, Adapter] = {}
         self.state = State()
         self.originals = Originals()
+        self.buffers = Buffers(model)
         self.current_optimizer: torch.optim.Optimizer | None = None
         self.total_steps: int | None = None
         self.base_lines: dict[str, str] = {}          # fingerprints of the originals, once read
-        self._before = {n: p.requires_grad for n, p in model.named_parameters()}
+        self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._timeline: Timeline | None = None
         self._checked = False
         self.merged: Any = None                       # what unmerge needs (engine/merge.py)
+        undo.later(lambda: self._close("never joined to its model: tuning it was refused or "
+                                       "interrupted"))
+        _OWNERS[model] = weakref.ref(self)
         for p in model.parameters():
             p.requires_grad_(False)
         slot_of(model, self.state, "").root = True
 
+    def recorded(self) -> list[Any]:
+        """Whose attributes a change may touch, beside the model's modules (see undo.py)."""
+        return [self.state, self.state.tape, self.anatomy, *self.adapters.values()]
+
+    @all_or_nothing
+    def change(self, body: Callable[[], T]) -> T:
+        """``body()``, done whole or not at all; it notes what it overwrites in ``self.undo``."""
+        return body()
+
+    def _here(self) -> None:
+        if self.gone is not None:
+            raise ConfigError(self.gone)
+
+    def _plain(self) -> None:
+        """Still joined to its model, and not merged into it."""
+        self._here()
+        if self.merged is not None:
+            raise ConfigError("the update is merged into the weights; call tuned.unmerge() first")
+
+    def _ready(self) -> None:
+        """What was added is there to be used."""
+        self._plain()
+        still_there(self)
+
     # -- recipes -------------------------------------------------------------------------------
+    @all_or_nothing
     def add(self, name: str, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
             head: bool | str = False, seed: int = 0, calibration: Iterable[Any] | None = None,
             settled: Mapping[str, Any] | None = None) -> None:
@@ -88,31 +128,30 @@ class Tuned(Stepping):
 
         Raises RecipeError, TargetError; the model is left as it was when anything is refused.
         """
-        self._not_merged()
+        self._plain()
         check_name(name, self.adapters)
         parsed = parse(recipe)
         check_storage(parsed, self.adapters)
+        compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
+                [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
         train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
         adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
         adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
         batches = self.calibration if calibration is None else Batches(calibration)
         base = self.disabled if self.adapters else contextlib.nullcontext
         attacher = Attacher(self.model, self.anatomy, self.state, adapter,
-                            (batches, self._run, base))
+                            self.undo, (batches, self._run, base))
+        known = set(self.originals)
+        self.undo.later(lambda: [self.originals.forget(*k) for k in set(self.originals) - known])
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        before = Before(self)
-        try:
-            compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
-                    [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)     # its laws, refused now
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(seed)
-                attacher.attach(parsed)
-            if train_head:
-                self._train_head(adapter, attacher)
-        except Exception:
-            before.restore(self, name)
-            raise
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            attacher.attach(parsed)
+        if train_head:
+            self._train_head(adapter, attacher)
         adapter.notes = attacher.notes
+        adapter.parts = [(path, part.key) for path, _, slot in slots(self.model)
+                         for part in slot.parts if part.adapter == name]
         self.adapters[name] = adapter
         for key, p in adapter.selected.items():
             path, _, leaf = key.rpartition(".")
@@ -128,19 +167,42 @@ class Tuned(Stepping):
         """One batch through the model, for a data pass."""
         return self.loss(batch) if loss else forward(self.model, batch)
 
+    @all_or_nothing
+    def remove(self, name: str) -> None:
+        """Take one adapter out: its tensors, the values it trained, its modes and notes. The form
+        in which the base is held stays. Where it was active, the first of the others is used.
+
+        An optimizer that was made for it says so at its next step: call :meth:`optimizer` again.
+
+        Raises ConfigError for an unknown name, and for the only adapter (then :meth:`detach`).
+        """
+        self._plain()
+        if name not in self.adapters:
+            raise ConfigError(f"no adapter {name!r}{nearest(name, self.adapters)} "
+                              f"(there is {', '.join(self.adapters)})")
+        if len(self.adapters) == 1:
+            raise ConfigError(f"{name!r} is the only adapter; tuned.detach() gives back the base")
+        active = {n for n, _ in self.state.active} | set(self.state.rows or ())
+        if name in active:
+            self.use(next(n for n in self.adapters if n != name))
+        take_out(self, name)
+        self._set_trainable()
+        self._checked = False
+
     def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
         for path in self.anatomy.head:
             for leaf, p in self.model.get_submodule(path).named_parameters():
                 if f".{ATTR}." not in f".{leaf}." and p.is_floating_point():
                     adapter.select(attacher.names[id(p)], p)
 
+    @all_or_nothing
     def use(self, which: str | Mapping[str, float] | Sequence[str | None]) -> None:
         """Choose what is active: one adapter by name, a weighted mix, or one per sample.
 
         ``use("french")``; ``use({"french": .7, "law": .3})``; ``use(["french", None, "law"])``.
         A mix trains nothing; per-sample use serves batches of mixed origin.
         """
-        self._not_merged()
+        self._ready()
         names = [which] if isinstance(which, str) else list(which)
         for n in names:
             if n is not None and n not in self.adapters:
@@ -153,6 +215,7 @@ class Tuned(Stepping):
             weights, rows = {which: 1.0}, None
         elif isinstance(which, Mapping):
             weights, rows = {n: float(w) for n, w in which.items()}, None
+            check_mix(self, weights)
         else:
             weights, rows = {}, tuple(which)
             check_rows(self, {n for n in rows if n is not None})
@@ -182,6 +245,7 @@ class Tuned(Stepping):
     @property
     def recipe(self) -> Recipe:
         """The recipe that trains (of the active adapter)."""
+        self._here()
         return self._active.recipe
 
     @property
@@ -191,6 +255,7 @@ class Tuned(Stepping):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of everything that trains."""
+        self._here()
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -199,54 +264,73 @@ class Tuned(Stepping):
 
     def summary(self) -> dict[str, Any]:
         """Per part: tensors, trainable parameters, bytes. ``print(tuned)`` shows it as a table."""
+        self._here()
         return summary(self)
 
     def __repr__(self) -> str:
+        if self.gone is not None:
+            return f"Tuned(of a {type(self.model).__name__}; {self.gone.partition(';')[0]})"
         return table(summary(self))
 
     # -- switching off, out and in -------------------------------------------------------------
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, in this thread, the model answers as the base: what was added is left out, and
-        base weights that train answer with the values they had. Nothing is written, so it may
-        stand between a forward and its backward (distillation, a penalty against the base)."""
-        self._not_merged()
-        with off(self.state, Base(self.model, self.originals)):
+        base weights that train and buffers that move answer with the values they had. Nothing is
+        written, so it may stand between a forward and its backward (distillation, a penalty
+        against the base)."""
+        self._ready()
+        with off(self.state, Base(self.model, self.originals, self.buffers)):
             yield
 
     def detach(self) -> nn.Module:
-        """The base, bit for bit: classes, parameters, flags as they were before ``tune``."""
-        if self.merged is not None:
-            self.unmerge()
-        for path, module, slot in slots(self.model):
-            for param, child in list(slot.providers.items()):
-                value = slot._modules[child].weight() if (path, param) not in self.originals else \
-                    self.originals.get(path, param).to(self.originals.home(path, param))
-                slot.providers.pop(param)
-                unprovide(module, param, value)
-        for path, param in self.originals:
-            owner = self.model.get_submodule(path)
-            with torch.no_grad():
-                owner.get_parameter(param).copy_(self.originals.get(path, param))
-        self._leave()
+        """The base, bit for bit: classes, parameters, buffers, flags as they were before ``tune``.
+
+        What has been done to the model since by others (moved to a device or a dtype, a module
+        replaced, an embedding resized) stays. The handle is of no more use; detaching again does
+        nothing.
+        """
+        if self.gone is None:
+            to_the_end(self._leave)
         return self.model
 
     def _leave(self) -> None:
-        for _, module, _ in slots(self.model):
-            unswap(module)
-        for n, p in self.model.named_parameters():
-            p.requires_grad_(self._before.get(n, False))
-            vars(p).pop("burnish_decay", None)
-            vars(p).pop("burnish_resting", None)
+        if self.merged is not None:
+            self._unmerge()
+        give_back(self)
+        self._close("detached: the model is its base again; burnish.tune(model, recipe) or "
+                    "burnish.load(model, folder) joins a recipe to it anew")
+
+    def _close(self, why: str) -> None:
+        """This handle is of no more use, and neither is an optimizer it has made."""
+        if hasattr(self.current_optimizer, "close"):
+            self.current_optimizer.close()           # one that steps in backward would go on
+        if self._objectives is not None:
+            self._objectives.close()
+        self.current_optimizer = self._timeline = self._objectives = None
+        self.gone = why
+        if tuned_of(self.model) is None:
+            _OWNERS.pop(self.model, None)
         self.adapters.clear()
         self.originals.clear()
-        self.current_optimizer = None
 
-    def _not_merged(self) -> None:
-        if self.merged is not None:
-            raise ConfigError("the update is merged into the weights; call tuned.unmerge() first")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tuned:
+        """A handle of a copy of the model; it makes its own optimizer."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        own = {k: v for k, v in vars(self).items()
+               if k not in ("current_optimizer", "_timeline", "_objectives")}
+        twin.current_optimizer = twin._timeline = twin._objectives = None
+        vars(twin).update({k: copy.deepcopy(v, memo) for k, v in own.items()})
+        if twin.gone is None:
+            _OWNERS[twin.model] = weakref.ref(twin)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a handle is not pickled; tuned.save(folder) keeps what was trained and "
+                          "burnish.load(model, folder) brings it back")
 
     # -- merging and files (see merge.py and formats) ------------------------------------------
+    @all_or_nothing
     def merge(self) -> nn.Module:
         """The model with the active update in its weights and no trace of burnish.
 
@@ -255,23 +339,35 @@ class Tuned(Stepping):
         """
         from .merge import merge
 
+        self._here()
+        if self.merged is None:
+            still_there(self)
         return merge(self)
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`, bit for bit: the weights come back from where they waited and the
         update stands beside them again."""
+        self._here()
+        if self.merged is None:
+            raise ConfigError("nothing is merged: call merge() first")
+        to_the_end(self._unmerge)
+
+    def _unmerge(self) -> None:
         from .merge import unmerge
 
-        unmerge(self)
+        if self.merged is not None:
+            unmerge(self)
 
     def save(self, folder: str | Path, **extra: Any) -> Path:
         """Write the adapter folder (see formats/folder.py). Atomic; never a pickle."""
         from ..formats.adapter import save
 
+        self._ready()
         return save(self, Path(folder), **extra)
 
     def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
         """(place name, term) of every term of a class in an adapter (default: the active one)."""
+        self._here()
         name = name or self._active.name
         for _, _, slot in slots(self.model):
             for part in slot.parts:
@@ -281,60 +377,17 @@ class Tuned(Stepping):
                         yield part.place.name, term
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
-        """What an adapter is: its own tensors and the base tensors it trains, by name."""
-        self._not_merged()
+        """What an adapter is: its own tensors, the base tensors it trains and the buffers of the
+        base it has moved, by name."""
+        self._ready()
         name = name or self._active.name
         out: dict[str, Tensor] = {}
         mark = f"{ATTR}.{name}."
         for key, value in self.model.state_dict(keep_vars=True).items():
             if f".{mark}" in f".{key}":
                 out[key] = value.detach()
-        values = self.adapters[name].values()
+        values = {**self.adapters[name].values(), **moved_buffers(self, name)}
         for key, written in file_names(self, name).items():
-            out[written] = values[key]
+            if key in values:
+                out[written] = values[key]
         return out
-
-
-def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
-         head: bool | str = "auto", calibration: Any = None, example: Any = None,
-         seed: int = 0, name: str = DEFAULT, settled: Mapping[str, Any] | None = None) -> Tuned:
-    """Join a recipe to a model, in place, and return the :class:`Tuned` handle.
-
-    model: any ``torch.nn.Module``.
-    recipe: an expression (``"nf4 + snella(rank=8) + checkpoint"``), a method or a list of them.
-    targets: what the parts apply to that can be narrowed, text or a list; by default deltas and
-        storage take every linear outside the head. Refused when no part uses them.
-    head: "auto" trains a classification-like head and leaves a language-model head frozen.
-    calibration: iterable of batches for methods that read data first.
-    settled: what such methods decided once (:func:`burnish.load` knows it from the file).
-    example: one batch; a traced step on fake tensors then proves, before anything runs, that
-    every attached tensor is reached by forward and by gradient.
-    seed: of everything that is drawn at the start.
-    name: of this adapter, for :meth:`Tuned.use`.
-
-    Raises RecipeError, TargetError, ConfigError (nothing is changed), CheckError (self-check).
-    """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"tune expects a torch.nn.Module, not {type(model).__name__}")
-    if ATTR in model._modules:
-        raise ConfigError("this model is tuned already; use tuned.add(name, recipe) for another "
-                          "adapter, or tuned.detach() first")
-    if next(model.parameters(), None) is None:
-        raise ConfigError(f"{type(model).__name__} has no parameters to tune")
-    on_meta = next((n for n, p in model.named_parameters() if p.device.type == "meta"), None)
-    if on_meta is not None:
-        raise ConfigError(f"{on_meta} is on the meta device and has no values; load the weights "
-                          "first (burnish.simulate takes models on meta)")
-    parsed = parse(recipe)
-    tuned = Tuned(model, example=example, calibration=calibration)
-    try:
-        tuned.add(name, parsed, targets=targets, head=head, seed=seed, settled=settled)
-        if next(tuned.parameters(), None) is None:
-            raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
-                             f"e.g. full + {parsed} or lora(rank=8) + {parsed}")
-        if example is not None:
-            check(tuned, example)
-    except Exception:
-        tuned.detach()
-        raise
-    return tuned

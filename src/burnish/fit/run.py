@@ -16,7 +16,8 @@ from torch import nn
 
 from ..core.errors import CheckError, ConfigError
 from ..core.recipe import parse
-from ..engine.tuned import Tuned, tune
+from ..engine.tune import tune
+from ..engine.tuned import Tuned
 from ..formats import claim, safe, staged
 from ..formats.model_files import PROCESSOR
 from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap

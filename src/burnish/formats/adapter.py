@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from ..core.errors import FormatError
 from ..core.recipe import parse
-from ..engine.tuned import DEFAULT, Tuned, tune
+from ..engine.adapters import Adapter, file_names
+from ..engine.tune import check_model, join
+from ..engine.tuned import DEFAULT, Tuned
+from ..engine.undo import Transaction, whole
 from . import fingerprint, folder
 
 
@@ -52,47 +56,82 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> Tuned:
             raise FormatError(f"{path} was trained on another base: {difference}; "
                               "load(..., force=True) goes on all the same")
     adapters = config.get("adapters") or {DEFAULT: config}
-    tuned: Tuned | None = None
-    for name, entry in adapters.items():
-        args = {"targets": entry.get("targets"), "head": bool(entry.get("head")),
-                "seed": entry.get("seed", 0), "settled": entry.get("settled")}
-        if tuned is None:
-            tuned = tune(model, parse(entry["recipe"]), name=name, **args)
-        else:
-            tuned.add(name, entry["recipe"], **args)
-    assert tuned is not None
-    try:
-        put(tuned, tensors, str(path))
-    except Exception:
-        tuned.detach()
-        raise
-    if config.get("active"):
-        active = {n: w for n, w in config["active"]}
-        one = len(active) == 1 and set(active.values()) == {1.0}
-        tuned.use(next(iter(active)) if one else active)
-    return tuned
+
+    def change(undo: Transaction) -> Tuned:
+        tuned: Tuned | None = None
+        for name, entry in adapters.items():
+            args = {"targets": entry.get("targets"), "head": bool(entry.get("head")),
+                    "seed": entry.get("seed", 0), "settled": entry.get("settled")}
+            if tuned is None:
+                tuned = join(model, parse(entry["recipe"]), undo, name=name, **args)
+            else:
+                tuned.add(name, entry["recipe"], **args)
+        assert tuned is not None
+        put(tuned, tensors, str(path), fresh=True)
+        if config.get("active"):
+            active = {n: w for n, w in config["active"]}
+            one = len(active) == 1 and set(active.values()) == {1.0}
+            tuned.use(next(iter(active)) if one else active)
+        tuned.undo = None
+        return tuned
+
+    check_model(model)
+    return whole(model, change)
 
 
-@torch.no_grad()
-def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy an adapter's tensors into the tuned model, strictly: names and shapes must agree."""
-    want: dict[str, Tensor] = {}
-    for name in tuned.adapters:
-        want |= tuned.tensors(name)
-    missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
+def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str, fresh: bool = False) -> None:
+    """Copy an adapter's tensors into the tuned model, strictly: names and shapes must agree.
+    Buffers of the base that `tensors` does not hold take their starting values.
+
+    fresh: what trains stands at the base's values yet.
+    """
+    want, buffers = places_of(tuned)
+    missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - {*want, *buffers})
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("has", extra)
         raise FormatError(f"{where} {side} {names[0]!r} ({len(names)} such tensors): it does not "
                           "belong to this recipe on this model")
     for key, value in tensors.items():
-        if value.shape != want[key].shape:
+        if value.shape != (shape := (want[key] if key in want else buffers[key][2]).shape):
             raise FormatError(f"{where}: {key} has shape {tuple(value.shape)}, the model expects "
-                              f"{tuple(want[key].shape)}")
-    for key, value in tensors.items():
-        if key.endswith("._extra_state"):
-            tuned.model.get_submodule(key.removesuffix("._extra_state")).set_extra_state(value)
+                              f"{tuple(shape)}")
+    tuned.change(lambda: _put(tuned, tensors, want, buffers, fresh))
+
+
+@torch.no_grad()
+def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor],
+         buffers: Mapping[str, tuple[Adapter, str, Tensor]], fresh: bool) -> None:
+    for key, (adapter, name, live) in buffers.items():
+        value = tensors.get(key)
+        if adapter.away is None:
+            tuned.undo.keep(live)
+            live.copy_(tuned.buffers.start(name) if value is None else value)
+        elif value is None:
+            adapter.away.pop(name, None)
         else:
-            want[key].copy_(value)
+            adapter.away[name] = value.to(live.device, live.dtype, copy=True)
+    for key, here in want.items():
+        if key.endswith("._extra_state"):
+            module = tuned.model.get_submodule(key.removesuffix("._extra_state"))
+            tuned.undo.later(partial(module.set_extra_state, module.get_extra_state()))
+            module.set_extra_state(tensors[key])
+        else:
+            path, _, leaf = key.rpartition(".")
+            waits = fresh and (path, leaf) in tuned.originals
+            tuned.undo.keep(here, partial(tuned.originals.get, path, leaf) if waits else None)
+            here.copy_(tensors[key])
+
+
+def places_of(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, tuple[Adapter, str, Tensor]]]:
+    """(tensors that a file of this handle holds, those of buffers that it may hold), by name."""
+    want: dict[str, Tensor] = {}
+    buffers: dict[str, tuple[Adapter, str, Tensor]] = {}
+    live = dict(tuned.buffers.live())
+    for name, adapter in tuned.adapters.items():
+        written = file_names(tuned, name)
+        buffers |= {written[n]: (adapter, n, b) for n, b in live.items()}
+        want |= tuned.tensors(name)
+    return {n: t for n, t in want.items() if n not in buffers}, buffers
 
 
 def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:

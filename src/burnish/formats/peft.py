@@ -25,8 +25,10 @@ from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make
 from ..core.site import Place
 from ..core.targets import match
+from ..engine.adapters import moved_buffers
 from ..engine.slot import ATTR, Slot, slots
-from ..engine.tuned import Tuned, tune
+from ..engine.tune import tune
+from ..engine.tuned import Tuned
 from ..methods.delta.lowrank.miss import Shards
 from . import peft_files
 from .peft_files import Lora, PeftFolder
@@ -49,6 +51,7 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
 
     Raises FormatError naming what PEFT has no form for.
     """
+    tuned._ready()
     if name is not None and name not in tuned.adapters:
         raise ConfigError(f"no adapter {name!r}{nearest(name, tuned.adapters)} "
                           f"(there is {', '.join(tuned.adapters)})")
@@ -226,7 +229,12 @@ def _whole(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
         state = tuned.model.get_submodule(owner).state_dict()
         what.whole |= {f"{owner}.{k}": v for k, v in state.items()}
     for a in weights:                            # its own values also where another's stand
-        what.whole |= {k: v for k, v in tuned.adapters[a].values().items() if k in what.whole}
+        own = {**tuned.adapters[a].values(), **moved_buffers(tuned, a)}
+        what.whole |= {k: v for k, v in own.items() if k in what.whole}
+        if loose := [k for k in own if k not in what.whole]:
+            raise FormatError(f"training {a!r} has moved {loose[0]}, and PEFT has no form for "
+                              "running statistics outside modules saved whole; train with those "
+                              "modules in evaluation mode, or save with tuned.save(folder)")
 
 
 def _task(model: nn.Module, what: PeftFolder) -> str | None:

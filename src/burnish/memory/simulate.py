@@ -108,7 +108,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
     """
-    from ..engine.tuned import tune
+    from ..engine.tune import tune
 
     dtype = _dtype(dtype)
     parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode

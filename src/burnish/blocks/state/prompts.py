@@ -69,6 +69,28 @@ class Listener(nn.Module):
         slot.listeners.append(self)
 
 
+class Fixed(Listener):
+    """Listens to the model: while the adapter is in use, the modules in `fixed` run in evaluation
+    mode, so that they are one function of their input: no dropout, statistics that do not move.
+    """
+
+    def __init__(self, state: Any, adapter: str, fixed: list[nn.Module]):
+        super().__init__(state, adapter)
+        self.__dict__["fixed"] = fixed           # the model's modules, no children of this one
+
+    def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if self.here.off or not dict(self.here.active).get(self.adapter):
+            return call(*args, **kw)
+        was = [m for m in self.fixed if m.training]
+        try:
+            for m in was:
+                m.training = False
+            return call(*args, **kw)
+        finally:
+            for m in was:
+                m.training = True
+
+
 def named(module: nn.Module, args: tuple, kw: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of the module by name."""
     own = getattr(type(module), "_burnish_base", type(module)).forward

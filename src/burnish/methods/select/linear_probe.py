@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class LinearProbe(Method):
     """Linear probe: only the head trains, the body is a fixed feature extractor.
 
+    The body does not move and is one function of its input: in training too it runs in evaluation
+    mode, so dropout there is off and normalisations use, and keep, the statistics they came with.
+
     Trains the head's parameters (the language-model head too, when that is the head). Kept for
     backward: the head's input; nothing below the head is kept at all. A model without a head is
     refused.
@@ -23,6 +26,7 @@ class LinearProbe(Method):
 
     paper: ClassVar[str] = "the baseline"
     needs: ClassVar[frozenset[str]] = frozenset({"head"})
+    fixed: ClassVar[bool] = True
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         if not anatomy.head:
