@@ -228,11 +228,14 @@ class Slot(nn.Module):
 
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         if self.providers and is_linear(module, forward):
-            op = Weighted(functools.partial(self._matrix, module, "weight"), [])
+            op = Weighted(functools.partial(self._matrix, module, "weight"), [],
+                          held=functools.partial(self._held, module, "weight"))
             return linear(_first(args, kw), op, module.bias)
         with ExitStack() as stack:
             for param, child in self.providers.items():
-                stack.enter_context(self._noted(module, param, self._modules[child].weight))
+                provider = self._modules[child]
+                stack.enter_context(self._noted(module, param, provider.weight,
+                                                self._held(module, param)))
             return forward(module, *args, **kw)
 
     # -- weights ------------------------------------------------------------------------------
@@ -278,7 +281,8 @@ class Slot(nn.Module):
                 raise RecipeError(f"{place.name} has {len(wraps)} functions of W active at once; "
                                   "only one may wraps the others' sum: use one adapter at a time")
             base = functools.partial(self._place_view, module, place)
-            ops.append((place, Weighted(base, terms, wraps[0] if wraps else None)))
+            held = functools.partial(self._held, module, place.param)
+            ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held)))
         return ops, before, after
 
     def _stored(self, module: nn.Module, param: str) -> Tensor:
@@ -289,6 +293,16 @@ class Slot(nn.Module):
             module = getattr(module, p)
         own = module._parameters.get(leaf)
         return own if own is not None else getattr(module, leaf)
+
+    def _held(self, module: nn.Module, param: str) -> list[Tensor]:
+        """The tensors that :meth:`_stored` reads; none where the weight is computed."""
+        if param in self.providers:
+            return list(self._modules[self.providers[param]].buffers())
+        *parents, leaf = param.split(".")
+        for p in parents:
+            module = getattr(module, p)
+        own = module._parameters.get(leaf)
+        return [] if own is None else [own]
 
     def _place_view(self, module: nn.Module, place: Place) -> Tensor:
         return place.view(self._stored(module, place.param))
@@ -320,8 +334,9 @@ class Slot(nn.Module):
                 dropped: list, args: tuple, kw: dict) -> Any:
         """A convolution with chains that drop part of its input: they run beside it."""
         rest = [ts for ts in op.terms if not _drops(ts[0])]
-        out = self._effective(module, forward, [(place, Weighted(op.base, rest))], args, kw) \
-            if rest else self._base(module, forward, args, kw)
+        beside = [(place, Weighted(op.base, rest, held=op.held))]
+        out = self._effective(module, forward, beside, args, kw) if rest else \
+            self._base(module, forward, args, kw)
         for term, scale in dropped:
             made = convolved(term, module, _first(args, kw))
             out = out + (made if scale == 1 else scale * made)
@@ -353,16 +368,22 @@ class Slot(nn.Module):
         with ExitStack() as stack:
             for param, items in by_param.items():
                 make = functools.partial(self._make_weight, module, param, items)
-                stack.enter_context(self._noted(module, param, make))
+                reads = [r for _, op in items for r in op.reads(True, True, True)]
+                stack.enter_context(self._noted(module, param, make, reads))
             return forward(module, *args, **kw)
 
     @contextmanager
-    def _noted(self, module: nn.Module, param: str, make: Callable[[], Tensor]) -> Iterator[None]:
-        """`make()` answers for the parameter; backward makes it again instead of keeping it."""
+    def _noted(self, module: nn.Module, param: str, make: Callable[[], Tensor],
+               reads: list[Tensor]) -> Iterator[None]:
+        """`make()` answers for the parameter; backward makes it again instead of keeping it.
+
+        reads: what `make` reads; changed before backward, it raises.
+        """
         value = make()
         call = current()
         if torch.is_grad_enabled():
-            self.state.tape.note(value, functools.partial(_in, call, make), (), {})
+            again = functools.partial(_in, call, make)
+            self.state.tape.note(value, again, (), {}, reads)
         owner, leaf = module, param
         *parents, leaf = param.split(".")
         for p in parents:

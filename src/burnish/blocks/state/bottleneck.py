@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
-from ..tape.replay import replay, rng_state
+from ..tape.functions import shaped, transformed
+from ..tape.replay import States, replay, rng_state
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -81,13 +83,14 @@ class Bottleneck(nn.Module):
         if self.norm_in is not None:
             h = _in_dtype_of(self.norm_in, h)
         p = self.dropout if self.training else 0.0
-        if self.mixer is None:
+        if self.mixer is None and not transformed():
             if torch.is_autocast_enabled(h.device.type):
                 h = h.to(torch.get_autocast_dtype(h.device.type))
             y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
                             self.up.weight, self.up.bias)
         else:
-            z = self.mixer(F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0))
+            z = F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0)
+            z = z if self.mixer is None else self.mixer(z)
             y = _linear(self.up, z) * self.scale
         return y if self.norm_out is None else _in_dtype_of(self.norm_out, y)
 
@@ -138,31 +141,45 @@ class _Pair(torch.autograd.Function):
             u = F.dropout(u, p, True) if p else u
             y = F.linear(u, B.to(h.dtype), None if b is None else b.to(h.dtype))
             y = y if scale == 1 else y.mul_(scale)
-        ctx.save_for_backward(h if A.requires_grad else None, z, A, a, B, b)
-        return y.view(*h.shape[:-1], y.shape[-1])
+        need_h, _, _, _, need_A, need_a, _, _ = ctx.needs_input_grad
+        ctx.dtypes = [None if t is None else t.dtype for t in (A, a, B, b)]
+        ctx.save_for_backward(h if need_A else None, z, A if need_h else None,
+                              B if need_h or need_A or need_a else None)
+        return shaped(y, (*h.shape[:-1], y.shape[-1]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        h, z, A, a, B, b = ctx.saved_tensors
+        h, z, A, B = ctx.saved_tensors
         need_h, _, _, _, need_A, need_a, need_B, need_b = ctx.needs_input_grad
+        of_A, of_a, of_B, of_b = ctx.dtypes
         g2 = g.reshape(-1, g.shape[-1])
         with torch.enable_grad():                       # the activation's own derivative, R wide
             leaf = z.detach().requires_grad_()
             u = ACTIVATIONS[ctx.act](leaf)
-        v = u.detach()
-        gu = (g2 @ B.to(g2.dtype)).mul_(ctx.scale)
-        if ctx.p:                                       # dropout is linear: one mask for both
-            v, gu = (_again(t, ctx.p, ctx.state) for t in (v, gu))
-        dB = (g2.t() @ v).mul_(ctx.scale).to(B.dtype) if need_B else None
-        db = g2.sum(0).mul_(ctx.scale).to(b.dtype) if need_b else None
+        dB = db = dA = da = dh = None
+        if need_B:
+            v = _again(u.detach(), ctx.p, ctx.state)
+            dB = (g2.t() @ v).mul_(ctx.scale).to(of_B)
+        if need_b:
+            db = g2.sum(0).mul_(ctx.scale).to(of_b)
+        if B is None:
+            return dh, None, None, None, dA, da, dB, db
+        # dropout is linear: the same mask on the gradient
+        gu = _again((g2 @ B.to(g2.dtype)).mul_(ctx.scale), ctx.p, ctx.state)
         (gz,) = torch.autograd.grad(u, leaf, gu)
-        dA = (gz.t() @ h.reshape(-1, h.shape[-1])).to(A.dtype) if need_A else None
-        da = gz.sum(0).to(a.dtype) if need_a else None
-        dh = (gz @ A.to(gz.dtype)).view(ctx.shape) if need_h else None
+        if need_A:
+            dA = (gz.t() @ h.reshape(-1, h.shape[-1])).to(of_A)
+        if need_a:
+            da = gz.sum(0).to(of_a)
+        if need_h:
+            dh = (gz @ A.to(gz.dtype)).view(ctx.shape)
         return dh, None, None, None, dA, da, dB, db
 
 
-def _again(t: Tensor, p: float, state: Tensor) -> Tensor:
+def _again(t: Tensor, p: float, state: States | None) -> Tensor:
+    if state is None:
+        return t
     with replay(t.device, state):
         return F.dropout(t, p, True)
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.call import again, current
 from . import replay
+from .functions import transformed
 
 _TENSOR = object()
 
@@ -113,6 +114,8 @@ def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: d
     params = trained(module)
     floating = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     if not torch.is_grad_enabled() or not (params or any(t.requires_grad for t in floating)):
+        return fn(*args, **kwargs)
+    if transformed():                             # torch.func sees every operation, once
         return fn(*args, **kwargs)
     # a key-value cache would be filled twice; training does not use it
     args = tuple(None if _is_cache(a) else a for a in args)

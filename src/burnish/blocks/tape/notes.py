@@ -8,7 +8,7 @@ arguments at the time the operation ran, and nobody takes a note whose counts ha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,8 +102,11 @@ class Seen:
     def intact(self) -> bool:
         return all(version_of(t) == v for t, v in zip(self.tensors, self.versions, strict=True))
 
-    def check(self, now: Iterable[Tensor], name: Callable[[int], str]) -> None:
+    def check(self, now: Sequence[Tensor], name: Callable[[int], str]) -> None:
         """RuntimeError, as autograd has it, when one of `now` is not what was seen."""
+        if len(now) != len(self.tensors):
+            raise RuntimeError("the tensors of a tuned layer changed between forward and backward "
+                               f"({len(self.tensors)}, now {len(now)}); run the forward again")
         for k, (t, was, version) in enumerate(zip(now, self.tensors, self.versions, strict=True)):
             if t is not was:
                 raise RuntimeError(f"{name(k)} was replaced between forward and backward; run the "

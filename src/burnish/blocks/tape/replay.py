@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .functions import transformed
+
 #: one device, or several whose generators move together
 Devices = torch.device | str | Iterable[torch.device | str]
 #: the states of some generators, in the order of their devices
@@ -112,4 +114,4 @@ class _Dropout(torch.autograd.Function):
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout(x, p, True)`` with the same numbers and nothing kept for backward."""
-    return _Dropout.apply(x, p)
+    return F.dropout(x, p, True) if transformed() else _Dropout.apply(x, p)

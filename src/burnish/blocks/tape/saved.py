@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
 from . import replay
+from .functions import transformed
 from .notes import DEPTH, Entry, Kept, Note, Recompute, storage_of, version_of
 from .watched import Watched
 
@@ -242,8 +243,9 @@ class Tape(TorchFunctionMode):
         return x.open()
 
     def _hooks(self) -> AbstractContextManager[Any]:
-        """Pack and unpack for what runs inside; none where somebody else counts what is saved."""
-        if _counted():
+        """Pack and unpack for what runs inside; none where somebody else counts what is saved, and
+        under torch.func, whose transforms take no hooks."""
+        if _counted() or transformed():
             return nullcontext()
         call, here = current(), self._here
         mine = None if call is None else weakref.ref(call)

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...core.call import context
-from ..tape.replay import replay, rng_state
+from ...core.errors import RecipeError
+from ..tape.functions import shaped, transformed
+from ..tape.replay import States, replay, rng_state
 from ..update.objective import Riding
 
 
@@ -28,16 +31,26 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(_wide(x)), W.to(_wide(x)))
+        need_x, need_W = ctx.needs_input_grad
+        ctx.dtypes = x.dtype, W.dtype
+        ctx.save_for_backward(x if need_W else None, W if need_x else None)
+        return _product(x, W)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, W = ctx.saved_tensors
-        dx = (g @ W.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, W), (of_x, of_W) = ctx.saved_tensors, ctx.dtypes
+        dx = None if W is None else (g @ W.to(g.dtype)).to(of_x)
+        if x is None:
+            return dx, None
         x2 = x.reshape(-1, x.shape[-1]).to(g.dtype)
-        return dx, (g.reshape(-1, g.shape[-1]).t() @ x2).to(W.dtype)
+        return dx, (g.reshape(-1, g.shape[-1]).t() @ x2).to(of_W)
+
+
+def _product(x: Tensor, W: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x.reshape(-1, x.shape[-1]).to(_wide(x)), W.to(_wide(x)))
+        return shaped(y, (*x.shape[:-1], W.shape[0]))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -50,20 +63,18 @@ class Weighed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scale: float,
                 p: float) -> Tensor:
-        E, R, _ = A.shape
         ctx.scale, ctx.p, ctx.state = scale, p, rng_state(x.device) if p else None
+        ctx.A = A.shape, A.dtype
         with torch.autocast(x.device.type, enabled=False):
-            x2, g2 = x.reshape(-1, x.shape[-1]), gates.reshape(-1, E).to(x.dtype)
-            z = F.linear(_dropped(x2, p, None), A.flatten(0, 1).to(x.dtype))
-            h = (z.view(-1, E, R) * g2.unsqueeze(-1)).flatten(1)
-            y = (h @ _stacked(B).to(x.dtype)).mul_(scale)
-        ctx.save_for_backward(x, gates, z, A, B)
-        return y.view(*x.shape[:-1], B.shape[1])
+            y, z = _weighed(x, gates, A, B, scale, p)
+        ctx.save_for_backward(x, gates, z, A if ctx.needs_input_grad[0] else None, B)
+        return shaped(y, (*x.shape[:-1], B.shape[1]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
         x, gates, z, A, B = ctx.saved_tensors
-        E, R, _ = A.shape
+        E, R, _ = ctx.A[0]
         gy2, x2 = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
         g3, z3 = gates.reshape(-1, E, 1).to(gy.dtype), z.view(-1, E, R)
         gh = (gy2 @ _stacked(B).to(gy.dtype).t()).mul_(ctx.scale).view(-1, E, R)
@@ -71,7 +82,7 @@ class Weighed(torch.autograd.Function):
               .to(B.dtype)) if ctx.needs_input_grad[3] else None
         dgates = (gh * z3).sum(-1).view(gates.shape).to(gates.dtype)
         gz = (gh * g3).flatten(1)
-        dA = (gz.t() @ _dropped(x2, ctx.p, ctx.state)).view(A.shape).to(A.dtype) \
+        dA = (gz.t() @ _dropped(x2, ctx.p, ctx.state)).view(ctx.A[0]).to(ctx.A[1]) \
             if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
@@ -79,12 +90,22 @@ class Weighed(torch.autograd.Function):
         return dx, dgates, dA, dB, None, None
 
 
+def _weighed(x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scale: float,
+             p: float) -> tuple[Tensor, Tensor]:
+    """(y (N, O), z (N, E R) before the gates), by differentiable torch functions alone."""
+    E, R, _ = A.shape
+    x2, g2 = x.reshape(-1, x.shape[-1]), gates.reshape(-1, E).to(x.dtype)
+    z = F.linear(_dropped(x2, p, None), A.flatten(0, 1).to(x.dtype))
+    h = (z.view(-1, E, R) * g2.unsqueeze(-1)).flatten(1)
+    return (h @ _stacked(B).to(x.dtype)).mul_(scale), z
+
+
 def _stacked(B: Tensor) -> Tensor:
     """(E, O, R) as (E R, O)."""
     return B.transpose(1, 2).flatten(0, 1)
 
 
-def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
+def _dropped(x: Tensor, p: float, state: States | None) -> Tensor:
     """Dropout; with a state the mask of the first time."""
     if not p:
         return x
@@ -154,7 +175,8 @@ class ExpertChains(nn.Module):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(probabilities, gates), both (..., E) in fp32."""
-        p = torch.softmax(Product.apply(x, self.router), -1)
+        product = _product if transformed() else Product.apply
+        p = torch.softmax(product(x, self.router), -1)
         return p, top_k(p, self.k)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,8 +185,12 @@ class ExpertChains(nn.Module):
         p, g = self.gates(x)
         collecting = self.riding.collected is not None
         if self.coefficient and (collecting or self.training and torch.is_grad_enabled()):
+            if transformed() and not collecting:
+                raise RecipeError("a balance loss rides on backward, which torch.func does not run;"
+                                  " set its coefficient to 0 or call eval()")
             g = self.riding.on(g, balance(p, g, counted(x)), self.coefficient)
-        y = Weighed.apply(x, g, self.A, self.B, self.scale, self.dropout * self.training)
+        given = (x, g, self.A, self.B, self.scale, self.dropout * self.training)
+        y = _weighed(*given)[0].view(*x.shape[:-1], -1) if transformed() else Weighed.apply(*given)
         if self.rows is None:
             return y
         whole = y.new_zeros(*y.shape[:-1], self.out)

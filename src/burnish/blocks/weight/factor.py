@@ -54,6 +54,19 @@ class Chain(Term):
     def dense(self) -> Tensor:
         return self.scale * (self.B @ self.A)
 
+    def reads(self, need_x: bool) -> tuple[Tensor, ...]:
+        """B on the way to x and to A, A on the way to x."""
+        rest = tuple(self.buffers())
+        if need_x:
+            return (self.A, self.B, *rest)
+        return (self.B, *rest) if self.A.requires_grad else rest
+
+    def plain(self, x: Tensor) -> Tensor:
+        if not (self.training and self.dropout) or type(self).dense is not Chain.dense:
+            return super().plain(x)
+        x = F.dropout(x, self.dropout, True)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         state = None
         if self.dropout and self.training:

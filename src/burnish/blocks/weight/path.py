@@ -46,6 +46,11 @@ class Path(Term):
     def keeps_input(self) -> bool:
         return self.into is None and (self.draws or super().keeps_input)
 
+    def plain(self, x: Tensor) -> Tensor:
+        h = x.reshape(-1, x.shape[-1])
+        h = h if self.into is None else h @ self.into.t().to(h.dtype)
+        return self.path(h).view(*x.shape[:-1], -1)
+
     def dense(self) -> Tensor:
         """The update as (out, in): the path of every unit vector."""
         first = self.theta()[0]

@@ -12,6 +12,7 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current
+from ...core.errors import RecipeError
+from ..tape.functions import as_required, shaped, transformed
+from ..tape.notes import Seen
 from .backward import as_then, uncast
 from .persample import term_norms
 
@@ -69,6 +73,24 @@ class Term(nn.Module):
     def keeps_input(self) -> bool:
         """Does backward need the layer's input?"""
         return any(t.requires_grad for t in self.theta())
+
+    def reads(self, need_x: bool) -> tuple[Tensor, ...]:
+        """Tensors that backward reads again (they must not change before it); need_x: for the
+        gradient of x too. Whoever makes panels again reads everything."""
+        shared = self.__dict__.get("shared")          # frozen tensors the root owns
+        return (*self.theta(), *self.buffers(), *(shared.buffers() if shared is not None else ()))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """``x Delta^T`` by differentiable torch functions alone."""
+        self.undropped()
+        return F.linear(x, self.dense().to(x.dtype))
+
+    def undropped(self) -> None:
+        """RecipeError where dropout would act: an update as a matrix has no place for it."""
+        if self.training and getattr(self, "dropout", 0):
+            raise RecipeError(f"{type(self).__name__} with dropout has no form that torch.func or "
+                              "forward-mode differentiation can transform here; set dropout=0 or "
+                              "call eval()")
 
     # -- token side -------------------------------------------------------------------------
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
@@ -192,8 +214,10 @@ class Panels:
 class Weighted:
     """One place's answer: where the base comes from, which terms are added, what wraps them."""
 
-    def __init__(self, base: Any, terms: list[tuple[Term, float]], wrap: Wrap | None = None):
+    def __init__(self, base: Any, terms: list[tuple[Term, float]], wrap: Wrap | None = None,
+                 held: Callable[[], Sequence[Tensor]] = tuple):
         self.base = base                      # callable -> (out, in) view of the frozen weight
+        self.held = held                      # callable -> the tensors that base() reads
         self.terms = terms
         self.wrap = wrap
         self.tiled = [(t, s) for t, s in terms if not t.tokenwise]
@@ -208,10 +232,38 @@ class Weighted:
     def keeps_input(self) -> bool:
         return any(t.keeps_input for t in self.all)
 
+    def reads(self, need_x: bool, panels: bool, base: bool) -> list[Tensor]:
+        """Tensors that backward reads again. panels: it makes V again; base: it asks base()."""
+        found = [r for t in self.all for r in t.reads(need_x or panels)]
+        return [*found, *self.held()] if base and (need_x or panels) else found
+
+    def check(self, seen: Seen, now: Sequence[Tensor]) -> None:
+        """RuntimeError when what backward reads is not what forward saw."""
+        def name(k: int) -> str:
+            for t in self.all:
+                for name, p in (*t.named_parameters(), *t.named_buffers()):
+                    if p is now[k]:
+                        return f"{name} {tuple(p.shape)} of a {type(t).__name__}"
+            return f"what holds a frozen weight {tuple(now[k].shape)}"
+        seen.check(now, name)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x V^T + b`` by differentiable torch functions alone: all of it is kept."""
+        bias = None if bias is None else bias.to(x.dtype)
+        if self.wrap is None:
+            y = F.linear(x, weight.to(x.dtype), bias)
+            for t, s in self.terms:
+                y = y + s * t.plain(x).to(y.dtype)
+            return y
+        for t, _ in self.terms:
+            t.undropped()
+        return F.linear(x, self.dense(weight).to(x.dtype), bias)
+
     # -- the effective weight (convolutions, experts, modules that bypass their children) ----
     def effective(self, weight: Tensor) -> Tensor:
         """(out, in) weight with everything added, differentiable in theta, keeping nothing."""
-        return _Effective.apply(weight, self, *self.theta())
+        theta = self.theta()
+        return self.dense(weight) if _plainly(theta) else _Effective.apply(weight, self, *theta)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The same by the obvious route: the reference, and what merge writes."""
@@ -227,7 +279,11 @@ class _Effective(torch.autograd.Function):
     @staticmethod
     @uncast
     def forward(ctx: Any, weight: Tensor, op: Weighted, *theta: Tensor) -> Tensor:
-        ctx.op, ctx.call, ctx.dtype = op, current(), weight.dtype
+        ctx.op, ctx.call = op, current()
+        # V itself is read again only by what wraps it
+        ctx.stored = op.wrap is not None and _is_stored(weight)
+        ctx.save_for_backward(weight if ctx.stored else None)
+        ctx.seen = Seen(op.reads(True, True, not ctx.stored))
         if op.wrap is not None and not op.wrap.diagonal:
             return op.dense(weight)
         ctx.states = [t.prepare() for t, _ in op.terms]
@@ -247,7 +303,14 @@ class _Effective(torch.autograd.Function):
     @uncast
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
-        weight = op.base()
+        with as_required(op.theta(), ctx.needs_input_grad[2:]):
+            op.check(ctx.seen, op.reads(True, True, not ctx.stored))
+            return _Effective.pulled(ctx, op, G)
+
+    @staticmethod
+    def pulled(ctx: Any, op: Weighted, G: Tensor) -> tuple[Any, ...]:
+        (stored,) = ctx.saved_tensors
+        weight = G if op.wrap is None else op.base() if stored is None else stored
         if op.wrap is not None and not op.wrap.diagonal:
             theta = op.theta()
             with torch.enable_grad():
@@ -283,10 +346,24 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    theta = op.theta()
+    if _plainly(theta):
+        return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
         W = op.effective(op.base() if weight is None else weight)
         return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return _Linear.apply(x, weight, bias, op, *op.theta())
+    return _Linear.apply(x, weight, bias, op, *theta)
+
+
+def _plainly(theta: Sequence[Tensor]) -> bool:
+    """Must the differentiable form run: under a transform, or on tensors that somebody has put in
+    the place of parameters for one call (``torch.func.functional_call``)?"""
+    return transformed() or not all(isinstance(t, nn.Parameter) for t in theta)
+
+
+def _is_stored(weight: Tensor) -> bool:
+    """Is it, or is it a view of, a parameter some module owns? Keeping it costs nothing."""
+    return isinstance(weight._base if weight._is_view() else weight, nn.Parameter)
 
 
 class _Linear(torch.autograd.Function):
@@ -294,8 +371,8 @@ class _Linear(torch.autograd.Function):
     @uncast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
                 op: Weighted, *theta: Tensor) -> Tensor:
-        W = op.base() if weight is None else weight
-        W = W if W.dtype == x.dtype else W.to(x.dtype)
+        stored = op.base() if weight is None else weight
+        W = stored if stored.dtype == x.dtype else stored.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         x2 = x.reshape(-1, x.shape[-1])
         ctx.states = [t.prepare() for t, _ in op.tiled]
@@ -315,9 +392,17 @@ class _Linear(torch.autograd.Function):
             y2.mul_(f)
             if b is not None:
                 y2.add_(b)
-        ctx.op, ctx.call, ctx.shape, ctx.n_theta = op, current(), x.shape, len(theta)
-        keep_x = op.keeps_input or (weight is not None and weight.requires_grad)
-        tensors = [x if keep_x else None, weight]
+        ctx.op, ctx.call, ctx.shape = op, current(), x.shape
+        # as in stock torch: what backward reads is kept or watched, and nothing else
+        panels = op.wrap is not None and op.wrap.keeps_input
+        reads_w = ctx.needs_input_grad[0] or panels
+        keep_w = reads_w and (weight is not None or _is_stored(stored))
+        ctx.seen_as = ctx.needs_input_grad[0], panels, not keep_w
+        ctx.seen = Seen(op.reads(*ctx.seen_as))
+        ctx.keeps = [t.keeps_input for t, _ in op.tiled], panels
+        ctx.weight = stored.dtype, stored.shape
+        keep_x = op.keeps_input or ctx.needs_input_grad[1]
+        tensors = [x if keep_x else None, stored if keep_w else None]
         ctx.layout = []
         for part in kept:
             ctx.layout.append([len(tensors) + i if isinstance(p, Tensor) else p
@@ -326,7 +411,7 @@ class _Linear(torch.autograd.Function):
                               for v, p in zip(ctx.layout[-1], part, strict=True)]
             tensors += part
         ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
-        return y2.to(x.dtype).view(*x.shape[:-1], y2.shape[-1])
+        return shaped(y2.to(x.dtype), (*x.shape[:-1], y2.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -334,19 +419,28 @@ class _Linear(torch.autograd.Function):
     @uncast
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         op: Weighted = ctx.op
+        with as_required(op.theta(), ctx.needs_input_grad[4:]):
+            op.check(ctx.seen, op.reads(*ctx.seen_as))
+            return _Linear.pulled(ctx, op, g)
+
+    @staticmethod
+    def pulled(ctx: Any, op: Weighted, g: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        x, weight = saved[0], saved[1]
+        x, stored = saved[0], saved[1]
         kept = [tuple(saved[v] if isT else v for isT, v in part) for part in ctx.layout]
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         g2 = g.reshape(-1, g.shape[-1])
         x2 = None if x is None else x.reshape(-1, x.shape[-1])
-        W = op.base() if weight is None else weight
-        stored_dtype = W.dtype
-        W = W if W.dtype == g2.dtype else W.to(g2.dtype)
+        keeps, panels = ctx.keeps
+        if need_x or panels:
+            W = op.base() if stored is None else stored
+            W = W if W.dtype == g2.dtype else W.to(g2.dtype)
+        else:                                    # only its shape is asked
+            W = g2.new_empty(()).expand(ctx.weight[1])
         db = g2.sum(0) if need_b else None
         grads: dict[int, list[Tensor | None]] = {id(t): [None] * len(t.theta()) for t in op.all}
         if op.wrap is not None:
-            if op.wrap.keeps_input:
+            if panels:
                 own = [t.gain_(g2, part, s) for (t, s), part in zip(op.token, kept, strict=True)]
                 whole = [ts for ts, d in zip(op.token, own, strict=True) if d is None]
                 states = ctx.states + [t.prepare() for t, _ in whole]
@@ -359,10 +453,10 @@ class _Linear(torch.autograd.Function):
                 grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
             g2 = _gained(g2, ctx.gain)
         V = Panels(W, op.tiled, ctx.states)
-        dx = _product_back(g2, x2, V, grads, need_x, ctx.shape[-1])
+        dx = _product_back(g2, x2, V, grads, need_x, keeps)
         for (t, s), part in zip(op.token, kept, strict=True):
             grads[id(t)] = t.backward_(g2, x2, part, dx, s)
-        dW = (g2.t() @ x2).to(stored_dtype) if need_w else None
+        dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
         flat = [p for t in op.all for p in grads[id(t)]]
         return (None if dx is None else dx.view(ctx.shape)), dW, db, None, *flat
 
@@ -408,21 +502,21 @@ def _product(x2: Tensor, V: Panels, bias: Tensor | None, wide: bool = False) -> 
 
 
 def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list[Tensor | None]],
-                  need_x: bool, inp: int) -> Tensor | None:
+                  need_x: bool, keeps: list[bool]) -> Tensor | None:
     """dx = g V, and the pull of every tiled term from its panel of g^T x."""
     if not V.terms:
         return g2 @ V.weight if need_x else None
     half = g2.element_size() < 4                 # as in _product: two products
     dx = None
     if need_x:
-        dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], inp)
+        dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], V.inp)
     for i0, i1 in V.ranges():
         total: Tensor | None = None
         G = None
-        if any(t.keeps_input for t, _ in V.terms):
+        if any(keeps):
             G = (x2[:, i0:i1].t() @ g2).t()
-        for (t, s), state in zip(V.terms, V.states, strict=True):
-            if t.keeps_input:
+        for (t, s), state, pulls in zip(V.terms, V.states, keeps, strict=True):
+            if pulls:
                 tile = t.pull(i0, i1, G if s == 1 else G * s, state, grads[id(t)])
             else:
                 tile = t.tile(i0, i1, state)
@@ -436,5 +530,5 @@ def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, lis
         panel = V.weight[..., i0:i1]
         total = total.add_(panel) if total.dtype == panel.dtype else \
             (total + panel).to(panel.dtype)
-        torch.mm(g2, total, out=dx) if i1 - i0 == inp else dx[:, i0:i1].copy_(g2 @ total)
+        torch.mm(g2, total, out=dx) if i1 - i0 == V.inp else dx[:, i0:i1].copy_(g2 @ total)
     return dx

@@ -51,7 +51,8 @@ class Triplets(Term):
         back_NR = (g_NO @ (self.P * self.E).to(g_NO.dtype)).mul_(s)
         if dx_NI is not None:
             dx_NI.addmm_(back_NR, self.Q.to(g_NO.dtype))
-        return [dP, dE, (back_NR.t() @ x_NI).to(like)]
+        dQ = (back_NR.t() @ x_NI).to(like) if self.Q.requires_grad else None
+        return [dP, dE, dQ]
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
         return ((self.P * self.E) @ self.Q[:, i0:i1]).mul_(self.scale)
