@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ..blocks.tape.executor import MODES
 from ..blocks.weight.convolved import convolved
-from ..blocks.weight.provided import Provider, Weighted, Wrap, linear
+from ..blocks.weight.provided import Weighted, linear
+from ..blocks.weight.term import Provider, Wrap
 from ..core.call import Call, again, call_of, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place

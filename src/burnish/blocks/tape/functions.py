@@ -31,6 +31,8 @@ def transformed() -> bool:
     It differentiates what runs, operation by operation, so functions with a backward of their own
     give way to the plain form, and nothing is kept leaner than stock.
     """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.errors import ConfigError
 from ..update.codecs import dynamic_map
-from .provided import Provider
+from .term import Provider
 
 BLOCK, GROUP = 64, 256
 #: entries handled at once; a multiple of BLOCK * GROUP

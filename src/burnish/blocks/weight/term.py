@@ -1,0 +1,155 @@
+"""What a method writes: where a frozen weight comes from, what is added to it, what is made of it.
+
+Letters: N tokens, O out, I in. :mod:`~burnish.blocks.weight.provided` evaluates them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import RecipeError
+from .persample import term_norms
+
+if TYPE_CHECKING:
+    from .provided import Panels
+
+
+class Provider(nn.Module):
+    """Holds a frozen weight in some form; its tensors are buffers."""
+
+    def weight(self) -> Tensor:
+        """The weight as stored by the module, possibly a temporary; asked again in backward."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+
+class Term(nn.Module):
+    """What is added to one (out, in) matrix. Its parameters are its tensors.
+
+    Subclasses give :meth:`dense` (obvious and differentiable: the reference, the merge, the
+    fallback) and, where there is something cheaper, one of two faster forms:
+
+    tokenwise: :meth:`forward_` and :meth:`backward_` work on activations, never on the weight.
+    tiled: :meth:`tile` and :meth:`pull` generate the update panel by panel.
+    """
+
+    tokenwise: ClassVar[bool] = False
+    tiled: ClassVar[bool] = False
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """Parameters this term reads and others own (what its recipe shares among places)."""
+        return ()
+
+    def theta(self) -> tuple[Tensor, ...]:
+        """The tensors gradients are wanted for, in a fixed order."""
+        return (*self.parameters(), *self.borrowed)
+
+    def dense(self) -> Tensor:
+        """The update as an (out, in) tensor, (experts, out, in) for expert places."""
+        raise NotImplementedError
+
+    @property
+    def keeps_input(self) -> bool:
+        """Does backward need the layer's input?"""
+        return any(t.requires_grad for t in self.theta())
+
+    def reads(self, need_x: bool) -> tuple[Tensor, ...]:
+        """Tensors that backward reads again (they must not change before it); need_x: for the
+        gradient of x too. Whoever makes panels again reads everything."""
+        shared = self.__dict__.get("shared")          # frozen tensors the root owns
+        return (*self.theta(), *self.buffers(), *(shared.buffers() if shared is not None else ()))
+
+    def plain(self, x: Tensor) -> Tensor:
+        """``x Delta^T`` by differentiable torch functions alone."""
+        self.undropped()
+        return F.linear(x, self.dense().to(x.dtype))
+
+    def undropped(self) -> None:
+        """RecipeError where dropout would act: an update as a matrix has no place for it."""
+        if self.training and getattr(self, "dropout", 0):
+            raise RecipeError(f"{type(self).__name__} with dropout has no form that torch.func or "
+                              "forward-mode differentiation can transform here; set dropout=0 or "
+                              "call eval()")
+
+    # -- token side -------------------------------------------------------------------------
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
+        """Add ``scale * x Delta^T`` into `y_NO` in place; return what backward needs besides x.
+        In half precision `y_NO` is fp32 where a function of W comes behind: cast what is added."""
+        raise NotImplementedError
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[Any, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        """Add this term's part into `dx_NI` in place; return one gradient per ``theta()``."""
+        raise NotImplementedError
+
+    def gain_(self, g_NO: Tensor, kept: tuple[Any, ...], scale: float) -> Tensor | None:
+        """``sum_n g_no (scale Delta x)_no`` per output, the term's part in the gradient of a gain
+        on the result; None where Delta itself tells it (no dropout in between)."""
+        return None
+
+    # -- panels -----------------------------------------------------------------------------
+    def prepare(self) -> Any:
+        """What a panel needs to know of the whole matrix (a threshold). Small: it is kept."""
+        return None
+
+    def tile(self, i0: int, i1: int, state: Any) -> Tensor:
+        """Columns i0:i1 of the update, (out, i1-i0); a fresh tensor the caller may write to."""
+        d = self.dense()[..., i0:i1]
+        return d if i1 - i0 < d.shape[-1] else d.clone()
+
+    def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
+        """Accumulate into `grads` from the gradient of a panel; return the panel again."""
+        theta = self.theta()
+        with torch.enable_grad():
+            d = self.dense()[..., i0:i1]
+            wanted = [t for t in theta if t.requires_grad]
+            got = iter(torch.autograd.grad(d, wanted, G.to(d.dtype), allow_unused=True))
+        for k, t in enumerate(theta):
+            if t.requires_grad and (part := next(got)) is not None:
+                grads[k] = part if grads[k] is None else grads[k].add_(part)
+        return d.detach()
+
+    # -- each sample's own gradient ---------------------------------------------------------
+    def sample_norms(self, x_BTI: Tensor, g_BTO: Tensor) -> list[Tensor | None]:
+        """Squared norm of each sample's gradient, (B,) per tensor of ``theta()`` (None where no
+        gradient is wanted): x the layer's input, g the gradient of its output."""
+        return term_norms(self, x_BTI, g_BTO)
+
+    # -- rows of an embedding ---------------------------------------------------------------
+    def take(self, index: Tensor, padding: int | None = None) -> Tensor:
+        """Columns `index` of the update as rows: (*index.shape, out). Differentiable; the column
+        of `padding` gets no gradient, as in ``nn.Embedding(padding_idx=...)``."""
+        return F.embedding(index, self.dense().transpose(-1, -2), padding)
+
+
+class Wrap(Term):
+    """A function of W: ``W' = f(V)`` with V the base and all added terms.
+
+    `gains` gives the per-output factor f of ``W' = diag(f) V`` (DoRA and its relatives); a
+    general function of V overrides :meth:`of` only and takes the effective-weight path.
+    """
+
+    diagonal: ClassVar[bool] = False
+
+    def of(self, V: Tensor) -> Tensor:
+        """W' as a differentiable function of V and of this term's parameters."""
+        raise NotImplementedError
+
+    def restart(self, V: Tensor) -> None:
+        """Start again from V (the base has got another form since)."""
+
+    def gains(self, V: Panels) -> tuple[Tensor, Any]:
+        """(f of shape (out,), what backward needs) from the panels of V."""
+        raise NotImplementedError
+
+    def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
+        """Gradients of theta from df = d loss / d f."""
+        raise NotImplementedError
