@@ -16,7 +16,8 @@ from torch import nn
 import burnish
 from burnish.blocks.state.bottleneck import Bottleneck
 from burnish.blocks.tape import replay
-from burnish.blocks.weight.experts import ExpertChains
+from burnish.blocks.update.objective import Attached, Ride, Riding
+from burnish.blocks.weight.experts import ExpertChains, Product
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.provided import Weighted, linear
 from burnish.core.site import Place
@@ -93,14 +94,12 @@ def test_what_a_tuned_layer_returns_may_be_changed_in_place(name, shape):     # 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "experts", "product", "balance"])
 def test_what_a_branch_returns_may_be_changed_in_place(kind):                 # findings 1.2
-    from burnish.blocks.weight.experts import Attached, Product
-
     branch = {"bottleneck": lambda: Bottleneck(D, 4, init="bert"),
               "experts": lambda: ExpertChains(D, D, 3, 2, 2)}.get(kind)
     x = torch.randn(2, 3, D, requires_grad=True)
     w = torch.randn(4, D, requires_grad=True)
     run = branch() if branch else (lambda x: Product.apply(x, w)) if kind == "product" else \
-        (lambda x: Attached.apply(x, w.sum(), 0.5))
+        (lambda x: Attached.apply(x, w.sum(), 0.5, Riding()))
     with torch.no_grad():
         for p in getattr(run, "parameters", list)():
             p.add_(0.1)
@@ -267,7 +266,8 @@ def functions():
 
 #: those whose backward is made of differentiable operations, shown by the tests named here
 TWICE = {"_Dropout": "test_replay.py::test_dropout_is_the_stock_one_twice_differentiable",
-         "Attached": "test_a_balance_gradient_is_a_constant"}
+         "Attached": "test_a_term_that_rides_is_twice_differentiable",
+         "Ride": "test_a_term_that_rides_is_twice_differentiable"}
 
 
 def test_a_backward_that_cannot_be_differentiated_says_so():                  # findings 1.7
@@ -278,15 +278,18 @@ def test_a_backward_that_cannot_be_differentiated_says_so():                  # 
         assert once != (name in TWICE), f"{name}: once_differentiable, or a line in TWICE"
 
 
-def test_a_balance_gradient_is_a_constant():
-    from burnish.blocks.weight.experts import Attached
-
+def test_a_term_that_rides_is_twice_differentiable():
     h = torch.randn(3, dtype=torch.float64, requires_grad=True)
     loss = torch.randn((), dtype=torch.float64, requires_grad=True)
-    y = Attached.apply(h, loss, 0.25)
+    y = Attached.apply(h, loss, 0.25, Riding())
     a, b = torch.autograd.grad(y.pow(3).sum(), [h, loss], create_graph=True)
     assert b == 0.25
     torch.testing.assert_close(torch.autograd.grad(a.sum(), h)[0], 6 * h)
+    z = Ride.apply(h.pow(3).sum(), Riding(), 1.0, loss.square())
+    a, b = torch.autograd.grad(z, [h, loss], create_graph=True)
+    torch.testing.assert_close((a, b), (3 * h.square(), 2 * loss))
+    torch.testing.assert_close(torch.autograd.grad(a.sum() + b, [h, loss]),
+                               (6 * h, 2 * torch.ones_like(loss)))
 
 
 @pytest.mark.parametrize("name", [*DELTAS, "houlsby"])
