@@ -21,6 +21,7 @@ from burnish.blocks.weight.experts import ExpertChains, Product
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.provided import Weighted, linear
 from burnish.core.site import Place
+from burnish.engine.objectives import _Notice
 from burnish.testing.models import tiny
 
 #: every way a method reaches a linear, a convolution or a state, with what makes it small
@@ -267,7 +268,8 @@ def functions():
 #: those whose backward is made of differentiable operations, shown by the tests named here
 TWICE = {"_Dropout": "test_replay.py::test_dropout_is_the_stock_one_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
-         "Ride": "test_a_term_that_rides_is_twice_differentiable"}
+         "Ride": "test_a_term_that_rides_is_twice_differentiable",
+         "_Notice": "test_a_term_that_rides_is_twice_differentiable"}
 
 
 def test_a_backward_that_cannot_be_differentiated_says_so():                  # findings 1.7
@@ -285,6 +287,8 @@ def test_a_term_that_rides_is_twice_differentiable():
     a, b = torch.autograd.grad(y.pow(3).sum(), [h, loss], create_graph=True)
     assert b == 0.25
     torch.testing.assert_close(torch.autograd.grad(a.sum(), h)[0], 6 * h)
+    (a,) = torch.autograd.grad(_Notice.apply(h, Riding()).pow(2).sum(), h, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(a.sum(), h)[0], torch.full_like(h, 2))
     z = Ride.apply(h.pow(3).sum(), Riding(), 1.0, loss.square())
     a, b = torch.autograd.grad(z, [h, loss], create_graph=True)
     torch.testing.assert_close((a, b), (3 * h.square(), 2 * loss))
@@ -379,6 +383,13 @@ def test_tensors_put_in_the_place_of_parameters_get_the_gradient():
             p.mul_(1.5)
     want = torch.autograd.grad(t.model(x).square().sum(), list(own.values()))
     close(got, want)
+
+
+def test_an_objective_is_refused_by_transforms():
+    t = tuned("lora(rank=2) + l2_sp", inplace=False)
+    t.optimizer(lr=0.1)
+    with pytest.raises(burnish.BurnishError, match="objective.*torch.func"):
+        torch.func.grad(lambda x: t.model(x).square().sum())(torch.randn(3, D).double())
 
 
 def test_dropout_under_a_function_of_w_is_refused_by_transforms():

@@ -28,8 +28,8 @@ from .site import Branch, Place, Selection, Site
 
 if TYPE_CHECKING:
     from ..blocks.choose.observe import Statistic
-    from ..blocks.weight.provided import Provider, Term
     from ..blocks.weight.shared import Seeded
+    from ..blocks.weight.term import Provider, Term
     from .anatomy import Anatomy
     from .tuned import Tuned
 

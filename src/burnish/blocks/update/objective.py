@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError
+from ..tape.functions import transformed
 from .precise import widened
 
 
@@ -106,6 +107,9 @@ class Riding:
         self._due = (rode or self.on_end is not None) and torch.is_grad_enabled()
         if not self._due:
             return out
+        if transformed():
+            raise ConfigError("an objective rides on backward, which torch.func does not run; "
+                              "leave it out, or add its term to your own loss")
         self._terms, self._portion = terms, portion(kw)
         if self.outside:
             return out
