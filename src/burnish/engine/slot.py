@@ -299,11 +299,8 @@ class Slot(nn.Module):
         """The tensors that :meth:`_stored` reads; none where the weight is computed."""
         if param in self.providers:
             return list(self._modules[self.providers[param]].buffers())
-        *parents, leaf = param.split(".")
-        for p in parents:
-            module = getattr(module, p)
-        own = module._parameters.get(leaf)
-        return [] if own is None else [own]
+        stored = self._stored(module, param)
+        return [stored] if isinstance(stored, nn.Parameter) else []
 
     def _place_view(self, module: nn.Module, place: Place) -> Tensor:
         return place.view(self._stored(module, place.param))
