@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .anatomy import Anatomy
 from .errors import BurnishError
+from .groups import groups
 from .method import Method
 from .targets import match
 
@@ -47,6 +48,12 @@ def _scalable(a: Anatomy) -> bool:
     return bool(keys or inner) and all(p.kind in ("linear", "conv1d") for p in keys)
 
 
+def _tiles(a: Anatomy) -> bool:
+    sides = [n for p in match(a, None) if p.kind in ("linear", "conv1d", "mha")
+             for n in (p.out, p.inp)]
+    return bool(sides) and all(n % min(sides) == 0 for n in sides)
+
+
 #: word -> (what it means, does this model have it?)
 NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
@@ -61,6 +68,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
+    "tiles": ("weights that are whole numbers of square tiles", _tiles),
+    "units": ("attention or an MLP whose units can be told", lambda a: bool(groups(a)[0])),
     "one stack": ("a single stack of transformer blocks of one width", _ladder),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),

@@ -6,6 +6,7 @@ so unmerge restores every bit instead of subtracting what rounding has already c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Undo:
     made: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # buffer, its value
     flags: dict[str, bool] = field(default_factory=dict)
+    first: list[Callable[[], None]] = field(default_factory=list)   # what was done after the merge
 
 
 def why_not(tuned: Tuned) -> str | None:
@@ -117,6 +119,9 @@ def _take_back(tuned: Tuned, undo: Undo) -> None:
 def unmerge(tuned: Tuned) -> None:
     """See :meth:`burnish.Tuned.unmerge`. Can be done twice."""
     undo = tuned.merged
+    while undo.first:
+        undo.first[-1]()
+        undo.first.pop()
     _take_back(tuned, undo)
     for _, module, cls, slot in undo.modules:
         module.__class__ = cls

@@ -19,6 +19,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
+from ..core.site import Place
 from .adapters import (
     Adapter,
     bring,
@@ -358,6 +359,18 @@ class Tuned(Stepping):
         if self.merged is not None:
             unmerge(self)
 
+    def shrink(self, ragged: bool = False) -> nn.Module:
+        """:meth:`merge`, then take out what was switched off (heads, channels): a smaller dense
+        model that saves and loads with its own library. :meth:`unmerge` brings everything back.
+
+        ragged: go on where blocks end with different sizes, or the config has no words for them.
+        Raises ConfigError when nothing is switched off, CheckError when the sliced model would
+        answer otherwise than the masked one or its config could not describe it.
+        """
+        from .shrink import shrink
+
+        return shrink(self, ragged)
+
     def save(self, folder: str | Path, **extra: Any) -> Path:
         """Write the adapter folder (see formats/folder.py). Atomic; never a pickle."""
         from ..formats.adapter import save
@@ -375,6 +388,22 @@ class Tuned(Stepping):
                     term = slot.module_of(part)
                     if isinstance(term, kind):
                         yield part.place.name, term
+
+    def branches(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
+        """(path, module) of every branch of a class in an adapter (default: the active one)."""
+        name = name or self._active.name
+        for path, _, slot in slots(self.model):
+            for part in slot.parts:
+                if part.adapter == name and part.branch is not None \
+                        and isinstance(made := slot.module_of(part), kind):
+                    yield path, made
+
+    def weight(self, place: Place) -> Tensor:
+        """The (out, in) view of what stands at a place, decoded where a storage holds it."""
+        module = self.model.get_submodule(place.path)
+        slot = module._modules.get(ATTR)
+        stored = place.stored(module) if slot is None else slot._stored(module, place.param)
+        return place.view(stored)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What an adapter is: its own tensors, the base tensors it trains and the buffers of the

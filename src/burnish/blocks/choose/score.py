@@ -11,6 +11,27 @@ def sensitivity(value: Tensor, grad: Tensor) -> Tensor:
     return torch.nan_to_num((value.detach() * grad).abs().float(), nan=0.0)
 
 
+def factor_importance(W: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float,
+                      panel: int = 1 << 22) -> tuple[Tensor, Tensor]:
+    """(sum over each row (out,), over each column (in,)) of ``|G * (W + scale B A)|``.
+
+    ``G = dB A + B dA - dB dA`` is the change of B A under a gradient step, the gradient of W as
+    far as its factors know it; W (out, in), A (rank, in), B (out, rank). Rows are taken a panel at
+    a time: nothing of size out x in is made.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    A, B, dA, dB = (t.detach().to(wide) for t in (A, B, dA, dB))
+    rows, columns = W.new_empty(W.shape[0], dtype=wide), W.new_zeros(W.shape[1], dtype=wide)
+    step = max(1, panel // W.shape[1])
+    for i in range(0, W.shape[0], step):
+        b, db = B[i : i + step], dB[i : i + step]
+        G = torch.addmm(db @ A, b - db, dA)
+        part = G.mul_(torch.addmm(W[i : i + step].detach().to(wide), b, A, alpha=scale)).abs_()
+        rows[i : i + step] = part.sum(1)
+        columns += part.sum(0)
+    return rows, columns
+
+
 class Smoothed:
     """Mean and uncertainty of an importance, elementwise (AdaLoRA, SNELLA).
 

@@ -75,6 +75,7 @@ class Fact(Method):
     paper: ClassVar[str] = ("FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer "
                             "(2023), arXiv:2212.03145")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "mha"})
+    needs: ClassVar[frozenset[str]] = frozenset({"tiles"})
 
     rank: int = setting(16, "columns of U and V", alias=("r",))
     form: Literal["tt", "tk"] = setting("tt", "tensor train, or Tucker with a shared core")

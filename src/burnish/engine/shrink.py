@@ -1,0 +1,213 @@
+"""Slicing out what was switched off: a smaller dense model, and the way back.
+
+The update is merged, then every weight gives up the rows and columns of dead units. The sliced
+model is compared with the masked one on a batch of its own, and its config is changed to say what
+it is now, where a config can: a model built from it must have the same shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.state.mask import UnitMask
+from ..core import families
+from ..core.errors import CheckError, ConfigError
+from ..core.example import example_batch
+from ..core.groups import Group, groups
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+#: attributes of attention modules that count heads, and those that are heads x width
+_HEADS = (*families.HEAD_COUNT, "n_heads")
+_WIDE = ("all_head_size", "split_size", "inner_dim")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "mlp_dim")
+
+Put = Callable[[Any, str, Any], None]
+
+
+def shrink(tuned: Tuned, ragged: bool = False) -> nn.Module:
+    """See :meth:`burnish.Tuned.shrink`."""
+    dead = {path: ~m.alive for path, m in masks(tuned)}
+    found = [g for g in groups(tuned.anatomy)[0] if g.out.path in dead
+             and bool(dead[g.out.path].any())]
+    if not found:
+        raise ConfigError("nothing is switched off, so there is nothing to take out; a part such "
+                          "as loraprune switches units off while it trains")
+    tuned.merge()
+    undo: list[Callable[[], None]] = tuned.merged.first
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        """Set an attribute (or a parameter) and remember what was there."""
+        store = owner._parameters if isinstance(value, nn.Parameter) else None
+        old = store[name] if store is not None else getattr(owner, name)
+        undo.append(lambda: store.__setitem__(name, old) if store is not None
+                    else setattr(owner, name, old))
+        if store is not None:
+            store[name] = value
+        else:
+            setattr(owner, name, value)
+
+    try:
+        probe = _probe(tuned.model)
+        want = None if probe is None else _run(tuned.model, probe)
+        _slice(tuned.model, found, dead, put)
+        _attributes(tuned, found, dead, put)
+        if want is not None:
+            _same(want, tuned.model, probe)
+        reason = _describe(tuned, found, dead, put)
+        if reason and not ragged:
+            raise CheckError(f"{reason}, so a saved folder could not be loaded; shrink("
+                             "ragged=True) gives the smaller module all the same")
+    except BaseException:
+        tuned.unmerge()
+        raise
+    return tuned.model
+
+
+def masks(tuned: Tuned) -> Iterator[tuple[str, UnitMask]]:
+    """(path, mask) of every mask of the active adapter."""
+    yield from tuned.branches(UnitMask)
+
+
+# -- weights ------------------------------------------------------------------------------------
+def _channels(width: int, dead: Tensor) -> Tensor:
+    """The positions of dead units' channels."""
+    return dead.repeat_interleave(width).nonzero().squeeze(1)
+
+
+def _slice(model: nn.Module, found: list[Group], dead: dict[str, Tensor], put: Put) -> None:
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for g in found:
+        off = dead[g.out.path]
+        for place, width in g.rows:
+            start = place.rows[0] if place.rows else 0
+            gone.setdefault((place.path, 0), []).append(_channels(width, off) + start)
+        for place, width in g.columns:
+            gone.setdefault((place.path, 1), []).append(_channels(width, off))
+    for (path, side), parts in gone.items():
+        module = model.get_submodule(path)
+        turned = not isinstance(module, nn.Linear)       # the Conv1D of GPT-2 stores (in, out)
+        weight = module.weight
+        dim = 1 - side if turned else side
+        keep = torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)
+        keep[torch.cat(parts).to(weight.device)] = False
+        index = keep.nonzero().squeeze(1)
+        small = weight.detach().index_select(dim, index).contiguous()
+        put(module, "weight", nn.Parameter(small, requires_grad=False))
+        if side == 0 and module.bias is not None:
+            bias = module.bias.detach()[index].contiguous()
+            put(module, "bias", nn.Parameter(bias, requires_grad=False))
+        name = ("nf", "nx")[side] if turned else ("out_features", "in_features")[side]
+        put(module, name, len(index))
+
+
+# -- what modules say of themselves -------------------------------------------------------------
+def _attributes(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: Put) -> None:
+    for g in found:
+        if g.kind != "heads":
+            continue
+        alive, module = int((~dead[g.out.path]).sum()), tuned.model.get_submodule(g.path)
+        for m in module.modules():
+            for name in (*_HEADS, *families.KV_COUNT, *_WIDE):
+                value = vars(m).get(name)
+                if isinstance(value, int) and value % g.units == 0:
+                    put(m, name, value // g.units * alive)
+
+
+def _describe(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: Put) -> str | None:
+    """Let the config say the new sizes; the reason where no config can."""
+    config = getattr(tuned.model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return None                                      # no config says anything of this model
+    sizes: dict[str, set[int]] = {"heads": set(), "channels": set()}
+    for g in groups(tuned.anatomy)[0]:
+        off = dead.get(g.out.path)
+        sizes[g.kind].add(g.units if off is None else int((~off).sum()))
+    for kind, counts in sizes.items():
+        if len(counts) > 1 and any(g.kind == kind for g in found):
+            return (f"blocks keep {min(counts)} to {max(counts)} {kind}: a config has one number "
+                    "for all of them (loraprune(spare=0) prunes all alike)")
+    new = copy.deepcopy(config)
+    for g in found[:1] + [h for h in found if h.kind != found[0].kind][:1]:
+        alive = int((~dead[g.out.path]).sum())
+        if g.kind == "channels":
+            named = [n for n in _INNER if hasattr(new, n)]
+            for n in named[:1]:
+                setattr(new, n, alive)
+        else:
+            if getattr(new, "head_dim", None) is None and hasattr(new, "head_dim"):
+                new.head_dim = g.columns[0][1] // (_heads(config) // g.units)
+            for n in (*_HEADS, *families.KV_COUNT):
+                value = getattr(new, n, None)
+                if isinstance(value, int) and value % g.units == 0:
+                    setattr(new, n, value // g.units * alive)
+    if reason := _built_differs(tuned.model, new):
+        return reason
+    for n, value in vars(new).items():
+        if vars(config).get(n) != value and not n.startswith("_"):
+            put(config, n, value)
+    return None
+
+
+def _heads(config: Any) -> int:
+    return next(v for n in _HEADS if isinstance(v := getattr(config, n, None), int))
+
+
+def _built_differs(model: nn.Module, config: Any) -> str | None:
+    """Where a model built from `config` has other shapes than this one."""
+    try:
+        with torch.device("meta"):
+            built = type(model)(config)
+    except Exception as e:                               # a foreign constructor may say anything
+        return f"{type(config).__name__} does not take the new sizes ({str(e).splitlines()[0]})"
+    shapes = {n: p.shape for n, p in built.named_parameters()}
+    for n, p in model.named_parameters():
+        if shapes.get(n) != p.shape:
+            return (f"{type(config).__name__} has no words for the new sizes: it makes {n} "
+                    f"{tuple(shapes.get(n, ()))}, which is {tuple(p.shape)} now")
+    return None
+
+
+# -- the proof ----------------------------------------------------------------------------------
+def _probe(model: nn.Module) -> dict[str, Any] | None:
+    try:
+        return example_batch(model, (2, 16))
+    except ConfigError:
+        return None
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batch: Any) -> Any:
+    was = model.training
+    model.eval()
+    try:
+        first = next(model.parameters())
+        given = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype)
+                 if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return model(**given)
+    finally:
+        model.train(was)
+
+
+def _same(want: Any, model: nn.Module, probe: Any) -> None:
+    try:
+        got = _run(model, probe)
+        a, b = _answer(want), _answer(got)
+        off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
+    except (RuntimeError, ValueError, IndexError) as e:      # sizes its own forward disagrees with
+        raise CheckError(f"{type(model).__name__} cannot run sliced ({str(e).splitlines()[0]}): it "
+                         "counts its heads where it is not told; nothing was changed") from e
+    if not off <= (1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise CheckError(f"the sliced {type(model).__name__} answers otherwise than the masked one "
+                         f"(by {off:.2g} of the largest output); nothing was changed")
+
+
+def _answer(out: Any) -> Tensor:
+    logits = getattr(out, "logits", None)
+    return logits if logits is not None else next(v for v in out.values() if isinstance(v, Tensor))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...blocks.choose.budget import cubic
+from ...blocks.choose.score import factor_importance
+from ...blocks.state.mask import UnitMask
+from ...blocks.weight.factor import Chain
+from ...core.errors import RecipeError
+from ...core.groups import Group, groups
+from ...core.method import Method, setting
+from ...core.site import Branch, Place, Site
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Anatomy
+    from ...engine.tuned import Tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loraprune(Method):
+    """LoRAPrune: LoRA whose gradients also tell which heads and channels to take out.
+
+    ``W' = W + s B A``, s = alpha / rank. The gradient of W is read off the factors':
+    ``G = dB A + B dA - dB dA``; an entry's importance is ``|G * W'|``. A unit's importance is the
+    sum over its rows of q, k, v (or gate, up) and its columns of o (or down), each matrix's scores
+    divided by their l2 norm; smoothed as ``I <- decay I + (1 - decay) I_now`` at every update.
+    Units: key-value heads with their query heads, and the inner channels of MLPs. Every `every`
+    updates the ``floor(r(t) units)`` weakest of each attention and MLP are switched off (their
+    columns read zeros), r rising from 0 to `ratio` as a cubic between `warmup` and 1 - `cooldown`
+    of the run; who is off may come back. The first `spare` of the blocks and the last stay whole.
+
+    ``tuned.shrink()`` merges and slices: a smaller dense model. With ``spare=0`` all blocks end
+    alike, which is what a transformers config can say (of heads only where it names their width,
+    as Llama's; elsewhere ``units="channels"``). One unit of each always lives.
+
+    Start: B = 0, the pre-trained function exactly. Trains rank (in + out) per matrix; kept for
+    backward as LoRA, and the masked inputs. Importance is reduced panel by panel: nothing of W's
+    size is made, and W needs no gradient. Without the number of steps (``tuned.total_steps``)
+    nothing is pruned. (The authors' code has 32 heads of 128 written into it.)
+    """
+
+    paper: ClassVar[str] = ("LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient "
+                            "Fine-Tuning (2023), arXiv:2305.18403")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    needs: ClassVar[frozenset[str]] = frozenset({"units"})
+    relies_on: ClassVar[tuple[str, ...]] = ("gradients",)
+    small: ClassVar[dict[str, Any]] = {"spare": 0.0, "every": 1}
+
+    rank: int = setting(8, "rank of the update", alias=("r",))
+    alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    ratio: float = setting(0.5, "share of the units that are taken out in the end")
+    units: Literal["both", "heads", "channels"] = setting(
+        "both", "what is taken out: heads of attention, inner channels of MLPs, or both")
+    every: int = setting(10, "updates between two choices")
+    warmup: float = setting(0.1, "share of the run before pruning begins")
+    cooldown: float = setting(0.1, "share of the run after the last rise of the ratio")
+    spare: float = setting(0.1, "share of the blocks, from the first, left whole; the last too; "
+                                "0: none")
+    decay: float = setting(0.9, "of the smoothed importance")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1 or not 0 <= self.spare < 1 or not 0 <= self.decay < 1:
+            raise RecipeError("loraprune: ratio, spare and decay are shares in [0, 1)")
+        if self.every < 1 or min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
+            raise RecipeError("loraprune: every >= 1 and warmup + cooldown <= 1 are expected")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the units of attention and MLP",)
+
+    def delta(self, site: Site) -> Chain:
+        site.place.check_rank(self.rank, "loraprune")
+        term = Chain(site.place, self.rank, self.alpha / self.rank)
+        term.A.burnish_decay = term.B.burnish_decay = False
+        return term
+
+    def pruned(self, anatomy: Anatomy) -> list[Group]:
+        """The groups that lose units."""
+        last = len(anatomy.blocks) - 1
+        first = -(-len(anatomy.blocks) * self.spare // 1) if self.spare else 0
+        return [g for g in groups(anatomy)[0]
+                if g.units > 1 and self.units in ("both", g.kind)
+                and (not self.spare or first <= g.block < last)]
+
+    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
+        made = self.pruned(anatomy)
+        if not made:
+            raise RecipeError("loraprune: this model has no attention and no MLP whose units can "
+                              f"be told outside the {self.spare:.0%} of its blocks that are "
+                              "spared; spare=0 spares none")
+        for g in made:
+            place, width = g.columns[0]
+            yield Branch(place.path, UnitMask(g.units, width), compose="replace",
+                         read=(place.path, "input"), at="input")
+
+    def controller(self, tuned: Tuned) -> Pruner:
+        return Pruner(self, tuned, self.pruned(tuned.anatomy))
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        return self.rank * (place.out + place.inp)
+
+
+class Pruner:
+    """Importance and masks of one run."""
+
+    def __init__(self, method: Loraprune, tuned: Tuned, made: list[Group]):
+        self.method, self.groups = method, made
+        self.terms = dict(tuned.terms(Chain))
+        self.weight = tuned.weight
+        masks = {path: m for path, m in tuned.branches(UnitMask)}
+        self.masks = [masks[g.out.path] for g in made]
+        self.importance: list[Tensor | None] = [None] * len(made)
+        self.total: int | None = None
+
+    def start(self, total: int | None) -> None:
+        self.total = total
+
+    def ratio(self, step: int) -> float:
+        """r(t)."""
+        m, T = self.method, self.total
+        return 0.0 if T is None else cubic(0.0, m.ratio, step, m.warmup * T, (1 - m.cooldown) * T)
+
+    @torch.no_grad()
+    def before_update(self, step: int) -> None:
+        if self.total is None:
+            return
+        for i, g in enumerate(self.groups):
+            now = self.now(g)
+            if now is not None:
+                old, d = self.importance[i], self.method.decay
+                self.importance[i] = now if old is None else d * old + (1 - d) * now
+
+    def now(self, g: Group) -> Tensor | None:
+        """The units' importance by this update's gradients, (units,); None without any."""
+        parts = []
+        for side, members in ((0, g.rows), (1, g.columns)):
+            for place, width in members:
+                whole = replace(place, rows=None, role="")       # one term may serve a fused weight
+                at = place if place.name in self.terms else whole
+                term = self.terms.get(at.name)
+                if term is None or term.A.grad is None or term.B.grad is None:
+                    continue
+                sums = factor_importance(self.weight(at), term.A, term.B, term.A.grad,
+                                         term.B.grad, term.scale)[side]
+                if at is whole and place.rows:
+                    sums = sums[place.rows[0] : place.rows[1]]
+                units = sums.view(g.units, width).sum(1)
+                parts.append(units / torch.linalg.vector_norm(units).clamp(min=1e-30))
+        return torch.stack(parts).sum(0) if parts else None
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        if self.total is None or (step + 1) % self.method.every and step + 1 != self.total:
+            return
+        for g, mask, score in zip(self.groups, self.masks, self.importance, strict=True):
+            if score is None:
+                continue
+            out = min(int(self.ratio(step + 1) * g.units + 1e-9), g.units - 1)
+            alive = torch.ones_like(mask.alive)
+            alive[score.argsort(stable=True)[:out]] = False
+            mask.alive.copy_(alive)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "importance": self.importance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.importance = state["total"], list(state["importance"])

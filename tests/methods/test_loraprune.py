@@ -1,0 +1,214 @@
+"""LoRAPrune against its equations in plain float64, and the smaller model it leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.choose.score import factor_importance
+from burnish.blocks.state.mask import UnitMask
+from burnish.core.anatomy import Anatomy
+from burnish.core.errors import CheckError, ConfigError
+from burnish.core.groups import groups
+from burnish.core.site import Place
+from burnish.testing.models import tiny
+
+
+def test_importance_is_the_equation_whatever_the_panel():
+    W, s = torch.randn(12, 10, dtype=torch.float64), 1.5
+    A, B = torch.randn(3, 10, dtype=torch.float64), torch.randn(12, 3, dtype=torch.float64)
+    dA, dB = torch.randn_like(A), torch.randn_like(B)
+    G = dB @ A + B @ dA - dB @ dA
+    torch.testing.assert_close(G, -((B - dB) @ (A - dA) - B @ A))
+    want = (G * (W + s * B @ A)).abs()
+    for panel in (1, 35, 1 << 20):
+        rows, columns = factor_importance(W, A, B, dA, dB, s, panel=panel)
+        torch.testing.assert_close(rows, want.sum(1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(columns, want.sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_groups_of_a_llama_follow_its_key_value_heads():
+    net, _ = tiny("llama")
+    c = net.config
+    found, notes = groups(Anatomy.of(net))
+    heads = [g for g in found if g.kind == "heads"]
+    assert len(found) == 2 * c.num_hidden_layers and not notes
+    assert {g.units for g in heads} == {c.num_key_value_heads}
+    width = c.hidden_size // c.num_attention_heads
+    per = c.num_attention_heads // c.num_key_value_heads
+    q, k, v = heads[0].rows
+    assert (q[1], k[1], v[1], heads[0].columns[0][1]) == (per * width, width, width, per * width)
+    channels = next(g for g in found if g.kind == "channels")
+    assert channels.units == c.intermediate_size
+    assert {p.role for p, _ in channels.rows} == {"gate", "up"} and channels.out.role == "down"
+
+
+def test_heads_with_a_bias_of_their_own_stay():
+    found, notes = groups(Anatomy.of(tiny("t5")[0]))
+    assert {g.kind for g in found} == {"channels"} and "bias per head" in notes[0]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "vit", "bert"])
+def test_a_masked_unit_is_a_unit_taken_out(model):
+    """Zeroing a unit's rows by hand in the untouched model is what the mask does."""
+    net, batch = tiny(model)
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0)", head=False)
+    base, _ = tiny(model)
+    net.eval(), base.eval()
+    found = {g.out.path: g for g in groups(Anatomy.of(base))[0]}
+    with torch.no_grad():
+        for i, (path, mask) in enumerate(tuned.branches(UnitMask)):
+            mask.alive[i % len(mask.alive)] = False
+            g = found[path]
+            place, width = g.columns[0]
+            w = place.view(base.get_submodule(path).weight)
+            u = i % g.units
+            w[:, u * width: (u + 1) * width] = 0
+    torch.testing.assert_close(net(**batch).logits, base(**batch).logits)
+
+
+def reference_scores(net, tuned, group):
+    """Sum over the group's matrices of unit sums / their l2 norm, dense and in float64."""
+    parts = []
+    for side, members in ((1, group.rows), (0, group.columns)):
+        for place, width in members:
+            term = net.get_submodule(place.path).burnish.default["loraprune"]
+            A, B, dA, dB = (t.detach().double() for t in
+                            (term.A, term.B, term.A.grad, term.B.grad))
+            W = net.get_submodule(place.path).weight.detach().double()
+            W = W if isinstance(net.get_submodule(place.path), nn.Linear) else W.t()
+            G = dB @ A + B @ dA - dB @ dA
+            v = (G * (W + term.scale * B @ A)).abs().sum(side)
+            if place.rows:
+                v = v[place.rows[0]: place.rows[1]]
+            v = v.view(group.units, width).sum(1)
+            parts.append(v / v.norm())
+    return sum(parts)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_who_is_switched_off_is_the_weakest_by_the_smoothed_score(model):
+    net, batch = tiny(model)
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=3, ratio=0.5, decay=0.8)")
+    tuned.total_steps = 6
+    found = groups(tuned.anatomy)[0]
+    smooth = [None] * len(found)
+    opt = tuned.optimizer(lr=1e-2)
+
+    def look(*_):
+        for i, g in enumerate(found):
+            now = reference_scores(net, tuned, g)
+            smooth[i] = now if smooth[i] is None else 0.8 * smooth[i] + 0.2 * now
+
+    opt.register_step_pre_hook(look)
+    masks = dict(tuned.branches(UnitMask))
+    for step in range(6):
+        tuned.step(batch)
+        if step == 2:                               # r(3) of a cubic from 0.6 to 5.4 updates
+            r = 0.5 + (0 - 0.5) * (1 - (3 - 0.6) / (5.4 - 0.6)) ** 3
+            for g, s in zip(found, smooth, strict=True):
+                dead = set(s.argsort()[: min(int(r * g.units + 1e-9), g.units - 1)].tolist())
+                assert set((~masks[g.out.path].alive).nonzero().flatten().tolist()) == dead
+    for g in found:
+        assert int(masks[g.out.path].alive.sum()) == max(1, g.units - int(0.5 * g.units))
+
+
+def pruned(model, recipe="loraprune(rank=4, every=1, spare=0)", steps=8):
+    net, batch = tiny(model)
+    tuned = burnish.tune(net, recipe)
+    tuned.total_steps = steps
+    for _ in range(steps):
+        tuned.step(batch)
+    net.eval()
+    return net, batch, tuned
+
+
+@pytest.mark.parametrize("model, recipe", [
+    ("llama", "loraprune(rank=4, every=1, spare=0)"),
+    ("gpt2", "loraprune(rank=4, every=1, spare=0, units='channels')"),
+    ("vit", "loraprune(rank=4, every=1, spare=0, units='channels')"),
+    ("t5", "loraprune(rank=4, every=1, spare=0)")])
+def test_the_smaller_model_saves_and_loads_with_transformers(model, recipe, tmp_path):
+    net, batch, tuned = pruned(model, recipe)
+    base = {k: v.clone() for k, v in tiny(model)[0].state_dict().items()}
+    config = net.config.to_dict() | {"dtype": None}          # save_pretrained names it
+    want = net(**batch).logits
+    before = sum(p.numel() for n, p in net.named_parameters() if "burnish" not in n)
+    small = tuned.shrink()
+    assert sum(p.numel() for p in small.parameters()) < 0.85 * before
+    torch.testing.assert_close(small(**batch).logits, want, rtol=1e-5, atol=1e-6)
+    assert not [n for n in small.state_dict() if "burnish" in n]
+    small.save_pretrained(tmp_path / "small")
+    again = type(small).from_pretrained(tmp_path / "small").eval()
+    torch.testing.assert_close(again(**batch).logits, small(**batch).logits, rtol=1e-6,
+                               atol=1e-6)
+    tuned.unmerge()
+    torch.testing.assert_close(net(**batch).logits, want)
+    assert net.config.to_dict() | {"dtype": None} == config
+    tuned.detach()
+    assert all(torch.equal(v, base[k]) for k, v in net.state_dict().items())
+
+
+def test_what_no_config_can_say_is_refused_with_the_way_out():
+    net, batch, tuned = pruned("vit")
+    want = net(**batch).logits
+    with pytest.raises(CheckError, match="ViTConfig has no words.*ragged=True"):
+        tuned.shrink()
+    torch.testing.assert_close(net(**batch).logits, want, rtol=0, atol=0)
+    small = tuned.shrink(ragged=True)
+    torch.testing.assert_close(small(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
+def test_spared_blocks_stay_whole_and_ragged_sizes_are_told():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2))
+    batch = {"input_ids": torch.randint(0, 64, (2, 8))}
+    batch["labels"] = batch["input_ids"]
+    tuned = burnish.tune(net, "loraprune(rank=4, every=1, spare=0.3)")
+    blocks = {int(p.split(".")[2]) for p, _ in tuned.branches(UnitMask)}
+    assert blocks == {2}                             # ceil(0.3 * 4) = 2 first, and the last, spared
+    tuned.total_steps = 6
+    for _ in range(6):
+        tuned.step(batch)
+    with pytest.raises(CheckError, match="blocks keep 1 to 2 heads.*spare=0"):
+        tuned.shrink()
+
+
+def test_nothing_off_is_nothing_to_take_out():
+    net, _ = tiny("llama")
+    tuned = burnish.tune(net, "lora(rank=4)")
+    with pytest.raises(ConfigError, match="nothing is switched off"):
+        tuned.shrink()
+    assert tuned.merged is None
+
+
+def test_without_the_number_of_steps_nothing_is_pruned():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "loraprune(rank=4, every=1, spare=0)")
+    for _ in range(3):
+        tuned.step(batch)
+    assert all(m.alive.all() for _, m in tuned.branches(UnitMask))
+
+
+def test_masks_are_in_files_and_in_merged_weights(tmp_path):
+    net, batch, tuned = pruned("llama")
+    want = net(**batch).logits
+    tuned.save(tmp_path / "a")
+    other, _ = tiny("llama")
+    burnish.load(other, tmp_path / "a")
+    other.eval()
+    assert torch.equal(other(**batch).logits, want)
+    torch.testing.assert_close(tuned.merge()(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_count_on_llama():
+    method = burnish.parse("loraprune")[0]
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    assert 32 * sum(method.count(Place("x", "weight", "linear", o, i))
+                    for o, i in shapes) == 19_988_480
