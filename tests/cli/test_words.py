@@ -21,7 +21,8 @@ from burnish.fit.processes import alone
     ("resume=True goes on from checkpoint-6, overwrite=True removes them",
      "--resume goes on from checkpoint-6, --overwrite removes them"),
     ("task='language-modelling', text='a b' learns",
-     "--task language-modelling, --text 'a b' learns"),
+     "--task language-modelling --text 'a b' learns"),
+    ("name them with text=, label= or image=", "name them with --text, --label or --image"),
     ("a smaller batch_size (or memory='8GB')", "a smaller batch_size (or --memory 8GB)"),
     ("lora(rank=8, dropout=0.1) needs memory=8GB", "lora(rank=8, dropout=0.1) needs --memory 8GB"),
     ("lora_rank= and r= are the same", "lora_rank= and r= are the same"),
@@ -61,7 +62,7 @@ def test_the_person_at_a_terminal_is_asked(capsys, monkeypatch, tmp_path):  # ne
     monkeypatch.setattr("builtins.input", lambda words: "1")
     assert ask(question) == {"prompt": "document", "completion": "summary"}
     out = capsys.readouterr().out
-    assert "1  --prompt document, --completion summary learns to answer" in out
+    assert "1  --prompt document --completion summary learns to answer" in out
     monkeypatch.setattr("builtins.input", lambda words: "")
     with pytest.raises(type(question)):
         ask(question)
@@ -75,8 +76,8 @@ def test_elsewhere_the_two_readings_are_refused_with_their_flags(capsys, tmp_pat
                  "--output", str(tmp_path / "o")])
     err = capsys.readouterr().err
     assert code == 2 and err.count("\n") == 1
-    assert "--prompt document, --completion summary" in err
-    assert "--task language-modelling, --text document" in err
+    assert "--prompt document --completion summary" in err
+    assert "--task language-modelling --text document" in err
 
 
 LATE = """

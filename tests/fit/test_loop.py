@@ -318,6 +318,13 @@ def test_an_output_with_checkpoints_is_not_mixed_with_another_run(vit, tmp_path)
         burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL, resume=True)
 
 
+def test_an_earlier_run_is_noticed_before_anything_is_read(vit, tmp_path, monkeypatch):
+    burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL)
+    monkeypatch.setattr("burnish.fit.run.read", lambda *a, **k: pytest.fail("data were read"))
+    with pytest.raises(ConfigError, match="resume=True goes on from checkpoint-6"):
+        burnish.fit(vit, "digits", "bitfit", output=tmp_path, **SMALL)
+
+
 def test_settings_that_make_no_sense_are_refused_before_anything_is_loaded(tmp_path):
     for given, words in (({"learnin_rate": 1}, "did you mean"), ({"optim": "sgd"}, "the recipe")):
         with pytest.raises(ConfigError, match=words):

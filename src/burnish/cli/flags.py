@@ -8,6 +8,7 @@ from functools import cache
 #: settings of fit that have a flag of the command itself
 OWN = ("model", "data", "recipe", "memory", "output", "force", "base", "text", "label", "image")
 _SAID = re.compile(r"""(?<![\w(.-])([a-z_]+)=(True\b|'[^']*'|"[^"]*"|[\w.+-]+|)""")
+_LISTED = re.compile(r"(--\w+ (?:'[^']*'|[\w./:+-]+)), (?=--\w+ )")
 _PLAIN = re.compile(r"[\w.,:/+-]+")
 
 
@@ -38,7 +39,8 @@ def flags(text: str) -> str:
 
     if "=" not in text:
         return text
-    return _SAID.sub(said, text).replace("load(..., force=True)", "--force")
+    written = _SAID.sub(said, text).replace("load(..., force=True)", "--force")
+    return _LISTED.sub(r"\1 ", written)                 # as they are typed, one after another
 
 
 def _inside(text: str, at: int) -> bool:

@@ -92,6 +92,7 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     there(data)
     output = Path(output)
     with claimed(output, model, data, own.processor):
+        refuse_earlier(output, own)
         return _fit(model, data, recipe, memory, output, own, args)
 
 
@@ -138,6 +139,7 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
     size = int(args.setdefault("per_device_train_batch_size", 16))
     with _transformers_errors():                # values, before a model is loaded
         transformers.TrainingArguments(**training_arguments(None, found, output, own, args)[1])
+    check_served(found.task, named, own.trust_remote_code)
     task = task_for(found, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
@@ -146,7 +148,6 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
         module, name = task.load(named, own.trust_remote_code, **kw), named
         task.notes += drawn(module, task.fresh, own.head)
     else:
-        check_served(found.task, named)
         module = task.fit_head(named)
         task.settle(module)
         name = getattr(named, "name_or_path", "") or type(named).__name__
@@ -271,13 +272,17 @@ def starting_point(output: Path, own: Options, say: Any) -> Path | None:
         return start
     if own.resume:
         say(f"no checkpoint in {output} to go on from: starting at the beginning")
-    earlier = checkpoint.all_in(output)
-    if earlier and not own.overwrite:
-        raise ConfigError(f"{output} holds checkpoints of an earlier run; resume=True goes on from "
-                          f"{earlier[-1].name}, overwrite=True removes them and starts afresh")
-    for folder in earlier:
+    for folder in checkpoint.all_in(output):
         checkpoint.remove(folder)
     return None
+
+
+def refuse_earlier(output: Path, own: Options) -> None:
+    """Another run's checkpoints stay what they are, unless somebody says otherwise."""
+    earlier = checkpoint.all_in(output)
+    if earlier and not own.overwrite and checkpoint.find(output, own.resume) is None:
+        raise ConfigError(f"{output} holds checkpoints of an earlier run; resume=True goes on from "
+                          f"{earlier[-1].name}, overwrite=True removes them and starts afresh")
 
 
 def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,
