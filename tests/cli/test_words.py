@@ -35,6 +35,15 @@ def test_settings_are_said_as_flags_and_recipes_stay(said, written):  # newcomer
     assert flags(said) == written
 
 
+def test_without_transformers_errors_are_still_said(monkeypatch):
+    from burnish.cli import flags as module
+
+    module.names.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert module.flags("give lr= and text=") == "give --lr and --text"
+    module.names.cache_clear()
+
+
 def test_an_error_of_fit_names_flags(capsys, tmp_path):
     (tmp_path / "x.csv").write_text("text,mood\na b,x\nc d,y\n")
     (tmp_path / "m").mkdir()

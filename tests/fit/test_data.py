@@ -234,12 +234,27 @@ def test_whole_numbers_are_classes_however_they_are_written(tmp_path):
 
 
 def test_several_columns_of_words_are_not_chosen_from_in_silence(tmp_path):
-    rows = [{"title": f"some title {i}", "body": f"the body {i}", "label": i % 2}
+    rows = [{"title": f"some title {i}", "body": f"the body of mail {i}", "label": i % 2}
             for i in range(9)]
     path = lines(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match="which column holds the text: .*name it with text="):
+    with pytest.raises(AmbiguousError) as e:
         read(path)
+    assert dict(e.value.readings[0].flags) == {"text": "body", "label": "label"}
+    with pytest.raises(DataError, match="which column holds the text: .*name it with text="):
+        read(path, label="label")
     assert str(read(path, text="body")).endswith("text from 'body'; not read: title")
+
+
+def test_instructions_under_other_names_are_offered_as_such(tmp_path):
+    rows = [{"instruction": f"do {i} now", "context": f"a long context to read first, {i}" * 3,
+             "response": f"done with {i}", "category": "abc"[i % 3]} for i in range(20)]
+    path = lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(AmbiguousError) as e:
+        read(path)
+    ways = [dict(r.flags) for r in e.value.readings]
+    assert {"prompt": "instruction", "completion": "response"} in ways
+    assert read(path, validation=0, prompt="instruction", completion="response").train[1] == {
+        "prompt": "do 1 now", "completion": "done with 1"}
 
 
 def test_several_columns_of_classes_are_not_chosen_from_in_silence(tmp_path):

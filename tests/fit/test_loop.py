@@ -176,8 +176,9 @@ def test_a_run_given_more_steps_or_another_rate_goes_on_by_them(vit, tmp_path): 
                     **{**common, "max_steps": 4})
     burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "b", callbacks=[more],
                 resume=True, **{**common, "max_steps": 8})
-    burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "c", callbacks=[other],
-                resume=True, **{**common, "max_steps": 8, "lr": 2e-3})
+    run = burnish.fit(vit, "digits", "lora(rank=2)", output=tmp_path / "c", callbacks=[other],
+                      resume=True, **{**common, "max_steps": 8, "lr": 2e-3, "weight_decay": 0.3})
+    assert max(g["weight_decay"] for g in run.tuned.current_optimizer.param_groups) == 0.3
     assert more.taken == long.taken[4:] and more.taken[0] > 0
     assert other.taken == pytest.approx([2 * r for r in long.taken[4:]])
 
@@ -377,14 +378,23 @@ def test_a_model_without_a_recipe_is_refused(vit, tmp_path):
                    callbacks=[burnish.TrainerCallback()]).train()
 
 
-def test_what_does_not_train_is_said_at_the_first_step(vit, tmp_path, monkeypatch):
+def test_what_does_not_train_is_said_at_the_first_step(vit, tmp_path):
+    """An added tensor without a gradient is an error."""
     from transformers import AutoModelForImageClassification
     tuned = burnish.tune(AutoModelForImageClassification.from_pretrained(vit), "lora(rank=2)")
-    model = tuned.model
-    real = type(model).forward
-    monkeypatch.setattr(model, "forward", lambda **kw: real(model, **kw))
-    lost = nn.Parameter(torch.zeros(3))
-    model.register_parameter("lost", lost)
-    with pytest.raises(CheckError, match="lost"):
+    path, layer = next((n, m) for n, m in tuned.model.named_modules()
+                       if isinstance(m, nn.Linear) and hasattr(m, "burnish"))
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    with pytest.raises(CheckError, match=path):
         trainer_of(vit, tuned, tmp_path, optimizers=(tuned.optimizer(1e-3), None),
                    callbacks=[burnish.TrainerCallback(tuned)]).train()
+
+
+def test_a_tensor_of_the_model_that_no_batch_uses_is_named(vit, tmp_path):
+    from transformers import AutoModelForImageClassification
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    tuned = burnish.tune(model, "full")
+    trainer_of(vit, tuned, tmp_path, optimizers=(tuned.optimizer(1e-3), None),
+               callbacks=[burnish.TrainerCallback(tuned)]).train()
+    assert any("unused" in note for note in tuned.summary()["notes"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from functools import cache
+
+from ..core.errors import ConfigError
 
 #: settings of fit that have a flag of the command itself
 OWN = ("model", "data", "recipe", "memory", "output", "force", "base", "text", "label", "image")
@@ -18,7 +21,10 @@ def names() -> frozenset[str]:
 
     from ..fit.arguments import ALIASES, OWN_ALIASES, Options, training_names
 
-    return frozenset({*OWN, *(f.name for f in fields(Options)), *training_names(), *ALIASES,
+    theirs: frozenset[str] = frozenset()
+    with contextlib.suppress(ConfigError):              # the light core is without transformers
+        theirs = training_names()
+    return frozenset({*OWN, *(f.name for f in fields(Options)), *theirs, *ALIASES,
                       *OWN_ALIASES}) - {"callbacks"}
 
 

@@ -83,7 +83,8 @@ def assign(table: Table, flags: Roles) -> Roles:
                             "with image=")
     else:
         known = flags.label or _label(names)
-        text = flags.text or _text(table, known if found != "language-modelling" else None)
+        told = bool(flags.task or flags.label)
+        text = flags.text or _text(table, known if found != "language-modelling" else None, told)
         pair = PAIR.get(text) if PAIR.get(text) in names else None
     if found != "language-modelling":
         label = flags.label or _label(names)
@@ -131,8 +132,11 @@ def _label(names: list[str]) -> str | None:
     return found[0] if found else None
 
 
-def _text(table: Table, label: str | None) -> str:
-    """The column called text, the first of a known pair, or the only one of words."""
+def _text(table: Table, label: str | None, told: bool) -> str:
+    """The column called text, the first of a known pair, or the only one of words.
+
+    told: somebody said what is to be learnt, so that only this column is in question.
+    """
     names = list(table.columns)
     lower = {n.lower(): n for n in reversed(names)}
     if "text" in lower:
@@ -148,6 +152,8 @@ def _text(table: Table, label: str | None) -> str:
     if not words and not named:
         raise DataError(f"cannot tell which column holds the text; the data has "
                         f"{', '.join(names)}; name it with text=")
+    if not told:
+        raise ambiguous(table)
     raise DataError(f"cannot tell which column holds the text: {' or '.join(words or named)}; name "
                     "it with text=")
 

@@ -33,6 +33,8 @@ from .checkpoint import is_owed
 from .tasks import Task
 
 STATE = "trainer_state.json"
+#: settings of the update that a resumed run may be given anew (the rate has its schedule)
+_ASKED = ("weight_decay", "betas", "eps")
 #: what the task's loss is called until the trainer has written its own
 _PLAIN = "loss_per_answer"
 
@@ -292,8 +294,12 @@ class Trainer(transformers.Trainer):
         if checkpoint is None:
             return
         kept = state.load_tree(Path(checkpoint), "loop")
-        state.load_optimizer_state(self.tuned.current_optimizer, self._named(),
+        optimizer = self.tuned.current_optimizer
+        asked = [{k: g[k] for k in _ASKED if k in g} for g in optimizer.param_groups]
+        state.load_optimizer_state(optimizer, self._named(),
                                    state.load_tree(Path(checkpoint), "optimizer"))
+        for group, now in zip(optimizer.param_groups, asked, strict=True):
+            group.update(now)                   # what this run was asked for, not the one before
         _go_on_by(self.lr_scheduler, kept["scheduler"])
         self.tuned.timeline.load(kept["timeline"])
         self._resumed = (kept["losses"], is_owed(Path(checkpoint)))

@@ -16,6 +16,11 @@ from .layouts import Table
 ASIDE = frozenset({
     "id", "idx", "index", "uid", "guid", "uuid", "url", "link", "source", "date", "time",
     "timestamp", "created", "meta", "metadata", "lang", "language", "split", "file", "path"})
+#: what is answered and what answers it, as data sets call them; likeliest first
+ANSWERED = (("instruction", "response"), ("prompt", "response"), ("question", "answer"),
+            ("query", "response"), ("input", "output"), ("source", "target"),
+            ("document", "summary"), ("article", "highlights"), ("dialogue", "summary"),
+            ("text", "summary"))
 _LOOKED_AT = 200
 
 
@@ -82,7 +87,8 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
         if text is not None and label != text:
             found.append(Reading((("text", text), ("label", label)),
                                  f"learns to tell {label} from {text}"))
-    longer = sorted([w for w in words if w not in labels][:2], key=names.index)
+    known = next((p for p in ANSWERED if set(p) <= set(words)), None)
+    longer = known or sorted([w for w in words if w not in labels][:2], key=names.index)
     if len(longer) == 2:
         found.append(Reading((("prompt", longer[0]), ("completion", longer[1])),
                              f"learns to answer {longer[0]} with {longer[1]}"))
