@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError
+from ..core.reading import parse_json, plain, read_text, reading, sane
 
+#: the largest configuration, in bytes
+LARGEST = 1 << 24
 SUFFIXES = (".yaml", ".yml", ".json", ".toml")
 
 
@@ -21,23 +26,25 @@ def read(path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path} is not a configuration file; expected one that ends in "
                           f"{', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        data = _parse(text, path.suffix.lower())
-    except ValueError as error:                     # JSON's and TOML's errors are ValueErrors
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    text = read_text(path, ConfigError, LARGEST)
+    with reading(path, ConfigError):
+        data = _parse(text, path)
+    sane(data, path, ConfigError, nodes=100_000)
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__} at the top; expected a mapping "
                           "such as 'model: ...'")
-    return {str(key).replace("-", "_"): value for key, value in data.items()}
+    found = {plain(key).replace("-", "_"): value for key, value in data.items()}
+    if len(found) < len(data):
+        names = [plain(key).replace("-", "_") for key in data]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ConfigError(f"{path} gives {twice} twice, under two spellings")
+    return found
 
 
-def _parse(text: str, suffix: str) -> Any:
+def _parse(text: str, path: Path) -> Any:
+    suffix = path.suffix.lower()
     if suffix == ".json":
-        return json.loads(text)
+        return parse_json(text, path, ConfigError)
     if suffix == ".toml":
         try:
             import tomllib
@@ -49,10 +56,33 @@ def _parse(text: str, suffix: str) -> Any:
     except ModuleNotFoundError:
         raise ConfigError("YAML needs PyYAML: pip install 'burnish[fit]', or write the "
                           "configuration as JSON or TOML") from None
+    class Loader(yaml.SafeLoader):
+        """Plain YAML, in which a name stands once and ``1e-4`` is a number."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[Any] = set()
+            for key, _ in getattr(node, "value", ()):
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                name = (key.tag, str(key.value))
+                if name in seen:
+                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: "
+                                      f"{plain(key.value)} stands twice")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{at} is not YAML: "
+                          f"{plain(getattr(error, 'problem', None) or error)}") from None
+
+
+#: PyYAML takes 1e-4 for text (YAML 1.1 wants 1.0e-4); everybody else means the number
+_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 
 
 def value(text: str) -> Any:
@@ -63,8 +93,10 @@ def value(text: str) -> Any:
     """
     for parse in (json.loads, ast.literal_eval):
         try:
-            return parse(text)
-        except (ValueError, SyntaxError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # '1is' makes Python frown
+                return parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text
 

@@ -37,15 +37,14 @@ class Finished:
         from ..fit.loop import quiet_libraries
         from ..fit.places import processor_for
         from ..fit.tasks import task_for
-        from ..formats.folder import RUN, read_config
-        from ..formats.safe import read_json
+        from ..formats.folder import RUN, read_config, read_run
 
         quiet_libraries()
         recorded = read_config(folder)["base"].get("name")
         if not (folder / RUN).is_file():
             raise ConfigError(f"{folder} holds an adapter but no {RUN}, so its task is unknown; "
                               "predict and evaluate need the folder of a finished fit")
-        facts = read_json(folder / RUN)
+        facts = read_run(folder)
         name = base or facts.get("model") or recorded
         about = facts["data"]
         data = Data(about["task"], {}, about["source"], about["layout"],

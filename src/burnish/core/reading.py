@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,42 @@ def parse_json(text: str | bytes, what: Any, error: type[BurnishError] = FormatE
     if text.count("[") + text.count("{") > DEPTH or "\\u" in text:
         sane(found, where, error)
     return found
+
+
+#: what a field may be asked to be: words for people, and the test
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text", lambda x: isinstance(x, str)),
+    "flag": ("true or false", lambda x: isinstance(x, bool)),
+    "number": ("a finite number", lambda x: _number(x)),
+    "whole": ("a whole number", lambda x: isinstance(x, int) and _number(x)),
+    "count": ("a whole number from 0", lambda x: isinstance(x, int) and _number(x) and x >= 0),
+    "mapping": ("a mapping", lambda x: isinstance(x, dict)),
+    "list": ("a list", lambda x: isinstance(x, list)),
+    "texts": ("a list of texts",
+              lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x)),
+    "text or texts": ("text or a list of texts", lambda x: isinstance(x, str) or (
+        isinstance(x, list) and all(isinstance(t, str) for t in x))),
+    "numbers": ("a mapping of names to numbers",
+                lambda x: isinstance(x, dict) and all(_number(v) for v in x.values())),
+    "lines": ("a mapping of names to texts",
+              lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values())),
+}
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2**63
+
+
+def check_fields(data: dict[str, Any], kinds: dict[str, str], where: Any,
+                 error: type[BurnishError] = FormatError) -> None:
+    """Raises `error` for a field of another kind than `kinds` says; a kind that ends in "?" may
+    be null, and a field that is not there is no matter."""
+    for name, kind in kinds.items():
+        words, test = FIELDS[kind.removesuffix("?")]
+        value = data.get(name)
+        if name in data and not test(value) and not (kind.endswith("?") and value is None):
+            raise error(f"{plain(where)}: field {name!r} should be {words}, got "
+                        f"{plain(repr(value), 60)}")
 
 
 def sane(tree: Any, what: Any, error: type[BurnishError] = FormatError,

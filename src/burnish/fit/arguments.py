@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..core.reading import plain
 
 #: other spellings of transformers' names
 ALIASES = {
@@ -107,6 +111,7 @@ def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict
     spellings, and for one that is decided elsewhere (with where).
     """
     theirs = training_names()
+    kinds = {**training_kinds(), **{f.name: str(f.type) for f in fields(Options)}}
     ours = {f.name for f in fields(Options)}
     own: dict[str, Any] = {}
     args: dict[str, Any] = {}
@@ -123,9 +128,9 @@ def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict
             raise ConfigError(f"{spelt[name]}= and {key}= are the same setting; give one")
         spelt[name] = key
         if name in ours:
-            own[name] = value
+            own[name] = typed(key, value, kinds[name], name)
         elif name in theirs:
-            args[name] = value
+            args[name] = typed(key, value, kinds[name], name)
         else:
             known = ours | (theirs - set(ELSEWHERE)) | set(ALIASES) | set(OWN_ALIASES)
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
@@ -133,8 +138,14 @@ def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict
 
 
 def training_names() -> frozenset[str]:
-    """The settings of transformers' TrainingArguments, read off its source: importing it takes
-    seconds, and a misspelt word should be told at once."""
+    """The settings of transformers' TrainingArguments."""
+    return frozenset(training_kinds())
+
+
+@functools.cache
+def training_kinds() -> dict[str, str]:
+    """Setting -> annotation of transformers' TrainingArguments, read off its source: importing it
+    takes seconds, and a misspelt word should be told at once."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("fit trains with transformers: pip install 'burnish[fit]'")
@@ -146,15 +157,75 @@ def training_names() -> frozenset[str]:
     except (OSError, SyntaxError, StopIteration):           # laid out otherwise: ask the class
         from transformers import TrainingArguments
 
-        return frozenset(f.name for f in fields(TrainingArguments) if f.init)
-    return frozenset(n.target.id for n in body if isinstance(n, ast.AnnAssign)
-                     and isinstance(n.target, ast.Name) and not _inner(n))
+        return {f.name: str(f.type) for f in fields(TrainingArguments) if f.init}
+    return {n.target.id: ast.unparse(n.annotation) for n in body if isinstance(n, ast.AnnAssign)
+            and isinstance(n.target, ast.Name) and not _inner(n)}
 
 
 def _inner(node: ast.AnnAssign) -> bool:
     """A field that is no argument, or no field at all."""
     said = ast.unparse(node.annotation) + (ast.unparse(node.value) if node.value else "")
     return "init=False" in said or "ClassVar" in said
+
+
+#: smallest values that make sense, by transformers' names
+LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+         "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
+         "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
+         "max_length": 1, "validation": 0.0, "num_train_epochs": 0.0, "max_steps": -1,
+         "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0, "save_total_limit": 0}
+MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def typed(key: str, value: Any, hint: str, name: str) -> Any:
+    """A setting in the type it has: "1e-3" becomes 0.001, "true" True, 3.0 the whole number 3.
+
+    Raises ConfigError for what cannot be meant: ``seed="abc"``, ``batch_size=0``, NaN.
+    """
+    words = set(re.findall(r"\w+", hint)) - {"None", "Optional", "Union", "typing"}
+    simple = {k for k in _WORDS if k.__name__ in words}
+    more = words - {k.__name__ for k in simple}      # an enumeration, a list: transformers' to say
+    if value is None or "Any" in words or not simple or (more and not isinstance(value, str)):
+        return value
+    found = _as(value, simple)
+    if found is None:
+        raise ConfigError(f"{key}={plain(repr(value), 60)}: expected "
+                          f"{' or '.join(w for k, w in _WORDS.items() if k in simple)}")
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    if number and not abs(found) < 2**63:
+        raise ConfigError(f"{key}={plain(repr(value), 60)}: expected a finite number")
+    if number and name in LEAST and found < LEAST[name]:
+        raise ConfigError(f"{key}={found}: expected {LEAST[name]:g} or more")
+    if number and name in MOST and found > MOST[name]:
+        raise ConfigError(f"{key}={found}: expected {MOST[name]:g} or less")
+    return found
+
+
+def _as(value: Any, kinds: set[Any]) -> Any:
+    """`value` as one of `kinds`, or None."""
+    if type(value) in kinds:
+        return value
+    if isinstance(value, os.PathLike) and str in kinds:
+        return str(value)
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if bool in kinds and word in ("true", "false"):
+            return word == "true"
+        if kinds & {int, float} and len(word) < 64:
+            try:
+                value = float(word) if re.search(r"[.enai]", word) else int(word)
+            except ValueError:
+                return None
+    if isinstance(value, bool):
+        return None
+    if int in kinds and isinstance(value, int):
+        return value
+    if float in kinds and isinstance(value, int | float):
+        return float(value) if abs(value) < 2**63 else value
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None
 
 
 #: what people type for LoRA elsewhere, and what it is called in a recipe

@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError, nearest
+from ..core.reading import plain
 from .layouts import Table
 from .readings import ambiguous, aside, label_like, texts
 
@@ -252,18 +254,17 @@ def class_name(value: Any, where: str, field: str) -> str:
     if isinstance(value, float):
         if math.isnan(value):
             raise DataError(f"{at}: the label is NaN")
-        if not value.is_integer():
+        if not value.is_integer() or abs(value) > 2**63:
             raise DataError(f"{at}: the label is {value}; burnish fits classes, and a class is a "
                             "name or a whole number")
         value = int(value)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or abs(value) > 2**63:
         raise DataError(f"{at}: a label is a name or a whole number, not {type(value).__name__}")
     return str(value)
 
 
 def _classes(given: list[str], field: str, source: str) -> tuple[str, ...]:
-    classes = sorted(set(given), key=lambda c: (not c.lstrip("-").isdigit(),
-                                                int(c) if c.lstrip("-").isdigit() else 0, c))
+    classes = sorted(set(given), key=_numbers_first)
     if len(classes) < 2:
         raise DataError(f"{source}: every row of {field!r} is {classes[0]!r}; classification needs "
                         "two classes or more")
@@ -271,6 +272,11 @@ def _classes(given: list[str], field: str, source: str) -> tuple[str, ...]:
         raise DataError(f"{source}: column {field!r} has {len(classes)} different values in "
                         f"{len(given)} rows, which are no classes; name the label with label=")
     return tuple(classes)
+
+
+def _numbers_first(name: str) -> tuple[bool, int, str]:
+    number = re.fullmatch(r"-?[0-9]{1,18}", name)
+    return number is None, int(name) if number else 0, name
 
 
 def _texts(values: list[Any], field: str, table: Table) -> None:
@@ -289,6 +295,9 @@ def _images(values: list[Any], field: str, table: Table) -> None:
         if v is None or not (isinstance(v, str | bytes) or hasattr(v, "convert")):
             raise DataError(f"{table.where(i)}, field {field!r}: expected a picture (a path, "
                             f"encoded bytes or a PIL image), found {type(v).__name__}")
+        if isinstance(v, str) and not Path(v).is_file():      # nor a pipe, nor an address
+            raise DataError(f"{table.where(i)}, field {field!r}: there is no picture at "
+                            f"{plain(v)}")
 
 
 def _conversations(table: Table, roles: Roles) -> list[dict[str, Any]]:

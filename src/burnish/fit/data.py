@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, DataError, nearest
+from ..core.reading import reading
 from . import layouts
 from .columns import Roles, assign, canonical
 from .layouts import SPLITS, Table
@@ -118,6 +119,14 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     """
     if isinstance(data, Data):
         return data
+    shown = data if isinstance(data, str | Path) else f"a {type(data).__name__}"
+    with reading(shown, DataError):
+        return _read(data, task, text, label, image, split, validation, seed, labels)
+
+
+def _read(data: Any, task: str | None, text: str | None, label: str | None, image: str | None,
+          split: str | None, validation: float | int, seed: int,
+          labels: Sequence[str] | None) -> Data:
     if task is not None and task not in TASKS:
         raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
     flags = Roles(task=task, text=text, label=label, image=image, prompt=prompt,

@@ -7,13 +7,14 @@ columns mean is decided in :mod:`burnish.fit.data`.
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, nearest
+from ..core.reading import parse_json, plain, read_text, reading, regular
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
                     ".pgm"})
@@ -28,6 +29,10 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
 #: pictures opened to see whether they are pictures before training starts; the rest are
 #: checked when they are read
 LOOKED_AT = 20_000
+
+
+#: a parquet file may claim this many cells whatever its size; more must be in proportion to it
+MOST_CELLS = 5_000_000
 
 
 @dataclass
@@ -58,9 +63,8 @@ def files(path: Path) -> dict[str, Table]:
         here = path.parent if path.parent.is_dir() else Path(".")
         raise DataError(f"there is nothing at {path}"
                         f"{nearest(path.name, (p.name for p in here.iterdir()))}")
-    if path.is_file():
-        return {"train": table(path)}
-    return folder(path)
+    with reading(path, DataError):
+        return folder(path) if path.is_dir() else {"train": table(path)}
 
 
 def table(path: Path) -> Table:
@@ -74,9 +78,10 @@ def table(path: Path) -> Table:
     if kind not in readers:
         raise DataError(f"{path} is no layout burnish reads; it reads {', '.join(sorted(TABLES))}, "
                         f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures")
-    if path.stat().st_size == 0:
+    if regular(path, DataError).stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    found = readers[kind](path)
+    with reading(path, DataError):
+        found = readers[kind](path)
     if len(found) == 0:
         raise DataError(f"{path} has no rows")
     return found
@@ -138,14 +143,14 @@ def look(paths: Sequence[str]) -> None:
     """Opens pictures (evenly spread where there are very many) and names the first broken one."""
     from PIL import Image
 
+    for p in paths:                              # a pipe among them would be read for ever
+        regular(p, DataError)
     for p in paths[:: max(1, len(paths) // LOOKED_AT)]:
         try:
             with Image.open(p) as image:
                 image.verify()
-        except FileNotFoundError:
-            raise DataError(f"picture {p} does not exist") from None
         except Exception as e:
-            raise DataError(f"picture {p} cannot be read: {e}") from None
+            raise DataError(f"picture {plain(p)} cannot be read: {plain(e)}") from None
 
 
 def prose(paths: Sequence[Path]) -> Table:
@@ -177,10 +182,7 @@ def passages(path: Path) -> Table:
 
 
 def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text: {e}") from None
+    return read_text(path, DataError)
 
 
 def _split_of(name: str) -> str | None:
@@ -209,9 +211,11 @@ def _csv(path: Path) -> Table:
     rows: list[list[str]] = []
     lines: list[int] = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as f:
+        with io.StringIO(read_text(path, DataError), newline="") as f:
             reader = csv.reader(f, delimiter=delimiter)
-            header = next(reader)
+            header = next(reader, [])
+            if not header:
+                raise DataError(f"{path} has no header: its first line names no column")
             if delimiter == "," and len(header) == 1 and header[0].count(";") > 0:
                 raise DataError(f"{path} is separated by semicolons; save it with commas, or as "
                                 ".tsv with tabs")
@@ -223,8 +227,8 @@ def _csv(path: Path) -> Table:
                                     f"header names {len(header)} ({', '.join(header)})")
                 rows.append(row)
                 lines.append(reader.line_num)
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {e}") from None
+    except csv.Error as e:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:].upper()}: {plain(e)}") from None
     columns = {h: [r[i] for r in rows] for i, h in enumerate(header)}
     if len(columns) != len(header):
         raise DataError(f"{path}: the header names a column twice ({', '.join(header)})")
@@ -234,37 +238,32 @@ def _csv(path: Path) -> Table:
 def _jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    try:
-        with path.open(encoding="utf-8-sig") as f:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise DataError(f"{path}, line {n} is not JSON: {e.msg} at column "
-                                    f"{e.colno}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {n}: expected an object with fields, found "
-                                    f"{type(row).__name__}")
-                rows.append(row)
-                lines.append(n)
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text: {e}") from None
+    for n, line in enumerate(read_text(path, DataError).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, f"{path}, line {n}", DataError)
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {n}: expected an object with fields, found "
+                            f"{type(row).__name__}")
+        rows.append(row)
+        lines.append(n)
     return Table(_columns(rows), lambda i: f"{path}, line {lines[i]}", "JSONL")
 
 
 def _json(path: Path) -> Table:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return _jsonl(path)  # many `.json` files are JSON lines; its error names the line
+    text = read_text(path, DataError)
+    first, _, second = text.strip().partition("\n")
+    if second and first.startswith("{") and first.rstrip().endswith("}"):
+        return _jsonl(path)  # many `.json` files are JSON lines; its errors name the line
+    rows = parse_json(text, path, DataError)
     if isinstance(rows, dict):
         inner = [k for k, v in rows.items() if isinstance(v, list)]
         if len(inner) != 1:
             raise DataError(f"{path}: expected a list of rows, or an object with one list of rows; "
-                            f"found an object with {', '.join(list(rows)[:6])}")
+                            f"found an object with {plain(', '.join(list(rows)[:6]))}")
         rows = rows[inner[0]]
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     for n, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {n}: expected an object with fields, found "
@@ -278,11 +277,14 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _parquet(path: Path) -> Table:
-    import pyarrow
     import pyarrow.parquet as pq
 
-    try:
-        columns = pq.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise DataError(f"{path} cannot be read as parquet: {e}") from None
+    with reading(path, DataError, "is it parquet?"), pq.ParquetFile(path) as file:
+        about, size = file.metadata, path.stat().st_size
+        cells = about.num_rows * about.num_columns
+        if cells > MOST_CELLS and cells > 100 * size:
+            raise DataError(f"{path} says it holds {about.num_rows} rows of {about.num_columns} "
+                            f"columns in {size} bytes; if so, load it with `datasets` and pass "
+                            "that")
+        columns = file.read().to_pydict()
     return Table(columns, lambda i: f"{path}, row {i}", "parquet")

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError
+from ..core.errors import BurnishError, ConfigError
+from ..core.reading import plain, reading
+from ..formats import safe
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Picture:
             config |= {"size": {"shortest_edge": side}, "do_center_crop": True,
                        "crop_size": {"height": self.height, "width": self.width}}
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-        Path(folder, "preprocessor_config.json").write_text(text)
+        safe.write_text(Path(folder, "preprocessor_config.json"), text)
 
 
 def processor_of(model: str | nn.Module, trust_remote_code: bool = False) -> Picture:
@@ -70,7 +72,9 @@ def processor_of(model: str | nn.Module, trust_remote_code: bool = False) -> Pic
     if name:
         config = _config(name)
         if config is not None:
-            return _from_config(config)
+            where = f"{name}: preprocessor_config.json"
+            with reading(where, ConfigError, "pass processor=burnish.fit.pictures.Picture(...)"):
+                return _sane(_from_config(config), where)
     if isinstance(model, str):
         raise ConfigError(f"{model} has no preprocessor_config.json; give processor= with "
                           "a folder that has one (or, in Python, a burnish.fit.pictures.Picture)")
@@ -93,12 +97,14 @@ def _config(name: str) -> dict[str, Any] | None:
     path = Path(name).expanduser()
     if path.is_dir():
         file = path / "preprocessor_config.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return safe.read_json(file, finite=True) if file.exists() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return json.loads(Path(hf_hub_download(name, "preprocessor_config.json")).read_text())
+        return safe.read_json(hf_hub_download(name, "preprocessor_config.json"), finite=True)
+    except BurnishError:
+        raise
     except Exception as e:
         if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
             return None
@@ -126,6 +132,28 @@ def _from_config(config: dict[str, Any]) -> Picture:
         mean, std = [0.0] * len(mean), [1.0] * len(std)
     scale = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     return Picture(height, width, tuple(mean), tuple(std), config.get("resample", 2), scale, crop)
+
+
+def _sane(picture: Picture, where: str) -> Picture:
+    """Refuses sizes and scales no picture has."""
+    sides = (picture.height, picture.width)
+    if not all(type(s) is int and 1 <= s <= 8192 for s in sides):
+        raise ConfigError(f"{where}: size {plain(repr(sides), 60)}; expected whole numbers from 1 "
+                          "to 8192")
+    numbers = [*picture.mean, *picture.std, picture.scale, *([picture.crop] if picture.crop is not
+                                                             None else [])]
+    if not all(isinstance(x, int | float) and abs(x) < 1e6 for x in numbers) or \
+            not all(s > 0 for s in picture.std) or \
+            not (picture.crop is None or picture.crop > 0.01):
+        raise ConfigError(f"{where}: means, deviations, scale and crop should be numbers of "
+                          "moderate size, deviations and crop above 0")
+    if len(picture.mean) != len(picture.std) or len(picture.mean) not in (1, 3):
+        raise ConfigError(f"{where}: {len(picture.mean)} means and {len(picture.std)} deviations; "
+                          "expected one or three of each")
+    if picture.resample not in range(6) or type(picture.resample) is not int:
+        raise ConfigError(f"{where}: resample {plain(repr(picture.resample), 40)}; expected a "
+                          "number from 0 to 5")
+    return picture
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import BurnishError, FormatError, nearest
+from ..core.reading import FIELDS as KNOWN_KINDS
+from ..core.reading import check_fields, plain
 from . import claim, safe, staged
 from .card import model_card
 
@@ -44,6 +46,16 @@ FIELDS = {
     "tensors_sha256": "SHA-256 of adapter_model.safetensors",
     "extra": "anything else its writer wants to find again",
 }
+#: what the fields are (see core/reading.py), for the whole folder and for one adapter of it
+KINDS = {"recipe": "text", "parts": "list", "base": "mapping", "targets": "text or texts?",
+         "adapters": "mapping?", "active": "list?", "head": "flag", "seed": "whole",
+         "selected": "texts", "tensors_sha256": "text"}
+BASE_KINDS = {"name": "text?", "fingerprint": "mapping?"}
+#: what `predict` and `evaluate` need of a run
+RUN_KINDS = {"model": "text?", "data": "mapping", "training": "mapping", "max_length": "count?"}
+DATA_KINDS = {"task": "text", "source": "text", "layout": "text", "labels": "texts?",
+              "reading": "mapping", "fingerprint": "text"}
+
 REQUIRED = ("library", "format", "recipe", "base")
 
 
@@ -144,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                               "read it with burnish.load_peft(model, folder)")
         raise FormatError(f"{path} was not written by burnish "
                           f"(library is {config.get('library')!r})")
-    if not isinstance(config.get("format"), int):
+    if type(config.get("format")) is not int:
         raise FormatError(f"{path}: field 'format' should be a number, "
                           f"got {config.get('format')!r}")
     if config["format"] > FORMAT:
@@ -154,7 +166,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in REQUIRED:
         if name not in config:
             raise FormatError(f"{path}: field {name!r} is missing")
+    check_fields(config, KINDS, path)
+    check_fields(config["base"], BASE_KINDS, f"{path}, base")
+    check_fields((config["base"].get("fingerprint") or {}), {"tensors": "lines"},
+                 f"{path}, fingerprint")
+    for name, entry in (config.get("adapters") or {}).items():
+        where = f"{path}, adapter {name!r}"
+        if not isinstance(entry, dict):
+            raise FormatError(f"{where}: expected a mapping, got {type(entry).__name__}")
+        if "recipe" not in entry:
+            raise FormatError(f"{where}: field 'recipe' is missing")
+        check_fields(entry, KINDS, where)
+    for pair in config.get("active") or ():
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+                and KNOWN_KINDS["number"][1](pair[1])):
+            raise FormatError(f"{path}: field 'active' should hold pairs of a name and a weight, "
+                              f"got {plain(repr(pair), 60)}")
     return config
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The facts of a finished run, with what is needed to open it again."""
+    path = staged.current(Path(folder), RUN)
+    facts = safe.read_json(path)
+    for name in ("data", "training"):
+        if name not in facts:
+            raise FormatError(f"{path}: field {name!r} is missing, so it is no finished run")
+    check_fields(facts, RUN_KINDS, path)
+    for name in ("task", "source", "layout", "labels"):
+        if name not in facts["data"]:
+            raise FormatError(f"{path}: field 'data.{name}' is missing")
+    check_fields(facts["data"], DATA_KINDS, f"{path}, data")
+    check_fields(facts["training"], {"seed": "count"}, f"{path}, training")
+    return facts
 
 
 def _check_fields(config: Mapping[str, Any], where: str) -> None:

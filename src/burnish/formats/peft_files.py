@@ -24,13 +24,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import FormatError
+from ..core.errors import ConfigError, FormatError
+from ..core.patterns import Pattern
+from ..core.reading import check_fields, plain
 from . import safe, staged
 from .claim import Inputs
-from .folder import CONFIG, TENSORS
+from .folder import CONFIG, TENSORS, finite
 
 PREFIX = "base_model.model."
 
+#: what the settings that are read are (see core/reading.py)
+KINDS = {"r": "count?", "lora_alpha": "number?", "lora_dropout": "number?", "use_rslora": "flag?",
+         "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
+         "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
+         "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
+         "peft_type": "text"}
 #: settings that change what is computed; a folder that uses one is refused, not misread
 _UNREADABLE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices",
                "target_parameters", "use_qalora", "lora_bias", "megatron_config", "arrow_config",
@@ -89,7 +97,7 @@ def read(folder: str | Path) -> PeftFolder:
         raise FormatError(f"{folder}: no such folder")
     if not (folder / CONFIG).is_file():
         raise FormatError(f"{folder} is no PEFT folder: it has no {CONFIG}")
-    config = safe.read_json(folder / CONFIG)
+    config = safe.read_json(folder / CONFIG, finite=True)
     if config.get("library") == "burnish":
         raise FormatError(f"{folder} was written by burnish; read it with "
                           "burnish.load(model, folder)")
@@ -97,11 +105,15 @@ def read(folder: str | Path) -> PeftFolder:
     if kind not in ("LORA", "MISS"):
         raise FormatError(f"{folder} holds a PEFT adapter of type {kind!r}; LORA (rsLoRA and DoRA "
                           "with it) and MISS can be read")
+    check_fields(config, KINDS, folder / CONFIG)
     _check(config, folder)
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").exists():
         raise FormatError(f"{folder}/adapter_model.bin may hold a pickle and is not opened; "
                           "let peft save it again with safe_serialization=True")
     tensors = safe.load_file(folder / TENSORS)
+    for name, t in tensors.items():
+        if not finite(t):
+            raise FormatError(f"{folder / TENSORS}: {name} holds NaN or infinite values")
     out = PeftFolder(kind, rslora=bool(config.get("use_rslora")),
                      dropout=float(config.get("lora_dropout") or config.get("miss_dropout") or 0),
                      base=config.get("base_model_name_or_path") or "",
@@ -159,6 +171,10 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
         A, B = parts["A"], parts["B"]
         kernel = tuple(A.shape[1:]) if A.dim() > 2 else ()
         kind = "conv" if kernel else kinds.get(path, "linear")
+        if A.dim() < 2 or B.dim() < 2 or not A.numel() or not B.numel() or not (
+                A.is_floating_point() and B.is_floating_point()):
+            raise FormatError(f"{folder}: {path} has factors {A.dtype} {list(A.shape)} and "
+                              f"{B.dtype} {list(B.shape)}")
         A, B = A.flatten(1), B.flatten(1)
         if A.shape[0] != B.shape[1]:
             raise FormatError(f"{folder}: {path} has factors {list(A.shape)} and {list(B.shape)}")
@@ -176,6 +192,9 @@ def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
     for key, value in tensors.items():
         name = _strip(key, folder)
         if name.endswith(".miss_block"):
+            if value.dim() != 2 or not value.numel() or not value.is_floating_point():
+                raise FormatError(f"{folder}: {name} is {value.dtype} {list(value.shape)}; "
+                                  "expected a matrix")
             out.blocks[name.removesuffix(".miss_block")] = value
         else:
             out.whole[name] = value
@@ -191,7 +210,11 @@ def _strip(key: str, folder: Path) -> str:
 def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
     """PEFT's rule: the first key that, as a pattern, matches the end of the module's name."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        try:
+            found = Pattern(rf"(?:.*\.)?(?:{key})$").match(path)
+        except ConfigError as e:
+            raise FormatError(f"alpha_pattern {plain(repr(key), 60)}: {e}") from None
+        if found:
             return value
     return default
 
