@@ -46,6 +46,10 @@ def reading(what: Any, error: type[BurnishError] = FormatError, advice: str = ""
     except Exception as e:
         why = plain(e) or "no details"
         raise error(f"{plain(what)} cannot be read: {why} ({type(e).__name__}){tail}") from e
+    except BaseException as e:                       # how libraries written in Rust give up
+        if type(e).__name__ != "PanicException":
+            raise
+        raise error(f"{plain(what)} cannot be read: {plain(e)}{tail}") from None
 
 
 def plain(text: Any, limit: int = 300) -> str:

@@ -34,7 +34,7 @@ from .folder import CONFIG, TENSORS, finite
 PREFIX = "base_model.model."
 
 #: what the settings that are read are (see core/reading.py)
-KINDS = {"r": "count?", "lora_alpha": "number?", "lora_dropout": "number?", "use_rslora": "flag?",
+KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_rslora": "flag?",
          "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
          "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
          "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
@@ -134,6 +134,9 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("bias", "none") != "none":
         raise FormatError(f"{folder}: biases trained by PEFT (bias = {config['bias']!r}) are not "
                           "read; merge them with peft first")
+    for name in ("lora_dropout", "miss_dropout"):
+        if not 0 <= (config.get(name) or 0) <= 1:
+            raise FormatError(f"{folder}: {name} = {config[name]}; expected a share from 0 to 1")
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_RESIDUAL):
         raise FormatError(
@@ -178,6 +181,9 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
         A, B = A.flatten(1), B.flatten(1)
         if A.shape[0] != B.shape[1]:
             raise FormatError(f"{folder}: {path} has factors {list(A.shape)} and {list(B.shape)}")
+        rank = _pattern(config.get("rank_pattern"), path, config.get("r") or A.shape[0])
+        if rank != A.shape[0]:
+            raise FormatError(f"{folder}: {path} has rank {A.shape[0]}, its settings say {rank}")
         alpha = _pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
         scale = alpha / (math.sqrt(A.shape[0]) if out.rslora else A.shape[0])
         m = parts.get("m")
@@ -213,7 +219,7 @@ def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) ->
         try:
             found = Pattern(rf"(?:.*\.)?(?:{key})$").match(path)
         except ConfigError as e:
-            raise FormatError(f"alpha_pattern {plain(repr(key), 60)}: {e}") from None
+            raise FormatError(f"pattern {plain(repr(key), 60)} of alpha or rank: {e}") from None
         if found:
             return value
     return default
