@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..core.reading import plain
 
 
 def config(target: str) -> Any:
@@ -14,6 +15,8 @@ def config(target: str) -> Any:
     Code that comes with a model is never run. Raises ConfigError when there is none.
     """
     transformers = needs_transformers("model configurations")
+    from ..formats.model_files import loading
+
     path = Path(target)
     if path.name == "config.json":
         path = path.parent
@@ -24,26 +27,34 @@ def config(target: str) -> Any:
     elif path.is_file():
         raise ConfigError(f"{path} is a file; expected a model folder, a config.json or a name "
                           "on the hub")
-    try:
-        return transformers.AutoConfig.from_pretrained(str(path) if path.exists() else target,
-                                                       trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no model configuration in {target}: {_first(error)}") from None
+    name = str(path) if path.exists() else target
+    with loading(name, "the configuration of"):
+        try:
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, KeyError) as error:
+            raise ConfigError(f"no model configuration in {target}: {_first(error)}") from None
 
 
 def model(target: str, dtype: str | None = None) -> Any:
     """The model of a folder or a hub name with its weights, as its first architecture."""
     transformers = needs_transformers("models")
+    from ..formats.model_files import check_weights, loading
+
     found = config(target)
     names = getattr(found, "architectures", None) or []
-    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    known = (getattr(transformers, str(n), None) for n in names)
+    cls: Any = next((c for c in known if isinstance(c, type)
+                     and issubclass(c, transformers.PreTrainedModel)), None)
     if cls is None:
         raise ConfigError(f"{target} names no architecture that transformers has "
-                          f"({', '.join(names) or 'its config lists none'})")
-    try:
-        return cls.from_pretrained(target, dtype=dtype or "auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the weights of {target}: {_first(error)}") from None
+                          f"({plain(', '.join(map(str, names))) or 'its config lists none'})")
+    with loading(target, "the weights of"):
+        check_weights(target, lambda: cls(found))
+        try:
+            return cls.from_pretrained(target, dtype=dtype or "auto", trust_remote_code=False,
+                                       use_safetensors=True)
+        except OSError as error:
+            raise ConfigError(f"cannot load the weights of {target}: {_first(error)}") from None
 
 
 def needs_transformers(what: str) -> Any:

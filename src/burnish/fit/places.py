@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import ConfigError, nearest
+from ..core.reading import plain, reading
+from ..formats.model_files import loading
 
 #: the class of transformers that holds the models of a task
 AUTO = {
@@ -36,6 +38,10 @@ def _near(name: str) -> str:
     return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir()))
 
 
+def _first(error: Exception) -> str:
+    return plain(str(error).strip().partition("\n")[0])
+
+
 def check_local(name: str) -> None:
     """A folder without a config is no model; say so before a library asks the network."""
     path = check_there(name)
@@ -58,12 +64,13 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
                           "processor=")
     import transformers
 
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"no tokenizer could be loaded from {name}: "
-                          f"{str(e).splitlines()[0]}{_near(name) or '; give processor='}") from None
+    with reading(f"the tokenizer of {name}", ConfigError, "give processor="):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"no tokenizer could be loaded from {name}: {_first(e)}"
+                              f"{_near(name) or '; give processor='}") from None
 
 
 #: an encoder under this head would read the token it is to foretell
@@ -75,12 +82,13 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
     import transformers
 
     if isinstance(model, str):
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                model, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as e:
-            raise ConfigError(f"{model} cannot be loaded for {task}: "
-                              f"{str(e).strip().splitlines()[0]}{_near(model)}") from None
+        with loading(model, "the configuration of"):
+            try:
+                config = transformers.AutoConfig.from_pretrained(
+                    model, trust_remote_code=trust_remote_code)
+            except (OSError, ValueError, KeyError) as e:
+                raise ConfigError(f"{model} cannot be loaded for {task}: {_first(e)}"
+                                  f"{_near(model)}") from None
     else:
         config = getattr(model, "config", None)
         if not isinstance(config, transformers.PretrainedConfig):

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError, DataError
+from ..core.reading import plain
+from ..formats.model_files import check_weights, loading
 from .data import Data
 from .heads import resize_head
 from .places import AUTO, check_local, check_served, check_there, processor_for
@@ -48,13 +50,18 @@ class Task:
 
         check_local(name)
         check_served(self.data.task, name, trust_remote_code)
-        try:
-            model, found = getattr(transformers, self.auto).from_pretrained(
-                name, trust_remote_code=trust_remote_code, output_loading_info=True,
-                **self.head(), **kw)
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
-                              f"{str(e).strip().splitlines()[0]}") from None
+        auto = getattr(transformers, self.auto)
+        with loading(name, f"the model for {self.data.task},"):
+            if not trust_remote_code:
+                check_weights(name, lambda: auto.from_config(
+                    transformers.AutoConfig.from_pretrained(name)))
+            try:
+                model, found = auto.from_pretrained(
+                    name, trust_remote_code=trust_remote_code, use_safetensors=True,
+                    output_loading_info=True, **self.head(), **kw)
+            except (OSError, ValueError) as e:
+                raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
+                                  f"{plain(str(e).strip().partition(chr(10))[0])}") from None
         changed = (k[0] if isinstance(k, tuple) else k for k in found["mismatched_keys"])
         self.fresh = sorted({*found["missing_keys"], *changed})
         return model

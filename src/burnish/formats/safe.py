@@ -180,7 +180,7 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, path: str | Path):
         self.files: dict[str, Path] = {}
         self.aliases: dict[str, str] = {}
-        for file in _weight_files(Path(path)):
+        for file in weight_files(Path(path)):
             with opened(file) as (f, aliases):
                 self.files.update(dict.fromkeys(f.keys(), file))
                 self.aliases.update(aliases)
@@ -199,7 +199,7 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.files) + len(self.aliases)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     index = path / "model.safetensors.index.json"
