@@ -9,7 +9,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-all check bench docs clean
+.PHONY: help setup demo test test-all check bench docs clean fuzz
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,11 @@ check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at m
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" \
 		tests/design tests/cli
+
+FUZZ_SECONDS ?= 1200
+
+fuzz: $(STAMP)  ## damaged files to every reader, for FUZZ_SECONDS (20 minutes), a new seed each time
+	OMP_NUM_THREADS=1 BURNISH_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/fuzz
 
 bench: $(STAMP)  ## steps and memory against other libraries; see benchmarks/
 	$(BIN)/python -m benchmarks

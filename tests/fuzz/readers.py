@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from burnish.fit.data import read
 from burnish.formats import claim, folder, peft_files, safe
 from burnish.formats.peft_files import Lora, PeftFolder
 from burnish.memory import parse_bytes
+from burnish.testing.models import tiny
 
 
 @dataclass
@@ -69,7 +71,7 @@ def peft(place: Path) -> None:
     what = PeftFolder(loras={n: Lora(torch.ones(2, 8), torch.ones(8, 2), 0.5) for n in names})
     peft_files.write(place / "p", what, [n for n, _ in net().named_modules()], "card")
     made = safe.read_json(place / "p" / "adapter_config.json")
-    made |= {"alpha_pattern": {"layers.0.q_proj": 4}, "rank_pattern": {"layers.1.*": 2}}
+    made |= {"alpha_pattern": {"o_proj": 4}, "rank_pattern": {"layers.1.*": 2}}
     (place / "p" / "adapter_config.json").write_text(json.dumps(made))
 
 
@@ -130,10 +132,7 @@ def run_folder(place: Path) -> None:
 
 def resume(place: Path) -> None:
     found = checkpoint.find(place, True)
-    if found is not None:
-        raise (
-            AssertionError("a changed checkpoint was taken") if checkpoint.changed(found) else None
-        )
+    assert found is None or not checkpoint.changed(found), "a changed checkpoint was taken"
 
 
 def trees(place: Path) -> None:
@@ -176,10 +175,9 @@ def table(name: str, text: str) -> Callable[[Path], None]:
     return lambda place: (place / name).write_text(text, encoding="utf-8") and None
 
 
-def read_one(**how: Any) -> Callable[[Path], None]:
+def read_one(name: str, **how: Any) -> Callable[[Path], None]:
     def act(place: Path) -> None:
-        file = next(iter(sorted(place.iterdir())))
-        found = read(str(file), **how)
+        found = read(str(place / name), **how)
         found.samples()
         found.summary()
 
@@ -273,8 +271,13 @@ def write_again(place: Path) -> None:
     folder.write_adapter(place / "a", {"t": torch.ones(2)}, {"recipe": "lora", "base": {}})
 
 
+@functools.cache
+def anatomy() -> Anatomy:
+    return Anatomy.of(tiny("llama", meta=True)[0])
+
+
 def chosen(text: str) -> None:
-    match(Anatomy.of(net()), text)
+    match(anatomy(), text)
 
 
 def on_the_line(text: str) -> None:
@@ -297,12 +300,12 @@ READERS: dict[str, Reader] = {
         None,
         chosen,
         (
-            "q_proj,fc1",
+            "q_proj,up",
             "q@-1",
             "re:.*\\.(q|v)_proj",
             "all,-head",
-            "*fc1@0:1",
-            "layers.0.q_proj",
+            "*up_proj@0:1",
+            "o_proj",
             "linear",
         ),
     ),
@@ -320,26 +323,26 @@ READERS: dict[str, Reader] = {
     "state": Reader(run_folder, trees),
     "settings": Reader(settings, read_settings),
     "csv": Reader(
-        table("x.csv", "text,label\n" + "".join(f"{t},{c}\n" for t, c in ROWS)), read_one()
+        table("x.csv", "text,label\n" + "".join(f"{t},{c}\n" for t, c in ROWS)), read_one("x.csv")
     ),
     "tsv": Reader(
-        table("x.tsv", "text\tlabel\n" + "".join(f"{t}\t{c}\n" for t, c in ROWS)), read_one()
+        table("x.tsv", "text\tlabel\n" + "".join(f"{t}\t{c}\n" for t, c in ROWS)), read_one("x.tsv")
     ),
     "json": Reader(
-        table("x.json", json.dumps([{"text": t, "label": c} for t, c in ROWS])), read_one()
+        table("x.json", json.dumps([{"text": t, "label": c} for t, c in ROWS])), read_one("x.json")
     ),
     "jsonl": Reader(
-        table("x.jsonl", lines([{"text": t, "label": c} for t, c in ROWS])), read_one()
+        table("x.jsonl", lines([{"text": t, "label": c} for t, c in ROWS])), read_one("x.jsonl")
     ),
     "text": Reader(
-        table("x.txt", "one text\n\nanother text\n\nand a third\n\nand more\n"), read_one()
+        table("x.txt", "one text\n\nanother text\n\nand a third\n\nand more\n"), read_one("x.txt")
     ),
-    "chat": Reader(table("x.json", json.dumps(CHAT)), read_one()),
-    "alpaca": Reader(table("x.json", json.dumps(ALPACA)), read_one()),
-    "completion": Reader(table("x.json", json.dumps(PLAIN)), read_one()),
-    "parquet": Reader(parquet, read_one()),
-    "photos": Reader(photos, read_one()),
-    "metadata": Reader(described, read_one()),
+    "chat": Reader(table("x.json", json.dumps(CHAT)), read_one("x.json")),
+    "alpaca": Reader(table("x.json", json.dumps(ALPACA)), read_one("x.json")),
+    "completion": Reader(table("x.json", json.dumps(PLAIN)), read_one("x.json")),
+    "parquet": Reader(parquet, read_one("x.parquet")),
+    "photos": Reader(photos, read_one("x")),
+    "metadata": Reader(described, read_one("x")),
     "processor": Reader(processor, prepare),
     "config": Reader(model_config, lambda p: target.config(str(p))),
     "model": Reader(model_folder, lambda p: target.model(str(p))),

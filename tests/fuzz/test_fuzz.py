@@ -1,7 +1,7 @@
-"""Thousands of damaged files, and not one of them gets a foreign exception, a hang or a heap of memory.
+"""Damaged files, and not one that gets a foreign exception, a hang or a heap of memory.
 
-Seeded and short in the suite; ``make fuzz`` goes on for as long as one likes, from another seed each
-time (``BURNISH_FUZZ_SECONDS``, ``BURNISH_FUZZ_SEED``). A failure names the seed that repeats it.
+Seeded and short in the suite; ``make fuzz`` goes on for as long as one likes, from another seed
+each time (``BURNISH_FUZZ_SECONDS``, ``BURNISH_FUZZ_SEED``). A failure names its seed.
 (findings 4.5, 4.6)
 """
 

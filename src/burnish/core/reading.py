@@ -44,6 +44,8 @@ def reading(what: Any, error: type[BurnishError] = FormatError, advice: str = ""
         why = e.strerror or plain(e) or type(e).__name__
         raise error(f"cannot read {plain(what)}: {why}{tail}") from None
     except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":   # an accelerator's: the caller says it better
+            raise
         why = plain(e) or "no details"
         raise error(f"{plain(what)} cannot be read: {why} ({type(e).__name__}){tail}") from e
     except BaseException as e:                       # how libraries written in Rust give up

@@ -13,6 +13,7 @@ Whatever is wrong is said with its row and field, before a model is loaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -99,6 +100,18 @@ class Data:
         return f"{self.source}: {self.layout}, {self.task} ({sizes}{kinds}){read}"
 
 
+def _said(reader: Callable[..., Data]) -> Callable[..., Data]:
+    """Whatever fails inside is a DataError that names the data."""
+    @functools.wraps(reader)
+    def read(data: Any, **how: Any) -> Data:
+        with reading(data if isinstance(data, str | Path) else f"a {type(data).__name__}",
+                     DataError):
+            return reader(data, **how)
+
+    return read
+
+
+@_said
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
          image: str | None = None, split: str | None = None, validation: float | int = 0.1,
          seed: int = 0, labels: Sequence[str] | None = None, prompt: str | None = None,
@@ -119,14 +132,6 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     """
     if isinstance(data, Data):
         return data
-    shown = data if isinstance(data, str | Path) else f"a {type(data).__name__}"
-    with reading(shown, DataError):
-        return _read(data, task, text, label, image, split, validation, seed, labels)
-
-
-def _read(data: Any, task: str | None, text: str | None, label: str | None, image: str | None,
-          split: str | None, validation: float | int, seed: int,
-          labels: Sequence[str] | None) -> Data:
     if task is not None and task not in TASKS:
         raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
     flags = Roles(task=task, text=text, label=label, image=image, prompt=prompt,

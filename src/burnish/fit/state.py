@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import FormatError, nearest
+from ..core.reading import plain, reading
 from ..formats import safe
 
 _MARK = "__is__"
@@ -79,7 +80,10 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         g.set_state(state)
         return g
     if kind == "dtype":
-        return getattr(torch, tree["value"])
+        found = getattr(torch, tree["value"], None)
+        if not isinstance(found, torch.dtype):
+            raise FormatError(f"{plain(tree['value'], 40)} is no dtype")
+        return found
     if kind == "device":
         return torch.device(tree["value"])
     items = tree["items"]
@@ -98,9 +102,11 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
 
 
 def load_tree(folder: Path, name: str) -> Any:
+    """Raises FormatError for what :func:`save_tree` did not write so."""
     file = folder / f"{name}.safetensors"
-    tensors = safe.load_file(file) if file.exists() else {}
-    return unpack(safe.read_json(folder / f"{name}.json")["tree"], tensors)
+    with reading(folder / f"{name}.json", advice="it is not what a checkpoint holds"):
+        tensors = safe.load_file(file) if file.exists() else {}
+        return unpack(safe.read_json(folder / f"{name}.json")["tree"], tensors)
 
 
 # -- the optimizer, by name -----------------------------------------------------------------------
@@ -128,6 +134,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer,
     (torch's own loading casts state to the parameter's dtype, which would round fp32 moments of
     bf16 weights and destroy coded ones.) Raises FormatError when names do not agree.
     """
+    with reading("the optimizer state of a checkpoint"):
+        _load_optimizer_state(optimizer, named, kept)
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer,
+                          named: Iterable[tuple[str, nn.Parameter]], kept: dict[str, Any]) -> None:
     named = list(named)
     names = {id(p): n for n, p in named}
     held = [names.get(id(p), "?") for g in optimizer.param_groups for p in g["params"]]
@@ -184,8 +196,9 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    with reading("the random state of a checkpoint"):
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])

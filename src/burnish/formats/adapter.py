@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import FormatError
+from ..core.reading import reading
 from ..core.recipe import parse
 from ..engine.adapters import Adapter, file_names
 from ..engine.tune import check_model, join
 from ..engine.tuned import DEFAULT, Tuned
 from ..engine.undo import Transaction, whole
 from . import fingerprint, folder
+from .expected import check_sizes
 
 
 def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
@@ -46,16 +48,23 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> Tuned:
     """Join a saved adapter folder to its base, in place.
 
     force: go on although the base differs from the one recorded. Raises FormatError (missing,
-    truncated, foreign, another base: the first difference is named), RecipeError, TargetError.
+    truncated, foreign, another base: the first difference is named; a recipe that asks for more
+    than the file holds), RecipeError, TargetError.
     """
+    with reading(path):
+        return _load(model, path, force)
+
+
+def _load(model: nn.Module, path: str | Path, force: bool) -> Tuned:
     config, tensors = folder.read_adapter(path)
     if not force:
-        recorded = config["base"].get("fingerprint", {}).get("tensors", {})
+        recorded = (config["base"].get("fingerprint") or {}).get("tensors", {})
         difference = fingerprint.first_difference(recorded, model) if recorded else None
         if difference:
             raise FormatError(f"{path} was trained on another base: {difference}; "
                               "load(..., force=True) goes on all the same")
     adapters = config.get("adapters") or {DEFAULT: config}
+    check_sizes(model, adapters, {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
 
     def change(undo: Transaction) -> Tuned:
         tuned: Tuned | None = None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, ConfigError
+from ..core.reading import LARGEST, parse_json, read_text
 from . import safe
 
 MARK = ".burnish.json"
@@ -54,13 +55,13 @@ class Mark:
     def of(cls, folder: Path) -> Mark:
         """The mark of a folder; an empty one where there is none, or one that cannot be read."""
         try:
-            data = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            data = parse_json(read_text(folder / MARK, largest=LARGEST), folder / MARK)
             if data["library"] != "burnish":
                 return cls()
             names = [data["pending"], data["dropped"]]
             wrote = {str(n): [str(d) for d in v] for n, v in data["wrote"].items()}
             return cls(str(data["kind"]), wrote, *[[str(n) for n in v] for v in names])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (BurnishError, KeyError, TypeError, AttributeError):
             return cls()
 
     def write(self, folder: Path) -> None:
@@ -73,7 +74,9 @@ class Mark:
         if name not in self.wrote:
             return False
         digests, path = self.wrote[name], folder / name
-        return not digests or not path.is_file() or digest(path) in digests
+        if not os.path.lexists(path):
+            return True
+        return path.is_dir() if not path.is_file() else not digests or digest(path) in digests
 
 
 def digest(path: Path) -> str:

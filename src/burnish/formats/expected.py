@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import BurnishError, FormatError
 from ..core.recipe import parse
-from ..engine.tuned import tune
+from ..engine.tune import tune
 
 #: settings up to this size make nothing that is large beside the model itself
 LARGE = 512
