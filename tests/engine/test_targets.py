@@ -127,3 +127,31 @@ def test_targets_written_as_a_list_survive_text_and_files(tmp_path):
     tuned.save(tmp_path / "a")
     again = burnish.load(tiny("vit")[0], tmp_path / "a")
     assert {n for n, _ in again.named_parameters()} == names
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "mola", "shira"])
+def test_default_targets_leave_out_what_is_too_small_for_the_rank(method):   # newcomer A5
+    """Mamba's dt_proj (64 x 2) has no rank 4: left out by default, refused when it is named."""
+    rank, kw = (2, {"time_step_rank": 1}) if method == "shira" else (4, {"time_step_rank": 2})
+    tuned = burnish.tune(tiny("mamba", **kw)[0], f"{method}(rank={rank})", head=False)
+    names = " ".join(n for n, _ in tuned.named_parameters())
+    assert "in_proj" in names or "x_proj" in names
+    if method != "mola":                         # dt_proj is no linear that is called
+        assert any(f"{method} leaves 2 of" in n for n in tuned.summary()["notes"])
+        with pytest.raises(burnish.RecipeError, match="does not fit|asks for"):
+            burnish.tune(tiny("mamba", **kw)[0], f"{method}(rank={rank})", targets="dt_proj,x_proj")
+
+
+def test_a_rank_that_no_weight_takes_is_refused():
+    with pytest.raises(burnish.RecipeError, match="does not fit"):
+        burnish.tune(tiny("mlp")[0], "lora(rank=33)")
+
+
+def test_a_network_of_recurrent_weights_says_how_to_train_them():            # newcomer A5
+    from torch import nn
+
+    net = nn.Sequential(nn.LSTM(8, 8))
+    with pytest.raises(burnish.TargetError, match=r"full\(targets='0'\)"):
+        burnish.tune(net, "lora")
+    tuned = burnish.tune(net, "full(targets='0')", head=False)
+    assert len(list(tuned.parameters())) == 4

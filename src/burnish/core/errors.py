@@ -27,6 +27,10 @@ class RecipeError(ConfigError):
     """A recipe names an unknown method or setting, or joins parts that cannot be joined."""
 
 
+class RankError(RecipeError):
+    """A rank that one weight is too small for; among the default targets it is left out."""
+
+
 class TargetError(ConfigError):
     """A target matches nothing, or only in part."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import RecipeError
+from .errors import RankError
 
 #: linear: y = x W^T.  conv1d: HF Conv1D, stores W^T.  conv: W is (out, in/groups*kernel).
 #: embedding: W is (width, vocabulary), the transpose of what is stored.
@@ -78,7 +78,7 @@ class Place:
     def check_rank(self, rank: int, method: str) -> None:
         """A rank above the matrix is an error that names the place and the largest rank."""
         if not 1 <= rank <= min(self.out, self.inp):
-            raise RecipeError(
+            raise RankError(
                 f"{method}: rank {rank} does not fit {self.name} ({self.out} x {self.inp}); "
                 f"the largest rank there is {min(self.out, self.inp)}"
             )

@@ -22,6 +22,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from . import families
 from .errors import ConfigError, TargetError, nearest
 from .patterns import Pattern
@@ -290,8 +292,10 @@ def _default(a: Anatomy) -> list[Place]:
     body = body or [p for p in a.places if p.kind == "conv" and not a.in_head(p)]
     if not body:
         has = ", ".join(explain(a)["groups"]) or "no weight matrices at all"
+        rnn = next((n for n, m in a.model.named_modules() if isinstance(m, nn.RNNBase)), None)
+        more = "" if rnn is None else f", or train {rnn} whole with full(targets={rnn!r})"
         raise TargetError(f"{_called(a)} has no linear or convolution outside its head to tune "
-                          f"by default; it has {has}: name targets")
+                          f"by default; it has {has}: name targets{more}")
     return body
 
 

@@ -14,7 +14,7 @@ from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, wanted
-from ..core.errors import RecipeError, TargetError
+from ..core.errors import RankError, RecipeError, TargetError
 from ..core.method import Method
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
@@ -173,6 +173,7 @@ class Attacher:
 
     def _deltas(self, part: Method) -> None:
         undropped: list[tuple[Place, str]] = []
+        small: list[tuple[Place, RankError]] = []
         placed = self.places(part)
         shared = self._shared(part, placed)
         for place, seen, settled in self._informed(part, placed):
@@ -187,8 +188,14 @@ class Attacher:
             if not weight.is_floating_point():
                 raise TargetError(f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
                                   "added to it; load the weights in a floating-point type")
-            with torch.no_grad():
-                answer = part.delta(Site(place, weight, seen, settled, shared))
+            try:
+                with torch.no_grad():
+                    answer = part.delta(Site(place, weight, seen, settled, shared))
+            except RankError as error:
+                if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
+                    raise
+                small.append((place, error))
+                continue
             if answer is None:
                 continue
             answer = answer if isinstance(answer, tuple) else (answer,)
@@ -204,6 +211,11 @@ class Attacher:
                 slot.add(self.adapter.name, label if not k else
                          f"{label}_{type(term).__name__.lower()}", term, place=place)
             self.placed.setdefault(part.name, []).append(place)
+        if small:
+            first = small[0][0]
+            self.notes.append(f"{part.name} leaves {len(small)} of {len(placed)} weights alone, "
+                              f"too small for its rank, e.g. {first.name} "
+                              f"({first.out} x {first.inp})")
         if undropped:
             self._without_dropout(part, undropped, len(placed))
 

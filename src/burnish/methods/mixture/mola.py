@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.weight.experts import ExpertChains
 from ...core.asked import wanted
-from ...core.errors import RecipeError, TargetError
+from ...core.errors import RankError, RecipeError, TargetError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
 from ...core.targets import match
@@ -73,10 +73,16 @@ class Mola(Method):
         if not by_path:
             raise RecipeError("mola: none of the targets is a linear inside a block")
         stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}
+        largest = max(by_path, key=lambda p: min(by_path[p][0].out, by_path[p][0].inp))
         for path, places in by_path.items():
             first = places[0]
             block = anatomy.blocks[first.block]
-            first.check_rank(self.rank, "mola")
+            try:
+                first.check_rank(self.rank, "mola")
+            except RankError:
+                if asked is not None or path == largest:
+                    raise
+                continue
             rows = tuple(sorted(p.rows for p in places if p.rows)) or None
             out = next(p.out for p in anatomy.places if p.path == path and not p.rows)
             if rows and rows[0][0] == 0 and sum(b - a for a, b in rows) == out:

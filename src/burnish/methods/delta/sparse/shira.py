@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ....blocks.weight.sparse import SparseDelta, spread
-from ....core.errors import RecipeError
+from ....core.errors import RankError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -38,9 +38,9 @@ class Shira(Method):
     def entries(self, place: Place) -> int:
         k = self.rank * (place.out + place.inp)
         if not 1 <= k <= place.out * place.inp:
-            raise RecipeError(f"shira: rank {self.rank} asks for {k} entries of {place.name}, "
-                              f"which has {place.out * place.inp}; the largest rank there is "
-                              f"{place.out * place.inp // (place.out + place.inp)}")
+            raise RankError(f"shira: rank {self.rank} asks for {k} entries of {place.name}, "
+                            f"which has {place.out * place.inp}; the largest rank there is "
+                            f"{place.out * place.inp // (place.out + place.inp)}")
         return k
 
     def delta(self, site: Site) -> SparseDelta:
