@@ -50,7 +50,7 @@ REFUSED = {
              "0.weight is on the meta device.*simulate"),
     "integer weights": (integers, "lora(rank=2)", {}, TargetError, "2.weight holds torch.int8"),
     "bad target": (mlp, "lora(rank=2)", {"targets": "q_prj"}, TargetError, "q_prj"),
-    "rank": (mlp, "lora(rank=33)", {}, RecipeError, "0.weight .64 x 32.; the largest rank.* 32"),
+    "rank": (mlp, "lora(rank=33, targets='0')", {}, RecipeError, "0.weight .64 x 32.; the largest rank.* 32"),
     "empty": (mlp, "", {}, RecipeError, "recipe"),
     "unknown": (mlp, "lroa", {}, RecipeError, "did you mean 'lora'"),
     "unknown setting": (mlp, "lora(rnak=4)", {}, RecipeError, "did you mean 'rank'"),
