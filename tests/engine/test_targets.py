@@ -37,13 +37,13 @@ def touched(tuned):
 
 def outcome(method, model, part=None, whole=None):
     """What the recipe touches, or the error."""
-    net, _ = tiny(model)
+    net, batch = tiny(model)
     try:
         pieces = [burnish.parse(p)[0] for p in conformance.recipe(method).split(" + ")]
         if part is not None:
             own = {k: v for k, v in pieces[-1].changed().items() if v is not None}
             pieces[-1] = type(pieces[-1])(**own, targets=part)
-        return touched(burnish.tune(net, pieces, targets=whole, head=False))
+        return touched(burnish.tune(net, pieces, targets=whole, head=False, calibration=[batch]))
     except burnish.BurnishError as e:
         assert not [n for n, _ in net.named_modules() if n.endswith("burnish")]
         return e

@@ -37,14 +37,17 @@ OTHER = {
     ("checkpoint", "every"): 2, ("galore", "update_every"): 2, ("galore", "rank"): 2,
     ("lora", "dropout"): 0.3, ("dora", "dropout"): 0.3, ("parallel", "dropout"): 0.3,
     ("sgd", "weight_decay"): 0.1, ("sgd", "momentum"): 0.9, ("lion", "weight_decay"): 0.5,
-    ("mezo", "weight_decay"): 0.5,
+    ("mezo", "weight_decay"): 0.5, ("lokr", "factor"): 4, ("oft", "bound"): 0.01,
+    ("oft", "terms"): 5, ("corda", "samples"): 2, ("eva", "samples"): 2,
+    ("eva", "tolerance"): 0.1, ("eva", "rho"): 1.0, ("corda", "alpha"): 8.0,
 }
 #: what a setting needs beside it to have anything to act on
 BESIDE = {
     ("sgd", "nesterov"): {"momentum": 0.9}, ("sgd", "state"): {"momentum": 0.9},
     ("lisa", "seed"): {"layers": 1}, ("lisa", "every"): {"layers": 1},
     ("lisa", "state_on_leave"): {"layers": 1}, ("snella", "cooldown"): {"rounds": 6},
-    ("galore", "at_refresh"): {"update_every": 2}, ("adalora", "warmup"): {"interval": 1},
+    ("lokr", "decompose_both"): {"rank": 1}, ("galore", "at_refresh"): {"update_every": 2},
+    ("adalora", "warmup"): {"interval": 1},
 }
 #: what cannot be seen in one process on the host, with the reason
 UNSEEN = {
@@ -85,6 +88,14 @@ def other(method: str, name: str):
     return now / 2 if now else 0.1
 
 
+def several(batch):
+    """Batches to read beforehand: more than one, and not the same."""
+    for n in range(1, 5):
+        yield {k: v.sin() * n if v.is_floating_point() else v.roll(n, -1)
+               for k, v in batch.items()}
+        batch = {k: v.roll(n, -1) for k, v in batch.items()}
+
+
 def small(method: str) -> dict:
     part = burnish.parse(conformance.recipe(method))[-1]
     return part.changed()
@@ -96,7 +107,7 @@ def seen(method: str, model: str, settings: tuple) -> tuple:
     net, batch = tiny(model)
     *before, last = conformance.recipe(method).split(" + ")
     part = type(burnish.parse(last)[0])(**(small(method) | dict(settings)))
-    tuned = burnish.tune(net, [*before, part], head=True)
+    tuned = burnish.tune(net, [*before, part], head=True, calibration=list(several(batch)))
     tuned.total_steps = STEPS
     tuned.optimizer(lr=1e-2)
     start = {n: p.detach().clone() for n, p in tuned.named_parameters()}

@@ -87,6 +87,10 @@ class Weighted:
         self.all: list[Term] = [t for t, _ in (*self.tiled, *self.token)]
         self.all += [wrap] if wrap else []
 
+    def unwrapped(self) -> Weighted:
+        """The same without the function of W."""
+        return Weighted(self.base, self.terms, None, self.held)
+
     def theta(self) -> list[Tensor]:
         return [p for t in self.all for p in t.theta()]
 
@@ -176,12 +180,14 @@ class _Effective(torch.autograd.Function):
         (stored,) = ctx.saved_tensors
         weight = G if op.wrap is None else op.base() if stored is None else stored
         if op.wrap is not None and not op.wrap.diagonal:
-            theta = op.theta()
+            theta, need_w = op.theta(), ctx.needs_input_grad[0]
+            weight = weight.detach().requires_grad_(need_w)
             with torch.enable_grad():
-                W = op.dense(weight.detach())
-                wanted = [t for t in theta if t.requires_grad]
+                W = op.dense(weight)
+                wanted = [t for t in (weight, *theta) if t.requires_grad]
                 got = iter(torch.autograd.grad(W, wanted, G, allow_unused=True))
-            return None, None, *[next(got) if t.requires_grad else None for t in theta]
+            dW = next(got) if need_w else None
+            return dW, None, *[next(got) if t.requires_grad else None for t in theta]
         grads = {id(t): [None] * len(t.theta()) for t in op.all}
         V = Panels(weight, op.terms, ctx.states)
         df = None
@@ -214,6 +220,8 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     if _plainly(theta):
         return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
+        if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
+            return turned
         W = op.effective(op.base() if weight is None else weight)
         return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return _Linear.apply(x, weight, bias, op, *theta)

@@ -15,7 +15,7 @@ from ...core.errors import RecipeError
 from .persample import term_norms
 
 if TYPE_CHECKING:
-    from .provided import Panels
+    from .provided import Panels, Weighted
 
 
 class Provider(nn.Module):
@@ -142,6 +142,11 @@ class Wrap(Term):
     def of(self, V: Tensor) -> Tensor:
         """W' as a differentiable function of V and of this term's parameters."""
         raise NotImplementedError
+
+    def linear(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None
+               ) -> Tensor | None:
+        """``y = x W'^T + b`` without W', where the function of W has such a form (see turn.py)."""
+        return None
 
     def restart(self, V: Tensor) -> None:
         """Start again from V (the base has got another form since)."""

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....blocks.weight.turn import Turn
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place, Site
+
+if TYPE_CHECKING:
+    from ....engine.tuned import Tuned
+
+
+class Rotation(Turn):
+    """``x -> x blockdiag(R_1 .. R_k)``, ``R_j = (I + Q_j)(I - Q_j)^-1``, Q_j skew, (b, b).
+
+    upper (k, b (b - 1) / 2): the entries of Q above the diagonal, row by row; k = 1 when shared.
+    Realised as x + x M with ``M = R - I = 2 Q (I - Q)^-1``: exactly x at Q = 0, and a small turn is
+    not lost beside the identity in half precision.
+    """
+
+    def __init__(self, inp: int, block: int, share: bool, terms: int):
+        super().__init__()
+        blocks = 1 if share else inp // block
+        self.upper = nn.Parameter(torch.zeros(blocks, block * (block - 1) // 2))
+        self.block, self.terms = block, terms
+
+    def skew(self) -> Tensor:
+        """Q: (k, b, b)."""
+        i, j = torch.triu_indices(self.block, self.block, 1, device=self.upper.device)
+        Q = self.upper.new_zeros(self.upper.shape[0], self.block, self.block)
+        Q = Q.index_put((torch.arange(Q.shape[0], device=Q.device)[:, None], i, j), self.upper)
+        return Q - Q.transpose(-1, -2)
+
+    def move(self) -> Tensor:
+        """R - I: (k, b, b), by a solve, or by `terms` terms of its series in Q."""
+        Q = self.skew()
+        if not self.terms:
+            eye = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
+            return torch.linalg.solve(eye - Q, 2 * Q, left=False)
+        power, M = Q, torch.zeros_like(Q)
+        for n in range(1, self.terms):           # 2 Q + 2 Q^2 + ... + Q^(terms - 1)
+            M = M + (2 if n < self.terms - 1 else 1) * power
+            power = power @ Q
+        return M
+
+    def _turned(self, rows: Tensor, M: Tensor) -> Tensor:
+        cut = rows.reshape(rows.shape[0], -1, self.block).transpose(0, 1)
+        made = cut @ M.to(rows.dtype).expand(cut.shape[0], -1, -1)
+        return rows + made.transpose(0, 1).reshape(rows.shape)
+
+    def before(self, x_NI: Tensor) -> Tensor:
+        return self._turned(x_NI, self.move())
+
+    def of(self, V: Tensor) -> Tensor:
+        return self._turned(V, self.move().transpose(-1, -2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oft(Method):
+    """OFT: the input space of a weight is turned, block by block; lengths and angles stay.
+
+    ``W' = W R^T``, ``R = blockdiag(R_1 .. R_k)``, ``R_j = (I + Q_j)(I - Q_j)^-1`` (Cayley), Q_j
+    skew-symmetric (b, b), k = in / b: ``y = W (R^T x) + b``. Rows of W keep their norms and their
+    angles: ``W' W'^T = W W^T``. `share` uses one block for all runs of inputs; `bound` keeps
+    ``||Q_j||_F`` below it after every update (COFT). ``terms=n`` takes the first n terms of the
+    series of R in Q instead of the solve: cheaper, and orthogonal only nearly; 0 is exact.
+
+    Start: Q = 0: the pre-trained function exactly. Trains in (b - 1) / 2 per matrix, b (b - 1) / 2
+    shared. Kept for backward: x, once for all layers that read it; x is turned, never W, which may
+    be held in any form. Merges exactly. No weight decay. `in` must be a multiple of b.
+    Beside another delta on the same weight that trains, the turned x is kept too.
+    """
+
+    paper: ClassVar[str] = ("Controlling Text-to-Image Diffusion by Orthogonal Finetuning (2023), "
+                            "arXiv:2306.07280")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+    small: ClassVar[dict[str, int]] = {"block": 4}
+
+    block: int = setting(32, "b, inputs that turn together", alias=("oft_block_size",))
+    share: bool = setting(False, "one rotation for all blocks", alias=("block_share",))
+    bound: float | None = setting(None, "largest norm of a Q_j; None: free")
+    terms: int = setting(0, "0: exact; n: the first n terms of the series",
+                         alias=("num_cayley_neumann_terms",))
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or self.terms == 1 or self.terms < 0:
+            raise RecipeError("oft: block >= 2 and terms 0 (exact) or at least 2 are expected")
+        if self.bound is not None and not self.bound > 0:
+            raise RecipeError(f"oft: bound is the largest norm of a block, got {self.bound}")
+
+    def claims(self) -> tuple[str, ...]:
+        return (f"the function of W on {self.targets or 'the default targets'}",)
+
+    def delta(self, site: Site) -> Rotation:
+        if site.place.inp % self.block:
+            fits = [b for b in (2, 4, 8, 16, 32, 64) if site.place.inp % b == 0]
+            raise RecipeError(f"oft: block={self.block} does not divide the {site.place.inp} "
+                              f"inputs of {site.place.name}; "
+                              f"{', '.join(map(str, fits)) or 'none'} would")
+        term = Rotation(site.place.inp, self.block, self.share, self.terms)
+        term.upper.burnish_decay = False
+        return term
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        blocks = 1 if self.share else place.inp // self.block
+        return blocks * self.block * (self.block - 1) // 2
+
+    def controller(self, tuned: Tuned) -> Near | None:
+        return None if self.bound is None else \
+            Near([t for _, t in tuned.terms(Rotation)], self.bound)
+
+
+@dataclass(frozen=True)
+class Near:
+    """After every update Q_j is brought back into its ball: ``||Q_j||_F <= bound``."""
+
+    terms: list[Rotation]
+    bound: float
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        for t in self.terms:
+            norm = torch.linalg.vector_norm(t.upper, dim=1, keepdim=True) * 2**0.5
+            t.upper.mul_(self.bound / norm.clamp_min(self.bound))

@@ -1,0 +1,120 @@
+"""LoKr: one Kronecker product, its second factor of low rank."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import burnish
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.site import Place
+from burnish.methods.delta.tensor.lokr import Kronecker, split
+from burnish.testing.models import tiny
+
+
+def whole(factors):
+    """A factor as one matrix."""
+    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
+def dense(term):
+    """s C (x) B, written out entry by entry: Delta[a o2 + c, b i2 + d] = s C[a, b] B[c, d]."""
+    C, B = whole(term.C), whole(term.B)
+    return term.scale * torch.einsum("ab,cd->acbd", C, B).reshape(
+        C.shape[0] * B.shape[0], C.shape[1] * B.shape[1])
+
+
+@pytest.mark.parametrize("recipe", [
+    "lokr(rank=2)", "lokr(rank=2, alpha=3)", "lokr(rank=64)", "lokr(rank=2, factor=4)",
+    "lokr(rank=1, decompose_both=True)"])
+def test_outputs_and_gradients_are_those_of_the_equation(recipe):
+    model = nn.Sequential(nn.Linear(32, 48)).double()
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    tuned = burnish.tune(model, recipe, head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    x = torch.randn(5, 3, 32, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *term.parameters()]
+    got, want = model(x), F.linear(x, W + dense(term), bias)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(want, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    merged = tuned.merge()
+    torch.testing.assert_close(merged(x), want, rtol=1e-6, atol=1e-6)
+
+
+def test_its_rank_is_the_product_of_ranks():
+    model = nn.Sequential(nn.Linear(64, 64))
+    tuned = burnish.tune(model, "lokr(rank=2)", head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    assert int(torch.linalg.matrix_rank(term.dense())) == 8 * 2
+
+
+def test_counts():
+    place = Place("a", "weight", "linear", 4096, 4096)
+    assert parse("lokr(rank=8, factor=16)")[0].count(place) == 4_352
+    assert parse("lokr(rank=128, factor=16)")[0].count(place) == 65_792
+    for recipe in ("lokr(rank=2)", "lokr(rank=64)", "lokr(rank=1, decompose_both=True)"):
+        tuned = burnish.tune(nn.Sequential(nn.Linear(32, 48)), recipe, head=False, targets="0")
+        assert sum(p.numel() for p in tuned.parameters()) == \
+            tuned.recipe[0].count(Place("0", "weight", "linear", 48, 32))
+
+
+def test_the_start_is_the_base():
+    net, batch = tiny("vit")
+    net.eval()
+    want = net(**batch).logits
+    burnish.tune(net, "lokr(rank=2)")
+    assert torch.equal(net(**batch).logits, want)
+
+
+@pytest.mark.parametrize("n, factor, pair", [(256, -1, (16, 16)), (128, -1, (8, 16)),
+                                             (128, 4, (4, 32)), (48, 5, (4, 12)),
+                                             (127, -1, (1, 127))])
+def test_sides_are_split(n, factor, pair):
+    assert split(n, factor) == pair
+
+
+@pytest.mark.parametrize("args", [{"r": 2, "alpha": 3}, {"r": 1, "alpha": 2, "both": True},
+                                  {"r": 2, "alpha": 2, "factor": 4}])
+def test_it_is_what_peft_computes(args):
+    """peft's w1 is C, its w2 is B; the same tensors give the same outputs."""
+    peft = pytest.importorskip("peft")
+    both, factor = args.get("both", False), args.get("factor", -1)
+    base = nn.Sequential(nn.Linear(32, 48))
+    ours = copy.deepcopy(base)
+    theirs = peft.get_peft_model(base, peft.LoKrConfig(
+        r=args["r"], alpha=args["alpha"], decompose_both=both, decompose_factor=factor,
+        target_modules=["0"], init_weights=False))
+    tuned = burnish.tune(ours, f"lokr(rank={args['r']}, alpha={args['alpha']}, factor={factor}, "
+                         f"decompose_both={both})", head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    held = {n: p for n, p in theirs.named_parameters() if "lokr_w" in n}
+
+    def of(which):
+        return [p for n, p in sorted(held.items()) if f"lokr_{which}" in n]
+
+    with torch.no_grad():
+        for mine, his in zip((*term.C, *term.B), (*of("w1"), *of("w2")), strict=True):
+            mine.copy_(his)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_prime_sides_are_refused():
+    with pytest.raises(RecipeError, match="no sides to split"):
+        burnish.tune(nn.Sequential(nn.Linear(7, 5)), "lokr(rank=1)", head=False, targets="0")

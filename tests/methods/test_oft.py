@@ -1,0 +1,212 @@
+"""OFT: the input space is turned; lengths and angles stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import burnish
+from burnish.core.errors import RecipeError
+from burnish.core.recipe import parse
+from burnish.core.site import Place
+from burnish.methods.delta.ofw.oft import Rotation
+from burnish.testing.models import tiny
+
+
+def skew(upper, b):
+    """Q from the entries above its diagonal, row by row, written out entry by entry."""
+    blocks = []
+    for row in upper:
+        Q = [[torch.zeros((), dtype=row.dtype)] * b for _ in range(b)]
+        n = 0
+        for i in range(b):
+            for j in range(i + 1, b):
+                Q[i][j], Q[j][i] = row[n], -row[n]
+                n += 1
+        blocks.append(torch.stack([torch.stack(r) for r in Q]))
+    return blocks
+
+
+def rotation(upper, b, inp):
+    """R = blockdiag((I + Q_j)(I - Q_j)^-1): (in, in)."""
+    I = torch.eye(b, dtype=upper.dtype)  # noqa: E741
+    made = [(I + Q) @ torch.linalg.inv(I - Q) for Q in skew(upper, b)]
+    return torch.block_diag(*made * (inp // b if len(made) == 1 else 1))
+
+
+def stirred(model, recipe, size=0.3):
+    tuned = burnish.tune(model, recipe, head=False, targets="0")
+    (_, term), = tuned.terms(Rotation)
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_(std=size)
+    return tuned, term
+
+
+@pytest.mark.parametrize("recipe", ["oft(block=4)", "oft(block=8)", "oft(block=4, share=True)"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_outputs_and_gradients_are_those_of_the_equation(recipe, kind):
+    """y = x (W R^T)^T + b, everything in float64, R written out."""
+    model = nn.Sequential(nn.Linear(16, 12)).double()
+    if kind == "conv1d":
+        from transformers.pytorch_utils import Conv1D
+        model = nn.Sequential(Conv1D(12, 16)).double()
+    W = (model[0].weight if kind == "linear" else model[0].weight.t()).detach().clone()
+    tuned, term = stirred(model, recipe)
+    x = torch.randn(5, 3, 16, dtype=torch.float64, requires_grad=True)
+    R = rotation(term.upper, term.block, 16)
+    want = F.linear(x, W @ R.t(), model[0].bias)
+    got = model(x)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, [x, term.upper], g),
+                    torch.autograd.grad(want, [x, term.upper], g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_a_convolution_is_turned_over_its_whole_kernel():
+    conv = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)).double()
+    W, bias = conv[0].weight.detach().clone(), conv[0].bias.detach()
+    tuned, term = stirred(conv, "oft(block=4)")
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    turned = (W.flatten(1) @ rotation(term.upper, 4, 36).t()).view_as(W)
+    want, got = F.conv2d(x, turned, bias, padding=1), conv(x)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    g = torch.randn_like(want)
+    torch.testing.assert_close(*(torch.autograd.grad(y, term.upper, g)[0] for y in (got, want)),
+                               rtol=1e-8, atol=1e-10)
+
+
+def test_a_trained_weight_and_a_delta_under_the_rotation():
+    """W' = (W + s B A) R^T; W trains too: all gradients are those of the dense form."""
+    from burnish.blocks.weight.factor import Chain
+
+    model = nn.Sequential(nn.Linear(16, 12)).double()
+    tuned, term = stirred(model, "full + oft(block=4) + lora(rank=2)")
+    chain = next(t for _, t in tuned.terms(Chain))
+    chain.double()
+    W = model[0].weight
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    wanted = [x, W, term.upper, chain.A, chain.B]
+    V = W + chain.scale * chain.B @ chain.A
+    want = F.linear(x, V @ rotation(term.upper, 4, 16).t(), model[0].bias)
+    got = model(x)
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(want, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_lengths_and_angles_of_rows_stay():
+    """R^T R = I, so W' W'^T = W W^T."""
+    model = nn.Sequential(nn.Linear(64, 24, bias=False)).double()
+    W = model[0].weight.detach().clone()
+    tuned, term = stirred(model, "oft(block=32)", size=1.0)
+    R = torch.eye(64, dtype=torch.float64) + torch.block_diag(*term.move().detach())
+    torch.testing.assert_close(R.t() @ R, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-10)
+    turned = tuned.merge()[0].weight
+    assert (turned - W).abs().max() > 0.1
+    torch.testing.assert_close(turned @ turned.t(), W @ W.t(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_start_is_the_base_to_the_last_bit(dtype):
+    model = nn.Sequential(nn.Linear(32, 24)).to(dtype)
+    x = torch.randn(6, 32).to(dtype)
+    want = model(x)
+    burnish.tune(model, "oft", head=False, targets="0")
+    assert torch.equal(model(x), want)
+
+
+def test_merge_is_exact():
+    net, batch = tiny("vit")
+    net.eval()
+    tuned = burnish.tune(net, "oft(block=8)")
+    with torch.no_grad():
+        for _, t in tuned.terms(Rotation):
+            t.upper.normal_(std=0.2)
+    want = net(**batch).logits
+    torch.testing.assert_close(tuned.merge()(**batch).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_counts():
+    (method,) = parse("oft(block=32)")
+    place = Place("a", "weight", "linear", 4096, 4096)
+    assert method.count(place) == 63_488
+    (shared,) = parse("oft(block=32, share=True)")
+    assert shared.count(place) == 32 * 31 // 2
+    for m in (method, shared):
+        tuned = burnish.tune(nn.Sequential(nn.Linear(64, 8)), m, head=False, targets="0")
+        assert sum(p.numel() for p in tuned.parameters()) == \
+            m.count(Place("0", "weight", "linear", 8, 64))
+
+
+def test_the_bound_holds_after_every_update():
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "oft(block=4, bound=0.01)")
+    tuned.optimizer(lr=1e-1)
+    for _ in range(2):
+        tuned.step(batch)
+        for _, t in tuned.terms(Rotation):
+            assert torch.linalg.matrix_norm(t.skew()).max() <= 0.01 * (1 + 1e-5)
+
+
+def test_x_is_all_that_waits_for_backward():
+    """Neither the turned x nor anything of the weight's size."""
+    model = nn.Sequential(nn.Linear(32, 48))
+    tuned = burnish.tune(model, "oft(block=8)", head=False, targets="0")
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, tape = [], tuned.state.tape
+    tape.lean, tape.pack, tape.unpack = False, lambda t: kept.append(t) or t, lambda t: t
+    x = torch.randn(10, 32, requires_grad=True)
+    y = model(x)
+    kept = [t for t in kept if t.untyped_storage().data_ptr() not in held]
+    assert [tuple(t.shape) for t in kept] == [(10, 32)]
+    assert kept[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    y.sum().backward()
+    assert next(tuned.parameters()).grad.abs().sum() > 0
+
+
+def test_what_changed_since_the_forward_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    tuned = burnish.tune(model, "oft(block=4)", head=False, targets="0")
+    y = model(torch.randn(3, 8)).sum()
+    with torch.no_grad():
+        next(tuned.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.backward()
+
+
+@pytest.mark.parametrize("terms", [0, 5])
+def test_it_is_what_peft_computes(terms):
+    """peft's exact rotation has the other sign of Q, its series the same: with the same entries
+    (negated for the exact one) the outputs agree."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 12))
+    ours = copy.deepcopy(base)
+    theirs = peft.get_peft_model(base, peft.OFTConfig(
+        r=0, oft_block_size=4, target_modules=["0"], use_cayley_neumann=bool(terms),
+        num_cayley_neumann_terms=terms or 5))
+    tuned = burnish.tune(ours, f"oft(block=4, terms={terms})", head=False, targets="0")
+    (_, term), = tuned.terms(Rotation)
+    theirs_upper = next(p for n, p in theirs.named_parameters() if "oft_R" in n)
+    values = torch.randn(4, 6) * 0.1
+    with torch.no_grad():
+        theirs_upper.copy_(values)
+        term.upper.copy_(values if terms else -values)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe, words", [
+    ("oft(block=5)", "does not divide the 16 inputs"), ("oft(terms=1)", "at least 2"),
+    ("oft(bound=0.0)", "largest norm"), ("oft(block=4) + dora(rank=2)", "function of W")])
+def test_what_cannot_be_is_refused(recipe, words):
+    with pytest.raises(RecipeError, match=words):
+        burnish.tune(nn.Sequential(nn.Linear(16, 12)), recipe, head=False, targets="0")
