@@ -39,7 +39,7 @@ OTHER = {
     ("sgd", "weight_decay"): 0.1, ("sgd", "momentum"): 0.9, ("lion", "weight_decay"): 0.5,
     ("mezo", "weight_decay"): 0.5, ("lokr", "factor"): 4, ("oft", "bound"): 0.01,
     ("oft", "terms"): 5, ("corda", "samples"): 2, ("eva", "samples"): 2,
-    ("eva", "tolerance"): 0.1, ("eva", "rho"): 1.0, ("corda", "alpha"): 8.0,
+    ("eva", "tolerance"): -1.0, ("eva", "rho"): 1.0, ("corda", "alpha"): 8.0,
 }
 #: what a setting needs beside it to have anything to act on
 BESIDE = {
