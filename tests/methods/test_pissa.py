@@ -95,7 +95,7 @@ def test_it_is_a_plain_chain_of_twice_the_rank():
 def test_four_bits_lose_less_of_the_residual():
     """QPiSSA: storage holds the residual; its error is below that of coding W itself."""
     tuned, term, W, _ = start(f"nf4 + pissa(rank={R})", torch.float32)
-    assert term.folded and "A0" not in dict(term.named_buffers())
+    assert term.folded
     direct = burnish.tune(model_of(W, torch.float32), "nf4 + lora(rank=8)")
     W = W.float()
     ours = (tuned.model[0].weight + term.dense().detach() - W).norm()

@@ -21,7 +21,7 @@ from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
 from .observe import Batches, Pass
-from .slot import slot_of, slots
+from .slot import Slot, slot_of, slots
 from .state import State
 from .swap import ATTR, refill, set_aside, swap_provided
 from .undo import Transaction
@@ -156,10 +156,7 @@ class Attacher:
             yield place, None, {}
 
     def _key(self, part: Method) -> str:
-        """The part's name, numbered where the recipe has several of that name."""
-        same = [m for m in self.adapter.recipe if m.name == part.name]
-        n = next(i for i, m in enumerate(same) if m is part)
-        return f"{part.name}_{n + 1}" if n else part.name
+        return key_of(self.adapter.recipe, part)
 
     def _shared(self, part: Method, places: list[Place]) -> Shared | None:
         """The tensors a part owns once, held by the root."""
@@ -265,22 +262,24 @@ class Attacher:
                 continue
             stored = module._parameters[place.param]
             moved = stored.detach()
-            terms = [slot.module_of(p) for p in slot.parts if p.place == place]
-            absorbed = [t for t in terms if hasattr(t, "fold_start")]
+            absorbed = [p for p in slot.parts if p.place == place
+                        and hasattr(slot.module_of(p), "fold_start")]
             with torch.no_grad():
-                for term in absorbed:                # a start that storage should absorb
-                    moved = term.fold_start(moved, place)
+                for p in absorbed:                   # a start that storage should absorb
+                    moved = slot.module_of(p).fold_start(moved, place)
                 provider = part.storage(Site(place, moved, seen, settled))
             if provider is None:
                 continue
-            for term in absorbed:
-                term.absorbed()
+            for p in absorbed:
+                slot.module_of(p).absorbed()
+            slot.absorbed += absorbed
+            slot.stored_by[place.param] = self._key(part)
             self.adapter.originals.put(place.path, place.param, stored)
             self._empty(stored, place)
             set_aside(module, place.param)
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
-            self._restart(slot, module, place.param)
+            restart(slot, module, place.param)
             self.replaced[f"{place.path}.{place.param}"] = part.name
             self.placed.setdefault(part.name, []).append(place)
 
@@ -294,19 +293,6 @@ class Attacher:
         originals, home = self.adapter.originals, parameter.device
         self.undo.later(lambda: refill(parameter, originals.get(place.path, place.param).to(home)))
         parameter.data = parameter.data.new_empty(0)
-
-    @torch.no_grad()
-    def _restart(self, slot: Any, module: nn.Module, param: str) -> None:
-        """Functions of W that start from its values take those of its new form, with the starts
-        it has absorbed."""
-        for p in slot.parts:
-            wrap = slot.module_of(p)
-            if isinstance(wrap, Wrap) and p.place.param == param:
-                V = slot._place_view(module, p.place)
-                for q in slot.parts:
-                    if q.place == p.place and getattr(slot.module_of(q), "folded", False):
-                        V = V + slot.module_of(q).dense()
-                wrap.restart(V)
 
     def _select(self, part: Method, name: str, decay: bool) -> None:
         if name in self.replaced:
@@ -345,3 +331,46 @@ class Attacher:
 
 def _within(path: str, above: str) -> bool:
     return not above or path == above or path.startswith(f"{above}.")
+
+
+@torch.no_grad()
+def restart(slot: Slot, module: nn.Module, param: str) -> None:
+    """Functions of W that start from its values take those of its new form, with the starts it
+    has absorbed."""
+    for p in slot.parts:
+        wrap = slot.module_of(p)
+        if isinstance(wrap, Wrap) and p.place.param == param:
+            V = slot._modules[slot.providers[param]].weight()
+            V = p.place.view(V)
+            for q in slot.absorbed:
+                if q.place == p.place:
+                    V = V + slot.module_of(q).dense()
+            wrap.restart(V)
+
+
+@torch.no_grad()
+def refold(model: nn.Module, adapter: Adapter, undo: Transaction) -> None:
+    """Make the weights again that a storage of `adapter` holds without the starts of its terms;
+    those have taken other values since (from a file)."""
+    for path, module, slot in slots(model):
+        for param in {p.place.param for p in slot.absorbed if p.adapter == adapter.name}:
+            mine = [p for p in slot.absorbed if p.place.param == param]
+            name, old = slot.providers[param], slot._modules[slot.providers[param]]
+            key = slot.stored_by[param]
+            part = next(m for m in adapter.recipe if key_of(adapter.recipe, m) == key)
+            held = next(old.buffers())
+            moved = adapter.originals.get(path, param).to(held.device)
+            moved = moved.to(getattr(old, "dtype", moved.dtype))
+            for p in mine:
+                moved = slot.module_of(p).fold_start(moved, p.place)
+            place = mine[0].place
+            settled = adapter.settled.get(key, {}).get(place.name, {})
+            slot._modules[name] = part.storage(Site(place, moved, None, settled))
+            restart(slot, module, param)
+
+
+def key_of(recipe: Recipe, part: Method) -> str:
+    """The part's name, numbered where the recipe has several of that name."""
+    same = [m for m in recipe if m.name == part.name]
+    n = next(i for i, m in enumerate(same) if m is part)
+    return f"{part.name}_{n + 1}" if n else part.name

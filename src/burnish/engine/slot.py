@@ -30,6 +30,7 @@ from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
 from .rows import check_rows, split
+from .starts import with_starts
 from .state import State, valid
 from .swap import ATTR, expose, tuned_class
 
@@ -53,6 +54,8 @@ class Slot(nn.Module):
         self.path = path
         self.parts: list[Part] = []
         self.providers: dict[str, str] = {}          # parameter -> child name
+        self.stored_by: dict[str, str] = {}          # parameter -> the storage that made it
+        self.absorbed: list[Part] = []               # starts that a provider holds subtracted
         self.shells: dict[str, nn.Parameter] = {}    # parameters that a provider answers for
         self.mode: str | None = None
         self.root = False
@@ -88,6 +91,7 @@ class Slot(nn.Module):
     def drop(self, adapter: str) -> None:
         self._modules.pop(adapter, None)
         self.parts = [p for p in self.parts if p.adapter != adapter]
+        self.absorbed = [p for p in self.absorbed if p.adapter != adapter]
         for names in self.state.readers.values():
             names[:] = [n for n in names if n != adapter]
         self.state.version += 1
@@ -233,10 +237,9 @@ class Slot(nn.Module):
                           held=functools.partial(self._held, module, "weight"))
             return linear(_first(args, kw), op, module.bias)
         with ExitStack() as stack:
-            for param, child in self.providers.items():
-                provider = self._modules[child]
-                stack.enter_context(self._noted(module, param, provider.weight,
-                                                self._held(module, param)))
+            for param in self.providers:
+                make = functools.partial(self._stored, module, param)
+                stack.enter_context(self._noted(module, param, make, self._held(module, param)))
             return forward(module, *args, **kw)
 
     # -- weights ------------------------------------------------------------------------------
@@ -288,7 +291,8 @@ class Slot(nn.Module):
 
     def _stored(self, module: nn.Module, param: str) -> Tensor:
         if param in self.providers:
-            return self._modules[self.providers[param]].weight()
+            value = self._modules[self.providers[param]].weight()
+            return with_starts(self, value, param) if self.absorbed else value
         *parents, leaf = param.split(".")
         for p in parents:
             module = getattr(module, p)

@@ -14,6 +14,9 @@ from ..core.errors import FormatError
 from ..core.reading import reading
 from ..core.recipe import parse
 from ..engine.adapters import Adapter, file_names
+from ..engine.attach import refold
+from ..engine.slot import slots
+from ..engine.swap import ATTR
 from ..engine.tune import check_model, join
 from ..engine.tuned import DEFAULT, Tuned
 from ..engine.undo import Transaction, whole
@@ -119,7 +122,15 @@ def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
             adapter.away.pop(name, None)
         else:
             adapter.away[name] = value.to(live.device, live.dtype, copy=True)
+    starts = _starts(tuned)
+    for key in starts:
+        tuned.undo.keep(want[key])
+        want[key].copy_(tensors[key])
+    if starts:                                   # storage holds what they leave of the base
+        refold(tuned.model, next(iter(tuned.adapters.values())), tuned.undo)
     for key, here in want.items():
+        if key in starts:
+            continue
         if key.endswith("._extra_state"):
             module = tuned.model.get_submodule(key.removesuffix("._extra_state"))
             tuned.undo.later(partial(module.set_extra_state, module.get_extra_state()))
@@ -129,6 +140,14 @@ def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
             waits = fresh and (path, leaf) in tuned.originals
             tuned.undo.keep(here, partial(tuned.originals.get, path, leaf) if waits else None)
             here.copy_(tensors[key])
+
+
+def _starts(tuned: Tuned) -> set[str]:
+    """Names of the tensors that say what a storage has absorbed."""
+    return {f"{path}.{ATTR}.{p.adapter}.{p.key}.{leaf}" if path else
+            f"{ATTR}.{p.adapter}.{p.key}.{leaf}"
+            for path, _, slot in slots(tuned.model) for p in slot.absorbed
+            for leaf, _ in slot.module_of(p).named_buffers()}
 
 
 def places_of(tuned: Tuned) -> tuple[dict[str, Tensor], dict[str, tuple[Adapter, str, Tensor]]]:

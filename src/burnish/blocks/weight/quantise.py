@@ -178,7 +178,7 @@ def nf4_encode(w: Tensor, double_quant: bool = True) -> Nf4Tensor:
 
 def _encode_absmax(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 (blocks,) -> uint8 codes (blocks,), fp32 maxima (groups,), fp32 mean ()."""
-    offset = a.mean()
+    offset = a.double().mean().float()           # the same bits on every device
     rest = torch.nn.functional.pad(a - offset, (0, -len(a) % GROUP)).view(-1, GROUP)
     top = rest.abs().amax(1)
     rest = rest / top.clamp_min(torch.finfo(torch.float32).tiny)[:, None]

@@ -16,9 +16,10 @@ class Principal(Chain):
     """``Delta = s (B A - B0 A0) = s ((B - B0) A + B0 (A - A0))``: a chain less its start.
 
     The second form is what runs: at the start it is exactly nothing, in any precision, and small
-    moves are not lost beside the two large products. A0, B0 are kept as buffers (the base is never
-    written), unless a storage has absorbed the start into the weight it holds; then they are
-    dropped.
+    moves are not lost beside the two large products. A0, B0 are kept as buffers; the base is never
+    written. Where a storage has absorbed the start into the weight it holds (`folded`), nothing is
+    subtracted any more: they stay for the file, which makes the residual again from them, and for
+    whoever asks for the base.
     """
 
     def __init__(self, place: Place, A: Tensor, B: Tensor, scale: float):
@@ -26,29 +27,34 @@ class Principal(Chain):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", A.clone())
         self.register_buffer("B0", B.clone())
+        self.folded = False                      # does a storage hold the residual?
 
     def fold_start(self, stored: Tensor, place: Place) -> Tensor:
-        """The stored weight minus the start, for a storage that will hold the residual."""
+        """The stored weight minus the start, for a storage that will hold the residual. Product by
+        product in a fixed order: the same bits on every device."""
         out = stored.clone()
         view = place.view(out)
-        view.copy_(view.to(self.A0.dtype) - self.scale * (self.B0 @ self.A0))
+        left = view.to(self.A0.dtype).clone()
+        for k in range(self.A0.shape[-2]):
+            left -= self.B0[..., :, k, None] * self.A0[..., None, k, :] * self.scale
+        view.copy_(left)
         return out
+
+    def start(self) -> Tensor:
+        """What a storage has absorbed, (out, in)."""
+        return self.scale * (self.B0 @ self.A0)
 
     def absorbed(self) -> None:
         """A storage holds the residual now: nothing is left to subtract."""
-        self.A0 = self.B0 = None
-
-    @property
-    def folded(self) -> bool:
-        return self.A0 is None
+        self.folded = True
 
     def dense(self) -> Tensor:
-        if self.A0 is None:
+        if self.folded:
             return self.scale * (self.B @ self.A)
         return self.scale * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        if self.A0 is None:
+        if self.folded:
             return super().forward_(x_NI, y_NO, scale)
         x, y, s = x_NI.dtype, y_NO.dtype, self.scale * scale
         h_NR, move_NR = x_NI @ self.A.t().to(x), x_NI @ (self.A - self.A0).t().to(x)
@@ -58,7 +64,7 @@ class Principal(Chain):
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        if self.A0 is None:
+        if self.folded:
             return super().backward_(g_NO, x_NI, kept, dx_NI, scale)
         grads = super().backward_(g_NO, x_NI, kept, None, scale)
         if dx_NI is not None:
@@ -68,7 +74,7 @@ class Principal(Chain):
         return grads
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
-        if self.A0 is None:
+        if self.folded:
             return super().tile(i0, i1, state)
         A, A0 = self.A[..., i0:i1], self.A0[..., i0:i1]
         return ((self.B - self.B0) @ A).add_(self.B0 @ (A - A0)).mul_(self.scale)

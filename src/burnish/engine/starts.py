@@ -1,0 +1,28 @@
+"""Starts that a storage has absorbed: a provider then holds W less what some terms begin with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.call import call_of
+
+if TYPE_CHECKING:
+    from .slot import Slot
+
+
+def with_starts(slot: Slot, value: Tensor, param: str) -> Tensor:
+    """What a provider holds is right while its terms are active whole; what they do not bring
+    back now (another adapter is, a part of them, nothing) is added here."""
+    call = None if torch.compiler.is_compiling() else call_of(slot.state)
+    call = slot.state if call is None else call
+    active = {} if call.off else dict(call.active)
+    for part in slot.absorbed:
+        share = 1 - active.get(part.adapter, 0.0)
+        if part.place.param == param and share:
+            value = value.clone()
+            view = part.place.view(value)
+            view.add_(slot.module_of(part).start().to(view.dtype), alpha=share)
+    return value
