@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,18 +31,8 @@ from ..core.site import Branch, Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
 from .rows import check_rows, split
 from .starts import with_starts
-from .state import State, valid
+from .state import Part, State, valid
 from .swap import ATTR, expose, tuned_class
-
-
-@dataclass
-class Part:
-    """A term on a place of this module, or a branch that reads and writes here."""
-
-    adapter: str
-    key: str
-    place: Place | None = None
-    branch: Branch | None = None
 
 
 class Slot(nn.Module):

@@ -12,6 +12,7 @@ from ..blocks.state.prompts import named
 from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
 from ..core.call import Call, switched_off
+from ..core.site import Branch, Place
 
 
 @dataclass
@@ -53,6 +54,16 @@ class State:
         """A new call: what is active now, for good."""
         off, base = switched_off(self)
         return Call(self, self.active, self.rows, off, base, self.version, valid, given or {})
+
+
+@dataclass
+class Part:
+    """A term on a place of this module, or a branch that reads and writes here."""
+
+    adapter: str
+    key: str
+    place: Place | None = None
+    branch: Branch | None = None
 
 
 def valid(module: nn.Module, args: tuple, kw: dict) -> Tensor | None:
