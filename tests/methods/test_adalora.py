@@ -87,6 +87,16 @@ def test_exactly_the_target_lives_after_the_final_phase():
     assert (dead.P != 0).all() and (dead.Q != 0).all(), "P and Q of the pruned stay"
 
 
+@pytest.mark.parametrize("settings", ["final=0.0", "final=0.0, interval=7",
+                                      "final=0.01, warmup=0.9"])
+def test_the_target_is_reached_without_a_final_phase(settings):
+    recipe = f"adalora(rank=2, init_rank=5, {settings})"                        # findings 2.8
+    tuned = start(recipe)
+    for k in range(STEPS):
+        step(tuned, k)
+    assert alive(tuned) == 4
+
+
 def test_the_mask_follows_the_budget_at_every_interval():
     tuned = start()
     for k in range(14):

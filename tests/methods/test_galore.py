@@ -148,6 +148,7 @@ def test_folded_micro_batches_equal_accumulate_then_project():
         opt.step()
         if (t - 1) % 2 == 0:
             P = torch.linalg.svd(micro[0], full_matrices=False)[0][:, :r]
+            P = P * P.gather(0, P.abs().argmax(0, keepdim=True)).sign()   # the largest is positive
         R = P.t() @ sum(micro)
         M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R**2
         step = (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * M / (V.sqrt() + 1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..blocks.update.step import Plan, compose, plan_of
-from ..core.errors import BurnishError, CheckError, ConfigError
+from ..blocks.update.step import Plan, block_matrices, compose, in_block, plan_of
+from ..core.anatomy import Anatomy
+from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
 from ..core.recipe import Recipe
 from ..core.words import honours, why
@@ -29,10 +31,22 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
+def block_weights(anatomy: Anatomy) -> Callable[[str], bool] | None:
+    """name -> is it a matrix of a repeated block, or an added tensor inside one? None for a model
+    without repeated blocks."""
+    if not anatomy.blocks:
+        return None
+    within = tuple(f"{b.path}." for b in anatomy.blocks)
+    weights = {p.name.partition("[")[0] for p in anatomy.places
+               if p.kind != "embedding" and p.name.startswith(within)}
+    return lambda name: name in weights or ".burnish." in name and name.startswith(within)
+
+
 class Stepping:
     """What :class:`~burnish.engine.tuned.Tuned` does once per update (the life-cycle is there)."""
 
     model: nn.Module
+    anatomy: Anatomy
     state: State
     current_optimizer: torch.optim.Optimizer | None
     total_steps: int | None
@@ -47,6 +61,11 @@ class Stepping:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of everything that trains."""
+        raise NotImplementedError
+
+    @property
+    def _active(self) -> Any:
+        """The adapter that trains."""
         raise NotImplementedError
 
     def _here(self) -> None:
@@ -84,7 +103,9 @@ class Stepping:
         # its hooks come first, so that a step inside backward sees gradient and objective together
         self._objectives = Objectives(self, plan.in_backward)
         try:
-            opt = compose(answers, list(self.named_parameters()), lr=lr, scaler=scaler, **kw)
+            opt = compose(answers, list(self.named_parameters()), lr=lr, scaler=scaler,
+                          inside=block_weights(self.anatomy), **kw)
+            self.say_projected()
         except BaseException:
             self._objectives.close()
             self._objectives = None
@@ -100,6 +121,29 @@ class Stepping:
         opt.register_step_post_hook(lambda *_: self._after_update())
         self.state.tape.on_start = self._start
         return opt
+
+    def say_projected(self) -> None:
+        """A note of what a subspace covers; one that covers nothing is refused (RecipeError)."""
+        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        if (sub := plan_of(answers).subspace) is None:
+            return
+        inside = block_weights(self.anatomy) or in_block
+        where = sub.where or block_matrices(sub.map.rank, inside)
+        named = list(self.named_parameters())
+        names = [n for n, p in named if where(n, p)]
+        if not names:
+            everywhere = dataclasses.replace(sub, where=block_matrices(0, inside))
+            short = max((min(p.shape[0], p[0].numel()) for n, p in named
+                         if everywhere.covers(n, p)), default=0)
+            reason = f"the largest short side there is {short}: take a rank below it" if short > 1 \
+                else "nothing that trains is a matrix inside a repeated block"
+            raise RecipeError(f"{sub.name}(rank={sub.map.rank}) projects nothing: {reason}, name "
+                              f"other weights with targets, or drop {sub.name}")
+        said = f"{sub.name} projects"
+        notes = [n for n in self._active.notes if not n.startswith(said)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        said += f" {len(names)} of {len(named)} trained tensors to rank {sub.map.rank}: "
+        self._active.notes = [*notes, f"{said}{', '.join(names[:3])}{more}"]
 
     def _wake(self) -> None:
         """What an earlier optimizer's schedule had put to rest trains again."""

@@ -62,15 +62,15 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_noise(ledger: Ledger) -> Iterator[None]:
-    """A draw from the counter stream is a few hundred small operators per panel and the same ones
+    """A draw from the portable stream is a few hundred small operators per panel and the same ones
     every time. Each size is drawn once in full; after that its result, the highest moment inside it
     and its cost are entered as one event."""
-    from ..blocks.update.noise import _PANEL, CounterNoise
+    from ..blocks.update.noise import _PANEL, PortableNoise
 
-    original = CounterNoise._draw
+    original = PortableNoise._draw
     known: dict[Any, tuple[int, dict[str, tuple[float, ...]]]] = {}
 
-    def draw(self: CounterNoise, n: int, offset: int, turn: int, device: Any, lanes: int,
+    def draw(self: PortableNoise, n: int, offset: int, turn: int, device: Any, lanes: int,
              finish: Any, dtype: torch.dtype) -> torch.Tensor:
         if not ledger.now:                    # while the recipe is joined nobody watches
             return torch.empty(n, dtype=dtype, device=device)
@@ -93,11 +93,11 @@ def quick_noise(ledger: Ledger) -> Iterator[None]:
                 column[phase] += part * n / key[0]
         return out
 
-    CounterNoise._draw = draw                 # type: ignore[method-assign]
+    PortableNoise._draw = draw                 # type: ignore[method-assign]
     try:
         yield
     finally:
-        CounterNoise._draw = original         # type: ignore[method-assign]
+        PortableNoise._draw = original         # type: ignore[method-assign]
 
 
 def _costs(ledger: Ledger) -> dict[str, tuple[float, ...]]:

@@ -12,6 +12,13 @@ time, so a step never holds more of the decoded state than the slice it works on
 dynamic map, whose entries are a sign, a run of zeros that divides by ten each, and a linear
 fraction in the remaining bits (:func:`dynamic_map`).
 
+Codes are rounded stochastically. To the nearest entry, a value whose decay is smaller than half a
+spacing never moves: a second moment (1 - b2 = 0.001, spacings of 1 to 30 %) would stand for ever
+where gradients have stopped. Between its two neighbours, up with the probability of its place
+between them, the mean is right at every step and no byte is added: over the elements of a tensor
+the mean stays within 3 % of fp32 (8 bits; 10 % with 4), as long as it is well above the smallest
+entry of the block: 3e-7 of its largest with 8 bits and 3e-3 with 4, where second moments stop.
+
     fp32    4            bytes per element          bf16    2
     Block8  1 + 4/256                               Block4  1/2 + 4/128
 """
@@ -146,9 +153,13 @@ class Block:
         scale = rows.abs().amax(1)
         parts["absmax"][lo // self.block : -(-hi // self.block)] = scale
         rows = rows / torch.where(scale > 0, scale, 1.0)[:, None]
-        codes = _tables(self.bits, signed, scale).nearest(rows.view(-1))[: hi - lo]
+        tables, flat = _tables(self.bits, signed, scale), rows.view(-1)[: hi - lo]
+        if noise is None:
+            codes = tables.nearest(flat)
+        else:
+            codes = tables.between(flat, noise.bits16(hi - lo, lo, turn=turn, device=x.device))
         if self.up_from_zero and not signed:
-            codes += (codes == 0) & (rows.view(-1)[: hi - lo] > 0)
+            codes += (codes == 0) & (flat > 0)
         if self.bits == 8:
             parts[name][lo:hi] = codes
         else:
@@ -228,6 +239,17 @@ class _Tables(NamedTuple):
         """uint8 codes of a flat fp32 tensor with values in [-1, 1]."""
         code = self.coarse.index_select(0, (x.view(torch.int32) >> 16) & 0xFFFF)
         return code.add_(x > self.middles.index_select(0, code.int()))
+
+
+    def between(self, x: Tensor, bits: Tensor) -> Tensor:
+        """uint8 codes with E[entry] = x, given uniform 16-bit integers."""
+        code = self.nearest(x).int()
+        low = code.sub_((self.entries.index_select(0, code) > x).int()).clamp_(min=0)
+        high = (low + 1).clamp_(max=len(self.entries) - 1)
+        floor = self.entries.index_select(0, low)
+        width = self.entries.index_select(0, high).sub_(floor).clamp_(min=1e-30)
+        up = bits.to(x.dtype).add_(0.5).div_(1 << 16).mul_(width) < x - floor
+        return torch.where(up, high, low).to(torch.uint8)
 
 
 _TABLES: dict[tuple[int, bool, torch.device], _Tables] = {}

@@ -16,7 +16,7 @@ micro-batches add up to the projection of their sum, so a projected gradient acc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from . import named
 from .codecs import SMALL, Block, Codec, Parts, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
+from .residual import Rows, Seen
 from .rules import accumulator
 from .step import Plan, check_shape
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
@@ -51,6 +52,7 @@ class Composed(torch.optim.Optimizer):
         self._done: set[nn.Parameter] = set()           # stepped since the last tick
         self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
         self._hooks: list[Any] = []
+        self._covered: dict[nn.Parameter, bool] = {}
         self._shapes: dict[nn.Parameter, torch.Size] = {}
         #: called with every tensor that was stepped inside backward, its gradient still there
         self.on_updated: Callable[[nn.Parameter, Tensor], None] | None = None
@@ -74,7 +76,8 @@ class Composed(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for p in [p for g in self.param_groups for p in g["params"]]:
+        together = self._together()
+        for p in [p for g in self.param_groups for p in g["params"] if p not in together]:
             if "folded" in self.state.get(p, ()):
                 self._update(p, None)
             elif p.grad is not None and p not in self._done:
@@ -84,6 +87,45 @@ class Composed(torch.optim.Optimizer):
         self._micro.clear()
         self._done.clear()
         return loss
+
+    def _together(self) -> set[nn.Parameter]:
+        """Step small dense tensors in bunches of one slice's size, with a handful of kernels for
+        all; returns what was stepped. The arithmetic is that of :meth:`_dense_step`."""
+        rule, done = self.plan.rule, set[nn.Parameter]()
+        if self.in_backward or not hasattr(rule, "directions") or not rule.decoupled \
+                or not isinstance(self.plan.codec, Plain):
+            return done
+        bunches: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        for k, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None or p.grad.is_sparse or self._projected(p) \
+                        or p.dtype != accumulator(p.dtype) or not _same_layout(p, p.grad):
+                    continue
+                step = self.state[p].get("step", 0) if p in self.state else 0
+                key = (k, p.device, p.dtype, step)
+                if p.numel() <= self._slice(p.device) // 4:
+                    bunches.setdefault(key, []).append(p)
+        for (k, device, _, step), tensors in bunches.items():
+            for bunch in _cut(tensors, self._slice(device)):
+                if len(bunch) > 1:
+                    self._step_bunch(self.param_groups[k], bunch, step + 1)
+                    done.update(bunch)
+        return done
+
+    def _step_bunch(self, group: dict[str, Any], bunch: list[nn.Parameter], t: int) -> None:
+        for p in bunch:
+            state = self.state[p]
+            check_shape(self._where[p][1], p, state, self._shapes)
+            self._shapes.setdefault(p, p.shape)
+            state["step"] = t
+            self._allocate(state, Plain(accumulator(p.dtype)), p.numel(), p.device, tuple(p.shape))
+        states = {s: [self.state[p][s].view(-1) for p in bunch] for s in self.plan.rule.states}
+        ws = [p.detach().view(-1) for p in bunch]
+        us = self.plan.rule.directions([p.grad.view(-1) for p in bunch], states, t, group)
+        lr, decay = group["lr"], group["weight_decay"]
+        if decay:
+            torch._foreach_mul_(ws, 1 - lr * decay)
+        torch._foreach_add_(ws, us, alpha=-lr)
 
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
@@ -110,7 +152,11 @@ class Composed(torch.optim.Optimizer):
 
     # -- one tensor -----------------------------------------------------------------------
     def _projected(self, p: nn.Parameter) -> bool:
-        return self.plan.subspace is not None and self.plan.subspace.covers(self._where[p][1], p)
+        if self.plan.subspace is None:
+            return False
+        if (known := self._covered.get(p)) is None:
+            known = self._covered[p] = self.plan.subspace.covers(self._where[p][1], p)
+        return known
 
     def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
         if grad is not None and grad.is_sparse:
@@ -218,61 +264,29 @@ class Composed(torch.optim.Optimizer):
         self._allocate(state, codec, R.numel(), p.device, tuple(R.shape))
         self._numerics.prepare(W.view(-1), state)
         axis = 0 if basis.left is not None else 1    # the rank dimension of R
-        before = torch.linalg.vector_norm(R, dim=axis) if sub.residual == "scaled" else None
+        beside = sub.beside if G is not None else None
+        norms = torch.linalg.vector_norm(R, dim=axis) if beside is not None else None
         flat = R.view(-1)
         for lo, hi in self._slices(R.numel(), p.device):
             u = self._direct(name, state, codec, t, group, lo, hi, flat[lo:hi])
             flat[lo:hi].copy_(u)
-        residual = None
-        if sub.residual != "none":
-            residual = self._residual(state, basis, G, R, before, axis)
+        rows: Rows | None = None
+        if beside is not None:
+            rule = self.plan.rule
+            correction = rule.correction(t, group) if hasattr(rule, "correction") else 1.0
+            rows = beside.rows(Seen(G, basis, R, norms, axis, self._slice(p.device), correction,
+                                    sub.scale), state)
         lr, decay = group["lr"], group["weight_decay"]
         flat, noise = W.view(-1), CounterNoise(self.seed, f"{name}/round")
         for lo, hi in panels(m, n, self._slice(p.device)):
-            step = basis.up(R, lo, hi)
-            step = step.mul(sub.scale) if residual is None else \
-                residual(lo, hi).add_(step, alpha=sub.scale)
             x = self._numerics.read(flat, state, lo * n, hi * n)
-            x.add_(step.view(-1), alpha=-lr)
+            if sub.scale or rows is None:
+                x.add_(basis.up(R, lo, hi).view(-1), alpha=-lr * sub.scale)
+            if rows is not None:
+                x.add_(rows(lo, hi).view(-1), alpha=-lr)
             if decay:
                 x.mul_(1 - lr * decay)
             self._numerics.write(flat, state, lo * n, hi * n, x, noise, t)
-
-    def _residual(self, state: State, basis: Basis, G: Tensor, N: Tensor,
-                  before: Tensor | None, axis: int) -> Callable[[int, int], Tensor]:
-        """rows -> what the part of the gradient outside the subspace adds to the step.
-
-        The rule has already turned R into its direction N; R itself is projected again, which
-        costs one product and no second buffer."""
-        sub = self.plan.subspace
-        R = basis.down(G)
-
-        def outside(lo: int, hi: int) -> Tensor:
-            return G[lo:hi].to(R.dtype) - basis.up(R, lo, hi)
-
-        if sub.residual == "sgd":
-            return lambda lo, hi: outside(lo, hi).mul_(sub.residual_scale)
-        if sub.residual == "sign":
-            if basis.columns is not None:            # exactly disjoint: no rounding dust
-                return lambda lo, hi: outside(lo, hi).index_fill_(
-                    1, basis.columns.long(), 0.0).sign_().mul_(sub.residual_scale)
-            return lambda lo, hi: outside(lo, hi).sign_().mul_(sub.residual_scale)
-        phi = torch.linalg.vector_norm(N, dim=axis) / (before + 1e-8)
-
-        def scaled(lo: int, hi: int) -> Tensor:
-            return outside(lo, hi).mul_(phi if axis == 0 else phi[lo:hi, None])
-
-        square = sum(scaled(lo, hi).square().sum()
-                     for lo, hi in panels(*G.shape, self._slice(G.device)))
-        norm = square.sqrt()
-        last = state.get("residual_norm")            # limit: ||S|| grows by at most 1 percent
-        shrink = torch.ones_like(norm) if last is None else \
-            sub.limit / (norm / (last + 1e-8)).clamp(min=sub.limit)
-        shrink = torch.where(torch.isfinite(shrink), shrink, 0.0)
-        kept = norm * shrink
-        state["residual_norm"] = kept if last is None else \
-            torch.where(torch.isfinite(kept), kept, last)
-        return lambda lo, hi: scaled(lo, hi).mul_(shrink * sub.residual_scale)
 
     # -- storage --------------------------------------------------------------------------
     def _codec(self, p: nn.Parameter, n: int) -> Codec:
@@ -315,8 +329,9 @@ class Composed(torch.optim.Optimizer):
 
     def load_named_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """See :func:`burnish.blocks.named.load_named_state`."""
-        known = set(self.plan.rule.states) | {
-            "step", "projector", "master", "compensation", "folded", "residual_norm"}
+        beside = self.plan.subspace.beside if self.plan.subspace is not None else None
+        known = {"step", "projector", "master", "compensation", "folded", *self.plan.rule.states,
+                 *(beside.states if beside is not None else ())}
         for key in tensors:
             name = max((n for _, n in self._where.values() if key.startswith(f"{n}.")),
                        key=len, default=None)
@@ -329,6 +344,25 @@ class Composed(torch.optim.Optimizer):
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
+
+
+def _same_layout(p: Tensor, grad: Tensor) -> bool:
+    """Flat views of both run in the same order, without a copy."""
+    return p.is_contiguous() and grad.is_contiguous()
+
+
+def _cut(tensors: list[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
+    """Runs of about `size` elements."""
+    bunch: list[nn.Parameter] = []
+    held = 0
+    for p in tensors:
+        if bunch and held + p.numel() > size:
+            yield bunch
+            bunch, held = [], 0
+        bunch.append(p)
+        held += p.numel()
+    if bunch:
+        yield bunch
 
 
 def _parts(state: State, name: str) -> Parts:

@@ -89,6 +89,31 @@ class AdamW(_Hyper):
         u.div_(c2).add_(group["eps"])
         return torch.div(m, u, out=u).div_(c1)
 
+    def correction(self, t: int, group: Mapping[str, Any]) -> float:
+        """The factor for the bias of the moments where it can be taken out of u, else 1."""
+        b1, b2 = group["betas"]
+        return math.sqrt(1 - b2**t) / (1 - b1**t) if group["eps_first"] else 1.0
+
+    def directions(self, gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
+                   group: Mapping[str, Any]) -> list[Tensor]:
+        """The same for several tensors; `gs` is left as it is."""
+        b1, b2 = group["betas"]
+        ms, vs = states["exp_avg"], states["exp_avg_sq"]
+        torch._foreach_lerp_(ms, gs, 1 - b1)
+        torch._foreach_mul_(vs, b2)
+        torch._foreach_addcmul_(vs, gs, gs, value=1 - b2)
+        c1, c2 = 1 - b1**t, math.sqrt(1 - b2**t)
+        us = torch._foreach_sqrt(vs)
+        if not group["eps_first"]:
+            torch._foreach_div_(us, c2)
+        torch._foreach_add_(us, group["eps"])
+        made = torch._foreach_div(ms, us)
+        if group["eps_first"]:
+            torch._foreach_mul_(made, c2 / c1)
+        else:
+            torch._foreach_div_(made, c1)
+        return list(made)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(_Hyper):
@@ -111,6 +136,16 @@ class Lion(_Hyper):
         u = torch.lerp(g, m, b1).sign_()
         m.lerp_(g, 1 - b2)
         return u
+
+    def directions(self, gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
+                   group: Mapping[str, Any]) -> list[Tensor]:
+        """The same for several tensors; `gs` is left as it is."""
+        b1, b2 = group["betas"]
+        ms = states["exp_avg"]
+        us = list(torch._foreach_lerp(gs, ms, b1))
+        torch._foreach_sign_(us)
+        torch._foreach_lerp_(ms, gs, 1 - b2)
+        return us
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from ...core.errors import ConfigError, RecipeError, nearest
 from ...core.words import honours, why
 from .codecs import Codec, Plain, codec
+from .residual import Residual, Scaled, residual
 from .rules import SGD, AdamW, Rule
 from .subspace import AtRefresh, SubspaceMap
 
-Residual = Literal["none", "sgd", "sign", "scaled"]
 RoundingKind = Literal["nearest", "stochastic", "master", "kahan"]
 ROUNDINGS = ("nearest", "stochastic", "master", "kahan")
 
@@ -38,12 +38,18 @@ _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|position|relative|bias_table|(^|\.)(lm_head|classifier)\.")
 
 
-def block_matrices(rank: int) -> Callable[[str, Tensor], bool]:
+def in_block(name: str) -> bool:
+    """By name alone: inside a numbered module, and not an embedding or a head. For models whose
+    blocks nobody has looked for."""
+    return bool(_IN_BLOCK.search(name)) and not _NOT_LINEAR.search(name)
+
+
+def block_matrices(rank: int, inside: Callable[[str], bool] = in_block
+                   ) -> Callable[[str, Tensor], bool]:
     """The weights of linears and convolutions inside blocks whose short side exceeds `rank`
     (below that a subspace costs more than it saves). Embeddings, heads, norms, biases: no."""
     def where(name: str, p: Tensor) -> bool:
-        return (p.dim() >= 2 and min(p.shape[0], p[0].numel()) > rank
-                and bool(_IN_BLOCK.search(name)) and not _NOT_LINEAR.search(name))
+        return p.dim() >= 2 and min(p.shape[0], p[0].numel()) > rank and inside(name)
     return where
 
 
@@ -124,7 +130,7 @@ class Subspace:
     at_refresh: what happens to the moments ("keep" is GaLore's).
     residual: what the part outside the subspace, G - back(R), adds: "none"; "sgd" itself; "sign"
         its sign; "scaled" itself times ||u_j|| / ||R_j|| per channel j of the long side, its norm
-        growing by at most `limit` per step. Times `residual_scale`.
+        growing by at most `limit` per step. Times `residual_scale`. Or an object (residual.py).
     where: (name, parameter) -> projected? The others take the same rule directly.
     default: the rule if the recipe names none.
     in_backward: also step inside backward, where projected gradients accumulate in R.
@@ -136,7 +142,7 @@ class Subspace:
     every: int = 200
     scale: float = 1.0
     at_refresh: AtRefresh = "keep"
-    residual: Residual = "none"
+    residual: Literal["none", "sgd", "sign", "scaled"] | Residual = "none"
     residual_scale: float = 1.0
     limit: float = 1.01
     where: Callable[[str, Tensor], bool] | None = None
@@ -148,7 +154,7 @@ class Subspace:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise RecipeError(f"{self.name}: update_every is at least 1, got {self.every}")
-        if self.residual == "scaled" and self.map.side == "full":
+        if self.map.side == "full" and isinstance(self.beside, Scaled):
             raise RecipeError(f"{self.name}: a scaled residual needs a one-sided subspace")
         if self.at_refresh == "rotate" and self.map.kind in ("columns", "gaussian"):
             raise RecipeError(f"{self.name}: rotating moments needs orthonormal factors, which a "
@@ -160,6 +166,11 @@ class Subspace:
             rule = dataclasses.replace(rule, eps_first=True)
         plan = plan.say("subspace", self.name, subspace=self, rule=rule)
         return InBackward(name=self.name).wrap(plan) if self.in_backward else plan
+
+    @property
+    def beside(self) -> Residual | None:
+        """What is added to back(N)."""
+        return residual(self.residual, self.residual_scale, self.limit)
 
     @property
     def hides(self) -> frozenset[str]:
@@ -217,7 +228,7 @@ class Rounding:
 def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Parameter]],
             lr: float, *, seed: int = 0, accumulation: int = 1,
             max_grad_norm: float | None = None, scaler: Any = None,
-            **hyper: Any) -> torch.optim.Optimizer:
+            inside: Callable[[str], bool] | None = None, **hyper: Any) -> torch.optim.Optimizer:
     """The optimizer a recipe names.
 
     answers: what each part's ``optimizer()`` returned, in recipe order; None is skipped.
@@ -225,6 +236,7 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
         A parameter may carry ``burnish_lr`` (multiplies lr) and ``burnish_decay`` (False: none).
     seed: of stochastic rounding and drawn subspaces.  accumulation: backward passes per update.
     max_grad_norm, scaler: only checked: both need all gradients at once.
+    inside: is a weight of this name a matrix of a repeated block? None goes by the name's look.
     hyper: replaces hyperparameters of the innermost rule (betas, eps, weight_decay, momentum...).
     """
     inner, wrappers = _answers(answers)
@@ -237,6 +249,9 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
     if not builder:
         inner = dataclasses.replace(inner, rule=dataclasses.replace(inner.rule, **hyper))
     plan = _plan(inner, wrappers)
+    if plan.subspace is not None and plan.subspace.where is None and inside is not None:
+        where = block_matrices(plan.subspace.map.rank, inside)
+        plan = dataclasses.replace(plan, subspace=dataclasses.replace(plan.subspace, where=where))
 
     named = list(named_parameters)
     groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0))
@@ -343,7 +358,7 @@ def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None
                           "gradients never exist together; set max_grad_norm=0")
     if scaler:
         raise RecipeError(f"{who} cannot use a gradient scaler; train in bf16 or fp32")
-    if accumulation > 1 and (plan.subspace is None or plan.subspace.residual != "none"):
+    if accumulation > 1 and (plan.subspace is None or plan.subspace.beside is not None):
         raise RecipeError(f"{who} steps in every backward, so gradients cannot accumulate over "
                           f"{accumulation}; use accumulation 1, or a subspace without residual "
                           "(galore), whose projected gradients do accumulate")

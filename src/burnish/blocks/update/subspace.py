@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
 from .noise import CounterNoise
@@ -106,7 +107,8 @@ class Basis:
 class SubspaceMap:
     """How the basis of one matrix is chosen.
 
-    kind: "svd" takes singular vectors of the gradient, exactly; "randomized" finds their span with
+    kind: "svd" takes singular vectors of the gradient, exactly (with their largest entry positive,
+        on every device); "randomized" finds their span with
         a Gaussian sketch (oversampling 8, two power iterations; Halko et al., 2011); "gaussian"
         draws N(0, 1/r) entries again from the counter stream at every use and stores nothing;
         "columns" draws input dimensions without replacement.
@@ -155,32 +157,57 @@ class SubspaceMap:
         if self.kind == "columns":
             keys = noise.normal(n, turn=turn, device=G_mn.device)
             return Basis(None, None, keys.topk(r).indices.sort().values.int(), n, wide)
-        G = G_mn.to(wide)
-        good = torch.isfinite(G).all()
-        G = torch.where(good, G, 0.0)
-        good = good & (G != 0).any()
-        U, V = self._span(G, r, noise, turn)
-        P, Q = (U if left else None), (V if right else None)
-        if old is not None:
-            P = None if P is None else torch.where(good, P, old.left.to(wide))
-            Q = None if Q is None else torch.where(good, Q, old.right.to(wide))
+        if not _usable(G_mn):                        # nothing to learn from: no new basis
+            if old is not None:
+                return old
+            eye = torch.eye(max(m, n), r, dtype=wide, device=G_mn.device)
+            P, Q = (eye[:m] if left else None), (eye[:n].t() if right else None)
+        else:
+            P, Q = self._span(G_mn.to(wide), r, noise, turn, left, right)
+            P = None if P is None else P * _signs(P, 0)
+            Q = None if Q is None else Q * _signs(Q, 1)
         return Basis(None if P is None else P.to(dtype).contiguous(),
                      None if Q is None else Q.to(dtype).contiguous(), None, n, wide)
 
-    def _span(self, G: Tensor, r: int, noise: CounterNoise, turn: int) -> tuple[Tensor, Tensor]:
-        """(U[:, :r], V^T[:r]) of G."""
+    def _span(self, G: Tensor, r: int, noise: CounterNoise, turn: int, left: bool,
+              right: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(U[:, :r] if `left`, V^T[:r] if `right`) of G."""
         m, n = G.shape
         k = r + 8
         if self.kind == "svd" or k >= min(m, n):
+            if left and not right and m < n:         # the short side: its factor is all we make
+                return torch.linalg.svd(_triangle(G.t()).t(), full_matrices=False)[0][:, :r], None
+            if right and not left and n < m:
+                return None, torch.linalg.svd(_triangle(G), full_matrices=False)[2][:r]
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-            return U[:, :r], Vh[:r]
+            return (U[:, :r] if left else None), (Vh[:r] if right else None)
         sketch = noise.normal(n * k, turn=turn, device=G.device).view(n, k).to(G.dtype)
         Y, _ = torch.linalg.qr(G @ sketch)
         for _ in range(2):
             Z, _ = torch.linalg.qr(G.t() @ Y)
             Y, _ = torch.linalg.qr(G @ Z)
         U, _, Vh = torch.linalg.svd(Y.t() @ G, full_matrices=False)
-        return Y @ U[:, :r], Vh[:r]
+        return (Y @ U[:, :r] if left else None), (Vh[:r] if right else None)
+
+
+def _signs(vectors: Tensor, along: int) -> Tensor:
+    """The signs that make the largest entry of each singular vector positive: a factorisation
+    leaves them open, and moments that stay when the basis changes would follow its whim."""
+    largest = vectors.abs().argmax(along, keepdim=True)
+    return vectors.gather(along, largest).sign()
+
+
+def _usable(G: Tensor) -> bool:
+    """Finite and not all zero, by one reduction."""
+    if isinstance(G, FakeTensor):
+        return True
+    largest = float(torch.linalg.vector_norm(G, ord=math.inf))
+    return math.isfinite(largest) and largest > 0
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    """R of ``tall = Q R``: it has the right singular vectors of `tall`, and Q is never formed."""
+    return torch.linalg.qr(tall, mode="r")[1]
 
 
 def rotate(M: Tensor, old: Basis, new: Basis, squared: bool = False) -> Tensor:

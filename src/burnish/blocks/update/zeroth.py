@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
-from .noise import CounterNoise, ScalarLog, as_fp32, fold
+from .noise import STREAMS, CounterNoise, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
 from .precise import HALF, Evaluation, widened
@@ -59,6 +59,7 @@ class ZerothOrder:
 
     eps: radius of the probe.  queries: probes averaged per update, all at the same theta.
     mode: see the module.  weight_decay: on matrices only, as published.
+    noise: "portable" draws the same z on every kind of device, slowly.
     """
 
     #: words of other parts that it carries out; it refuses the rest (core/words.py)
@@ -74,6 +75,7 @@ class ZerothOrder:
     queries: int = 1
     mode: Mode = "scratch"
     weight_decay: float = 0.0
+    noise: Literal["device", "portable"] = "device"
     name: str = "mezo"
 
     def __post_init__(self) -> None:
@@ -92,9 +94,10 @@ class ZerothOrder:
         return ZerothOrderOptimizer(groups, self, plan, seed)
 
 
-def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor) -> Tensor:
+def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
+              noise: type[CounterNoise] = CounterNoise) -> Tensor:
     """out <- p + scale z, in slices; `out` may be `p` itself."""
-    stream = CounterNoise(seed, name)
+    stream = noise(seed, name)
     here, there = in_memory_order(p)[0].reshape(-1), in_memory_order(out, like=p)[0].view(-1)
     for lo in range(0, p.numel(), _SLICE):
         hi = min(lo + _SLICE, p.numel())
@@ -122,6 +125,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
         self.spec, self.seed = spec, seed
+        self.noise = STREAMS[spec.noise]
         self.model: nn.Module | None = None
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
         self._callers: _Callers | None = None
@@ -132,11 +136,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 1e-6, **spec.hyper(), "updates": 0})
         self.log = ScalarLog(header={
             "method": spec.name, "queries": spec.queries, "rounding": self._rounding,
-            "weight_decay": [g["weight_decay"] for g in self.param_groups], "seed": seed})
+            "weight_decay": [g["weight_decay"] for g in self.param_groups], "seed": seed,
+            "noise": spec.noise if spec.noise == "portable" else self._device()})
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """What is live: a schedule may have put the others to rest."""
         return [(n, p) for n, p in self._all() if _live(p)]
+
+    def _device(self) -> str:
+        return self.param_groups[0]["params"][0].device.type
 
     def _all(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for g in self.param_groups
@@ -196,8 +204,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self.spec.mode == "scratch":
             both = []
             for scale in (eps, -eps):
-                loss = yield self._at(_Scratch(self.named(), seed, scale, self._callers))
-                both.append(loss + self._beside(seed, scale))
+                where = _Scratch(self.named(), seed, scale, self._callers, self.noise)
+                both.append((yield self._at(where)) + self._beside(seed, scale))
             return both[0], both[1]
         away = 0.0                           # how far along z the stored weights stand
         try:
@@ -228,7 +236,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         names = {p: n for n, p in live.items()}
         for term in self.terms:
             moved = {names[p]: p for p in term.params if p in names} if scale else {}
-            with _Scratch(moved.items(), seed, scale, None):
+            with _Scratch(moved.items(), seed, scale, None, self.noise):
                 total += host_float(widened(term.value()), self.spec.name)
         return total
 
@@ -253,7 +261,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _shift(self, seed: int, scale: float) -> None:
         for name, p in self.named():
-            perturbed(p.detach(), name, seed, scale, out=p.detach())
+            perturbed(p.detach(), name, seed, scale, p.detach(), self.noise)
 
     @torch.no_grad()
     def _apply(self, seed: int, g: float, lrs: Sequence[float], index: int,
@@ -273,7 +281,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if state:
                     self.state[p] = state
                 keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
-                stream, low = CounterNoise(seed, name), CounterNoise(seed, f"{name}/round")
+                stream, low = self.noise(seed, name), self.noise(seed, f"{name}/round")
                 for lo in range(0, p.numel(), _SLICE):
                     hi = min(lo + _SLICE, p.numel())
                     x = numerics.read(w, state, lo, hi)
@@ -285,7 +293,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def replay(self, log: ScalarLog) -> None:
         """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
-        for key in ("queries", "rounding", "weight_decay"):
+        for key in ("queries", "rounding", "weight_decay", "noise"):
             if log.header.get(key) != self.log.header[key]:
                 raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
                                   f"optimizer has {self.log.header[key]!r}")
@@ -326,8 +334,8 @@ class _Scratch(AbstractContextManager[None]):
     """Weights read as theta + scale z; the stored tensors are swapped out, never written."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], seed: int, scale: float,
-                 callers: _Callers | None):
-        self.named, self.seed, self.scale = dict(named), seed, scale
+                 callers: _Callers | None, noise: type[CounterNoise] = CounterNoise):
+        self.named, self.seed, self.scale, self.noise = dict(named), seed, scale, noise
         self.callers = callers
         self.kept: dict[str, tuple[Tensor, int]] = {}         # name -> (theta, depth)
         self.hooks: list[Any] = []
@@ -358,7 +366,8 @@ class _Scratch(AbstractContextManager[None]):
                 continue
             theta, depth = self.kept.get(name, (p.data, 0))
             if depth == 0:
-                p.data = perturbed(theta, name, self.seed, self.scale, torch.empty_like(theta))
+                p.data = perturbed(theta, name, self.seed, self.scale,
+                                   torch.empty_like(theta), self.noise)
             self.kept[name] = theta, depth + 1
 
     def _restore(self, names: Iterable[str]) -> None:

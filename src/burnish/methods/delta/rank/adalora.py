@@ -68,7 +68,8 @@ class Adalora(Method):
     triplet i: ``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``. Budget: r0 per matrix until
     `warmup`, then cubically down to `rank` at 1 - `final`; every `interval` updates the triplets
     that are not among the b(t) best of the whole model get E = 0; after 1 - `final` the pattern is
-    fixed and applied after every update. P and Q of a pruned triplet stay; it may revive before.
+    fixed and applied after every update (at the latest after the last one, so the target is always
+    reached). P and Q of a pruned triplet stay; it may revive before.
 
     Start: P, Q normal with std 0.02, E = 0: the pre-trained function exactly. Trains
     r0 (in + out + 1) per matrix. Kept for backward: x and r0 numbers per token; scores hold two
@@ -156,7 +157,7 @@ class Pruner:
     def after_update(self, step: int) -> None:
         if self.total is None:
             return
-        last = self.total - int(self.method.final * self.total)
+        last = min(self.total - int(self.method.final * self.total), self.total - 1)
         if step >= last and self.alive is None:
             self.alive = self.pattern(self.method.rank * len(self.terms))
         if self.alive is not None:

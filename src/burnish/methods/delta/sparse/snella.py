@@ -30,9 +30,11 @@ class Snella(Method):
 
     the factor |K| 1[...] constant in the gradient, as in SNELL. Budget, in entries of Delta over
     all matrices: V(t) falls cubically from (1 - s) to (1 - s_target) of them between `warmup` and
-    1 - `cooldown` of training, reallocated `rounds` times: v_l in proportion to the layer's
-    importance ``e_l = mean(I' U)_A + mean(I' U)_B`` (I = |theta dtheta| with the new theta and the
-    old gradient, smoothed by 0.85), capped at the layer's size; s_l = 1 - v_l / (in out).
+    1 - `cooldown` of training, reallocated `rounds` times, after k / (rounds + 1) of training for
+    k = 1 ... rounds, so that every share is trained and the last is the target: v_l in proportion
+    to the layer's importance ``e_l = mean(I' U)_A + mean(I' U)_B`` (I = |theta dtheta| with the
+    new theta and the old gradient, smoothed by 0.85), capped at the layer's size;
+    s_l = 1 - v_l / (in out).
 
     Start: alpha = gamma = 1, beta = 0, factors as SNELL: near, not equal to, the pre-trained
     function. Trains rank (in + out) + 3 per matrix. Kept for backward: x and tau; scores hold two
@@ -80,7 +82,7 @@ class Snella(Method):
 
 
 class Budget:
-    """The bi-level competition: scores every update, reallocates every `total / rounds`."""
+    """The bi-level competition: scores every update, reallocates `rounds` times."""
 
     def __init__(self, method: Snella, terms: dict[str, KernelDelta]):
         self.method, self.terms = method, terms
@@ -88,18 +90,21 @@ class Budget:
         self._score = {p: s for n, t in terms.items()
                        for p, s in zip((t.A, t.B), self.scores[n], strict=True)}
         self.total: int | None = None
-        self.every = 1
+        self.turns: frozenset[int] = frozenset()
 
     def start(self, total: int | None) -> None:
-        self.total = total
-        self.every = max(1, round(total / self.method.rounds)) if total else 1
+        self.total, rounds = total, self.method.rounds
+        self.turns = frozenset(min(max(1, round(total * k / (rounds + 1))), max(1, total - 1))
+                               for k in range(1, rounds + 1)) if total else frozenset()
 
     def budget(self, step: int) -> int:
         """V(t) in entries of Delta."""
         size = sum(t.out * t.inp for t in self.terms.values())
-        m = self.method
+        m, last = self.method, max(self.turns, default=0)
+        if step >= last:                             # there is no later turn to arrive at
+            return round((1 - m.s_target) * size)
         return round(cubic((1 - m.s) * size, (1 - m.s_target) * size, step,
-                           m.warmup * self.total, (1 - m.cooldown) * self.total))
+                           m.warmup * self.total, min((1 - m.cooldown) * self.total, last)))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
         if (smoothed := self._score.get(p)) is not None:
@@ -107,7 +112,7 @@ class Budget:
 
     def after_update(self, step: int) -> None:
         done = step + 1
-        if self.total and done % self.every == 0:
+        if done in self.turns:
             self.reallocate(self.budget(done))
 
     def reallocate(self, budget: int) -> None:
@@ -124,12 +129,12 @@ class Budget:
             term.sparsity = 1 - v / size
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "every": self.every,
+        return {"total": self.total,
                 "scores": {n: {"A": a.state(), "B": b.state()}
                            for n, (a, b) in self.scores.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.every = state["total"], state["every"]
+        self.start(state["total"])
         for n, (a, b) in self.scores.items():
             a.load(state["scores"][n]["A"])
             b.load(state["scores"][n]["B"])
