@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.errors import ConfigError, RecipeError
+from ...core.method import Method, setting
+
+if TYPE_CHECKING:
+    from ...engine.tuned import Tuned
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float,
+               counts: Tensor | None = None) -> Tensor:
+    """``T^2 mean_n KL(softmax(t_n / T) || softmax(z_n / T))`` over rows n of (..., classes).
+
+    In fp32 whatever the logits are held in. counts: mask (...,) of the rows that count.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    z = F.log_softmax(student.to(wide) / temperature, -1)
+    t = F.log_softmax(teacher.to(wide) / temperature, -1)
+    rows = (t.exp() * (t - z)).sum(-1)
+    if counts is None:
+        return temperature**2 * rows.mean()
+    m = counts.to(rows.dtype)
+    return temperature**2 * (rows * m).sum() / m.sum().clamp_min(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Method):
+    """Distillation from the base: what trains stays close to what the base would have said.
+
+        loss + weight T^2 mean KL(softmax(t / T) || softmax(z / T))
+
+    z the logits of this forward, t those of the base (or of another `adapter`) on the same batch,
+    without gradients and in eval mode. With labels per token, rows without a label do not count.
+    T^2 keeps the size of the gradient as T changes.
+
+    Trains nothing of its own; needs no second model: the base is the tuned model switched off, its
+    trained base tensors standing aside. Costs one more forward per batch, and keeps the teacher's
+    logits until backward. Start: with an update of zero the term and its gradient are zero.
+    """
+
+    paper: ClassVar[str] = ("Distilling the Knowledge in a Neural Network (2015), "
+                            "arXiv:1503.02531; Learning without Forgetting, ECCV 2016")
+    sees_run: ClassVar[bool] = True
+
+    weight: float = setting(1.0, "of the term")
+    temperature: float = setting(2.0, "T, softens both distributions", alias=("T",))
+    adapter: str | None = setting(None, "the teacher: None is the base, else an adapter's name")
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise RecipeError(f"distill(temperature={self.temperature}): expected a positive one")
+
+    def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
+        student, teacher = _logits(run.outputs), _logits(run.reference(self.adapter))
+        labels = run.batch.get("labels") if isinstance(run.batch, Mapping) else None
+        per_row = isinstance(labels, Tensor) and labels.shape == student.shape[:-1] \
+            and not labels.is_floating_point()
+        yield self.weight * divergence(student, teacher, self.temperature,
+                                       labels != -100 if per_row else None)
+
+
+def _logits(out: Any) -> Tensor:
+    found = out if isinstance(out, Tensor) else \
+        out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if found is None and isinstance(out, tuple):
+        found = next((t for t in out if isinstance(t, Tensor) and t.dim() > 1), None)
+    if not isinstance(found, Tensor) or not found.dim():
+        raise ConfigError("distill compares logits, and this model returns none (a tensor, or "
+                          "outputs with .logits)")
+    return found

@@ -1,0 +1,136 @@
+"""Distillation from the base: the term, its gradient, its scale; the teacher is no copy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import burnish
+from burnish.methods.objective.distill import divergence
+from burnish.testing.models import tiny
+
+
+def hand(z, t, T, mask=None):
+    """T^2 sum p (log p - log q) by explicit sums, in fp64."""
+    q, p = torch.softmax(z.double() / T, -1), torch.softmax(t.double() / T, -1)
+    rows = (p * (p.log() - q.log())).sum(-1)
+    return T * T * (rows.mean() if mask is None else rows[mask].mean())
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0, 4.0])
+def test_the_divergence(T):
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(3, 5, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(3, 5, generator=g) > 0.4
+    torch.testing.assert_close(divergence(z, t, T), hand(z, t, T))
+    torch.testing.assert_close(divergence(z, t, T, mask), hand(z, t, T, mask))
+    assert divergence(t, t, T).abs() < 1e-12
+    assert divergence(z.bfloat16(), t.bfloat16(), T).dtype == torch.float32
+
+
+def start(recipe, model="bert", head=True):
+    net, batch = tiny(model, dtype=torch.float64)
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, recipe, head=head)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.data = p.double() + 0.1 * torch.randn(p.shape, dtype=torch.float64)
+    net.train()
+    return tuned, base.eval(), batch
+
+
+@pytest.mark.parametrize("recipe, model", [("lora(rank=2)", "bert"), ("full", "vit"),
+                                           ("lora(rank=2) + checkpoint", "bert"),
+                                           ("lora(rank=2)", "llama")])
+def test_gradients_are_those_of_the_sum(recipe, model):
+    """Loss / 2 + term / 2, with a teacher that is a real copy of the base."""
+    tuned, base, batch = start(f"{recipe} + distill(weight=0.7, temperature=2.0)", model)
+    tuned.model.eval()                               # dropout would draw otherwise
+    with torch.no_grad():
+        teacher = base(**batch).logits
+    out = tuned.model(**batch)                       # no optimizer yet: the task alone
+    mask = None
+    if batch["labels"].shape == out.logits.shape[:-1]:
+        mask = batch["labels"] != -100
+    whole = out.loss + 0.7 * hand(out.logits, teacher, 2.0, mask)
+    want = torch.autograd.grad(0.5 * whole, list(tuned.parameters()))
+    tuned.optimizer(lr=0.0)
+    (0.5 * tuned.model(**batch).loss).backward()
+    for (n, p), g in zip(tuned.named_parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-10, msg=n)
+
+
+def test_the_teacher_is_asked_in_eval_mode_and_modes_stay():
+    tuned, base, batch = start("lora(rank=2) + distill")
+    tuned.model.classifier.eval()
+    before = {n: m.training for n, m in tuned.model.named_modules()}
+    tuned.optimizer(lr=0.0)
+    tuned.loss(batch).backward()
+    assert before == {n: m.training for n, m in tuned.model.named_modules()}
+
+
+def test_strong_distillation_keeps_the_base():
+    gaps = []
+    for weight in (0.0, 50.0):
+        net, batch = tiny("bert")
+        base = copy.deepcopy(net).eval()
+        tuned = burnish.tune(net, f"lora(rank=4) + distill(weight={weight})", head=False)
+        tuned.optimizer(lr=1e-2)
+        for _ in range(10):
+            tuned.step(batch)
+        net.eval()
+        with torch.no_grad():
+            gaps.append(float(F.mse_loss(net(**batch).logits, base(**batch).logits)))
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_under_zeroth_order_steps_its_value_counts():
+    gs = []
+    for weight in (0.0, 30.0):
+        net, batch = tiny("bert")
+        tuned = burnish.tune(net, f"lora(rank=4) + distill(weight={weight}) + mezo", head=False)
+        with torch.no_grad():
+            for k, p in enumerate(tuned.parameters()):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) * 0.1)
+        opt = tuned.optimizer(lr=1e-4)
+        tuned.step(batch)
+        gs.append(opt.log.scalars[0])
+    assert gs[0] != gs[1]
+
+
+def test_a_loop_that_leaves_the_term_behind_is_stopped():
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "lora(rank=2) + distill", head=False)
+    opt = tuned.optimizer(lr=1e-3)
+    F.cross_entropy(tuned.model(**batch).logits, batch["labels"]).backward()
+    with pytest.raises(burnish.CheckError, match="distill had no part in this update.*tuned.loss"):
+        opt.step()
+
+
+def test_outputs_without_a_loss_carry_it():
+    """A loss made outside: with one backward per update nothing need be told."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "lora(rank=2) + distill", head=False)
+    opt = tuned.optimizer(lr=1e-3)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    F.cross_entropy(tuned.model(**inputs).logits, batch["labels"]).backward()
+    opt.step()
+
+
+def test_the_teacher_may_be_another_adapter():
+    net, batch = tiny("bert", dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2)", head=False, name="old")
+    tuned.add("new", "lora(rank=2) + distill(adapter='old')")
+    tuned.use("new")
+    tuned.optimizer(lr=1e-3)
+    tuned.step(batch)
+    assert tuned.state.active == (("new", 1.0),)
+    with pytest.raises(burnish.ConfigError, match="no adapter 'older'.*old, new"):
+        tuned.add("third", "lora(rank=2) + distill(adapter='older')")
+        tuned.use("third")
+        tuned.optimizer(lr=1e-3)
+        tuned.step(batch)

@@ -1,0 +1,70 @@
+"""O-LoRA: orthogonal to what earlier tasks have taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import burnish
+from burnish.blocks.weight.factor import Chain
+from burnish.methods.objective.o_lora import overlap
+from burnish.testing.models import tiny
+
+
+def test_the_overlap_by_hand():
+    A = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
+    B = torch.tensor([[1.0, 0.0, 3.0]])
+    made = [1 * 1 + 2 * 0 + 0 * 3, 0 * 1 + 1 * 0 - 1 * 3]             # 1, -3
+    assert float(overlap(A, [B], "squared")) == sum(x * x for x in made)
+    assert float(overlap(A, [B], "absolute")) == sum(abs(x) for x in made)
+    assert float(overlap(A, [B, B], "squared")) == 2 * sum(x * x for x in made)
+
+
+def two(weight, norm="squared"):
+    net, batch = tiny("bert", dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2)", head=False, name="first")
+    tuned.optimizer(lr=1e-2)
+    tuned.step(batch)
+    tuned.add("second", f"lora(rank=3) + o_lora(weight={weight}, norm='{norm}') + sgd", seed=1)
+    tuned.use("second")
+    return tuned, batch
+
+
+def crossing(tuned):
+    first = dict(tuned.terms(Chain, "first"))
+    return sum(float((first[n].A.detach() @ t.A.detach().t()).square().sum())
+               for n, t in tuned.terms(Chain, "second"))
+
+
+def test_the_gradient_is_that_of_the_formula():
+    """d/dA weight ||A_1 A^T||^2 = 2 weight A A_1^T A_1."""
+    grads = []
+    for weight in (0.0, 0.4):
+        tuned, batch = two(weight)
+        tuned.optimizer(lr=0.0)
+        tuned.loss(batch).backward()
+        grads.append({n: t.A.grad.clone() for n, t in tuned.terms(Chain, "second")})
+    first = dict(tuned.terms(Chain, "first"))
+    for n, t in tuned.terms(Chain, "second"):
+        A1 = first[n].A.detach()
+        want = 2 * 0.4 * t.A.detach() @ A1.t() @ A1
+        torch.testing.assert_close(grads[1][n] - grads[0][n], want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["squared", "absolute"])
+def test_the_new_task_turns_away_and_the_old_one_stays(norm):
+    tuned, batch = two(0.5, norm)
+    old = {n: t.A.detach().clone() for n, t in tuned.terms(Chain, "first")}
+    before = crossing(tuned)
+    tuned.optimizer(lr=2e-2)
+    for _ in range(15):
+        tuned.step(batch)
+    assert crossing(tuned) < 0.5 * before
+    assert all(torch.equal(old[n], t.A) for n, t in tuned.terms(Chain, "first"))
+
+
+def test_a_first_task_has_nothing_to_avoid():
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "lora(rank=2) + o_lora", head=False)
+    tuned.optimizer(lr=1e-3)
+    tuned.step(batch)
