@@ -31,7 +31,9 @@ def reference(W, Gs, rank, every, alpha, lr, literal=False, limit=1.01, residual
     for t, G in enumerate(Gs, 1):
         if (t - 1) % every == 0:
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-            P, Q = U[:, :rank], Vh[:rank]
+            P, Q = U[:, :rank], Vh[:rank]                       # largest entries positive
+            P = P * P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
+            Q = Q * Q.gather(1, Q.abs().argmax(1, keepdim=True)).sign()
         R = P.T @ G if m < n else G @ Q.T
 
         def back(X, P=P, Q=Q):

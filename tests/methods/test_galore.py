@@ -43,7 +43,9 @@ def reference(W, grads, lr, r, T, alpha, proj="std", wd=0.0, eps=1e-6):
     left = proj == "full" or not right
     for t, G in enumerate(grads, 1):
         if (t - 1) % T == 0:
-            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)         # largest entries positive
+            U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+            Vh = Vh * Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()
             P = U[:, :r] if left else torch.eye(m, dtype=F64)
             Q = Vh[:r] if right else torch.eye(n, dtype=F64)
         R = P.t() @ G @ Q.t()

@@ -161,7 +161,7 @@ class Composed(torch.optim.Optimizer):
     def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
         if grad is not None and grad.is_sparse:
             raise RecipeError(f"{self._where[p][1]} has a sparse gradient; dense ones only")
-        check_shape(self._where[p][1], p, self.state.get(p), self._shapes)
+        check_shape(self._where[p][1], p, self.state.get(p), self._shapes, not self._projected(p))
         self._shapes.setdefault(p, p.shape)
         if self._projected(p):
             self._project_step(p, grad)

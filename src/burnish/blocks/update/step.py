@@ -328,13 +328,14 @@ def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def check_shape(name: str, p: nn.Parameter, state: Any,
-                shapes: dict[nn.Parameter, torch.Size]) -> None:
-    """Raises ConfigError where a tensor has another shape than its optimizer state."""
+def check_shape(name: str, p: nn.Parameter, state: Any, shapes: dict[nn.Parameter, torch.Size],
+                whole: bool = True) -> None:
+    """Raises ConfigError where a tensor has another shape than its optimizer state. whole: the
+    state is of the tensor's own shape, not of a projection's."""
     if not state:
         return
     was = shapes.get(p)
-    if was is None and "projector" not in {k.partition(".")[0] for k in state}:
+    if was is None and whole:
         other = next((s for k in _WHOLE if isinstance(s := state.get(k), Tensor)
                       and s.numel() != p.numel()), None)
         was = None if other is None else other.shape
