@@ -29,8 +29,8 @@ scratch     theta is never written. With ``optimizer.model`` set, a module's per
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,17 +38,15 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
-from .noise import STREAMS, CounterNoise, ScalarLog, as_fp32, fold
+from .noise import STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
 from .precise import HALF, Evaluation, widened
-from .rules import accumulator
+from .scratch import SLICE, Callers, Evaluate, Scratch, perturbed
 from .step import Plan
 from .subspace import in_memory_order
 
 Mode = Literal["scratch", "in_place"]
-Evaluate = AbstractContextManager[Any]
-_SLICE = 1 << 20
 #: updates in a row without a difference between the losses before the run is stopped
 PATIENCE = 5
 
@@ -94,18 +92,6 @@ class ZerothOrder:
         return ZerothOrderOptimizer(groups, self, plan, seed)
 
 
-def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
-              noise: type[CounterNoise] = CounterNoise) -> Tensor:
-    """out <- p + scale z, in slices; `out` may be `p` itself."""
-    stream = noise(seed, name)
-    here, there = in_memory_order(p)[0].reshape(-1), in_memory_order(out, like=p)[0].view(-1)
-    for lo in range(0, p.numel(), _SLICE):
-        hi = min(lo + _SLICE, p.numel())
-        z = stream.normal(hi - lo, lo, device=p.device).to(accumulator(p.dtype)).mul_(scale)
-        there[lo:hi].copy_(z.add_(here[lo:hi]))
-    return out
-
-
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Drives :meth:`passes`; ``step(closure)`` does it for a closure that returns the loss.
 
@@ -128,7 +114,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.noise = STREAMS[spec.noise]
         self.model: nn.Module | None = None
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
-        self._callers: _Callers | None = None
+        self._callers: Callers | None = None
         self.terms: Sequence[OnWeights] = ()
         self.riding: Riding | None = None
         self._terms: list[Tensor] | None = None
@@ -177,7 +163,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def passes(self) -> Generator[Evaluate, float, float]:
         """One update as a generator: yields contexts to evaluate the loss in, receives losses."""
         if self.spec.mode == "scratch" and self.model is not None and self._callers is None:
-            callers = _Callers(self.model, self._all())
+            callers = Callers(self.model, self._all())
             yield Evaluation(callers.watch(), self.model)
             self._callers = callers
         update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
@@ -204,7 +190,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self.spec.mode == "scratch":
             both = []
             for scale in (eps, -eps):
-                where = _Scratch(self.named(), seed, scale, self._callers, self.noise)
+                where = Scratch(self.named(), seed, scale, self._callers, self.noise)
                 both.append((yield self._at(where)) + self._beside(seed, scale))
             return both[0], both[1]
         away = 0.0                           # how far along z the stored weights stand
@@ -236,7 +222,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         names = {p: n for n, p in live.items()}
         for term in self.terms:
             moved = {names[p]: p for p in term.params if p in names} if scale else {}
-            with _Scratch(moved.items(), seed, scale, None, self.noise):
+            with Scratch(moved.items(), seed, scale, None, self.noise):
                 total += host_float(widened(term.value()), self.spec.name)
         return total
 
@@ -282,8 +268,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     self.state[p] = state
                 keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
                 stream, low = self.noise(seed, name), self.noise(seed, f"{name}/round")
-                for lo in range(0, p.numel(), _SLICE):
-                    hi = min(lo + _SLICE, p.numel())
+                for lo in range(0, p.numel(), SLICE):
+                    hi = min(lo + SLICE, p.numel())
                     x = numerics.read(w, state, lo, hi)
                     if keep != 1.0:
                         x.mul_(keep)
@@ -328,107 +314,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self.state[p][key] = value.detach().clone().to(p.device)
         if "log" in state_dict:
             self.load_extra_state(*state_dict["log"])
-
-
-class _Scratch(AbstractContextManager[None]):
-    """Weights read as theta + scale z; the stored tensors are swapped out, never written."""
-
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], seed: int, scale: float,
-                 callers: _Callers | None, noise: type[CounterNoise] = CounterNoise):
-        self.named, self.seed, self.scale, self.noise = dict(named), seed, scale, noise
-        self.callers = callers
-        self.kept: dict[str, tuple[Tensor, int]] = {}         # name -> (theta, depth)
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> None:
-        if self.callers is None:
-            self._swap(list(self.named))
-            return
-        self._swap(self.callers.always)
-        for module, names in self.callers.during.items():
-            self.hooks.append(module.register_forward_pre_hook(
-                lambda *_, names=names: self._swap(names), prepend=True))
-            self.hooks.append(module.register_forward_hook(
-                lambda *_, names=names: self._restore(names), always_call=True))
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-        for name, (theta, _) in self.kept.items():
-            self.named[name].data = theta
-        self.kept.clear()
-
-    def _swap(self, names: Iterable[str]) -> None:
-        for name in names:
-            p = self.named.get(name)
-            if p is None:                            # at rest
-                continue
-            theta, depth = self.kept.get(name, (p.data, 0))
-            if depth == 0:
-                p.data = perturbed(theta, name, self.seed, self.scale,
-                                   torch.empty_like(theta), self.noise)
-            self.kept[name] = theta, depth + 1
-
-    def _restore(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.kept:
-                continue
-            theta, depth = self.kept[name]
-            if depth == 1:
-                self.named[name].data = theta
-                del self.kept[name]
-            else:
-                self.kept[name] = theta, depth - 1
-
-
-class _Callers:
-    """Which module to watch for each parameter: its owner if the forward calls it, else the
-    nearest module above that is called; `always` where there is none."""
-
-    def __init__(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]):
-        self.model, self.names = model, {id(p): n for n, p in named}
-        self.during: dict[nn.Module, list[str]] = {}
-        self.always: list[str] = []
-
-    def watch(self) -> Evaluate:
-        """A context for one plain evaluation that notes which modules are called."""
-        return _Watch(self)
-
-    def settle(self, called: set[str]) -> None:
-        owned: set[str] = set()
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            for p in module._parameters.values():
-                name = self.names.get(id(p))
-                if name is None:
-                    continue
-                owned.add(name)
-                up = path
-                while up and up not in called:
-                    up = up.rpartition(".")[0]
-                if up in called:
-                    names = self.during.setdefault(self.model.get_submodule(up), [])
-                    if name not in names:
-                        names.append(name)
-                else:
-                    self.always.append(name)
-        self.always += [n for n in self.names.values() if n not in owned]
-
-
-class _Watch(AbstractContextManager[None]):
-    def __init__(self, callers: _Callers):
-        self.callers, self.called = callers, set()
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> None:
-        for path, module in self.callers.model.named_modules(remove_duplicate=False):
-            self.hooks.append(module.register_forward_pre_hook(
-                lambda *_, path=path: self.called.add(path)))
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.callers.settle(self.called)
 
 
 def _live(p: nn.Parameter) -> bool:

@@ -1,0 +1,134 @@
+"""Weights that read as theta + scale z while a loss is evaluated, and are never written.
+
+With a model, a module's perturbed weights exist while that module runs; which module to watch for
+each parameter is found out by one plain evaluation (:class:`Callers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .noise import CounterNoise
+from .rules import accumulator
+from .subspace import in_memory_order
+
+Evaluate = AbstractContextManager[Any]
+SLICE = 1 << 20
+
+
+def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
+              noise: type[CounterNoise] = CounterNoise) -> Tensor:
+    """out <- p + scale z, in slices; `out` may be `p` itself."""
+    stream = noise(seed, name)
+    here, there = in_memory_order(p)[0].reshape(-1), in_memory_order(out, like=p)[0].view(-1)
+    for lo in range(0, p.numel(), SLICE):
+        hi = min(lo + SLICE, p.numel())
+        z = stream.normal(hi - lo, lo, device=p.device).to(accumulator(p.dtype)).mul_(scale)
+        there[lo:hi].copy_(z.add_(here[lo:hi]))
+    return out
+
+
+class Scratch(AbstractContextManager[None]):
+    """Weights read as theta + scale z; the stored tensors are swapped out, never written."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], seed: int, scale: float,
+                 callers: Callers | None, noise: type[CounterNoise] = CounterNoise):
+        self.named, self.seed, self.scale, self.noise = dict(named), seed, scale, noise
+        self.callers = callers
+        self.kept: dict[str, tuple[Tensor, int]] = {}         # name -> (theta, depth)
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.callers is None:
+            self._swap(list(self.named))
+            return
+        self._swap(self.callers.always)
+        for module, names in self.callers.during.items():
+            self.hooks.append(module.register_forward_pre_hook(
+                lambda *_, names=names: self._swap(names), prepend=True))
+            self.hooks.append(module.register_forward_hook(
+                lambda *_, names=names: self._restore(names), always_call=True))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        for name, (theta, _) in self.kept.items():
+            self.named[name].data = theta
+        self.kept.clear()
+
+    def _swap(self, names: Iterable[str]) -> None:
+        for name in names:
+            p = self.named.get(name)
+            if p is None:                            # at rest
+                continue
+            theta, depth = self.kept.get(name, (p.data, 0))
+            if depth == 0:
+                p.data = perturbed(theta, name, self.seed, self.scale,
+                                   torch.empty_like(theta), self.noise)
+            self.kept[name] = theta, depth + 1
+
+    def _restore(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.kept:
+                continue
+            theta, depth = self.kept[name]
+            if depth == 1:
+                self.named[name].data = theta
+                del self.kept[name]
+            else:
+                self.kept[name] = theta, depth - 1
+
+
+class Callers:
+    """Which module to watch for each parameter: its owner if the forward calls it, else the
+    nearest module above that is called; `always` where there is none."""
+
+    def __init__(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]):
+        self.model, self.names = model, {id(p): n for n, p in named}
+        self.during: dict[nn.Module, list[str]] = {}
+        self.always: list[str] = []
+
+    def watch(self) -> Evaluate:
+        """A context for one plain evaluation that notes which modules are called."""
+        return Watch(self)
+
+    def settle(self, called: set[str]) -> None:
+        owned: set[str] = set()
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for p in module._parameters.values():
+                name = self.names.get(id(p))
+                if name is None:
+                    continue
+                owned.add(name)
+                up = path
+                while up and up not in called:
+                    up = up.rpartition(".")[0]
+                if up in called:
+                    names = self.during.setdefault(self.model.get_submodule(up), [])
+                    if name not in names:
+                        names.append(name)
+                else:
+                    self.always.append(name)
+        self.always += [n for n in self.names.values() if n not in owned]
+
+
+class Watch(AbstractContextManager[None]):
+    def __init__(self, callers: Callers):
+        self.callers, self.called = callers, set()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for path, module in self.callers.model.named_modules(remove_duplicate=False):
+            self.hooks.append(module.register_forward_pre_hook(
+                lambda *_, path=path: self.called.add(path)))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.callers.settle(self.called)
