@@ -27,6 +27,7 @@ WORDS: dict[str, str] = {
     "gradients": "all gradients at once, before the update (the event before_update)",
     "schedule": "tensors that join and leave between updates",
     "objective": "terms beside the task's loss",
+    "resize": "optimizer state in the tensor's own shape, which can grow and shrink with it",
     "around_step": "more evaluations around the step",
     "subspace": "a gradient to project",
     "transform": "a gradient to change on its way to the rule",

@@ -205,6 +205,7 @@ class Attacher:
                 if isinstance(term, Wrap):
                     self._one_wrap(part, place, slot)
                 term.to(weight.device)
+                term.part = self._key(part)
                 slot.add(self.adapter.name, label if not k else
                          f"{label}_{type(term).__name__.lower()}", term, place=place)
             self.placed.setdefault(part.name, []).append(place)

@@ -38,6 +38,7 @@ from .buffers import Buffers
 from .leave import give_back, take_out
 from .observe import Batches
 from .originals import Originals
+from .resize import resize_term
 from .slot import slot_of, slots
 from .state import State
 from .step import Stepping, forward
@@ -388,6 +389,20 @@ class Tuned(Stepping):
                     term = slot.module_of(part)
                     if isinstance(term, kind):
                         yield part.place.name, term
+
+    def resize(self, term: Any, keep: Tensor | Mapping[str, Tensor] | None = None,
+               fresh: Mapping[str, Tensor] | None = None) -> None:
+        """Change the rank of a term between steps: the components `keep` (indices, in this order,
+        the same for all tensors or by tensor name; None: all), then `fresh` ones (tensor name ->
+        slices to append).
+
+        Parameters stay the same objects in the same groups of the optimizer; gradients and
+        moments are cut and grown with them, and the adapter's file knows the new rank. Raises
+        ConfigError for a term without a rank axis, RecipeError where the optimizer's state has
+        lost the shape (codes, projections); nothing is changed then.
+        """
+        self._plain()
+        resize_term(self, term, keep, fresh)
 
     def branches(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
         """(path, module) of every branch of a class in an adapter (default: the active one)."""

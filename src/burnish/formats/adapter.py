@@ -15,6 +15,7 @@ from ..core.reading import reading
 from ..core.recipe import parse
 from ..engine.adapters import Adapter, file_names
 from ..engine.attach import refold
+from ..engine.resize import follow
 from ..engine.slot import slots
 from ..engine.swap import ATTR
 from ..engine.tune import check_model, join
@@ -97,6 +98,7 @@ def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str, fresh: bool = F
 
     fresh: what trains stands at the base's values yet.
     """
+    follow(tuned, tensors)                           # ranks that changed while training
     want, buffers = places_of(tuned)
     missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - {*want, *buffers})
     if missing or extra:

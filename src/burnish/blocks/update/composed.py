@@ -53,7 +53,7 @@ class Composed(torch.optim.Optimizer):
         self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
         self._hooks: list[Any] = []
         self._covered: dict[nn.Parameter, bool] = {}
-        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        self.burnish_shapes: dict[nn.Parameter, torch.Size] = {}
         #: called with every tensor that was stepped inside backward, its gradient still there
         self.on_updated: Callable[[nn.Parameter, Tensor], None] | None = None
         super().__init__(groups, {"lr": 1e-3, **plan.rule.hyper()})
@@ -115,8 +115,8 @@ class Composed(torch.optim.Optimizer):
     def _step_bunch(self, group: dict[str, Any], bunch: list[nn.Parameter], t: int) -> None:
         for p in bunch:
             state = self.state[p]
-            check_shape(self._where[p][1], p, state, self._shapes)
-            self._shapes.setdefault(p, p.shape)
+            check_shape(self._where[p][1], p, state, self.burnish_shapes)
+            self.burnish_shapes.setdefault(p, p.shape)
             state["step"] = t
             self._allocate(state, Plain(accumulator(p.dtype)), p.numel(), p.device, tuple(p.shape))
         states = {s: [self.state[p][s].view(-1) for p in bunch] for s in self.plan.rule.states}
@@ -161,8 +161,9 @@ class Composed(torch.optim.Optimizer):
     def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
         if grad is not None and grad.is_sparse:
             raise RecipeError(f"{self._where[p][1]} has a sparse gradient; dense ones only")
-        check_shape(self._where[p][1], p, self.state.get(p), self._shapes, not self._projected(p))
-        self._shapes.setdefault(p, p.shape)
+        check_shape(self._where[p][1], p, self.state.get(p), self.burnish_shapes,
+                    not self._projected(p))
+        self.burnish_shapes.setdefault(p, p.shape)
         if self._projected(p):
             self._project_step(p, grad)
         else:

@@ -103,6 +103,14 @@ class Inner:
     state: str = "fp32"
     name: str = ""
 
+    @property
+    def hides(self) -> frozenset[str]:
+        return frozenset() if self.state == "fp32" else frozenset({"resize"})
+
+    @property
+    def why(self) -> Mapping[str, str]:
+        return {"resize": "state is held in codes, which have lost the tensor's shape"}
+
 
 @runtime_checkable
 class Builder(Protocol):
@@ -174,11 +182,11 @@ class Subspace:
 
     @property
     def hides(self) -> frozenset[str]:
-        return InBackward.hides if self.in_backward else frozenset()
+        return frozenset({"resize"}) | (InBackward.hides if self.in_backward else frozenset())
 
     @property
     def why(self) -> Mapping[str, str]:
-        return InBackward.why
+        return {**InBackward.why, "resize": "state lies in a projection of the tensor"}
 
     def covers(self, name: str, p: Tensor) -> bool:
         if p.dim() < 2:
@@ -312,6 +320,7 @@ def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     kernel writes past their end.
     """
     shapes: dict[nn.Parameter, torch.Size] = {}
+    optimizer.burnish_shapes = shapes                # a tensor that is resized rightly says so here
 
     def before(opt: torch.optim.Optimizer, *_: Any) -> None:
         for group in opt.param_groups:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,51 +10,13 @@ from torch import Tensor, nn
 from ....blocks.choose.budget import cubic
 from ....blocks.choose.score import Smoothed, sensitivity
 from ....blocks.update.objective import OnWeights
-from ....blocks.weight.provided import Term
+from ....blocks.weight.triplets import Triplets, crooked
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
-
-
-class Triplets(Term):
-    """``Delta = s P diag(E) Q``: P (out, r), E (r,), Q (r, in). Keeps x and r numbers per token."""
-
-    tokenwise: ClassVar[bool] = True
-    cheap_tile: ClassVar[bool] = True
-
-    def __init__(self, place: Place, rank: int, scale: float):
-        super().__init__()
-        self.P = nn.Parameter(torch.randn(place.out, rank) * 0.02)
-        self.E = nn.Parameter(torch.zeros(rank))
-        self.Q = nn.Parameter(torch.randn(rank, place.inp) * 0.02)
-        self.scale = scale
-
-    def dense(self) -> Tensor:
-        return self.scale * (self.P * self.E) @ self.Q
-
-    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
-        y_NO.addmm_(h_NR.to(y_NO.dtype), (self.P * self.E).t().to(y_NO.dtype),
-                    alpha=self.scale * scale)
-        return (h_NR,)
-
-    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
-                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        (h_NR,) = kept
-        s, like = self.scale * scale, self.P.dtype
-        gh_OR = (g_NO.t() @ h_NR).mul_(s).to(like)
-        dP, dE = gh_OR * self.E, (gh_OR * self.P).sum(0)
-        back_NR = (g_NO @ (self.P * self.E).to(g_NO.dtype)).mul_(s)
-        if dx_NI is not None:
-            dx_NI.addmm_(back_NR, self.Q.to(g_NO.dtype))
-        dQ = (back_NR.t() @ x_NI).to(like) if self.Q.requires_grad else None
-        return [dP, dE, dQ]
-
-    def tile(self, i0: int, i1: int, state: object) -> Tensor:
-        return ((self.P * self.E) @ self.Q[:, i0:i1]).mul_(self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +28,10 @@ class Adalora(Method):
     the paper sums squares). Scores after every update: ``I = |w dw|`` smoothed as ``I' U``;
     triplet i: ``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``. Budget: r0 per matrix until
     `warmup`, then cubically down to `rank` at 1 - `final`; every `interval` updates the triplets
-    that are not among the b(t) best of the whole model get E = 0; after 1 - `final` the pattern is
-    fixed and applied after every update (at the latest after the last one, so the target is always
-    reached). P and Q of a pruned triplet stay; it may revive before.
+    that are not among the b(t) best of the whole model get E = 0 and may revive. At 1 - `final`
+    (at the latest after the last update) those that are not among the rank x matrices best go for
+    good: tensors, moments and file shrink, and the objective sees what is left. (The authors'
+    code keeps them at E = 0.)
 
     Start: P, Q normal with std 0.02, E = 0: the pre-trained function exactly. Trains
     r0 (in + out + 1) per matrix. Kept for backward: x and r0 numbers per token; scores hold two
@@ -80,7 +42,7 @@ class Adalora(Method):
 
     paper: ClassVar[str] = "Adaptive Budget Allocation for PEFT (2023), arXiv:2303.10512"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
-    relies_on: ClassVar[tuple[str, ...]] = ("gradient",)
+    relies_on: ClassVar[tuple[str, ...]] = ("gradient", "resize")
 
     rank: int = setting(8, "rank per matrix on average at the end", alias=("target_r", "r"))
     init_rank: int = setting(12, "rank per matrix at the start", alias=("init_r",))
@@ -103,43 +65,33 @@ class Adalora(Method):
 
     def delta(self, site: Site) -> Triplets:
         site.place.check_rank(self.init_rank, "adalora")
-        term = Triplets(site.place, self.init_rank, self.alpha / (self.init_rank + 1e-5))
+        rank = site.settled.get("rank", self.init_rank)
+        term = Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
         for p in term.parameters():
             p.burnish_decay = False
         return term
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
-        terms = [t for _, t in tuned.terms(Triplets)]
-        weight = self.ortho / (2 * len(terms)) if terms else 0.0
-        for term in terms:
-            for factor, gram in ((term.P, lambda P: P.t() @ P), (term.Q, lambda Q: Q @ Q.t())):
-                yield OnWeights((factor,), partial(_crooked, factor, gram, weight))
+        yield from crooked([t for _, t in tuned.terms(Triplets)], self.ortho)
 
     def controller(self, tuned: Tuned) -> Pruner:
-        return Pruner(self, dict(tuned.terms(Triplets)))
+        return Pruner(self, dict(tuned.terms(Triplets)), tuned.resize)
 
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix, before pruning."""
-        return self.init_rank * (place.out + place.inp + 1)
-
-
-def _crooked(factor: nn.Parameter, gram: Callable[[Tensor], Tensor], weight: float) -> Tensor:
-    """``weight * ||gram(F) - I||_F``."""
-    made = gram(factor)
-    return weight * torch.linalg.matrix_norm(made - torch.eye(len(made), dtype=made.dtype,
-                                                              device=made.device))
+    def count(self, place: Place, rank: int | None = None) -> int:
+        """Trainable parameters on one matrix of this rank (default: before pruning)."""
+        return (self.init_rank if rank is None else rank) * (place.out + place.inp + 1)
 
 
 class Pruner:
     """Scores, budget and mask of one run."""
 
-    def __init__(self, method: Adalora, terms: dict[str, Triplets]):
-        self.method, self.terms = method, terms
+    def __init__(self, method: Adalora, terms: dict[str, Triplets], resize: Any = None):
+        self.method, self.terms, self.resize = method, terms, resize
         self.scores = {n: [Smoothed() for _ in t.theta()] for n, t in terms.items()}
         self._score = {p: s for n, t in terms.items()
                        for p, s in zip(t.theta(), self.scores[n], strict=True)}
         self.total: int | None = None
-        self.alive: dict[str, Tensor] | None = None      # the fixed pattern, once there is one
+        self.fixed = False                               # the pruned are gone for good
 
     def start(self, total: int | None) -> None:
         self.total = total
@@ -151,17 +103,20 @@ class Pruner:
                          self.total - m.final * self.total))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
-        if self.alive is None and (smoothed := self._score.get(p)) is not None:
+        if not self.fixed and (smoothed := self._score.get(p)) is not None:
             smoothed.update(sensitivity(p, grad))
 
     def after_update(self, step: int) -> None:
         if self.total is None:
             return
         last = min(self.total - int(self.method.final * self.total), self.total - 1)
-        if step >= last and self.alive is None:
-            self.alive = self.pattern(self.method.rank * len(self.terms))
-        if self.alive is not None:
-            self._apply(self.alive)
+        if self.fixed:
+            return
+        if step >= last:
+            for name, alive in self.pattern(self.method.rank * len(self.terms)).items():
+                self.resize(self.terms[name], keep=alive.nonzero().squeeze(1))
+            self.fixed = True
+            self.scores.clear()
         elif step > self.method.warmup * self.total and step % self.method.interval == 0:
             self._apply(self.pattern(self.budget(step)))
 
@@ -184,11 +139,13 @@ class Pruner:
             term.E.mul_(alive[name].to(term.E.dtype))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "alive": self.alive,
+        return {"total": self.total, "fixed": self.fixed,
                 "scores": {n: [s.state() for s in ss] for n, ss in self.scores.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.alive = state["total"], state["alive"]
+        self.total, self.fixed = state["total"], state["fixed"]
+        if self.fixed:
+            self.scores.clear()
         for n, ss in self.scores.items():
             for s, saved in zip(ss, state["scores"][n], strict=True):
                 s.load(saved)

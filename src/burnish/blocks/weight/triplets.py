@@ -1,0 +1,76 @@
+"""Updates in singular-value form, whose rank may change while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...core.site import Place
+from ..update.objective import OnWeights
+from .provided import Term
+
+
+class Triplets(Term):
+    """``Delta = s P diag(E) Q``: P (out, r), E (r,), Q (r, in). Keeps x and r numbers per token."""
+
+    tokenwise: ClassVar[bool] = True
+    cheap_tile: ClassVar[bool] = True
+    #: tensor -> the axis along which its rank lies
+    ranked: ClassVar[dict[str, int]] = {"P": 1, "E": 0, "Q": 0}
+
+    def __init__(self, place: Place, rank: int, scale: float):
+        super().__init__()
+        self.P = nn.Parameter(torch.randn(place.out, rank) * 0.02)
+        self.E = nn.Parameter(torch.zeros(rank))
+        self.Q = nn.Parameter(torch.randn(rank, place.inp) * 0.02)
+        self.scale = scale
+
+    def diagonal(self) -> Tensor:
+        """What stands between P and Q."""
+        return self.E
+
+    def settled(self) -> dict[str, Any]:
+        """What a file must know to make this term again."""
+        return {"rank": self.E.numel()}
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.P * self.diagonal()) @ self.Q
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
+        h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
+        y_NO.addmm_(h_NR.to(y_NO.dtype), (self.P * self.diagonal()).t().to(y_NO.dtype),
+                    alpha=self.scale * scale)
+        return (h_NR,)
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        (h_NR,) = kept
+        s, like, e = self.scale * scale, self.P.dtype, self.diagonal()
+        gh_OR = (g_NO.t() @ h_NR).mul_(s).to(like)
+        dP, dE = gh_OR * e, (gh_OR * self.P).sum(0)[: self.E.numel()]
+        back_NR = (g_NO @ (self.P * e).to(g_NO.dtype)).mul_(s)
+        if dx_NI is not None:
+            dx_NI.addmm_(back_NR, self.Q.to(g_NO.dtype))
+        dQ = (back_NR.t() @ x_NI).to(like) if self.Q.requires_grad else None
+        return [dP, dE, dQ]
+
+    def tile(self, i0: int, i1: int, state: object) -> Tensor:
+        return ((self.P * self.diagonal()) @ self.Q[:, i0:i1]).mul_(self.scale)
+
+
+def crooked(terms: Sequence[Triplets], weight: float) -> Iterator[OnWeights]:
+    """``weight * mean ||P^T P - I||_F`` over all P and Q, tensor by tensor."""
+    each = weight / (2 * len(terms)) if terms else 0.0
+    for term in terms:
+        for factor, gram in ((term.P, lambda P: P.t() @ P), (term.Q, lambda Q: Q @ Q.t())):
+            yield OnWeights((factor,), partial(_off, factor, gram, each))
+
+
+def _off(factor: nn.Parameter, gram: Callable[[Tensor], Tensor], weight: float) -> Tensor:
+    made = gram(factor)
+    return weight * torch.linalg.matrix_norm(made - torch.eye(len(made), dtype=made.dtype,
+                                                              device=made.device))

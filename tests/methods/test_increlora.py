@@ -1,0 +1,143 @@
+"""IncreLoRA against its equations in plain float64, and how it grows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.core.site import Place
+from burnish.methods.delta.rank.increlora import Growing
+from burnish.testing.models import tiny
+
+SMALL = "increlora(rank=3, top=5, warmup=2, every=2"
+
+
+def one(settings="rank=4, init_rank=2, grow=1"):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5)).double()
+    tuned = burnish.tune(net, f"increlora({settings})", targets="0", head=False)
+    net[0].burnish.double()
+    term = net[0].burnish.default["increlora"]
+    with torch.no_grad():
+        for p in term.parameters():
+            p.copy_(torch.randn_like(p))
+    return net, tuned, term
+
+
+def test_outputs_gradients_and_score_are_the_equations():
+    net, tuned, term = one()
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    P, E, Q = (getattr(term, n).detach().clone().requires_grad_() for n in "PEQ")
+    s = 16 / (2 + 1e-5)
+    delta = s * P @ torch.diag(torch.cat([E, torch.tensor([1e-5], dtype=torch.float64)])) @ Q
+    delta.retain_grad()
+    W, b = net[0].weight.detach(), net[0].bias.detach()
+    y, want = net(x), x2 @ (W + delta).t() + b
+    torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-11)
+    g = torch.randn_like(y)
+    term.scoring = True
+    y.backward(g)
+    want.backward(g)
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-8, atol=1e-11)
+    for mine, ref in ((term.P, P), (term.E, E), (term.Q, Q)):
+        torch.testing.assert_close(mine.grad, ref.grad, rtol=1e-8, atol=1e-12)
+    total = float((delta.detach() * delta.grad).abs().sum())
+    assert float(term.score) == pytest.approx(total, rel=1e-10)
+
+
+def run(recipe, steps, model="llama", total=None):
+    net, batch = tiny(model)
+    tuned = burnish.tune(net, recipe)
+    tuned.optimizer(lr=1e-2)
+    tuned.total_steps = total
+    ranks = []
+    for _ in range(steps):
+        tuned.step(batch)
+        ranks.append([t.E.numel() for _, t in tuned.terms(Growing)])
+    return net, batch, tuned, ranks
+
+
+@pytest.mark.parametrize("advance", [True, False])
+def test_ranks_rise_to_the_target_exactly_and_the_waiting_go(advance):
+    net, batch, tuned, ranks = run(f"{SMALL}, advance={advance})", 20)
+    sums = [sum(r) for r in ranks]
+    n = len(ranks[0])
+    assert sums[0] == n and sums[-1] == 3 * n
+    for a, b in zip(ranks, ranks[1:], strict=False):
+        assert all(x <= y <= x + 1 for x, y in zip(a, b, strict=True))
+        assert sum(y - x for x, y in zip(a, b, strict=True)) in (0, 5, 2 * n % 5)
+    grown = [i + 1 for i, (a, b) in enumerate(zip([n, *sums], sums, strict=False)) if b > a]
+    assert grown == list(range(2, 2 + 2 * len(grown), 2))
+    assert all(t.waiting == 0 for _, t in tuned.terms(Growing))
+    net.eval()
+    want = net(**batch).logits
+    torch.testing.assert_close(tuned.merge()(**batch).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_matrices_of_the_highest_smoothed_score_grow():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, f"{SMALL})")
+    terms = dict(tuned.terms(Growing))
+    tuned.optimizer(lr=1e-2)
+    mean = dict.fromkeys(terms, 0.0)
+    spread = dict.fromkeys(terms, 0.0)
+    for _ in range(2):
+        loss = tuned.loss(batch)
+        now = {}
+        for t in terms.values():
+            t.score = 0.0
+        loss.backward()
+        for n, t in terms.items():
+            now[n] = float(t.score) / (t.P.shape[0] * t.Q.shape[1]) ** 0.5
+            mean[n] = 0.85 * mean[n] + 0.15 * now[n]
+            spread[n] = 0.85 * spread[n] + 0.15 * abs(now[n] - mean[n])
+        tuned.current_optimizer.step()
+        tuned.current_optimizer.zero_grad()
+    want = set(sorted(terms, key=lambda n: -mean[n] * spread[n])[:5])
+    assert {n for n, t in terms.items() if t.E.numel() == 2} == want
+
+
+def test_preserving_growth_changes_nothing():
+    net, batch, tuned, _ = run("increlora(rank=2, top=99, warmup=99, every=1, preserve=True)", 3)
+    net.eval()
+    with torch.no_grad():
+        for _, t in tuned.terms(Growing):
+            t.E.normal_()
+    want = net(**batch).logits
+    handler = next(h for n, h in tuned.timeline.handlers if n == "increlora")
+    handler._grow(3)
+    assert all(t.E.numel() == 2 for _, t in tuned.terms(Growing))
+    torch.testing.assert_close(net(**batch).logits, want, rtol=0, atol=1e-5)
+
+
+def test_it_starts_as_the_base():
+    net, batch = tiny("llama")
+    net.eval()
+    want = net(**batch).logits
+    burnish.tune(net, "increlora(advance=False)")
+    assert torch.equal(net(**batch).logits, want)
+    other, _ = tiny("llama")
+    other.eval()
+    burnish.tune(other, "increlora")
+    torch.testing.assert_close(other(**batch).logits, want, rtol=0, atol=1e-4)
+
+
+def test_a_saved_run_comes_back_with_its_ranks(tmp_path):
+    net, batch, tuned, ranks = run(f"{SMALL})", 5)
+    assert len(set(ranks[-1])) > 1
+    tuned.save(tmp_path / "a")
+    other, _ = tiny("llama")
+    again = burnish.load(other, tmp_path / "a")
+    assert [t.E.numel() for _, t in again.terms(Growing)] == ranks[-1]
+    net.eval(), other.eval()
+    assert torch.equal(net(**batch).logits, other(**batch).logits)
+
+
+def test_the_count_with_what_waits():
+    method = burnish.parse("increlora(rank=8)")[0]
+    p = Place("x", "weight", "linear", 768, 3072)
+    assert method.count(p) == 2 * (768 + 3072) + 1
+    assert method.count(p, rank=8, waiting=0) == 8 * (768 + 3072 + 1)
