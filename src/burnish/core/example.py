@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
+from .draw import drawn
 from .errors import ConfigError
 
 #: tokens of text where neither the batch nor the model says how many
@@ -67,8 +68,7 @@ class _Draw:
         return self._run(lambda: torch.randn(shape))
 
     def _run(self, make: Any) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with drawn(self.seed):
             self.seed += 1
             return make()
 

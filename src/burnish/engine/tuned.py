@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
 from ..core.call import off
+from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
@@ -145,9 +146,7 @@ class Tuned(Stepping):
                             self.undo, (batches, self._run, base))
         known = set(self.originals)
         self.undo.later(lambda: [self.originals.forget(*k) for k in set(self.originals) - known])
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        with drawn(seed):
             attacher.attach(parsed)
         if train_head:
             self._train_head(adapter, attacher)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
 from ..core.example import example_batch
 
@@ -85,8 +86,7 @@ class _Plain(nn.Module):
 
     def example(self, samples: int) -> dict[str, Tensor]:
         """A seeded batch of `samples`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with drawn(0):
             return {"x": torch.randn(samples, *self.shape),
                     "labels": torch.arange(samples) % CLASSES}
 
@@ -253,8 +253,7 @@ def tiny(name: str, *, meta: bool = False, dropout: float = 0.0, seed: int = 0, 
     The global random state stays as it was.
     """
     _known(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn(seed):
         if name in _PLAIN:
             if settings:
                 raise ConfigError(f"{name} takes no settings, got {', '.join(settings)}")
