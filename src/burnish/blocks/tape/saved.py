@@ -61,6 +61,7 @@ class _Here(threading.local):
         self.known: dict[int, tuple[Any, Entry]] = {}          # storage -> (tensor, entry)
         self.stands: dict[int, list[Any]] = {}                 # storage -> entries that read it
         self.depth = 0
+        self.pack: Any = None                    # the hook of the recording under way
         self.opened: Any = None                  # weak reference to the call opened last
 
 
@@ -163,7 +164,7 @@ class Tape(TorchFunctionMode):
         bound = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
         x, p = bound["input"], bound.get("p", 0.5)
         if not bound.get("training", True) or bound.get("inplace") or not x.requires_grad \
-                or not 0 < p < 1:
+                or not 0 < p < 1 or self._others():
             return func(*args, **kwargs)
         state = replay.rng_state(x.device)
         out = replay.dropout(x, p)
@@ -249,12 +250,19 @@ class Tape(TorchFunctionMode):
             return nullcontext()
         call, here = current(), self._here
         mine = None if call is None else weakref.ref(call)
+        here.pack = self.pack
 
         def unpack(x: Any, call: Call | None = call) -> Tensor:     # holds the call: see core/call
             here.opened = mine
             return self.unpack(x)
 
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, unpack)
+        return torch.autograd.graph.saved_tensors_hooks(here.pack, unpack)
+
+    def _others(self) -> bool:
+        """Does somebody else keep what is saved just now? He may run this again without us, so
+        nothing may be saved otherwise than stock functions save it."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] is not self._here.pack
 
     @contextmanager
     def recording(self) -> Iterator[None]:
