@@ -34,7 +34,7 @@ class Call:
     owner: the shared state of the model's slots.
     active, rows: which adapters answer, and which per sample.
     off: the base answers alone; `base` then gives its value of a tensor that trains.
-    version: of the shared state when the call opened.
+    version: of the shared state when the call opened. grad: did it open with a graph?
     valid: the (batch, tokens) attention mask the model was called with, or None: all count.
     given: the declared keys of the batch by name: task, domain, modality, whatever a part reads.
     box: what one module leaves for another within this forward.
@@ -47,6 +47,7 @@ class Call:
     off: bool = False
     base: Callable[[Any, str], Tensor | None] | None = None
     version: int = 0
+    grad: bool = field(default_factory=torch.is_grad_enabled)
     valid: Tensor | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     box: dict[Any, Any] = field(default_factory=dict)
@@ -151,14 +152,22 @@ def resume(call: Call | None) -> Iterator[None]:
 
 
 @contextmanager
-def again(call: Call | None) -> Iterator[None]:
-    """Inside, a run of its own in `call`: the same facts, a box that is empty before and after."""
+def again(call: Call | None, loose: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Inside, a run of its own in `call`: the same facts, a box that is empty before and after.
+
+    loose: states that wait outside any call, for modules that are run one by one; what nobody has
+    taken waits there again.
+    """
     if call is None:
         yield
         return
     own = call.inner()
+    own.box.update(loose or {})
     with resume(own):
         try:
             yield
         finally:
+            if loose is not None:
+                loose.clear()
+                loose.update({k: v for k, v in own.box.items() if k in call.owner.readers})
             own.box.clear()

@@ -125,7 +125,7 @@ class Slot(nn.Module):
         call = state.open(valid(module, args, kw)) if then is None else then
         if self.root and call.rows is not None:
             check_rows(call.rows, args, kw)
-        with again(call), state.tape.recording():
+        with again(call, state.loose(self.root)), state.tape.recording():
             out = self.run(module, forward, args, kw)
         return state.riding.end(args, kw, out) if self.root and not call.off else out
 

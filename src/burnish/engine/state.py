@@ -34,6 +34,15 @@ class State:
             rows: tuple[str | None, ...] | None = None) -> None:
         self.active, self.rows, self.version = active, rows, self.version + 1
 
+    def loose(self, root: bool) -> dict[Any, Any] | None:
+        """States of this thread that one part of the model, run by itself, left for the next."""
+        if not self.readers:
+            return None
+        waiting = self.tape.waiting
+        if root:
+            waiting.clear()
+        return None if root else waiting
+
     @property
     def off(self) -> bool:
         """Is the recipe switched off in this thread?"""
@@ -53,7 +62,8 @@ class State:
     def open(self, valid: Tensor | None = None, given: Mapping[str, Any] | None = None) -> Call:
         """A new call: what is active now, for good."""
         off, base = switched_off(self)
-        return Call(self, self.active, self.rows, off, base, self.version, valid, given or {})
+        return Call(self, self.active, self.rows, off, base, self.version, valid=valid,
+                    given=given or {})
 
 
 @dataclass

@@ -99,10 +99,13 @@ class Rung(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         name, given = (None, args[0]) if args else next(iter(kw.items()))
-        if given.requires_grad:
-            raise RecipeError(f"{self.adapter}: something below {type(module).__name__} trains, "
-                              "but the backbone of a side network runs without a graph: its "
-                              "gradient would be cut; drop that part or the side network")
+        self._runs_once(module)
+        if given.requires_grad and not (getattr(module, "gradient_checkpointing", False)
+                                        and not _trains(given.grad_fn)):
+            raise RecipeError(f"{self.adapter}: something below {type(module).__name__} trains or "
+                              "carries a gradient, but the backbone of a side network runs "
+                              "without a graph: its gradient would be cut; drop that part or the "
+                              "side network")
         if torch.is_grad_enabled():              # a key-value cache would keep every layer's states
             args, kw = _uncached(args), dict(zip(kw, _uncached(tuple(kw.values())), strict=True))
             if kw.get("use_cache"):
@@ -122,6 +125,15 @@ class Rung(Listener):
                 box[key] = self._again(u, name, args, kw)
         return out
 
+    def _runs_once(self, module: nn.Module) -> None:
+        """Somebody else's checkpointing would run a rung again without the state beside it."""
+        cut = getattr(self.here, "grad", False) and not torch.is_grad_enabled()
+        if cut or torch.is_grad_enabled() and self.state.tape.others():
+            raise RecipeError(f"{self.adapter}: {type(module).__name__} runs inside a gradient "
+                              "checkpointing that is not burnish's; a second run would lack the "
+                              "state that climbs beside the blocks, and a frozen backbone keeps "
+                              "nothing for backward anyway: switch that checkpointing off")
+
     def _again(self, u: Tensor, name: str | None, args: tuple, kw: dict[str, Any]) -> Tensor:
         """The side block on what its own block was given, with the state and positions its own."""
         small = {k: _small_rotary(v, self.side) if k == "position_embeddings" else v
@@ -130,6 +142,21 @@ class Rung(Listener):
         out = self.side(u, *args[1:], **small) if name is None else \
             self.side(**{**small, name: u})
         return out[0] if isinstance(out, tuple) else out
+
+
+def _trains(node: Any) -> bool:
+    """Does a parameter stand below this node of the graph? (Models that checkpoint themselves make
+    their embeddings carry a gradient that nobody reads.)"""
+    seen, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        todo += [n for n, _ in node.next_functions]
+    return False
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class _Here(threading.local):
         self.stands: dict[int, list[Any]] = {}                 # storage -> entries that read it
         self.depth = 0
         self.pack: Any = None                    # the hook of the recording under way
+        self.waiting: dict[Any, Any] = {}        # states between parts that are run one by one
         self.opened: Any = None                  # weak reference to the call opened last
 
 
@@ -99,6 +100,10 @@ class Tape(TorchFunctionMode):
     @intercept.setter
     def intercept(self, value: dict[Any, Callable[..., Any]]) -> None:
         self._here.intercept = value
+
+    @property
+    def waiting(self) -> dict[Any, Any]:
+        return self._here.waiting
 
     @property
     def _known(self) -> dict[int, tuple[Any, Entry]]:
@@ -164,7 +169,7 @@ class Tape(TorchFunctionMode):
         bound = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
         x, p = bound["input"], bound.get("p", 0.5)
         if not bound.get("training", True) or bound.get("inplace") or not x.requires_grad \
-                or not 0 < p < 1 or self._others():
+                or not 0 < p < 1 or self.others():
             return func(*args, **kwargs)
         state = replay.rng_state(x.device)
         out = replay.dropout(x, p)
@@ -258,7 +263,7 @@ class Tape(TorchFunctionMode):
 
         return torch.autograd.graph.saved_tensors_hooks(here.pack, unpack)
 
-    def _others(self) -> bool:
+    def others(self) -> bool:
         """Does somebody else keep what is saved just now? He may run this again without us, so
         nothing may be saved otherwise than stock functions save it."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
