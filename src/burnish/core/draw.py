@@ -58,7 +58,7 @@ class drawn(TorchFunctionMode):
             _LIKE[name](made, generator=self.generator(made.device))
             return made.requires_grad_(kwargs.get("requires_grad", False))
         if name in _FILLERS:
-            first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+            first: Any = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
             kwargs = kwargs | {"generator": self.generator(first.device)}
         elif name in _MAKERS:
             given = next((a for a in args if isinstance(a, Tensor)), None)

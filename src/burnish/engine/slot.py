@@ -19,9 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from ..blocks.tape.executor import MODES
+from ..blocks.tape.executor import MODES, in_graph
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.provided import Weighted, linear
 from ..blocks.weight.term import Provider, Wrap
@@ -138,10 +137,9 @@ class Slot(nn.Module):
         if why or not self._graphable(module, forward):
             return _beside(self, module, forward, args, kw, why)
         call = Call(state, state.active, version=state.version)
-        run = functools.partial(self._active, module, forward, call)
-        if self.mode == "checkpoint":
-            return torch_checkpoint(run, args, kw, use_reentrant=False)
-        return run(args, kw)
+        if self.mode == "checkpoint" and torch.is_grad_enabled():
+            return in_graph(lambda *a, **k: self._active(module, forward, call, a, k), args, kw)
+        return self._active(module, forward, call, args, kw)
 
     def _graphable(self, module: nn.Module, forward: Callable[..., Any]) -> bool:
         state = self.state

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint as stock
 
 from ...core.call import again, current
 from . import replay
@@ -26,6 +27,15 @@ _TENSOR = object()
 
 def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") or type(value).__name__.endswith("Cache")
+
+
+def _uncached(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A key-value cache would be filled twice; training does not use it."""
+    args = tuple(None if _is_cache(a) else a for a in args)
+    kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
+    if kwargs.get("use_cache"):
+        kwargs["use_cache"] = False
+    return args, kwargs
 
 
 class _Again(torch.autograd.Function):
@@ -117,15 +127,26 @@ def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: d
         return fn(*args, **kwargs)
     if transformed():                             # torch.func sees every operation, once
         return fn(*args, **kwargs)
-    # a key-value cache would be filled twice; training does not use it
-    args = tuple(None if _is_cache(a) else a for a in args)
-    kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
-    if kwargs.get("use_cache"):
-        kwargs["use_cache"] = False
+    args, kwargs = _uncached(args, kwargs)
     call = _Call(fn, args, kwargs, recording)
     tensors, call.tensors = call.tensors, []
     made = _Again.apply(call, *tensors, *params)
     return call.result(made)
+
+
+def in_graph(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """:func:`checkpoint` for a graph that is compiled: stock, on a flat list of tensors."""
+    leaves, spec = pytree.tree_flatten(_uncached(args, kwargs))
+    where = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
+
+    def run(*tensors: Tensor) -> Any:
+        held = list(leaves)
+        for i, t in zip(where, tensors, strict=True):
+            held[i] = t
+        a, k = pytree.tree_unflatten(held, spec)
+        return fn(*a, **k)
+
+    return stock(run, *[leaves[i] for i in where], use_reentrant=False)
 
 
 def no_grad(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
