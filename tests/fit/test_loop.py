@@ -104,6 +104,38 @@ def test_the_promise_knows_dropout(tmp_path, tokenizer, attention):  # newcomer 
     assert run.promise.peak_bytes > 1.1 * quiet.peak_bytes
 
 
+def test_evaluation_has_a_promise_where_its_batches_are_larger(llama, tmp_path, capsys):
+    """Simulated and real, the same ledger sees the same peak; what does not fit is refused."""
+    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer as Words
+
+    from burnish.memory import Ledger, MemoryReport
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "completion": "b" * (5 + i % 80)}) + "\n"
+                            for i in range(60)))
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = torch.randint(5, len(Words.from_pretrained(llama)), (24, 60))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    promised = burnish.simulate(model, "lora(rank=2)", batch, evaluate=True)
+    tuned = burnish.tune(model, "lora(rank=2)")
+    with (ledger := Ledger(model)), torch.no_grad():
+        model(**batch)
+    real = MemoryReport.of(ledger, device="cpu")
+    assert promised.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    assert promised.by_category["gradients"] == 0
+    tuned.detach()
+
+    common = {**SMALL, "max_steps": 1, "batch_size": 1, "quiet": False, "validation": 40}
+    burnish.fit(llama, path, "lora(rank=2)", output=tmp_path / "a", **common)
+    assert "evaluation, of batch" not in capsys.readouterr().out
+    burnish.fit(llama, path, "lora(rank=2)", output=tmp_path / "b", **common,
+                per_device_eval_batch_size=40)
+    assert "evaluation, of batch 40 x" in capsys.readouterr().out
+    with pytest.raises(NoPlanError, match="evaluation of batch 40 x .*per_device_eval_batch_size"):
+        burnish.fit(llama, path, "lora(rank=2)", memory="1MiB", output=tmp_path / "c", **common,
+                    per_device_eval_batch_size=40)
+
+
 @pytest.mark.parametrize("recipe", ["lora(rank=2)", "mezo + lora(rank=2)"])
 def test_figures_are_of_the_plain_loss_and_training_is_smoothed(vit, tmp_path, recipe):
     # findings 5.4

@@ -28,7 +28,7 @@ from .data import Data, read, there
 from .heads import drawn
 from .places import check_local, check_served
 from .processes import alone
-from .promise import choose, memory_line, out_of_memory, promised
+from .promise import choose, evaluation, memory_line, out_of_memory, promised
 from .tasks import Task, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
@@ -171,6 +171,11 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
     else:
         recipe = DEFAULT_RECIPE if recipe is None else recipe
         promise = promised(module, recipe, memory, batch, loss, own, say)
+
+    if promise is not None and not plain and found.validation is not None:
+        looked_at = task.example(int(args.get("per_device_eval_batch_size", size)), "validation")
+        if _entries(looked_at) > _entries(batch):       # else the training step is the higher peak
+            evaluation(module, recipe, promise, memory, looked_at, own, say)
 
     tuned = tune(module, recipe, targets=own.targets, head=own.head,
                  calibration=_calibration(task, size, plain), seed=int(args.get("seed", 42)))
@@ -379,6 +384,10 @@ def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
             if k.startswith(f"{prefix}_") and not k.endswith(skip)}
+
+
+def _entries(batch: Any) -> int:
+    return max(t.numel() for t in batch.values())
 
 
 # -- small things ----------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ class Task:
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
-    def example(self, batch_size: int) -> Batch:
-        """The costliest batch of the training rows: what the memory must be planned for."""
-        rows = self.rows("train")
+    def example(self, batch_size: int, split: str = "train") -> Batch:
+        """The costliest batch of a split's rows: what the memory must be planned for."""
+        rows = self.rows(split)
         longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
         return self.collate([rows[i] for i in longest])
 

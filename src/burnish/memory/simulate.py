@@ -90,7 +90,7 @@ class FakeLedger(Ledger):
 def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype | str | None = None,
              targets: Any = None, head: bool | str = "auto", lr: float = 1e-3, steps: int = 2,
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
-             count: bool = False) -> MemoryReport:
+             count: bool = False, evaluate: bool = False) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -104,6 +104,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     steps: steps driven; from the second on optimizer state is there.
     loss: as for ``tuned.step``.
     count: also count floating-point operations and bytes moved.
+    evaluate: the forward alone instead, in evaluation mode and without gradients; what an optimizer
+        holds meanwhile comes on top.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -128,7 +130,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
                 tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
                 tuned.optimizer(lr)
                 ledger.model = tuned.model
-                report = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
+                report = _look(tuned, ledger, example, here, kind) if evaluate else _drive(
+                    tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
         except (DataDependentOutputException, DynamicOutputShapeException,
                 UnsupportedOperatorException) as error:
             raise SimulationError(
@@ -179,6 +182,18 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
         ledger, since=since, device=torch.device(where).type, label=label, recipe=str(tuned.recipe),
         trainable=sum(p.numel() for p in tuned.parameters()),
         adapter_bytes=sum(t.numel() * t.element_size() for t in tuned.tensors().values()))
+
+
+def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> MemoryReport:
+    """One evaluation: no gradients, no tape, no update."""
+    ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
+    tuned.model.eval()
+    with ledger, torch.no_grad():
+        _watch_originals(tuned, ledger)
+        out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
+        del out
+    return MemoryReport.of(ledger, device=torch.device(device).type, label=label,
+                           recipe=str(tuned.recipe))
 
 
 def _watch_originals(tuned: Any, ledger: Ledger) -> None:
