@@ -67,3 +67,15 @@ def test_embeddings_and_heads_are_stepped_directly():
     tuned = burnish.tune(tiny("llama")[0], "full + galore(rank=4)", head=False)
     names = projected(tuned)
     assert names and all(".layers." in n and "norm" not in n for n in names)
+
+
+def test_without_repeated_blocks_every_matrix_outside_the_head_is_projected():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("inner", nn.Linear(8, 8))
+    model.add_module("outer", nn.Linear(8, 3))
+    tuned = burnish.tune(model, "full + galore(rank=2)", head=False)
+    assert projected(tuned) == {"inner.weight", "outer.weight"} - {
+        f"{h}.weight" for h in tuned.anatomy.head}
+    tuned = burnish.tune(tiny("mha")[0], "full + galore(rank=4)", head=False)
+    assert projected(tuned)

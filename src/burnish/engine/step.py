@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..blocks.update.step import Plan, block_matrices, compose, in_block, plan_of
+from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
@@ -31,14 +31,13 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
-def block_weights(anatomy: Anatomy) -> Callable[[str], bool] | None:
-    """name -> is it a matrix of a repeated block, or an added tensor inside one? None for a model
-    without repeated blocks."""
-    if not anatomy.blocks:
-        return None
-    within = tuple(f"{b.path}." for b in anatomy.blocks)
+def block_weights(anatomy: Anatomy) -> Callable[[str], bool]:
+    """name -> is it a matrix of a repeated block, or an added tensor inside one? In a model without
+    repeated blocks: a matrix outside the head."""
+    within = tuple(f"{b.path}." for b in anatomy.blocks) or ("",)
     weights = {p.name.partition("[")[0] for p in anatomy.places
-               if p.kind != "embedding" and p.name.startswith(within)}
+               if p.kind != "embedding" and p.name.startswith(within)
+               and (anatomy.blocks or not anatomy.in_head(p))}
     return lambda name: name in weights or ".burnish." in name and name.startswith(within)
 
 
@@ -127,7 +126,7 @@ class Stepping:
         answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
         if (sub := plan_of(answers).subspace) is None:
             return
-        inside = block_weights(self.anatomy) or in_block
+        inside = block_weights(self.anatomy)
         where = sub.where or block_matrices(sub.map.rank, inside)
         named = list(self.named_parameters())
         names = [n for n, p in named if where(n, p)]
