@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from burnish.blocks.tape.executor import checkpoint
 from burnish.blocks.tape.offload import Offload
 from burnish.blocks.tape.saved import Tape
 
@@ -275,6 +276,40 @@ def test_a_change_makes_one_note_a_tensor_and_leaves_the_others():
     assert len(notes) == 2
     assert [p.entry.fn.__name__ for p in notes] == ["_as_it_is", "mul"]
     z.sum().backward()
+
+
+def test_a_block_that_changes_its_input_cannot_run_again_and_says_so():
+    m, x = Parts(), torch.randn(4, D, dtype=torch.float64, requires_grad=True)
+
+    def block(h):
+        h += m.fc(h)
+        return m.out(h)
+
+    with pytest.raises(RuntimeError, match="checkpointed block changes its input"):
+        checkpoint(m, block, (x * 1,), {})
+
+
+@pytest.mark.parametrize("result", ["fresh", "turned", "part", "itself"])
+def test_what_a_checkpointed_block_returns_may_be_changed_in_place(result):
+    m, x = Parts(), torch.randn(4, D, dtype=torch.float64)
+    block = {"fresh": lambda h: m.fc(h), "turned": lambda h: m.fc(h).t(),
+             "part": lambda h: m.fc(h)[1:], "itself": lambda h: h}[result]
+
+    def loss(run, x):
+        y = run(x * 1)
+        y += 1
+        y[0] = 0
+        return y.pow(2).sum()
+
+    grads = []
+    for run in (block, lambda h: checkpoint(m, block, (h,), {})):
+        x = x.detach().requires_grad_()
+        try:
+            grads.append(torch.autograd.grad(loss(run, x), [x, m.fc.weight], allow_unused=True))
+        except RuntimeError as e:
+            assert result == "itself" and "modified inplace" in str(e)
+            return
+    same(*grads)
 
 
 def test_a_long_chain_of_cheap_operations_is_made_again_without_deep_recursion():

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as stock
 
 from ...core.call import again, current
 from . import replay
-from .functions import transformed
+from .functions import transformed, unviewed, version_of
 
 _TENSOR = object()
 
@@ -49,16 +49,20 @@ class _Again(torch.autograd.Function):
         ctx.rng = replay.rng_state(ctx.devices)
         ctx.autocast = replay.autocast_state(device)
         n = call.n_inputs
+        versions = [version_of(t) for t in tensors[:n]]
         with again(call.context):
             out = call.run(tensors[:n])
+        if versions != [version_of(t) for t in tensors[:n]]:
+            raise RuntimeError("a checkpointed block changes its input in place, so backward could "
+                               "not run it again from it; clone the input in the block, or leave "
+                               "checkpoint out of the recipe")
         ctx.save_for_backward(*tensors[:n])
         ctx.params = tensors[n:]
         leaves, call.out_spec = pytree.tree_flatten(out)
         call.out_leaves = [_TENSOR if isinstance(v, Tensor) else v for v in leaves]
-        made = tuple(v for v in leaves if isinstance(v, Tensor))
-        given = {id(t) for t in tensors}
+        made = unviewed([v for v in leaves if isinstance(v, Tensor)], tensors)
         ctx.mark_non_differentiable(*[v for v in made if not v.is_floating_point()])
-        return tuple(v.view_as(v) if id(v) in given else v for v in made)
+        return made
 
     @staticmethod
     @once_differentiable
@@ -68,7 +72,7 @@ class _Again(torch.autograd.Function):
         for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n], strict=True):
             inputs.append(t.detach().requires_grad_(need))
         with again(call.context), torch.enable_grad(), replay.replay(ctx.devices, ctx.rng), \
-                replay.autocast(ctx.autocast), call.recording():
+                replay.autocast(ctx.autocast, cache=True), call.recording():
             out = call.run(inputs)
         made = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
         del out

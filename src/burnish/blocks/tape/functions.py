@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,12 +18,45 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def storage_of(t: Tensor) -> int | None:
+    """Which memory a tensor lives in; None where it has none of its own (sparse, wrappers)."""
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor has been changed in place; one of inference mode cannot be."""
+    try:
+        return t._version
+    except RuntimeError:
+        return -1
+
+
 def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """A fresh result in another shape, and no view: views made inside a function are read-only.
 
     Nobody else may hold `y`.
     """
     return y if y.shape == torch.Size(shape) else torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def unviewed(made: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results that may be changed in place: what is a view of memory nobody else has loses that
+    mark. A result that is, or shares memory with, something `given` or another result stays a
+    view, which torch refuses to change."""
+    where = Counter(storage_of(t) for t in made)
+    where.update(storage_of(t) for t in given)
+    same = {id(t) for t in given}
+    out = []
+    for v in made:
+        if id(v) in same:
+            v = v.view_as(v)
+        elif v._is_view() and where[storage_of(v)] == 1 and not (v.is_conj() or v.is_neg()):
+            v = v.new_empty(0).set_(v.untyped_storage(), v.storage_offset(), v.size(), v.stride())
+        out.append(v)
+    return tuple(out)
 
 
 def transformed() -> bool:

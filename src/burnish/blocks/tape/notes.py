@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from . import replay
+from .functions import storage_of, version_of
 
 if TYPE_CHECKING:
     from .saved import Tape
@@ -23,22 +24,6 @@ if TYPE_CHECKING:
 Recompute = Callable[..., Tensor]
 #: notes that stand on notes: deeper than this the tensor is kept (making it again is recursive)
 DEPTH = 32
-
-
-def storage_of(t: Tensor) -> int | None:
-    """Which memory a tensor lives in; None where it has none of its own (sparse, wrappers)."""
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
-def version_of(t: Tensor) -> int:
-    """How often a tensor has been changed in place; one of inference mode cannot be."""
-    try:
-        return t._version
-    except RuntimeError:
-        return -1
 
 
 class View:

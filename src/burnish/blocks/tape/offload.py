@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .notes import View, storage_of
+from .functions import storage_of
+from .notes import View
 from .saved import Policy
 
 #: bytes below which moving costs more than it saves

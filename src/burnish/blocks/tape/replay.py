@@ -88,13 +88,17 @@ def autocast_state(device: torch.device | str) -> tuple[str, bool, torch.dtype]:
 
 
 @contextmanager
-def autocast(state: tuple[str, bool, torch.dtype]) -> Iterator[None]:
-    """Cast inside as in `state`; backward runs outside the user's autocast context."""
+def autocast(state: tuple[str, bool, torch.dtype], cache: bool = False) -> Iterator[None]:
+    """Cast inside as in `state`; backward runs outside the user's autocast context.
+
+    cache: a weight read twice inside is cast once, as in the user's context (its gradients are
+    then added before they are cast back). Never without a graph: the cache would outlive it.
+    """
     kind, enabled, dtype = state
     if autocast_state(kind)[1:] == (enabled, dtype):
         yield
         return
-    with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+    with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=cache):
         yield
 
 

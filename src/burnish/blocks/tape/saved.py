@@ -34,8 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
 from . import replay
-from .functions import transformed
-from .notes import DEPTH, Entry, Kept, Note, Recompute, storage_of, version_of
+from .functions import storage_of, transformed, version_of
+from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .watched import Watched
 
 
