@@ -128,17 +128,21 @@ def bring(tuned: Tuned, active: dict[str, float]) -> None:
                         for n in (*leaving.selected, *tuned.buffers.moved())}
     mine = {n: w for n, w in active.items() if w}
     for key, p in live.items():
-        waiting = None if leaving is None else partial(
-            leaving.away.__getitem__, key) if key in leaving.away else partial(original, tuned, key)
-        tuned.undo.keep(p, waiting)
         start = original(tuned, key).to(p.device)
         parts = [(w, adapters[n].away[key]) for n, w in mine.items() if key in adapters[n].away]
         if whole is not None and parts:
-            p.copy_(parts[0][1])
+            value = parts[0][1]
         elif p.is_floating_point():
-            p.copy_(start + sum(w * (own.to(p.device) - start) for w, own in parts))
+            value = start + sum(w * (own.to(p.device) - start) for w, own in parts)
         else:
-            p.copy_(start)                       # a counter has no weighted sum
+            value = start                        # a counter has no weighted sum
+        if not isinstance(p, nn.Parameter):
+            tuned.buffers.stand(key, value)
+            continue
+        waiting = None if leaving is None else partial(
+            leaving.away.__getitem__, key) if key in leaving.away else partial(original, tuned, key)
+        tuned.undo.keep(p, waiting)
+        p.copy_(value)
     if whole is not None:
         adapters[whole].away = None
 

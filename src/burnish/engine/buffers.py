@@ -70,6 +70,14 @@ class Buffers:
         for name, b in self.live():
             b.copy_(self.start(name))
 
+    def stand(self, name: str, value: Tensor) -> None:
+        """Let a buffer have a value: another tensor takes its place where it differs, so that a
+        backward pass that is still to come finds the one its forward read."""
+        path, _, leaf = name.rpartition(".")
+        home = self.model.get_submodule(path)._buffers
+        if differs(home[leaf], value.cpu()):
+            home[leaf] = value.detach().to(home[leaf].device, home[leaf].dtype, copy=True)
+
 
 def differs(b: Tensor, start: Tensor) -> bool:
     """Other bits (a value that is no number equals itself)."""
