@@ -17,8 +17,8 @@ def test_exit_codes():
              if isinstance(getattr(errors, n), type)
              and issubclass(getattr(errors, n), errors.BurnishError)}
     assert codes == {"BurnishError": 1, "ConfigError": 2, "RecipeError": 2, "TargetError": 2,
-                     "DataError": 2, "FormatError": 2, "NoPlanError": 3, "CheckError": 4,
-                     "MemoryExceeded": 5}
+                     "RankError": 2, "DataError": 2, "FormatError": 2, "NoPlanError": 3,
+                     "CheckError": 4, "MemoryExceeded": 5}
 
 
 def test_usual_exceptions_catch_them():

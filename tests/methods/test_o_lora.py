@@ -68,3 +68,39 @@ def test_a_first_task_has_nothing_to_avoid():
     tuned = burnish.tune(net, "lora(rank=2) + o_lora", head=False)
     tuned.optimizer(lr=1e-3)
     tuned.step(batch)
+
+
+def test_two_tasks_one_after_the_other():
+    """Stages: the second task trains beside the first, which neither moves nor falls silent."""
+    net, batch = tiny("bert", dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2) + o_lora(weight=2.0)", head=False, name="sums")
+    method = tuned.recipe.named("o_lora")
+    other = {**batch, "labels": (batch["labels"] + 1) % net.config.num_labels}
+    data = {"sums": [batch] * 12, "other": [other] * 25}
+    seen, first = [], {}
+    for stage, step, loss in tuned.run(method.stages(tuned, ["sums", "other"]),
+                                       lambda s: data[s.data], lr=2e-2):
+        seen.append((stage.trains, step))
+        assert torch.isfinite(loss)
+        if seen[-1] == ("other", 0):
+            first = {n: (t.A.detach().clone(), t.B.detach().clone())
+                     for n, t in tuned.terms(Chain, "sums")}
+            begin = crossing_of(tuned)
+            assert dict(tuned.state.active) == {"sums": 1.0, "other": 1.0}
+            assert all(".other." in n for n, _ in tuned.named_parameters())
+    assert seen == [("sums", i) for i in range(12)] + [("other", i) for i in range(25)]
+    assert all(torch.equal(t.A, first[n][0]) and torch.equal(t.B, first[n][1])
+               for n, t in tuned.terms(Chain, "sums"))
+    assert crossing_of(tuned) < 0.2 * begin
+    net.eval()
+    both = net(**batch).logits
+    tuned.use("other")
+    assert not torch.allclose(net(**batch).logits, both), "the first task's update was active too"
+    tuned.use({"sums": 1.0, "other": 1.0})
+    torch.testing.assert_close(tuned.merge()(**batch).logits, both)
+
+
+def crossing_of(tuned):
+    first = dict(tuned.terms(Chain, "sums"))
+    return sum(float((first[n].A.detach() @ t.A.detach().t()).square().sum())
+               for n, t in tuned.terms(Chain, "other"))

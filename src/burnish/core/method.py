@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..blocks.weight.shared import Seeded
     from ..blocks.weight.term import Provider, Term
     from .anatomy import Anatomy
+    from .stage import Stage
     from .tuned import Tuned
 
 
@@ -139,6 +140,10 @@ class Method:
         """Tensors this part owns once for all its places: parameters train and are saved once,
         `Seeded` ones are drawn again and never saved."""
         return {}
+
+    def stages(self, tuned: Any, tasks: Sequence[str]) -> Iterable[Stage]:
+        """How a run over `tasks` is divided (core/stage.py); nothing: it is one stretch."""
+        return ()
 
     # -- laws -----------------------------------------------------------------------------
     def claims(self) -> tuple[str, ...]:

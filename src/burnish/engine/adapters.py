@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
 from .slot import Slot
 from .swap import ATTR
@@ -101,6 +101,19 @@ def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
             raise ConfigError(f"{name!r} has moved {next(iter(moved))}; running statistics mix "
                               "with weights that are not negative and add up to 1 at most, "
                               f"not {weights}")
+
+
+def check_train(tuned: Tuned, weights: dict[str, float], train: str) -> None:
+    """One adapter of a mix may train if it is there whole and is an addition only."""
+    if train not in weights:
+        raise ConfigError(f"train={train!r} is not among those used: {', '.join(weights) or 'none'}"
+                          f"{nearest(train, weights)}")
+    if weights[train] != 1.0:
+        raise ConfigError(f"{train!r} trains at weight 1, not {weights[train]}: scale the others")
+    if selected := tuned.adapters[train].selected:
+        raise ConfigError(f"{train!r} trains {next(iter(selected))} of the base, which the others "
+                          "of the mix change too; what trains beside others is an addition "
+                          "(head=False)")
 
 
 def moved_buffers(tuned: Tuned, name: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class State:
     riding: Riding = field(default_factory=Riding)
     active: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None      # one adapter per sample
+    training: str | None = None                      # the active adapter that trains
     version: int = 0                                 # grows when `active` or the parts change
     readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it

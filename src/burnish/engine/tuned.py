@@ -20,7 +20,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
-from ..core.site import Place
+from ..core.stage import Stage
 from .adapters import (
     Adapter,
     bring,
@@ -28,6 +28,7 @@ from .adapters import (
     check_name,
     check_rows,
     check_storage,
+    check_train,
     file_names,
     moved_buffers,
     original,
@@ -37,10 +38,12 @@ from .attach import Attacher
 from .base import Base
 from .buffers import Buffers
 from .leave import give_back, take_out
+from .looking import Looking
 from .observe import Batches
 from .originals import Originals
 from .resize import resize_term
 from .slot import slot_of, slots
+from .stages import run
 from .state import State
 from .step import Stepping, forward
 from .summary import summary, table
@@ -61,7 +64,7 @@ def tuned_of(model: nn.Module) -> Tuned | None:
     return tuned if tuned is not None and tuned.gone is None else None
 
 
-class Tuned(Stepping):
+class Tuned(Stepping, Looking):
     """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
 
     model: the same module that was given, changed in place.
@@ -197,11 +200,14 @@ class Tuned(Stepping):
                     adapter.select(attacher.names[id(p)], p)
 
     @all_or_nothing
-    def use(self, which: str | Mapping[str, float] | Sequence[str | None]) -> None:
+    def use(self, which: str | Mapping[str, float] | Sequence[str | None],
+            train: str | None = None) -> None:
         """Choose what is active: one adapter by name, a weighted mix, or one per sample.
 
         ``use("french")``; ``use({"french": .7, "law": .3})``; ``use(["french", None, "law"])``.
-        A mix trains nothing; per-sample use serves batches of mixed origin.
+        A mix trains nothing, unless `train` names the one of its adapters (at weight 1) that does
+        while the others stay as they are: ``use({"old": 1, "new": 1}, train="new")``. Per-sample
+        use serves batches of mixed origin.
         """
         self._ready()
         names = [which] if isinstance(which, str) else list(which)
@@ -220,14 +226,18 @@ class Tuned(Stepping):
         else:
             weights, rows = {}, tuple(which)
             check_rows(self, {n for n in rows if n is not None})
+        alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
+        if train is not None and train != alone:
+            check_train(self, weights, train)
         bring(self, weights)
         self.state.use(tuple(weights.items()), rows)
+        self.state.training = alone if train is None else train
         self._set_trainable()
         self._checked = False
 
     def _set_trainable(self) -> None:
-        """Only an adapter that is active alone trains; several at once are for use."""
-        name = self.state.active[0][0] if [w for _, w in self.state.active] == [1.0] else None
+        """What is active alone trains, or what `use` was told; else several are for use."""
+        name = self.state.training
         for adapter in self.adapters.values():
             for p in adapter.selected.values():
                 p.requires_grad_(False)
@@ -252,7 +262,22 @@ class Tuned(Stepping):
     @property
     def _active(self) -> Adapter:
         names = [n for n, _ in self.state.active] or list(self.adapters)
-        return self.adapters[names[0]]
+        return self.adapters[self.state.training or names[0]]
+
+    @property
+    def training(self) -> str | None:
+        """The adapter that trains; None where a mix or per-sample adapters are in use."""
+        return self.state.training
+
+    def run(self, stages: Iterable[Stage], data: Callable[[Stage], Iterable[Any]],
+            loss: Callable[[Any, Any], Tensor] | None = None, **optimizer: Any
+            ) -> Iterator[tuple[Stage, int, Tensor]]:
+        """Train in stages (core/stage.py), an update per item: (stage, its update, the loss).
+
+        data: the batches of a stage.  optimizer: for :meth:`optimizer`, made anew for each stage.
+        Raises DataError when the data of a stage end before its updates are done.
+        """
+        return run(self, stages, data, loss, **optimizer)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of everything that trains."""
@@ -378,17 +403,6 @@ class Tuned(Stepping):
         self._ready()
         return save(self, Path(folder), **extra)
 
-    def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
-        """(place name, term) of every term of a class in an adapter (default: the active one)."""
-        self._here()
-        name = name or self._active.name
-        for _, _, slot in slots(self.model):
-            for part in slot.parts:
-                if part.adapter == name and part.place is not None:
-                    term = slot.module_of(part)
-                    if isinstance(term, kind):
-                        yield part.place.name, term
-
     def resize(self, term: Any, keep: Tensor | Mapping[str, Tensor] | None = None,
                fresh: Mapping[str, Tensor] | None = None) -> None:
         """Change the rank of a term between steps: the components `keep` (indices, in this order,
@@ -402,22 +416,6 @@ class Tuned(Stepping):
         """
         self._plain()
         resize_term(self, term, keep, fresh)
-
-    def branches(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
-        """(path, module) of every branch of a class in an adapter (default: the active one)."""
-        name = name or self._active.name
-        for path, _, slot in slots(self.model):
-            for part in slot.parts:
-                if part.adapter == name and part.branch is not None \
-                        and isinstance(made := slot.module_of(part), kind):
-                    yield path, made
-
-    def weight(self, place: Place) -> Tensor:
-        """The (out, in) view of what stands at a place, decoded where a storage holds it."""
-        module = self.model.get_submodule(place.path)
-        slot = module._modules.get(ATTR)
-        stored = place.stored(module) if slot is None else slot._stored(module, place.param)
-        return place.view(stored)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What an adapter is: its own tensors, the base tensors it trains and the buffers of the

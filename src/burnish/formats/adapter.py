@@ -39,6 +39,7 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
         "seed": tuned._active.seed,
         "selected": sorted(tuned._active.selected),
         "active": [list(a) for a in tuned.state.active] or None,
+        "training": tuned.training,
         "adapters": {n: {"recipe": str(a.recipe), "targets": a.targets, "head": a.head,
                          "seed": a.seed, "settled": a.settled} for n, a in tuned.adapters.items()},
     }
@@ -84,7 +85,8 @@ def _load(model: nn.Module, path: str | Path, force: bool) -> Tuned:
         if config.get("active"):
             active = {n: w for n, w in config["active"]}
             one = len(active) == 1 and set(active.values()) == {1.0}
-            tuned.use(next(iter(active)) if one else active)
+            tuned.use(next(iter(active)) if one else active,
+                      train=None if one else config.get("training"))
         tuned.undo = None
         return tuned
 

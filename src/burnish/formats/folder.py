@@ -40,6 +40,7 @@ FIELDS = {
     "targets": "which weights",
     "adapters": "several adapters of one base: name -> recipe and targets",
     "active": "which of them are in use, with weights",
+    "training": "which of those in use trains, null for none",
     "head": "how the head was treated",
     "seed": "what the starting values and masks were drawn from",
     "selected": "base parameters that trained whole",
@@ -48,8 +49,8 @@ FIELDS = {
 }
 #: what the fields are (see core/reading.py), for the whole folder and for one adapter of it
 KINDS = {"recipe": "text", "parts": "list", "base": "mapping", "targets": "text or texts?",
-         "adapters": "mapping?", "active": "list?", "head": "flag", "seed": "whole",
-         "selected": "texts", "tensors_sha256": "text"}
+         "adapters": "mapping?", "active": "list?", "training": "text?", "head": "flag",
+         "seed": "whole", "selected": "texts", "tensors_sha256": "text"}
 BASE_KINDS = {"name": "text?", "fingerprint": "mapping?"}
 #: what `predict` and `evaluate` need of a run
 RUN_KINDS = {"model": "text?", "data": "mapping", "training": "mapping", "max_length": "count?"}

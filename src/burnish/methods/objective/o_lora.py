@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...blocks.update.objective import OnWeights
 from ...blocks.weight.factor import Chain
 from ...core.method import Method, setting
+from ...core.stage import Stage
 
 if TYPE_CHECKING:
     from ...engine.tuned import Tuned
@@ -29,8 +30,10 @@ class OLora(Method):
 
     A_t (rank, in) of the adapter that trains, A_i (rank_i, in) of the others on the same place:
     rows of A span the inputs an update reads, so orthogonal rows keep the tasks apart. The others
-    stay as they are. Written beside a low-rank delta: ``lora(rank=8) + o_lora``, one adapter per
-    task (``tuned.add``); the first task has nothing to be orthogonal to.
+    stay as they are, and stay active: an answer is the base plus the sum of all tasks' updates.
+    Written beside a low-rank delta: ``lora(rank=8) + o_lora``, one adapter per task, in stages
+    (``tuned.run(method.stages(tuned, tasks), data)``) or by hand (``tuned.add``,
+    ``tuned.use({...}, train=...)``); the first task has nothing to be orthogonal to.
 
     Trains nothing of its own; costs rank x rank_i products of length `in` per place and update.
     The authors' code sums absolute entries (norm="absolute"), the paper squares.
@@ -43,13 +46,19 @@ class OLora(Method):
     norm: Literal["squared", "absolute"] = setting("squared", "of the entries of A_i A^T")
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
-        active = tuned.state.active[0][0]
+        active = tuned.training
         mine = dict(tuned.terms(Chain))
         for place, term in mine.items():
             others = [t.A for name in tuned.adapters if name != active
                       for p, t in tuned.terms(Chain, name) if p == place]
             if others and isinstance(term.A, nn.Parameter):
                 yield OnWeights((term.A,), partial(self._term, term.A, others))
+
+    def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:
+        """A task after the other, each in an adapter of its name beside those before it."""
+        recipe = tuned.recipe
+        for i, task in enumerate(tasks):
+            yield Stage(task, recipe, dict.fromkeys(tasks[:i], 1.0), data=task, add={"seed": i})
 
     def _term(self, A: nn.Parameter, others: list[Tensor]) -> Tensor:
         return self.weight * overlap(A, [o.detach() for o in others], self.norm)
