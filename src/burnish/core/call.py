@@ -72,6 +72,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.off: list[tuple[Any, Any]] = []         # (owner, its base) switched off here
+        self.given: list[tuple[Any, dict[str, Any]]] = []     # (owner, keys) beside any batch
 
 
 _here = _Here()
@@ -121,6 +122,21 @@ def switched_off(owner: Any) -> tuple[bool, Any]:
         if who is owner:
             return True, base
     return False, None
+
+
+def given_to(owner: Any) -> dict[str, Any]:
+    """The keys that :func:`giving` holds for this model in this thread."""
+    return {k: v for who, keys in _here.given if who is owner for k, v in keys.items()}
+
+
+@contextmanager
+def giving(owner: Any, keys: dict[str, Any]) -> Iterator[None]:
+    """Calls of this model that open inside, in this thread, are given these keys as well."""
+    _here.given.append((owner, keys))
+    try:
+        yield
+    finally:
+        _here.given.pop()
 
 
 @contextmanager

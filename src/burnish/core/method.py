@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -64,6 +65,9 @@ class Method:
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
     )
     needs: ClassVar[frozenset[str]] = frozenset()
+    #: keys of the batch that parts of this method read from the call (core/call.py), with what each
+    #: means: ``{"task": "one id per batch or per sample"}``. The model need not take them.
+    context: ClassVar[Mapping[str, str]] = MappingProxyType({})
     #: what this part needs of the optimizer beside it (see core/words.py); axes are read off
     relies_on: ClassVar[tuple[str, ...]] = ()
     #: the objective reads the forward it is asked about (its outputs, its batch)

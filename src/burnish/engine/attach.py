@@ -66,6 +66,11 @@ class Attacher:
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
+        name, before = self.adapter.name, dict(self.state.needs)
+        self.undo.later(lambda: (self.state.needs.clear(), self.state.needs.update(before)))
+        for part in recipe:
+            for key, meaning in part.context.items():
+                self.state.needs.setdefault(name, {}).setdefault(key, (part.name, meaning))
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():

@@ -30,7 +30,7 @@ from ..core.site import Branch, Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
 from .rows import check_rows, split
 from .starts import with_starts
-from .state import Part, State, valid
+from .state import Part, State
 from .swap import ATTR, expose, tuned_class
 
 
@@ -121,7 +121,9 @@ class Slot(nn.Module):
         """
         state = self.state
         then = None if self.root else state.tape.last_opened()
-        call = state.open(valid(module, args, kw)) if then is None else then
+        call = state.open(module, args, kw) if then is None else then
+        if self.root:
+            kw, call = state.take(module, kw, call)
         if self.root and call.rows is not None:
             check_rows(call.rows, args, kw)
         with again(call, state.loose(self.root)), state.tape.recording():

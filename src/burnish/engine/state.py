@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.state.prompts import named
+from ..blocks.state.prompts import accepts, named
 from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
-from ..core.call import Call, switched_off
+from ..core.call import Call, given_to, switched_off
+from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 
 
@@ -28,7 +28,8 @@ class State:
     readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
-    needs: dict[str, dict[str, Any]] = field(default_factory=dict)   # adapter -> what it reads
+    #: adapter -> key of the batch it reads -> (part that reads it, what it means)
+    needs: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
     off_here: int = 0                                # how many stand in `disabled` just now
 
     def use(self, active: tuple[tuple[str, float], ...],
@@ -60,11 +61,31 @@ class State:
             return "parts of the recipe hand states to each other"
         return "parts of the recipe read the context of the call" if self.needs else ""
 
-    def open(self, valid: Tensor | None = None, given: Mapping[str, Any] | None = None) -> Call:
-        """A new call: what is active now, for good."""
+    def open(self, module: nn.Module, args: tuple, kw: dict) -> Call:
+        """A new call: what is active now, for good, and what the module is called with."""
         off, base = switched_off(self)
-        return Call(self, self.active, self.rows, off, base, self.version, valid=valid,
-                    given=given or {})
+        return Call(self, self.active, self.rows, off, base, self.version,
+                    valid=valid(module, args, kw), given=given_to(self))
+
+    def take(self, module: nn.Module, kw: dict, call: Call) -> tuple[dict, Call]:
+        """The declared keys, off the batch and into the call. Those the model takes stay too.
+
+        Raises RecipeError when a part that is active reads a key that the batch lacks.
+        """
+        if not self.needs:
+            return kw, call
+        declared = {k for keys in self.needs.values() for k in keys}
+        found = {k: v for k, v in kw.items() if k in declared}
+        kw = {k: v for k, v in kw.items() if k not in found or accepts(module, k)}
+        call = replace(call, given={**call.given, **found})
+        active = () if call.off else {*dict(call.active), *(r for r in call.rows or () if r)}
+        for name in active:
+            for key, (part, meaning) in self.needs.get(name, {}).items():
+                if key not in call.given:
+                    raise RecipeError(f"{part} reads {key!r} of the batch ({meaning}), which has "
+                                      f"none: add it to the batch, or call inside "
+                                      f"tuned.given({key}=...)")
+        return kw, call
 
 
 @dataclass

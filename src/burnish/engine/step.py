@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
-from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
+from ..core.call import giving
+from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError, nearest
 from ..core.events import Timeline
 from ..core.recipe import Recipe
 from ..core.words import honours, why
@@ -78,6 +80,21 @@ class Stepping:
     def _ready(self) -> None:
         """Raises ConfigError on one that was detached or merged, or whose parts are gone."""
         raise NotImplementedError
+
+    @contextmanager
+    def given(self, **keys: Any) -> Iterator[None]:
+        """Inside, in this thread, every call has these keys of context (``task=2``), as if the
+        batch had brought them: for ``generate`` and loops that pass inputs alone.
+
+        Raises ConfigError for a key that no part of a recipe reads.
+        """
+        read = {k for adapter in self.state.needs.values() for k in adapter}
+        for key in keys:
+            if key not in read:
+                raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
+                                  f"read {', '.join(sorted(read)) or 'nothing'})")
+        with giving(self.state, keys):
+            yield
 
     def optimizer(self, lr: float = 1e-3, *, scaler: Any = None, **kw: Any
                   ) -> torch.optim.Optimizer:

@@ -126,7 +126,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
-                example, label = _batch(twin, batch, ledger, here, dtype)
+                example, label = _batch(twin, batch, ledger, here, dtype,
+                                        {k for m in parts for k in m.context})
                 tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
                 tuned.optimizer(lr)
                 ledger.model = tuned.model
@@ -226,7 +227,7 @@ def _plain(outputs: Any) -> Any:
 
 # -- the batch ----------------------------------------------------------------------------------
 def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
-           dtype: torch.dtype | None) -> tuple[Any, str]:
+           dtype: torch.dtype | None, declared: set[str]) -> tuple[Any, str]:
     if isinstance(batch, int) or (isinstance(batch, tuple) and all(
             isinstance(n, int) for n in batch)):
         label = str(batch) if isinstance(batch, int) else " x ".join(map(str, batch))
@@ -234,15 +235,15 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
             batch = blank_batch(model, batch, dtype)
     else:
         label = _label(batch)
-    _accepted(model, batch)
+    _accepted(model, batch, declared)
     return _fake(batch, ledger, device, dtype), label
 
 
-def _accepted(model: nn.Module, batch: Any) -> None:
+def _accepted(model: nn.Module, batch: Any, declared: set[str]) -> None:
     known = inspect.signature(model.forward).parameters
     if isinstance(batch, Mapping) and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         for name in batch:
-            if name not in known:
+            if name not in known and name not in declared:
                 raise ConfigError(f"{type(model).__name__} takes no {name!r}{nearest(name, known)} "
                                   f"(it takes {', '.join(known)})")
 
