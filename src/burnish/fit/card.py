@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..formats.card import code, quoted, words
 from ..memory import format_bytes
 
 PIPELINE = {"image-classification": "image-classification",
@@ -25,11 +25,11 @@ def card(run: Mapping[str, Any]) -> str:
     hub = "/" in base and not base.startswith((".", "/", "~"))
     head = ["---", "library_name: burnish"]
     if hub:
-        head += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+        head += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
     head += [f"pipeline_tag: {pipeline}", "tags:", "- burnish", "- adapter",
              *[f"- {name}" for name in run["parts"]]]
     if "/" in data["source"] and data["layout"] == "hub":
-        head += ["datasets:", f"- {json.dumps(data['source'].partition(':')[0])}"]
+        head += ["datasets:", f"- {quoted(data['source'].partition(':')[0])}"]
     head += _index(run, pipeline)
     head.append("---")
 
@@ -37,15 +37,16 @@ def card(run: Mapping[str, Any]) -> str:
     if data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
     lines = [
-        f"# {recipe} on {_short(data['source'])}", "",
-        f"`{_short(base)}` fine-tuned with burnish, recipe `{recipe}`: {run['trainable']:,} of "
+        f"# {words(recipe)} on {words(_short(data['source']))}", "",
+        f"{code(_short(base))} fine-tuned with burnish, recipe {code(recipe)}: "
+        f"{run['trainable']:,} of "
         f"{run['parameters']:,} parameters trained.", "",
         *_figures(run), "## Use", "", "```python", "import burnish",
         f"from transformers import {_AUTO[pipeline]}", "",
         f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")', "```", "",
         "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
-        f"{data['layout']}, {data['task']}: "
-        + ", ".join(f"{n} {k}" for k, n in data["rows"].items()) + " rows.",
+        f"{words(data['layout'])}, {data['task']}: "
+        + ", ".join(f"{n} {words(k)}" for k, n in data["rows"].items()) + " rows.",
     ]
     return "\n".join([*head, "", *lines]) + "\n"
 
@@ -56,12 +57,12 @@ def _index(run: Mapping[str, Any], pipeline: str) -> list[str]:
             for name, value in metrics.items() if name in KNOWN]
     if not rows:
         return []
-    out = ["model-index:", f"- name: {json.dumps(_short(run['recipe']))}", "  results:"]
+    out = ["model-index:", f"- name: {quoted(_short(run['recipe']))}", "  results:"]
     for split, name, value in rows:
         out += ["  - task:", f"      type: {pipeline}", "    dataset:",
-                f"      name: {json.dumps(_short(run['data']['source']))}",
-                f"      type: {json.dumps(_short(run['data']['source']))}",
-                f"      split: {split}",
+                f"      name: {quoted(_short(run['data']['source']))}",
+                f"      type: {quoted(_short(run['data']['source']))}",
+                f"      split: {quoted(split)}",
                 "    metrics:", f"    - type: {name}", f"      name: {KNOWN[name]}",
                 f"      value: {value:.6g}"]
     return out
@@ -73,7 +74,7 @@ def _figures(run: Mapping[str, Any]) -> list[str]:
     names = list(dict.fromkeys(n for m in run["metrics"].values() for n in m))
     rows = ["| split | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for split, m in run["metrics"].items():
-        rows.append(f"| {split} | " + " | ".join(
+        rows.append(f"| {words(split)} | " + " | ".join(
             f"{m[n]:.4g}" if n in m else "" for n in names) + " |")
     return [*rows, ""]
 

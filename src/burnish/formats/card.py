@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from ..core.reading import plain
 
 
 def model_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
@@ -13,24 +16,46 @@ def model_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) 
     recipe = str(config.get("recipe", ""))
     header = ["---", "library_name: burnish"]
     if base:
-        header += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+        header += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
     header += ["tags:", "- burnish", "- adapter", "---"]
     text = [
-        "# Adapter" + (f" for {base}" if base else ""),
+        "# Adapter" + (f" for {words(base)}" if base else ""),
         "",
-        f"Trained with burnish, recipe `{recipe}`.",
+        f"Trained with burnish, recipe {code(recipe)}.",
         "",
         "```python",
         "import burnish",
         "",
-        f"model = ...  # {base or 'the base it was trained on'}, built as usual",
+        f"model = ...  # {one_line(base) or 'the base it was trained on'}, built as usual",
         'tuned = burnish.load(model, "path/to/this/folder")',
         "```",
     ]
     rows = _rows(run or {})
     if rows:
-        text += ["", "| | |", "|---|---|", *[f"| {k} | {v} |" for k, v in rows]]
+        text += ["", "| | |", "|---|---|", *[f"| {words(k)} | {words(v)} |" for k, v in rows]]
     return "\n".join([*header, "", *text]) + "\n"
+
+
+def one_line(text: Any) -> str:
+    return plain(text, 500)
+
+
+def words(text: Any) -> str:
+    """Text for Markdown that stays text: no markup, no table cell, no HTML, no second line."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~<>&$])", r"\\\1", one_line(text))
+
+
+def code(text: Any) -> str:
+    """A code span that its own text cannot end."""
+    line = one_line(text)
+    fence = "`" * (1 + max((len(t) for t in re.findall("`+", line)), default=0))
+    pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def quoted(text: Any) -> str:
+    """Text in YAML: JSON's quotes, which YAML reads alike."""
+    return json.dumps(str(text))
 
 
 def _rows(run: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -39,7 +64,7 @@ def _rows(run: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in run.items():
         if isinstance(value, Mapping):
             rows += _rows(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float | str) and "|" not in str(value):
+        elif isinstance(value, int | float | str):
             rows.append((prefix + str(key),
                          f"{value:.6g}" if isinstance(value, float) else value))
     return rows[:40]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..core.errors import FormatError
+
 _PIECE = 1 << 24
 _cache: Any = WeakIdKeyDictionary()
 
@@ -73,6 +75,21 @@ def first_difference(recorded: Mapping[str, str], model: nn.Module,
         if " " in now and _short(now) != recorded[name]:
             return f"{name} has the shape of the adapter's base but other values"
     return None
+
+
+def check_tied(there: Mapping[str, Tensor], values: Mapping[str, Tensor], where: Any) -> None:
+    """Raises FormatError when two names of one tensor of the model come with two values: one of
+    them would win, and nobody would know which."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in values.items():
+        t = there.get(name)
+        if t is None or t.device.type == "meta" or not t.numel():
+            continue
+        key = (t.device, t.data_ptr(), t.shape, t.stride())
+        first = seen.setdefault(key, name)
+        if first != name and not torch.equal(values[first], value):
+            raise FormatError(f"{where}: {first} and {name} are one tensor in this model, and the "
+                              "file holds two different values for it")
 
 
 def line(tensor: Tensor, content: bool = True) -> str:

@@ -8,6 +8,7 @@ approximated at a rank the caller names.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from ..engine.tune import tune
 from ..engine.tuned import Tuned
 from ..methods.delta.lowrank.miss import Shards
 from . import peft_files
+from .card import code
+from .fingerprint import check_tied
 from .peft_files import Lora, PeftFolder
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
@@ -105,6 +108,22 @@ def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | No
     return got, float((got.dense() - dense).norm() / dense.norm().clamp_min(1e-30))
 
 
+def check_plain(module: nn.Module, path: str) -> None:
+    """Raises FormatError for a class whose forward is its own: burnish changes the weight that it
+    computes with, PEFT adds to what comes out of it, and these are two functions. (A subclass that
+    inherits its forward is plain; PEFT knows embeddings with an ``embed_scale``.)"""
+    cls = getattr(type(module), "_burnish_base", type(module))
+    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
+        return
+    plain = next((k for k in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+                  if issubclass(cls, k)), None)
+    if plain is None or (cls.forward is not plain.forward
+                         and not (plain is nn.Embedding and hasattr(module, "embed_scale"))):
+        raise FormatError(f"{path} is a {cls.__name__}, whose forward is its own: PEFT would add "
+                          "the update to its output, burnish changes the weight inside; leave it "
+                          "out with targets, or merge instead")
+
+
 _Parts = list[tuple[Place, Term, float]]
 Settings = tuple[tuple[str, Any], ...]
 
@@ -151,6 +170,7 @@ def _lora(module: nn.Module, slot: Slot, path: str, parts: _Parts, rank: int | N
         pairs.append(pair if weight == 1 else weight * pair)
     if not pairs:
         raise FormatError(f"{path}: a magnitude alone has no PEFT form")
+    check_plain(module, path)
     pair = pairs[0] if len(pairs) == 1 else cat(pairs)
     kind = _KINDS[parts[0][0].kind]
     if kind == "conv" and getattr(module, "groups", 1) != 1:
@@ -252,13 +272,14 @@ def _base_name(model: nn.Module) -> str:
 def _card(what: PeftFolder, tuned: Tuned, errors: dict[str, float]) -> str:
     head = ["---", "library_name: peft"]
     if what.base:
-        head += [f"base_model: {what.base!r}".replace("'", '"')]
+        head += [f"base_model: {json.dumps(what.base)}"]
     head += ["tags:", "- burnish", "---", "",
-             f"Trained with burnish, recipe `{tuned.recipe}`; a PEFT adapter of type {what.kind}."]
+             f"Trained with burnish, recipe {code(tuned.recipe)}; a PEFT adapter of type "
+             f"{what.kind}."]
     if errors:
         worst = max(errors, key=lambda n: errors[n])
         head += ["", f"{len(errors)} updates are approximated; the largest relative error is "
-                     f"{errors[worst]:.3g} at `{worst}`."]
+                     f"{errors[worst]:.3g} at {code(worst)}."]
     return "\n".join(head) + "\n"
 
 
@@ -278,6 +299,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
         if path not in names:
             raise FormatError(f"{folder} adapts {path}, which {type(model).__name__} does not "
                               f"have{nearest(path, names)}")
+        check_plain(names[path], path)
     anatomy = Anatomy.of(model)
     head, extra = _trained_outright(anatomy, what, folder)
     parts = [make(name, {**dict(args), "targets": _expression(anatomy, paths, folder)})
@@ -343,6 +365,7 @@ def _trained_outright(anatomy: Anatomy, what: PeftFolder, folder: str | Path
         if parameters[name].shape != value.shape:
             raise FormatError(f"{folder}: {name} is {list(value.shape)}, the model has "
                               f"{list(parameters[name].shape)}")
+    check_tied(parameters, what.whole, folder)
     head = {n for n in parameters for h in anatomy.head if n.startswith(f"{h}.")}
     rest = [n for n in what.whole if n not in head]
     if head & set(what.whole) and not head <= set(what.whole):
