@@ -65,6 +65,14 @@ def plain(text: Any, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as Python writes it, in one line; also one that Python refuses to write."""
+    try:
+        return plain(repr(value), limit)
+    except (ValueError, RecursionError):             # an integer of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+
+
 def regular(path: str | Path, error: type[BurnishError] = FormatError) -> Path:
     """The path of a regular file. Raises `error` for one that is missing, a folder, a pipe or a
     device: reading those would wait for ever."""
@@ -118,7 +126,7 @@ def parse_json(text: str | bytes, what: Any, error: type[BurnishError] = FormatE
         if len(made) < len(pairs):
             names = [k for k, _ in pairs]
             twice = next(k for k in names if names.count(k) > 1)
-            raise error(f"{where}: {plain(repr(twice), 60)} stands twice in one object")
+            raise error(f"{where}: {shown(twice, 60)} stands twice in one object")
         return made
 
     def number(digits: str) -> float:
@@ -178,7 +186,7 @@ def check_fields(data: dict[str, Any], kinds: dict[str, str], where: Any,
         value = data.get(name)
         if name in data and not test(value) and not (kind.endswith("?") and value is None):
             raise error(f"{plain(where)}: field {name!r} should be {words}, got "
-                        f"{plain(repr(value), 60)}")
+                        f"{shown(value, 60)}")
 
 
 def sane(tree: Any, what: Any, error: type[BurnishError] = FormatError,

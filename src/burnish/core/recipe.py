@@ -20,7 +20,7 @@ from typing import Any
 from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
-from .reading import plain, reading
+from .reading import reading, shown
 
 
 class Recipe(tuple[Method, ...]):
@@ -126,7 +126,7 @@ def _call(node: ast.expr, text: str) -> tuple[str, dict[str, object]]:
 
 
 def _shown(value: object) -> str:
-    return plain(repr(value), 120)
+    return shown(value, 120)
 
 
 def _unparsed(node: ast.expr) -> str:

@@ -27,11 +27,14 @@ from torch import nn
 from . import families
 from .errors import ConfigError, TargetError, nearest
 from .patterns import Pattern
-from .reading import plain
+from .reading import shown
 from .site import Place
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block
+
+#: longest text of targets, and most items of it (every weight of a large model, one by one)
+LENGTH, ITEMS = 1_000_000, 20_000
 
 _LINEAR = ("linear", "conv1d", "mha", "experts")
 _RANGE = re.compile(r"-?\d{1,9}|-?\d{0,9}:-?\d{0,9}(:-?\d{1,9})?", re.ASCII)
@@ -175,6 +178,9 @@ def _items(targets: str | Iterable[str] | None) -> list[str]:
         items = [i for t in pieces for i in _split(t)]
     else:
         items = _split(targets)
+    if len(items) > ITEMS:
+        raise TargetError(f"targets of {len(items)} items are too many (at most {ITEMS}); write "
+                          "a glob such as 'layers.*.q_proj', or 're:' with a pattern")
     if not items:
         raise TargetError("targets are empty; leave them out for the default, or write for "
                           "example 'q,v'")
@@ -183,14 +189,15 @@ def _items(targets: str | Iterable[str] | None) -> list[str]:
 
 def _split(text: str) -> list[str]:
     """At commas that stand outside brackets (a regex or a range of counts may hold some)."""
-    out, depth = [""], 0
-    for c in text:
+    if len(text) > LENGTH:
+        raise TargetError(f"targets of {len(text)} characters are too long (at most {LENGTH})")
+    out, depth, start = [], 0, 0
+    for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
         if c == "," and depth <= 0:
-            out.append("")
-        else:
-            out[-1] += c
-    return [i.strip() for i in out if i.strip()]
+            out.append(text[start:i])
+            start = i + 1
+    return [i.strip() for i in (*out, text[start:]) if i.strip()]
 
 
 def _resolve(a: Anatomy, item: str) -> list[Place]:
@@ -215,7 +222,7 @@ def _pattern(word: str) -> Pattern:
     try:
         return Pattern(word[3:])
     except ConfigError as error:
-        raise TargetError(f"target {plain(repr(word), 60)}: {error}") from None
+        raise TargetError(f"target {shown(word, 60)}: {error}") from None
 
 
 def _word(a: Anatomy, word: str) -> list[Place]:

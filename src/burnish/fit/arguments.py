@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
-from ..core.reading import plain
+from ..core.reading import shown
 
 #: other spellings of transformers' names
 ALIASES = {
@@ -190,11 +190,11 @@ def typed(key: str, value: Any, hint: str, name: str) -> Any:
         return value
     found = _as(value, simple)
     if found is None:
-        raise ConfigError(f"{key}={plain(repr(value), 60)}: expected "
+        raise ConfigError(f"{key}={shown(value, 60)}: expected "
                           f"{' or '.join(w for k, w in _WORDS.items() if k in simple)}")
     number = isinstance(found, int | float) and not isinstance(found, bool)
     if number and not abs(found) < 2**63:
-        raise ConfigError(f"{key}={plain(repr(value), 60)}: expected a finite number")
+        raise ConfigError(f"{key}={shown(value, 60)}: expected a finite number")
     if number and name in LEAST and found < LEAST[name]:
         raise ConfigError(f"{key}={found}: expected {LEAST[name]:g} or more")
     if number and name in MOST and found > MOST[name]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BurnishError, ConfigError
-from ..core.reading import plain, reading
+from ..core.reading import reading, shown
 from ..formats import safe
 
 
@@ -138,7 +138,7 @@ def _sane(picture: Picture, where: str) -> Picture:
     """Refuses sizes and scales no picture has."""
     sides = (picture.height, picture.width)
     if not all(type(s) is int and 1 <= s <= 8192 for s in sides):
-        raise ConfigError(f"{where}: size {plain(repr(sides), 60)}; expected whole numbers from 1 "
+        raise ConfigError(f"{where}: size {shown(sides, 60)}; expected whole numbers from 1 "
                           "to 8192")
     numbers = [*picture.mean, *picture.std, picture.scale, *([picture.crop] if picture.crop is not
                                                              None else [])]
@@ -151,7 +151,7 @@ def _sane(picture: Picture, where: str) -> Picture:
         raise ConfigError(f"{where}: {len(picture.mean)} means and {len(picture.std)} deviations; "
                           "expected one or three of each")
     if picture.resample not in range(6) or type(picture.resample) is not int:
-        raise ConfigError(f"{where}: resample {plain(repr(picture.resample), 40)}; expected a "
+        raise ConfigError(f"{where}: resample {shown(picture.resample, 40)}; expected a "
                           "number from 0 to 5")
     return picture
 

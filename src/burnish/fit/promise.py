@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BurnishError, MemoryExceeded, NoPlanError
+from ..core.reading import plain
 from ..memory import MemoryReport, format_bytes
 from . import checkpoint
 from .arguments import Options
@@ -114,6 +115,25 @@ def out_of_memory(output: Path) -> Iterator[None]:
         raise MemoryExceeded(f"the run ran out of memory: {str(e).splitlines()[0]}; {left} a "
                              "smaller batch_size (and more gradient_accumulation_steps), or "
                              "memory='...' to have a recipe chosen") from e
+
+
+@contextlib.contextmanager
+def workers_told(output: Path) -> Iterator[None]:
+    """What goes wrong in a process that reads rows, in one line: its own error, or its death."""
+    try:
+        yield
+    except BurnishError as e:
+        text = str(e).strip()
+        if "DataLoader worker" not in text:
+            raise
+        raise type(e)(text.splitlines()[-1].partition(": ")[2] or text) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        left = " and resume=True" if checkpoint.all_in(output) else ""
+        raise BurnishError(f"a process that reads rows died ({plain(e, 160)}), perhaps for want "
+                           f"of memory; go on with fewer workers= (0 reads in this process){left}"
+                           ) from None
 
 
 def _parts(report: MemoryReport) -> str:

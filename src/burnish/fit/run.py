@@ -28,7 +28,14 @@ from .data import Data, read, there
 from .heads import drawn
 from .places import check_local, check_served
 from .processes import alone
-from .promise import choose, evaluation, memory_line, out_of_memory, promised
+from .promise import (
+    choose,
+    evaluation,
+    memory_line,
+    out_of_memory,
+    promised,
+    workers_told,
+)
 from .tasks import Task, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
@@ -233,7 +240,7 @@ def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
 
     reset_peak()
     before = resident()
-    with stop.listening(), out_of_memory(output):
+    with stop.listening(), out_of_memory(output), workers_told(output):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = trainer.seconds()
     peak = max(before, process_peak())

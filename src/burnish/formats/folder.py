@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.errors import BurnishError, FormatError, nearest
 from ..core.reading import FIELDS as KNOWN_KINDS
-from ..core.reading import check_fields, plain
+from ..core.reading import check_fields, shown
 from . import claim, safe, staged
 from .card import model_card
 
@@ -182,7 +182,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
                 and KNOWN_KINDS["number"][1](pair[1])):
             raise FormatError(f"{path}: field 'active' should hold pairs of a name and a weight, "
-                              f"got {plain(repr(pair), 60)}")
+                              f"got {shown(pair, 60)}")
     return config
 
 

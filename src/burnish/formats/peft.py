@@ -366,6 +366,10 @@ def _trained_outright(anatomy: Anatomy, what: PeftFolder, folder: str | Path
             raise FormatError(f"{folder}: {name} is {list(value.shape)}, the model has "
                               f"{list(parameters[name].shape)}")
     check_tied(parameters, what.whole, folder)
+    first = {id(p): n for n, p in anatomy.model.named_parameters()}
+    for name in list(what.whole):                # another name of a tensor that is there
+        if (own := first[id(parameters[name])]) != name and own in what.whole:
+            del what.whole[name]
     head = {n for n in parameters for h in anatomy.head if n.startswith(f"{h}.")}
     rest = [n for n in what.whole if n not in head]
     if head & set(what.whole) and not head <= set(what.whole):

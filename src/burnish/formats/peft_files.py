@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, FormatError
 from ..core.patterns import Pattern
-from ..core.reading import check_fields, plain
+from ..core.reading import check_fields, shown
 from . import safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
@@ -219,7 +219,7 @@ def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) ->
         try:
             found = Pattern(rf"(?:.*\.)?(?:{key})$").match(path)
         except ConfigError as e:
-            raise FormatError(f"pattern {plain(repr(key), 60)} of alpha or rank: {e}") from None
+            raise FormatError(f"pattern {shown(key, 60)} of alpha or rank: {e}") from None
         if found:
             return value
     return default

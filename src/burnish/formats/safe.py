@@ -148,6 +148,9 @@ def opened(path: str | Path, device: str | torch.device = "cpu") -> Iterator[tup
         aliases = parse_json(text, f"{path}, entry {_ALIASES!r}")
         if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
             raise FormatError(f"{path}: entry {_ALIASES!r} should map names to names")
+        if lost := set(aliases.values()) - set(file.keys()):
+            raise FormatError(f"{path}: entry {_ALIASES!r} names {plain(repr(min(lost)), 60)}, "
+                              "which the file does not hold")
     with file as f:
         yield f, aliases
 

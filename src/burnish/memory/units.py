@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..core.errors import ConfigError, nearest
-from ..core.reading import plain
+from ..core.reading import shown
 
 _DECIMAL = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -28,7 +28,7 @@ def parse_bytes(text: str | int | float) -> int:
         raise ConfigError(f"a memory size is text such as '8GB', not {type(text).__name__}")
     if isinstance(text, int):
         text = str(text) if abs(text) < _MOST else "1e99"     # Python writes no huge integers out
-    shown = plain(repr(text), 60)
+    said = shown(text, 60)
     word = str(text)[: _LONGEST + 1].strip().lower()
     match = _SIZE.fullmatch(word) if len(word) <= _LONGEST else None
     unit = match.group(2) or "b" if match else ""
@@ -36,14 +36,14 @@ def parse_bytes(text: str | int | float) -> int:
         near = nearest(unit, _UNITS) if unit else ""
         if re.fullmatch(r"[0-9]+,[0-9]+[a-z ]*", word):
             near = f"; a decimal is written with a point: {word.replace(',', '.')!r}"
-        raise ConfigError(f"{shown} is not a memory size; write for example '8GB', '7.5 GiB' "
+        raise ConfigError(f"{said} is not a memory size; write for example '8GB', '7.5 GiB' "
                           f"or '900MB'{near}")
     size = float(match.group(1).replace("_", "").replace(",", "")) * _UNITS[unit]
     if not size < _MOST:
-        raise ConfigError(f"a memory budget of {shown} is more than any machine has; write for "
+        raise ConfigError(f"a memory budget of {said} is more than any machine has; write for "
                           "example '8GB'")
     if size < 1:
-        raise ConfigError(f"a memory budget of {shown} is not positive; write for example '8GB'")
+        raise ConfigError(f"a memory budget of {said} is not positive; write for example '8GB'")
     return int(size)
 
 
