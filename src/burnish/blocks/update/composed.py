@@ -27,10 +27,12 @@ from . import named
 from .codecs import SMALL, Block, Codec, Parts, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
-from .residual import Rows, Seen
-from .rules import accumulator
+from .residual import Rows
+from .residual import Seen as Beside
+from .rules import Whole, accumulator
 from .step import Plan, check_shape
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
+from .transform import Seen
 
 State = dict[str, Any]
 
@@ -92,7 +94,8 @@ class Composed(torch.optim.Optimizer):
         """Step small dense tensors in bunches of one slice's size, with a handful of kernels for
         all; returns what was stepped. The arithmetic is that of :meth:`_dense_step`."""
         rule, done = self.plan.rule, set[nn.Parameter]()
-        if self.in_backward or not hasattr(rule, "directions") or not rule.decoupled \
+        if self.in_backward or self.plan.transforms or not hasattr(rule, "directions") \
+                or not rule.decoupled \
                 or not isinstance(self.plan.codec, Plain):
             return done
         bunches: dict[tuple[Any, ...], list[nn.Parameter]] = {}
@@ -164,10 +167,19 @@ class Composed(torch.optim.Optimizer):
         check_shape(self._where[p][1], p, self.state.get(p), self.burnish_shapes,
                     not self._projected(p))
         self.burnish_shapes.setdefault(p, p.shape)
+        changed = grad
+        if grad is not None:
+            group, name = self._where[p]
+            for transform in self.plan.transforms:
+                state = self.state[p]
+                changed = transform.apply(changed, Seen(
+                    name, p.detach(), state, state.get("step", 0) + 1, group))
         if self._projected(p):
-            self._project_step(p, grad)
+            self._project_step(p, changed)
+        elif isinstance(self.plan.rule, Whole):
+            self._whole_step(p, changed)
         else:
-            self._dense_step(p, grad)
+            self._dense_step(p, changed)
         if self.on_updated is not None and grad is not None:
             self.on_updated(p, grad)
 
@@ -191,6 +203,25 @@ class Composed(torch.optim.Optimizer):
                 x.mul_(1 - lr * decay)
             x.add_(u, alpha=-lr)
             self._numerics.write(w, state, lo, hi, x, CounterNoise(self.seed, f"{name}/round"), t)
+
+    def _whole_step(self, p: nn.Parameter, grad: Tensor) -> None:
+        """A rule that needs the tensor at once: one more temporary of its size than slices take."""
+        (group, name), state, rule = self._where[p], self.state[p], self.plan.rule
+        wide = accumulator(p.dtype)
+        state["step"] = t = state.get("step", 0) + 1
+        w = in_memory_order(p.detach())[0].reshape(-1)
+        shape = tuple(matrix(p.detach()).shape) if p.dim() > 1 else (p.numel(),)
+        for key, size in rule.shapes(shape).items():
+            if key not in state:
+                state[key] = torch.zeros(size, dtype=wide, device=p.device)
+        self._numerics.prepare(w, state)
+        x = self._numerics.read(w, state, 0, p.numel())
+        G = in_memory_order(grad, like=p)[0].reshape(shape).to(wide, copy=True)
+        u = rule.update(G, x.view(shape), state, t, group)
+        if group["weight_decay"]:
+            x.mul_(1 - group["lr"] * group["weight_decay"])
+        x.add_(u.reshape(-1), alpha=-group["lr"])
+        self._numerics.write(w, state, 0, p.numel(), x, CounterNoise(self.seed, f"{name}/round"), t)
 
     def _direct(self, name: str, state: State, codec: Codec, t: int, group: Mapping[str, Any],
                 lo: int, hi: int, g: Tensor) -> Tensor:
@@ -275,8 +306,8 @@ class Composed(torch.optim.Optimizer):
         if beside is not None:
             rule = self.plan.rule
             correction = rule.correction(t, group) if hasattr(rule, "correction") else 1.0
-            rows = beside.rows(Seen(G, basis, R, norms, axis, self._slice(p.device), correction,
-                                    sub.scale), state)
+            rows = beside.rows(Beside(G, basis, R, norms, axis, self._slice(p.device),
+                                      correction, sub.scale), state)
         lr, decay = group["lr"], group["weight_decay"]
         flat, noise = W.view(-1), CounterNoise(self.seed, f"{name}/round")
         for lo, hi in panels(m, n, self._slice(p.device)):
@@ -332,7 +363,8 @@ class Composed(torch.optim.Optimizer):
         """See :func:`burnish.blocks.named.load_named_state`."""
         beside = self.plan.subspace.beside if self.plan.subspace is not None else None
         known = {"step", "projector", "master", "compensation", "folded", *self.plan.rule.states,
-                 *(beside.states if beside is not None else ())}
+                 *(beside.states if beside is not None else ()),
+                 *(s for t in self.plan.transforms for s in t.states)}
         for key in tensors:
             name = max((n for _, n in self._where.values() if key.startswith(f"{n}.")),
                        key=len, default=None)

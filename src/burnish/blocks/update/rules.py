@@ -173,3 +173,31 @@ class SGD(_Hyper):
             return g
         b = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
         return g.add_(b, alpha=group["momentum"]) if group["nesterov"] else g.copy_(b)
+
+
+class Whole(_Hyper):
+    """A rule that looks at a whole tensor at once (factored moments, norms): answer two questions.
+
+    shapes: the shape of the gradient -> the shape of each state, by name.
+    update: (G, W, state, t, group) -> u, with G a matrix (first dimension in memory, rest), or a
+        vector for one-dimensional tensors, W the weight in the same form (not to be changed), both
+        in the accumulation dtype; ``W <- W - lr u`` follows. G may be overwritten.
+    """
+
+    name: ClassVar[str] = "whole"
+    decoupled: ClassVar[bool] = True
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def update(self, G: Tensor, W: Tensor, state: Mapping[str, Tensor], t: int,
+               group: Mapping[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def states(self) -> Mapping[str, bool]:
+        return {s: True for shape in ((2,), (2, 2)) for s in self.shapes(shape)}
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor:
+        raise TypeError(f"{self.name} steps whole tensors, not slices")

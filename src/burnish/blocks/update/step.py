@@ -27,8 +27,9 @@ from ...core.errors import ConfigError, RecipeError, nearest
 from ...core.words import honours, why
 from .codecs import Codec, Plain, codec
 from .residual import Residual, Scaled, residual
-from .rules import SGD, AdamW, Rule
+from .rules import SGD, AdamW, Rule, Whole
 from .subspace import AtRefresh, SubspaceMap
+from .transform import Transform
 
 RoundingKind = Literal["nearest", "stochastic", "master", "kahan"]
 ROUNDINGS = ("nearest", "stochastic", "master", "kahan")
@@ -72,6 +73,7 @@ class Plan:
     rule: Rule
     codec: Codec = field(default_factory=Plain)
     subspace: Subspace | None = None
+    transforms: tuple[Transform, ...] = ()
     rounding: RoundingKind = "nearest"
     in_backward: bool = False
     names: dict[str, str] = field(default_factory=dict)
@@ -105,11 +107,12 @@ class Inner:
 
     @property
     def hides(self) -> frozenset[str]:
-        return frozenset() if self.state == "fp32" else frozenset({"resize"})
+        plain = self.state == "fp32" and not isinstance(self.rule, Whole)
+        return frozenset() if plain else frozenset({"resize"})
 
     @property
     def why(self) -> Mapping[str, str]:
-        return {"resize": "state is held in codes, which have lost the tensor's shape"}
+        return {"resize": "state is held in codes or sums, which have lost the tensor's shape"}
 
 
 @runtime_checkable
@@ -306,6 +309,13 @@ def _plan(inner: Any, wrappers: list[Any]) -> Plan:
         Plan(rule=inner.rule, codec=codec(inner.state))
     for wrapper in wrappers:
         plan = wrapper.wrap(plan)
+    if isinstance(plan.rule, Whole) and plan.subspace is not None:
+        raise RecipeError(f"{plan.names['subspace']} and {plan.rule.name} cannot be joined: "
+                          f"{plan.rule.name} looks at whole tensors, a subspace steps an image; "
+                          f"take {plan.names['subspace']} + adamw")
+    if isinstance(plan.rule, Whole) and not isinstance(plan.codec, Plain):
+        raise RecipeError(f"{plan.rule.name} looks at whole tensors and keeps its few numbers as "
+                          "they are; it takes no coded state")
     return plan
 
 
@@ -368,6 +378,10 @@ def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None
                           "gradients never exist together; set max_grad_norm=0")
     if scaler:
         raise RecipeError(f"{who} cannot use a gradient scaler; train in bf16 or fp32")
+    if accumulation > 1 and plan.transforms:
+        raise RecipeError(f"{who} and {plan.transforms[0].name} cannot be joined over "
+                          f"{accumulation} backward passes: {plan.transforms[0].name} changes the "
+                          "whole gradient, which never exists there; use accumulation 1")
     if accumulation > 1 and (plan.subspace is None or plan.subspace.beside is not None):
         raise RecipeError(f"{who} steps in every backward, so gradients cannot accumulate over "
                           f"{accumulation}; use accumulation 1, or a subspace without residual "

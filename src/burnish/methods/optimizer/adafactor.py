@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...blocks.update.rules import Whole
+from ...blocks.update.step import Inner
+from ...core.method import Method, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factored(Whole):
+    """See :class:`Adafactor`."""
+
+    name: ClassVar[str] = "adafactor"
+
+    decay_rate: float = 0.8
+    clip: float = 1.0
+    beta1: float = 0.0
+    scale_parameter: bool = False
+    weight_decay: float = 0.0
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        held = {"row": shape[:1], "col": shape[1:]} if len(shape) == 2 else {"exp_avg_sq": shape}
+        return {**held, "exp_avg": shape} if self.beta1 else held
+
+    def update(self, G: Tensor, W: Tensor, state: Mapping[str, Tensor], t: int,
+               group: Mapping[str, Any]) -> Tensor:
+        new, square = t ** -group["decay_rate"], G.square().add_(1e-30)
+        if G.dim() == 2:
+            R, C = state["row"], state["col"]
+            R.lerp_(square.mean(1), new)
+            C.lerp_(square.mean(0), new)
+            U = G.mul_((R / R.mean()).rsqrt()[:, None]).mul_(C.rsqrt())
+        else:
+            U = G.mul_(state["exp_avg_sq"].lerp_(square, new).rsqrt())
+        del square
+        U.div_((_rms(U) / group["clip"]).clamp_(min=1.0))
+        if group["beta1"]:
+            U = state["exp_avg"].lerp_(U, 1 - group["beta1"]).clone()
+        return U.mul_(_rms(W).clamp_(min=1e-3)) if group["scale_parameter"] else U
+
+
+def _rms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Method):
+    """Adafactor: Adam's second moment as one number per row and one per column.
+
+        b_t = 1 - t^(-c)
+        R <- b R + (1 - b) rowmean(G^2 + 1e-30)          (m,)
+        C <- b C + (1 - b) colmean(G^2 + 1e-30)          (n,)
+        U = G / sqrt(R C^T / mean(R)),   U <- U / max(1, RMS(U) / d)
+        W <- W (1 - lr wd) - lr U        times max(1e-3, RMS(W)) with scale_parameter
+
+    State m + n per matrix (m n more with beta1); vectors keep V in full. Convolutions are seen as
+    (out, rest). One fp32 temporary of the tensor's size beside its gradient. The learning rate is
+    the caller's, as for AdamW; with scale_parameter, 1e-3 is published for fine-tuning.
+    """
+
+    paper: ClassVar[str] = ("Adafactor: Adaptive Learning Rates with Sublinear Memory Cost (2018), "
+                            "arXiv:1804.04235")
+
+    decay_rate: float = setting(0.8, "c, how fast the moments come to rest")
+    clip: float = setting(1.0, "d, the root mean square an update is cut to")
+    beta1: float = setting(0.0, "of a running mean of U; 0 keeps none")
+    scale_parameter: bool = setting(False, "steps relative to the weight's own size")
+    weight_decay: float = setting(0.0, "decay of the weights, times lr")
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the innermost rule",)
+
+    def optimizer(self) -> Inner:
+        return Inner(rule=Factored(
+            decay_rate=self.decay_rate, clip=self.clip, beta1=self.beta1,
+            scale_parameter=self.scale_parameter, weight_decay=self.weight_decay), name="adafactor")

@@ -1,0 +1,123 @@
+"""Adafactor: against a dense fp64 reference from the equations, its few bytes, and resuming."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.blocks.update.step import compose
+from burnish.core.recipe import parse
+from burnish.testing.models import tiny
+
+
+def gradients(shape, steps, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) * 10.0**(k % 3 - 1)
+            for k in range(steps)]
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+def reference(W, Gs, lr, c=0.8, d=1.0, beta1=0.0, scaled=False, wd=0.0):
+    """Dense, in fp64: V is formed."""
+    R = C = V = 0.0
+    M = torch.zeros_like(W)
+    for t, G in enumerate(Gs, 1):
+        b = 1 - t**-c
+        S = G**2 + 1e-30
+        if W.dim() == 2:
+            R, C = b * R + (1 - b) * S.mean(1), b * C + (1 - b) * S.mean(0)
+            V = torch.outer(R, C) / R.mean()
+        else:
+            V = b * V + (1 - b) * S
+        U = G / V.sqrt()
+        U = U / max(1.0, float(rms(U) / d))
+        M = beta1 * M + (1 - beta1) * U
+        step = M * max(1e-3, float(rms(W))) if scaled else M
+        W = W * (1 - lr * wd) - lr * step
+    return W
+
+
+def ours(recipe, W, Gs, lr):
+    p = nn.Parameter(W.clone())
+    opt = compose([m.optimizer() for m in parse(recipe)], [("w", p)], lr)
+    for G in Gs:
+        p.grad = G.clone()
+        opt.step()
+    return p, opt
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7,)])
+@pytest.mark.parametrize("settings", [{}, {"beta1": 0.9}, {"scaled": True}, {"wd": 0.1},
+                                      {"c": 0.6, "d": 0.5}])
+def test_steps_are_the_equations(shape, settings):
+    words = {"c": "decay_rate", "d": "clip", "scaled": "scale_parameter", "wd": "weight_decay"}
+    text = ", ".join(f"{words.get(k, k)}={v}" for k, v in settings.items())
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    Gs = gradients(shape, 6)
+    p, _ = ours(f"full + adafactor({text})", W, Gs, 0.03)
+    torch.testing.assert_close(p.detach(), reference(W, Gs, 0.03, **settings), rtol=1e-9,
+                               atol=1e-12)
+
+
+def test_a_rank_one_square_is_reproduced_exactly():
+    g = torch.Generator().manual_seed(0)
+    G = torch.outer(torch.randn(6, generator=g, dtype=torch.float64),
+                    torch.randn(9, generator=g, dtype=torch.float64))
+    p, _ = ours("full + adafactor", torch.zeros(6, 9, dtype=torch.float64), [G], 1.0)
+    torch.testing.assert_close(p.detach(), -G.sign(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta1, more", [(0.0, 0), (0.9, 1)])
+def test_state_is_m_plus_n(beta1, more):
+    W = torch.zeros(6, 9)
+    _, opt = ours(f"full + adafactor(beta1={beta1})", W, [torch.ones(6, 9)] * 2, 0.1)
+    (state,) = opt.state.values()
+    held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
+    assert held == 4 * (6 + 9 + more * 54)
+
+
+def test_a_convolution_is_seen_as_out_by_rest():
+    W = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    Gs = gradients((4, 3, 2, 2), 3)
+    p, _ = ours("full + adafactor", W, Gs, 0.03)
+    want = reference(W.flatten(1), [G.flatten(1) for G in Gs], 0.03)
+    torch.testing.assert_close(p.detach().flatten(1), want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same():
+    W, Gs = torch.zeros(6, 9, dtype=torch.float64), gradients((6, 9), 6)
+    whole, _ = ours("full + adafactor(beta1=0.9)", W, Gs, 0.01)
+    first, opt = ours("full + adafactor(beta1=0.9)", W, Gs[:3], 0.01)
+    second = nn.Parameter(first.detach().clone())
+    again = compose([m.optimizer() for m in parse("full + adafactor(beta1=0.9)")],
+                    [("w", second)], 0.01)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for G in Gs[3:]:
+        second.grad = G.clone()
+        again.step()
+    assert torch.equal(whole, second)
+
+
+def test_it_trains_and_steps_inside_backward_the_same():
+    ends = []
+    for extra in ("", " + step_in_backward"):
+        net, batch = tiny("bert")
+        net.eval()
+        tuned = burnish.tune(net, f"full + adafactor{extra}", head=False)
+        tuned.optimizer(lr=1e-3)
+        losses = [float(tuned.step(batch)) for _ in range(4)]
+        assert losses[-1] < losses[0]
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_subspace_under_it_is_refused():
+    with pytest.raises(burnish.RecipeError, match="galore and adafactor cannot be joined.*adamw"):
+        burnish.tune(tiny("bert")[0], "full + galore(rank=4) + adafactor")
