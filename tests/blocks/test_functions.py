@@ -358,7 +358,7 @@ def test_forward_mode_and_hessians():
 
 def test_torch_func_under_checkpoint_and_branches():
     model, batch = tiny("vit")
-    t = burnish.tune(model.eval(), "houlsby(width=4) + lora(rank=2) + checkpoint", head=False)
+    t = burnish.tune(model.eval(), "houlsby(bottleneck=4) + lora(rank=2) + checkpoint", head=False)
     names = {id(p): n for n, p in model.named_parameters()}
     params = {names[id(p)]: p.detach() for p in t.parameters()}
 

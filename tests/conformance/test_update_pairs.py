@@ -18,7 +18,7 @@ from burnish.testing.models import tiny
 STEPS = 6
 OPTIMIZERS = ["adamw", "sgd(momentum=0.9)", "lion", "adamw(state='bf16')", "adam8bit",
               "adam4bit", "adafactor",
-              "galore(rank=1, update_every=2)", "galore(rank=1, in_backward=True)",
+              "galore(rank=1, every=2)", "galore(rank=1, in_backward=True)",
               "step_in_backward", "stochastic_rounding", "kahan", "master_weights", "mezo"]
 MODELS = ["vit", pytest.param("llama", marks=pytest.mark.slow)]
 
@@ -85,7 +85,7 @@ def test_a_budget_moves_or_is_refused(optimizer, model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_triplets_are_pruned_or_it_is_refused(optimizer, model):
-    recipe = f"adalora(rank=2, init_rank=4, interval=1) + {optimizer}"           # findings 2.2
+    recipe = f"adalora(rank=2, init_rank=4, every=1) + {optimizer}"           # findings 2.2
     if optimizer == "mezo":
         with pytest.raises(burnish.RecipeError, match="mezo and adalora.*gradient.*works: adalora"):
             parse(recipe)

@@ -45,7 +45,7 @@ def pair(recipe, model="llama", head=False, dtype=torch.float64):
 
 
 RECIPES = ["lora(rank=4)", "dora(rank=4)", "snella(rank=4)", "miss(rank=4)", "shira(rank=2)",
-           "houlsby(width=4, norms=False)", "ia3", "lora(rank=4) + checkpoint"]
+           "houlsby(bottleneck=4, norms=False)", "ia3", "lora(rank=4) + checkpoint"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -96,8 +96,8 @@ def test_a_mix_of_branches_adds_their_weighted_outputs():
     """One block, one place: y + .7 f(y) + .3 g(y)."""
     torch.manual_seed(0)
     net, batch = tiny("llama", num_hidden_layers=1, dtype=torch.float64)
-    tuned = burnish.tune(net.eval(), "parallel(reduced=4)", head=False)
-    tuned.add("other", "parallel(reduced=4)", seed=1)
+    tuned = burnish.tune(net.eval(), "parallel(bottleneck=4)", head=False)
+    tuned.add("other", "parallel(bottleneck=4)", seed=1)
     stir(tuned, "default", 1)
     stir(tuned, "other", 2)
     mlp = net.model.layers[0].mlp
@@ -363,7 +363,7 @@ def test_detach_takes_all_of_them_out():
     net.vit.layernorm.weight.requires_grad_(False)
     before = snapshot(net)
     tuned = burnish.tune(net, "lora(rank=4) + checkpoint")
-    tuned.add("other", "houlsby(width=4, norms=False) + bitfit")
+    tuned.add("other", "houlsby(bottleneck=4, norms=False) + bitfit")
     tuned.use("other")
     tuned.optimizer()
     tuned.step(batch)
@@ -375,7 +375,7 @@ REFUSED = ["lora(rank=99)", "lora(rank=4) + full(targets='nothing_like_it')",
            "nf4 + full + checkpoint + lora(rank=4)",
            "checkpoint + offload(to='disk') + lora(rank=99)",
            "lean(on=False) + vpt + lora(rank=99)",
-           "houlsby(width=4, norms=False) + lst(reduction=4)"]
+           "houlsby(bottleneck=4, norms=False) + lst(reduction=4)"]
 
 
 @pytest.mark.parametrize("recipe", REFUSED)

@@ -60,7 +60,8 @@ def test_two_forwards_with_different_masks_and_one_backward(recipe):
 
 MODELS = [("lora(rank=2)", "vit"), ("lora(rank=2) + checkpoint", "vit"),
           ("dora(rank=2) + checkpoint", "llama"), ("lora(rank=2)", "cnn"),
-          ("snella(rank=2)", "encoder"), ("houlsby(width=4, norms=False) + checkpoint", "bert"),
+          ("snella(rank=2)", "encoder"),
+          ("houlsby(bottleneck=4, norms=False) + checkpoint", "bert"),
           ("prefix(length=2) + checkpoint", "llama"), ("nf4 + lora(rank=2) + checkpoint", "gpt2"),
           ("lst(reduction=4)", "llama"), ("ia3 + checkpoint", "vit")]
 
@@ -217,7 +218,7 @@ def test_one_threads_base_is_not_anothers():
 # -- threads ---------------------------------------------------------------- findings 1.9
 
 PAIRS = [("lora(rank=2)", "encoder"), ("snella(rank=2)", "encoder"), ("lora(rank=2)", "cnn"),
-         ("parallel(reduced=4, tap='residual')", "vit"), ("lst(reduction=4)", "llama"),
+         ("parallel(bottleneck=4, tap='residual')", "vit"), ("lst(reduction=4)", "llama"),
          ("prefix(length=2)", "llama")]
 
 

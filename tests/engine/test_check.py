@@ -82,7 +82,7 @@ def test_sound_recipes_pass_on_every_architecture(name):
 
 @pytest.mark.parametrize("recipe", ["lora(rank=4) + checkpoint", "nf4 + dora(rank=4)",
                                     "snella(rank=4) + offload(to='disk', threshold=1)",
-                                    "houlsby(width=4)", "vpt", "lst(reduction=4)", "bitfit",
+                                    "houlsby(bottleneck=4)", "vpt", "lst(reduction=4)", "bitfit",
                                     "shira(rank=2)", "adalora(rank=2, init_rank=4)",
                                     "lora(rank=4, dropout=0.1) + galore(rank=4)"])
 def test_sound_recipes_pass(recipe):

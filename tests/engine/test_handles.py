@@ -183,7 +183,7 @@ def test_remove_takes_one_adapter_out():
     alone = {k for k in model.state_dict()}
     tuned.step(batch)
     want = {k: v.clone() for k, v in tuned.tensors().items()}
-    tuned.add("other", "houlsby(width=4, norms=False) + bitfit + lean(on=False)", head=True)
+    tuned.add("other", "houlsby(bottleneck=4, norms=False) + bitfit + lean(on=False)", head=True)
     tuned.use("other")
     tuned.optimizer(lr=1e-2)
     tuned.step(batch)

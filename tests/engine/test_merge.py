@@ -127,7 +127,7 @@ def test_what_makes_no_sense_on_merged_weights_says_so(call, tmp_path):
         tuned.unmerge()
 
 
-@pytest.mark.parametrize("recipe, word", [("houlsby(width=4)", "houlsby"),
+@pytest.mark.parametrize("recipe, word", [("houlsby(bottleneck=4)", "houlsby"),
                                           ("vpt", "vpt"), ("lst(reduction=4)", "lst")])
 def test_what_has_no_form_as_a_weight_is_refused_by_name(recipe, word):
     tuned, batch = stirred(recipe)

@@ -40,7 +40,7 @@ def test_what_the_user_froze_stays_frozen():
 
 def test_norms_of_houlsby_do_not_decay():
     net, _ = tiny("bert")                                             # findings 2.6
-    tuned = burnish.tune(net, "houlsby(width=4)", head=False)
+    tuned = burnish.tune(net, "houlsby(bottleneck=4)", head=False)
     opt = tuned.optimizer(lr=1e-2, weight_decay=0.1)
     norms = {n for p in tuned.anatomy.norms for n, _ in net.named_parameters() if n.startswith(p)
              and ".burnish." not in n}

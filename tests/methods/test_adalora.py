@@ -20,7 +20,7 @@ from burnish.testing.models import tiny
 
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
              "num_attention_heads": 12}
-RECIPE = "adalora(rank=2, init_rank=5, warmup=0.2, final=0.3, interval=2)"
+RECIPE = "adalora(rank=2, init_rank=5, warmup=0.2, cooldown=0.3, every=2)"
 STEPS = 20
 
 
@@ -63,7 +63,7 @@ def step(tuned, k):
 def test_budget_curve():
     """12 matrices, 12 -> 8: 144 until 10 %, 96 from 70 % on, a cube between."""
     made = {str(i): Triplets(Place("l", "w", "linear", 12, 12), 12, 1.0) for i in range(12)}
-    p = Pruner(parse("adalora(rank=8, init_rank=12, warmup=0.1, final=0.3)")[0], made)
+    p = Pruner(parse("adalora(rank=8, init_rank=12, warmup=0.1, cooldown=0.3)")[0], made)
     p.start(1000)
     assert [p.budget(t) for t in (0, 100, 700, 1000)] == [144, 144, 96, 96]
     for t in range(100, 701, 50):
@@ -91,8 +91,8 @@ def test_exactly_the_target_lives_after_the_final_phase():
     assert ranks == {n: t.E.numel() for n, t in terms(tuned).items()}
 
 
-@pytest.mark.parametrize("settings", ["final=0.0", "final=0.0, interval=7",
-                                      "final=0.01, warmup=0.9"])
+@pytest.mark.parametrize("settings", ["cooldown=0.0", "cooldown=0.0, every=7",
+                                      "cooldown=0.01, warmup=0.9"])
 def test_the_target_is_reached_without_a_final_phase(settings):
     recipe = f"adalora(rank=2, init_rank=5, {settings})"                        # findings 2.8
     tuned = start(recipe)
@@ -216,8 +216,8 @@ def test_without_a_known_length_nothing_is_pruned():
     assert alive(tuned) == 10
 
 
-@pytest.mark.parametrize("settings", [{"rank": 13}, {"rank": 0}, {"warmup": 0.5, "final": 0.5},
-                                      {"interval": 0}, {"warmup": -0.1}])
+@pytest.mark.parametrize("settings", [{"rank": 13}, {"rank": 0}, {"warmup": 0.5, "cooldown": 0.5},
+                                      {"every": 0}, {"warmup": -0.1}])
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(RecipeError, match="adalora"):
         Adalora(**settings)

@@ -44,10 +44,10 @@ def test_counts_on_published_shapes(published):
     bert, _ = published("BertConfig", "BertForSequenceClassification")
     vit, _ = published("ViTConfig", "ViTForImageClassification")
     roberta, _ = published("RobertaConfig", "RobertaForSequenceClassification")
-    assert trained(bert, "houlsby(width=64)") == 24 * 99_136 == 2_379_264
+    assert trained(bert, "houlsby(bottleneck=64)") == 24 * 99_136 == 2_379_264
     assert trained(bert, "pfeiffer(reduction=16)") == 12 * 74_544 == 894_528
-    assert trained(roberta, "parallel(reduced=512)") == 9_452_544
-    assert trained(vit, "parallel(reduced=64, tap='residual')") == 1_189_632
+    assert trained(roberta, "parallel(bottleneck=512)") == 9_452_544
+    assert trained(vit, "parallel(bottleneck=64, tap='residual')") == 1_189_632
     norms = sum(bert.model.get_parameter(s.name).numel()
                 for s in parse("houlsby")[0].select(bert))
     assert norms == 25 * 2 * 768, "two per block and the embeddings'"
@@ -61,8 +61,8 @@ def test_counts_are_what_the_helpers_say():
 
 # -- starts -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["vit", "bert", "gpt2", "llama", "t5", "mixtral", "swin"])
-@pytest.mark.parametrize("recipe", ["houlsby(width=4, init='zero')",
-                                    "pfeiffer(reduction=4, init='zero')", "parallel(reduced=4)"])
+@pytest.mark.parametrize("recipe", ["houlsby(bottleneck=4, init='zero')",
+                                    "pfeiffer(reduction=4, init='zero')", "parallel(bottleneck=4)"])
 def test_a_zero_start_is_the_base_bit_for_bit(model, recipe):
     net, batch = tiny(model)
     before = logits(net.eval(), batch)
@@ -71,7 +71,7 @@ def test_a_zero_start_is_the_base_bit_for_bit(model, recipe):
 
 
 def test_the_authors_starts_are_near_but_not_on_it():
-    for recipe in ("houlsby(width=4)", "houlsby(width=4, init='truncated')", "pfeiffer"):
+    for recipe in ("houlsby(bottleneck=4)", "houlsby(bottleneck=4, init='truncated')", "pfeiffer"):
         net, batch = tiny("vit")
         before = logits(net.eval(), batch)
         burnish.tune(net, recipe)
@@ -82,22 +82,22 @@ def test_the_authors_starts_are_near_but_not_on_it():
 # -- placement --------------------------------------------------------------------------------
 def test_houlsby_stands_behind_both_sub_layers_and_trains_norms():
     net, batch = tiny("bert")
-    tuned = burnish.tune(net, "houlsby(width=4)", head=False)
+    tuned = burnish.tune(net, "houlsby(bottleneck=4)", head=False)
     stems = {p.split(".burnish.")[0].split("layer.0.")[-1] for p, _ in tuned.named_parameters()
              if "layer.0." in p and ".burnish." in p}
     assert stems == {"attention.output.dense", "output.dense"}
     base = [n for n, _ in tuned.named_parameters() if ".burnish." not in n]
     assert len(base) == 2 * 5 and all("LayerNorm" in n for n in base)
     assert not any("LayerNorm" in n for n, _ in burnish.tune(
-        tiny("bert")[0], "houlsby(width=4, norms=False)").named_parameters())
+        tiny("bert")[0], "houlsby(bottleneck=4, norms=False)").named_parameters())
 
 
 def test_targets_narrow_the_sites():
     net, _ = tiny("bert")
-    tuned = burnish.tune(net, "houlsby(width=4, targets='fc2@-1')")
+    tuned = burnish.tune(net, "houlsby(bottleneck=4, targets='fc2@-1')")
     assert [p for p, _ in adapters(tuned)] == ["bert.encoder.layer.1.output.dense"]
     with pytest.raises(burnish.TargetError, match="nothing it acts on"):
-        burnish.tune(tiny("bert")[0], "houlsby(width=4, targets='q')")
+        burnish.tune(tiny("bert")[0], "houlsby(bottleneck=4, targets='q')")
 
 
 def test_the_library_form_of_pfeiffer():
@@ -136,7 +136,7 @@ def test_what_a_parallel_adapter_reads(model, norm, tap):
     """tap="norm": what the MLP reads; tap="residual": what its norm reads."""
     for setting, path in (("norm", tap), ("residual", norm)):
         net, batch = tiny(model)
-        tuned = burnish.tune(net, f"parallel(reduced=4, tap='{setting}')")
+        tuned = burnish.tune(net, f"parallel(bottleneck=4, tap='{setting}')")
         seen = {}
         first = adapters(tuned)[0][1]
         net.get_submodule(path).register_forward_pre_hook(
@@ -149,7 +149,7 @@ def test_what_a_parallel_adapter_reads(model, norm, tap):
 
 def test_one_norm_for_both_parts_has_no_residual_between():
     with pytest.raises(burnish.RecipeError, match="tap='norm'"):
-        burnish.tune(tiny("convnext")[0], "parallel(reduced=4, tap='residual')")
+        burnish.tune(tiny("convnext")[0], "parallel(bottleneck=4, tap='residual')")
 
 
 # -- values and gradients -----------------------------------------------------------------------
@@ -163,9 +163,9 @@ def beside(module, f):
 
 
 @pytest.mark.parametrize("recipe, hook, sites", [
-    ("houlsby(width=4, norms=False)", behind, ["attention.o_proj", "mlp"]),
+    ("houlsby(bottleneck=4, norms=False)", behind, ["attention.o_proj", "mlp"]),
     ("pfeiffer(reduction=4)", behind, ["mlp"]),
-    ("parallel(reduced=4, scale=2.0)", beside, ["mlp"]),
+    ("parallel(bottleneck=4, scale=2.0)", beside, ["mlp"]),
 ])
 @pytest.mark.parametrize("extra", ["", " + checkpoint"])
 def test_against_dense_autograd(recipe, hook, sites, extra):
@@ -191,7 +191,7 @@ def test_against_dense_autograd(recipe, hook, sites, extra):
 
 def test_the_branch_scales_linearly_and_folds():
     net, batch = tiny("vit", dtype=torch.float64)
-    tuned = burnish.tune(net, "parallel(reduced=4, scale=1.0)")
+    tuned = burnish.tune(net, "parallel(bottleneck=4, scale=1.0)")
     stir(tuned, 0.5)
     made = [m for _, m in adapters(tuned)]
     x = torch.randn(2, 3, 32, dtype=torch.float64)
@@ -208,9 +208,9 @@ def test_the_branch_scales_linearly_and_folds():
 
 # -- bytes --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("recipe, units", [
-    ("houlsby(width=4, norms=False, init='zero')", 2 * (1 + 4 / 32)),
+    ("houlsby(bottleneck=4, norms=False, init='zero')", 2 * (1 + 4 / 32)),
     ("pfeiffer(reduction=8, init='zero')", 1 + 4 / 32),
-    ("parallel(reduced=4)", 4 / 32),             # its input is made again from the norm's
+    ("parallel(bottleneck=4)", 4 / 32),             # its input is made again from the norm's
 ])
 def test_what_waits_for_backward(recipe, units, kept):
     """Per token and block, in units of the width, beyond a frozen block on the gradient's path."""
@@ -228,8 +228,8 @@ def test_what_waits_for_backward(recipe, units, kept):
 def test_checkpoint_holds_no_tap(kept):
     """A tap between two modules of a block is let go as soon as it is read."""
     plain, tapped = [], []
-    for recipe, out in (("parallel(reduced=4) + checkpoint", plain),
-                        ("parallel(reduced=4, tap='residual') + checkpoint", tapped)):
+    for recipe, out in (("parallel(bottleneck=4) + checkpoint", plain),
+                        ("parallel(bottleneck=4, tap='residual') + checkpoint", tapped)):
         net, batch = tiny("vit", batch=4)
         tuned = burnish.tune(net, recipe)
         out.append(kept(tuned, batch))
@@ -241,7 +241,7 @@ def test_checkpoint_holds_no_tap(kept):
 def test_mam_is_a_prefix_and_a_parallel_adapter():
     recipe = parse("mam")
     assert [m.name for m in recipe] == ["prefix", "parallel"]
-    assert recipe[0].length == 30 and (recipe[1].reduced, recipe[1].scale) == (512, 4.0)
+    assert recipe[0].length == 30 and (recipe[1].bottleneck, recipe[1].scale) == (512, 4.0)
     net, batch = tiny("gpt2")
     tuned = burnish.tune(net, "mam")
     tuned.optimizer(lr=1e-3)
@@ -259,7 +259,7 @@ def test_a_mixture_of_experts_is_one_mlp():
 
 def test_generation_with_a_cache_is_the_full_forward():
     net, batch = tiny("llama")
-    tuned = burnish.tune(net, "houlsby(width=4) + parallel(reduced=4)")
+    tuned = burnish.tune(net, "houlsby(bottleneck=4) + parallel(bottleneck=4)")
     stir(tuned)
     net.eval()
     ids = batch["input_ids"][:, :4]
@@ -277,7 +277,7 @@ def test_models_without_sub_layers_say_so():
 
 
 def test_they_cannot_merge():
-    tuned = burnish.tune(tiny("vit")[0], "parallel(reduced=4)")
+    tuned = burnish.tune(tiny("vit")[0], "parallel(bottleneck=4)")
     with pytest.raises(burnish.CheckError, match="parallel has no form as a plain weight"):
         tuned.merge()
     assert isinstance(tuned.model, nn.Module)

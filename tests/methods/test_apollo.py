@@ -80,7 +80,7 @@ def test_steps_are_the_equations(m, n, settings):
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     Gs = gradients(m, n, 7)
     text = ", ".join(f"{k}={v!r}" for k, v in settings.items())
-    p, _ = ours(f"full + apollo(update_every=3, {text})", W, Gs, 0.01, weight_decay=0.1)
+    p, _ = ours(f"full + apollo(every=3, {text})", W, Gs, 0.01, weight_decay=0.1)
     want = reference(W, Gs, settings["rank"], 3, settings["scale"], settings["by"],
                      settings.get("scale_front", False), 0.01, 0.1)
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
@@ -148,10 +148,10 @@ def test_a_gradient_that_is_not_finite_does_not_poison_the_limiter(bad):
 def test_a_resumed_run_is_bit_for_bit_the_same():
     Gs = gradients(12, 20, 6)
     W = torch.zeros(12, 20, dtype=torch.float64)
-    whole, _ = ours("full + apollo(rank=3, update_every=2)", W, Gs, 0.01)
-    first, opt = ours("full + apollo(rank=3, update_every=2)", W, Gs[:3], 0.01)
+    whole, _ = ours("full + apollo(rank=3, every=2)", W, Gs, 0.01)
+    first, opt = ours("full + apollo(rank=3, every=2)", W, Gs[:3], 0.01)
     second = nn.Parameter(first.detach().clone())
-    again = compose([m.optimizer() for m in parse("full + apollo(rank=3, update_every=2)")],
+    again = compose([m.optimizer() for m in parse("full + apollo(rank=3, every=2)")],
                     [("blocks.0.w", second)], 0.01)
     again.load_state_dict(copy.deepcopy(opt.state_dict()))
     for G in Gs[3:]:

@@ -104,7 +104,7 @@ def test_by_default_weights_that_dropout_cannot_reach_are_named():
 
 @pytest.mark.parametrize("recipe", [
     "lora(rank=4, dropout=0.5)", "dora(rank=4, dropout=0.5)", "mola(rank=4, dropout=0.5)",
-    "parallel(reduced=4, dropout=0.5)", "vpt(length=3, dropout=0.5)"])
+    "parallel(bottleneck=4, dropout=0.5)", "vpt(length=3, dropout=0.5)"])
 def test_dropout_acts_in_training_and_rests_in_evaluation(recipe):       # findings 3.5
     net, batch = tiny("vit")
     tuned = burnish.tune(net, recipe)

@@ -74,7 +74,7 @@ def start(m, n):
 @pytest.mark.parametrize("m, n", [(12, 20), (20, 12), (12, 12)])
 def test_steps_are_the_equations(m, n, literal):
     W, Gs = start(m, n), gradients(m, n, 7)
-    p, _ = ours(f"full + fira(rank=3, update_every=3, scale=0.25, literal={literal})", W, Gs, 0.01)
+    p, _ = ours(f"full + fira(rank=3, every=3, scale=0.25, literal={literal})", W, Gs, 0.01)
     want, _ = reference(W, Gs, 3, 3, 0.25, 0.01, literal)
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
 
@@ -82,14 +82,14 @@ def test_steps_are_the_equations(m, n, literal):
 def test_full_rank_leaves_nothing_over_and_is_galore():
     W, Gs = start(8, 12), gradients(8, 12, 5)
     where = "targets='w'"
-    a, _ = ours(f"full + fira(rank=8, update_every=2, {where})", W, Gs, 0.01)
-    b, _ = ours(f"full + galore(rank=8, update_every=2, {where})", W, Gs, 0.01)
+    a, _ = ours(f"full + fira(rank=8, every=2, {where})", W, Gs, 0.01)
+    b, _ = ours(f"full + galore(rank=8, every=2, {where})", W, Gs, 0.01)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_the_residual_grows_by_at_most_one_percent():
     norms = []
-    ours("full + fira(rank=3, update_every=3)", start(12, 20),
+    ours("full + fira(rank=3, every=3)", start(12, 20),
          [g * 3.0**k for k, g in enumerate(gradients(12, 20, 8))], 0.01,
          each=lambda opt, p: norms.append(float(opt.state[p]["residual_norm"])))
     assert all(b <= a * 1.01 * (1 + 1e-9) for a, b in zip(norms, norms[1:], strict=False))
@@ -114,7 +114,7 @@ def test_state_is_that_of_galore_and_one_scalar(m, n):
 
 def test_a_resumed_run_is_bit_for_bit_the_same():
     W, Gs = start(12, 20), gradients(12, 20, 6)
-    recipe = "full + fira(rank=3, update_every=2)"
+    recipe = "full + fira(rank=3, every=2)"
     whole, _ = ours(recipe, W, Gs, 0.01)
     first, opt = ours(recipe, W, Gs[:3], 0.01)
     second = nn.Parameter(first.detach().clone())

@@ -61,7 +61,7 @@ def reference(W, grads, lr, r, T, alpha, proj="std", wd=0.0, eps=1e-6):
 def test_the_equations(m, n, proj):
     W, = gradients(m, n, 1, seed=1)
     grads = gradients(m, n, 7)
-    spec = answers(f"galore(rank=3, update_every=3, scale=0.25, proj_type='{proj}')")
+    spec = answers(f"galore(rank=3, every=3, scale=0.25, proj_type='{proj}')")
     path, _, _ = run(spec, W, grads, 1e-2, weight_decay=0.1)
     want = reference(W, grads, 1e-2, 3, 3, 0.25, proj, wd=0.1)
     torch.testing.assert_close(path[-1], want, rtol=1e-8, atol=1e-10)
@@ -79,7 +79,7 @@ def test_with_sgd_and_full_rank_it_is_sgd(m, n):
 def test_the_change_has_rank_r_per_period():
     r, T = 3, 4
     W, = gradients(20, 32, 1, seed=1)
-    path, _, _ = run(answers(f"galore(rank={r}, update_every={T})"), W, gradients(20, 32, 3 * T),
+    path, _, _ = run(answers(f"galore(rank={r}, every={T})"), W, gradients(20, 32, 3 * T),
                      1e-2)
     for step, W_t in enumerate(path):
         assert torch.linalg.matrix_rank(W_t - W, atol=1e-10) <= r * (step // T + 1)
@@ -111,7 +111,7 @@ def test_eight_bit_state_bytes():
 def test_moments_stay_and_time_goes_on_when_the_basis_changes():
     W, = gradients(10, 14, 1, seed=1)
     grads = gradients(10, 14, 4)
-    _, opt, p = run(answers("galore(rank=3, update_every=2)"), W, grads[:2], 1e-2)
+    _, opt, p = run(answers("galore(rank=3, every=2)"), W, grads[:2], 1e-2)
     P, M = opt.state[p]["projector.left"].clone(), opt.state[p]["exp_avg"].clone()
     p.grad = grads[2].clone()
     opt.step()
@@ -124,7 +124,7 @@ def test_moments_stay_and_time_goes_on_when_the_basis_changes():
 def test_moments_may_be_reset_or_rotated(how):
     W, = gradients(10, 14, 1, seed=1)
     grads = gradients(10, 14, 3)
-    _, opt, p = run(answers(f"galore(rank=10, update_every=2, at_refresh='{how}', "
+    _, opt, p = run(answers(f"galore(rank=10, every=2, at_refresh='{how}', "
                             "targets='mlp')"), W, grads[:2], 1e-2)
     full = opt.state[p]["projector.left"] @ opt.state[p]["exp_avg"]
     p.grad = grads[2].clone()
@@ -140,7 +140,7 @@ def test_folded_micro_batches_equal_accumulate_then_project():
     W, = gradients(m, n, 1, seed=1)
     grads = gradients(m, n, 5 * k)
     p = nn.Parameter(W.clone())
-    opt = compose(answers(f"galore(rank={r}, update_every=2, scale=1.0, in_backward=True)"),
+    opt = compose(answers(f"galore(rank={r}, every=2, scale=1.0, in_backward=True)"),
                   [("layers.0.mlp.weight", p)], 1e-2, accumulation=k)
     want, M, V = W.clone(), 0.0, 0.0
     for t in range(1, 6):
@@ -269,7 +269,7 @@ def test_it_learns():
                           nn.Linear(64, 1))
     x = torch.randn(128, 20)
     y = torch.sin(x[:, :1]) + x[:, 1:2] * x[:, 2:3]
-    opt = compose(answers("galore(rank=8, update_every=20, scale=1.0)"), model.named_parameters(),
+    opt = compose(answers("galore(rank=8, every=20, scale=1.0)"), model.named_parameters(),
                   5e-3)
     losses = []
     for _ in range(150):

@@ -146,7 +146,7 @@ def test_tied_embedding_and_head_are_one_tensor_and_always_live():
 
 def test_with_galore_a_returning_block_gets_a_new_basis():
     model = Body()
-    control, opt = attach("lisa(layers=2, every=1) + galore(rank=4, update_every=100)", model)
+    control, opt = attach("lisa(layers=2, every=1) + galore(rank=4, every=100)", model)
     for step in range(12):
         before = {p for p in opt.state if opt.state[p]}
         train(model, control, opt, 1, start=step)

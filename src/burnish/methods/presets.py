@@ -6,5 +6,5 @@ PRESETS: dict[str, str] = {
     # Quantized Side Tuning (2024): a ladder beside a 4-bit backbone
     "qst": "nf4 + lst(reduction=16)",
     # MAM adapter (2022): prefix in attention, scaled parallel adapter on the feed-forward part
-    "mam": "prefix(length=30) + parallel(reduced=512, scale=4.0)",
+    "mam": "prefix(length=30) + parallel(bottleneck=512, scale=4.0)",
 }

@@ -37,7 +37,7 @@ from ..formats.adapter import load
 from .models import tiny
 
 #: settings that suit models of width 32, taken when a method has a setting of that name
-SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "reduced": 4, "reduction": 4,
+SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "bottleneck": 4, "reduction": 4,
                          "threshold": 1, "every": 1}
 #: axes that add or choose something trainable
 TRAINS = {"delta", "select", "branch", "prompt", "side", "mixture"}

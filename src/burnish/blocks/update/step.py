@@ -164,7 +164,7 @@ class Subspace:
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise RecipeError(f"{self.name}: update_every is at least 1, got {self.every}")
+            raise RecipeError(f"{self.name}: every is at least 1, got {self.every}")
         if self.map.side == "full" and isinstance(self.beside, Scaled):
             raise RecipeError(f"{self.name}: a scaled residual needs a one-sided subspace")
         if self.at_refresh == "rotate" and self.map.kind in ("columns", "gaussian"):

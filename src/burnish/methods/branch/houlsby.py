@@ -34,7 +34,7 @@ class Houlsby(Method):
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
-    width: int = setting(64, "m, width of the bottleneck", alias=("m", "bottleneck"))
+    bottleneck: int = setting(64, "m, width of the bottleneck", alias=("m", "width"))
     act: str = setting("gelu", "activation inside")
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")
     norms: bool = setting(True, "train the norms too")
@@ -42,7 +42,7 @@ class Houlsby(Method):
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         sites = [*attention_ends(anatomy), *mlp_ends(anatomy)]
         for s in found(anatomy, sites, self, "attention or MLP"):
-            yield Branch(s.path, Bottleneck(s.width, self.width, act=self.act, init=self.init))
+            yield Branch(s.path, Bottleneck(s.width, self.bottleneck, act=self.act, init=self.init))
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for path in anatomy.norms if self.norms else ():
@@ -51,4 +51,4 @@ class Houlsby(Method):
 
     def count(self, d: int) -> int:
         """Trainable parameters of one site of width d, norms left out."""
-        return Bottleneck.count(d, self.width)
+        return Bottleneck.count(d, self.bottleneck)

@@ -23,7 +23,7 @@ class Parallel(Method):
     they are the same. Beside a mixture of experts it adds to the whole mixture.
 
     Start: W_up and biases 0, the pre-trained function exactly. Trains 2 d r + r + d per block,
-    r = `reduced`. Kept for backward: r numbers per token; x is made again from the norm's input,
+    r = `bottleneck`. Kept for backward: r numbers per token; x is made again from the norm's input,
     which is kept anyway. Not mergeable; s folds into W_up (``Bottleneck.absorb_scale``).
     """
 
@@ -32,7 +32,7 @@ class Parallel(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     merges: ClassVar[bool] = False
 
-    reduced: int = setting(512, "r, width of the bottleneck", alias=("width",))
+    bottleneck: int = setting(512, "r, width of the bottleneck", alias=("reduced", "width"))
     scale: float = setting(4.0, "s, fixed")
     act: str = setting("relu", "activation inside")
     dropout: float = setting(0.0, "dropout on the activation")
@@ -40,7 +40,7 @@ class Parallel(Method):
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         for s in found(anatomy, mlp_ends(anatomy), self, "MLP"):
-            made = Bottleneck(s.width, self.reduced, act=self.act, scale=self.scale,
+            made = Bottleneck(s.width, self.bottleneck, act=self.act, scale=self.scale,
                               dropout=self.dropout)
             norm = mlp_norm(anatomy, s.block) if self.tap == "residual" else None
             read = norm or s.block.mlp or s.block.mlp_in[0]
@@ -48,4 +48,4 @@ class Parallel(Method):
 
     def count(self, d: int) -> int:
         """Trainable parameters of one block of width d."""
-        return Bottleneck.count(d, self.reduced)
+        return Bottleneck.count(d, self.bottleneck)

@@ -35,8 +35,8 @@ class Apollo(Method):
 
     rank: int = setting(256, "rank of the projection; a quarter of the width is published",
                         alias=("r",))
-    update_every: int = setting(200, "T, updates between two projections",
-                                alias=("update_proj_gap", "T"))
+    every: int = setting(200, "T, updates between two projections",
+                                alias=("update_every", "update_proj_gap", "T"))
     scale: float = setting(1.0, "its root multiplies the step; 128 with rank 1", alias=("alpha",))
     by: Literal["channel", "tensor"] = setting("channel", "one rate per channel or per tensor",
                                                alias=("scale_type",))
@@ -53,6 +53,6 @@ class Apollo(Method):
                        scale_first=self.scale_front)
         return Subspace(
             map=SubspaceMap(rank=self.rank, kind="gaussian", side=self.proj_type),
-            every=self.update_every, scale=0.0, residual=rates,
+            every=self.every, scale=0.0, residual=rates,
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), name="apollo")

@@ -32,8 +32,8 @@ class Fira(Method):
                             "Constraint? (2024), arXiv:2410.01623")
 
     rank: int = setting(128, "rank of the subspace", alias=("r",))
-    update_every: int = setting(200, "updates between two singular value decompositions",
-                                alias=("update_proj_gap", "T"))
+    every: int = setting(200, "updates between two singular value decompositions",
+                                alias=("update_every", "update_proj_gap", "T"))
     scale: float = setting(0.25, "alpha, of the low-rank part", alias=("alpha",))
     limit: float = setting(1.01, "growth of the residual's norm per update; 0 for no limit")
     proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
@@ -45,7 +45,7 @@ class Fira(Method):
 
     def optimizer(self) -> Subspace:
         return Subspace(
-            map=SubspaceMap(rank=self.rank, side=self.proj_type), every=self.update_every,
+            map=SubspaceMap(rank=self.rank, side=self.proj_type), every=self.every,
             scale=self.scale, residual=Scaled(limit=self.limit, literal=self.literal),
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), name="fira")

@@ -38,8 +38,8 @@ class Galore(Method):
                             "Projection, ICML 2024")
 
     rank: int = setting(128, "rank of the subspace", alias=("r",))
-    update_every: int = setting(200, "updates between two projections' singular value "
-                                "decompositions", alias=("update_proj_gap", "T"))
+    every: int = setting(200, "updates between two projections' singular value "
+                                "decompositions", alias=("update_every", "update_proj_gap", "T"))
     scale: float = setting(0.25, "alpha; published fine-tuning takes 4 with rank 4 or 8",
                            alias=("alpha",))
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = setting(
@@ -56,6 +56,6 @@ class Galore(Method):
         kind = "svd" if self.svd == "exact" else "randomized"
         return Subspace(
             map=SubspaceMap(rank=self.rank, kind=kind, side=self.proj_type),
-            every=self.update_every, scale=self.scale, at_refresh=self.at_refresh,
+            every=self.every, scale=self.scale, at_refresh=self.at_refresh,
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), in_backward=self.in_backward, name="galore")

@@ -27,8 +27,8 @@ class Adalora(Method):
     `init_rank`. Objective: ``ortho * mean ||P^T P - I||_F`` over all P and Q (the authors' code;
     the paper sums squares). Scores after every update: ``I = |w dw|`` smoothed as ``I' U``;
     triplet i: ``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``. Budget: r0 per matrix until
-    `warmup`, then cubically down to `rank` at 1 - `final`; every `interval` updates the triplets
-    that are not among the b(t) best of the whole model get E = 0 and may revive. At 1 - `final`
+    `warmup`, then cubically down to `rank` at 1 - `cooldown`; every `every` updates the triplets
+    that are not among the b(t) best of the whole model get E = 0 and may revive. At 1 - `cooldown`
     (at the latest after the last update) those that are not among the rank x matrices best go for
     good: tensors, moments and file shrink, and the objective sees what is left. (The authors'
     code keeps them at E = 0.)
@@ -49,16 +49,17 @@ class Adalora(Method):
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     ortho: float = setting(0.1, "weight of the orthogonality term", alias=("orth_reg_weight",))
     warmup: float = setting(0.1, "share of training before pruning starts")
-    final: float = setting(0.3, "share of training after the pattern is fixed")
-    interval: int = setting(10, "updates between prunings")
+    cooldown: float = setting(0.3, "share of training after the pattern is fixed",
+                              alias=("final",))
+    every: int = setting(10, "updates between prunings", alias=("interval", "deltaT"))
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.init_rank:
             raise RecipeError(f"adalora: rank {self.rank} must be between 1 and init_rank "
                               f"{self.init_rank}")
-        if self.interval < 1 or self.warmup < 0 or self.final < 0 \
-                or self.warmup + self.final >= 1:
-            raise RecipeError("adalora: interval >= 1 and warmup + final < 1 are expected")
+        if self.every < 1 or self.warmup < 0 or self.cooldown < 0 \
+                or self.warmup + self.cooldown >= 1:
+            raise RecipeError("adalora: every >= 1 and warmup + cooldown < 1 are expected")
 
     def claims(self) -> tuple[str, ...]:
         return ("the budget of triplets",)
@@ -100,7 +101,7 @@ class Pruner:
         """b(t): triplets alive over the whole model."""
         m, n = self.method, len(self.terms)
         return int(cubic(m.init_rank * n, m.rank * n, step, m.warmup * self.total,
-                         self.total - m.final * self.total))
+                         self.total - m.cooldown * self.total))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
         if not self.fixed and (smoothed := self._score.get(p)) is not None:
@@ -109,7 +110,7 @@ class Pruner:
     def after_update(self, step: int) -> None:
         if self.total is None:
             return
-        last = min(self.total - int(self.method.final * self.total), self.total - 1)
+        last = min(self.total - int(self.method.cooldown * self.total), self.total - 1)
         if self.fixed:
             return
         if step >= last:
@@ -117,7 +118,7 @@ class Pruner:
                 self.resize(self.terms[name], keep=alive.nonzero().squeeze(1))
             self.fixed = True
             self.scores.clear()
-        elif step > self.method.warmup * self.total and step % self.method.interval == 0:
+        elif step > self.method.warmup * self.total and step % self.method.every == 0:
             self._apply(self.pattern(self.budget(step)))
 
     @torch.no_grad()
