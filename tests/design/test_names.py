@@ -17,6 +17,8 @@ from burnish.core.recipe import make
 
 MEANING = {
     "act": "activation inside a branch", "adapter": "the adapter that teaches",
+    "advance": "directions made ready before they count", "grow": "components gained at a time",
+    "preserve": "what was learned stays as it is", "top": "matrices that grow at once",
     "after": "tokens that stand before the added ones", "allocation": "experts per group of blocks",
     "alpha": "numerator of a scale, strength of a pull",
     "at_refresh": "state when a subspace moves",

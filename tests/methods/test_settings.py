@@ -49,6 +49,11 @@ BESIDE = {
     ("lokr", "decompose_both"): {"rank": 1}, ("galore", "at_refresh"): {"every": 2},
     ("adalora", "warmup"): {"every": 1},
 }
+GROWS = {"warmup": 1, "every": 1, "top": 2, "rank": 6, "init_rank": 1}
+BESIDE |= {("increlora", n): {k: v for k, v in GROWS.items() if k != n}
+           for n in ("rank", "top", "warmup", "every", "preserve", "advance", "grow")}
+OTHER |= {("increlora", "rank"): 2, ("increlora", "top"): 1, ("increlora", "warmup"): 3,
+          ("increlora", "every"): 3}
 #: what cannot be seen in one process on the host, with the reason
 UNSEEN = {
     ("offload", "folder"): "where files lie: tests/blocks/test_saved",
