@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ..blocks.weight.shared import Seeded
     from ..blocks.weight.term import Provider, Term
     from .anatomy import Anatomy
+    from .protocols import Tuned
     from .stage import Stage
-    from .tuned import Tuned
 
 
 def setting(default: Any = MISSING, help: str = "", **kw: Any) -> Any:

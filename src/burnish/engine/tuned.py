@@ -398,7 +398,7 @@ class Tuned(Stepping, Looking):
 
     def save(self, folder: str | Path, **extra: Any) -> Path:
         """Write the adapter folder (see formats/folder.py). Atomic; never a pickle."""
-        from ..formats.adapter import save
+        from ..formats.written import save
 
         self._ready()
         return save(self, Path(folder), **extra)

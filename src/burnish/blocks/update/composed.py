@@ -27,10 +27,10 @@ from . import named
 from .codecs import SMALL, Block, Codec, Parts, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
+from .plan import Plan, check_shape
 from .residual import Rows
 from .residual import Seen as Beside
 from .rules import Whole, accumulator
-from .step import Plan, check_shape
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
 from .transform import Seen
 

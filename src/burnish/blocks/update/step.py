@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase as fnmatch
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -25,14 +25,11 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
 from ...core.words import honours, why
-from .codecs import Codec, Plain, codec
+from .codecs import Plain, codec
+from .plan import ROUNDINGS, Plan, RoundingKind, check_shape
 from .residual import Residual, Scaled, residual
 from .rules import SGD, AdamW, Rule, Whole
 from .subspace import AtRefresh, SubspaceMap
-from .transform import Transform
-
-RoundingKind = Literal["nearest", "stochastic", "master", "kahan"]
-ROUNDINGS = ("nearest", "stochastic", "master", "kahan")
 
 #: a weight of a repeated block has a number in its path; embeddings and biases are not projected
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -64,26 +61,6 @@ def matching(targets: str | Iterable[str]) -> Callable[[str, Tensor], bool]:
     def where(name: str, p: Tensor) -> bool:
         return p.dim() >= 2 and any(w in name.split(".") or fnmatch(name, w) for w in words)
     return where
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One sentence. `names` says which part of the recipe gave each word, for error messages."""
-
-    rule: Rule
-    codec: Codec = field(default_factory=Plain)
-    subspace: Subspace | None = None
-    transforms: tuple[Transform, ...] = ()
-    rounding: RoundingKind = "nearest"
-    in_backward: bool = False
-    names: dict[str, str] = field(default_factory=dict)
-
-    def say(self, word: str, by: str, **change: Any) -> Plan:
-        """The plan with one more word; saying a word twice is an error that names both parts."""
-        if word in self.names:
-            raise RecipeError(f"{self.names[word]} and {by} cannot be joined: both decide the "
-                              f"{word} of the optimizer, which only one part may")
-        return dataclasses.replace(self, names={**self.names, word: by}, **change)
 
 
 @runtime_checkable
@@ -319,8 +296,6 @@ def _plan(inner: Any, wrappers: list[Any]) -> Plan:
     return plan
 
 
-#: states of a weight's own shape (flat or not); a projected or coded state has others beside it
-_WHOLE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master", "compensation")
 
 
 def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -345,24 +320,6 @@ def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
     return optimizer
-
-
-def check_shape(name: str, p: nn.Parameter, state: Any, shapes: dict[nn.Parameter, torch.Size],
-                whole: bool = True) -> None:
-    """Raises ConfigError where a tensor has another shape than its optimizer state. whole: the
-    state is of the tensor's own shape, not of a projection's."""
-    if not state:
-        return
-    was = shapes.get(p)
-    if was is None and whole:
-        other = next((s for k in _WHOLE if isinstance(s := state.get(k), Tensor)
-                      and s.numel() != p.numel()), None)
-        was = None if other is None else other.shape
-    if was is not None and was != p.shape:
-        raise ConfigError(
-            f"{name or 'a tensor'} has shape {tuple(p.shape)}, but its optimizer state was made "
-            f"for {tuple(was)}: it was resized after a step. Nothing was stepped; make a new "
-            "optimizer with tuned.optimizer(...), or resize before the first step")
 
 
 def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None = None,

@@ -11,7 +11,7 @@ from ...core.site import Selection
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
-    from ...core.tuned import Tuned
+    from ...core.protocols import Tuned
 
 
 @dataclass(frozen=True, kw_only=True)

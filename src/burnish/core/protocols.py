@@ -1,0 +1,72 @@
+"""What methods are handed and what they may hand back, said by what it can do.
+
+Methods never import the engine. A method's answer to `prompt`, `side` or `activations` is asked to
+:class:`Installs` itself; what `controller` returns is a handler of events (core/events.py); what
+wraps a module's run is a :class:`Listens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+    from .method import Method
+    from .recipe import Recipe
+
+
+class Tuned(Protocol):
+    """The handle, as a controller or an objective sees it."""
+
+    model: nn.Module
+    total_steps: int | None
+    current_optimizer: Any
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the model is made of."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that trains."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the model, parameter) of everything that trains."""
+
+    def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
+        """(place name, term) of every term of a class in the active adapter."""
+
+    @property
+    def originals(self) -> Any:
+        """The base's values of what trains."""
+
+
+class Attacher(Protocol):
+    """What an answer that installs itself may use of the engine."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    state: Any
+    adapter: Any
+    notes: list[str]
+
+    def slot(self, path: str) -> Any:
+        """The slot of a module, made on first use."""
+
+
+class Installs(Protocol):
+    """An answer that finds its own way into the model."""
+
+    def install(self, attacher: Attacher, part: Method) -> None:
+        """Put yourself into slots; RecipeError where the model has no place for you. Whatever has
+        been done by then is undone when it is raised."""
+
+
+class Listens(Protocol):
+    """Around a module's run: ``call(*args, **kw)`` is the module (and the listeners inside)."""
+
+    def __call__(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """What answers for the run."""
