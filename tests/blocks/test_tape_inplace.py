@@ -176,6 +176,38 @@ def output_changed_behind_its_reader(m, h):
     return z + y
 
 
+def unseen(change):
+    """A change that no Python code asks torch for, as an extension makes it."""
+    with torch._C.DisableTorchFunction():
+        change()
+
+
+def output_changed_unseen(m, h):
+    y = F.gelu(h)
+    unseen(lambda: y.add_(1))
+    return m.out(y)
+
+
+def argument_changed_unseen(m, h):
+    y = h * 2
+    unseen(lambda: h.add_(1))
+    return m.out(y)
+
+
+def last_argument_changed_unseen(m, h):
+    shift = m.gain * 1
+    y = F.layer_norm(h, (D,), None, shift)
+    unseen(lambda: shift.add_(1))
+    return m.out(y)
+
+
+def argument_changed_unseen_between_readers(m, h):
+    shift = h.new_ones(D)
+    y = F.layer_norm(h, (D,), None, shift)
+    unseen(lambda: shift.add_(1))
+    return m.out(y) * m.fc(y)
+
+
 PROGRAMS = {f.__name__: f for f in (
     gelu_then_add, norm_then_mul, dropout_then_add, assigned_by_index, changed_through_a_view,
     view_made_before_and_read_after, written_by_out, filled_by_mask,
@@ -184,7 +216,8 @@ PROGRAMS = {f.__name__: f for f in (
     argument_changed_after_the_first_reader, dropped_then_residual_in_place,
     inner_note_went_stale, inner_note_went_stale_between_two_readers,
     inside_a_function_torch_does_not_show, changed_without_a_graph, swapped_by_numpy,
-    needed_by_stock_too, output_changed_behind_its_reader)}
+    output_changed_unseen, argument_changed_unseen, last_argument_changed_unseen,
+    argument_changed_unseen_between_readers, needed_by_stock_too, output_changed_behind_its_reader)}
 PROGRAMS |= {f"group_norm_then_{type(a).__name__}": group_norm_then(a) for a in (
     nn.ReLU(True), nn.SiLU(True), nn.LeakyReLU(0.1, True), nn.ELU(1.0, True), nn.Hardswish(True),
     nn.Mish(True), nn.ReLU6(True), nn.Hardtanh(-1, 1, True), nn.CELU(1.0, True), nn.SELU(True),
