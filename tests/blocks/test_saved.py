@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -115,6 +116,24 @@ def test_dropout_keeps_no_mask():
     x = torch.randn(1, N, D, dtype=torch.float64, requires_grad=True)
     _, after = kept_bytes(block, x, Tape())
     assert after / (N * D * 8) < 10.5
+
+
+@pytest.mark.parametrize("form", ["transposed", "expanded", "sliced"])
+def test_dropout_of_a_tensor_that_is_not_contiguous_has_one_mask(form):
+    """A mask is drawn in the order of memory, and gradients come in an order of their own."""
+    w = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(watch):
+        h = {"transposed": lambda: (w * 2).t(), "expanded": lambda: (w * 2)[:1].expand(6, 5),
+             "sliced": lambda: (w * 2)[:, 1:4]}[form]()
+        torch.manual_seed(4)
+        with watch:
+            y = F.dropout(h, 0.5, True)
+            return (y.contiguous().exp() * torch.arange(y.numel()).view(y.shape)).sum()
+
+    got, = torch.autograd.grad(loss(Tape().recording()), w)
+    want, = torch.autograd.grad(loss(contextlib.nullcontext()), w)
+    torch.testing.assert_close(got, want)
 
 
 def test_nothing_outlives_the_graph():

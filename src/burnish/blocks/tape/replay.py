@@ -102,18 +102,31 @@ def autocast(state: tuple[str, bool, torch.dtype], cache: bool = False) -> Itera
         yield
 
 
+def layout(x: Tensor) -> tuple[int, ...]:
+    """Strides of what an operation makes from `x`, which is the order its mask is drawn in."""
+    return x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
+
+
+def laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`t` in memory as the first draw's input was: a mask is drawn in the order of memory, so the
+    same generator gives another mask on another layout."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
 class _Dropout(torch.autograd.Function):
     """Stock dropout, bit for bit, that keeps the generator state instead of the mask."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        ctx.p, ctx.state = p, rng_state(x.device)
+        ctx.p, ctx.state, ctx.strides = p, rng_state(x.device), layout(x)
         return F.dropout(x, p, True)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         with replay(g.device, ctx.state):       # dropout is linear: same mask on the gradient
-            return F.dropout(g, ctx.p, True), None
+            return F.dropout(laid_out(g, ctx.strides), ctx.p, True), None
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

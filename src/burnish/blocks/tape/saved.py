@@ -171,12 +171,12 @@ class Tape(TorchFunctionMode):
         if not bound.get("training", True) or bound.get("inplace") or not x.requires_grad \
                 or not 0 < p < 1 or self.others():
             return func(*args, **kwargs)
-        state = replay.rng_state(x.device)
+        state, strides = replay.rng_state(x.device), replay.layout(x)
         out = replay.dropout(x, p)
 
         def again(x: Tensor) -> Tensor:
             with replay.replay(x.device, state):
-                return F.dropout(x, p, True)
+                return F.dropout(replay.laid_out(x, strides), p, True)
 
         self.note(out, again, (x,), {})
         return out

@@ -1,0 +1,133 @@
+"""Bytes: what waits for backward, what the optimizer holds, what was promised."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.recipe import parse
+from ...engine.slot import slots
+from .common import Skip, fresh, join, make, method_of, ready, recipe
+
+#: samples of the batch: tokens must outweigh what is kept per output
+SAMPLES = 16
+
+
+def simulated_is_measured(name: str, model: str) -> Skip | None:
+    """The promise: the simulated peak is within 3 % of the measured one."""
+    from ...memory import measure, simulate
+    from .common import split
+
+    net, batch = fresh(model)
+    targets = split(model)[1]
+    if targets is not None:
+        return Skip("simulate takes the default targets of a recipe")
+    promise = simulate(copy.deepcopy(net), recipe(name), batch)
+    tuned = join(net, recipe(name), model, head="auto")
+    tuned.optimizer(lr=1e-3)
+    truth = measure(tuned, batch)
+    ratio = promise.peak_bytes / truth.peak_bytes
+    assert abs(ratio - 1) <= 0.03, f"promised {promise.peak_bytes:,}, took {truth.peak_bytes:,}"
+    return None
+
+
+def keeps_what_it_says(name: str, model: str) -> Skip | None:
+    """Between forward and backward a delta keeps what stock autograd keeps for a weight that
+    trains, and `per_token(place)` numbers per token more; nothing of the weight's size."""
+    cls = method_of(name)
+    if "delta" not in cls.axes():
+        return Skip("no delta")
+    if not hasattr(cls, "per_token"):
+        return Skip("declares no per_token(place)")
+    text = f"{recipe(name)} + lean(on=False)"
+    tuned, batch, base = make(name, model, torch.float32, text=text, batch=SAMPLES)
+    method = tuned.recipe.named(name)
+    places = {p.place for _, _, slot in slots(tuned.model) for p in slot.parts
+              if p.place is not None and p.key.startswith(name)}
+    if any(p.kind != "linear" or p.rows for p in places):
+        return Skip("the closed form is for whole linear layers")
+    for p in base.parameters():
+        p.requires_grad_(False)
+    for place in places:
+        place.stored(base.get_submodule(place.path)).requires_grad_(True)
+    rows = _rows(base, batch, places)
+    stock = _kept(base, batch, lambda: base(**batch).loss)
+    ours = _kept(tuned.model, batch, lambda: tuned.loss(batch))
+    said = sum(4 * rows[p.path] * method.per_token(p) for p in places)
+    few = sum(16 * p.out for p in places)              # thresholds, norms of rows
+    assert abs(ours - stock - said) <= few + 0.01 * stock, \
+        (f"keeps {ours:,} bytes; stock autograd {stock:,}, and {said:,} more are said "
+         f"(+- {few:,})")
+    return None
+
+
+def _rows(base: nn.Module, batch: Any, places: Any) -> dict[str, int]:
+    """Tokens that each module reads in one forward."""
+    rows: dict[str, int] = {}
+    hooks = []
+    for path in {p.path for p in places}:
+        def count(m: Any, args: Any, path: str = path) -> None:
+            rows[path] = rows.get(path, 0) + args[0].numel() // args[0].shape[-1]
+        hooks.append(base.get_submodule(path).register_forward_pre_hook(count))
+    with torch.no_grad():
+        base(**batch)
+    for h in hooks:
+        h.remove()
+    return rows
+
+
+def _kept(model: nn.Module, batch: Any, loss: Any) -> int:
+    from ...memory import Ledger
+
+    with Ledger(model) as ledger:
+        for value in batch.values():
+            ledger.watch("weights", [value])
+        value = loss()
+        kept = sum(e.bytes for e in ledger.entries
+                   if e.death is None and ledger.category(e) != "weights")
+    del value
+    return kept
+
+
+class _Two(nn.Module):
+    """Two layers above the sizes below which codecs keep fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 160))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).square().mean()
+
+
+def holds_the_state_it_says(name: str, model: str) -> Skip | None:
+    """After a step, state of `state_bytes(shape, itemsize)` bytes per tensor, in fp32 and bf16."""
+    cls = method_of(name)
+    if "optimizer" not in cls.axes():
+        return Skip("no optimizer")
+    if not hasattr(cls, "state_bytes"):
+        return Skip("declares no state_bytes(shape, itemsize)")
+    method: Any = parse(recipe(name)).named(name)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        net = _Two().to(dtype)
+        tuned = join(net, recipe(name), "", head=False)
+        opt = ready(tuned, 2)
+        tuned.step((torch.randn(4, 128, dtype=dtype),), loss=lambda out, batch: out)
+        for n, p in tuned.named_parameters():
+            held = sum(t.nbytes for t in _tensors(opt.state.get(p, {})) if t.numel() > 1)
+            said = method.state_bytes(tuple(p.shape), p.element_size())
+            assert held == said, f"{n} {tuple(p.shape)} in {dtype}: holds {held}, says {said}"
+    return None
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    from torch.utils import _pytree as pytree
+
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+CHECKS = (keeps_what_it_says, holds_the_state_it_says, simulated_is_measured)

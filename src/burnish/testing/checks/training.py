@@ -1,0 +1,270 @@
+"""What steps do: everything declared moves, nothing else does, and a run goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.errors import BurnishError
+from ...engine.slot import ATTR
+from ...formats.adapter import load
+from .common import (
+    Skip,
+    fresh,
+    join,
+    logits,
+    make,
+    method_of,
+    part,
+    partner,
+    ready,
+    recipe,
+    stir,
+)
+
+#: updates of a run in which schedules and budgets act from start to end
+STEPS = 6
+
+
+def every_tensor_has_a_gradient(name: str, model: str) -> Skip | None:
+    """Away from the start every trainable tensor gets a finite gradient that is not zero; nothing
+    else gets one."""
+    tuned, batch, base = make(name, model, torch.float32)
+    stir(tuned)
+    unread = _unread(base, batch)
+    tuned.loss(batch).backward()
+    for n, p in tuned.model.named_parameters():
+        if n in unread:
+            continue                               # the model itself never reads it
+        assert (p.grad is not None) == p.requires_grad, \
+            f"{n}: {'no gradient' if p.requires_grad else 'a gradient where none belongs'}"
+        if p.grad is not None:
+            assert p.grad.isfinite().all(), f"{n}: gradient is not finite"
+            assert p.grad.any(), f"{n}: gradient is zero everywhere"
+    return None
+
+
+def _unread(base: Any, batch: Any) -> set[str]:
+    """Parameters the untouched model's loss does not depend on."""
+    base = copy.deepcopy(base)
+    named = [(n, p.requires_grad_(True)) for n, p in base.named_parameters()]
+    got = torch.autograd.grad(base(**batch).loss, [p for _, p in named], allow_unused=True)
+    return {n for (n, _), g in zip(named, got, strict=True) if g is None or not g.any()}
+
+
+def exactly_what_trains_moves(name: str, model: str) -> Skip | None:
+    """In a run of known length every trainable tensor moves; the base, head included, does not."""
+    tuned, batch, base = make(name, model, torch.float32)
+    unread = _unread(base, batch)
+    ready(tuned, STEPS)
+    before = {n: p.detach().clone() for n, p in tuned.model.named_parameters()}
+    trains = {n for n, p in tuned.named_parameters()}
+    for _ in range(STEPS):
+        assert tuned.step(batch).isfinite()
+        trains |= {n for n, p in tuned.named_parameters()}       # a schedule may take turns
+    after = dict(tuned.model.named_parameters())
+    moved = {n for n, p in before.items() if not torch.equal(after[n], p)}
+    still = sorted(trains - moved - unread)
+    assert not still, f"{STEPS} steps moved everything but {still[:4]}"
+    assert moved <= trains, f"moved without training: {sorted(moved - trains)[:4]}"
+    return None
+
+
+def beside_a_partner_it_acts(name: str, model: str) -> Skip | None:
+    """A part that trains nothing itself changes weights, outputs or bytes of what does."""
+    if not partner(name):
+        return Skip("trains something itself; `it_acts` looks at it")
+    without, with_it = partner(name), recipe(name)
+    if name == "lean":
+        without += " + lean(on=False)"            # it is on without being named
+    assert outcome(model, without) != outcome(model, with_it), \
+        f"{with_it} does what {without} does"
+    return None
+
+
+def outcome(model: str, text: str, steps: int = STEPS) -> list[Any]:
+    """Everything a part can change: losses, weights, what waits for backward, bf16 weights."""
+    out: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        net, batch = fresh(model, dtype)
+        tuned = join(net, text, model)
+        ready(tuned, steps)
+        torch.manual_seed(3)
+        out.append([float(tuned.step(batch)) for _ in range(steps)])
+        out.append({n: float(p.detach().double().sum()) for n, p in tuned.named_parameters()})
+        net.eval()
+        with torch.no_grad():
+            out.append(float(logits(net(**batch)).double().square().sum()))
+    out.append(_waiting(model, text))
+    return out
+
+
+def _waiting(model: str, text: str) -> tuple[int, int]:
+    """(bytes alive between forward and backward, bytes at the peak of a step)."""
+    from ...memory import Ledger, measure
+
+    net, batch = fresh(model)
+    tuned = join(net, text, model)
+    ready(tuned, STEPS)
+    with Ledger(net) as ledger:
+        for value in batch.values():
+            ledger.watch("weights", [value])
+        loss = tuned.loss(batch)
+        alive = sum(e.bytes for e in ledger.entries if e.death is None)
+    del loss
+    return alive, measure(tuned, batch).peak_bytes
+
+
+def a_known_length_acts(name: str, model: str) -> Skip | None:
+    """A budget or schedule runs differently once `total_steps` is set."""
+    if "controller" not in method_of(name).axes():
+        return Skip("has no schedule")
+    ends = []
+    for total in (None, STEPS):
+        tuned, batch, _ = make(name, model, torch.float32)
+        ready(tuned, STEPS)
+        tuned.total_steps = total
+        ends.append([float(tuned.step(batch)) for _ in range(STEPS)])
+    assert ends[0] != ends[1], "the run is the same with and without total_steps"
+    return None
+
+
+def is_deterministic(name: str, model: str) -> Skip | None:
+    """The same seed gives the same start and the same steps."""
+    ends = []
+    for _ in range(2):
+        tuned, batch, _ = make(name, model, torch.float32)
+        torch.manual_seed(3)
+        ready(tuned, 3)
+        losses = [float(tuned.step(batch)) for _ in range(3)]
+        ends.append((losses, {n: p.detach().clone() for n, p in tuned.named_parameters()}))
+    assert ends[0][0] == ends[1][0]
+    for n, p in ends[0][1].items():
+        assert torch.equal(p, ends[1][1][n]), n
+    return None
+
+
+def resumes_where_it_stopped(name: str, model: str) -> Skip | None:
+    """Stopped after two of four updates, written to a folder and read into a fresh base, a run
+    ends in the same weights, bit for bit."""
+    from ...fit import state
+
+    ends = []
+    for stop in (False, True):
+        net, batch = fresh(model)
+        tuned = join(net, recipe(name), model)
+        torch.manual_seed(3)
+        ready(tuned, 4)
+        for k in range(4):
+            if stop and k == 2:
+                tuned = _again(tuned, model, state)
+            tuned.step(batch)
+        ends.append({n: p.detach().clone() for n, p in tuned.model.named_parameters()
+                     if p.requires_grad or f".{ATTR}." in f".{n}"})
+    assert set(ends[0]) == set(ends[1])
+    for n, p in ends[0].items():
+        assert torch.equal(p, ends[1][n]), f"{n} differs after resuming"
+    return None
+
+
+def _again(tuned: Any, model: str, state: Any) -> Any:
+    """The run read back into a fresh base, as fit does it."""
+    named = list(tuned.model.named_parameters())
+    buffers = {n: b.clone() for n, b in tuned.model.named_buffers() if f".{ATTR}." not in f".{n}"}
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save(folder)
+        tree = {"optimizer": state.optimizer_state(tuned.current_optimizer, named),
+                "timeline": tuned.timeline.state(), "random": state.random_state()}
+        state.save_tree(tree, Path(folder), "run")
+        torch.manual_seed(99)
+        again = load(fresh(model)[0], folder)
+        kept = state.load_tree(Path(folder), "run")
+    again.model.train()
+    own = dict(again.model.named_buffers())
+    for n, b in buffers.items():
+        own[n].copy_(b)
+    ready(again, 4)
+    state.load_optimizer_state(again.current_optimizer, again.model.named_parameters(),
+                               kept["optimizer"])
+    again.timeline.load(kept["timeline"])
+    state.set_random_state(kept["random"])
+    return again
+
+
+def loss_falls(name: str, model: str) -> Skip | None:
+    """Fifteen steps on one batch make it more likely."""
+    tuned, batch, _ = make(name, model, torch.float32)
+    ready(tuned, 15)
+    first = float(tuned.loss(batch).detach())
+    for _ in range(15):
+        tuned.step(batch)
+    last = float(tuned.loss(batch).detach())
+    assert last < first, f"loss went from {first:.4f} to {last:.4f}"
+    return None
+
+
+# -- once per method ------------------------------------------------------------------------------
+def every_setting_acts(name: str, model: str) -> Skip | None:
+    """Another value of each setting gives another run, or is refused with a reason."""
+    looked = 0
+    usual = outcome(model, recipe(name))
+    idle = []
+    for f in fields(method_of(name)):
+        if f.name == "targets":
+            continue
+        tried = False
+        for value in others(name, f):
+            try:
+                there = outcome(model, recipe(name, **{f.name: value}))
+            except BurnishError:
+                continue
+            tried = True
+            if there != usual:
+                break
+        else:
+            idle.append(f.name if tried else f"{f.name} (no other value was accepted)")
+        looked += 1
+    idle = [w for w in idle if w not in EXCUSED.get(name, {})]
+    assert not idle, f"does the same whatever is given for: {', '.join(idle)}"
+    return None if looked else Skip("has no settings")
+
+
+#: method -> setting -> why no run of a small model shows it; read from exclusions.toml
+EXCUSED: dict[str, dict[str, str]] = {}
+
+
+def others(name: str, f: Any) -> Iterator[Any]:
+    """Values unlike the one the small recipe has, most likely ones first."""
+    cls = method_of(name)
+    given = getattr(cls, "others", {}).get(f.name)
+    if given is not None:
+        yield from given
+        return
+    from ...core.recipe import parse
+
+    now = getattr(parse(part(name))[0], f.name)
+    hint = typing.get_type_hints(cls)[f.name]
+    if typing.get_origin(hint) is typing.Literal:
+        yield from (v for v in typing.get_args(hint) if v != now)
+    elif isinstance(now, bool):
+        yield not now
+    elif isinstance(now, int):
+        yield from (v for v in (now * 2, now + 1, now - 1, now // 2) if v != now)
+    elif isinstance(now, float):
+        yield from (v for v in (now / 2, now * 2, 0.5, 0.1) if v != now and math.isfinite(v))
+    elif isinstance(now, tuple) and now and all(isinstance(v, float) for v in now):
+        yield tuple(v / 2 for v in now)
+
+
+CHECKS = (every_tensor_has_a_gradient, exactly_what_trains_moves, beside_a_partner_it_acts,
+          a_known_length_acts, is_deterministic, resumes_where_it_stopped, loss_falls)
+ONCE = (every_setting_acts,)
+
