@@ -8,6 +8,7 @@ import tempfile
 import typing
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +86,40 @@ def beside_a_partner_it_acts(name: str, model: str) -> Skip | None:
     without, with_it = partner(name), recipe(name)
     if name == "lean":
         without += " + lean(on=False)"            # it is on without being named
-    assert outcome(model, without) != outcome(model, with_it), \
-        f"{with_it} does what {without} does"
+    assert differ(model, without, with_it), f"{with_it} does what {without} does"
     return None
 
 
-def outcome(model: str, text: str, steps: int = STEPS) -> list[Any]:
-    """Everything a part can change: losses, weights, what waits for backward, bf16 weights."""
-    out: list[Any] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        net, batch = fresh(model, dtype)
-        tuned = join(net, text, model)
-        ready(tuned, steps)
-        torch.manual_seed(3)
-        out.append([float(tuned.step(batch)) for _ in range(steps)])
-        out.append({n: float(p.detach().double().sum()) for n, p in tuned.named_parameters()})
-        net.eval()
-        with torch.no_grad():
-            out.append(float(logits(net(**batch)).double().square().sum()))
-    out.append(_waiting(model, text))
-    return out
+def differ(model: str, first: str, second: str) -> bool:
+    """Something a part can change is not the same: a run's losses, weights and outputs in fp32,
+    then in bf16, then the bytes of a step."""
+    return any(look(model, first) != look(model, second)
+               for look in (_fp32, _bf16, _waiting))
 
 
+@lru_cache(maxsize=64)
+def _fp32(model: str, text: str) -> tuple[Any, ...]:
+    return _run(model, text, torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _bf16(model: str, text: str) -> tuple[Any, ...]:
+    return _run(model, text, torch.bfloat16)
+
+
+def _run(model: str, text: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    net, batch = fresh(model, dtype)
+    tuned = join(net, text, model)
+    ready(tuned, STEPS)
+    torch.manual_seed(3)
+    losses = [float(tuned.step(batch)) for _ in range(STEPS)]
+    ends = {n: float(p.detach().double().sum()) for n, p in tuned.named_parameters()}
+    net.eval()
+    with torch.no_grad():
+        return losses, ends, float(logits(net(**batch)).double().square().sum())
+
+
+@lru_cache(maxsize=64)
 def _waiting(model: str, text: str) -> tuple[int, int]:
     """(bytes alive between forward and backward, bytes at the peak of a step)."""
     from ...memory import Ledger, measure
@@ -215,7 +228,6 @@ def loss_falls(name: str, model: str) -> Skip | None:
 def every_setting_acts(name: str, model: str) -> Skip | None:
     """Another value of each setting gives another run, or is refused with a reason."""
     looked = 0
-    usual = outcome(model, recipe(name))
     idle = []
     for f in fields(method_of(name)):
         if f.name == "targets":
@@ -223,11 +235,11 @@ def every_setting_acts(name: str, model: str) -> Skip | None:
         tried = False
         for value in others(name, f):
             try:
-                there = outcome(model, recipe(name, **{f.name: value}))
+                acts = differ(model, recipe(name), recipe(name, **{f.name: value}))
             except BurnishError:
                 continue
             tried = True
-            if there != usual:
+            if acts:
                 break
         else:
             idle.append(f.name if tried else f"{f.name} (no other value was accepted)")
