@@ -38,6 +38,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
               "num_heads": [2, 4], "window_size": 4, "num_labels": CLASSES}),
     "convnext": ("ConvNextConfig", "ConvNextForImageClassification",
                  {"image_size": 16, "depths": [1, 1], "hidden_sizes": [16, 32], "num_stages": 2,
+                  "layer_scale_init_value": 0.5,         # at 1e-6 nothing in a block is seen
                   "num_labels": CLASSES}),
     "bert": ("BertConfig", "BertForSequenceClassification", _BERT),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", _BERT),

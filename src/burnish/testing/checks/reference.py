@@ -178,6 +178,7 @@ def _dropped(name: str, model: str, check: Any) -> Skip | None:
     for word in words:
         try:
             tuned, batch, _ = make(name, model, text=recipe(name, **{word: 0.5}))
+            widen(tuned)
             tuned.loss(batch)
         except BurnishError as e:
             assert "drop" in str(e), e
