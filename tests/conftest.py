@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reaches a network
@@ -21,6 +22,20 @@ def pytest_collection_modifyitems(config, items):
         mine = [i for i in items if rank(i.nodeid) % parts == part - 1]
         config.hook.pytest_deselected(items=[i for i in items if i not in set(mine)])
         items[:] = mine
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the conformance suite looked at, and what it had nothing to look at for."""
+    told = [v for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome)
+            for k, v in r.user_properties if k == "conformance"]
+    states = Counter(state for results in told for _, state in results)
+    idle = Counter(check for results in told for check, state in results
+                   if state == "not applicable")
+    if states:
+        terminalreporter.write_sep("-", "conformance")
+        terminalreporter.write_line(", ".join(f"{n} {s}" for s, n in sorted(states.items())))
+        terminalreporter.write_line("nothing to look at: " + ", ".join(
+            f"{check} {n}" for check, n in idle.most_common()))
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,30 @@ def test_no_colour_off_a_terminal():
     assert "\x1b" not in done.stdout
 
 
+def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
+    from burnish.testing import conformance as suite
+
+    def wrong(name, model):
+        raise AssertionError("off by one")
+
+    def idle(name, model):
+        return suite.Skip("nothing to look at")
+
+    monkeypatch.setattr(suite, "CHECKS", (suite.CHECKS[0], idle))
+    monkeypatch.setattr(suite, "ONCE", ())
+    code, out, _ = run(capsys, "conformance", "lora", "--model", "mlp", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["count"] == {"pass": 1, "not applicable": 1}
+    assert told["results"][1] == {"check": "idle", "model": "mlp", "state": "not applicable",
+                                  "reason": "nothing to look at"}
+    monkeypatch.setattr(suite, "CHECKS", (suite.CHECKS[0], wrong))
+    code, out, err = run(capsys, "conformance", "lora", "--model", "mlp")
+    assert code == 4 and "lora fails 1 check" in err
+    assert "wrong (FAIL) on mlp: off by one" in out
+    assert run(capsys, "conformance", "lora", "--model", "vitt")[0] == 2
+    assert run(capsys, "conformance", "loraa")[0] == 2
+
+
 SURFACE = {
     "fit": "data json memory model output recipe",
     "predict": "base inputs json run tokens",
@@ -131,6 +155,7 @@ SURFACE = {
     "export": "adapter base force json output to",
     "methods": "axis json name",
     "doctor": "json",
+    "conformance": "json model name",
 }
 
 

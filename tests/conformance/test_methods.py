@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from burnish.core import registry
@@ -16,10 +18,21 @@ CELLS = [(m, n) for m in METHODS for n in choose.models_for(m)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, model", CELLS, ids=[f"{m}-{n}" for m, n in CELLS])
-def test_method(method, model):
-    """All checks."""
-    for check in conformance.CHECKS:
-        check(method, model)
+def test_method(method, model, record_property):
+    """All checks of a cell; those with nothing to look at say why, and are counted."""
+    report = conformance.run(method, [model], only=conformance.CHECKS)
+    record_property("conformance", [(r.check, r.state) for r in report.results])
+    assert not report.failures, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", conformance.ONCE, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_once(method, check, record_property):
+    """Every setting, every kind of place: whatever the number of models."""
+    report = conformance.run(method, choose.models_for(method, all=False)[:1], only=[check])
+    record_property("conformance", [(r.check, r.state) for r in report.results])
+    assert not report.failures, str(report)
 
 
 @pytest.mark.parametrize("method", ["lora", "snella", "full", "checkpoint"])
@@ -39,6 +52,48 @@ def test_applies_where_its_file_says(method):
         assert (reason is None) == (lack is None), f"{model}: {reason or lack}"
         if reason is not None:
             assert len(reason) > 30 and "\n" not in reason
+
+
+# -- what is excused ------------------------------------------------------------------------------
+def test_every_exclusion_names_a_check_and_says_why():
+    checks = {c.__name__ for c in (*conformance.CHECKS, *conformance.ONCE)}
+    for e in conformance.exclusions():
+        assert e.check in checks, e
+        assert len(e.reason) > 20, e
+        assert any(e.covers(e.check, m, n) for m in METHODS for n in NAMES), f"covers nothing: {e}"
+
+
+def test_every_excused_setting_is_one():
+    conformance.exclusions()
+    for method, settings in conformance.EXCUSED.items():
+        known = {f.name for f in dataclasses.fields(registry.find(method))}
+        assert set(settings) <= known, method
+        assert all(len(why) > 20 for why in settings.values()), method
+
+
+def test_a_check_that_is_excused_and_passes_fails(monkeypatch):
+    def fine(name, model):
+        return None
+
+    def broken(name, model):
+        raise AssertionError("wrong")
+
+    excused = tuple(conformance.Exclusion(c, "lora", "*", "no reason at all") for c in
+                    ("fine", "broken"))
+    monkeypatch.setattr(conformance, "exclusions", lambda: excused)
+    assert conformance.one(fine, "lora", "vit").state == "fail"
+    assert conformance.one(broken, "lora", "vit").state == "excluded"
+    assert conformance.one(broken, "dora", "vit").state == "fail"
+
+
+def test_every_check_looks_at_something():
+    """No check is empty for the whole catalogue: some method declares what it compares with."""
+    from burnish.core.method import Method
+
+    facts = {"per_token", "state_bytes"}
+    for fact in facts:
+        assert [m for m in METHODS if hasattr(registry.find(m), fact)], fact
+        assert not hasattr(Method, fact), fact
 
 
 # -- the choice itself ----------------------------------------------------------------------------

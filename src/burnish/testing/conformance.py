@@ -31,9 +31,9 @@ from .checks.common import SMALL, TRAINS, Check, make, part, recipe, refusal, st
 from .checks.training import EXCUSED
 from .models import NAMES
 
-__all__ = ["CHECKS", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report", "Result", "Skip",
-           "check", "checks", "exclusions", "make", "methods", "one", "part", "recipe", "refusal",
-           "run", "stir", "widen"]
+__all__ = ["CHECKS", "EXCUSED", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report",
+           "Result", "Skip", "check", "checks", "exclusions", "make", "methods", "one", "part",
+           "recipe", "refusal", "run", "stir", "widen"]
 
 
 @dataclass(frozen=True)

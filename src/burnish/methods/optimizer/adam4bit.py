@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ...blocks.update import rules
+from ...blocks.update.codecs import SMALL
 from ...blocks.update.step import Inner
 from ...core.method import Method, setting
 
@@ -35,3 +37,8 @@ class Adam4bit(Method):
     def optimizer(self) -> Inner:
         rule = rules.AdamW(betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         return Inner(rule=rule, state="4bit", name="adam4bit")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        n = math.prod(shape)
+        return 8 * n if n < SMALL else 2 * (math.ceil(n / 2) + 4 * math.ceil(n / 128))

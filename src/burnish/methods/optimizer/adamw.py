@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,3 +35,7 @@ class AdamW(Method):
     def optimizer(self) -> Inner:
         rule = rules.AdamW(betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         return Inner(rule=rule, state=self.state, name="adamw")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return 2 * math.prod(shape) * itemsize

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,3 +27,7 @@ class Kahan(Method):
 
     def optimizer(self) -> Rounding:
         return Rounding(kind="kahan", name="kahan")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return math.prod(shape) * (8 + (2 if itemsize < 4 else 0))

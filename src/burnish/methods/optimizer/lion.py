@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,3 +36,7 @@ class Lion(Method):
     def optimizer(self) -> Inner:
         rule = rules.Lion(betas=self.betas, weight_decay=self.weight_decay)
         return Inner(rule=rule, state=self.state, name="lion")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return 4 * math.prod(shape)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,3 +24,7 @@ class MasterWeights(Method):
 
     def optimizer(self) -> Rounding:
         return Rounding(kind="master", name="master_weights")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return math.prod(shape) * (8 + (4 if itemsize < 4 else 0))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,3 +29,7 @@ class StepInBackward(Method):
 
     def optimizer(self) -> InBackward:
         return InBackward(name="step_in_backward")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return 8 * math.prod(shape)

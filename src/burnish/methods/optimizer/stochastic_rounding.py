@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,3 +27,7 @@ class StochasticRounding(Method):
 
     def optimizer(self) -> Rounding:
         return Rounding(kind="stochastic", name="stochastic_rounding")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        return 8 * math.prod(shape)

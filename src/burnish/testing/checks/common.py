@@ -17,7 +17,8 @@ from ...core import registry
 from ...core.errors import BurnishError, CheckError
 from ...core.method import Method
 from ...engine.slot import ATTR, slots
-from ...engine.tuned import Tuned, tune
+from ...engine.tune import tune
+from ...engine.tuned import Tuned
 from ..models import tiny
 
 #: settings that suit models of width 32, taken when a method has a setting of that name

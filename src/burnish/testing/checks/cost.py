@@ -36,7 +36,8 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
 
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
     """Between forward and backward a delta keeps what stock autograd keeps for a weight that
-    trains, and `per_token(place)` numbers per token more; nothing of the weight's size."""
+    trains (that is frozen, with ``keeps_input = False``), and `per_token(place)` numbers per token
+    more; nothing of the weight's size."""
     cls = method_of(name)
     if "delta" not in cls.axes():
         return Skip("no delta")
@@ -52,7 +53,13 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
     for p in base.parameters():
         p.requires_grad_(False)
     for place in places:
-        place.stored(base.get_submodule(place.path)).requires_grad_(True)
+        owner = base.get_submodule(place.path)
+        if getattr(cls, "keeps_input", True):
+            place.stored(owner).requires_grad_(True)
+        elif getattr(owner, "bias", None) is None:
+            return Skip("stock autograd has no form for a frozen layer without a bias to compare")
+        else:
+            owner.bias.requires_grad_(True)                # gradients pass, nothing is kept
     rows = _rows(base, batch, places)
     stock = _kept(base, batch, lambda: base(**batch).loss)
     ours = _kept(tuned.model, batch, lambda: tuned.loss(batch))

@@ -184,6 +184,8 @@ def _dropped(name: str, model: str, check: Any) -> Skip | None:
             assert "drop" in str(e), e
             return Skip(f"refuses dropout here: {e}")
         plain, _, _ = make(name, model)
+        widen(plain)
+        plain.loss(batch)                               # running statistics of both have moved
         for one in (tuned, plain):
             widen(one)
             stir(one)

@@ -191,7 +191,6 @@ def resumes_where_it_stopped(name: str, model: str) -> Skip | None:
 def _again(tuned: Any, model: str, state: Any) -> Any:
     """The run read back into a fresh base, as fit does it."""
     named = list(tuned.model.named_parameters())
-    buffers = {n: b.clone() for n, b in tuned.model.named_buffers() if f".{ATTR}." not in f".{n}"}
     with tempfile.TemporaryDirectory() as folder:
         tuned.save(folder)
         tree = {"optimizer": state.optimizer_state(tuned.current_optimizer, named),
@@ -201,9 +200,6 @@ def _again(tuned: Any, model: str, state: Any) -> Any:
         again = load(fresh(model)[0], folder)
         kept = state.load_tree(Path(folder), "run")
     again.model.train()
-    own = dict(again.model.named_buffers())
-    for n, b in buffers.items():
-        own[n].copy_(b)
     ready(again, 4)
     state.load_optimizer_state(again.current_optimizer, again.model.named_parameters(),
                                kept["optimizer"])

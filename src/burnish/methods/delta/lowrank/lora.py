@@ -59,6 +59,10 @@ class Lora(Method):
         term.B.burnish_lr = self.b_rate
         return term
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.rank
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         per = self.rank * (place.out + (place.inp if self.train_a else 0))

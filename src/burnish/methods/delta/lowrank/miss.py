@@ -81,6 +81,7 @@ class Miss(Method):
     """
 
     paper: ClassVar[str] = "MiSS / DiSHA / Bone (2024), arXiv:2409.15371"
+    keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(64, "length of a shard", alias=("r",))
@@ -95,6 +96,10 @@ class Miss(Method):
         term = Shards(place, self.rank, self.mini or place.out)
         term.D.burnish_decay = False
         return term
+
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward, and no input."""
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

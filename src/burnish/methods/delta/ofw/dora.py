@@ -51,6 +51,10 @@ class Dora(Method):
             p.burnish_decay = False
         return terms
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.rank
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.rank * (place.out + place.inp) + place.out

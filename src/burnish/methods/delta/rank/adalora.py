@@ -78,6 +78,10 @@ class Adalora(Method):
     def controller(self, tuned: Tuned) -> Pruner:
         return Pruner(self, dict(tuned.terms(Triplets)), tuned.resize)
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.init_rank
+
     def count(self, place: Place, rank: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: before pruning)."""
         return (self.init_rank if rank is None else rank) * (place.out + place.inp + 1)

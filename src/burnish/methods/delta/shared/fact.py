@@ -105,6 +105,10 @@ class Fact(Method):
         return Tiles(site.place, site.shared.U.shape[0], self.rank, self.scale, self.dropout,
                      self.form == "tk", site.shared)
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return 0
+
     def count(self, place: Place, shared: Any) -> int:
         """Trainable parameters of one matrix alone (U, V and C are the recipe's)."""
         d = shared.U.shape[0]

@@ -51,6 +51,7 @@ class Vera(Method):
     """
 
     paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation (2023), arXiv:2310.11454"
+    keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(256, "rows of the shared A", alias=("r",))
@@ -64,6 +65,10 @@ class Vera(Method):
         term = Scaled(site.place, self.rank, self.d_start, site.shared)
         term.d.burnish_decay = term.b.burnish_decay = False
         return term
+
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward, and no input."""
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -51,6 +51,10 @@ class Snell(Method):
         return KernelDelta(site.place, self.rank, self.s, mixed=False, norm_p=self.norm_p,
                            magnitude=self.magnitude)
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return 0
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.rank * (place.out + place.inp)

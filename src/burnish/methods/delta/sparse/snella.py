@@ -73,6 +73,10 @@ class Snella(Method):
             p.burnish_decay = False
         return term
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return 0
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.rank * (place.out + place.inp) + 3

@@ -125,6 +125,10 @@ class Pissa(Method):
         term.A.burnish_decay = term.B.burnish_decay = False
         return term
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.rank
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.rank * (place.out + place.inp)
