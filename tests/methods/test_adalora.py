@@ -221,3 +221,28 @@ def test_without_a_known_length_nothing_is_pruned():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(RecipeError, match="adalora"):
         Adalora(**settings)
+
+
+def test_the_equation_written_out():                                       # findings 6
+    """y = x W^T + b + s ((x Q^T) E) P^T, s = alpha / (r0 + 1e-5), in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16)).double()
+    tuned = burnish.tune(model, "adalora(rank=2, init_rank=5, alpha=12)", head=False)
+    ((_, term),) = tuned.terms(Triplets)
+    # P and Q start normal with std 0.02, E at zero
+    assert not term.E.any()
+    assert 0.015 < float(torch.cat([term.P.flatten(), term.Q.flatten()]).detach().std()) < 0.025
+    term.double()
+    with torch.no_grad():
+        for p in term.parameters():
+            p.copy_(torch.randn(p.shape).double())
+    P, E, Q = term.P, term.E, term.Q
+    x = torch.randn(5, 24).double().requires_grad_()
+    g = torch.randn(5, 16).double()
+    s = 12 / (5 + 1e-5)
+    y = x @ model[0].weight.t() + model[0].bias + s * ((x @ Q.t()) * E) @ P.t()
+    got = model(x)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, (P, E, Q, x), g),
+                    torch.autograd.grad(y, (P, E, Q, x), g), strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)

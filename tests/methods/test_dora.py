@@ -106,3 +106,64 @@ def test_decay_leaves_lengths_alone():
     tuned, *_ = stirred()
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert [g["weight_decay"] for g in opt.param_groups] == [0.0]
+
+
+def test_defaults_are_the_published_ones():
+    assert parse("dora")[0].settings() == {"targets": None, "rank": 8, "alpha": 16.0,
+                                           "dropout": 0.0}
+
+
+def test_the_equation_written_out():                                       # findings 6
+    """y = x (diag(m / c) V)^T + b, V = W + (alpha / rank) B A, c its row norms, a constant."""
+    tuned, chain, magnitude = stirred("dora(rank=4, alpha=12)")
+    for t in (chain, magnitude):
+        t.double()
+    linear, (A, B, m) = tuned.model[0], (chain.A, chain.B, magnitude.m)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 24, dtype=torch.float64)
+    V = linear.weight + 3.0 * B @ A
+    c = V.detach().square().sum(1).sqrt()
+    y = x @ ((m / c)[:, None] * V).t() + linear.bias
+    got = tuned.model(x)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, (A, B, m, x), g),
+                    torch.autograd.grad(y, (A, B, m, x), g), strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+
+
+def test_a_length_of_zero_gradient_is_a_zero_gradient():                   # findings 6
+    """Stretching V along itself moves nothing: the whole gradient of a stretch of A and B is
+    carried by m alone, which stays where rows of the update are orthogonal to dW'."""
+    tuned, chain, magnitude = stirred()
+    for t in (chain, magnitude):
+        t.double()
+    V = (tuned.model[0].weight + chain.scale * chain.B @ chain.A).detach()
+    x = torch.eye(16, dtype=torch.float64)
+    # a loss that depends on directions alone: dW' is orthogonal to every row of V
+    G = torch.randn(24, 16, dtype=torch.float64)
+    G -= (G * V).sum(1, keepdim=True) / V.square().sum(1, keepdim=True) * V
+    (dm,) = torch.autograd.grad(tuned.model(x), magnitude.m, G.t())
+    torch.testing.assert_close(dm, torch.zeros(24, dtype=torch.float64), rtol=0, atol=1e-12)
+    (dm,) = torch.autograd.grad(tuned.model(x), magnitude.m, V.t())
+    torch.testing.assert_close(dm, V.square().sum(1) / V.norm(dim=1), rtol=1e-10, atol=1e-12)
+
+
+def test_the_count_of_a_matrix():
+    from burnish.core.site import Place
+
+    method = parse("dora(rank=4)")[0]
+    assert method.count(Place("l", "weight", "linear", 24, 16)) == 4 * (24 + 16) + 24
+    assert method.per_token(Place("l", "weight", "linear", 24, 16)) == 4
+
+
+def test_targets_name_the_resource():
+    with pytest.raises(RecipeError, match="the function of W on q,v"):
+        parse("dora(targets='q,v') + dora(rank=4, targets='q,v')")
+    assert len(parse("dora(targets='q') + dora(rank=4, targets='v')")) == 2
+
+
+@pytest.mark.parametrize("settings, word", [("rank=17", "rank"), ("dropout=1.0", "dropout"),
+                                            ("dropout=-0.1", "dropout")])
+def test_settings_that_make_no_sense(settings, word):
+    with pytest.raises(RecipeError, match=word):
+        burnish.tune(nn.Sequential(nn.Linear(16, 24)), f"dora({settings})")

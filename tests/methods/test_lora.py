@@ -190,3 +190,49 @@ def test_an_embedding_leaves_its_padding_alone():                         # find
     (_, term), = tuned.terms(nn.Module)
     assert torch.equal(model(torch.tensor(3)), torch.zeros(6))
     assert term.A[:, 3].abs().sum() == 0 and term.A[:, 1].abs().sum() > 0
+
+
+def test_defaults_are_the_published_ones():
+    assert parse("lora")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": 16.0, "scaling": "lora", "dropout": 0.0,
+        "train_a": True, "b_rate": 1.0}
+
+
+@pytest.mark.parametrize("scaling, s", [("lora", 12.0 / 4), ("rs", 12.0 / 2)])
+def test_the_equation_written_out(scaling, s):                             # findings 6
+    """y = x W^T + b + s (x A^T) B^T, outputs and gradients of A, B and x in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16)).double()
+    tuned = burnish.tune(model, f"lora(rank=4, alpha=12, scaling={scaling!r})", head=False)
+    ((_, term),) = tuned.terms(Chain)
+    term.double()
+    fill(tuned)
+    x, g = torch.randn(5, 24).double().requires_grad_(), torch.randn(5, 16).double()
+    W, b, A, B = model[0].weight, model[0].bias, term.A, term.B
+    y = x @ W.t() + b + s * (x @ A.t()) @ B.t()
+    got = model(x)
+    torch.testing.assert_close(got, y, rtol=1e-12, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, (A, B, x), g), torch.autograd.grad(y, (A, B, x), g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+
+
+def test_the_start_is_uniform_below_one_over_the_root_of_the_inputs():
+    torch.manual_seed(0)
+    term = Chain(Place("l", "weight", "linear", 64, 400), 16, 1.0)
+    assert not term.B.any() and float(term.A.abs().max()) <= 0.05
+    assert float(term.A.std()) == pytest.approx(0.05 / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("train_a, per, passed", [(True, 4, 4 * 56), (False, 4, 4 * 24)])
+def test_counts_of_experts(train_a, per, passed):
+    place = Place("l", "w", "experts", 24, 32, experts=3)
+    method = parse(f"lora(rank=4, train_a={train_a})")[0]
+    assert method.count(place) == 3 * passed and method.per_token(place) == per
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0])
+def test_a_rate_of_nothing_is_refused(rate):
+    with pytest.raises(RecipeError, match="b_rate"):
+        parse(f"lora(b_rate={rate})")
+    assert parse("lora(b_rate=0.5)")[0].b_rate == 0.5

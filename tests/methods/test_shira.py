@@ -112,3 +112,20 @@ def test_a_folder_brings_back_the_same_function(mask, tmp_path):
 def test_more_entries_than_the_matrix_has():
     with pytest.raises(RecipeError, match="largest rank there is 27"):
         burnish.tune(nn.Sequential(nn.Linear(48, 64)), "shira(rank=28)")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_equation_written_out(mask):                                   # findings 6
+    """y = x (W + scatter(v))^T + b, outputs and gradients of v and x in float64."""
+    tuned, term = tuned_linear(mask)
+    nn.init.normal_(term.values)
+    x = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 64, dtype=torch.float64)
+    layer, v = tuned.model[0], term.values
+    S = torch.zeros(64 * 48, dtype=torch.float64).scatter(0, term.index.long(), v).view(64, 48)
+    y = x @ (layer.weight + S).t() + layer.bias
+    got = tuned.model(x)
+    torch.testing.assert_close(got, y, rtol=1e-12, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, (v, x), g), torch.autograd.grad(y, (v, x), g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)

@@ -224,3 +224,37 @@ def test_one_budget_a_recipe():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(RecipeError, match="snella"):
         Snella(**settings)
+
+
+def kernel(A, B, p=2.0):
+    """K[o, i] = 0.1 (||B_1[o] - A_1[i]||_p - ||B_2[o] - A_2[i]||_p)."""
+    d = [((B[h][:, None] - A[h][None]).abs() ** p).sum(-1) ** (1 / p) for h in (0, 1)]
+    return 0.1 * (d[0] - d[1])
+
+
+def test_the_equation_written_out():                                       # findings 6
+    """K = D + alpha softmax_o(D / gamma) + beta, Delta = K sg(|K| 1[|K| > tau]), in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10)).double()
+    tuned = burnish.tune(model, "snella(rank=6, s=0.4)", head=False)
+    ((_, t),) = tuned.terms(KernelDelta)
+    assert (float(t.alpha), float(t.gamma), float(t.beta)) == (1.0, 1.0, 0.0)
+    t.double()
+    with torch.no_grad():
+        for v in (t.A, t.B):
+            v.copy_(torch.randn(v.shape).double())
+        t.alpha.fill_(0.7)
+        t.gamma.fill_(0.3)
+        t.beta.fill_(-0.05)
+    x = torch.randn(5, 12).double().requires_grad_()
+    g = torch.randn(5, 10).double()
+    D = kernel(t.A, t.B)
+    K = D + t.alpha * torch.softmax(D / t.gamma, 0) + t.beta
+    M = (K.abs() * (K.abs() > torch.quantile(K.abs().flatten(), 0.4))).detach()
+    y = x @ (model[0].weight + K * M).t() + model[0].bias
+    got = model(x)
+    wanted = (t.A, t.B, t.alpha, t.gamma, t.beta, x)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(y, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)

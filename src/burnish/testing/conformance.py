@@ -28,7 +28,7 @@ from ..core.method import Method
 from . import checks, choose
 from .checks import CHECKS, ONCE, Skip
 from .checks.common import SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
-from .checks.training import EXCUSED
+from .checks.training import EXCUSED, OTHER
 from .models import NAMES
 
 __all__ = ["CHECKS", "EXCUSED", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report",
@@ -60,6 +60,8 @@ def exclusions() -> tuple[Exclusion, ...]:
     told = tomllib.loads((Path(__file__).parent / "exclusions.toml").read_text("utf-8"))
     for method, words in told.get("setting", {}).items():
         EXCUSED.setdefault(method, {}).update(words)
+    for method, values in told.get("other", {}).items():
+        OTHER.setdefault(method, {}).update(values)
     return tuple(Exclusion(e["check"], e.get("method", "*"), e.get("model", "*"), e["reason"])
                  for e in told.get("exclusion", ()))
 

@@ -247,14 +247,15 @@ def every_setting_acts(name: str, model: str) -> Skip | None:
 
 #: method -> setting -> why no run of a small model shows it; read from exclusions.toml
 EXCUSED: dict[str, dict[str, str]] = {}
+#: method -> setting -> values to try where none can be told from the type; from there too
+OTHER: dict[str, dict[str, list[Any]]] = {}
 
 
 def others(name: str, f: Any) -> Iterator[Any]:
     """Values unlike the one the small recipe has, most likely ones first."""
     cls = method_of(name)
-    given = getattr(cls, "others", {}).get(f.name)
-    if given is not None:
-        yield from given
+    if f.name in OTHER.get(name, {}):
+        yield from OTHER[name][f.name]
         return
     from ...core.recipe import parse
 
