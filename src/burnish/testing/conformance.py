@@ -27,7 +27,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.method import Method
 from . import checks, choose
 from .checks import CHECKS, ONCE, Skip
-from .checks.common import SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
+from .checks.common import OWN, SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
 from .checks.training import EXCUSED, OTHER
 from .models import NAMES
 
@@ -60,6 +60,7 @@ def exclusions() -> tuple[Exclusion, ...]:
     told = tomllib.loads((Path(__file__).parent / "exclusions.toml").read_text("utf-8"))
     for method, words in told.get("setting", {}).items():
         EXCUSED.setdefault(method, {}).update(words)
+    OWN.update(told.get("small", {}))
     for method, values in told.get("other", {}).items():
         OTHER.setdefault(method, {}).update(values)
     return tuple(Exclusion(e["check"], e.get("method", "*"), e.get("model", "*"), e["reason"])
@@ -151,3 +152,6 @@ def check(name: str | type[Method], model: str = "vit") -> None:
     """All checks of one method on one small model; raises AssertionError with all that failed."""
     report = run(name, [model], only=CHECKS)
     assert not report.failures, str(report)
+
+
+exclusions()                                  # the sizes of recipes stand there too

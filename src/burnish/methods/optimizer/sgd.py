@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from ...blocks.update import rules
 from ...blocks.update.step import Inner
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 
 
@@ -24,6 +25,11 @@ class SGD(Method):
     nesterov: bool = setting(False, "step along g + mu b instead of b")
     weight_decay: float = setting(0.0, "added to the gradient, times W")
     state: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "form the momentum is kept in")
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise RecipeError("sgd(nesterov=True) looks ahead along the momentum, and there is "
+                              "none; give one, e.g. momentum=0.9")
 
     def claims(self) -> tuple[str, ...]:
         return ("the innermost rule",)
