@@ -1,6 +1,6 @@
 """Methods that are wrong in one way each: the suite names that way, and nothing else.
 
-``mends`` is what a sound method of the same form passes; each dud differs from it in one line.
+Two sound ones pass everything; each dud differs from one of them in a line.
 """
 
 from __future__ import annotations
@@ -147,20 +147,19 @@ class SavesTwice(Thin):
         return (*super().forward_(x, y, scale), x.clone())
 
 
-class MovesInUse(Thin):
-    """It counts its calls in a tensor that is neither saved nor resumed, and computes with it."""
+class Forgets:
+    """A schedule on gradients that is part of no state."""
 
-    def __init__(self, place, rank, scale):
-        super().__init__(place, rank, scale)
-        self.calls = 0
+    def __init__(self, tuned):
+        self.tuned, self.k, self.total = tuned, 0, None
 
-    def forward_(self, x, y, scale):
-        if self.training and torch.is_grad_enabled():
-            self.calls += 1
-        return super().forward_(x, y, scale * (1 + 0.01 * self.calls))
+    def start(self, total):
+        self.total = total
 
-    def backward_(self, g, x, kept, dx, scale):
-        return super().backward_(g, x, kept, dx, scale * (1 + 0.01 * self.calls))
+    def before_update(self, step):
+        self.k += 1
+        for i, p in enumerate(self.tuned.parameters()):
+            p.grad.mul_(1 + self.k * (i + 1) / (self.total or 50))
 
 
 class FoldsHalf(Thin):
@@ -254,9 +253,11 @@ def dropping_dud(name: str, term: type[Dropping]) -> str:
 REFERENCE = {"equals_the_untouched_model", "equals_the_untouched_model_under_dropout"}
 DUDS = {
     dud("d_nothing", Nothing): {"it_acts", "every_tensor_has_a_gradient",
-                                "exactly_what_trains_moves", "loss_falls"},
+                                "exactly_what_trains_moves", "loss_falls",
+                                "every_setting_acts"},
     dud("d_no_gradient", NoGradient): {"every_tensor_has_a_gradient", *REFERENCE,
-                                       "exactly_what_trains_moves", "loss_falls"},
+                                       "exactly_what_trains_moves", "loss_falls",
+                                       "every_setting_acts"},
     dud("d_stuck", Stuck, count=lambda self, p: 4 * (p.out + p.inp) + p.out):
         {"every_tensor_has_a_gradient", "exactly_what_trains_moves"},
     dud("d_scale_ignored", ScaleIgnored): {"every_setting_acts"},
@@ -265,13 +266,12 @@ DUDS = {
     dud("d_saves_twice", SavesTwice): {"keeps_what_it_says"},
     dud("d_counts_wrong", count=lambda self, p: 4 * (p.out + p.inp) + 1): {"declared_count"},
     dud("d_folds_half", FoldsHalf): {"merges_and_unmerges"},
-    dud("d_claims_not_to_merge", merges=False): {"merges_and_unmerges"},
     dud("d_bumped", Bumped): {"identity_at_the_start"},
     dropping_dud("d_drops_nothing", DropsNothing): {"its_dropout_acts", "every_setting_acts"},
     dropping_dud("d_drops_forward_only", DropsForwardOnly): {"its_dropout_is_differentiated"},
     dropping_dud("d_drops_in_evaluation", DropsInEvaluation): {"its_dropout_acts"},
-    dud("d_not_resumable", MovesInUse): {*REFERENCE, "resumes_where_it_stopped",
-                                         "two_forwards_before_one_backward"},
+    dud("d_not_resumable", controller=lambda self, tuned: Forgets(tuned)):
+        {"resumes_where_it_stopped"},
 }
 #: checks that look at many models or at the whole step; the duds' one model says enough
 WITHOUT = {"every_kind_of_place", "simulated_is_measured"}
