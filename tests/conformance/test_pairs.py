@@ -16,10 +16,6 @@ METHODS = conformance.methods()
 TEXT = {name: conformance.recipe(name).rpartition(" + ")[2] for name in METHODS}
 PAIRS = choose.pairs(METHODS)
 ROWS = choose.covering(PAIRS, TEXT, size=2 if choose.everything() else 4)
-#: pairs that are known to fail, and where that is written down; one that works must leave
-KNOWN = {frozenset({"l2_sp", "step_in_backward"}): "findings 2.2"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_pairs(row):
@@ -27,10 +23,6 @@ def test_pairs(row):
     fits = [m for m in choose.models_for(row[0], all=True)
             if all(choose.applies(n, m) for n in row)]
     model = min(fits or ["vit"], key=lambda m: choose.rank(*row, m))
-    if any(pair <= set(row) for pair in KNOWN):
-        with pytest.raises((AssertionError, RuntimeError, burnish.BurnishError)):
-            works(row, model)
-        return
     if not works(row, model) and len(row) > 2:
         for pair in itertools.combinations(row, 2):
             works(pair, model)
