@@ -45,7 +45,12 @@ def works(names, model) -> bool:
     zeroth = "mezo" in names
     tuned.optimizer(lr=1e-4 if zeroth else 1e-3)
     before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-    losses = [float(tuned.step(batch)) for _ in range(3)]
+    try:
+        losses = [float(tuned.step(batch)) for _ in range(3)]
+    except burnish.ConfigError as e:                  # what it needs shows in the first step
+        assert len(str(e)) > 30 and "\n" not in str(e)
+        tuned.detach()
+        return False
     assert all(torch.tensor(x).isfinite() for x in losses), recipe
     moved = [n for n, p in tuned.named_parameters() if n in before and not p.equal(before[n])]
     assert moved, f"{recipe}: three steps moved nothing"
