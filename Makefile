@@ -9,7 +9,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-all check bench docs clean fuzz
+.PHONY: help setup demo test test-all mutants check bench docs clean fuzz
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,6 +35,9 @@ test: $(STAMP)  ## the suite: every method on three models, beside every axis
 
 test-all: $(STAMP)  ## every method on every model, every pair in both orders; SHARD=3/8 a part
 	BURNISH_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+mutants: $(STAMP)  ## mutations of method files that their tests let live; NAME="lora dora"
+	$(BIN)/python scripts/mutants.py $(NAME)
 
 check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most
 	$(BIN)/ruff check .

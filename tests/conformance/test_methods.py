@@ -49,6 +49,8 @@ def test_applies_where_its_file_says(method):
     for model in NAMES:
         lack = lacks(cls, choose.anatomy(model))
         reason = conformance.refusal(method, model)
+        if lack is None and reason is not None and "does not divide" in reason:
+            continue                                  # of sizes, which other models have otherwise
         assert (reason is None) == (lack is None), f"{model}: {reason or lack}"
         if reason is not None:
             assert len(reason) > 30 and "\n" not in reason
