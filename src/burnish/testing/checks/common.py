@@ -22,7 +22,7 @@ from ...engine.tuned import Tuned
 from ..models import tiny
 
 #: settings that suit models of width 32, taken when a method has a setting of that name
-SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "reduced": 4, "reduction": 4,
+SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "bottleneck": 4, "reduction": 4,
                          "threshold": 1, "every": 1, "interval": 1, "update_every": 2,
                          "layers": 1, "dropout": 0.0}
 #: method -> settings of its own that it is shown with; read from exclusions.toml
