@@ -86,7 +86,8 @@ def put(tuned: Tuned, tensors: Mapping[str, Tensor], where: str, fresh: bool = F
         if value.shape != (shape := (want[key] if key in want else buffers[key][2]).shape):
             raise FormatError(f"{where}: {key} has shape {tuple(value.shape)}, the model expects "
                               f"{tuple(shape)}")
-    fingerprint.check_tied({**want, **{k: b[2] for k, b in buffers.items()}}, tensors, where)
+    standing = {k: b for k, (a, _, b) in buffers.items() if a.away is None}
+    fingerprint.check_tied({**want, **standing}, tensors, where)
     tuned.change(lambda: _put(tuned, tensors, want, buffers, fresh))
 
 
