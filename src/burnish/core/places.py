@@ -79,6 +79,12 @@ class _Matrices:
 
     def matrix(self, path: str, m: nn.Module, kind: str, out: int, inp: int,
                transposed: bool = False) -> None:
+        if "weight" not in m._parameters:
+            self.found.notes.append(
+                f"{path} computes its weight from other tensors (weight_norm and its like), so it "
+                "is no place; torch.nn.utils.parametrize.remove_parametrizations (or "
+                "remove_weight_norm) makes it a plain one")
+            return
         w = m._parameters.get("weight")
         if w is not None and w.numel() != out * inp:
             self.found.notes.append(f"{path} holds its weight packed ({tuple(w.shape)} for "

@@ -376,6 +376,9 @@ def _hint(a: Anatomy, word: str) -> str:
         return "it has no cross-attention"
     inside = [n for n, _ in a.model.named_modules() if n == word or n.endswith(f".{word}")]
     if inside and not re.search(r"[*?\[]", word):
+        for note in a.notes:                         # why it is no place, if that was told
+            if note.startswith(f"{inside[0]} "):
+                return note
         below = any(p.path.startswith(f"{inside[0]}.") for p in a.places)
         return f"it is a module that holds others; write '{word}.*'" if below else \
             f"{inside[0]} ({type(a.model.get_submodule(inside[0])).__name__}) has no weight matrix"
