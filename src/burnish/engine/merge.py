@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CheckError, ConfigError
+from .drift import Drift
 from .originals import Originals
 from .slot import Slot, slots
 from .swap import ATTR, refill, unswap
@@ -56,12 +57,14 @@ def merge(tuned: Tuned) -> nn.Module:
     undo = Undo(flags={n: p.requires_grad for n, p in tuned.model.named_parameters()},
                 buffers=[(b, b.detach().clone()) for _, b in tuned.buffers.live()])
     tuned.undo.later(lambda: _take_back(tuned, undo))
+    drift = Drift(tuned)
     for path, module, slot in slots(tuned.model):
         for param, value in _merged(module, slot, tuned.state.active).items():
             _write(undo, path, module, slot, param, value)
         undo.modules.append((path, module, type(module), slot))
     for _, module, _, _ in undo.modules:
         unswap(module)
+    drift.check()
     for p in tuned.model.parameters():
         p.requires_grad_(False)
     tuned.merged = undo
