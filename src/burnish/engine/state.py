@@ -30,6 +30,7 @@ class State:
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
     #: adapter -> key of the batch it reads -> (part that reads it, what it means)
     needs: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    fused: bool = False                              # some of torch's layers read past modules
     off_here: int = 0                                # how many stand in `disabled` just now
 
     def use(self, active: tuple[tuple[str, float], ...],
@@ -55,6 +56,8 @@ class State:
         """Why a compiled graph may not begin at the root, or "" if it may."""
         if self.rows is not None:
             return "each sample has its own adapter"
+        if self.fused:                               # without the tape's mode they take a fast path
+            return "torch's encoder layers read weights past the modules that hold them"
         if self.riding.on_end is not None:
             return "objectives of the recipe follow the loss"
         if self.listening or self.readers:

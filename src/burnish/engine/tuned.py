@@ -96,6 +96,7 @@ class Tuned(Stepping, Looking):
         _OWNERS[model] = weakref.ref(self)
         for p in model.parameters():
             p.requires_grad_(False)
+        self.state.fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
         slot_of(model, self.state, "").root = True
 
     def recorded(self) -> list[Any]:
