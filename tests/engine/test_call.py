@@ -16,6 +16,7 @@ from burnish.core.call import current
 from burnish.core.method import Method
 from burnish.core.recipe import parse
 from burnish.core.site import Branch
+from burnish.testing import choose
 from burnish.testing.models import tiny
 
 
@@ -271,10 +272,11 @@ def test_three_threads_share_one_tuned_model(recipe, model):
     in_threads(recipe, model, 60)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe,model", PAIRS)
-def test_three_threads_share_one_tuned_model_for_long(recipe, model):
-    in_threads(recipe, model, 10_000)
+if choose.everything():                          # many minutes a pair: part of `make test-all`
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recipe,model", PAIRS)
+    def test_three_threads_share_one_tuned_model_for_long(recipe, model):
+        in_threads(recipe, model, 10_000)
 
 
 @pytest.mark.parametrize("recipe,model", [("lora(rank=2)", "cnn"), ("lora(rank=2)", "encoder"),

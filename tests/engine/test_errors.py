@@ -59,7 +59,7 @@ def test_recipes_that_cannot_be_read(text, words):
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("method", registry.names())
+@pytest.mark.parametrize("method", registry.names(extra=False))
 def test_every_method_names_the_nearest_setting(method):
     settings = [f for f in registry.find(method)().settings() if len(f) > 3]
     for name in settings:

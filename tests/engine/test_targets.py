@@ -10,7 +10,7 @@ from burnish.engine.slot import slots
 from burnish.testing import conformance
 from burnish.testing.models import tiny
 
-METHODS = [m for m in conformance.methods() if m != "toy"]
+METHODS = conformance.methods()
 MODELS = ("vit", "bert", "gpt2", "llama", "cnn")
 
 

@@ -12,9 +12,10 @@ import burnish
 from burnish.core import registry
 from burnish.engine.slot import slots
 from burnish.testing import conformance
+from burnish.testing.checks.common import logits
 from burnish.testing.models import tiny
 
-METHODS = sorted(n for n in registry.names() if conformance.TRAINS & set(
+METHODS = sorted(n for n in registry.names(extra=False) if conformance.TRAINS & set(
     registry.find(n).axes()) or "storage" in registry.find(n).axes())
 #: methods that read data first are given some
 CALIBRATED = {"corda", "eva"}
@@ -54,12 +55,12 @@ def trained(recipe, model, **kw):
 def comes_back(recipe, model, tmp_path, monkeypatch, **kw):
     tuned, batch = trained(recipe, model, **kw)
     tuned.model.eval()
-    want = conformance._logits(tuned.model(**batch))
+    want = logits(tuned.model(**batch))
     tuned.save(tmp_path / "a")
     with another_machine(monkeypatch):
         again = burnish.load(tiny(model, **kw)[0].eval(), tmp_path / "a")
         again.model.eval()
-        got = conformance._logits(again.model(**batch))
+        got = logits(again.model(**batch))
     assert torch.equal(got, want), f"off by {float((got - want).abs().max())}"
     for (n, a), (m, b) in zip(tuned.model.state_dict().items(), again.model.state_dict().items(),
                               strict=True):

@@ -17,7 +17,7 @@ from burnish.testing import conformance
 from burnish.testing.models import tiny
 
 STEPS = 6
-METHODS = [m for m in conformance.methods() if m != "toy"]
+METHODS = conformance.methods()
 SETTINGS = [(m, f.name) for m in METHODS for f in fields(registry.find(m))
             if f.name not in {g.name for g in fields(Method)}]
 

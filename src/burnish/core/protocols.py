@@ -53,6 +53,9 @@ class Attacher(Protocol):
     adapter: Any
     notes: list[str]
 
+    def device(self, path: str) -> Any:
+        """Where a module's tensors are, also those a storage holds."""
+
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use."""
 

@@ -60,9 +60,10 @@ def register(cls: type[Method], name: str | None = None) -> type[Method]:
     return cls
 
 
-def names() -> list[str]:
-    """Every name a recipe may use, presets not included."""
-    return sorted({*_files(), *_plugins(), *_EXTRA})
+def names(extra: bool = True) -> list[str]:
+    """Every name a recipe may use, presets not included. extra=False: without what a script has
+    registered, only the files and the entry points."""
+    return sorted({*_files(), *_plugins(), *(_EXTRA if extra else ())})
 
 
 def presets() -> dict[str, str]:

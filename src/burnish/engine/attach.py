@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,12 @@ class Attacher:
                               "recipe trains")
         self.asked.used(part)
 
+    def device(self, path: str) -> torch.device:
+        """Where a module's tensors are; in a storage they are no parameters any more."""
+        module = self.model.get_submodule(path)
+        held = itertools.chain(module.parameters(), module.buffers(), self.model.parameters())
+        return next(held).device
+
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use (for blocks that install themselves)."""
         return slot_of(self.model.get_submodule(path), self.state, path)
@@ -169,7 +176,7 @@ class Attacher:
         if not tensors:
             return None
         module = Shared(tensors, self.adapter.seed)
-        module.to(next(self._module(places[0]).parameters()).device)
+        module.to(self.device(places[0].path))
         self.slot("").add(self.adapter.name, f"{part.name}_shared", module)
         return module
 

@@ -35,6 +35,7 @@ class Transaction:
         self.parameters = [(p, p.requires_grad, dict(vars(p))) for p in model.parameters()]
         self.backs: list[Callable[[], None]] = []
         self.values = Originals()
+        self.grad = torch.is_grad_enabled()      # an interrupt may fall between a body and its exit
 
     def later(self, back: Callable[[], None]) -> None:
         """Call `back` on the way back, the newest first; it must bear to be called twice."""
@@ -52,6 +53,7 @@ class Transaction:
         self.later(functools.partial(_put, tensor, value))
 
     def roll_back(self) -> None:
+        torch.set_grad_enabled(self.grad)
         for back in reversed(self.backs):
             back()
         for module, cls, attributes in self.modules:
@@ -127,8 +129,10 @@ def whole(model: nn.Module, change: Callable[[Transaction], T]) -> T:
 
 def to_the_end(change: Callable[[], None]) -> None:
     """Do what can be done twice; when it is interrupted, once more, so that it ends."""
+    grad = torch.is_grad_enabled()
     try:
         change()
     except BaseException:
+        torch.set_grad_enabled(grad)             # it may have fallen between a body and its exit
         change()
         raise

@@ -194,7 +194,7 @@ def typed(key: str, value: Any, hint: str, name: str) -> Any:
                           f"{' or '.join(w for k, w in _WORDS.items() if k in simple)}")
     number = isinstance(found, int | float) and not isinstance(found, bool)
     if number and not abs(found) < 2**63:
-        raise ConfigError(f"{key}={shown(value, 60)}: expected a finite number")
+        raise ConfigError(f"{key}={shown(value, 60)}: expected a finite number below 2^63")
     if number and name in LEAST and found < LEAST[name]:
         raise ConfigError(f"{key}={found}: expected {LEAST[name]:g} or more")
     if number and name in MOST and found > MOST[name]:

@@ -62,6 +62,8 @@ class FakeLedger(Ledger):
 
     def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         values = _known(args, kwargs)
+        if any(isinstance(a, torch.UntypedStorage) for a in args):
+            values = None                     # it comes to hold what a storage without bytes has
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((args, kwargs.get("out"))):

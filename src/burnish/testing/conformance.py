@@ -98,8 +98,9 @@ class Report:
 
 
 def methods() -> list[str]:
-    """Names of every registered method that joins to a model (not pure lifecycle functions)."""
-    return [n for n in registry.names() if set(registry.find(n).axes()) - {"lifecycle"}]
+    """Names of the catalogue's methods that join to a model (not pure lifecycle functions); what a
+    script has registered is checked by name."""
+    return [n for n in registry.names(extra=False) if set(registry.find(n).axes()) - {"lifecycle"}]
 
 
 def one(check: Check, name: str, model: str) -> Result:

@@ -79,8 +79,7 @@ class Sides:
         trunk = Trunk(m.length, width, m.hidden) if m.hidden else None
         for path, keys in self.sites:
             rows = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk)
-            like = next(attacher.model.get_submodule(path).parameters())
-            rows.to(like.device).listen(attacher.slot(path), part.name)
+            rows.to(attacher.device(path)).listen(attacher.slot(path), part.name)
 
 
 def attentions(anatomy: Anatomy):

@@ -83,9 +83,9 @@ class Among:
         v = (6 / ((patch_inputs(anatomy, stack) or d) + d)) ** 0.5
         after = special_tokens(anatomy.model, stack) if m.after is None else m.after
         for i, block in enumerate(self.blocks):
-            like = next(attacher.model.get_submodule(block.path).parameters())
             fresh = m.deep or i == 0
-            rows = torch.empty(m.length, d).uniform_(-v, v).to(like.device) if fresh else None
+            rows = torch.empty(m.length, d).uniform_(-v, v).to(attacher.device(block.path)) \
+                if fresh else None
             Tokens(attacher.state, attacher.adapter.name, m.length, rows, after=after,
                    enter=i == 0, leave=i == last, dropout=m.dropout
                    ).listen(attacher.slot(block.path), part.name)
