@@ -45,7 +45,7 @@ class Toy(Method):
 register(Toy, "toy")
 
 
-@pytest.mark.parametrize("model", ["vit", "gpt2", "cnn", "mha"])
+@pytest.mark.parametrize("model", ["vit", "gpt2", "convnext", "mha"])
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda c: c.__name__)
 def test_toy_conforms(check, model):
     result = conformance.one(check, "toy", model)
