@@ -29,13 +29,15 @@ THRESHOLD = 1 << 20
 class _Away:
     """One storage's bytes, elsewhere. `bring` gives them back; shared while readers remain."""
 
-    def __init__(self, flat: Tensor, place: str, folder: Path | None, serial: int):
-        self.device, self.nbytes = flat.device, flat.numel()
+    def __init__(self, t: Tensor, place: str, folder: Path | None, serial: int):
+        storage = t.untyped_storage()
+        self.device, self.nbytes = t.device, storage.nbytes()
         self.file: Path | None = None
         self.held: Tensor | None = None
         self.back: Any = lambda: None
-        if isinstance(flat, FakeTensor):
+        if isinstance(t, FakeTensor):
             return
+        flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
         if place == "disk":
             self.file = folder / f"{serial}.bin"
             flat.cpu().numpy().tofile(self.file)
@@ -48,6 +50,9 @@ class _Away:
     def bring(self) -> Tensor:
         """The bytes as a flat tensor; views of it hold the storage, so that is what is shared."""
         storage = self.back()
+        if isinstance(storage, Tensor):             # a view of a simulation's: back to flat bytes
+            n = self.nbytes // storage.element_size()
+            return storage.as_strided((n,), (1,), 0).view(torch.uint8)
         if storage is not None:
             return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
         if self.file is not None:
@@ -56,6 +61,7 @@ class _Away:
             now = self.held.to(self.device, copy=True)
         else:                                       # a simulation: memory comes, no bytes
             now = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+            return now
         self.back = weakref.ref(now.untyped_storage())
         return now
 
@@ -67,7 +73,10 @@ class _Moved:
         self.away, self.view = away, View(t)
 
     def open(self) -> Tensor:
-        return self.view.of(self.away.bring())
+        made = self.view.of(self.away.bring())
+        if isinstance(made, FakeTensor):            # fakes hold no base: the view is what is shared
+            self.away.back = weakref.ref(made)
+        return made
 
 
 def _gone() -> None:
@@ -106,8 +115,7 @@ class Offload(Policy):
         ref, gone, version = self._away.get(key, (_gone, _gone, None))
         away = gone()                            # alive while some reader waits for it
         if ref() is None or away is None or version != t._version:
-            flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
-            away = _Away(flat, self.to, self._folder and Path(self._folder.name),
+            away = _Away(t, self.to, self._folder and Path(self._folder.name),
                          next(self._serial))
             self.bytes_written += nbytes
             self._away[key] = (weakref.ref(storage), weakref.ref(away), t._version)
