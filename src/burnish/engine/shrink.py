@@ -8,7 +8,7 @@ it is now, where a config can: a model built from it must have the same shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ Put = Callable[[Any, str, Any], None]
 
 def shrink(tuned: Tuned, ragged: bool = False) -> nn.Module:
     """See :meth:`burnish.Tuned.shrink`."""
-    dead = {path: ~m.alive for path, m in masks(tuned)}
+    dead = {path: ~m.alive for path, m in tuned.branches(UnitMask)}
     found = [g for g in groups(tuned.anatomy)[0] if g.out.path in dead
              and bool(dead[g.out.path].any())]
     if not found:
@@ -68,11 +68,6 @@ def shrink(tuned: Tuned, ragged: bool = False) -> nn.Module:
         tuned.unmerge()
         raise
     return tuned.model
-
-
-def masks(tuned: Tuned) -> Iterator[tuple[str, UnitMask]]:
-    """(path, mask) of every mask of the active adapter."""
-    yield from tuned.branches(UnitMask)
 
 
 # -- weights ------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class Pruner:
 
     def now(self, g: Group) -> Tensor | None:
         """The units' importance by this update's gradients, (units,); None without any."""
-        parts = []
+        parts, made = [], {}
         for side, members in ((0, g.rows), (1, g.columns)):
             for place, width in members:
                 whole = replace(place, rows=None, role="")       # one term may serve a fused weight
@@ -145,8 +145,10 @@ class Pruner:
                 term = self.terms.get(at.name)
                 if term is None or term.A.grad is None or term.B.grad is None:
                     continue
-                sums = factor_importance(self.weight(at), term.A, term.B, term.A.grad,
-                                         term.B.grad, term.scale)[side]
+                if at.name not in made:                          # q, k and v of one fused weight
+                    made[at.name] = factor_importance(self.weight(at), term.A, term.B,
+                                                      term.A.grad, term.B.grad, term.scale)
+                sums = made[at.name][side]
                 if at is whole and place.rows:
                     sums = sums[place.rows[0] : place.rows[1]]
                 units = sums.view(g.units, width).sum(1)
