@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -238,3 +239,24 @@ def test_the_process_takes_what_was_promised():
     assert run.returncode == 0, run.stderr[-2000:]
     took, promised = map(int, run.stdout.split()[-2:])
     assert took == pytest.approx(promised, rel=0.1)
+
+
+@pytest.mark.parametrize("waits", ["in memory", "on disk"])
+def test_originals_that_the_reference_brings_back_are_promised(monkeypatch, waits):
+    """The teacher of distill is the base: what trains stands aside, its old values come back."""
+    from burnish.engine import originals
+
+    monkeypatch.setattr(originals, "IN_MEMORY", 1 << 20 if waits == "in memory" else 256)
+    net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU(),
+                        nn.Linear(32, 8))
+    batch = (torch.randn(4, 16), torch.randint(0, 8, (4,)))
+
+    def loss(out, b):
+        return nn.functional.cross_entropy(out, b[1])
+
+    promise = burnish.simulate(copy.deepcopy(net), "full + distill", batch, loss=loss)
+    tuned = burnish.tune(net, "full + distill")
+    tuned.optimizer(lr=1e-3)
+    truth = burnish.measure(tuned, batch, loss=loss)
+    assert promise.peak_bytes == truth.peak_bytes
+    assert promise.by_category == truth.by_category

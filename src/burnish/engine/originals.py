@@ -1,7 +1,7 @@
 """Where the base's own values wait while they train, so that detach and unmerge are exact.
 
-Small tensors wait in memory. Large ones wait in a file that is mapped on the way back: keeping a
-second copy of the model in memory would defeat the purpose.
+Small tensors wait in memory. Large ones wait in a file: keeping a second copy of the model in
+memory would defeat the purpose.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..blocks.tape import disk
+
 #: bytes of one tensor above which it waits on disk
 IN_MEMORY = 1 << 20
 
@@ -28,6 +30,7 @@ class Originals:
         self.kept: dict[tuple[str, str], Tensor | Path] = {}
         self.devices: dict[tuple[str, str], torch.device] = {}
         self.shapes: dict[tuple[str, str], torch.Size] = {}
+        self.dtypes: dict[tuple[str, str], torch.dtype] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count()
 
@@ -36,31 +39,30 @@ class Originals:
         if key in self.kept:
             return
         value = value.detach()
-        self.devices[key], self.shapes[key] = value.device, value.shape
-        if isinstance(value, FakeTensor) or value.device.type == "meta":
-            self.kept[key] = value                   # a simulation has no bytes to keep
-        elif value.numel() * value.element_size() <= IN_MEMORY:
+        self.devices[key], self.shapes[key], self.dtypes[key] = \
+            value.device, value.shape, value.dtype
+        if value.device.type == "meta" or isinstance(value, FakeTensor) and _large(value):
+            self.kept[key] = value                   # no bytes to keep
+        elif not _large(value):
             self.kept[key] = value.to("cpu", copy=True)
         else:
-            from safetensors.torch import save_file
-
             file = self._new_file()
-            save_file({"t": value.to("cpu").contiguous()}, file)
+            disk.write(file, value)
             self.kept[key] = file
 
     def _new_file(self) -> Path:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="burnish-")
-        return Path(self._folder.name) / f"{next(self._serial)}.safetensors"
+        return Path(self._folder.name) / f"{next(self._serial)}.bin"
 
     def get(self, path: str, param: str) -> Tensor:
         """The value, on the host; `home` says where it came from."""
         held = self.kept[path, param]
-        if isinstance(held, Tensor):
+        if isinstance(held, Tensor) and not (isinstance(held, FakeTensor) and _large(held)):
             return held
-        from safetensors.torch import load_file
-
-        return load_file(held)["t"]
+        dtype, shape = self.dtypes[path, param], self.shapes[path, param]
+        file = held if isinstance(held, Path) else None
+        return disk.read(file, shape.numel() * dtype.itemsize).view(dtype).view(shape)
 
     def home(self, path: str, param: str) -> torch.device:
         """The device the value came from."""
@@ -85,6 +87,7 @@ class Originals:
         """Its own files (links to the same bytes where the disk can), so that either may go."""
         twin = memo[id(self)] = type(self)()
         twin.devices, twin.shapes = dict(self.devices), dict(self.shapes)
+        twin.dtypes = dict(self.dtypes)
         for key, held in self.kept.items():
             if isinstance(held, Tensor):
                 twin.kept[key] = held            # never written to
@@ -102,3 +105,7 @@ class Originals:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def _large(t: Tensor) -> bool:
+    return t.numel() * t.element_size() > IN_MEMORY

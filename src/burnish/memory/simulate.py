@@ -201,13 +201,8 @@ def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> Me
 
 def _watch_originals(tuned: Any, ledger: Ledger) -> None:
     """Copies of small base tensors that wait in host memory so that detach is exact."""
-    from ..engine.originals import IN_MEMORY
-
-    for (path, _), kept in tuned.originals.kept.items():
-        if isinstance(kept, Tensor):
-            size = kept.numel() * kept.element_size()
-            if size <= IN_MEMORY:
-                ledger.reserve("weights", size, path, "cpu")
+    ledger.watch("weights", {f"{path}.{name}": kept for (path, name), kept
+                             in tuned.originals.kept.items() if isinstance(kept, Tensor)})
 
 
 def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:

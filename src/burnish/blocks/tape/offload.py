@@ -13,11 +13,11 @@ import weakref
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import disk
 from .functions import storage_of
 from .notes import View
 from .saved import Policy
@@ -35,12 +35,12 @@ class _Away:
         self.file: Path | None = None
         self.held: Tensor | None = None
         self.back: Any = lambda: None
-        if isinstance(t, FakeTensor):
+        if isinstance(t, FakeTensor):               # a simulation has no bytes to move
             return
         flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
         if place == "disk":
             self.file = folder / f"{serial}.bin"
-            flat.cpu().numpy().tofile(self.file)
+            disk.write(self.file, flat)
             weakref.finalize(self, self.file.unlink, missing_ok=True)
         else:
             pinned = flat.device.type == "cuda"
@@ -50,18 +50,12 @@ class _Away:
     def bring(self) -> Tensor:
         """The bytes as a flat tensor; views of it hold the storage, so that is what is shared."""
         storage = self.back()
-        if isinstance(storage, Tensor):             # a view of a simulation's: back to flat bytes
-            n = self.nbytes // storage.element_size()
-            return storage.as_strided((n,), (1,), 0).view(torch.uint8)
         if storage is not None:
             return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-        if self.file is not None:
-            now = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).to(self.device)
-        elif self.held is not None:
+        if self.held is not None:
             now = self.held.to(self.device, copy=True)
-        else:                                       # a simulation: memory comes, no bytes
-            now = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-            return now
+        else:
+            now = disk.read(self.file, self.nbytes).to(self.device)
         self.back = weakref.ref(now.untyped_storage())
         return now
 
@@ -73,10 +67,7 @@ class _Moved:
         self.away, self.view = away, View(t)
 
     def open(self) -> Tensor:
-        made = self.view.of(self.away.bring())
-        if isinstance(made, FakeTensor):            # fakes hold no base: the view is what is shared
-            self.away.back = weakref.ref(made)
-        return made
+        return self.view.of(self.away.bring())
 
 
 def _gone() -> None:
