@@ -36,7 +36,9 @@ test: $(STAMP)  ## the suite: every method on three models, beside every axis
 test-all: $(STAMP)  ## every method on every model, every pair in both orders; SHARD=3/8 a part
 	BURNISH_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-mutants: $(STAMP)  ## mutations of method files that their tests let live; NAME="lora dora"
+NAME ?= --named
+
+mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg"
 	$(BIN)/python scripts/mutants.py $(NAME)
 
 check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most

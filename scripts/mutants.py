@@ -1,236 +1,199 @@
-"""Small mutations of a method's source, and which of them its tests let live.
+"""Small mutations of a file's source, and which of them its tests let live.
 
-    python scripts/mutants.py lora dora            (make mutants NAME="lora dora")
+    python scripts/mutants.py lora dora                    (make mutants NAME="lora dora")
+    python scripts/mutants.py blocks/weight/factor --lines 40-60
 
 One change at a time (a constant, a sign, an operator, a comparison, a dropped term, a dropped
-keyword, a condition turned, a function that returns nothing) is applied to a copy of the package;
-the method's own test file and its conformance cells must fail. Survivors are printed and the exit
-code is 1 when there are any. Mutants that change nothing stand in mutants.toml with the reason.
+keyword, a condition turned, a reduction exchanged, a function that returns nothing) is applied to
+a copy of the package; the tests of the file must fail, and a run past its limit of time or memory
+has failed. A method's tests are tests/methods/test_NAME.py and its conformance cell on a small
+model; a block's are tests/blocks/test_NAME.py and the tests of the methods that import it. Further
+ones, and mutants that are no other program with the reason, stand in mutants.toml. The tests that
+killed most run first. Prints a line for each survivor and a table; exit code 1 when any lives.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     import tomllib
-except ImportError:
+except ImportError:                                             # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-_SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-         ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
-         ast.MatMult: None}
-_FLIP = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq,
-         ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
-#: calls and statements whose words are for people
-_TALK = {"RecipeError", "TargetError", "ConfigError", "CheckError"}
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from mutants_apply import Mutant, mutants  # noqa: E402
+from mutants_run import Runner  # noqa: E402
 
 
-class Mutant:
-    """One change: where it is, what it reads like, and the source with it."""
+@dataclass(frozen=True)
+class Subject:
+    """A file of the package and the tests that must fail when it is changed."""
 
-    def __init__(self, line: int, before: str, after: str, source: str):
-        self.line, self.before, self.after, self.source = line, before, after, source
+    name: str
+    file: Path
+    tests: tuple[str, ...]
+    cells: tuple[str, ...]                  # methods whose conformance cell is run
+    equivalent: dict[str, str]              # mutant -> why it is no other program
 
     @property
-    def name(self) -> str:
-        return f"{self.before}  ->  {self.after}"
+    def place(self) -> str:
+        return self.file.relative_to(ROOT).as_posix()
 
 
-def mutants(source: str) -> Iterator[Mutant]:
-    """Every mutant of a module's source, in the order of its lines."""
-    tree = ast.parse(source)
-    sites = [(parent, field, index, node) for parent, field, index, node in _walk(tree)]
-    seen = set()
-    for k, (_, _, _, node) in enumerate(sites):
-        for new in _changes(node):
-            twin = copy.deepcopy(tree)
-            parent, field, index, old = list(_walk(twin))[k]
-            if index is None:
-                setattr(parent, field, new)
-            else:
-                getattr(parent, field)[index] = new
-            text = ast.unparse(ast.fix_missing_locations(twin))
-            if text in seen:
-                continue
-            seen.add(text)
-            yield Mutant(getattr(node, "lineno", 0), _short(old), _short(new), text)
+@dataclass
+class Tally:
+    """What became of the mutants of one file."""
+
+    name: str
+    killed: int = 0
+    slow: int = 0                           # of the killed, by the limit of time
+    equivalent: int = 0
+    live: list[Mutant] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return self.killed + self.equivalent + len(self.live)
 
 
-def _short(node: ast.AST) -> str:
-    return " ".join(ast.unparse(node).split())[:90]
-
-
-def _walk(node: ast.AST, quiet: bool = False) -> Iterator[tuple]:
-    """(parent, field, index, child) of everything that runs: docstrings, annotations, help texts
-    and the words of errors are left out."""
-    for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list", "type_comment"):
-            continue
-        children = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
-        for index, child in children:
-            if not isinstance(child, ast.AST) or _talks(child):
-                continue
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                continue                                    # a docstring
-            if isinstance(child, ast.Import | ast.ImportFrom) or _is_fact(child):
-                continue
-            if isinstance(node, ast.Call) and _called(node) == "setting" and \
-                    (field == "keywords" or index):
-                continue                                    # help and aliases; the default stays
-            yield node, field, index, child
-            yield from _walk(child)
-
-
-def _called(node: ast.AST) -> str:
-    func = getattr(node, "func", None)
-    return getattr(func, "id", getattr(func, "attr", ""))
-
-
-def _talks(node: ast.AST) -> bool:
-    return isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) \
-        and _called(node.exc) in _TALK
-
-
-def _is_fact(node: ast.AST) -> bool:
-    """`paper` and what only type checkers read."""
-    target = getattr(node, "target", None) or next(iter(getattr(node, "targets", [])), None)
-    if isinstance(node, ast.If) and _short(node.test) == "TYPE_CHECKING":
-        return True
-    return getattr(target, "id", "") == "paper"
-
-
-def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Constant):
-        v = node.value
-        if isinstance(v, bool):
-            yield ast.Constant(not v)
-        elif isinstance(v, int):
-            yield ast.Constant(v + 1)
-            if v > 1:
-                yield ast.Constant(v - 1)
-        elif isinstance(v, float):
-            yield ast.Constant(v * 2 if v else 0.5)
-    elif isinstance(node, ast.BinOp):
-        if isinstance(node.op, ast.Add | ast.Sub):
-            yield node.left                                 # a term dropped
-        if (other := _SWAP.get(type(node.op))) is not None:
-            yield ast.BinOp(node.left, other(), node.right)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
-        yield node.operand
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _FLIP:
-        yield ast.Compare(node.left, [_FLIP[type(node.ops[0])]()], node.comparators)
-    elif isinstance(node, ast.BoolOp):
-        other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        yield ast.BoolOp(other, node.values)
-    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) \
-            and node.attr in ("mul_", "add_"):
-        yield ast.Attribute(node.value, {"mul_": "div_", "add_": "sub_"}[node.attr], node.ctx)
-    elif isinstance(node, ast.Call):
-        for k in range(len(node.keywords)):
-            if node.keywords[k].arg and _called(node) not in ("setting", "dataclass"):
-                yield ast.Call(node.func, node.args,
-                               [w for i, w in enumerate(node.keywords) if i != k])
-    elif isinstance(node, ast.Return) and node.value is not None \
-            and not (isinstance(node.value, ast.Constant) and node.value.value is None):
-        yield ast.Return(ast.Constant(None))
-    elif isinstance(node, ast.Assign | ast.AugAssign | ast.Expr) and not _is_fact(node):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield):
-            return
-        if isinstance(node, ast.Expr) or any(isinstance(t, ast.Attribute | ast.Subscript) for t in
-                                             getattr(node, "targets", [node.target] if
-                                                     isinstance(node, ast.AugAssign) else [])):
-            yield ast.Pass()                                # a statement dropped
-
-
-# -- running --------------------------------------------------------------------------------------
-def file_of(name: str) -> Path:
-    found = [p for p in (ROOT / "src/burnish/methods").rglob(f"{name}.py")]
-    if len(found) != 1:
-        sys.exit(f"no method file {name}.py below src/burnish/methods")
-    return found[0]
-
-
-def equivalent() -> dict[str, dict[str, str]]:
-    """method -> mutant -> why it is no other program."""
+def declared() -> dict:
     return tomllib.loads((ROOT / "scripts/mutants.toml").read_text("utf-8"))
 
 
-def tests_of(name: str) -> list[str]:
-    """The method's own test files (any that name it in their own name or say so in the list)."""
-    own = ROOT / "tests/methods" / f"test_{name}.py"
-    told = equivalent().get(name, {}).get("tests", "").split()
-    return [str(p) for p in ([own] if own.exists() else [])] + [str(ROOT / t) for t in told]
+def subject(name: str) -> Subject:
+    """A method by its name, or any file of the package by its path below src/burnish."""
+    package = ROOT / "src/burnish"
+    name = name.removeprefix("src/burnish/").removesuffix(".py")
+    told = declared()
+    if "/" in name:
+        files, where = [package / f"{name}.py"], "blocks"
+    else:
+        files, where = list((package / "methods").rglob(f"{name}.py")), "methods"
+    if len(files) != 1 or not files[0].exists():
+        sys.exit(f"{name}: neither a method's name nor a path below src/burnish")
+    stem = files[0].stem
+    own = [f"tests/{where}/test_{stem}.py"]
+    cells = [name]
+    if where == "blocks":
+        cells = [m for m in readers(name) if (ROOT / f"tests/methods/test_{m}.py").exists()]
+        own += [f"tests/methods/test_{m}.py" for m in cells]
+    own += told.get("tests", {}).get(name, [])
+    return Subject(name, files[0], tuple(dict.fromkeys(t for t in own if (ROOT / t).exists())),
+                   tuple(told.get("cells", {}).get(name, cells[:1])),
+                   told.get("equivalent", {}).get(name, {}))
 
 
-def killed(package: Path, name: str, seconds: int) -> bool:
-    """The tests fail (or hang) with the package as it stands."""
-    env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1",
-           "PYTHONDONTWRITEBYTECODE": "1"}
-    runs = []
-    if own := tests_of(name):
-        runs.append(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *own])
-    runs.append(["-c", "import sys\nfrom burnish.testing import conformance as c\n"
-                       f"r = c.run({name!r}, c.choose.models_for({name!r})[-1:])\n"
-                       "print(r)\nsys.exit(bool(r.failures))"])
-    for command in runs:
-        try:
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, timeout=seconds,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            return True
-        if done.returncode:
-            return True
-    return False
+def readers(block: str) -> list[str]:
+    """Methods whose file imports this block."""
+    word = block.replace("/", ".")
+    return sorted(p.stem for p in (ROOT / "src/burnish/methods").rglob("*.py")
+                  if not p.stem.startswith("_") and f"{word} import" in p.read_text("utf-8"))
 
 
-def survivors(name: str, seconds: int, lines: range | None = None) -> list[Mutant]:
-    """Mutants of one method that live, known equivalents left out; prints each as it goes."""
-    file = file_of(name)
-    known = equivalent().get(name, {})
-    left, count = [], 0
+def judge(of: Subject, mutated: list[Mutant], seconds: int | None = None,
+          trusted: bool = False) -> Tally:
+    """Run the tests on every mutant; prints survivors as it goes.
+
+    trusted: the tests are known to pass without any mutation, and are not run to see it.
+    """
+    tally = Tally(of.name)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
         shutil.copytree(ROOT / "src", package, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("__pycache__"))
-        if killed(package, name, seconds):
-            sys.exit(f"{name}: the tests fail without any mutation")
-        place = package / file.relative_to(ROOT / "src")
-        for mutant in mutants(file.read_text("utf-8")):
-            if mutant.name in known or lines is not None and mutant.line not in lines:
+        runner = Runner(ROOT, package, of.tests, of.cells, seconds)
+        if trusted:
+            runner.trust()
+        elif (fault := runner.prepare()) is not None:
+            sys.exit(f"{of.name}: the tests fail without any mutation: {fault}")
+        for mutant in mutated:
+            if mutant.name in of.equivalent:
+                tally.equivalent += 1
                 continue
-            count += 1
-            place.write_text(mutant.source, "utf-8")
-            if not killed(package, name, seconds):
-                left.append(mutant)
-                print(f"{name}:{mutant.line}: lives: {mutant.name}", flush=True)
-    print(f"{name}: {count} mutants, {len(left)} live, {len(known)} known to be no others",
-          flush=True)
-    return left
+            killer = runner.killer(of.file.relative_to(ROOT / "src"), mutant.source)
+            if killer is None:
+                tally.live.append(mutant)
+                print(f"{of.place}:{mutant.line}: lives: {mutant.name}", flush=True)
+            else:
+                tally.killed += 1
+                tally.slow += killer == "time"
+                print(f"{of.place}:{mutant.line}: {mutant.name}: {killer}", file=sys.stderr)
+    return tally
+
+
+def table(tallies: list[Tally]) -> str:
+    rows = [("file", "mutants", "killed", "by time", "equivalent", "live")]
+    rows += [(t.name, *map(str, (t.count, t.killed, t.slow, t.equivalent, len(t.live))))
+             for t in tallies]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) if not i else c.rjust(w)
+                               for i, (c, w) in enumerate(zip(r, wide, strict=True)))
+                     for r in rows)
+
+
+def named() -> list[tuple[Subject, list[Mutant]]]:
+    """The mutants that mutants.toml names: mistakes somebody made, or could."""
+    out = []
+    for told in declared()["named"]:
+        of = subject(told["file"])
+        text = of.file.read_text("utf-8")
+        if text.count(told["before"]) != 1:
+            sys.exit(f"mutants.toml: {told['name']}: {told['before']!r} does not stand once in "
+                     f"{of.place}; say what it reads now")
+        line = text[:text.index(told["before"])].count("\n") + 1
+        changed = text.replace(told["before"], told["after"])
+        out.append((of, [Mutant(line, told["name"], changed)]))
+    return out
+
+
+def chosen(text: str | None) -> set[int] | None:
+    """``"12,40-60"`` -> lines."""
+    if not text:
+        return None
+    spans = [w.partition("-")[::2] for w in text.split(",")]
+    return {n for a, b in spans for n in range(int(a), int(b or a) + 1)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", metavar="METHOD")
-    parser.add_argument("--seconds", type=int, default=300, help="limit of one test run")
+    parser.add_argument("names", nargs="*", metavar="FILE", help="a method, or blocks/weight/term")
+    parser.add_argument("--named", action="store_true", help="the mutants mutants.toml names")
+    parser.add_argument("--lines", help="only mutants of these lines: 12,40-60")
+    parser.add_argument("--seconds", type=int, help="limit of one mutant's run (default: from the "
+                                                    "run without mutation)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     given = parser.parse_args()
+    if not given.names and not given.named:
+        parser.error("name a method or a file below src/burnish, or give --named")
+    lines, work = chosen(given.lines), []
+    for of in map(subject, given.names):
+        every = list(mutants(of.file.read_text("utf-8")))
+        if stale := set(of.equivalent) - {m.name for m in every}:
+            sys.exit(f"mutants.toml: {of.name} has no mutant {sorted(stale)}")
+        work.append((of, [m for m in every if lines is None or m.line in lines]))
+    work += named() if given.named else []
     if given.list:
-        for name in given.names:
-            for m in mutants(file_of(name).read_text("utf-8")):
-                print(f"{name}:{m.line}: {m.name}")
+        for of, every in work:
+            for m in every:
+                print(f"{of.place}:{m.line}: {m.name}")
         return 0
-    return int(any([survivors(n, given.seconds) for n in given.names]))
+    tallies = [judge(of, every, given.seconds, trusted=k >= len(given.names) and bool(k))
+               for k, (of, every) in enumerate(work)]           # the suite runs tests of the named
+    for of, tally in zip([of for of, _ in work], tallies, strict=True):
+        for m in tally.live:
+            print(f"{of.place}:{m.line}: {m.name}")
+    print(table(tallies), flush=True)
+    return int(any(t.live for t in tallies))
 
 
 if __name__ == "__main__":

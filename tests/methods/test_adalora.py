@@ -246,3 +246,21 @@ def test_the_equation_written_out():                                       # fin
     for a, w in zip(torch.autograd.grad(got, (P, E, Q, x), g),
                     torch.autograd.grad(y, (P, E, Q, x), g), strict=True):
         torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("adalora")[0].settings() == {
+        "targets": None, "rank": 8, "init_rank": 12, "alpha": 16.0, "ortho": 0.1, "warmup": 0.1,
+        "cooldown": 0.3, "every": 10}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "adalora(rank=2, init_rank=3)",
+                         targets="0", head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("adalora(rank=2, init_rank=5)")[0].per_token(place) == 5

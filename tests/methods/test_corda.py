@@ -119,3 +119,20 @@ def test_the_count_on_llama():
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     assert 32 * sum(method.count(Place("x", "weight", "linear", o, i))
                     for o, i in shapes) == 319_815_680
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("corda")[0].settings() == {
+        "targets": None, "rank": 128, "alpha": None, "mode": "instruction", "samples": 256}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "corda(rank=3)", targets="0", head=False,
+                         calibration=[torch.randn(4, 16)])
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("corda(rank=5)")[0].per_token(place) == 5

@@ -131,3 +131,16 @@ def test_ranks_come_back_from_the_file(tmp_path):
     burnish.load(third, tmp_path / "b")
     third.eval()
     assert torch.equal(net(**batch).logits, third(**batch).logits)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("eva")[0].settings() == {
+        "targets": None, "rank": 16, "alpha": 16.0, "rho": 2.0, "tolerance": 0.99, "whiten": False,
+        "samples": None}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "eva(rank=3)", targets="0", head=False,
+                         calibration=[torch.randn(8, 16)])
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}

@@ -169,3 +169,47 @@ def test_checkpointing_gives_shared_tensors_their_gradients():
         net(**batch).loss.backward()
         grads.append({n: p.grad for n, p in tuned.named_parameters()})
     assert all(torch.allclose(grads[1][n], g) and g.any() for n, g in grads[0].items())
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("fact")[0].settings() == {
+        "targets": None, "rank": 16, "form": "tt", "scale": 1.0, "dropout": 0.0}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("fact(rank=3)")[0].per_token(place) == 0
+
+
+def uniform(t, bound):
+    """Values as even as they would be from +-bound: range, and second and fourth moments."""
+    t = t.detach().double() / bound
+    assert t.abs().max() <= 1 and t.min() < -0.95 and t.max() > 0.95
+    assert float(t.mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(t.square().mean()) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_the_start_is_drawn_at_the_published_spread():
+    """U and Sigma in +-1/sqrt(their columns), P of variance 1/rank, C by Glorot's rule; V = 0."""
+    for form in ("tt", "tk"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(96, 96))
+        burnish.tune(net, f"fact(rank=64, form='{form}')", targets="0", head=False)
+        wide = nn.Sequential(*(nn.Linear(96, 96) for _ in range(24)))
+        burnish.tune(wide, f"fact(rank=64, form='{form}')", targets="*", head=False)
+        shared = wide.burnish.default["fact_shared"]
+        assert not shared.V.any()
+        uniform(shared.U, 96**-0.5)
+        if form == "tt":
+            uniform(net[0].burnish.default["fact"].sigma, 64**-0.5)
+        else:
+            uniform(torch.cat([m.burnish.default["fact"].P.flatten() for m in wide]),
+                    (3 / 64) ** 0.5)
+            uniform(shared.C, (6 / (64 * 64 + 64 * 64)) ** 0.5)
+
+
+def test_dropout_is_a_probability():
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match="fact: dropout"):
+            burnish.parse(f"fact(dropout={p})")
+    assert burnish.parse("fact(dropout=0.0)") and burnish.parse("fact(dropout=0.9)")

@@ -141,3 +141,16 @@ def test_the_count_with_what_waits():
     p = Place("x", "weight", "linear", 768, 3072)
     assert method.count(p) == 2 * (768 + 3072) + 1
     assert method.count(p, rank=8, waiting=0) == 8 * (768 + 3072 + 1)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("increlora")[0].settings() == {
+        "targets": None, "rank": 8, "init_rank": 1, "grow": 1, "top": 18, "warmup": 1000,
+        "every": 1000, "alpha": 16.0, "ortho": 0.1, "advance": True, "preserve": False}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "increlora(rank=2)", targets="0",
+                         head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}

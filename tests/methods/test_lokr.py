@@ -119,3 +119,15 @@ def test_it_is_what_peft_computes(args):
 def test_prime_sides_are_refused():
     with pytest.raises(RecipeError, match="no sides to split"):
         burnish.tune(nn.Sequential(nn.Linear(7, 5)), "lokr(rank=1)", head=False, targets="0")
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("lokr")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": 8.0, "factor": -1, "decompose_both": False}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "lokr(rank=2)", targets="0",
+                         head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}

@@ -212,3 +212,15 @@ def test_the_count_on_llama():
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     assert 32 * sum(method.count(Place("x", "weight", "linear", o, i))
                     for o, i in shapes) == 19_988_480
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("loraprune")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": 16.0, "ratio": 0.5, "units": "both", "every": 10,
+        "warmup": 0.1, "cooldown": 0.1, "spare": 0.1, "decay": 0.9}
+
+
+def test_decay_leaves_the_factors_alone():
+    tuned = burnish.tune(tiny("llama")[0], "loraprune(rank=4, spare=0)", head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}

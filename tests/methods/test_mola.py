@@ -263,3 +263,36 @@ def test_it_cannot_merge_and_copies_stay_whole():
     assert torch.equal(logits(net, batch), logits(other, batch))
     with pytest.raises(burnish.CheckError, match="mola has no form as a plain weight"):
         tuned.merge()
+
+
+@pytest.mark.parametrize("rank, alpha, s", [(2, 12, 6.0), (4, 2, 0.5)])
+def test_a_layer_of_the_model_is_the_equation(rank, alpha, s):             # findings 6
+    """y = x W^T + b + (alpha / rank) sum_e g_e B_e A_e x, g the two largest of softmax(W_r x)
+    over their sum; float64, with gradients."""
+    net, _ = tiny("vit", dtype=torch.float64)
+    tuned = burnish.tune(net, f"mola(rank={rank}, alpha={alpha}, allocation='3', dropout=0.0, "
+                              "balance=0.0, targets='fc1')", head=False)
+    for path, m in experts(tuned).items():
+        m.double()
+        stir(m)
+        linear = net.get_submodule(path)
+        W, b = linear.weight.detach(), linear.bias.detach()
+        x = torch.randn(7, W.shape[1], dtype=torch.float64, requires_grad=True)
+        p = (x @ m.router.t()).softmax(-1)
+        smallest = p == p.amin(-1, keepdim=True)
+        g = p.masked_fill(smallest, 0.0)
+        g = g / g.sum(-1, keepdim=True)
+        update = torch.einsum("ne,eor,eri,ni->no", g, m.B, m.A, x)
+        want, got = x @ W.t() + b + s * update, linear(x)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        probe = torch.randn_like(want)
+        inputs = (x, m.A, m.B, m.router)
+        for a, c in zip(torch.autograd.grad(got, inputs, probe),
+                        torch.autograd.grad(want, inputs, probe), strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-7, atol=1e-11)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("mola")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": 16.0, "k": 2, "allocation": "2-4-6-8",
+        "dropout": 0.05, "balance": 1e-3}

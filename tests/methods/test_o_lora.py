@@ -104,3 +104,21 @@ def crossing_of(tuned):
     first = dict(tuned.terms(Chain, "sums"))
     return sum(float((first[n].A.detach() @ t.A.detach().t()).square().sum())
                for n, t in tuned.terms(Chain, "other"))
+
+
+def test_defaults_are_the_published_ones():
+    (method,) = burnish.parse("o_lora")
+    assert (method.weight, method.norm) == (0.5, "squared")
+
+
+def test_every_task_starts_from_a_draw_of_its_own():
+    """Drawn alike, a new A would lie exactly on the directions it is to leave free."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "lora(rank=2) + o_lora", head=False, name="a")
+    method = tuned.recipe.named("o_lora")
+    for _ in tuned.run(method.stages(tuned, ["a", "b", "c"]), lambda s: [batch], lr=0.0):
+        pass
+    drawn = [[t.A.detach() for _, t in tuned.terms(Chain, name)] for name in "abc"]
+    for i in range(3):
+        for j in range(i):
+            assert not any(torch.equal(p, q) for p, q in zip(drawn[i], drawn[j], strict=True))

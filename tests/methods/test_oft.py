@@ -211,3 +211,15 @@ def test_it_is_what_peft_computes(terms):
 def test_what_cannot_be_is_refused(recipe, words):
     with pytest.raises(RecipeError, match=words):
         burnish.tune(nn.Sequential(nn.Linear(16, 12)), recipe, head=False, targets="0")
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("oft")[0].settings() == {
+        "targets": None, "block": 32, "share": False, "bound": None, "terms": 0}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "oft(block=4)", targets="0",
+                         head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}

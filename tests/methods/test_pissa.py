@@ -170,3 +170,22 @@ def test_a_small_move_is_not_lost_in_half_precision():                    # find
     term.forward_(x, y, 1.0)
     want = term.scale * x.double() @ ((term.B - term.B0).double() @ term.A.double()).t()
     assert ((y.double() - want).norm() / want.norm()).item() < 1e-2
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("pissa")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": None, "iterations": 0}
+
+
+def test_decay_leaves_it_alone():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "pissa(rank=3)", targets="0",
+                         head=False)
+    opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
+    assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    from burnish.core.site import Place
+
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("pissa(rank=5)")[0].per_token(place) == 5

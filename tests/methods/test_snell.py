@@ -163,3 +163,15 @@ def test_the_start_is_as_near_the_base_as_published():                     # fin
     (t,) = terms(tuned)
     assert float(t.dense().square().mean().sqrt()) == pytest.approx(2.7e-6, rel=0.2)
     assert float(kernel(t.A, t.B).square().mean().sqrt()) == pytest.approx(1.28e-3, rel=0.1)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("snell")[0].settings() == {
+        "targets": None, "rank": 8, "s": 0.5, "norm_p": 2.0, "magnitude": "signed_square"}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    from burnish.core.site import Place
+
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("snell")[0].per_token(place) == 0

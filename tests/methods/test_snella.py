@@ -258,3 +258,16 @@ def test_the_equation_written_out():                                       # fin
     for a, w in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(y, wanted, g),
                     strict=True):
         torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("snella")[0].settings() == {
+        "targets": None, "rank": 8, "s": 0.01, "s_target": 0.5, "rounds": 100, "warmup": 0.0,
+        "cooldown": 0.0}
+
+
+def test_what_a_token_keeps_besides_the_input():
+    from burnish.core.site import Place
+
+    place = Place("l", "weight", "linear", 24, 16)
+    assert burnish.parse("snella")[0].per_token(place) == 0

@@ -125,6 +125,8 @@ def test_backward_keeps_rank_numbers_per_token_not_x():
     sizes = {t.untyped_storage().data_ptr(): t.numel() for t in kept
              if not isinstance(t, nn.Parameter)}
     assert max(sizes.values(), default=0) <= 100 * 4
+    (method,) = burnish.parse("vera")
+    assert method.keeps_input is False, "and its file says so, for the plan of memory"
 
 
 def test_merge_is_the_update_in_the_weight():
@@ -135,3 +137,20 @@ def test_merge_is_the_update_in_the_weight():
     x = torch.randn(7, 6, dtype=torch.float64)
     want = net(x)
     assert torch.allclose(tuned.merge()(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("vera")[0].settings() == {"targets": None, "rank": 256, "d_start": 0.1}
+
+
+def test_decay_leaves_the_vectors_alone():
+    tuned = burnish.tune(Two(), "vera(rank=3)", targets="up,down", head=False)
+    opt = tuned.optimizer(lr=0.1, weight_decay=0.5)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.0]
+
+
+def test_what_a_token_keeps_is_the_rank():
+    from burnish.core.site import Place
+
+    (method,) = burnish.parse("vera(rank=24)")
+    assert method.per_token(Place("x", "weight", "linear", 64, 48)) == 24

@@ -34,4 +34,4 @@ class LinearProbe(Method):
                               "full(targets='...')")
         for path in anatomy.head:
             for leaf, _ in anatomy.model.get_submodule(path).named_parameters():
-                yield Selection(f"{path}.{leaf}" if path else leaf)
+                yield Selection(f"{path}.{leaf}")

@@ -1,0 +1,83 @@
+"""The mutation check itself, and the mistakes that once passed the suite."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts/mutants.py"
+
+
+def run(*words, timeout=None):
+    return subprocess.run([sys.executable, str(SCRIPT), *words], cwd=ROOT, capture_output=True,
+                          text=True, timeout=timeout)
+
+
+def listed(name):
+    return [line.split(": ", 1)[1] for line in run(name, "--list").stdout.splitlines()]
+
+
+def test_constants_signs_and_terms_are_changed():
+    said = listed("dora")
+    assert "Dora.delta: Chain(place, self.rank, self.alpha / self.rank, self.dropout) -> " \
+           "Chain(place, self.rank, self.alpha * self.rank, self.dropout)" in said
+    assert "Dora.count: self.rank * (place.out + place.inp) + place.out -> " \
+           "self.rank * (place.out + place.inp)" in said
+    assert any(s.startswith("Dora: setting(16.0") and "setting(32.0" in s for s in said)
+    assert not any("RecipeError" in s or "2402.09353" in s for s in said)
+    assert len(said) == len(set(said)) > 20
+
+
+def test_every_mutant_is_a_program_of_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants_apply
+
+    source = (ROOT / "src/burnish/methods/delta/rank/adalora.py").read_text("utf-8")
+    every = [m.source for m in mutants_apply.mutants(source)]
+    same = ast.unparse(ast.parse(source))
+    assert len(set(every)) == len(every) and same not in every
+    for text in every:
+        compile(text, "mutant", "exec")
+
+
+def test_a_path_names_a_block():
+    assert any(s.startswith("cubic: ") for s in listed("blocks/choose/budget"))
+
+
+def test_what_is_no_file_is_said():
+    done = run("nonesuch", "--list")
+    assert done.returncode == 1 and "neither a method's name nor a path" in done.stderr
+
+
+TOY = """
+from pathlib import Path
+from mutants_run import Runner
+runner = Runner(Path({root!r}), Path({root!r}) / "copy", ("tests/test_toy.py",), (), seconds=2)
+assert runner.prepare() is None
+for changed in ("x = 1 + 0", "x = 2", "raise OSError", "while True: pass", "x = 1"):
+    print(runner.killer(Path("toy.py"), changed))
+"""
+
+
+def test_what_fails_or_hangs_is_killed_and_what_changes_nothing_lives(tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "copy/toy.py").write_text("x = 1")
+    (tmp_path / "tests/test_toy.py").write_text(
+        "def test_other(): pass\ndef test_x():\n    import toy\n    assert toy.x == 1\n")
+    done = subprocess.run([sys.executable, "-c", TOY.format(root=str(tmp_path))], cwd=SCRIPT.parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [w.rpartition("/")[2] for w in done.stdout.split()]
+    assert said == ["None", "test_toy.py::test_x", "test_toy.py::test_x", "time", "None"]
+
+
+@pytest.mark.slow
+def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
+    done = run("--named")
+    assert done.returncode == 0, done.stdout
