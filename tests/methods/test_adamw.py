@@ -33,6 +33,35 @@ def test_plain_is_torch_fused():
     assert opt.defaults["betas"] == (0.8, 0.9) and opt.param_groups[0]["weight_decay"] == 0.2
 
 
+@pytest.mark.parametrize("extra", ["", " + master_weights", " + step_in_backward"])
+def test_steps_are_the_recurrence(extra):                                       # findings 6
+    """Six updates in float64, written out, with decay, other betas and a falling rate."""
+    b1, b2, eps, wd = 0.8, 0.95, 1e-3, 0.3
+    g = torch.Generator().manual_seed(0)
+    p = parameter(torch.float64)
+    opt = build(f"adamw(betas=({b1}, {b2}), eps={eps}, weight_decay={wd}){extra}", p)
+    W, m, v = p.detach().clone(), 0.0, 0.0
+    for t in range(1, 7):
+        lr = opt.param_groups[0]["lr"] = 1e-2 / t
+        G = torch.randn(p.shape, generator=g, dtype=torch.float64) * 10.0 ** (t % 3 - 2)
+        if "backward" in extra:
+            (p * G).sum().backward()
+        else:
+            p.grad = G
+        opt.step()
+        m, v = b1 * m + (1 - b1) * G, b2 * v + (1 - b2) * G**2
+        W = W * (1 - lr * wd) - lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        torch.testing.assert_close(p.detach(), W, rtol=1e-12, atol=1e-13)
+
+
+def test_defaults_are_torchs():
+    m = parse("adamw")[0]
+    stock = torch.optim.AdamW([parameter()]).defaults
+    assert (m.betas, m.eps, m.weight_decay) == (stock["betas"], stock["eps"],
+                                                stock["weight_decay"])
+    assert m.state == "fp32" and m.state_bytes((3, 5), 2) == 2 * 15 * 2
+
+
 @pytest.mark.parametrize("recipe", ["adamw + step_in_backward", "adamw + master_weights"])
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_wrapped_is_the_same_trajectory(recipe, dtype, tol):
@@ -40,14 +69,6 @@ def test_wrapped_is_the_same_trajectory(recipe, dtype, tol):
     mine, torchs = build(recipe, p, weight_decay=0.1), build("adamw", q, weight_decay=0.1)
     assert type(mine) is Composed and type(torchs) is torch.optim.AdamW
     torch.testing.assert_close(run(mine, p), run(torchs, q), rtol=tol, atol=tol)
-
-
-def test_sgd_is_torch_sgd_either_way():
-    for recipe in ("sgd(momentum=0.9, weight_decay=0.1)",
-                   "sgd(momentum=0.9, nesterov=True, weight_decay=0.1)", "sgd"):
-        p, q = parameter(torch.float64), parameter(torch.float64)
-        torch.testing.assert_close(run(build(f"{recipe} + master_weights", p), p),
-                                   run(build(recipe, q), q), rtol=1e-12, atol=1e-12)
 
 
 def test_bf16_weights_with_a_master_follow_fp32():
