@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.start import LessStart
 from burnish.core.anatomy import Anatomy
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.start.pissa import Principal
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -37,7 +37,7 @@ def model_of(W, dtype=torch.float64):
 def start(recipe=f"pissa(rank={R})", dtype=torch.float64, **kw):
     W, S = spiked()
     tuned = burnish.tune(model_of(W, dtype), recipe, **kw)
-    ((_, term),) = tuned.terms(Principal)
+    ((_, term),) = tuned.terms(LessStart)
     return tuned, term, W, S
 
 
@@ -137,7 +137,7 @@ def test_dora_on_a_folded_start_begins_at_the_base():
 
     W, _ = spiked()
     tuned = burnish.tune(model_of(W, torch.float32), f"nf4 + pissa(rank={R}) + dora(rank=4)")
-    ((_, term),) = tuned.terms(Principal)
+    ((_, term),) = tuned.terms(LessStart)
     ((_, wrap),) = tuned.terms(Magnitude)
     V = (tuned.model[0].weight + term.dense()).detach()
     torch.testing.assert_close(wrap.m.detach(), V.norm(dim=1))

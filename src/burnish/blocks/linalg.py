@@ -20,8 +20,15 @@ def svd(M: Tensor, k: int, passes: int = PASSES) -> tuple[Tensor, Tensor, Tensor
     if min(M.shape) <= 4 * (k + BESIDES):
         U, S, V = torch.linalg.svd(M, full_matrices=False)
         return U[:, :k], S[:k], V[:k]
+    return sketched(M, k, passes)
+
+
+def sketched(M: Tensor, k: int, passes: int = PASSES) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by subspace iteration, whatever the size of M."""
+    k = min(k, *M.shape)
     g = torch.Generator().manual_seed(0)
-    sketch = torch.randn(M.shape[1], k + BESIDES, generator=g, dtype=torch.float32).to(M)
+    wide = min(k + BESIDES, *M.shape)
+    sketch = torch.randn(M.shape[1], wide, generator=g, dtype=torch.float32).to(M)
     Q = torch.linalg.qr(M @ sketch).Q
     for _ in range(passes):
         Q = torch.linalg.qr(M.t() @ Q).Q

@@ -90,11 +90,12 @@ class Site:
 
     place: where.
     weight: the (out, in) view of what stands there, possibly fake; (experts, out, in) for experts.
-    seen: the statistic the data pass gathered here (`Method.observe`); None where nothing was read
-        (a load, a simulation): then shapes are what counts.
+    seen: the statistic the data pass gathered here (`Method.observe`); None where nothing was read.
     settled: what `Method.settle` decided for this place once data was read: kept in files, so that
         a load needs no data.
     shared: module whose attributes are the tensors the part owns once (`Method.shared`), or None.
+    blank: no values are wanted, shapes are what counts: they come from a file, or the model has
+        none (a simulation).
     """
 
     place: Place
@@ -102,6 +103,7 @@ class Site:
     seen: Any = None
     settled: Mapping[str, Any] = field(default_factory=dict)
     shared: Any = None
+    blank: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Adapter:
     away: their values, and those of the buffers it has moved, while another adapter's stand in
     the model.
     parts: (path of the module, key) of everything that was added.
+    filled: its values come from a file, so nothing is read or decomposed for them.
     settled: part -> place -> what it decided from data, so that a file needs none.
     """
 
@@ -46,6 +47,7 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
     settled: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     parts: list[tuple[str, str]] = field(default_factory=list)
+    filled: bool = False
 
     def select(self, name: str, parameter: nn.Parameter, decay: bool = True) -> None:
         self.selected[name] = parameter

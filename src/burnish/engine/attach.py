@@ -150,12 +150,11 @@ class Attacher:
         asks for one. A file knows what was settled, and a simulation has no values to see."""
         key = self._key(part)
         known = self.adapter.settled.get(key)
-        fake = isinstance(next(self.model.parameters(), None), FakeTensor)
-        if type(part).observe is Method.observe or known is not None or fake:
+        if type(part).observe is Method.observe or self._blank(part):
             for place in places:
                 yield place, None, (known or {}).get(place.name, {})
             return
-        record = self.adapter.settled.setdefault(key, {})
+        record = self.adapter.settled[key] = {}
         left = dict.fromkeys(places)
         for seen, decided in Pass(self.model, part, places, *self.data).rounds():
             for place, statistic in seen.items():
@@ -166,6 +165,12 @@ class Attacher:
             del statistic                            # a round's statistics go with it
         for place in left:                           # the part asked for nothing there
             yield place, None, {}
+
+    def _blank(self, part: Method) -> bool:
+        """Are shapes all that is wanted: what the part would make of values comes from a file, or
+        the model has none?"""
+        return self.adapter.filled or key_of(self.adapter.recipe, part) in self.adapter.settled \
+            or isinstance(next(self.model.parameters(), None), FakeTensor)
 
     def _key(self, part: Method) -> str:
         return key_of(self.adapter.recipe, part)
@@ -184,7 +189,7 @@ class Attacher:
         undropped: list[tuple[Place, str]] = []
         small: list[tuple[Place, RankError]] = []
         placed = self.places(part)
-        shared = self._shared(part, placed)
+        shared, blank = self._shared(part, placed), self._blank(part)
         for place, seen, settled in self._informed(part, placed):
             if self.anatomy.tied(place):
                 raise TargetError(
@@ -199,7 +204,7 @@ class Attacher:
                                   "added to it; load the weights in a floating-point type")
             try:
                 with torch.no_grad():
-                    answer = part.delta(Site(place, weight, seen, settled, shared))
+                    answer = part.delta(Site(place, weight, seen, settled, shared, blank))
             except RankError as error:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
                     raise

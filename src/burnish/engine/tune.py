@@ -70,8 +70,12 @@ def check_model(model: Any) -> None:
 
 def join(model: nn.Module, recipe: Recipe, undo: Transaction, *, targets: Any = None,
          head: bool | str = False, calibration: Any = None, seed: int = 0,
-         name: str = DEFAULT, settled: Mapping[str, Any] | None = None) -> Tuned:
-    """A handle with its first adapter, as a part of the change `undo`."""
-    tuned = Tuned(model, undo, calibration=calibration)
+         name: str = DEFAULT, settled: Mapping[str, Any] | None = None,
+         filled: bool = False) -> Tuned:
+    """A handle with its first adapter, as a part of the change `undo`.
+
+    filled: the caller gives every tensor its value from a file and clears ``tuned.filled`` then.
+    """
+    tuned = Tuned(model, undo, calibration=calibration, filled=filled)
     tuned.add(name, recipe, targets=targets, head=head, seed=seed, settled=settled)
     return tuned

@@ -74,8 +74,10 @@ class Tuned(Stepping, Looking):
     of no more use: everything but another `detach` raises ConfigError.
     """
 
-    def __init__(self, model: nn.Module, undo: Transaction, *, calibration: Any = None):
+    def __init__(self, model: nn.Module, undo: Transaction, *, calibration: Any = None,
+                 filled: bool = False):
         self.model = model
+        self.filled = filled                          # a file is about to give all values
         self.gone: str | None = None                  # why this handle is of no more use
         self.undo: Transaction | None = undo          # the change that is being made
         self.anatomy = Anatomy.of(model)
@@ -142,7 +144,8 @@ class Tuned(Stepping, Looking):
         compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
                 [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
         train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
-        adapter = Adapter(name, parsed, targets, train_head, seed, self.originals)
+        adapter = Adapter(name, parsed, targets, train_head, seed, self.originals,
+                          filled=self.filled)
         adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
         batches = self.calibration if calibration is None else Batches(calibration)
         base = self.disabled if self.adapters else contextlib.nullcontext

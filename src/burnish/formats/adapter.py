@@ -52,11 +52,12 @@ def _load(model: nn.Module, path: str | Path, force: bool) -> Tuned:
             args = {"targets": entry.get("targets"), "head": bool(entry.get("head")),
                     "seed": entry.get("seed", 0), "settled": entry.get("settled")}
             if tuned is None:
-                tuned = join(model, parse(entry["recipe"]), undo, name=name, **args)
+                tuned = join(model, parse(entry["recipe"]), undo, name=name, filled=True, **args)
             else:
                 tuned.add(name, entry["recipe"], **args)
         assert tuned is not None
         put(tuned, tensors, str(path), fresh=True)
+        tuned.filled = False
         if config.get("active"):
             active = {n: w for n, w in config["active"]}
             one = len(active) == 1 and set(active.values()) == {1.0}

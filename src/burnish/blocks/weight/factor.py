@@ -47,6 +47,12 @@ class Chain(Term):
         else:
             nn.init.uniform_(self.A, -1 / math.sqrt(place.inp), 1 / math.sqrt(place.inp))
 
+    def begin(self, A: Tensor, B: Tensor | None) -> None:
+        """Take other starting values; None leaves B as it is."""
+        for there, value in ((self.A, A), (self.B, B)):
+            if value is not None:
+                there.data.copy_(value)
+
     @property
     def keeps_input(self) -> bool:
         return self.A.requires_grad

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ....blocks.choose.observe import Covariance
+from ....blocks.weight.start import LessStart, begin, split
 from ....core.errors import CheckError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
-from .pissa import Principal
 
 
 def damped(C: Tensor, start: float = 0.01, bound: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -34,8 +34,7 @@ def oriented(W: Tensor, C: Tensor, rank: int, smallest: bool, s: float) -> tuple
     D, inverse = damped(C)
     U, S, Vt = torch.linalg.svd(W @ D, full_matrices=False)
     J = slice(S.numel() - rank, None) if smallest else slice(rank)
-    root = (S[J] / s).sqrt()
-    return root.unsqueeze(1) * (Vt[J] @ inverse), U[:, J] * root
+    return split(U[:, J], S[J], Vt[J] @ inverse, s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +75,13 @@ class Corda(Method):
     def observe(self, place: Place) -> Covariance:
         return Covariance(place.inp, scaled=True)
 
-    def delta(self, site: Site) -> Principal:
-        place, W = site.place, site.weight.detach()
-        place.check_rank(self.rank, "corda")
-        s = (self.alpha if self.alpha is not None else self.rank) / self.rank
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        if site.seen is None:                          # shapes: the values come from a file
-            A, B = W.new_zeros(self.rank, place.inp), W.new_zeros(place.out, self.rank)
-        else:
-            A, B = oriented(W, site.seen.value.to(W), self.rank, self.mode == "knowledge", s)
-        term = Principal(place, A.contiguous(), B.contiguous(), s)
-        term.A.burnish_decay = term.B.burnish_decay = False
-        return term
+    def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, Tensor]:
+        return oriented(W, seen.value.to(W), rank, self.mode == "knowledge", s)
+
+    def delta(self, site: Site) -> LessStart:
+        site.place.check_rank(self.rank, "corda")
+        s = 1.0 if self.alpha is None else self.alpha / self.rank
+        return begin(LessStart(site.place, self.rank, s), site, self.start)
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""

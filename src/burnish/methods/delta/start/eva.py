@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ....blocks.choose.observe import Principal
 from ....blocks.weight.factor import Chain
+from ....blocks.weight.start import begin
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
@@ -74,17 +76,14 @@ class Eva(Method):
             seen[place].needed = seen[place].needed.clamp(min=rank)
         return {p: {"rank": r} for p, r in ranks.items()}
 
+    def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, None]:
+        rows = seen.V[:rank]
+        return rows / seen.S[:rank].sqrt().unsqueeze(1) if self.whiten else rows, None
+
     def delta(self, site: Site) -> Chain | None:
         rank = site.settled.get("rank", self.rank)
-        if not rank:
-            return None
-        term = Chain(site.place, rank, self.alpha / self.rank)
-        if site.seen is not None:
-            with torch.no_grad():
-                rows = site.seen.V[:rank]
-                term.A.copy_(rows / site.seen.S[:rank].sqrt().unsqueeze(1) if self.whiten else rows)
-        term.A.burnish_decay = term.B.burnish_decay = False
-        return term
+        return begin(Chain(site.place, rank, self.alpha / self.rank), site, self.start) \
+            if rank else None
 
     def count(self, place: Place, rank: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: the mean)."""
