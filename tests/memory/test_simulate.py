@@ -260,3 +260,13 @@ def test_originals_that_the_reference_brings_back_are_promised(monkeypatch, wait
     truth = burnish.measure(tuned, batch, loss=loss)
     assert promise.peak_bytes == truth.peak_bytes
     assert promise.by_category == truth.by_category
+
+
+@pytest.mark.parametrize("name", ["timm_qkv", "llama", "mixtral"])
+def test_what_waits_on_disk_comes_back_once_for_all_its_readers(name):
+    model, batch = tiny(name)
+    recipe = "lora + offload(threshold=1, to='disk')"
+    promised = simulate(copy.deepcopy(model), recipe, batch)
+    measured = measure(burnish.tune(model, recipe), batch)
+    assert promised.peak_bytes == measured.peak_bytes
+    assert promised.by_category == measured.by_category

@@ -61,9 +61,10 @@ class FakeLedger(Ledger):
         fake._burnish_value = value           # type: ignore[attr-defined]
 
     def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        values = _known(args, kwargs)
         if any(isinstance(a, torch.UntypedStorage) for a in args):
-            values = None                     # it comes to hold what a storage without bytes has
+            args[0].__dict__.pop("_burnish_value", None)      # its storage has no bytes to know
+            return _uncached(func, args, kwargs)
+        values = _known(args, kwargs)
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((args, kwargs.get("out"))):
@@ -289,6 +290,18 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 # -- values -------------------------------------------------------------------------------------
 class _Unknown(Exception):
     pass
+
+
+def _uncached(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The fake mode remembers calls by their arguments, and a storage among them would live on."""
+    if not isinstance(args[0], FakeTensor):
+        return func(*args, **kwargs)
+    mode = args[0].fake_mode
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        return func(*args, **kwargs)
+    finally:
+        mode.cache_enabled = before
 
 
 def _known(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
