@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from burnish.core import registry
+from burnish.core.errors import ConfigError
 from burnish.core.needs import NEEDS, lacks
 from burnish.core.site import KINDS
 from burnish.testing import choose, conformance
@@ -65,12 +64,10 @@ def test_every_exclusion_names_a_check_and_says_why():
         assert any(e.covers(e.check, m, n) for m in METHODS for n in NAMES), f"covers nothing: {e}"
 
 
-def test_every_excused_setting_is_one():
-    conformance.exclusions()
-    for method, settings in conformance.EXCUSED.items():
-        known = {f.name for f in dataclasses.fields(registry.find(method))}
-        assert set(settings) <= known, method
-        assert all(len(why) > 20 for why in settings.values()), method
+def test_facts_of_a_method_are_refused_there():
+    """They stand in its file: a new method edits no list."""
+    with pytest.raises(ConfigError, match=r"\[other\], \[small\]: .* stands in the method's file"):
+        conformance.read("[small.lora]\nrank = 2\n[other.lora]\nrank = [3]\n")
 
 
 def test_a_check_that_is_excused_and_passes_fails(monkeypatch):

@@ -36,9 +36,23 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 
-def setting(default: Any = MISSING, help: str = "", **kw: Any) -> Any:
-    """A dataclass field with a few words of meaning, printed by help and catalogue."""
-    return field(default=default, metadata={"help": help, **kw}, kw_only=True)
+def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = (),
+            other: Sequence[Any] = (), beside: Mapping[str, Any] = MappingProxyType({}),
+            unseen: str = "") -> Any:
+    """A dataclass field with a few words of meaning, printed by help and catalogue.
+
+    alias: other spellings that are read, of papers and of other libraries.
+
+    The suite shows that every setting acts: a run with another value of it differs. Where it cannot
+    tell how by itself, the field says so:
+
+    other: other legal values, where the type tells none, or none that acts.
+    beside: settings it is shown with, where it has nothing to act on alone (its own value too).
+    unseen: why no run of a small model shows it, and the test that does: "reason: tests/...".
+    """
+    about = {"help": help, "alias": tuple(alias), "other": tuple(other),
+             "beside": MappingProxyType(dict(beside)), "unseen": unseen}
+    return field(default=default, metadata=about, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,8 @@ class Method:
     needs: what a model must have besides (words of core/needs.py); others refuse with a reason.
     fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
     model's mode (no dropout, no moving statistics).
+    small: settings the suite shows it with on its models of width 32, beside the usual small ones
+    (``testing/checks/common.py``).
     quality: prior used by the planner comes from measured data, never from here.
     """
 
@@ -72,6 +88,7 @@ class Method:
     relies_on: ClassVar[tuple[str, ...]] = ()
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     #: name in a recipe; set by the registry from the file name
     name: ClassVar[str] = ""
 

@@ -27,11 +27,10 @@ from ..core.errors import ConfigError, nearest
 from ..core.method import Method
 from . import checks, choose
 from .checks import CHECKS, ONCE, Skip
-from .checks.common import OWN, SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
-from .checks.training import EXCUSED, OTHER
+from .checks.common import SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
 from .models import NAMES
 
-__all__ = ["CHECKS", "EXCUSED", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report",
+__all__ = ["CHECKS", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report",
            "Result", "Skip", "check", "checks", "exclusions", "make", "methods", "one", "part",
            "recipe", "refusal", "run", "stir", "widen"]
 
@@ -52,17 +51,22 @@ class Exclusion:
 
 @lru_cache(maxsize=1)
 def exclusions() -> tuple[Exclusion, ...]:
-    """The one file of what is excused; settings that no small run can show go to their check."""
+    """The one file of what is excused."""
+    return read((Path(__file__).parent / "exclusions.toml").read_text("utf-8"))
+
+
+def read(text: str) -> tuple[Exclusion, ...]:
+    """Exclusions as they are written. What a method's settings need to be shown is a fact of its
+    own file: ConfigError for any other table."""
     try:
         import tomllib
     except ImportError:                                     # Python 3.10
         import tomli as tomllib
-    told = tomllib.loads((Path(__file__).parent / "exclusions.toml").read_text("utf-8"))
-    for method, words in told.get("setting", {}).items():
-        EXCUSED.setdefault(method, {}).update(words)
-    OWN.update(told.get("small", {}))
-    for method, values in told.get("other", {}).items():
-        OTHER.setdefault(method, {}).update(values)
+    told = tomllib.loads(text)
+    if strange := sorted(set(told) - {"exclusion"}):
+        raise ConfigError(f"exclusions.toml has {', '.join(f'[{k}]' for k in strange)}: what "
+                          "settings need to be shown stands in the method's file, as "
+                          "setting(..., other=, beside=, unseen=) and `small`")
     return tuple(Exclusion(e["check"], e.get("method", "*"), e.get("model", "*"), e["reason"])
                  for e in told.get("exclusion", ()))
 
@@ -153,6 +157,3 @@ def check(name: str | type[Method], model: str = "vit") -> None:
     """All checks of one method on one small model; raises AssertionError with all that failed."""
     report = run(name, [model], only=CHECKS)
     assert not report.failures, str(report)
-
-
-exclusions()                                  # the sizes of recipes stand there too

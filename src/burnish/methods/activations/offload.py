@@ -24,9 +24,14 @@ class Offload(Method):
 
     paper: ClassVar[str] = "SSDTrain (2024), arXiv:2408.10013 (the adaptive budget is not built)"
 
+    small: ClassVar[dict[str, str]] = {"to": "disk"}
+
     to: Literal["host", "disk"] = setting("host", "where tensors wait")
-    threshold: int = setting(offload.THRESHOLD, "bytes below which a tensor stays")
-    folder: str | None = setting(None, "for files; None: the system's temporary folder")
+    threshold: int = setting(offload.THRESHOLD, "bytes below which a tensor stays",
+                             other=(1_000_000_000,))
+    folder: str | None = setting(None, "for files; None: the system's temporary folder",
+                                 unseen="which folder is no matter of numbers: "
+                                        "tests/blocks/test_saved.py")
 
     def claims(self) -> tuple[str, ...]:
         return ("where kept tensors wait",)

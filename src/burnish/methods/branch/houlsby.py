@@ -35,7 +35,7 @@ class Houlsby(Method):
     merges: ClassVar[bool] = False
 
     bottleneck: int = setting(64, "m, width of the bottleneck", alias=("m", "width"))
-    act: str = setting("gelu", "activation inside")
+    act: str = setting("gelu", "activation inside", other=("relu",))
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")
     norms: bool = setting(True, "train the norms too")
 

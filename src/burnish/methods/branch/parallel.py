@@ -34,7 +34,7 @@ class Parallel(Method):
 
     bottleneck: int = setting(512, "r, width of the bottleneck", alias=("reduced", "width"))
     scale: float = setting(4.0, "s, fixed")
-    act: str = setting("relu", "activation inside")
+    act: str = setting("relu", "activation inside", other=("gelu",))
     dropout: float = setting(0.0, "dropout on the activation")
     tap: Literal["norm", "residual"] = setting("norm", "what the bottleneck reads")
 

@@ -37,7 +37,7 @@ class Pfeiffer(Method):
 
     reduction: int = setting(16, "d / r", alias=("reduction_factor",))
     placement: Literal["plain", "library"] = setting("plain", "where it reads and writes")
-    act: str = setting("relu", "activation inside")
+    act: str = setting("relu", "activation inside", other=("gelu",))
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:

@@ -49,7 +49,7 @@ class Loraprune(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs: ClassVar[frozenset[str]] = frozenset({"units"})
     relies_on: ClassVar[tuple[str, ...]] = ("gradients",)
-    small: ClassVar[dict[str, Any]] = {"spare": 0.0, "every": 1}
+    small: ClassVar[dict[str, float]] = {"spare": 0.0}
 
     rank: int = setting(8, "rank of the update", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
@@ -60,7 +60,9 @@ class Loraprune(Method):
     warmup: float = setting(0.1, "share of the run before pruning begins")
     cooldown: float = setting(0.1, "share of the run after the last rise of the ratio")
     spare: float = setting(0.1, "share of the blocks, from the first, left whole; the last too; "
-                                "0: none")
+                                "0: none",
+                           unseen="of two blocks none can be spared: "
+                                  "tests/methods/test_loraprune.py")
     decay: float = setting(0.9, "of the smoothed importance")
 
     def __post_init__(self) -> None:

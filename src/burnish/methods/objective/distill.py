@@ -52,7 +52,9 @@ class Distill(Method):
 
     weight: float = setting(1.0, "of the term")
     temperature: float = setting(2.0, "T, softens both distributions", alias=("T",))
-    adapter: str | None = setting(None, "the teacher: None is the base, else an adapter's name")
+    adapter: str | None = setting(None, "the teacher: None is the base, else an adapter's name",
+                                  unseen="a fresh model has no other adapter: "
+                                         "tests/methods/test_distill.py")
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

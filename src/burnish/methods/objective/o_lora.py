@@ -22,6 +22,10 @@ def overlap(A: Tensor, others: list[Tensor], norm: str) -> Tensor:
     return sum((m.square() if norm == "squared" else m.abs()).sum() for m in made)
 
 
+_ALONE = "it is against adapters learnt before, and a fresh model has none: " \
+         "tests/methods/test_o_lora.py"
+
+
 @dataclass(frozen=True, kw_only=True)
 class OLora(Method):
     """O-LoRA: a new task's LoRA keeps to directions that earlier tasks have left free.
@@ -42,8 +46,9 @@ class OLora(Method):
     paper: ClassVar[str] = ("Orthogonal Subspace Learning for Language Model Continual Learning "
                             "(2023), arXiv:2310.14152")
 
-    weight: float = setting(0.5, "lambda_1, of the overlap", alias=("lamda_1",))
-    norm: Literal["squared", "absolute"] = setting("squared", "of the entries of A_i A^T")
+    weight: float = setting(0.5, "lambda_1, of the overlap", alias=("lamda_1",), unseen=_ALONE)
+    norm: Literal["squared", "absolute"] = setting("squared", "of the entries of A_i A^T",
+                                                      unseen=_ALONE)
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         active = tuned.training

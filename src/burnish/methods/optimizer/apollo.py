@@ -40,7 +40,9 @@ class Apollo(Method):
     scale: float = setting(1.0, "its root multiplies the step; 128 with rank 1", alias=("alpha",))
     by: Literal["channel", "tensor"] = setting("channel", "one rate per channel or per tensor",
                                                alias=("scale_type",))
-    scale_front: bool = setting(False, "scale before the limiter instead of behind it")
+    scale_front: bool = setting(False, "scale before the limiter instead of behind it",
+                                unseen="a limit of growth is relative, so a fixed factor commutes "
+                                       "with it: tests/methods/test_apollo.py")
     limit: float = setting(1.01, "growth of the update's norm per update; 0 for no limit")
     proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
         "std", "side of the projection: std is the short side")

@@ -21,6 +21,8 @@ class SGD(Method):
 
     paper: ClassVar[str] = "A Stochastic Approximation Method, 1951"
 
+    small: ClassVar[dict[str, float]] = {"momentum": 0.9}
+
     momentum: float = setting(0.0, "mu; 0 keeps no state")
     nesterov: bool = setting(False, "step along g + mu b instead of b")
     weight_decay: float = setting(0.0, "added to the gradient, times W")

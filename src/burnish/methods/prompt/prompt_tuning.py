@@ -46,7 +46,8 @@ class PromptTuning(Method):
 
     length: int = setting(100, "rows of P", alias=("num_virtual_tokens",))
     init: Literal["vocabulary", "normal"] = setting("vocabulary", "start of P")
-    ids: tuple[int, ...] | list[int] | None = setting(None, "token ids whose embeddings start P")
+    ids: tuple[int, ...] | list[int] | None = setting(None, "token ids whose embeddings start P",
+                                                   other=((1, 2, 3),))
 
     def prompt(self, anatomy: Anatomy) -> Front:
         if self.targets is not None:

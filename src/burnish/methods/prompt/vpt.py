@@ -45,7 +45,7 @@ class Vpt(Method):
     deep: bool = setting(False, "fresh tokens in every block")
     dropout: float = setting(0.1, "dropout on the tokens")
     after: int | None = setting(None, "tokens before them; None counts class, distillation and "
-                                      "register tokens")
+                                      "register tokens", other=(0,))
 
     def prompt(self, anatomy: Anatomy) -> Among:
         if self.targets is not None:

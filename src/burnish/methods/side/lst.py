@@ -41,7 +41,8 @@ class Lst(Method):
     merges: ClassVar[bool] = False
 
     reduction: int = setting(8, "R, the backbone's widths over the side network's")
-    layers: tuple[int, ...] | list[int] | None = setting(None, "blocks with a rung; None: all")
+    layers: tuple[int, ...] | list[int] | None = setting(None, "blocks with a rung; None: all",
+                                                            other=((0,),))
     init: Literal["prune", "random"] = setting("prune", "start of the side blocks")
 
     def claims(self) -> tuple[str, ...]:

@@ -25,8 +25,6 @@ from ..models import tiny
 SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "bottleneck": 4, "reduction": 4,
                          "threshold": 1, "every": 1, "interval": 1, "update_every": 2,
                          "layers": 1, "dropout": 0.0}
-#: method -> settings of its own that it is shown with; read from exclusions.toml
-OWN: dict[str, dict[str, Any]] = {}
 #: axes that add or choose something trainable
 TRAINS = {"delta", "select", "branch", "prompt", "side", "mixture"}
 #: of a recipe made of these alone the untouched model can compute the same, on dense weights
@@ -50,7 +48,7 @@ def part(name: str, **settings: Any) -> str:
     given = {f.name: SMALL[f.name] for f in fields(cls)
              if f.name in SMALL and isinstance(f.default, int | float)
              and not isinstance(f.default, bool) and f.default != SMALL[f.name]}
-    given |= {**OWN.get(name, {}), **settings}
+    given |= {**cls.small, **settings}
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})" if given else name
 
 

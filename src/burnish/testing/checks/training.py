@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
-import typing
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...core.errors import BurnishError
 from ...engine.slot import ATTR
 from ...formats.adapter import load
 from .common import (
@@ -24,7 +21,6 @@ from .common import (
     logits,
     make,
     method_of,
-    part,
     partner,
     ready,
     recipe,
@@ -109,7 +105,7 @@ def _bf16(model: str, text: str) -> tuple[Any, ...]:
 
 def _run(model: str, text: str, dtype: torch.dtype) -> tuple[Any, ...]:
     net, batch = fresh(model, dtype)
-    tuned = join(net, text, model)
+    tuned = join(net, text, model, calibration=list(_several(batch)))
     ready(tuned, STEPS)
     torch.manual_seed(3)
     losses = [float(tuned.step(batch)) for _ in range(STEPS)]
@@ -117,6 +113,13 @@ def _run(model: str, text: str, dtype: torch.dtype) -> tuple[Any, ...]:
     net.eval()
     with torch.no_grad():
         return losses, ends, float(logits(net(**batch)).double().square().sum())
+
+
+def _several(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Batches to read beforehand: more than one, and not the same."""
+    for n in range(1, 5):
+        yield {k: v if not isinstance(v, Tensor) else v.sin() * n if v.is_floating_point()
+               else v.roll(n * (n + 1) // 2, -1) for k, v in batch.items()}
 
 
 @lru_cache(maxsize=64)
@@ -220,60 +223,6 @@ def loss_falls(name: str, model: str) -> Skip | None:
     return None
 
 
-# -- once per method ------------------------------------------------------------------------------
-def every_setting_acts(name: str, model: str) -> Skip | None:
-    """Another value of each setting gives another run, or is refused with a reason."""
-    looked = 0
-    idle = []
-    for f in fields(method_of(name)):
-        if f.name == "targets":
-            continue
-        tried = False
-        for value in others(name, f):
-            try:
-                acts = differ(model, recipe(name), recipe(name, **{f.name: value}))
-            except BurnishError:
-                continue
-            tried = True
-            if acts:
-                break
-        else:
-            idle.append(f.name if tried else f"{f.name} (no other value was accepted)")
-        looked += 1
-    idle = [w for w in idle if w.partition(" ")[0] not in EXCUSED.get(name, {})]
-    assert not idle, f"does the same whatever is given for: {', '.join(idle)}"
-    return None if looked else Skip("has no settings")
-
-
-#: method -> setting -> why no run of a small model shows it; read from exclusions.toml
-EXCUSED: dict[str, dict[str, str]] = {}
-#: method -> setting -> values to try where none can be told from the type; from there too
-OTHER: dict[str, dict[str, list[Any]]] = {}
-
-
-def others(name: str, f: Any) -> Iterator[Any]:
-    """Values unlike the one the small recipe has, most likely ones first."""
-    cls = method_of(name)
-    if f.name in OTHER.get(name, {}):
-        yield from OTHER[name][f.name]
-        return
-    from ...core.recipe import parse
-
-    now = getattr(parse(part(name))[0], f.name)
-    hint = typing.get_type_hints(cls)[f.name]
-    if typing.get_origin(hint) is typing.Literal:
-        yield from (v for v in typing.get_args(hint) if v != now)
-    elif isinstance(now, bool):
-        yield not now
-    elif isinstance(now, int):
-        yield from (v for v in (now * 2, now + 1, now - 1, now // 2) if v != now)
-    elif isinstance(now, float):
-        yield from (v for v in (now / 2, now * 2, 0.5, 0.1) if v != now and math.isfinite(v))
-    elif isinstance(now, tuple) and now and all(isinstance(v, float) for v in now):
-        yield tuple(v / 2 for v in now)
-
-
 CHECKS = (every_tensor_has_a_gradient, exactly_what_trains_moves, beside_a_partner_it_acts,
           a_known_length_acts, is_deterministic, resumes_where_it_stopped, loss_falls)
-ONCE = (every_setting_acts,)
 

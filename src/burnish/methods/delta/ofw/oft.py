@@ -79,13 +79,13 @@ class Oft(Method):
     paper: ClassVar[str] = ("Controlling Text-to-Image Diffusion by Orthogonal Finetuning (2023), "
                             "arXiv:2306.07280")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
-    small: ClassVar[dict[str, int]] = {"block": 4}
+    small: ClassVar[dict[str, int]] = {"block": 8}
 
     block: int = setting(32, "b, inputs that turn together", alias=("oft_block_size",))
     share: bool = setting(False, "one rotation for all blocks", alias=("block_share",))
-    bound: float | None = setting(None, "largest norm of a Q_j; None: free")
+    bound: float | None = setting(None, "largest norm of a Q_j; None: free", other=(0.01,))
     terms: int = setting(0, "0: exact; n: the first n terms of the series",
-                         alias=("num_cayley_neumann_terms",))
+                         alias=("num_cayley_neumann_terms",), other=(5,))
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.terms == 1 or self.terms < 0:

@@ -71,6 +71,10 @@ class Growing(Triplets):
         self.score = self.score + (self.tile(i0, i1, None) * G.to(self.P.dtype)).abs().sum()
 
 
+#: with these a small model grows within a few updates
+_GROWS = {"warmup": 1, "every": 1, "top": 2, "rank": 6, "init_rank": 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Increlora(Method):
     """IncreLoRA: every update starts at rank one; the matrices that matter grow.
@@ -100,18 +104,19 @@ class Increlora(Method):
     identity: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     relies_on: ClassVar[tuple[str, ...]] = ("gradient", "resize")
-    small: ClassVar[dict[str, Any]] = {"init_rank": 1}
+    small: ClassVar[dict[str, int]] = {"init_rank": 2}
 
     rank: int = setting(8, "rank per matrix on average at the end", alias=("target_r", "r"))
     init_rank: int = setting(1, "rank per matrix at the start", alias=("init_r",))
-    grow: int = setting(1, "components a matrix gains at a time")
-    top: int = setting(18, "matrices that grow at a time")
-    warmup: int = setting(1000, "updates before the first growth")
-    every: int = setting(1000, "updates between two growths")
+    grow: int = setting(1, "components a matrix gains at a time", beside=_GROWS)
+    top: int = setting(18, "matrices that grow at a time", beside=_GROWS)
+    warmup: int = setting(1000, "updates before the first growth", beside=_GROWS)
+    every: int = setting(1000, "updates between two growths", beside=_GROWS)
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     ortho: float = setting(0.1, "weight of the orthogonality term", alias=("orth_reg_weight",))
-    advance: bool = setting(True, "train components before they count")
-    preserve: bool = setting(False, "growing leaves the function as it was")
+    advance: bool = setting(True, "train components before they count", beside=_GROWS)
+    preserve: bool = setting(False, "growing leaves the function as it was",
+                             beside=_GROWS)
 
     def __post_init__(self) -> None:
         if not 1 <= self.init_rank <= self.rank:

@@ -54,7 +54,7 @@ class Snella(Method):
                         alias=("r",))
     s: float = setting(0.01, "share of zeros at the start", alias=("s_init",))
     s_target: float = setting(0.5, "share of zeros at the end")
-    rounds: int = setting(100, "how often the budget is reallocated in a run")
+    rounds: int = setting(100, "how often the budget is reallocated in a run", other=(2,))
     warmup: float = setting(0.0, "share of training before the budget starts to fall")
     cooldown: float = setting(0.0, "share of training after it has arrived")
 

@@ -63,10 +63,11 @@ class Corda(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     rank: int = setting(128, "components that train", alias=("r",))
-    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)")
+    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
+                                  other=(8.0,))
     mode: Literal["knowledge", "instruction"] = setting(
         "instruction", "train the directions the data uses least, or most")
-    samples: int = setting(256, "samples to read")
+    samples: int = setting(256, "samples to read", other=(1,))
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -34,7 +34,8 @@ class Pissa(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "principal directions that train", alias=("r",))
-    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)")
+    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
+                                  other=(8.0,))
     iterations: int = setting(0, "0: exact SVD; else subspace iterations of the approximate one")
 
     def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, Tensor]:

@@ -67,13 +67,13 @@ class Lokr(Method):
                             "Model Evaluation (2023), arXiv:2309.14859; KronA (2022), "
                             "arXiv:2212.10650")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "mha"})
-    small: ClassVar[dict[str, int]] = {"rank": 2}
 
     rank: int = setting(8, "rank of B", alias=("r",))
     alpha: float = setting(8.0, "numerator of the scale", alias=("lora_alpha",))
     factor: int = setting(-1, "largest first factor of both sides; -1: near the square root",
-                          alias=("decompose_factor",))
-    decompose_both: bool = setting(False, "C of low rank too, where it is large enough")
+                          alias=("decompose_factor",), other=(4,))
+    decompose_both: bool = setting(False, "C of low rank too, where it is large enough",
+                                   beside={"rank": 1})
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.factor == 0 or self.factor < -1:

@@ -1,0 +1,85 @@
+"""Every setting acts: another legal value of it gives another run.
+
+What cannot be told from a setting's type stands beside it, in the method's file: ``other`` values,
+what it is shown ``beside``, why it is ``unseen`` (core/method.py, :func:`setting`).
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from typing import Any
+
+from ...core.errors import BurnishError
+from ...core.method import Method
+from .. import choose
+from .common import Skip, method_of, part, recipe
+from .training import differ
+
+
+def own(name: str) -> list[Field[Any]]:
+    """The settings that are a method's own (not `targets`, which all have)."""
+    common = {f.name for f in fields(Method)}
+    return [f for f in fields(method_of(name)) if f.name not in common]
+
+
+def every_setting_acts(name: str, model: str) -> Skip | None:
+    """Another value of each setting gives another run, or is refused with a reason, on this model
+    or on another that the method is shown on; one that is called `unseen` gives none."""
+    mine = own(name)
+    said = [why for f in mine if (why := at_fault(name, f, model)) is not None]
+    assert not said, "; ".join(said)
+    return None if mine else Skip("has no settings")
+
+
+def at_fault(name: str, f: Field[Any], model: str) -> str | None:
+    """What is wrong with a setting, or None."""
+    acts = shows(name, f, model)
+    if unseen := f.metadata.get("unseen", ""):
+        return f"{f.name} acts, although it is called unseen ({unseen}): take that away" \
+            if acts else None
+    more = (m for m in choose.models_for(name, all=False) if m != model)
+    if acts or any(shows(name, f, m) for m in more):
+        return None
+    return f"{f.name} does the same whatever is given for it" if acts is False else \
+        f"{f.name}: no other value was accepted; name one with setting(..., other=(...))"
+
+
+def shows(name: str, f: Field[Any], model: str) -> bool | None:
+    """Does another value give another run on a model? None: no other value is legal there."""
+    beside = dict(f.metadata.get("beside", {}))
+    tried: bool | None = None
+    for value in others(name, f):
+        try:
+            if differ(model, recipe(name, **beside), recipe(name, **{**beside, f.name: value})):
+                return True
+        except BurnishError:
+            continue
+        tried = False
+    return tried
+
+
+def others(name: str, f: Field[Any]) -> Iterator[Any]:
+    """Values unlike the one the small recipe has, most likely ones first."""
+    from ...core.recipe import parse
+
+    now = getattr(parse(part(name, **f.metadata.get("beside", {})))[0], f.name)
+    if told := f.metadata.get("other", ()):
+        yield from (v for v in told if v != now)
+        return
+    hint = typing.get_type_hints(method_of(name))[f.name]
+    if typing.get_origin(hint) is typing.Literal:
+        yield from (v for v in typing.get_args(hint) if v != now)
+    elif isinstance(now, bool):
+        yield not now
+    elif isinstance(now, int):
+        yield from (v for v in (now * 2, now + 1, now - 1, now // 2) if v != now)
+    elif isinstance(now, float):
+        yield from (v for v in (now / 2, now * 2, 0.5, 0.1) if v != now and math.isfinite(v))
+    elif isinstance(now, tuple) and now and all(isinstance(v, float) for v in now):
+        yield tuple(v / 2 for v in now)
+
+
+ONCE = (every_setting_acts,)
