@@ -7,6 +7,7 @@ from pathlib import Path
 from burnish.cli.catalogue import facts
 from burnish.core import registry
 from burnish.core.axes import AXES
+from burnish.core.vocabulary import VOCABULARY
 
 PAGE = Path(__file__).with_name("catalogue.md")
 
@@ -22,7 +23,9 @@ def write() -> str:
             out += [f"## {name}: {axis.question}", ""]
         for entry in own:
             out += section(facts(entry))
-    out += ["## Presets", "", "Named combinations of the literature: one line each.", ""]
+    out += ["## Words that several methods share", "", "| setting | meaning |", "|---|---|"]
+    out += [f"| `{name}` | {meaning} |" for name, meaning in sorted(VOCABULARY.items())]
+    out += ["", "## Presets", "", "Named combinations of the literature: one line each.", ""]
     out += [f"- `{n}` = `{recipe}`" for n, recipe in sorted(registry.presets().items())]
     return "\n".join(out) + "\n"
 

@@ -1,11 +1,13 @@
-"""One name per idea: every setting of every method by name, with what the name means.
+"""One name per idea: a setting's name means the same in every method that has it.
 
-A new setting takes the name its idea has here; a new idea gets a line. Spellings of papers and of
-other libraries are aliases of the one name (``setting(..., alias=(...))``).
+Nothing is listed here. A name that several methods share stands in core/vocabulary.py with its one
+meaning, or says the same words in each; a name of one method's own needs nothing.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import fields
 
 import pytest
@@ -14,71 +16,72 @@ import burnish
 from burnish.core.errors import RecipeError
 from burnish.core.method import Method
 from burnish.core.recipe import make
+from burnish.core.vocabulary import VOCABULARY
 
-MEANING = {
-    "act": "activation inside a branch", "adapter": "the adapter that teaches",
-    "advance": "directions made ready before they count", "grow": "components gained at a time",
-    "preserve": "what was learned stays as it is", "top": "matrices that grow at once",
-    "after": "tokens that stand before the added ones", "allocation": "experts per group of blocks",
-    "alpha": "numerator of a scale, strength of a pull",
-    "at_refresh": "state when a subspace moves",
-    "b_rate": "learning rate of B over that of A", "balance": "weight of a balance loss",
-    "beta1": "decay of the first moment alone", "clip": "largest mean square of an update",
-    "decay_rate": "exponent by which moments come to rest",
-    "scale_parameter": "steps relative to the weight",
-    "beta": "a second strength beside alpha", "betas": "decays of the moments",
-    "block": "channels that belong together", "bottleneck": "width of a bottleneck",
-    "bound": "largest norm of what trains", "by": "what shares one rate",
-    "cooldown": "share of training after a schedule has arrived", "d_start": "start of d",
-    "decay": "of a smoothed score", "decompose_both": "both Kronecker factors of low rank",
-    "deep": "in every block instead of the first", "double_quant": "scales are coded too",
-    "dropout": "probability of a zero in training", "eps": "a small number of the update rule",
-    "every": "period: updates between two, or n-th of the blocks",
-    "factor": "largest first side of a Kronecker product", "folder": "where files lie",
-    "form": "of a tensor decomposition", "hidden": "width of the MLP that makes a prompt",
-    "ids": "tokens a prompt starts from", "in_backward": "step while backward runs",
-    "init": "start of what trains", "init_rank": "rank at the start",
-    "inner": "the MLP's state too",
-    "iterations": "of a randomised decomposition", "k": "experts per token",
-    "kind": "which of several forms", "layers": "blocks, by number or how many",
-    "length": "tokens or rows of a prompt", "limit": "largest growth per update",
-    "literal": "as the authors' code has it", "magnitude": "what is made of a kernel's entries",
-    "mask": "how entries are chosen", "mini": "width of a repeated matrix",
-    "mode": "one of two ways of working", "momentum": "of plain descent",
-    "nesterov": "look ahead along the momentum", "noise": "generator of a perturbation",
-    "norm": "1 or 2, of a penalty", "norm_p": "p of a distance", "norms": "norms train too",
-    "on": "a switch", "ortho": "weight of an orthogonality term",
-    "placement": "where a branch reads and writes", "proj_type": "side of a projection",
-    "queries": "probes per update", "rank": "of the update", "ratio": "share that is taken out",
-    "reduction": "a width over the narrow one", "rho": "most a part may get over the mean",
-    "rounds": "how often a budget moves", "s": "share of zeros",
-    "s_target": "share of zeros at last",
-    "samples": "read before training", "scale": "a fixed factor",
-    "scale_front": "order of two steps",
-    "scaling": "law of the scale", "seed": "of what is drawn", "share": "one tensor for all",
-    "spare": "blocks left whole", "state": "form of the optimizer's state",
-    "state_on_leave": "state of what stops training", "svd": "exact or randomised",
-    "tap": "the state a branch reads", "temperature": "of a softmax", "terms": "of a series",
-    "threshold": "size below which nothing is done", "to": "where tensors wait",
-    "tolerance": "when something counts as converged", "train_a": "does A train",
-    "units": "what is taken out together", "warmup": "share of training before a schedule starts",
-    "weight": "factor of a loss", "weight_decay": "of the weights", "which": "of the tensors",
-    "whiten": "divide by the spread",
-}
-OWN = {f.name for f in fields(Method)}
+COMMON = {f.name for f in fields(Method)}
 SETTINGS = [(e.name, f) for e in burnish.methods() if e.cls.__module__.startswith("burnish.")
-            for f in fields(e.cls) if f.name not in OWN]
+            for f in fields(e.cls) if f.name not in COMMON]
 
 
-def test_every_setting_has_the_name_of_its_idea():
-    """A name that is not listed is new: is it another word for an idea that has one?"""
-    new = sorted({(m, f.name) for m, f in SETTINGS if f.name not in MEANING})
-    assert not new, f"{new}: use the listed name of the idea, or add a line with the new idea"
+def unclear(said: Mapping[str, Mapping[str, str]], known: Mapping[str, str]) -> dict[str, str]:
+    """Names that several methods use for what may be several ideas. said: name -> method -> doc."""
+    return {name: "; ".join(f"{m}: {doc}" for m, doc in docs.items())
+            for name, docs in said.items()
+            if name not in known and len(docs) > 1 and len(set(docs.values())) > 1}
 
 
-def test_the_list_holds_what_exists_and_no_idea_twice():
-    assert not set(MEANING) - {f.name for _, f in SETTINGS}
-    assert len(set(MEANING.values())) == len(MEANING)
+def second_words(settings, known: Mapping[str, str]) -> dict[str, str]:
+    """Settings called by what is another spelling of a setting that other methods have."""
+    spelt: dict[str, set[str]] = defaultdict(set)
+    for _, f in settings:
+        for alias in f.metadata.get("alias", ()):
+            spelt[alias].add(f.name)
+    return {f"{m}.{f.name}": ", ".join(sorted(spelt[f.name])) for m, f in settings
+            if f.name in spelt and f.name not in known}
+
+
+def docs() -> dict[str, dict[str, str]]:
+    said: dict[str, dict[str, str]] = defaultdict(dict)
+    for method, f in SETTINGS:
+        said[f.name][method] = f.metadata["help"]
+    return said
+
+
+def test_a_name_means_one_thing_in_every_method():
+    found = unclear(docs(), VOCABULARY)
+    assert not found, f"{found}: say the same words, take another name, or give the name its one " \
+                      "meaning in core/vocabulary.py"
+
+
+def test_no_setting_is_called_by_another_spelling_of_an_idea_with_a_name():
+    found = second_words(SETTINGS, VOCABULARY)
+    assert not found, f"{found}: take the name of the idea, and make this one an alias of it"
+
+
+def test_the_vocabulary_holds_what_exists_and_no_idea_twice():
+    assert not set(VOCABULARY) - {f.name for _, f in SETTINGS}
+    assert len(set(VOCABULARY.values())) == len(VOCABULARY)
+    assert all(VOCABULARY.values())
+
+
+def test_a_name_of_ones_own_needs_no_line():
+    said = {**docs(), "novelty": {"lora": "a thing of its own"}}
+    assert not unclear(said, VOCABULARY)
+
+
+def test_one_name_for_two_ideas_is_found():
+    said = {"novelty": {"lora": "a width", "dora": "a share"}, "rank": {"lora": "a", "dora": "b"}}
+    assert list(unclear(said, VOCABULARY)) == ["novelty"]
+    said["novelty"]["dora"] = "a width"
+    assert not unclear(said, VOCABULARY)
+
+
+def test_a_second_word_for_an_idea_is_found():
+    from burnish.core.method import setting
+
+    width = setting(4, "a width")
+    width.name = "width"                                  # an alias of bottleneck
+    assert second_words([*SETTINGS, ("new", width)], VOCABULARY) == {"new.width": "bottleneck"}
 
 
 @pytest.mark.parametrize("method", sorted({m for m, _ in SETTINGS}))

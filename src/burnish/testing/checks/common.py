@@ -23,8 +23,7 @@ from ..models import tiny
 
 #: settings that suit models of width 32, taken when a method has a setting of that name
 SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "bottleneck": 4, "reduction": 4,
-                         "threshold": 1, "every": 1, "interval": 1, "update_every": 2,
-                         "layers": 1, "dropout": 0.0}
+                         "threshold": 1, "every": 1, "layers": 1, "dropout": 0.0}
 #: axes that add or choose something trainable
 TRAINS = {"delta", "select", "branch", "prompt", "side", "mixture"}
 #: of a recipe made of these alone the untouched model can compute the same, on dense weights
