@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
+from ..tape.cast import autocast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
 
@@ -84,8 +85,7 @@ class Bottleneck(nn.Module):
             h = _in_dtype_of(self.norm_in, h)
         p = self.dropout if self.training else 0.0
         if self.mixer is None and not transformed():
-            if torch.is_autocast_enabled(h.device.type):
-                h = h.to(torch.get_autocast_dtype(h.device.type))
+            h = autocast(h)
             y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
                             self.up.weight, self.up.bias)
         else:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ...core.call import context
 from ...core.errors import RecipeError
+from ..tape.cast import autocast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
 from ..update.objective import Riding
@@ -180,8 +181,7 @@ class ExpertChains(nn.Module):
         return p, top_k(p, self.k)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         p, g = self.gates(x)
         collecting = self.riding.collected is not None
         if self.coefficient and (collecting or self.training and torch.is_grad_enabled()):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current
+from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
 from .backward import as_then, uncast
@@ -213,9 +214,7 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
     weight: pass the stored (out, in) parameter itself when it trains too, else None.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocast(x)
     theta = op.theta()
     if _plainly(theta):
         return op.plain(x, op.base() if weight is None else weight, bias)
