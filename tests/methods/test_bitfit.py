@@ -63,6 +63,38 @@ def test_the_gradient_is_the_sum_over_tokens():
     torch.testing.assert_close(first.bias.grad, seen["g"].sum(0))
 
 
+@pytest.mark.parametrize("model", ["bert", "vit", "gpt2", "cnn", "encoder"])
+def test_gradients_are_stock_autograds(beside, model):                         # findings 6
+    """y = W x + (b + db): outputs, and the gradient of every bias of the body, in float64."""
+    one = beside(model, "bitfit")
+    head = ("classifier", "score", "head", "fc")
+    want = {n for n, _ in one.base.named_parameters()
+            if n.endswith("bias") and not n.startswith(head)}
+    want |= {path for path, _ in one.theta}                  # those that stand for b + db
+    assert {path for path, _ in one.theta} == want
+    assert all(path.endswith("bias") for path, _ in one.theta)
+    one.agree()
+
+
+def test_query_rows_of_a_fused_bias_are_shifted(beside):                       # findings 3.8
+    """The shift joins the first rows of what the fused layer gives; two updates of torch."""
+    one = beside("timm_qkv", "bitfit(which='query-mlp')")
+    for path, shift in one.at("shift"):
+        def hook(m, args, y, shift=shift):
+            return torch.cat([y[..., :32] + shift, y[..., 32:]], -1)
+
+        one.base.get_submodule(path).register_forward_hook(hook)
+    assert len(one.at("shift")) == 2 and len(one.theta) == 4
+    one.agree()
+
+
+def test_targets_narrow_it_to_some_biases(beside):
+    one = beside("vit", "bitfit(targets='fc1,layernorm_before')")
+    stems = {path.partition("layers.")[2][2:] for path, _ in one.theta}
+    assert stems == {"mlp.fc1.bias", "layernorm_before.bias"}
+    one.agree()
+
+
 class Plain(torch.nn.Module):
     """Two linears with an operation between them that keeps its output, not its input."""
 

@@ -31,6 +31,14 @@ def test_it_is_plain_training(name):
     assert sum(p.numel() for p in tuned.parameters()) == sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.parametrize("model", ["bert", "cnn", "llama", "timm_qkv"])
+def test_gradients_are_stock_autograds(beside, model):                         # findings 6
+    """Outputs and the gradient of every tensor of the body, in float64."""
+    one = beside(model, "full", size=0.05)
+    assert all(not rest for _, rest in one.theta)
+    one.agree()
+
+
 def test_everything_comes_back():
     model, batch = tiny("vit")
     base = copy.deepcopy(model)

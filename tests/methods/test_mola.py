@@ -97,6 +97,101 @@ def test_the_equation_written_out():
     torch.testing.assert_close(m(x), want, rtol=1e-10, atol=1e-12)
 
 
+def routed(one, path, k, s, balance_of=None, rows=None, drop=0.0):
+    """y = W x + s sum over the k largest of p_e / (their sum) B_e A_e drop(x), p = softmax(W_r x);
+    and E sum_e f_e P_e of that router, f the share of the pairs, P the mean probability."""
+    A, B, W_r = (one.theta[path, leaf] for leaf in ("A", "B", "router"))
+    k = min(k, len(A))
+
+    def hook(module, args, y):
+        x = args[0]
+        p = torch.softmax(x @ W_r.t(), -1)
+        sent = p >= p.sort(-1, descending=True).values[..., k - 1 : k]
+        gates = p * sent / (p * sent).sum(-1, keepdim=True)
+        z = nn.functional.dropout(x, drop, drop > 0)
+        made = sum(s * gates[..., e : e + 1] * (z @ A[e].t() @ B[e].t()) for e in range(len(A)))
+        if balance_of is not None:
+            mask = one.batch.get("attention_mask")
+            count = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
+            f = sent[count].double().sum(0) / sent[count].sum()
+            balance_of.append(len(A) * (f * p[count].mean(0)).sum())
+        if rows is None:
+            return y + made
+        out, used = y.clone(), 0
+        for a, b in rows:
+            out[..., a:b] = out[..., a:b] + made[..., used : used + b - a]
+            used += b - a
+        return out
+
+    one.base.get_submodule(path).register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("model", ["llama", "vit", "gpt2"])
+def test_the_model_with_experts_written_out(beside, model):                    # findings 6
+    """Outputs and the gradients of A, B and the routers, two experts below and four above."""
+    one = beside(model, "mola(rank=2, alpha=3.0, k=2, allocation='2-4', dropout=0.0)")
+    assert [len(A) for _, A in one.at("A")] == sorted(len(A) for _, A in one.at("A"))
+    assert {len(A) for _, A in one.at("A")} == {2, 4}
+    for path, _ in one.at("A"):
+        routed(one, path, 2, 1.5)
+    one.agree()
+
+
+def test_rows_of_a_fused_projection_written_out(beside):                       # findings 6
+    one = beside("timm_qkv", "mola(rank=2, alpha=3.0, k=1, allocation='3', targets='q,v')")
+    for path, B in one.at("B"):
+        assert B.shape == (3, 64, 2)
+        routed(one, path, 1, 1.5, rows=((0, 32), (64, 96)))
+    one.tuned.model.eval()
+    got, want = one.tuned.model(**one.batch).logits, one.base(**one.batch).logits
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    # with k = 1 a gate is 1 whatever the router says: only A and B have a gradient
+    theta = [p for (_, leaf), p in one.theta.items() if leaf != "router"]
+    own = [p for (_, leaf), p in one.own.items() if leaf != "router"]
+    for a, b in zip(torch.autograd.grad(one.score(got), own),
+                    torch.autograd.grad(one.score(want), theta), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_balance_of_every_router_written_out(beside, padded):              # findings 2.9
+    """The gradients are those of loss + c sum_routers E sum_e f_e P_e, padding left out."""
+    one = beside("llama", "mola(rank=2, alpha=3.0, k=2, allocation='2-4', balance=0.3, dropout=0)")
+    if padded:
+        one.batch["attention_mask"] = torch.ones_like(one.batch["input_ids"])
+        one.batch["attention_mask"][1, -3:] = 0
+    extra = []
+    for path, _ in one.at("A"):
+        routed(one, path, 2, 1.5, extra)
+    one.tuned.model.train()
+    one.tuned.loss(one.batch).backward()
+    want = torch.autograd.grad(one.base(**one.batch).loss + 0.3 * sum(extra),
+                               list(one.theta.values()))
+    assert len(extra) == 2 * 7
+    top = max(float(w.abs().max()) for w in want)
+    for (k, p), w in zip(one.own.items(), want, strict=True):
+        assert float((p.grad - w).abs().max()) <= 1e-6 * top, k         # the loss is in fp32
+
+
+def test_dropout_is_on_what_the_experts_read(beside):
+    """Not on what the router reads: one linear, the same seed, stock dropout."""
+    one = beside("vit", "mola(rank=2, alpha=3.0, allocation='3', dropout=0.4, balance=0, "
+                        "targets='fc1@1')")
+    ((path, _),) = one.at("A")
+    routed(one, path, 2, 1.5, drop=0.4)
+    one.tuned.model.train()
+    torch.manual_seed(5)
+    want = one.base(**one.batch).logits
+    torch.manual_seed(5)
+    one.agree(want)
+
+
+def test_defaults_are_the_published_ones():
+    m = parse("mola")[0]
+    assert (m.rank, m.alpha, m.k, m.allocation, m.dropout, m.balance) == \
+        (8, 16.0, 2, "2-4-6-8", 0.05, 1e-3)
+
+
 def test_fewer_experts_than_k_are_all_used():
     m = ExpertChains(6, 7, 2, 3, 4)
     assert m.k == 2 and (m.gates(torch.randn(5, 6))[1] > 0).all()

@@ -41,6 +41,35 @@ def test_the_start_is_the_base():
     assert torch.equal(model(**batch).logits, want)
 
 
+@pytest.mark.parametrize("model", ["bert", "vit", "llama", "cnn", "t5"])
+def test_gradients_are_stock_autograds(beside, model):                         # findings 6
+    """y = gamma normalised(x) + beta: outputs and gradients of gamma and beta, nothing else."""
+    one = beside(model, "norms")
+    want = {f"{n}.{leaf}" for n, m in one.base.named_modules() if "norm" in type(m).__name__.lower()
+            for leaf in ("weight", "bias") if getattr(m, leaf, None) is not None}
+    assert {path for path, _ in one.theta} == want
+    one.agree()
+
+
+@pytest.mark.parametrize("model", ["vit", "llama"])
+def test_updates_are_those_of_plain_adam(beside, model):
+    """Five updates with a decay that norms do not take and a falling rate, against torch."""
+    one = beside(model, "norms")
+    opt = one.tuned.optimizer(lr=1e-2, weight_decay=0.5)
+    stock = torch.optim.Adam(list(one.theta.values()), 1e-2)
+    for t in range(5):
+        for o in (opt, stock):
+            for g in o.param_groups:
+                g["lr"] = 1e-2 / (1 + t)
+        one.score(one.tuned.model(**one.batch).logits).backward()
+        one.score(one.base(**one.batch).logits).backward()
+        for o in (opt, stock):
+            o.step()
+            o.zero_grad()
+    for k, p in one.own.items():
+        torch.testing.assert_close(p, one.theta[k], rtol=1e-9, atol=1e-11, msg=str(k))
+
+
 def test_norms_do_not_decay():
     tuned = burnish.tune(tiny("llama")[0], "norms")
     opt = tuned.optimizer(weight_decay=0.1)
