@@ -95,6 +95,27 @@ def test_targets_narrow_it_to_some_biases(beside):
     one.agree()
 
 
+@pytest.mark.parametrize("targets, biases, shifts", [
+    ("fc1@0", ["transformer.h.0.mlp.c_fc.bias"], []),
+    ("q@1", [], ["transformer.h.1.attn.c_attn"]),
+    ("c_attn@0,fc1@1", ["transformer.h.1.mlp.c_fc.bias"], ["transformer.h.0.attn.c_attn"]),
+    (None, [f"transformer.h.{i}.mlp.c_fc.bias" for i in range(2)],
+     [f"transformer.h.{i}.attn.c_attn" for i in range(2)]),
+])
+def test_targets_may_name_rows_or_whole_biases(beside, targets, biases, shifts):
+    one = beside("gpt2", f"bitfit(which='query-mlp', targets={targets!r})")
+    assert [path for path, rest in one.theta if not rest] == biases
+    assert [path for path, rest in one.theta if rest] == shifts
+
+
+def test_targets_that_name_no_bias_are_refused():
+    for targets in ("k", "nonsense", "wte"):
+        with pytest.raises(burnish.TargetError):
+            burnish.tune(tiny("gpt2")[0], f"bitfit(which='query-mlp', targets={targets!r})")
+    with pytest.raises(burnish.TargetError):
+        burnish.tune(tiny("bert")[0], "bitfit(targets='word_embeddings')")
+
+
 class Plain(torch.nn.Module):
     """Two linears with an operation between them that keeps its output, not its input."""
 

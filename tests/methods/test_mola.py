@@ -186,12 +186,6 @@ def test_dropout_is_on_what_the_experts_read(beside):
     one.agree(want)
 
 
-def test_defaults_are_the_published_ones():
-    m = parse("mola")[0]
-    assert (m.rank, m.alpha, m.k, m.allocation, m.dropout, m.balance) == \
-        (8, 16.0, 2, "2-4-6-8", 0.05, 1e-3)
-
-
 def test_fewer_experts_than_k_are_all_used():
     m = ExpertChains(6, 7, 2, 3, 4)
     assert m.k == 2 and (m.gates(torch.randn(5, 6))[1] > 0).all()

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from ...blocks.state.gates import Shift
 from ...core.asked import chosen, narrowed
-from ...core.errors import RecipeError
+from ...core.errors import RecipeError, TargetError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place, Selection
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
+
+T = TypeVar("T")
+#: a fused weight, and the runs of its rows that make queries
+Fused = tuple[Place, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,36 @@ class Bitfit(Method):
     which: Literal["all", "query-mlp"] = setting("all", "which biases")
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
+        for n in self._asked(anatomy)[0]:
+            yield Selection(n, decay=False)
+
+    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
+        """The query rows of fused biases, which are no tensors of their own."""
+        for place, rows in self._asked(anatomy)[1]:
+            yield Branch(place.path, Shift(rows), compose="replace")
+
+    def _asked(self, anatomy: Anatomy) -> tuple[list[str], list[Fused]]:
+        """(biases, rows of fused ones) that targets name; it is an error to name none of both."""
         names = [n for n in self._names(anatomy)
                  if not any(n.startswith(h + ".") for h in anatomy.head)]
-        if not names and not self._fused(anatomy):
+        sites = self._fused(anatomy)
+        if not names and not sites:
             raise RecipeError("bitfit: this model has no biases to train; the nearest methods are "
                               "norms (trains norm scales) and ia3")
-        for n in chosen(anatomy, self, names, siblings=True):
-            yield Selection(n, decay=False)
+        wrong: list[TargetError] = []
+
+        def named(pick: Callable[[], list[T]]) -> list[T]:
+            try:
+                return pick()
+            except TargetError as e:
+                wrong.append(e)
+                return []
+
+        left = named(lambda: chosen(anatomy, self, names, siblings=True)) if names else []
+        rows = named(lambda: narrowed(anatomy, self, sites, _names_it)) if sites else []
+        if wrong and not left and not rows:
+            raise wrong[0]
+        return left, rows
 
     def _names(self, anatomy: Anatomy) -> Iterable[str]:
         params = dict(anatomy.model.named_parameters())
@@ -55,15 +82,9 @@ class Bitfit(Method):
             if place.role in ("q", "fc1", "gate") and bias in params:
                 yield bias
 
-    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        """The query rows of fused biases, which are no tensors of their own."""
-        sites = self._fused(anatomy)
-        for place, rows in narrowed(anatomy, self, sites, lambda s, places: s[0] in places):
-            yield Branch(place.path, Shift(rows), compose="replace")
-
-    def _fused(self, anatomy: Anatomy) -> list[tuple[Place, tuple[tuple[int, int], ...]]]:
+    def _fused(self, anatomy: Anatomy) -> list[Fused]:
         """(fused weight, its rows of queries) of every fused bias."""
-        sites: list[tuple[Place, tuple[tuple[int, int], ...]]] = []
+        sites: list[Fused] = []
         if self.which == "all":
             return sites
         for place in anatomy.places:
@@ -78,6 +99,13 @@ class Bitfit(Method):
                                   f"{why}; which='all' trains every bias")
             sites.append((place, tuple(rows)))
         return sites
+
+
+def _names_it(site: Fused, places: list[Place]) -> bool:
+    """Is the fused weight among the places, or some of its rows of queries?"""
+    whole, rows = site
+    return any(p.path == whole.path and p.param == whole.param
+               and (p.rows is None or p.rows in rows) for p in places)
 
 
 def bias_of(place: Place) -> str:
