@@ -17,8 +17,6 @@ from burnish.testing.models import tiny
 
 METHODS = sorted(n for n in registry.names(extra=False) if conformance.TRAINS & set(
     registry.find(n).axes()) or "storage" in registry.find(n).axes())
-#: methods that read data first are given some
-CALIBRATED = {"corda", "eva"}
 
 
 def flipped(real, name):
@@ -44,8 +42,7 @@ def another_machine(monkeypatch):
 
 def trained(recipe, model, **kw):
     net, batch = tiny(model, **kw)
-    given = {"calibration": [batch]} if any(c in recipe for c in CALIBRATED) else {}
-    tuned = burnish.tune(net.eval(), recipe, **given)
+    tuned = burnish.tune(net.eval(), recipe, calibration=[batch])
     tuned.optimizer(lr=1e-2)
     for _ in range(2):
         tuned.step(batch)
