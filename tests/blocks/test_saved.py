@@ -262,7 +262,7 @@ def test_views_and_tied_weights_come_back_from_disk(lean, tmp_path):
     packed, written, held = [], [], []
     pack = policy.pack
 
-    def see(t):
+    def see(t, role=None):
         before = policy.bytes_written
         packed.append(t.untyped_storage()._cdata)
         held.append(t)                              # so that no address is used twice

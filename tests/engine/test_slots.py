@@ -269,7 +269,7 @@ def test_no_effective_weight_waits_for_backward(kind):
     tape, kept = tuned.state.tape, []
     pack = tape.policy.pack
 
-    def see(t):
+    def see(t, role=None):
         if t.untyped_storage()._cdata not in own:
             kept.append(tuple(t.shape))
         return pack(t)

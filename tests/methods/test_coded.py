@@ -1,137 +1,212 @@
-"""8- and 4-bit Adam: each step is Adam's on what the codes stand for, and codes are neighbours.
-
-The map, the blocks and the recurrence are written out here in float64; only the draw between two
-neighbouring entries is the library's, and its mean is checked.
-"""
+"""Coded activations as a part of a recipe."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as foreign
 
-from burnish.blocks.update.step import compose
-from burnish.core.recipe import parse
+import burnish
+from burnish.core.errors import RecipeError
+from burnish.memory import Ledger
+from burnish.testing.models import tiny
 
-F64 = torch.float64
-
-
-def entries(bits, signed):
-    """10^-k times the middles of equal parts of [0.1, 1], zero and one: 2^bits of them."""
-    found = {0.0, 1.0}
-    for k in range(bits - 1):
-        parts = 2 ** (bits - 2 - k if signed else bits - 1 - k)
-        for i in range(parts):
-            middle = (0.1 + 0.9 * (2 * i + 1) / (2 * parts)) / 10**k
-            found |= {middle, -middle} if signed else {middle}
-    assert len(found) == 2**bits
-    return torch.tensor(sorted(found), dtype=F64)
+INP, HID, OUT, N = 24, 40, 8, 64
 
 
-def decoded(state, name, bits, block, n):
-    """The moment that the optimizer's tensors stand for, and the scale of each element."""
-    signed = f"{name}.codes" in state
-    codes = state[f"{name}.codes" if signed else f"{name}.ucodes"].long()
-    if bits == 4:
-        codes = torch.stack([codes % 16, codes // 16], 1).flatten()
-    scale = state[f"{name}.absmax"].to(F64).repeat_interleave(block)[:n]
-    return entries(bits, signed)[codes[:n]] * scale, scale
+class Net(nn.Module):
+    """relu between two linears: everything that is coded here is exact or linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(INP, HID), nn.Linear(HID, OUT)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
 
 
-def neighbours(x, scale, bits, signed):
-    """The entries below and above x (scaled), so that x lies between them."""
-    table = entries(bits, signed)
-    part = x / scale
-    above = torch.searchsorted(table, part.clamp(table[0], table[-1])).clamp(1, len(table) - 1)
-    return table[above - 1] * scale, table[above] * scale
+def mse(out, batch):
+    return (out - batch[1]).square().mean()
 
 
-@pytest.mark.parametrize("recipe, bits, block", [("adam8bit", 8, 256), ("adam4bit", 4, 128)])
-def test_steps_are_adams_on_what_the_codes_stand_for(recipe, bits, block):      # findings 6, 2.4
-    """m <- b1 m + (1 - b1) g, v alike, both from the stored codes; W as AdamW with decay and a
-    falling rate; what is stored is one of the two entries around each moment, |.| <= max."""
-    n, b1, b2, eps, wd = 5000, 0.8, 0.95, 1e-6, 0.1              # the last block is short
-    g = torch.Generator().manual_seed(0)
-    p = nn.Parameter(torch.randn(n, generator=g))
-    opt = compose([parse(f"{recipe}(betas=({b1}, {b2}), eps={eps}, weight_decay={wd})")[0]
-                   .optimizer()], [("w", p)], 1e-2)
-    m, v = torch.zeros(n, dtype=F64), torch.zeros(n, dtype=F64)
-    for t in range(1, 7):
-        lr = opt.param_groups[0]["lr"] = 1e-2 / t
-        G = torch.randn(n, generator=g) * 10.0 ** torch.randint(-2, 2, (n,), generator=g)
-        W = p.detach().to(F64)
-        p.grad = G.clone()
-        opt.step()
-        G = G.to(F64)
-        m, v = b1 * m + (1 - b1) * G, b2 * v + (1 - b2) * G**2
-        u = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
-        torch.testing.assert_close(p.detach().to(F64), W * (1 - lr * wd) - lr * u, rtol=1e-5,
-                                   atol=1e-7)
-        state = opt.state[p]
-        for name, exact in (("exp_avg", m), ("exp_avg_sq", v)):
-            signed = name == "exp_avg"
-            got, scale = decoded(state, name, bits, block, n)
-            most = torch.nn.functional.pad(exact.abs(), (0, -n % block)).view(-1, block).amax(1)
-            torch.testing.assert_close(state[f"{name}.absmax"].to(F64), most, rtol=1e-6, atol=0)
-            low, high = neighbours(exact, scale, bits, signed)
-            near = 1e-6 * scale
-            one_of = ((got - low).abs() <= near) | ((got - high).abs() <= near)
-            assert one_of.all(), name
-            if not signed:
-                assert (got[exact > 0] > 0).all(), "a second moment that is not zero never is"
-        m, v = decoded(state, "exp_avg", bits, block, n)[0], \
-            decoded(state, "exp_avg_sq", bits, block, n)[0]
+def gradients(tuned, batch, loss=mse):
+    for p in tuned.parameters():
+        p.grad = None
+    value = tuned.loss(batch, loss) if loss else tuned.loss(batch)
+    value.backward()
+    return {n: p.grad.clone() for n, p in tuned.named_parameters()}
 
 
-@pytest.mark.parametrize("recipe, bits, block", [("adam8bit", 8, 256), ("adam4bit", 4, 128)])
-def test_the_draw_between_neighbours_has_the_right_mean(recipe, bits, block):   # findings 2.4
-    """Over equal elements the mean of the codes is the moment, within five deviations."""
-    n, b1 = 64 * 256, 0.9
-    G = torch.full((n,), 0.37)
-    G[::block] = 1.0                                           # the largest of every block
-    p = nn.Parameter(torch.zeros(n))
-    opt = compose([parse(recipe)[0].optimizer()], [("w", p)], 1e-3)
-    p.grad = G.clone()
-    opt.step()
-    got, scale = decoded(opt.state[p], "exp_avg", bits, block, n)
-    x = (1 - b1) * 0.37
-    (low,), (high,) = neighbours(torch.tensor([x], dtype=F64), scale[1:2], bits, True)
-    up = float((x - low) / (high - low))
-    rest = got[torch.arange(n) % block != 0]
-    spread = float(high - low) * math.sqrt(up * (1 - up) / len(rest))
-    assert 0.05 < up < 0.95 and abs(float(rest.mean()) - x) < 5 * spread
+def test_the_mean_over_steps_is_the_exact_gradient_in_float64():
+    """LoRA on both linears, inputs in one bit. Reference: the equation written out on dense
+    weights, with autograd keeping everything."""
+    torch.manual_seed(0)
+    net = Net().double()
+    x, y = torch.randn(N, INP, dtype=torch.float64), torch.randn(N, OUT, dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2, alpha=2) + coded(bits=1, group=64)", targets="a,b",
+                         head=False)
+    for p in tuned.parameters():
+        p.data = torch.randn(p.shape, dtype=torch.float64) * 0.3
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in tuned.named_parameters()}
+
+    def delta(layer):
+        A, B = (next(p for n, p in leaves.items() if n.startswith(f"{layer}.")
+                     and n.endswith(f".{f}")) for f in "AB")
+        return B @ A
+
+    h = torch.relu(x @ (net.a.weight.detach() + delta("a")).t() + net.a.bias.detach())
+    out = h @ (net.b.weight.detach() + delta("b")).t() + net.b.bias.detach()
+    ((out - y) ** 2).mean().backward()
+    draws, total, square = 400, {}, {}
+    policy = tuned.state.tape.policy
+    for k in range(draws):
+        policy.begin(k)
+        for n, g in gradients(tuned, (x, y)).items():
+            total[n] = total.get(n, 0) + g
+            square[n] = square.get(n, 0) + g * g
+    seen = 0
+    for n, want in leaves.items():
+        mean = total[n] / draws
+        error = ((square[n] / draws - mean * mean).clamp_min(0) / draws).sqrt()
+        noisy = error > 1e-6 * want.grad.abs().max()
+        z = (mean - want.grad)[noisy] / error[noisy]
+        assert z.numel() == 0 or float(z.abs().max()) < 5.5
+        assert torch.allclose(mean[~noisy], want.grad[~noisy], rtol=1e-7, atol=1e-10)
+        seen += z.numel()
+    # A of both layers reads a code; B of both reads A x, which is exact
+    assert seen == 2 * (INP + HID)
 
 
-@pytest.mark.parametrize("recipe", ["adam8bit", "adam4bit"])
-def test_what_is_small_is_plain_adamw(recipe):
-    """Below 4,096 elements nothing is coded: torch's AdamW with the same words, to rounding."""
-    words = "(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)"
-    g = torch.Generator().manual_seed(0)
-    W = torch.randn(63, 65, generator=g)
-    p, q = nn.Parameter(W.clone()), nn.Parameter(W.clone())
-    mine = compose([parse(recipe + words)[0].optimizer()], [("w", p)], 1e-2)
-    stock = torch.optim.AdamW([q], 1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)
-    for _ in range(6):
-        p.grad = torch.randn(63, 65, generator=g)
-        q.grad = p.grad.clone()
-        mine.step()
-        stock.step()
-    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+def test_one_bit_alone_is_exact():
+    """Nothing coded but the ReLU: the gradient of stock torch."""
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(N, INP).double(), torch.randn(N, OUT).double()
+    stock = copy.deepcopy(net)
+    tuned = burnish.tune(net, "full + coded(bits=0)", head=False)
+    got = gradients(tuned, (x, y))
+    mse(stock(x), (x, y)).backward()
+    for n, p in stock.named_parameters():
+        assert torch.allclose(got[n], p.grad, rtol=1e-12, atol=1e-15), n
 
 
-@pytest.mark.parametrize("recipe", ["adam8bit", "adam4bit"])
-def test_defaults_and_declared_bytes(recipe):
-    m = parse(recipe)[0]
-    assert (m.betas, m.eps, m.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
-    for shape in ((4095,), (4096,), (64, 65), (4097, 1), (5001,)):
-        p = nn.Parameter(torch.zeros(shape))
-        opt = compose([m.optimizer()], [("w", p)], 1e-3)
-        p.grad = torch.ones_like(p)
-        opt.step()
-        held = sum(v.nbytes for v in opt.state[p].values() if isinstance(v, torch.Tensor))
-        assert held == m.state_bytes(shape, 4), shape
-    with_lion = [m.optimizer(), parse("lion")[0].optimizer()]
-    with pytest.raises(Exception, match=f"{recipe} and lion"):
-        compose(with_lion, [("w", nn.Parameter(torch.zeros(3)))], 0.1)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_layer_keeps_its_bits(bits):
+    """bits / 8 bytes a number, ranges of 64 / group bits, and one bit for the ReLU."""
+    net, batch = Net(), (torch.randn(N * 64, INP), torch.randn(N * 64, OUT))
+    tuned = burnish.tune(net, f"full + coded(bits={bits})", head=False)
+    rows = N * 64
+    with Ledger(net) as ledger:
+        for value in batch:
+            ledger.watch("weights", [value])
+        loss = tuned.loss(batch, mse)
+        kept = sum(e.bytes for e in ledger.entries
+                   if e.death is None and ledger.category(e) != "weights")
+    numbers = rows * (INP + HID)                         # the inputs of both
+    says = numbers * bits / 8 + math.ceil(numbers / 256) * 8 + rows * HID / 8
+    others = rows * OUT * 4                            # the loss keeps out - y, exactly
+    assert loss.requires_grad and kept - others == pytest.approx(says, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["vit", "llama"])
+@pytest.mark.parametrize("recipe", ["lora(rank=4)", "full", "lora(rank=4) + checkpoint",
+                                    "full + lean(on=False)", "nf4 + lora(rank=4)"])
+def test_the_promise_is_kept_and_the_loss_is_exact(model, recipe):
+    net, batch = tiny(model, batch=4)
+    promised = burnish.simulate(copy.deepcopy(net), f"{recipe} + coded", batch)
+    plain = burnish.tune(copy.deepcopy(net), recipe)
+    tuned = burnish.tune(net, f"{recipe} + coded")
+    assert torch.equal(plain.loss(batch), tuned.loss(batch))
+    measured = burnish.measure(tuned, batch)
+    assert promised.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+
+
+def test_a_block_that_runs_again_is_coded_then():
+    """Beside checkpoint the forward keeps block inputs as they are; gradients stay estimates."""
+    net, batch = tiny("vit", batch=4)
+    stock = burnish.tune(copy.deepcopy(net), "full + checkpoint", head=False)
+    tuned = burnish.tune(net, "full + checkpoint + coded", head=False)
+    want, got = gradients(stock, batch, None), gradients(tuned, batch, None)
+    off = sum(float((got[n] - w).square().sum()) for n, w in want.items()) ** 0.5
+    size = sum(float(w.square().sum()) for w in want.values()) ** 0.5
+    assert 0 < off < 0.2 * size
+
+
+def test_dropout_masks_are_those_of_a_run_without_it():
+    net, batch = tiny("vit", dropout=0.3)
+    plain, tuned = burnish.tune(copy.deepcopy(net), "full"), burnish.tune(net, "full + coded")
+    losses = []
+    for t in (plain, tuned):
+        t.model.train()
+        torch.manual_seed(7)
+        losses.append(t.loss(batch))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_somebody_elses_checkpointing_gets_exact_or_coded_gradients(reentrant):
+    """Where he counts what is kept (not reentrant) all is stock; a reentrant one runs again with
+    us, which codes."""
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(N, INP).double(), torch.randn(N, OUT).double()
+    stock = copy.deepcopy(net)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return foreign(self.net, x, use_reentrant=reentrant)
+
+    tuned = burnish.tune(Outer(), "full + coded(bits=8)", head=False)
+    got = gradients(tuned, (x.requires_grad_(), y))
+    mse(stock(x), (x, y)).backward()
+    for n, p in stock.named_parameters():
+        near = 0.03 if reentrant else 1e-12
+        assert float((got[f"net.{n}"] - p.grad).abs().max()) <= near * float(p.grad.abs().max())
+
+
+def test_under_autocast_what_is_cast_is_coded_and_the_weights_are_not():
+    torch.manual_seed(0)
+    net, batch = Net(), (torch.randn(N * 64, INP), torch.randn(N * 64, OUT))
+    plain, tuned = burnish.tune(copy.deepcopy(net), "full", head=False), \
+        burnish.tune(net, "full + coded", head=False)
+    kept, grads = [], []
+    for t in (plain, tuned):
+        with Ledger(t.model) as ledger, torch.autocast("cpu", torch.bfloat16):
+            for value in batch:
+                ledger.watch("weights", [value])
+            loss = t.loss(batch, mse)
+            kept.append(sum(e.bytes for e in ledger.entries if e.death is None
+                            and ledger.category(e) != "weights"))
+        loss.backward()
+        grads.append({n: p.grad for n, p in t.named_parameters()})
+    assert kept[1] < 0.55 * kept[0]
+    for n, g in grads[0].items():
+        assert float((grads[1][n] - g).norm()) < 0.2 * float(g.norm()), n
+
+
+def test_two_forms_of_one_tensor_are_refused_beforehand():
+    with pytest.raises(RecipeError, match="the form of kept tensors"):
+        burnish.tune(Net(), "lora(rank=2) + coded + coded(bits=2)", targets="a")
+
+
+def test_a_compiled_model_says_that_it_runs_uncompiled():
+    net = Net()
+    burnish.tune(net, "full + coded", head=False)
+    with pytest.warns(UserWarning, match="coded"):
+        torch.compile(net, backend="eager")(torch.randn(N, INP))
+
+
+def test_removing_the_adapter_takes_the_codes_away():
+    net = Net()
+    tuned = burnish.tune(net, "full + coded", head=False)
+    tuned.add("other", "lora(rank=2)", targets="a")
+    tuned.use("other")
+    tuned.remove("default")
+    assert not tuned.state.tape.policy.roles

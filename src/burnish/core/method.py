@@ -66,6 +66,7 @@ class Method:
     merges: the update folds exactly into plain weights.
     kinds: kinds of :class:`~burnish.core.site.Place` a `delta` or `storage` applies to.
     needs: what a model must have besides (words of core/needs.py); others refuse with a reason.
+    exact: the gradients are those of the loss; False: estimates of them, by design.
     fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
     model's mode (no dropout, no moving statistics).
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
@@ -76,6 +77,7 @@ class Method:
     paper: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}

@@ -24,6 +24,7 @@ class Tuned(Protocol):
     model: nn.Module
     total_steps: int | None
     current_optimizer: Any
+    state: Any                           # what the model's slots share: its tape, what is active
 
     @property
     def anatomy(self) -> Anatomy:

@@ -22,6 +22,7 @@ from ...core.errors import ConfigError, nearest
 from ..tape.cast import autocast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
+from ..tape.roles import reading
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -86,8 +87,9 @@ class Bottleneck(nn.Module):
         p = self.dropout if self.training else 0.0
         if self.mixer is None and not transformed():
             h = autocast(h)
-            y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
-                            self.up.weight, self.up.bias)
+            with reading((h,)):
+                y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
+                                self.up.weight, self.up.bias)
         else:
             z = F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0)
             z = z if self.mixer is None else self.mixer(z)

@@ -19,6 +19,7 @@ from . import replay
 from .functions import storage_of, version_of
 
 if TYPE_CHECKING:
+    from .roles import Role
     from .saved import Tape
 
 Recompute = Callable[..., Tensor]
@@ -54,7 +55,7 @@ class View:
 class Kept:
     """A tensor kept as it is, with the version autograd saw."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("tensor", "version", "__weakref__")
 
     def __init__(self, t: Tensor):
         # an operation's own output would close a cycle: tensor -> node -> tensor
@@ -117,7 +118,8 @@ class Entry:
     """
 
     __slots__ = ("fn", "args", "kwargs", "out", "version", "seen", "reads", "shape", "depth",
-                 "autocast", "readers", "left", "value", "changed", "settled", "__weakref__")
+                 "autocast", "readers", "left", "value", "changed", "settled", "linear",
+                 "approximate", "__weakref__")
 
     out: Any
     shape: tuple[Any, ...]
@@ -132,6 +134,7 @@ class Entry:
         self.readers = self.left = self.changed = 0
         self.value: Tensor | None = None
         self.settled = False
+        self.linear = self.approximate = False       # see Tape.note
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, before they are packed."""
@@ -147,15 +150,22 @@ class Entry:
             return all([getattr(a, "intact", True) for a in (*self.args, *self.kwargs.values())])
         return self.seen == tuple([version_of(t) for t in self.tensors()])
 
-    def settle(self, tape: Tape) -> bool:
-        """A reader has come: the arguments go where kept tensors go. False: it is too late."""
+    def settle(self, tape: Tape, role: Role | None = None) -> bool:
+        """A reader has come: the arguments go where kept tensors go. False: it is too late.
+
+        role: of the first reader. One to whom a code would do makes do with codes of the arguments,
+        and the entry is `approximate` from then on.
+        """
         if not self.intact:
             return False
         if not self.settled:
+            if not self.linear or role != "linear input":
+                role = None
+            self.approximate = self.approximate or role is not None
             self.settled, out = True, self.out()
             self.shape = out.dtype, out.size(), out.stride(), out.storage_offset()
-            self.args = tuple(tape.argument(a) for a in self.args)
-            self.kwargs = {k: tape.argument(v) for k, v in self.kwargs.items()}
+            self.args = tuple(tape.argument(a, role) for a in self.args)
+            self.kwargs = {k: tape.argument(v, role) for k, v in self.kwargs.items()}
         return True
 
     def before(self, storage: int, tape: Tape) -> None:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import disk
 from .functions import storage_of
 from .notes import View
+from .roles import Role
 from .saved import Policy
 
 #: bytes below which moving costs more than it saves
@@ -93,7 +94,7 @@ class Offload(Policy):
     def start(self) -> None:
         self._away.clear()
 
-    def pack(self, t: Tensor) -> Any:
+    def pack(self, t: Tensor, role: Role | None = None) -> Any:
         if storage_of(t) is None:
             return super().pack(t)
         storage = t.untyped_storage()

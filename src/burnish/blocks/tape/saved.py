@@ -21,6 +21,7 @@ closes a reference cycle, so pass-through returns an alias.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -33,9 +34,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
-from . import replay
+from . import replay, roles
 from .functions import storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
+from .roles import Role
 from .watched import Watched
 
 
@@ -44,13 +46,28 @@ def _nothing() -> None:
 
 
 class Policy:
-    """Where a kept tensor lives until backward. The default leaves it where it is."""
+    """Where a kept tensor lives until backward, and in what form. The default leaves it as it is.
 
-    def pack(self, t: Tensor) -> Any:
+    roles: it wants to be told what a tensor is kept for, and may replace functions.
+    outer: it changes the form, so it stands before one that changes the place (`inner`).
+    beside: why a forward that is compiled would not do what it promises, or "".
+    """
+
+    roles = False
+    outer = False
+    beside = ""
+    inner: Policy
+
+    def pack(self, t: Tensor, role: Role | None = None) -> Any:
+        """What autograd holds instead of `t`: anything whose ``open()`` gives it back."""
         return Kept(t)
 
     def start(self) -> None:
         """A forward begins."""
+
+    def replaces(self, func: Any, args: tuple, kwargs: dict) -> Callable[[Tape], Tensor] | None:
+        """What runs in place of a function whose inputs carry gradients; None leaves it."""
+        return None
 
 
 class _Here(threading.local):
@@ -89,6 +106,8 @@ class Tape(TorchFunctionMode):
     def __init__(self, lean: bool = True, policy: Policy | None = None):
         super().__init__()
         self.lean, self.policy = lean, policy or Policy()
+        if self.policy.outer and not hasattr(self.policy, "inner"):
+            self.policy.inner = Policy()
         self._here = _Here()
         self._watched: dict[Any, Watched] = {}
         self.on_start: Callable[[], None] = _nothing
@@ -126,6 +145,18 @@ class Tape(TorchFunctionMode):
         opened = self._here.opened
         return opened() if opened is not None and backward_runs() else None
 
+    def keep(self, policy: Policy) -> None:
+        """Take a policy up: one that changes the form of what is kept stands before one that says
+        where it waits, in whatever order they come."""
+        here = self.policy
+        if policy.outer:
+            policy.inner, self.policy = here, policy
+        elif here.outer:
+            self.policy = copy.copy(here)            # a change that is undone leaves it as it was
+            self.policy.inner = policy
+        else:
+            self.policy = policy
+
     # -- watching -----------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
@@ -135,6 +166,19 @@ class Tape(TorchFunctionMode):
         intercept = self._here.intercept
         if intercept and func in intercept:
             return intercept[func](func, args, kwargs)
+        if self.policy.roles and torch.is_grad_enabled() and not self.others() \
+                and not transformed():
+            if func is F.dropout:
+                return self._dropout(func, args, kwargs)
+            if (instead := self.policy.replaces(func, args, kwargs)) is not None:
+                return instead(self)
+            read = roles.of_function(roles.name_of(func), args, kwargs)
+            if read is not None:
+                with roles.reading(*read, copies=True):
+                    return self._watch(func, args, kwargs)
+        return self._watch(func, args, kwargs)
+
+    def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if not self.lean:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
@@ -152,7 +196,8 @@ class Tape(TorchFunctionMode):
         out = func(*args, **kwargs)
         if (isinstance(out, Tensor) and out.requires_grad and not changed
                 and watched.cheap(out, args)):
-            self.note(out, func, args, kwargs)
+            self.note(out, func, args, kwargs,
+                      linear=self.policy.roles and roles.name_of(func) in roles.LINEAR)
         return out
 
     def _changing(self, tensors: list[Tensor]) -> None:
@@ -178,20 +223,23 @@ class Tape(TorchFunctionMode):
             with replay.replay(x.device, state):
                 return F.dropout(replay.laid_out(x, strides), p, True)
 
-        self.note(out, again, (x,), {})
+        self.note(out, again, (x,), {}, linear=True)
         return out
 
     def note(self, out: Tensor, fn: Recompute, args: tuple, kwargs: dict,
-             reads: Iterable[Tensor] = ()) -> None:
+             reads: Iterable[Tensor] = (), linear: bool = False, approximate: bool = False) -> None:
         """Remember that ``fn(*args)`` makes `out`, for as long as `out` lives.
 
         reads: tensors that `fn` reads besides its arguments (weights); changed later, they raise.
+        linear: `fn` is linear in each argument, so for a reader to whom a code of `out` would do a
+        code of the arguments does. approximate: it makes such a code.
         """
         storage = storage_of(out)
         if storage is None or type(out) is not Tensor and hasattr(out, "__tensor_flatten__") \
                 or out.untyped_storage().nbytes() != out.numel() * out.element_size():
             return                                  # a wrapper, or a view of something larger
         entry = Entry(fn, args, kwargs, out, reads=reads)
+        entry.linear, entry.approximate = linear, approximate
         known, stands = self._known, [storage_of(t) for t in entry.tensors()]
         if storage in stands:
             return                                  # a view or a cast that did nothing
@@ -221,9 +269,11 @@ class Tape(TorchFunctionMode):
         else:
             self._stands[storage] = [weakref.ref(entry)]
 
-    def argument(self, a: Any) -> Any:
+    def argument(self, a: Any, role: Role | None = None) -> Any:
         """An argument of a noted operation, as backward will want it."""
-        return self.pack(a) if isinstance(a, Tensor) else a
+        if not isinstance(a, Tensor):
+            return a
+        return self._packed(a, "weight" if roles.is_weight(a) else role)
 
     def _find(self, t: Tensor) -> Entry | None:
         """The entry of a tensor that is as it was noted."""
@@ -239,9 +289,12 @@ class Tape(TorchFunctionMode):
 
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
+        return self._packed(t, roles.role_of(t) if self.policy.roles else None)
+
+    def _packed(self, t: Tensor, role: Role | None) -> Any:
         entry = self._find(t) if self.lean else None
-        if entry is None or not entry.settle(self):
-            return self.policy.pack(t)
+        if entry is None or not entry.settle(self, role) or entry.approximate and role is None:
+            return self.policy.pack(t, role)
         return Note(entry, t)
 
     @staticmethod

@@ -24,6 +24,7 @@ from ...core.call import current
 from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
+from ..tape.roles import reading
 from .backward import as_then, uncast
 from .term import Term, Wrap
 
@@ -223,7 +224,10 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
             return turned
         W = op.effective(op.base() if weight is None else weight)
         return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return _Linear.apply(x, weight, bias, op, *theta)
+    if torch.compiler.is_compiling():
+        return _Linear.apply(x, weight, bias, op, *theta)
+    with reading((x,)):
+        return _Linear.apply(x, weight, bias, op, *theta)
 
 
 def _plainly(theta: Sequence[Tensor]) -> bool:

@@ -46,4 +46,4 @@ class OffloadSwitch:
 
     def install(self, attacher: Any, part: Method) -> None:
         m = self.method
-        attacher.state.tape.policy = offload.Offload(m.to, m.threshold, m.folder)
+        attacher.state.tape.keep(offload.Offload(m.to, m.threshold, m.folder))
