@@ -1,0 +1,69 @@
+"""The one decomposition that many methods lean on, against torch's exact one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from burnish.blocks.linalg import svd
+
+
+def matrix(m, n, fall, seed=0):
+    """(m, n) in float64 with singular values fall^0, fall^1, ..."""
+    g = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    U = torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64)).Q
+    return (U * fall ** torch.arange(k, dtype=torch.float64)) @ V.t()
+
+
+@pytest.mark.parametrize("m, n", [(30, 40), (40, 30), (40, 40), (7, 60), (120, 90), (90, 120)])
+@pytest.mark.parametrize("fall", [0.7, 0.9])
+def test_it_is_the_best_approximation_of_its_rank(m, n, fall):
+    """|M - U S V|_2 is the next singular value, U and V are orthonormal, S falls."""
+    M, k = matrix(m, n, fall), 2
+    U, S, V = svd(M, k)
+    assert (U.shape, S.shape, V.shape) == ((m, k), (k,), (k, n))
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(U.t() @ U, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(V @ V.t(), eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(S, fall ** torch.arange(k, dtype=torch.float64), rtol=1e-5, atol=0)
+    off = torch.linalg.matrix_norm(M - U * S @ V, 2)
+    assert float(off) == pytest.approx(fall**k, rel=1e-2)
+
+
+@pytest.mark.parametrize("m, n", [(40, 60), (60, 40)])
+def test_a_matrix_that_is_small_beside_the_rank_is_decomposed_exactly(m, n):
+    """Four times (rank + 8) is small: there no sketch is near enough, and none is taken."""
+    M = matrix(m, n, 0.999)
+    U, S, V = svd(M, 2)
+    torch.testing.assert_close(S, torch.linalg.svdvals(M)[:2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(U * S @ V, U @ (U.t() @ M), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(M @ V.t(), U * S, rtol=1e-10, atol=1e-12)
+
+
+def test_a_large_one_is_read_through_a_sketch_and_more_passes_come_nearer():
+    M, k = matrix(300, 200, 0.97), 4
+    want = 0.97 ** torch.arange(k, dtype=torch.float64)
+    off = [float((svd(M, k, passes=p)[1] - want).abs().max()) for p in (0, 1, 4, 12)]
+    assert off == sorted(off, reverse=True) and off[0] > 0.05 > 5e-3 > off[2] > off[3]
+    assert torch.equal(svd(M, k)[1], svd(M, k, passes=4)[1])
+
+
+def test_more_than_there_are_gives_what_there_is():
+    M = matrix(6, 9, 0.5)
+    U, S, V = svd(M, 50)
+    assert (U.shape, S.shape, V.shape) == ((6, 6), (6,), (6, 9))
+    torch.testing.assert_close(U * S @ V, M, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_drawn_and_the_same_matrix_has_the_same_answer(dtype):
+    M = matrix(200, 150, 0.95).to(dtype)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = svd(M, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    for a, b in zip(first, svd(M, 3), strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)
