@@ -69,7 +69,8 @@ def _walk(node: ast.AST, scope: str = "") -> Iterator[tuple]:
                 continue
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue                                    # a docstring
-            if isinstance(child, ast.Import | ast.ImportFrom):
+            if isinstance(child, ast.Import | ast.ImportFrom) \
+                    or isinstance(node, ast.Module) and _shows(child, node):
                 continue
             if isinstance(node, ast.Call) and _called(node) == "setting" and \
                     (field == "keywords" or index):
@@ -92,11 +93,19 @@ def _talks(node: ast.AST) -> bool:
 
 
 def _is_fact(node: ast.AST) -> bool:
-    """`paper` and what only type checkers read."""
+    """The source, the sizes that the suite takes, and what only type checkers read."""
     target = getattr(node, "target", None) or next(iter(getattr(node, "targets", [])), None)
     if isinstance(node, ast.If) and _short(node.test) == "TYPE_CHECKING":
         return True
-    return getattr(target, "id", "") == "paper"
+    return getattr(target, "id", "") in {"paper", "small"}
+
+
+def _shows(node: ast.AST, module: ast.Module) -> bool:
+    """A constant that stands beside a setting, for the suite to show it with."""
+    beside = {_short(k.value) for n in ast.walk(module) if _called(n) == "setting"
+              for k in n.keywords}
+    return isinstance(node, ast.Assign) and any(getattr(t, "id", "") in beside
+                                                for t in node.targets)
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:

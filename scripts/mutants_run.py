@@ -48,7 +48,7 @@ class Runner:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
         gc.collect()
-        gc.freeze()                     # a collection in a fork need not look at, and copy, all this
+        gc.freeze()                        # a collection in a fork need not copy all this
         if self.seconds is None:
             self.seconds = int(30 + 4 * (time.monotonic() - began))
         return None

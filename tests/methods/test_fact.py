@@ -213,3 +213,8 @@ def test_dropout_is_a_probability():
         with pytest.raises(burnish.RecipeError, match="fact: dropout"):
             burnish.parse(f"fact(dropout={p})")
     assert burnish.parse("fact(dropout=0.0)") and burnish.parse("fact(dropout=0.9)")
+
+
+def test_more_columns_than_a_tile_has_are_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 7 does not fit"):
+        burnish.tune(Block(), "fact(rank=7)", targets="q,up,down", head=False)

@@ -175,3 +175,11 @@ def test_what_a_token_keeps_besides_the_input():
 
     place = Place("l", "weight", "linear", 24, 16)
     assert burnish.parse("snell")[0].per_token(place) == 0
+
+
+def test_the_thinnest_pair_of_heads_is_one_wide():
+    assert burnish.parse("snell(rank=2)")[0].count(burnish.core.site.Place(
+        "l", "weight", "linear", 24, 16)) == 2 * (24 + 16)
+    for rank in (0, 1, 3):
+        with pytest.raises(RecipeError, match="must be even and at least 2"):
+            burnish.parse(f"snell(rank={rank})")
