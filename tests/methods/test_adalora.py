@@ -11,11 +11,10 @@ from torch import nn
 
 import burnish
 from burnish.core.anatomy import Anatomy
-from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.core.targets import match
-from burnish.methods.delta.rank.adalora import Adalora, Pruner, Triplets
+from burnish.methods.delta.rank.adalora import Pruner, Triplets
 from burnish.testing.models import tiny
 
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -216,13 +215,6 @@ def test_without_a_known_length_nothing_is_pruned():
     assert alive(tuned) == 10
 
 
-@pytest.mark.parametrize("settings", [{"rank": 13}, {"rank": 0}, {"warmup": 0.5, "cooldown": 0.5},
-                                      {"every": 0}, {"warmup": -0.1}])
-def test_settings_that_make_no_sense(settings):
-    with pytest.raises(RecipeError, match="adalora"):
-        Adalora(**settings)
-
-
 def test_the_equation_written_out():                                       # findings 6
     """y = x W^T + b + s ((x Q^T) E) P^T, s = alpha / (r0 + 1e-5), in float64."""
     torch.manual_seed(0)
@@ -264,3 +256,21 @@ def test_decay_leaves_it_alone():
 def test_what_a_token_keeps_besides_the_input():
     place = Place("l", "weight", "linear", 24, 16)
     assert burnish.parse("adalora(rank=2, init_rank=5)")[0].per_token(place) == 5
+
+
+@pytest.mark.parametrize("settings", ["rank=1, init_rank=1", "rank=3, init_rank=3", "every=1",
+    "warmup=0.0, cooldown=0.0", "warmup=0.5, cooldown=0.4"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"adalora({settings})")
+
+
+@pytest.mark.parametrize("settings", ["rank=4, init_rank=3", "rank=0", "every=0", "warmup=-0.1",
+    "cooldown=-0.1", "warmup=0.5, cooldown=0.5"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^adalora"):
+        burnish.parse(f"adalora({settings})")
+
+
+def test_two_that_share_one_budget_are_refused():
+    with pytest.raises(burnish.RecipeError, match="the budget of triplets"):
+        burnish.parse("adalora + adalora(rank=2)")

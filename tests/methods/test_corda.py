@@ -136,3 +136,14 @@ def test_decay_leaves_it_alone():
 def test_what_a_token_keeps_besides_the_input():
     place = Place("l", "weight", "linear", 24, 16)
     assert burnish.parse("corda(rank=5)")[0].per_token(place) == 5
+
+
+@pytest.mark.parametrize("settings", ["samples=1"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"corda({settings})")
+
+
+@pytest.mark.parametrize("settings", ["samples=0"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^corda"):
+        burnish.parse(f"corda({settings})")

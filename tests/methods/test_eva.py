@@ -144,3 +144,14 @@ def test_decay_leaves_it_alone():
                          calibration=[torch.randn(8, 16)])
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("settings", ["rho=1.0"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"eva({settings})")
+
+
+@pytest.mark.parametrize("settings", ["rho=0.99"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^eva"):
+        burnish.parse(f"eva({settings})")

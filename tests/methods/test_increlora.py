@@ -154,3 +154,21 @@ def test_decay_leaves_it_alone():
                          head=False)
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("settings", ["rank=1, init_rank=1", "rank=2, init_rank=2", "warmup=0",
+    "grow=1, top=1, every=1"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"increlora({settings})")
+
+
+@pytest.mark.parametrize("settings", ["rank=1, init_rank=2", "init_rank=0", "warmup=-1", "grow=0",
+    "top=0", "every=0"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^increlora"):
+        burnish.parse(f"increlora({settings})")
+
+
+def test_two_that_share_one_budget_are_refused():
+    with pytest.raises(burnish.RecipeError, match="the budget of triplets"):
+        burnish.parse("increlora + adalora")

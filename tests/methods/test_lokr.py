@@ -131,3 +131,14 @@ def test_decay_leaves_it_alone():
                          head=False)
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("settings", ["rank=1", "factor=-1", "factor=1", "factor=2"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"lokr({settings})")
+
+
+@pytest.mark.parametrize("settings", ["rank=0", "factor=0", "factor=-2"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^lokr"):
+        burnish.parse(f"lokr({settings})")

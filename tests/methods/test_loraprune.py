@@ -224,3 +224,22 @@ def test_decay_leaves_the_factors_alone():
     tuned = burnish.tune(tiny("llama")[0], "loraprune(rank=4, spare=0)", head=False)
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("settings", ["ratio=0.0", "spare=0.0", "decay=0.0", "every=1",
+    "warmup=0.0, cooldown=0.0", "warmup=0.5, cooldown=0.5"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"loraprune({settings})")
+
+
+@pytest.mark.parametrize("settings", ["ratio=1.0", "ratio=-0.1", "spare=1.0", "spare=-0.1",
+    "decay=1.0", "decay=-0.1", "every=0", "warmup=-0.1", "cooldown=-0.1",
+    "warmup=0.6, cooldown=0.5"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^loraprune"):
+        burnish.parse(f"loraprune({settings})")
+
+
+def test_two_that_share_one_budget_are_refused():
+    with pytest.raises(burnish.RecipeError, match="the units of attention and MLP"):
+        burnish.parse("loraprune + loraprune(rank=4)")

@@ -223,3 +223,14 @@ def test_decay_leaves_it_alone():
                          head=False)
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("settings", ["block=2", "terms=0", "terms=2", "bound=1e-9"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"oft({settings})")
+
+
+@pytest.mark.parametrize("settings", ["block=1", "terms=1", "terms=-1", "bound=0.0", "bound=-1.0"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^oft"):
+        burnish.parse(f"oft({settings})")

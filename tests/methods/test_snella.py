@@ -14,7 +14,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.sparse.snella import Budget, Snella
+from burnish.methods.delta.sparse.snella import Budget
 from burnish.testing.models import tiny
 
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -219,13 +219,6 @@ def test_one_budget_a_recipe():
         parse("snella(targets='q') + snella(rank=4, targets='v')")
 
 
-@pytest.mark.parametrize("settings", [{"rank": 3}, {"s": 1.0}, {"s_target": -0.5}, {"rounds": 0},
-                                      {"warmup": 0.6, "cooldown": 0.4}, {"warmup": -0.1}])
-def test_settings_that_make_no_sense(settings):
-    with pytest.raises(RecipeError, match="snella"):
-        Snella(**settings)
-
-
 def kernel(A, B, p=2.0):
     """K[o, i] = 0.1 (||B_1[o] - A_1[i]||_p - ||B_2[o] - A_2[i]||_p)."""
     d = [((B[h][:, None] - A[h][None]).abs() ** p).sum(-1) ** (1 / p) for h in (0, 1)]
@@ -271,3 +264,21 @@ def test_what_a_token_keeps_besides_the_input():
 
     place = Place("l", "weight", "linear", 24, 16)
     assert burnish.parse("snella")[0].per_token(place) == 0
+
+
+@pytest.mark.parametrize("settings", ["rounds=1", "warmup=0.0, cooldown=0.0",
+    "warmup=0.5, cooldown=0.4"])
+def test_settings_at_their_bounds_are_taken(settings):
+    assert burnish.parse(f"snella({settings})")
+
+
+@pytest.mark.parametrize("settings", ["rounds=0", "warmup=-0.1", "cooldown=-0.1",
+    "warmup=0.5, cooldown=0.5"])
+def test_settings_beyond_their_bounds_are_refused(settings):
+    with pytest.raises(burnish.RecipeError, match="^snella"):
+        burnish.parse(f"snella({settings})")
+
+
+def test_two_that_share_one_budget_are_refused():
+    with pytest.raises(burnish.RecipeError, match="the budget of generated entries"):
+        burnish.parse("snella + snella(rank=4)")
