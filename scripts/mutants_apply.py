@@ -69,6 +69,8 @@ def _walk(node: ast.AST, scope: str = "") -> Iterator[tuple]:
                 continue
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue                                    # a docstring
+            if isinstance(child, ast.keyword) and child.arg == "strict":
+                continue                                    # of zip: against what cannot be
             if isinstance(child, ast.Import | ast.ImportFrom) \
                     or isinstance(node, ast.Module) and _shows(child, node):
                 continue
@@ -161,5 +163,6 @@ def _other_calls(node: ast.Call) -> Iterator[ast.AST]:
             and getattr(node.func.value, "id", "") not in ("torch", "math", "F"):
         yield node.func.value
     for k in range(len(node.keywords)):
-        if node.keywords[k].arg and _called(node) not in ("setting", "dataclass"):
+        if node.keywords[k].arg not in (None, "strict") \
+                and _called(node) not in ("setting", "dataclass"):
             yield ast.Call(node.func, node.args, [w for i, w in enumerate(node.keywords) if i != k])

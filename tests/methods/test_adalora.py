@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -96,8 +98,9 @@ def test_the_target_is_reached_without_a_final_phase(settings):
     recipe = f"adalora(rank=2, init_rank=5, {settings})"                        # findings 2.8
     tuned = start(recipe)
     for k in range(STEPS):
+        assert sum(t.E.numel() for t in terms(tuned).values()) == 10, "for good only at the end"
         step(tuned, k)
-    assert alive(tuned) == 4
+    assert alive(tuned) == sum(t.E.numel() for t in terms(tuned).values()) == 4
 
 
 def test_the_mask_follows_the_budget_at_every_interval():
@@ -274,3 +277,32 @@ def test_settings_beyond_their_bounds_are_refused(settings):
 def test_two_that_share_one_budget_are_refused():
     with pytest.raises(burnish.RecipeError, match="the budget of triplets"):
         burnish.parse("adalora + adalora(rank=2)")
+
+
+def test_a_rank_that_no_matrix_has_is_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
+        burnish.tune(nn.Sequential(nn.Linear(16, 24)), "adalora(init_rank=17)",
+                     targets="0", head=False)
+
+
+def test_the_count_of_a_rank():
+    (method,) = parse("adalora(rank=2, init_rank=5)")
+    place = Place("l", "weight", "linear", 24, 16)
+    assert (method.count(place), method.count(place, rank=3)) == (5 * 41, 3 * 41)
+
+
+def test_scores_are_given_back_once_the_pattern_is_fixed():
+    """They hold two floats per parameter: none of them outlives the last choice, nor a resume."""
+    tuned = start()
+    made = [weakref.ref(s) for ss in pruner(tuned).scores.values() for s in ss]
+    for k in range(15):
+        step(tuned, k)
+    gc.collect()
+    assert pruner(tuned).fixed and not any(r() for r in made)
+    state = copy.deepcopy(pruner(tuned).state_dict())
+    assert state["scores"] == {} and state["fixed"] is True
+    again = start()
+    made = [weakref.ref(s) for ss in pruner(again).scores.values() for s in ss]
+    pruner(again).load_state_dict(state)
+    gc.collect()
+    assert not any(r() for r in made)

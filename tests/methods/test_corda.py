@@ -147,3 +147,9 @@ def test_settings_at_their_bounds_are_taken(settings):
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^corda"):
         burnish.parse(f"corda({settings})")
+
+
+def test_a_rank_that_no_matrix_has_is_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
+        burnish.tune(nn.Sequential(nn.Linear(16, 24)), "corda(rank=17)",
+                     targets="0", head=False, calibration=[torch.randn(4, 16)])

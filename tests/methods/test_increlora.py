@@ -172,3 +172,9 @@ def test_settings_beyond_their_bounds_are_refused(settings):
 def test_two_that_share_one_budget_are_refused():
     with pytest.raises(burnish.RecipeError, match="the budget of triplets"):
         burnish.parse("increlora + adalora")
+
+
+def test_a_rank_that_no_matrix_has_is_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
+        burnish.tune(nn.Sequential(nn.Linear(16, 24)), "increlora(rank=17, init_rank=17)",
+                     targets="0", head=False)

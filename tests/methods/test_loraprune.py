@@ -243,3 +243,8 @@ def test_settings_beyond_their_bounds_are_refused(settings):
 def test_two_that_share_one_budget_are_refused():
     with pytest.raises(burnish.RecipeError, match="the units of attention and MLP"):
         burnish.parse("loraprune + loraprune(rank=4)")
+
+
+def test_a_rank_that_no_matrix_has_is_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 99 does not fit"):
+        burnish.tune(tiny("llama")[0], "loraprune(rank=99, spare=0, targets='q')", head=False)

@@ -189,3 +189,8 @@ def test_what_a_token_keeps_besides_the_input():
 
     place = Place("l", "weight", "linear", 24, 16)
     assert burnish.parse("pissa(rank=5)")[0].per_token(place) == 5
+
+
+def test_a_rank_that_no_matrix_has_is_refused():
+    with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
+        burnish.tune(nn.Sequential(nn.Linear(16, 24)), "pissa(rank=17)", targets="0", head=False)

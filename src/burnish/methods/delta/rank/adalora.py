@@ -108,7 +108,7 @@ class Pruner:
                          self.total - m.cooldown * self.total))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
-        if not self.fixed and (smoothed := self._score.get(p)) is not None:
+        if (smoothed := self._score.get(p)) is not None:
             smoothed.update(sensitivity(p, grad))
 
     def after_update(self, step: int) -> None:
@@ -120,10 +120,15 @@ class Pruner:
         if step >= last:
             for name, alive in self.pattern(self.method.rank * len(self.terms)).items():
                 self.resize(self.terms[name], keep=alive.nonzero().squeeze(1))
-            self.fixed = True
-            self.scores.clear()
+            self._fix()
         elif step > self.method.warmup * self.total and step % self.method.every == 0:
             self._apply(self.pattern(self.budget(step)))
+
+    def _fix(self) -> None:
+        """Nothing is scored any more: two floats per parameter are given back."""
+        self.fixed = True
+        self.scores.clear()
+        self._score.clear()
 
     @torch.no_grad()
     def pattern(self, budget: int) -> dict[str, Tensor]:
@@ -150,7 +155,7 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.fixed = state["total"], state["fixed"]
         if self.fixed:
-            self.scores.clear()
+            self._fix()
         for n, ss in self.scores.items():
             for s, saved in zip(ss, state["scores"][n], strict=True):
                 s.load(saved)
