@@ -8,6 +8,9 @@ numbers ``torch.manual_seed(seed)`` would have given.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,3 +69,27 @@ class drawn(TorchFunctionMode):
                 kwargs.get("device") or torch.get_default_device()
             kwargs = kwargs | {"generator": self.generator(device)}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Inside, numbers are drawn as ever; afterwards everybody's generators (Python's, numpy's,
+    torch's on the host and on the accelerator) stand where they stood."""
+    import numpy as np
+
+    python, array, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    beside: Any = torch.get_device_module(device) if device is not None else None
+    if beside is not None and not getattr(beside, "is_initialized", lambda: True)():
+        beside = None                                # asking would wake it
+    every = hasattr(beside, "get_rng_state_all")
+    states = None if beside is None else \
+        beside.get_rng_state_all() if every else beside.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(host)
+        if states is not None:
+            (beside.set_rng_state_all if every else beside.set_rng_state)(states)

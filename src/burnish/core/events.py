@@ -2,13 +2,21 @@
 
     start(total)
       +-- step_begin(step)
-      |     forward -> loss -> backward
+      |     around_step(pass)        a generator; where it yields, for each micro-batch:
+      |       forward -> loss -> backward
       |     before_update(step)      gradients complete, weights old
       |     update                   the optimizer's step
       |       tensor_updated(p, grad)  for each tensor: p new, its gradient still there
       |     after_update(step)       all weights new
       +-- step_end(step)
     finish
+
+`around_step` is for what needs further passes (engine/around.py): it may probe, and change what the
+pass will meet. A loop that makes its own passes calls ``tuned.backward`` for it; an update whose
+passes nobody surrounded is refused.
+
+`rehearse(step)` is sent by simulation and measurement alone, before the step that they read: a
+handler whose heavy steps are rare makes this one of them, so that the promise covers them.
 
 `tensor_updated` is for what reads gradients (scores): it comes tensor by tensor, also where a step
 inside backward frees each gradient at once. An optimizer that makes no gradients does not send it,
@@ -25,8 +33,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-EVENTS = ("start", "step_begin", "before_update", "tensor_updated", "after_update", "step_end",
-          "finish")
+EVENTS = ("start", "step_begin", "around_step", "rehearse", "before_update", "tensor_updated",
+          "after_update", "step_end", "finish")
 
 
 class Timeline:
@@ -39,10 +47,17 @@ class Timeline:
         self.trace: deque[tuple[str, str, int]] = deque(maxlen=256)
 
     def emit(self, event: str, *args: Any) -> None:
-        ready = [(name, h) for name, h in self.handlers if hasattr(h, event)]
-        for name, handler in sorted(ready, key=lambda nh: getattr(nh[1], "phase", 50)):
+        for name, handler in self._sorted(event):
             self.trace.append((event, name, self.step))
             getattr(handler, event)(*args)
+
+    def _sorted(self, event: str) -> list[tuple[str, Any]]:
+        ready = [(name, h) for name, h in self.handlers if hasattr(h, event)]
+        return sorted(ready, key=lambda nh: getattr(nh[1], "phase", 50))
+
+    def around(self) -> list[Any]:
+        """Who stands around a pass, outermost first."""
+        return [h for _, h in self._sorted("around_step")]
 
     def listens(self, event: str) -> bool:
         """Does any handler want this event?"""

@@ -8,9 +8,10 @@ wraps a module's run is a :class:`Listens`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -43,6 +44,28 @@ class Tuned(Protocol):
     @property
     def originals(self) -> Any:
         """The base's values of what trains."""
+
+
+class Probe(Protocol):
+    """What a pass found that left no trace: the loss, and gradients by name of a tensor."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+
+class Pass(Protocol):
+    """The forward and backward of a micro-batch, as a handler sees it that stands around them."""
+
+    index: int                                       # of the update
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains just now, by name."""
+
+    def probe(self, grads: bool = True, statistics: bool = False) -> Probe:
+        """The pass, made and undone; `statistics`: running statistics move as in a step's own."""
+
+    def unmoved(self) -> AbstractContextManager[None]:
+        """Inside, running statistics are not moved."""
 
 
 class Attacher(Protocol):

@@ -28,7 +28,7 @@ WORDS: dict[str, str] = {
     "schedule": "tensors that join and leave between updates",
     "objective": "terms beside the task's loss",
     "resize": "optimizer state in the tensor's own shape, which can grow and shrink with it",
-    "around_step": "more evaluations around the step",
+    "around_step": "further passes around a forward and backward (the event around_step)",
     "subspace": "a gradient to project",
     "transform": "a gradient to change on its way to the rule",
     "rounding": "a step whose result it may round",

@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
 from ..core.call import giving
-from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError, nearest
+from ..core.errors import BurnishError, ConfigError, RecipeError, nearest
 from ..core.events import Timeline
 from ..core.recipe import Recipe
 from ..core.words import honours, why
+from .around import Around
 from .check import check_gradients
 from .objectives import Objectives
 from .persample import sample_norms
@@ -43,7 +44,7 @@ def block_weights(anatomy: Anatomy) -> Callable[[str], bool]:
     return lambda name: name in weights or ".burnish." in name and name.startswith(within)
 
 
-class Stepping:
+class Stepping(Around):
     """What :class:`~burnish.engine.tuned.Tuned` does once per update (the life-cycle is there)."""
 
     model: nn.Module
@@ -130,6 +131,7 @@ class Stepping:
         accumulation = kw.get("accumulation", 1)
         self.state.riding.rest = lambda: (1.0 if scaler is None else float(scaler.get_scale())) \
             / accumulation
+        self._passes = 0
         self._timeline = Timeline([(m.name, h) for m in self.recipe
                                    if (h := m.controller(self)) is not None])
         self._listen(opt, plan, answers, accumulation)
@@ -190,12 +192,13 @@ class Stepping:
         return self._timeline
 
     def _start(self) -> None:
-        if self._timeline is not None and torch.is_grad_enabled():
+        if self._timeline is not None and torch.is_grad_enabled() and not self._still:
             self._timeline.start(self.total_steps)
 
     def _before_update(self) -> None:
         self._here()
         self.timeline.start(self.total_steps)
+        self._passed()
         self._objectives.before_update(self.current_optimizer)
         if not self._checked:
             self.check_gradients()
@@ -230,14 +233,9 @@ class Stepping:
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
             return self._evaluate(opt, batch, loss)
         opt.zero_grad(set_to_none=True)
-        value = self.loss(batch, loss)
-        self._finite(value)
-        if not value.requires_grad:
-            raise CheckError("the loss depends on nothing that trains: what was chosen is no part "
-                             "of the computation of this batch; check targets")
-        value.backward()
+        value = self.backward(batch, loss)
         opt.step()
-        return value.detach()
+        return value
 
     def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
         was, opt.model = self.model.training, self.model
@@ -254,11 +252,8 @@ class Stepping:
         objectives along, at its own scale."""
         self._here()
         riding = self.state.riding
-        before, riding.outside = riding.outside, loss is not None
-        try:
+        with riding.to_join(loss is not None):
             out = forward(self.model, batch)
-        finally:
-            riding.outside = before
         if loss is not None:
             return riding.join(loss(out, batch))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)

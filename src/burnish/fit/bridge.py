@@ -54,6 +54,11 @@ class TrainerCallback(transformers.TrainerCallback):
                     f"{' and '.join(parts)} act through the optimizer, and this trainer made its "
                     "own; pass optimizers=(tuned.optimizer(lr), None)")
 
+        if around := [m.name for m in tuned.recipe if "around_step" in m.relies_on]:
+            raise ConfigError(
+                f"{' and '.join(around)} acts around the forward and backward, which this trainer "
+                "makes by itself; use burnish.fit, or a loop of tuned.backward(batch, loss)")
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if not self._checked and self.tuned is not None:
             self._checked = True

@@ -134,18 +134,35 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
                       ) -> torch.Tensor:
         if not self.zeroth:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._pass(model, inputs, num_items_in_batch)
         model.train()
         batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain, self._smoothing())
         value = torch.as_tensor(self.tuned.step(batch, loss) if loss else self.tuned.step(batch))
         self._must_be_finite(value, "loss")
         return value.detach().to(self.args.device)
 
+    def _pass(self, model: nn.Module, inputs: Any, items: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch, and what the recipe does around them. Probes
+        are each process's own; only the pass itself is shared between processes."""
+        def whole() -> torch.Tensor:
+            shared = not self.tuned._still or self.args.world_size == 1
+            with contextlib.nullcontext() if shared else self.accelerator.no_sync(model):
+                return super(Trainer, self).training_step(model, dict(inputs), items)
+
+        def alone() -> torch.Tensor:
+            model.train()
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(self._prepare_inputs(inputs)), False, items)
+
+        return self.tuned.around(whole, alone)
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
         if self.plain:
-            logits = model(self.task.input(inputs))
-            loss = self.task.loss(logits, inputs["labels"], self._smoothing())
+            riding = self.tuned.state.riding
+            with riding.to_join():
+                logits = model(self.task.input(inputs))
+            loss = riding.join(self.task.loss(logits, inputs["labels"], self._smoothing()))
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
             made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

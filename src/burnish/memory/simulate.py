@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
 from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
@@ -124,7 +125,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     kind = torch.device(device).type
     ledger.machine = kind
     here = device if kind == "cpu" or _usable(kind) else "cpu"
-    with (_random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
+    with (random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
           quick_noise(ledger), quick_strips(ledger), quiet()):
         twin = fake_copy(model, mode, here, dtype)
         try:
@@ -180,6 +181,8 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
             if step == steps - 1:
                 since = ledger.now + 1
                 ledger.reset_counts()
+                if tuned._timeline is not None:
+                    tuned.timeline.emit("rehearse", tuned.timeline.step)
             tuned.step(batch, loss) if loss is not None else tuned.step(batch)
     where = device or next(p.device.type for p in tuned.model.parameters())
     return MemoryReport.of(
@@ -338,17 +341,6 @@ def _no_modes() -> Iterator[None]:
 
     with _disable_current_modes():
         yield
-
-
-@contextlib.contextmanager
-def _random_kept() -> Iterator[None]:
-    """Leave the caller's random state as it was."""
-    state, python = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
 
 
 # -- putting back ---------------------------------------------------------------------------------

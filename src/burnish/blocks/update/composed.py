@@ -54,6 +54,7 @@ class Composed(torch.optim.Optimizer):
         self._done: set[nn.Parameter] = set()           # stepped since the last tick
         self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
         self._hooks: list[Any] = []
+        self.muted = False                              # a backward that is only looked at
         self._covered: dict[nn.Parameter, bool] = {}
         self.burnish_shapes: dict[nn.Parameter, torch.Size] = {}
         #: called with every tensor that was stepped inside backward, its gradient still there
@@ -133,7 +134,7 @@ class Composed(torch.optim.Optimizer):
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
         """The gradient of `p` is complete for this backward pass."""
-        if p.grad is None:
+        if p.grad is None or self.muted:
             return
         self._micro[p] = count = self._micro.get(p, 0) + 1
         if count > self.accumulation:

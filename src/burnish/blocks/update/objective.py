@@ -117,6 +117,15 @@ class Riding:
             return with_loss(out, self.join)
         return on_outputs(out, self, terms) if terms else out
 
+    @contextmanager
+    def to_join(self, outside: bool = True) -> Iterator[None]:
+        """Around a forward whose caller makes the loss and will :meth:`join` it."""
+        before, self.outside = self.outside, outside
+        try:
+            yield
+        finally:
+            self.outside = before
+
     def join(self, loss: Tensor) -> Tensor:
         """The loss of the last forward, unchanged in value; going backward it tells its share and
         takes the terms of that forward along."""

@@ -179,9 +179,10 @@ class InBackward:
     """Step each tensor inside backward, as soon as its gradient is complete, and free it."""
 
     word: ClassVar[str] = "step site"
-    hides: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    hides: ClassVar[frozenset[str]] = frozenset({"gradients", "around_step"})
     why: ClassVar[Mapping[str, str]] = {
-        "gradients": "a step inside backward frees each gradient at once"}
+        "gradients": "a step inside backward frees each gradient at once",
+        "around_step": "tensors are stepped inside backward, so nothing can be undone after it"}
 
     name: str = "step_in_backward"
 

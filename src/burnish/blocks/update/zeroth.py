@@ -66,6 +66,7 @@ class ZerothOrder:
         "subspace": "a step of evaluations makes no gradient that could be projected",
         "transform": "a step of evaluations makes no gradient that could be changed",
         "step site": "a step of evaluations has no backward to step in",
+        "around_step": "a step of evaluations has no forward and backward to stand around",
         "gradient": "a step of evaluations makes no gradient to read",
         "gradients": "a step of evaluations makes no gradients to read"}
 

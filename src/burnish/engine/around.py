@@ -1,0 +1,208 @@
+"""Around a forward and backward: parts of a recipe that look first, or go elsewhere to look.
+
+A *pass* is the forward and backward of one micro-batch, whoever's loop makes it. A handler with
+``around_step(step)`` is a generator that yields once, and the pass is made where it yields::
+
+    def around_step(self, step):
+        found = step.probe()              # the same pass, and nothing has happened
+        with elsewhere(found):            # whatever the pass is to meet
+            yield                         # the pass: its gradients are the step's
+
+The same body is driven by ``tuned.step``, ``tuned.backward``, ``burnish.fit``, simulation and
+measurement. Parts stand inside each other by phase, then in written order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.draw import random_kept
+from ..core.errors import CheckError, ConfigError
+from .buffers import movable
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a pass found that left no trace.
+
+    loss: the task's, detached.  grads: name of a trained tensor -> its gradient, the objectives'
+    included; tensors that got none are left out.
+    """
+
+    loss: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Pass:
+    """What a handler is given that stands around a pass.
+
+    index: of the update, from 0 on (micro-batches of one update share it).
+    """
+
+    def __init__(self, tuned: Tuned, whole: Callable[[], Tensor], alone: Callable[[], Tensor]):
+        self._tuned, self._whole, self._alone = tuned, whole, alone
+        self.index = tuned.timeline.step
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains just now, by name."""
+        return dict(self._tuned.named_parameters())
+
+    def probe(self, grads: bool = True, statistics: bool = False) -> Probe:
+        """This pass, made and undone; see :meth:`burnish.Tuned.probe`. Gradients have the scale of
+        the loop's loss (a share of the accumulation, a loss scale)."""
+        return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
+
+    def unmoved(self) -> Any:
+        """Inside, running statistics are not moved: for a pass elsewhere than at the weights."""
+        return statistics_kept(self._tuned.model)
+
+
+def probe(tuned: Tuned, run: Callable[[], Tensor], grads: bool, statistics: bool) -> Probe:
+    """One pass that leaves no trace but what it found."""
+    with _untouched(tuned), ExitStack() as stack:
+        if not statistics:
+            stack.enter_context(statistics_kept(tuned.model))
+        with torch.enable_grad() if grads else torch.no_grad():
+            loss = run().detach()
+        found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+    return Probe(loss, found)
+
+
+@contextmanager
+def _untouched(tuned: Tuned) -> Iterator[None]:
+    """Inside, a pass sends no event and steps nothing. Afterwards gradients that waited for an
+    update are back, and random generators and the account of objectives stand where they stood."""
+    params = [p for p in tuned.model.parameters() if p.grad is not None or p.requires_grad]
+    aside = [p.grad for p in params]
+    optimizer, objectives, riding = tuned.current_optimizer, tuned._objectives, tuned.state.riding
+    ridden, seen = riding.ridden, getattr(objectives, "_seen", False)
+    was, tuned._still = tuned._still, True
+    muted = getattr(optimizer, "muted", None)
+    if muted is not None:
+        optimizer.muted = True                       # it would step inside this backward
+    for p in params:
+        p.grad = None
+    try:
+        with random_kept():
+            yield
+    finally:
+        for p, g in zip(params, aside, strict=True):
+            p.grad = g
+        tuned._still, riding.ridden = was, ridden
+        if objectives is not None:
+            objectives._seen = seen
+        if muted is not None:
+            optimizer.muted = muted
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, copies stand for the buffers that a forward may move; then they are themselves."""
+    copies = {id(b): b.detach().clone() for _, b in movable(model)} if _trains(model) else {}
+    put = [(m._buffers, leaf, b) for m in model.modules() for leaf, b in m._buffers.items()
+           if id(b) in copies]
+    for home, leaf, b in put:
+        home[leaf] = copies[id(b)]
+    try:
+        yield
+    finally:
+        for home, leaf, b in put:
+            home[leaf] = b
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(m.training for m in model.modules())
+
+
+class Around:
+    """The part of :class:`~burnish.engine.tuned.Tuned` that makes passes."""
+
+    _still: bool = False                             # a pass is under way that sends no event
+    _passes: int = 0                                 # made through here since the last update
+
+    def around(self: Any, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
+        """``whole()``, with what the recipe does around it.
+
+        For loops that make their own passes. whole: forward and backward of one micro-batch,
+        gradients added to ``.grad``; it may be called several times and must mean the same each
+        time. alone: its loss without a backward. Both return the loss.
+        """
+        self.timeline.start(self.total_steps)
+        self._passes += 1
+        with ExitStack() as stack:
+            for handler in self.timeline.around():
+                step = Pass(self, whole, alone)
+                stack.enter_context(contextmanager(handler.around_step)(step))
+            return whole()
+
+    def backward(self: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, *,
+                 scale: Any = 1.0) -> Tensor:
+        """Forward and backward of one micro-batch, right for every recipe that makes gradients;
+        they are added to ``.grad``. Returns the loss (detached)::
+
+            for batch in micro_batches:
+                tuned.backward(batch, loss, scale=1 / len(micro_batches))
+            opt.step()
+            opt.zero_grad()
+
+        scale: what the loss is multiplied by on its way back: a share, or ``scaler.get_scale()``
+        times one. Raises BurnishError for a loss that is not finite, ConfigError beside an
+        optimizer that makes no gradient.
+        """
+        self._plain()
+        opt = self.current_optimizer or self.optimizer()
+        if getattr(opt, "zeroth_order", False):
+            raise ConfigError(f"{self.recipe} evaluates the loss and makes no gradient: "
+                              "use tuned.step(batch, loss)")
+
+        def whole() -> Tensor:
+            value = self.loss(batch, loss)
+            self._finite(value)
+            if not value.requires_grad:
+                raise CheckError("the loss depends on nothing that trains: what was chosen is no "
+                                 "part of the computation of this batch; check targets")
+            (value if isinstance(scale, float) and scale == 1 else value * scale).backward()
+            return value.detach()
+
+        return self.around(whole, lambda: self.loss(batch, loss))
+
+    def probe(self: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, *,
+              grads: bool = True, statistics: bool = False) -> Probe:
+        """The loss of a batch, and the gradients of what trains, without a trace: no event, no
+        update, no optimizer state; ``.grad`` holds what it held, random generators stand where
+        they stood (the next pass on this batch draws the same dropout), running statistics have
+        not moved unless `statistics`. The model runs in the mode it is in.
+
+        grads: False runs a forward alone. Beside a step inside backward all gradients exist at
+        once meanwhile. Takes the memory of a step's forward and backward, plus what ``.grad``
+        holds, plus the running statistics.
+        """
+        self._plain()
+
+        def whole() -> Tensor:
+            value = self.loss(batch, loss)
+            if grads and value.requires_grad:
+                value.backward()
+            return value
+
+        return probe(self, whole, grads, statistics)
+
+    def _passed(self: Any) -> None:
+        """Raises ConfigError when an update comes whose passes the recipe could not surround."""
+        acts = self.timeline.around()
+        if acts and not self._passes:
+            names = [n for n, h in self.timeline.handlers if h in acts]
+            raise ConfigError(
+                f"{' and '.join(names)} acts around the forward and backward, which this loop made "
+                "by itself: call tuned.backward(batch, loss) instead of loss.backward() (or "
+                "tuned.step, burnish.fit). Nothing was updated")
+        self._passes = 0

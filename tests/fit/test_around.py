@@ -1,0 +1,96 @@
+"""What acts around a pass acts in `fit` as in a loop of `tuned.backward`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import burnish
+from burnish.fit.loop import Trainer
+from burnish.fit.pictures import Picture
+
+SMALL = {"batch_size": 8, "quiet": True, "report": False, "test": False, "measure": False,
+         "validation": 0, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+         "lr": 0.05, "load_best_model_at_end": False}
+
+
+def vit(dropout=0.0):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=1, num_labels=10, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout))
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(),
+                         nn.Linear(12, 10))
+
+
+def fitted(model, recipe, folder, monkeypatch, **kw):
+    """The weights of a run, and the micro-batches it saw."""
+    seen = []
+    real = Trainer.training_step
+
+    def step(self, net, inputs, *rest):
+        seen.append({k: v.clone() for k, v in inputs.items()})
+        return real(self, net, inputs, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "training_step", step)
+        run = burnish.fit(model, "digits", recipe, output=folder,
+                          processor=Picture(8, 8, (0.5,), (0.5,)), **{**SMALL, **kw})
+    return run, seen
+
+
+@pytest.mark.parametrize("make", [vit, plain])
+def test_fit_takes_the_steps_of_a_loop(make, tmp_path, monkeypatch):
+    """Two micro-batches an update; the loop is held against plain torch in test_sam.py."""
+    recipe = "full + l2_sp(alpha=0.3, beta=0.2) + sam(rho=0.5) + sgd"
+    model = make()
+    other = copy.deepcopy(model)
+    run, seen = fitted(model, recipe, tmp_path, monkeypatch, max_steps=3,
+                       gradient_accumulation_steps=2)
+    assert len(seen) == 6
+    tuned = burnish.tune(other.train(), recipe, head=True)
+    opt = tuned.optimizer(0.05)
+
+    def loss(out, batch):
+        return torch.nn.functional.cross_entropy(getattr(out, "logits", out), batch["labels"])
+
+    def pixels(batch):
+        return (batch["pixel_values"], batch["labels"])
+
+    for k in range(3):
+        opt.zero_grad()
+        for batch in seen[2 * k: 2 * k + 2]:
+            tuned.backward(pixels(batch), lambda out, b: loss(out, {"labels": b[1]}), scale=0.5)
+        opt.step()
+    moved = run.tuned.model.state_dict()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(moved[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    still = make().state_dict()
+    assert any(not torch.equal(still[n], moved[n]) for n in still)
+
+
+def test_a_step_of_no_length_is_the_run_without_it(tmp_path, monkeypatch):
+    """Dropout draws the same, gradients accumulate and are clipped the same."""
+    ends = []
+    for k, recipe in enumerate(("lora(rank=2, dropout=0.2)",
+                                "lora(rank=2, dropout=0.2) + sam(rho=1e-30)")):
+        monkeypatch.setattr("burnish.methods.controller.sam.Sharpness._look", lambda *a: None)
+        run, _ = fitted(vit(0.1), recipe, tmp_path / str(k), monkeypatch, max_steps=3,
+                        gradient_accumulation_steps=2, max_grad_norm=0.5)
+        ends.append(run.tuned.tensors())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+def test_the_promise_of_a_run_covers_both_passes(tmp_path, monkeypatch):
+    run, _ = fitted(vit(), "full + sam", tmp_path, monkeypatch, max_steps=2, measure=True)
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
