@@ -52,7 +52,7 @@ def fitted(model, recipe, folder, monkeypatch, **kw):
 @pytest.mark.parametrize("make", [vit, plain])
 def test_fit_takes_the_steps_of_a_loop(make, tmp_path, monkeypatch):
     """Two micro-batches an update; the loop is held against plain torch in test_sam.py."""
-    recipe = "full + l2_sp(alpha=0.3, beta=0.2) + sam(rho=0.5) + sgd"
+    recipe = "full + l2_sp(alpha=0.3, beta=0.2) + sam(radius=0.5) + sgd"
     model = make()
     other = copy.deepcopy(model)
     run, seen = fitted(model, recipe, tmp_path, monkeypatch, max_steps=3,
@@ -83,7 +83,7 @@ def test_a_step_of_no_length_is_the_run_without_it(tmp_path, monkeypatch):
     """Dropout draws the same, gradients accumulate and are clipped the same."""
     ends = []
     for k, recipe in enumerate(("lora(rank=2, dropout=0.2)",
-                                "lora(rank=2, dropout=0.2) + sam(rho=1e-30)")):
+                                "lora(rank=2, dropout=0.2) + sam(radius=1e-30)")):
         monkeypatch.setattr("burnish.methods.controller.sam.Sharpness._look", lambda *a: None)
         run, _ = fitted(vit(0.1), recipe, tmp_path / str(k), monkeypatch, max_steps=3,
                         gradient_accumulation_steps=2, max_grad_norm=0.5)

@@ -90,7 +90,7 @@ def test_steps_are_the_papers(adaptive, p):
     torch.manual_seed(7)
     want = by_hand(net, [[b] for b in batches], adaptive=adaptive)
     after = torch.get_rng_state()
-    tuned = burnish.tune(net, f"full + sam(rho={RHO}, adaptive={adaptive}) + sgd", head=True)
+    tuned = burnish.tune(net, f"full + sam(radius={RHO}, adaptive={adaptive}) + sgd", head=True)
     tuned.optimizer(LR)
     torch.manual_seed(7)
     for b in batches:
@@ -103,7 +103,7 @@ def test_each_micro_batch_has_a_step_of_its_own():
     net, batches = start(p=0.3)
     torch.manual_seed(7)
     want = by_hand(net, [batches[:2], batches[2:]])
-    tuned = burnish.tune(net, f"full + sam(rho={RHO}) + sgd", head=True)
+    tuned = burnish.tune(net, f"full + sam(radius={RHO}) + sgd", head=True)
     opt = tuned.optimizer(LR)
     torch.manual_seed(7)
     for micro in (batches[:2], batches[2:]):
@@ -118,7 +118,7 @@ def test_a_loss_scale_cancels():
     net, batches = start(p=0.3)
     torch.manual_seed(7)
     want = by_hand(net, [[b] for b in batches])
-    tuned = burnish.tune(net, f"full + sam(rho={RHO}) + sgd", head=True)
+    tuned = burnish.tune(net, f"full + sam(radius={RHO}) + sgd", head=True)
     opt = tuned.optimizer(LR)
     torch.manual_seed(7)
     for b in batches:
@@ -132,7 +132,7 @@ def test_a_loss_scale_cancels():
 
 def test_only_what_trains_moves_and_the_norm_is_over_all_of_it():
     net, batches = start(norm=False)
-    tuned = burnish.tune(net, f"lora(rank=2) + sam(rho={RHO}) + sgd", targets="a,b", head=False)
+    tuned = burnish.tune(net, f"lora(rank=2) + sam(radius={RHO}) + sgd", targets="a,b", head=False)
     tuned.optimizer(LR)
     frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
     seen = []
@@ -150,7 +150,7 @@ def test_only_what_trains_moves_and_the_norm_is_over_all_of_it():
 
 def test_weights_come_back_bit_for_bit_whatever_happens():
     net, batches = start(torch.float32)
-    tuned = burnish.tune(net, "full + sam(rho=3.0)", head=True)
+    tuned = burnish.tune(net, "full + sam(radius=3.0)", head=True)
     tuned.optimizer(0.0, weight_decay=0.0)
     before = {n: v.clone() for n, v in net.state_dict().items()}
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_zero_or_not_finite_moves_nothing():
 
 def test_a_step_below_every_spacing_is_an_error():
     net, batches = start(torch.bfloat16, norm=False)
-    tuned = burnish.tune(net, "full + sam(rho=1e-7)", head=True)
+    tuned = burnish.tune(net, "full + sam(radius=1e-7)", head=True)
     tuned.optimizer(LR)
     with pytest.raises(CheckError, match="moves no weight"):
         tuned.step(batches[0], mse)
@@ -238,13 +238,13 @@ def test_a_step_that_cannot_be_surrounded_is_refused_when_the_recipe_is_read(oth
 
 def test_two_of_them_are_refused():
     with pytest.raises(RecipeError):
-        parse("full + sam + sam(rho=0.1)")
+        parse("full + sam + sam(radius=0.1)")
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_length_is_positive(rho):
     with pytest.raises(RecipeError, match="positive"):
-        burnish.core.registry.find("sam")(rho=rho)
+        burnish.core.registry.find("sam")(radius=rho)
 
 
 @pytest.mark.parametrize("recipe", ["full + sam", "lora + sam(adaptive=True) + checkpoint",
@@ -264,7 +264,7 @@ def test_its_memory_is_promised(recipe):
 def test_beside_objectives_adapters_and_checkpointing_the_loss_falls():
     model, batch = tiny("llama")
     tuned = burnish.tune(model, "lora(rank=4) + l2_sp + sam + checkpoint")
-    tuned.add("other", "houlsby(bottleneck=4) + sam(rho=0.1)")
+    tuned.add("other", "houlsby(bottleneck=4) + sam(radius=0.1)")
     for name in ("default", "other"):
         tuned.use(name)
         tuned.optimizer(5e-3)
@@ -275,7 +275,7 @@ def test_beside_objectives_adapters_and_checkpointing_the_loss_falls():
 def test_an_objective_is_part_of_the_loss_that_is_looked_at():
     net, batches = start(norm=False)
     anchor = [p.detach().clone() for p in net.parameters()]
-    tuned = burnish.tune(net, f"full + l2_sp(alpha=0.5, beta=0.3) + sam(rho={RHO}) + sgd",
+    tuned = burnish.tune(net, f"full + l2_sp(alpha=0.5, beta=0.3) + sam(radius={RHO}) + sgd",
                          head=True)
     tuned.optimizer(LR)
     with torch.no_grad():

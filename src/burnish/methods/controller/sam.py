@@ -49,12 +49,12 @@ class Sam(Method):
                             "Minimization, ICML 2021")
     relies_on: ClassVar[tuple[str, ...]] = ("around_step",)
 
-    rho: float = setting(0.05, "length of the step to where the gradient is taken")
-    adaptive: bool = setting(False, "lengths relative to the weights (ASAM); try rho=0.5")
+    radius: float = setting(0.05, "rho, how far away the gradient is taken")
+    adaptive: bool = setting(False, "lengths relative to the weights (ASAM); try radius=0.5")
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < float("inf"):
-            raise RecipeError(f"sam: rho is a positive length, got {self.rho}")
+        if not 0 < self.radius < float("inf"):
+            raise RecipeError(f"sam: radius is a positive length, got {self.radius}")
 
     def claims(self) -> tuple[str, ...]:
         return ("where the gradient is taken",)
@@ -74,7 +74,7 @@ class Sharpness:
     def around_step(self, step: Pass) -> Iterator[None]:
         params = step.parameters()
         grads = step.probe(statistics=True).grads
-        steps = ascent(params, grads, self.method.rho, ETA if self.method.adaptive else None)
+        steps = ascent(params, grads, self.method.radius, ETA if self.method.adaptive else None)
         asked = not self.looked and any(map(_nonzero, steps.values()))
         with step.unmoved(), elsewhere(params, steps) as kept:
             if asked:
@@ -84,9 +84,9 @@ class Sharpness:
     def _look(self, params: dict[str, Any], kept: dict[str, Tensor]) -> None:
         self.looked = True
         if all(torch.equal(params[n], was) for n, was in kept.items()):
-            raise CheckError(f"sam: a step of rho={self.method.rho} moves no weight: it is below "
+            raise CheckError(f"sam: radius={self.method.radius} moves no weight: a step is below "
                              "the spacing of every trained tensor's dtype; keep what trains in "
-                             "fp32, or take a larger rho")
+                             "fp32, or take a larger radius")
 
 
 def _nonzero(step: Tensor) -> bool:
