@@ -76,6 +76,7 @@ def test_a_file_brings_every_method_back_to_the_bit(method, tmp_path, monkeypatc
 
 STORED = ["nf4 + pissa(rank=4)", "nf4 + pissa(rank=4, iterations=4)", "bf16 + pissa(rank=4)",
           "nf4 + pissa(rank=4) + lora(rank=2)", "nf4 + corda(rank=4, samples=2)",
+          "nf4 + olora(rank=4)", "nf4 + lora_ga(rank=4)",
           "nf4 + vera(rank=4)", "nf4 + dora(rank=4)", "nf4 + dora(rank=4) + pissa(rank=2)",
           "nf4(double_quant=False) + snella(rank=4)"]
 

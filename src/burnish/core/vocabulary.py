@@ -24,6 +24,7 @@ VOCABULARY: dict[str, str] = {
     "scale": "a fixed factor of what a part adds",
     "scaling": "law by which a scale follows the rank",
     "weight": "factor of a term of the loss",
+    "gamma": "divides the size of a start",
     "ortho": "weight of an orthogonality term",
     "balance": "weight of a balance loss",
     "dropout": "probability of a zero in training",

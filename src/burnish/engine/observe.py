@@ -226,7 +226,12 @@ class Pass:
     def _gradients(self, places: Seen, tell: Callable[[Place, Tensor], None]) -> Iterator[None]:
         by_tensor: dict[nn.Parameter, list[Place]] = {}
         for p in places:
-            by_tensor.setdefault(p.stored(self.model.get_submodule(p.path)), []).append(p)
+            tensor = p.stored(self.model.get_submodule(p.path))
+            if not isinstance(tensor, nn.Parameter):
+                raise ConfigError(f"{self.part.name} reads the gradient of {p.name}, which a "
+                                  "storage holds in another form; name it in the recipe that is "
+                                  "given to tune, where the weight is still whole")
+            by_tensor.setdefault(tensor, []).append(p)
         with ExitStack() as stack:
             for tensor, here in by_tensor.items():
                 def hook(t: Tensor, here: list[Place] = here) -> None:
