@@ -142,3 +142,45 @@ def test_settings_at_their_bounds_are_taken(settings):
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^lokr"):
         burnish.parse(f"lokr({settings})")
+
+
+@pytest.mark.parametrize("recipe, shapes, scale", [
+    # 48 = 6 x 8, 32 = 4 x 8: a factor is whole from half of its longer side on
+    ("lokr(rank=3, alpha=6)", [(6, 4), (8, 3), (3, 8)], 2.0),
+    ("lokr(rank=4, alpha=6)", [(6, 4), (8, 8)], 1.0),
+    ("lokr(rank=2, alpha=6, decompose_both=True)", [(6, 2), (2, 4), (8, 2), (2, 8)], 3.0),
+    ("lokr(rank=3, alpha=6, decompose_both=True)", [(6, 4), (8, 3), (3, 8)], 2.0),
+    ("lokr(rank=2, alpha=6, factor=2)", [(2, 2), (24, 2), (2, 16)], 3.0),
+])
+def test_which_factors_are_whole(recipe, shapes, scale):
+    tuned = burnish.tune(nn.Sequential(nn.Linear(32, 48)), recipe, head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    assert [tuple(p.shape) for p in (*term.C, *term.B)] == shapes and term.scale == scale
+    assert tuned.recipe[0].count(Place("0", "weight", "linear", 48, 32)) == \
+        sum(a * b for a, b in shapes)
+
+
+@pytest.mark.parametrize("n, factor, pair", [
+    (100, 30, (10, 10)), (100, 20, (20, 5)), (64, 1, (1, 64)), (36, 7, (6, 6)), (37, 6, (1, 37)),
+    (50, -1, (5, 10)), (2, -1, (1, 2))])
+def test_sides_at_the_bounds_are_split(n, factor, pair):
+    assert split(n, factor) == pair
+
+
+def test_one_side_may_be_prime():
+    burnish.tune(nn.Sequential(nn.Linear(16, 7)), "lokr(rank=1)", head=False, targets="0")
+    with pytest.raises(RecipeError, match="no sides to split"):
+        burnish.tune(nn.Sequential(nn.Linear(16, 8)), "lokr(rank=1, factor=1)", head=False,
+                     targets="0")
+
+
+def test_what_is_drawn_is_even_within_one_over_the_root_of_its_columns():
+    tuned = burnish.tune(nn.Sequential(nn.Linear(2304, 2304)), "lokr(rank=16)", head=False,
+                         targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    (C,), (up, down) = term.C, term.B
+    for p, columns in ((C, 48), (up, 16)):
+        p = p.detach() * columns**0.5
+        assert 0.98 < float(p.max()) <= 1 and -1 <= float(p.min()) < -0.98
+        assert float(p.square().mean()) == pytest.approx(1 / 3, rel=0.1)
+    assert not down.any()

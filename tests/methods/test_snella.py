@@ -129,9 +129,9 @@ def test_layers_get_in_proportion_to_their_importance():
     tuned = start()
     step(tuned, 0)
     budget = budget_of(tuned)
-    for (a, b), score in zip(budget.scores.values(), (1.0, 2.0, 3.0), strict=True):
-        for s in (a, b):                         # e_l = mean(I' U)_A + mean(I' U)_B
-            s.mean.fill_(score / 2)
+    for pair, scores in zip(budget.scores.values(), ((1, 0), (0, 2), (1, 2)), strict=True):
+        for s, score in zip(pair, scores, strict=True):      # e_l = mean(I' U)_A + mean(I' U)_B
+            s.mean.fill_(score)
             s.spread.fill_(1.0)
     budget.reallocate(300)
     assert [t.nnz() for t in terms(tuned).values()] == [50, 100, 150]
@@ -272,7 +272,8 @@ def test_settings_at_their_bounds_are_taken(settings):
     assert burnish.parse(f"snella({settings})")
 
 
-@pytest.mark.parametrize("settings", ["rounds=0", "warmup=-0.1", "cooldown=-0.1",
+@pytest.mark.parametrize("settings", [
+    "rounds=0", "rank=3", "s=1.0", "s=-0.1", "s_target=1.0", "warmup=-0.1", "cooldown=-0.1",
     "warmup=0.5, cooldown=0.5"])
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^snella"):
@@ -282,3 +283,27 @@ def test_settings_beyond_their_bounds_are_refused(settings):
 def test_two_that_share_one_budget_are_refused():
     with pytest.raises(burnish.RecipeError, match="the budget of generated entries"):
         burnish.parse("snella + snella(rank=4)")
+
+
+@pytest.mark.parametrize("rounds, total, turns", [
+    (4, 10, {2, 4, 6, 8}), (100, 10, set(range(1, 10))), (3, 2, {1}), (3, 3, {1, 2}), (5, 1, {1}),
+    (1, 1000, {500}), (2, 103, {34, 69})])
+def test_turns_are_even_inside_the_run_and_leave_the_last_step_to_train(rounds, total, turns):
+    budget = Budget(parse(f"snella(rounds={rounds})")[0], {})
+    budget.start(total)
+    assert budget.turns == turns
+
+
+def test_a_simulated_run_leaves_the_shares_as_they_are():
+    """Fake tensors have no scores to compare."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        term = KernelDelta(match_place(), 4, 0.05, mixed=True)
+        budget = Budget(parse("snella(rounds=4)")[0], {"w": term})
+        budget.start(10)
+        for p in (term.A, term.B):
+            budget.tensor_updated(p, torch.ones_like(p))
+        for step in range(10):
+            budget.after_update(step)
+    assert term.sparsity == 0.05

@@ -104,7 +104,7 @@ class Budget:
     def budget(self, step: int) -> int:
         """V(t) in entries of Delta."""
         size = sum(t.out * t.inp for t in self.terms.values())
-        m, last = self.method, max(self.turns, default=0)
+        m, last = self.method, max(self.turns)
         if step >= last:                             # there is no later turn to arrive at
             return round((1 - m.s_target) * size)
         return round(cubic((1 - m.s) * size, (1 - m.s_target) * size, step,
