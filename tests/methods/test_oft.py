@@ -234,3 +234,34 @@ def test_settings_at_their_bounds_are_taken(settings):
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^oft"):
         burnish.parse(f"oft({settings})")
+
+
+def test_a_block_comes_back_to_its_ball_and_those_inside_stay():
+    """Q <- Q min(1, bound / ||Q||_F), block by block."""
+    tuned, term = stirred(nn.Sequential(nn.Linear(16, 12)).double(), "oft(block=4, bound=0.5)")
+    tuned.optimizer(lr=1e-3)
+    with torch.no_grad():
+        term.upper[0].mul_(0.01)
+    before = [q.detach().clone() for q in term.skew()]
+    norms = [float(q.norm()) for q in before]
+    assert norms[0] < 0.5 < min(norms[1:])
+    handler = next(h for n, h in tuned.timeline.handlers if n == "oft")
+    handler.after_update(0)
+    for q, old, norm in zip(term.skew(), before, norms, strict=True):
+        torch.testing.assert_close(q, old * min(1.0, 0.5 / norm), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("inp, would", [(16, "2, 4, 8, 16 would"), (7, "none would"),
+                                        (192, "2, 4, 8, 16, 32, 64 would")])
+def test_what_would_divide_is_named(inp, would):
+    with pytest.raises(RecipeError, match=f"inputs of 0.weight; {would}"):
+        burnish.tune(nn.Sequential(nn.Linear(inp, 12)), "oft(block=5)", head=False, targets="0")
+
+
+@pytest.mark.parametrize("terms, powers", [(2, [1]), (3, [2, 1]), (4, [2, 2, 1])])
+def test_the_series_is_cut_after_its_terms(terms, powers):
+    """R - I = 2 Q + 2 Q^2 + ... + Q^(terms - 1), the last once."""
+    tuned, term = stirred(nn.Sequential(nn.Linear(8, 6)).double(), f"oft(block=4, terms={terms})")
+    for Q, M in zip(skew(term.upper.detach(), 4), term.move().detach(), strict=True):
+        want = sum(c * torch.linalg.matrix_power(Q, n + 1) for n, c in enumerate(powers))
+        torch.testing.assert_close(M, want, rtol=1e-12, atol=1e-14)
