@@ -178,3 +178,65 @@ def test_a_rank_that_no_matrix_has_is_refused():
     with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
         burnish.tune(nn.Sequential(nn.Linear(16, 24)), "increlora(rank=17, init_rank=17)",
                      targets="0", head=False)
+
+
+def grower(tuned):
+    return next(h for n, h in tuned.timeline.handlers if n == "increlora")
+
+
+@pytest.mark.parametrize("advance, free", [(True, 1e-5), (False, 0.0)])
+def test_new_components_are_drawn_small_and_come_all_but_without_effect(advance, free):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 200))
+    tuned = burnish.tune(net, f"increlora(rank=60, grow=29, warmup=1, every=1, advance={advance})",
+                         targets="0", head=False)
+    tuned.optimizer(lr=0.0)
+    (_, term), = tuned.terms(Growing)
+    for ranks in ([1, 30], [30, 59], [59, 60]):                   # the last growth is what is left
+        assert term.E.numel() == ranks[0]
+        old = {n: getattr(term, n).detach().clone() for n in "PEQ"}
+        tuned.step((torch.randn(4, 300), None), loss=lambda out, _: out.square().mean())
+        assert term.E.numel() == ranks[1]
+        w, P, Q = old["P"].shape[1], term.P.detach(), term.Q.detach()
+        if ranks[1] < 60:
+            assert torch.equal(P[:, :w], old["P"]) and torch.equal(Q[:w], old["Q"])
+            for fresh in (P[:, w:], Q[w:]):
+                assert float(fresh.std()) == pytest.approx(0.02, rel=0.05)
+        E = term.E.detach()
+        assert torch.equal(E[: ranks[0]], old["E"])
+        assert torch.equal(E[ranks[0]:], torch.full((ranks[1] - ranks[0],), free))
+    assert term.P.shape == (200, 60) and term.Q.shape == (60, 300) and not term.scoring
+
+
+def test_a_matrix_of_full_rank_grows_no_further():
+    """Whatever its score: the others take what is left."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 2), nn.Linear(2, 20), nn.Linear(20, 20))
+    tuned = burnish.tune(net, "increlora(rank=3, top=3, warmup=1, every=1)", targets="*",
+                         head=False)
+    tuned.optimizer(lr=1e-3)
+    for _ in range(8):
+        tuned.step((torch.randn(4, 20), None), loss=lambda out, _: out.square().mean())
+    assert [t.E.numel() for _, t in tuned.terms(Growing)] == [2, 2, 5]
+
+
+def test_a_resumed_run_scores_only_while_it_grows():
+    _, _, tuned, _ = run(f"{SMALL})", 3)
+    state = grower(tuned).state_dict()
+    assert all(t.scoring for _, t in tuned.terms(Growing))
+    for _, t in tuned.terms(Growing):
+        t.scoring = False
+    grower(tuned).load_state_dict(state)
+    assert all(t.scoring and t.score == 0 for _, t in tuned.terms(Growing))
+    _, batch, tuned, ranks = run(f"{SMALL})", 20)
+    assert sum(ranks[-1]) == 3 * len(ranks[-1])
+    assert not any(t.scoring for _, t in tuned.terms(Growing))
+
+
+def test_growth_draws_alike_for_like_places_and_steps():
+    """A run twice from one seed is the same run; two matrices get different components."""
+    runs = [run(f"{SMALL})", 3)[2] for _ in range(2)]
+    for (n, a), b in zip(runs[0].tensors().items(), runs[1].tensors().values(), strict=True):
+        assert torch.equal(a, b), n
+    grown = [t for _, t in runs[0].terms(Growing) if t.E.numel() == 2]
+    assert len({float(t.P.detach()[0, -1]) for t in grown}) == len(grown) == 5

@@ -265,3 +265,12 @@ def test_the_series_is_cut_after_its_terms(terms, powers):
     for Q, M in zip(skew(term.upper.detach(), 4), term.move().detach(), strict=True):
         want = sum(c * torch.linalg.matrix_power(Q, n + 1) for n, c in enumerate(powers))
         torch.testing.assert_close(M, want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_rotation_is_of_its_own_dtype_whatever_torchs_default():
+    _, term = stirred(nn.Sequential(nn.Linear(8, 6)), "oft(block=4)")
+    want = term.move().detach()
+    term.float()
+    torch.set_default_dtype(torch.float64)
+    assert term.move().dtype == torch.float32
+    torch.testing.assert_close(term.move().detach().double(), want, rtol=1e-5, atol=1e-6)
