@@ -10,6 +10,7 @@ import torch
 import burnish
 from burnish.core import registry
 from burnish.testing import choose, conformance
+from burnish.testing.checks.common import keyed
 from burnish.testing.models import tiny
 
 METHODS = conformance.methods()
@@ -32,6 +33,8 @@ def works(names, model) -> bool:
     """Trains, or refuses with a reason and leaves nothing behind (False)."""
     net, batch = tiny(model)
     recipe = " + ".join(TEXT[n] for n in names)
+    if choose.joinable(recipe):
+        batch = keyed(batch, recipe)
     try:
         tuned = burnish.tune(net, recipe, calibration=[batch])
     except burnish.BurnishError as e:

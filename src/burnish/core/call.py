@@ -65,6 +65,19 @@ class Call:
             has = f"it brought {', '.join(self.given)}" if self.given else "it brought none"
             raise RecipeError(f"a part of the recipe reads {key!r} of the batch; {has}") from None
 
+    def per_row(self, key: str, x: Tensor) -> Tensor:
+        """A key's entries for the rows of a hidden state: (1,) where one serves all of them, else
+        (len(x),). The first axis of x is the batch, or a multiple of it that keeps each sample's
+        rows together (windows, tokens of a flattened batch)."""
+        value = torch.as_tensor(self.need(key), device=x.device)
+        value = value.reshape(1) if not value.dim() else value
+        if len(value) == 1 or len(value) == len(x):
+            return value
+        if len(x) % len(value):
+            raise RecipeError(f"{key!r} has {len(value)} entries, and a layer is given "
+                              f"{len(x)} rows: give one entry per sample, or one for all")
+        return value.repeat_interleave(len(x) // len(value))
+
 
 class _Here(threading.local):
     """The calls this thread is in, innermost last."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .axes import AXES
+from .keys import Key
 from .site import Branch, Place, Selection, Site
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ class Method:
     )
     needs: ClassVar[frozenset[str]] = frozenset()
     #: keys of the batch that parts of this method read from the call (core/call.py), with what each
-    #: means: ``{"task": "one id per batch or per sample"}``. The model need not take them.
-    context: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: means and may be: ``{"task": Key("one id per sample", below="tasks")}`` (core/keys.py). The
+    #: model need not take them.
+    context: ClassVar[Mapping[str, Key]] = MappingProxyType({})
     #: what this part needs of the optimizer beside it (see core/words.py); axes are read off
     relies_on: ClassVar[tuple[str, ...]] = ()
     #: the objective reads the forward it is asked about (its outputs, its batch)
@@ -167,6 +169,10 @@ class Method:
     def stages(self, tuned: Any, tasks: Sequence[str]) -> Iterable[Stage]:
         """How a run over `tasks` is divided (core/stage.py); nothing: it is one stretch."""
         return ()
+
+    def keys(self) -> Mapping[str, Key]:
+        """The keys of `context` that these settings read; all of them unless a method says so."""
+        return self.context
 
     # -- laws -----------------------------------------------------------------------------
     def claims(self) -> tuple[str, ...]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+from . import families
 from .anatomy import Anatomy
 from .errors import BurnishError
 from .groups import groups
 from .method import Method
+from .site import Place
 from .targets import match
 
 
@@ -54,11 +56,18 @@ def _tiles(a: Anatomy) -> bool:
     return bool(sides) and all(n % min(sides) == 0 for n in sides)
 
 
+def mlp_linears(a: Anatomy) -> list[Place]:
+    """Linears of the blocks' MLPs that read every token (those of a routed expert do not)."""
+    return [p for p in a.places if p.block is not None and p.role in families.MLP and not p.rows
+            and p.kind in ("linear", "conv1d") and ".experts." not in f".{p.path}."]
+
+
 #: word -> (what it means, does this model have it?)
 NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
     "attention": ("blocks with attention", lambda a: any(b.attn for b in a.blocks)),
     "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
+    "mlp linears": ("linears in the MLPs of its blocks", lambda a: bool(mlp_linears(a))),
     "norms": ("norms with a scale or a shift",
               lambda a: any(m._parameters.get(k) is not None for p in a.norms
                             for m in [a.model.get_submodule(p)] for k in ("weight", "bias"))),

@@ -16,6 +16,7 @@ from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, wanted
 from ..core.errors import RankError, RecipeError, TargetError
+from ..core.keys import keys_of
 from ..core.method import Method
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
@@ -69,9 +70,8 @@ class Attacher:
         """Every question in the order of the table."""
         name, before = self.adapter.name, dict(self.state.needs)
         self.undo.later(lambda: (self.state.needs.clear(), self.state.needs.update(before)))
-        for part in recipe:
-            for key, meaning in part.context.items():
-                self.state.needs.setdefault(name, {}).setdefault(key, (part.name, meaning))
+        if keys := keys_of(recipe):
+            self.state.needs[name] = keys
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():

@@ -12,6 +12,7 @@ from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
 from ..core.call import Call, given_to, switched_off
 from ..core.errors import RecipeError
+from ..core.keys import Read
 from ..core.site import Branch, Place
 
 
@@ -28,8 +29,8 @@ class State:
     readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
-    #: adapter -> key of the batch it reads -> (part that reads it, what it means)
-    needs: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    #: adapter -> key of the batch -> how a part reads it
+    needs: dict[str, dict[str, Read]] = field(default_factory=dict)
     fused: bool = False                              # some of torch's layers read past modules
     off_here: int = 0                                # how many stand in `disabled` just now
 
@@ -75,7 +76,8 @@ class State:
     def take(self, module: nn.Module, kw: dict, call: Call) -> tuple[dict, Call]:
         """The declared keys, off the batch and into the call. Those the model takes stay too.
 
-        Raises RecipeError when a part that is active reads a key that the batch lacks.
+        Raises RecipeError when a part that is active reads a key that the batch lacks, or that has
+        entries it may not have.
         """
         if not self.needs:
             return kw, call
@@ -85,11 +87,13 @@ class State:
         call = replace(call, given={**call.given, **found})
         active = () if call.off else {*dict(call.active), *(r for r in call.rows or () if r)}
         for name in active:
-            for key, (part, meaning) in self.needs.get(name, {}).items():
-                if key not in call.given:
-                    raise RecipeError(f"{part} reads {key!r} of the batch ({meaning}), which has "
-                                      f"none: add it to the batch, or call inside "
-                                      f"tuned.given({key}=...)")
+            for key, read in self.needs.get(name, {}).items():
+                if key in call.given:
+                    read.check(key, call.given[key])
+                elif module.training or not read.key.training:
+                    raise RecipeError(f"{read.part} reads {key!r} of the batch "
+                                      f"({read.key.meaning}), which has none: add it to the "
+                                      f"batch, or call inside tuned.given({key}=...)")
         return kw, call
 
 

@@ -27,7 +27,8 @@ from torch._subclasses.fake_tensor import (
 
 from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
-from ..core.recipe import parse
+from ..core.keys import examples, keys_of
+from ..core.recipe import Recipe, parse
 from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
@@ -101,7 +102,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         stands for its first architecture.
     recipe: as for :func:`burnish.tune`; None is full fine-tuning.
     batch: samples, (samples, tokens), or a mapping / tuple of tensors as ``tuned.step`` takes;
-        of tensors the shapes matter, and the values of integer ones where the model asks.
+        of tensors the shapes matter, and the values of integer ones where the model asks. Where
+        it is a number, keys that the recipe's parts read (task ids) are made as well.
     dtype: of the model's and the batch's floating tensors; None keeps them as they are.
     device: where the step would run. Without that device here its kernels cannot be faked: the
         CPU's stand in and the report says so in a note.
@@ -130,8 +132,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
-                example, label = _batch(twin, batch, ledger, here, dtype,
-                                        {k for m in parts for k in m.context})
+                example, label = _batch(twin, batch, ledger, here, dtype, parts)
                 tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
                 tuned.optimizer(lr)
                 ledger.model = tuned.model
@@ -228,15 +229,16 @@ def _plain(outputs: Any) -> Any:
 
 # -- the batch ----------------------------------------------------------------------------------
 def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
-           dtype: torch.dtype | None, declared: set[str]) -> tuple[Any, str]:
+           dtype: torch.dtype | None, parts: Recipe) -> tuple[Any, str]:
     if isinstance(batch, int) or (isinstance(batch, tuple) and all(
             isinstance(n, int) for n in batch)):
         label = str(batch) if isinstance(batch, int) else " x ".join(map(str, batch))
         with _no_modes():
-            batch = blank_batch(model, batch, dtype)
+            samples = batch if isinstance(batch, int) else batch[0]
+            batch = blank_batch(model, batch, dtype) | examples(parts, samples)
     else:
         label = _label(batch)
-    _accepted(model, batch, declared)
+    _accepted(model, batch, set(keys_of(parts)))
     return _fake(batch, ledger, device, dtype), label
 
 

@@ -12,7 +12,7 @@ Letters: N tokens, I in, O out, E experts, R rank.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -142,9 +142,29 @@ def balance(probability: Tensor, gates: Tensor, valid: Tensor | None = None) -> 
 
 
 def counted(x: Tensor) -> Tensor | None:
-    """Which of the tokens x (batch, tokens, ...) count in the call under way; None: all of them."""
+    """Which of the tokens x (batch, tokens, ...), or of a flattened batch (batch * tokens, ...),
+    count in the call under way; None: all of them."""
     valid = context().valid
+    if valid is not None and x.dim() == 2 and valid.numel() == len(x):
+        valid = valid.flatten()
     return valid if valid is not None and valid.shape == x.shape[:-1] else None
+
+
+def localised(p: Tensor, kind: Tensor, pull: float, valid: Tensor | None = None,
+              form: Literal["cv2", "mean"] = "cv2") -> Tensor:
+    """Imbalance of ``Z = I * Q`` over samples and experts, where the first half of the experts is
+    for samples of kind 1 and the second for kind 0.
+
+    p: (B, ..., E) weights of the experts. kind: (B,). Q (B, E) is the sum of p over the tokens,
+    those of `valid` (B, ...) alone; I is 1 + pull where half and kind agree, else 1 - pull.
+    "cv2": Var(Z) / (Mean(Z)^2 + 1e-10), "mean": Var(Z) / Mean(Z), Var unbiased.
+    """
+    w = p if valid is None else p * valid.unsqueeze(-1).to(p.dtype)
+    Q = w.reshape(len(p), -1, p.shape[-1]).sum(1)
+    first = torch.arange(p.shape[-1], device=p.device) < p.shape[-1] // 2
+    same = (first == (kind == 1).unsqueeze(1)).to(Q.dtype)
+    Z = Q * (1 + pull * (2 * same - 1))
+    return Z.var() / (Z.mean() ** 2 + 1e-10 if form == "cv2" else Z.mean())
 
 
 class ExpertChains(nn.Module):
@@ -180,6 +200,10 @@ class ExpertChains(nn.Module):
         p = torch.softmax(product(x, self.router), -1)
         return p, top_k(p, self.k)
 
+    def imbalance(self, p: Tensor, g: Tensor, x: Tensor) -> Tensor:
+        """What is minimised beside the task, of the probabilities and gates of x."""
+        return balance(p, g, counted(x))
+
     def forward(self, x: Tensor) -> Tensor:
         x = autocast(x)
         p, g = self.gates(x)
@@ -188,7 +212,7 @@ class ExpertChains(nn.Module):
             if transformed() and not collecting:
                 raise RecipeError("a balance loss rides on backward, which torch.func does not run;"
                                   " set its coefficient to 0 or call eval()")
-            g = self.riding.on(g, balance(p, g, counted(x)), self.coefficient)
+            g = self.riding.on(g, self.imbalance(p, g, x), self.coefficient)
         given = (x, g, self.A, self.B, self.scale, self.dropout * self.training)
         y = _weighed(*given)[0].view(*x.shape[:-1], -1) if transformed() else Weighed.apply(*given)
         if self.rows is None:
@@ -209,3 +233,29 @@ class ExpertChains(nn.Module):
             made = x2[mine] @ self.A[e].t().to(x.dtype) @ self.B[e].t().to(x.dtype)
             y = y.index_add(0, mine, made * g2[mine, e : e + 1].to(x.dtype))
         return (y * self.scale).view(*x.shape[:-1], -1)
+
+
+class DenseChains(ExpertChains):
+    """``y = s sum_e p_e B_e A_e drop(x)``, p = softmax(W_r x): all experts, in two halves that the
+    key ``sample_type`` of the batch tells apart (see :func:`localised`)."""
+
+    def __init__(self, inp: int, out: int, experts: int, rank: int, *, pull: float = 0.0,
+                 kind: Literal["cv2", "mean"] = "cv2", **kw: Any):
+        super().__init__(inp, out, experts, rank, experts, **kw)
+        self.pull, self.kind = pull, kind
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p, _ = super().gates(x)
+        return p, p
+
+    def imbalance(self, p: Tensor, g: Tensor, x: Tensor) -> Tensor:
+        valid = counted(x)
+        kinds = torch.as_tensor(context().need("sample_type"), device=p.device).reshape(-1)
+        rows = len(p) if len(kinds) == 1 and p.dim() > 2 else len(kinds)
+        if len(p) % rows or (len(kinds) == 1 and p.dim() == 2 and len(p) > 1):
+            raise RecipeError(f"'sample_type' has {len(kinds)} entries, and a layer is given "
+                              f"{len(p)} rows: give one entry per sample")
+        if valid is not None:
+            valid = valid.reshape(rows, -1)
+        return localised(p.reshape(rows, -1, p.shape[-1]), kinds.expand(rows), self.pull, valid,
+                         self.kind)

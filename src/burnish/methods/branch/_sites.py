@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core.asked import narrowed
 from ...core.errors import RecipeError
+from ...core.site import Selection
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
@@ -56,6 +57,25 @@ def mlp_ends(anatomy: Anatomy) -> Iterator[Site]:
         path = b.mlp_out or b.mlp
         if path:
             yield Site(b, path, width(anatomy, path, b))
+
+
+def numbered(sites: Iterable[Site]) -> list[tuple[int, int]]:
+    """(number of its block, number within the block) of every site."""
+    blocks: dict[str, int] = {}
+    within: dict[str, int] = {}
+    out = []
+    for s in sites:
+        path = s.block.path
+        within[path] = within.get(path, -1) + 1
+        out.append((blocks.setdefault(path, len(blocks)), within[path]))
+    return out
+
+
+def norm_tensors(anatomy: Anatomy) -> Iterator[Selection]:
+    """The scales and shifts of all norms, without weight decay."""
+    for path in anatomy.norms:
+        for leaf, _ in anatomy.model.get_submodule(path).named_parameters(recurse=False):
+            yield Selection(f"{path}.{leaf}", decay=False)
 
 
 def found(anatomy: Anatomy, sites: Iterable[Site], method: Method, what: str) -> list[Site]:

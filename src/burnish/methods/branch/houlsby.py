@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ...blocks.state.bottleneck import Bottleneck
 from ...core.method import Method, setting
 from ...core.site import Branch, Selection
-from ._sites import attention_ends, found, mlp_ends
+from ._sites import attention_ends, found, mlp_ends, norm_tensors
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -45,9 +45,7 @@ class Houlsby(Method):
             yield Branch(s.path, Bottleneck(s.width, self.bottleneck, act=self.act, init=self.init))
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
-        for path in anatomy.norms if self.norms else ():
-            for leaf, _ in anatomy.model.get_submodule(path).named_parameters(recurse=False):
-                yield Selection(f"{path}.{leaf}", decay=False)
+        return norm_tensors(anatomy) if self.norms else ()
 
     def count(self, d: int) -> int:
         """Trainable parameters of one site of width d, norms left out."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.weight.experts import ExpertChains
-from ...core.asked import wanted
-from ...core.errors import RankError, RecipeError, TargetError
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
 from ...core.targets import match
+from ._linears import linears
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -62,36 +62,13 @@ class Mola(Method):
         return groups[block * len(groups) // blocks]
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
-        asked = wanted(anatomy, self)
-        by_path: dict[str, list[Place]] = {}
-        for place in match(anatomy) if asked is None else asked:
-            if place.kind in self.kinds and place.block is not None:
-                by_path.setdefault(place.path, []).append(place)
-            elif asked is not None:
-                where = "outside them" if place.block is None else f"of kind {place.kind}"
-                raise TargetError(f"mola has experts for linears inside blocks; {place.name} is "
-                                  f"{where}")
-        if not by_path:
-            raise RecipeError("mola: none of the targets is a linear inside a block")
         stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}
-        largest = max(by_path, key=lambda p: min(by_path[p][0].out, by_path[p][0].inp))
-        for path, places in by_path.items():
-            first = places[0]
-            block = anatomy.blocks[first.block]
-            try:
-                first.check_rank(self.rank, "mola")
-            except RankError:
-                if asked is not None or path == largest:
-                    raise
-                continue
-            rows = tuple(sorted(p.rows for p in places if p.rows)) or None
-            out = next(p.out for p in anatomy.places if p.path == path and not p.rows)
-            if rows and rows[0][0] == 0 and sum(b - a for a, b in rows) == out:
-                rows = None
-            yield Branch(path, ExpertChains(
-                first.inp, out, self.experts(block.index, stacks[block.stack]), self.rank, self.k,
+        for place, rows, out in linears(anatomy, self, match(anatomy)):
+            block = anatomy.blocks[place.block]
+            yield Branch(place.path, ExpertChains(
+                place.inp, out, self.experts(block.index, stacks[block.stack]), self.rank, self.k,
                 scale=self.alpha / self.rank, dropout=self.dropout, coefficient=self.balance,
-                rows=rows), read=(path, "input"))
+                rows=rows), read=(place.path, "input"))
 
     def count(self, place: Place, blocks: int) -> int:
         """Trainable parameters on one matrix of a model of one stack with so many blocks."""

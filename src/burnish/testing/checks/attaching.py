@@ -35,7 +35,7 @@ def identity_at_the_start(name: str, model: str) -> Skip | None:
     tuned, batch, base = make(name, model, train=False)
     widen(tuned)
     with torch.no_grad():
-        got, want = logits(tuned.model(**batch)), logits(base(**batch))
+        got, want = logits(tuned.model(**batch)), logits(base(**batch.bare))
     close(got, want, "outputs at step 0", 1e-6)
     return None
 
@@ -78,7 +78,7 @@ def it_acts(name: str, model: str) -> Skip | None:
     widen(tuned)
     stir(tuned)
     with torch.no_grad():
-        got, want = logits(tuned.model(**batch)), logits(base(**batch))
+        got, want = logits(tuned.model(**batch)), logits(base(**batch.bare))
     assert float((got - want).abs().max()) > 1e-6 * float(want.abs().max()), \
         "every trainable tensor was moved and the outputs are still the base's"
     return None
@@ -86,7 +86,7 @@ def it_acts(name: str, model: str) -> Skip | None:
 
 def detaches_bit_for_bit(name: str, model: str) -> Skip | None:
     """After steps, detach gives back classes, names, values and flags."""
-    net, batch = fresh(model)
+    net, batch = fresh(model, text=recipe(name))
     base = copy.deepcopy(net)
     tuned = join(net, recipe(name), model)
     ready(tuned, 1)
@@ -136,7 +136,7 @@ def switches_off(name: str, model: str) -> Skip | None:
     tuned, batch, base = make(name, model, torch.float32, train=False)
     stir(tuned)
     with torch.no_grad(), tuned.disabled():
-        torch.testing.assert_close(logits(tuned.model(**batch)), logits(base(**batch)))
+        torch.testing.assert_close(logits(tuned.model(**batch)), logits(base(**batch.bare)))
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -15,7 +15,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from ...core import registry
 from ...core.errors import BurnishError, CheckError
+from ...core.keys import examples
 from ...core.method import Method
+from ...core.recipe import parse
 from ...engine.slot import ATTR, slots
 from ...engine.tune import tune
 from ...engine.tuned import Tuned
@@ -35,6 +37,17 @@ class Skip:
     """A check has nothing to look at here, and says why."""
 
     reason: str
+
+
+class Batch(dict[str, Any]):
+    """A batch of the model, with examples of the keys that the parts of a recipe read beside it.
+
+    bare: without them, as the untouched model takes it.
+    """
+
+    def __init__(self, bare: Mapping[str, Any], keys: Mapping[str, Any]):
+        super().__init__({**bare, **keys})
+        self.bare = dict(bare)
 
 
 Check = Callable[[str, str], "Skip | None"]
@@ -65,8 +78,6 @@ def recipe(name: str, **settings: Any) -> str:
 
 
 def axes_of(text: str) -> set[str]:
-    from ...core.recipe import parse
-
     return {a for m in parse(text) for a in m.axes()}
 
 
@@ -82,7 +93,7 @@ def refusal(name: str, model: str) -> str | None:
     """Why the method refuses this model, or None when it applies."""
     try:
         tune(fresh(model)[0], recipe(name), targets=split(model)[1],
-             calibration=data(model, torch.float32))
+             calibration=data(model, torch.float32, recipe(name)))
     except CheckError:
         raise
     except BurnishError as e:
@@ -90,29 +101,37 @@ def refusal(name: str, model: str) -> str | None:
     return None
 
 
-def fresh(model: str, dtype: torch.dtype = torch.float32, **kw: Any
-          ) -> tuple[nn.Module, dict[str, Any]]:
-    """A small model and a batch, all floating tensors in `dtype`."""
+def fresh(model: str, dtype: torch.dtype = torch.float32, text: str = "", **kw: Any
+          ) -> tuple[nn.Module, Batch]:
+    """A small model and a batch, all floating tensors in `dtype`, with the keys that the recipe
+    `text` reads."""
     net, batch = tiny(split(model)[0], **kw)
     if dtype == torch.float64 and hasattr(net, "set_experts_implementation"):
         net.set_experts_implementation("eager")      # the grouped product has no float64 form
-    return net.to(dtype), cast(batch, dtype)
+    return net.to(dtype), cast(keyed(batch, text), dtype)
 
 
-def cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-            for k, v in batch.items()}
+def keyed(batch: Mapping[str, Any], text: Any) -> Batch:
+    """The batch with an example of every key that the recipe `text` reads."""
+    samples = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim())
+    return Batch(batch, examples(parse(text), samples) if text else {})
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    bare = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in batch.bare.items()}
+    return Batch(bare, {k: v for k, v in batch.items() if k not in bare})
 
 
 def join(net: nn.Module, text: str, model: str, **kw: Any) -> Tuned:
     """The recipe on the cell's targets, the head frozen: what moves is the method's."""
-    seen = data(model, next(net.parameters()).dtype) if model else None
+    seen = data(model, next(net.parameters()).dtype, text) if model else None
     return tune(net, text, targets=split(model)[1], **{"head": False, "calibration": seen, **kw})
 
 
-def data(model: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def data(model: str, dtype: torch.dtype, text: str) -> list[Batch]:
     """Batches for methods that read data before they start."""
-    return [cast(_batch(split(model)[0]), dtype)]
+    return [cast(keyed(_batch(split(model)[0]), text), dtype)]
 
 
 @lru_cache(maxsize=32)
@@ -121,11 +140,12 @@ def _batch(model: str) -> dict[str, Any]:
 
 
 def make(name: str, model: str, dtype: torch.dtype = torch.float64, train: bool = True,
-         text: str | None = None, **kw: Any) -> tuple[Tuned, dict[str, Any], nn.Module]:
+         text: str | None = None, **kw: Any) -> tuple[Tuned, Batch, nn.Module]:
     """(tuned, batch, untouched copy of the base), all floating tensors in `dtype`."""
-    net, batch = fresh(model, dtype, **kw)
+    text = text or recipe(name)
+    net, batch = fresh(model, dtype, text, **kw)
     base = copy.deepcopy(net)
-    tuned = join(net, text or recipe(name), model)
+    tuned = join(net, text, model)
     net.train(train)
     base.train(train)
     return tuned, batch, base

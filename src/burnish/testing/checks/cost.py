@@ -21,7 +21,7 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
     from ...memory import measure, simulate
     from .common import split
 
-    net, batch = fresh(model)
+    net, batch = fresh(model, text=recipe(name))
     targets = split(model)[1]
     if targets is not None:
         return Skip("simulate takes the default targets of a recipe")
@@ -60,8 +60,8 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
             return Skip("stock autograd has no form for a frozen layer without a bias to compare")
         else:
             owner.bias.requires_grad_(True)                # gradients pass, nothing is kept
-    rows = _rows(base, batch, places)
-    stock = _kept(base, batch, lambda: base(**batch).loss)
+    rows = _rows(base, batch.bare, places)
+    stock = _kept(base, batch.bare, lambda: base(**batch.bare).loss)
     ours = _kept(tuned.model, batch, lambda: tuned.loss(batch))
     said = sum(4 * rows[p.path] * method.per_token(p) for p in places)
     few = sum(16 * p.out for p in places)              # thresholds, norms of rows

@@ -59,7 +59,7 @@ def _equals(name: str, model: str, dropout: float) -> Skip | None:
     got = torch.autograd.grad(loss, params, allow_unused=True)
     with dense_weights(tuned, base):
         torch.manual_seed(11)
-        reference = base(**batch).loss
+        reference = base(**batch.bare).loss
         want = torch.autograd.grad(reference, params, allow_unused=True)
     unread = [n for n, g in zip(names, want, strict=True) if g is None]
     assert all(g is None or not g.any() for n, g in zip(names, got, strict=True) if n in unread)
@@ -78,7 +78,7 @@ def bf16_is_near_fp32(name: str, model: str) -> Skip | None:
     settled: dict[str, Any] = {}
     start: dict[str, Tensor] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        net, batch = fresh(model, torch.bfloat16)           # the same numbers in both
+        net, batch = fresh(model, torch.bfloat16, recipe(name))        # the same numbers in both
         tuned = join(net.to(dtype), recipe(name), model, settled=settled)
         if settled:
             with torch.no_grad():
@@ -127,7 +127,7 @@ def _two(name: str, model: str, text: str) -> Skip | None:
     if not method_of(name).exact:
         return ESTIMATES
     tuned, first, _ = make(name, model, text=text)
-    second = fresh(model, torch.float64, seed=1, batch=3)[1]
+    second = fresh(model, torch.float64, text, seed=1, batch=3)[1]
     widen(tuned)
     stir(tuned)
     alone = []
@@ -213,7 +213,8 @@ def _dropped(name: str, model: str, check: Any) -> Skip | None:
 
 
 def _is_its_own_gradient(tuned: Any, batch: Any, eps: float = 3e-5) -> None:
-    """<gradient, d> is the central difference of the loss along d, under one seed."""
+    """<gradient, d> is the central difference of the loss along d, under one seed; terms of the
+    recipe that follow the loss backward are part of both."""
     def value() -> Tensor:
         return logits(tuned.model(**batch)).square().mean()       # losses are often in fp32
 
@@ -221,13 +222,15 @@ def _is_its_own_gradient(tuned: Any, batch: Any, eps: float = 3e-5) -> None:
     g = torch.Generator().manual_seed(3)
     along = {n: torch.randn(v.shape, generator=g, dtype=v.dtype) for n, v in grads.items()}
     start = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-    ends = []
+    riding, ends = tuned.state.riding, []
     for step in (eps, -eps):
         with torch.no_grad():
             for n, p in tuned.named_parameters():
                 p.copy_(start[n] + step * along[n])
             torch.manual_seed(5)
-            ends.append(float(value()))
+            riding.collected = []
+            ends.append(float(value()) + sum(map(float, riding.collected)))
+    riding.collected = None
     with torch.no_grad():
         for n, p in tuned.named_parameters():
             p.copy_(start[n])

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...engine.slot import ATTR
 from ...formats.adapter import load
 from .common import (
+    Batch,
     Skip,
     fresh,
     join,
@@ -49,11 +50,11 @@ def every_tensor_has_a_gradient(name: str, model: str) -> Skip | None:
     return None
 
 
-def _unread(base: Any, batch: Any) -> set[str]:
+def _unread(base: Any, batch: Batch) -> set[str]:
     """Parameters the untouched model's loss does not depend on."""
     base = copy.deepcopy(base)
     named = [(n, p.requires_grad_(True)) for n, p in base.named_parameters()]
-    got = torch.autograd.grad(base(**batch).loss, [p for _, p in named], allow_unused=True)
+    got = torch.autograd.grad(base(**batch.bare).loss, [p for _, p in named], allow_unused=True)
     return {n for (n, _), g in zip(named, got, strict=True) if g is None or not g.any()}
 
 
@@ -104,7 +105,7 @@ def _bf16(model: str, text: str) -> tuple[Any, ...]:
 
 
 def _run(model: str, text: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    net, batch = fresh(model, dtype)
+    net, batch = fresh(model, dtype, text)
     tuned = join(net, text, model, calibration=list(_several(batch)))
     ready(tuned, STEPS)
     torch.manual_seed(3)
@@ -127,7 +128,7 @@ def _waiting(model: str, text: str) -> tuple[int, int]:
     """(bytes alive between forward and backward, bytes at the peak of a step)."""
     from ...memory import Ledger, measure
 
-    net, batch = fresh(model)
+    net, batch = fresh(model, text=text)
     tuned = join(net, text, model)
     ready(tuned, STEPS)
     with Ledger(net) as ledger:
@@ -175,7 +176,7 @@ def resumes_where_it_stopped(name: str, model: str) -> Skip | None:
 
     ends = []
     for stop in (False, True):
-        net, batch = fresh(model)
+        net, batch = fresh(model, text=recipe(name))
         tuned = join(net, recipe(name), model)
         torch.manual_seed(3)
         ready(tuned, 4)

@@ -43,7 +43,7 @@ def merges_and_unmerges(name: str, model: str) -> Skip | None:
 
 def saves_and_loads(name: str, model: str) -> Skip | None:
     """A saved folder gives the same outputs on a fresh base, running statistics included."""
-    net, batch = fresh(model)
+    net, batch = fresh(model, text=recipe(name))
     tuned = join(net, recipe(name), model)
     ready(tuned, 2, lr=1e-2)
     for _ in range(2):

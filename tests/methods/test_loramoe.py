@@ -1,0 +1,155 @@
+"""LoRAMoE: the mixture and its balance against the equations, padding, halves, counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import burnish
+from burnish.blocks.weight.experts import DenseChains, localised
+from burnish.engine.slot import slots
+from burnish.testing.models import tiny
+
+
+def make(recipe, model="llama", **kw):
+    net, batch = tiny(model, dtype=torch.float64, **kw)
+    tuned = burnish.tune(net, recipe, head=False)
+    net.to(torch.float64)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.05)
+    return tuned, batch
+
+
+def parts(tuned):
+    return {path: m for path, _, slot in slots(tuned.model) for m in slot.modules()
+            if isinstance(m, DenseChains)}
+
+
+def imbalance(w, kinds, mask, pull, kind):
+    """Var(I o Q) / Mean(I o Q)^2, or / Mean(I o Q), entry by entry; w (B, T, N)."""
+    Z = []
+    for b in range(w.shape[0]):
+        for n in range(w.shape[2]):
+            q = sum(w[b, t, n] for t in range(w.shape[1]) if mask[b, t])
+            mine = (n < w.shape[2] / 2) == (int(kinds[b]) == 1)
+            Z.append(q * ((1 + pull) if mine else (1 - pull)))
+    mean = sum(Z) / len(Z)
+    var = sum((z - mean) ** 2 for z in Z) / (len(Z) - 1)
+    return var / (mean ** 2 + 1e-10) if kind == "cv2" else var / mean
+
+
+@pytest.mark.parametrize("kind", ["cv2", "mean"])
+@pytest.mark.parametrize("model, leaves, rel", [
+    ("bert", {"dense"}, 1e-9), ("gpt2", {"c_fc", "c_proj"}, 1e-9),
+    ("qwen_moe", {"gate_proj", "up_proj", "down_proj"}, 1e-5)])      # its norms are in fp32
+def test_loss_and_gradients_are_the_equations(kind, model, leaves, rel):
+    """Expert by expert through the untouched model, with beta times every router's imbalance;
+    padding counts nowhere, in a shared expert's flattened tokens either."""
+    tuned, batch = make("loramoe(experts=4, rank=2, alpha=6, pull=0.3, balance=0.7, "
+                        f"kind='{kind}')", model)
+    kinds, mask = torch.tensor([1, 0]), torch.ones_like(batch["input_ids"])
+    mask[1, 5:] = 0
+    batch["attention_mask"] = mask
+    mine = parts(tuned)
+    assert {p.rpartition(".")[2] for p in mine} == leaves and not any("attn" in p for p in mine)
+    base, extra = tiny(model, dtype=torch.float64)[0], []
+
+    def stand(path, m):
+        def hook(module, args, out):
+            x = args[0]
+            w = torch.softmax(x @ m.router.T, -1)
+            extra.append(0.7 * imbalance(w.reshape(2, -1, 4), kinds, mask, 0.3, kind))
+            return out + 3.0 * sum(w[..., n:n + 1] * (x @ m.A[n].T @ m.B[n].T) for n in range(4))
+        base.get_submodule(path).register_forward_hook(hook)
+
+    for path, m in mine.items():
+        stand(path, m)
+
+    def own(out, batch=None):                                # the library's is in fp32
+        return (out.logits ** 2).mean()
+
+    want, got = own(base(**batch)), tuned.loss({**batch, "sample_type": kinds}, own)
+    torch.testing.assert_close(got, want, rtol=rel, atol=0)
+    names, params = zip(*tuned.named_parameters(), strict=True)
+    for n, a, b in zip(names, torch.autograd.grad(got, params),
+                       torch.autograd.grad(want + sum(extra), params), strict=True):
+        assert (a - b).abs().max() <= rel * b.abs().max(), n
+
+
+def test_a_uniform_router_without_pull_is_balanced():
+    p = torch.full((2, 5, 4), 0.25)
+    assert localised(p, torch.tensor([1, 0]), 0.0) < 1e-12
+    assert localised(p, torch.tensor([1, 0]), 0.1) > 1e-3
+
+
+def test_the_ratio_does_not_grow_with_the_tokens_and_the_papers_does():
+    g = torch.Generator().manual_seed(0)
+    p, kinds = torch.rand(2, 5, 4, generator=g, dtype=torch.float64), torch.tensor([1, 0])
+    long = p.repeat(1, 3, 1)
+    torch.testing.assert_close(localised(long, kinds, 0.1), localised(p, kinds, 0.1))
+    torch.testing.assert_close(localised(long, kinds, 0.1, form="mean"),
+                               3 * localised(p, kinds, 0.1, form="mean"))
+
+
+def test_a_stronger_pull_moves_mass_to_the_other_half():
+    """Z is level where Q is larger in the half that I makes small: of two kinds of samples, told
+    apart by their inputs, each ends with a share of (1 + pull) / 2 in the half that is not its."""
+    shares = []
+    kinds = torch.tensor([1, 0])
+    x = torch.eye(2).repeat_interleave(4, 0).view(2, 4, 2)
+    for pull in (0.1, 0.3):
+        router = torch.zeros(4, 2, requires_grad=True)
+        opt = torch.optim.Adam([router], lr=0.05)
+        for _ in range(300):
+            opt.zero_grad()
+            localised(torch.softmax(x @ router.T, -1), kinds, pull).backward()
+            opt.step()
+        p = torch.softmax(x @ router.T, -1)
+        shares.append(float(p[0, 0, 2:].sum().detach()))     # a sample of type 1, second half
+    assert abs(shares[0] - 0.55) < 0.01 and abs(shares[1] - 0.65) < 0.01
+
+
+def test_the_count_on_llama_7b(published):
+    anatomy, _ = published("LlamaConfig", "LlamaForCausalLM")
+    method = burnish.parse("loramoe")[0]
+    with torch.device("meta"):
+        made = list(method.mixture(anatomy))
+    total = sum(p.numel() for b in made for p in b.module.parameters())
+    assert total == 46_399_488 + 4_915_200 == 51_314_688
+    assert len(made) == 32 * 3
+    mlp = [p for p in anatomy.places if p.role in ("gate", "up", "down")]
+    assert sum(method.count(p) for p in mlp) == total
+
+
+def test_targets_choose_other_linears():
+    tuned, _ = make("loramoe(rank=2, targets='q,v')")
+    assert {p.rpartition(".")[2] for p in parts(tuned)} == {"q_proj", "v_proj"}
+    with pytest.raises(burnish.TargetError, match="loramoe has experts for linears inside blocks"):
+        burnish.tune(tiny("llama")[0], "loramoe(targets='embed')")
+
+
+@pytest.mark.parametrize("experts", [1, 3, 0])
+def test_halves_need_an_even_number(experts):
+    with pytest.raises(burnish.RecipeError, match="two halves; expected an even number"):
+        burnish.tune(tiny("llama")[0], f"loramoe(experts={experts})")
+
+
+def test_one_entry_for_a_flattened_batch_is_refused():
+    tuned, batch = make("loramoe(rank=2)", "qwen_moe")
+    with pytest.raises(burnish.RecipeError, match="give one entry per sample"):
+        tuned.loss({**batch, "sample_type": 1})
+
+
+def test_one_entry_serves_a_whole_batch():
+    tuned, batch = make("loramoe(rank=2)", "bert")
+    grads = [torch.autograd.grad(tuned.loss({**batch, "sample_type": k}), list(tuned.parameters()))
+             for k in (1, torch.tensor([1, 1]))]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_is_no_weight():
+    with pytest.raises(burnish.CheckError, match="cannot merge.*loramoe"):
+        make("loramoe(rank=2)")[0].merge()
