@@ -72,7 +72,8 @@ def test_the_head_decays_towards_zero():
 
 
 @pytest.mark.parametrize("recipe", ["lora(rank=2)", "dora(rank=2)", "snella(rank=2)",
-                                    "miss(rank=2)", "shira(rank=2)"])
+                                    "miss(rank=2)", "shira(rank=2)",
+                                    "fact(rank=2)"])
 def test_a_delta_is_pulled_to_nothing(recipe):
     """The gradient is that of alpha / 2 ||Delta||_F^2, to 1e-6."""
     tuned, start = after(f"{recipe} + l2_sp(alpha=0.5) + sgd", None)

@@ -46,7 +46,7 @@ class L2Sp(Method):
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         for name, p in tuned.named_parameters():
-            if ".burnish." in name:
+            if ".burnish." in f".{name}":              # the root's own stand in front
                 continue
             if any(name == h or name.startswith(f"{h}.") for h in tuned.anatomy.head):
                 yield pull(p, None, self.beta)
