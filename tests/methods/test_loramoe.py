@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_the_equations(kind, model, leaves, rel):
     """Expert by expert through the untouched model, with beta times every router's imbalance;
     padding counts nowhere, in a shared expert's flattened tokens either."""
     tuned, batch = make("loramoe(experts=4, rank=2, alpha=6, pull=0.3, balance=0.7, "
-                        f"kind='{kind}')", model)
+                        f"imbalance='{kind}')", model)
     kinds, mask = torch.tensor([1, 0]), torch.ones_like(batch["input_ids"])
     mask[1, 5:] = 0
     batch["attention_mask"] = mask

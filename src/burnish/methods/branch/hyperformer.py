@@ -49,7 +49,7 @@ class HyperFormer(Method):
     hidden: int = setting(128, "inner width of the network that makes I")
     code: int = setting(64, "width of I, which the adapters are generated from", alias=("t",))
     share: bool = setting(False, "one generator for all sites (HyperFormer++)")
-    norms: bool = setting(True, "train the model's norms too")
+    norms: bool = setting(True, "train the norms too")
     stored: bool = setting(False, "plain adapters of one task, as :meth:`lifecycle` makes them")
 
     def keys(self) -> Mapping[str, Key]:

@@ -26,8 +26,8 @@ class LoraMoe(Method):
     Balance: the first half of the experts is for samples of type 1 (world knowledge), the second
     for type 0 (other tasks); the batch says which: ``sample_type``, one per sample. Per router
     Q[b, n] = sum over the tokens of w_n, I[b, n] = 1 + pull where the expert's half is the
-    sample's, else 1 - pull, Z = I * Q, and the objective gets ``balance * L``:
-    kind "cv2": L = Var(Z) / (Mean(Z)^2 + 1e-10), which does not grow with the tokens (the authors'
+    sample's, else 1 - pull, Z = I * Q, and the objective gets ``balance * L``, by `imbalance`:
+    "cv2": L = Var(Z) / (Mean(Z)^2 + 1e-10), which does not grow with the tokens (the authors'
     code); "mean": L = Var(Z) / Mean(Z) (the paper). Var is unbiased, over batch and experts.
     Padding is left out where the model is called with ``attention_mask``.
 
@@ -53,7 +53,7 @@ class LoraMoe(Method):
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
     pull: float = setting(0.1, "how far the halves are pulled apart", alias=("delta",))
     balance: float = setting(0.1, "weight of the balance loss", alias=("beta",))
-    kind: Literal["cv2", "mean"] = setting("cv2", "Var / Mean^2, or Var / Mean")
+    imbalance: Literal["cv2", "mean"] = setting("cv2", "Var / Mean^2, or Var / Mean")
 
     def keys(self) -> Mapping[str, Key]:
         return self.context if self.balance else {}
@@ -65,7 +65,7 @@ class LoraMoe(Method):
         for place, rows, out in linears(anatomy, self, mlp_linears(anatomy)):
             yield Branch(place.path, DenseChains(
                 place.inp, out, self.experts, self.rank, scale=self.alpha / self.rank,
-                dropout=self.dropout, coefficient=self.balance, pull=self.pull, kind=self.kind,
+                dropout=self.dropout, coefficient=self.balance, pull=self.pull, kind=self.imbalance,
                 rows=rows), read=(place.path, "input"))
 
     def count(self, place: Place) -> int:
