@@ -202,3 +202,56 @@ def test_a_folder_for_another_model_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"the model needs \[4, 16\]"):
         load_peft(model, tmp_path)
     assert not any("burnish" in n for n, _ in model.named_modules())
+
+
+def whole_state(model):
+    return ([(n, type(m), m.training, len(m._forward_pre_hooks)) for n, m in model.named_modules()],
+            [(n, id(p), p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()])
+
+
+@pytest.mark.parametrize("case", ["llama", "llama saved", "vit head"])
+@pytest.mark.parametrize("which", [1, -1])
+def test_an_import_that_fails_leaves_the_model_as_it_was(case, which, tmp_path):
+    """A tensor in the middle, or the last, does not fit: nothing of the others stays."""
+    from safetensors.torch import load_file, save_file
+
+    name, _, _ = from_peft(case, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    adapted = [k for k in tensors if ".lora_B" in k]
+    tensors[adapted[which]] = torch.zeros(3, tensors[adapted[which]].shape[1])
+    save_file(tensors, file)
+    model, batch = tiny(name)
+    for p in list(model.parameters())[::2]:
+        p.requires_grad_(False)
+    before, want = whole_state(model), outputs(model, batch)
+    model.train()
+    with pytest.raises(FormatError, match="is .*3.*, the model needs"):
+        load_peft(model, tmp_path)
+    after = whole_state(model)
+    assert after[0] == before[0]
+    for a, b in zip(after[1], before[1], strict=True):
+        assert a[:3] == b[:3] and torch.equal(a[3], b[3]), a[0]
+    assert torch.equal(outputs(model, batch), want)
+    burnish.tune(model, "lora(rank=2)").detach()            # and it can be tuned again
+
+
+def test_an_import_that_is_interrupted_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    from burnish.formats import peft as module
+
+    name, _, _ = from_peft("llama saved", tmp_path)
+    fill = module._fill
+
+    def stop(*args):
+        fill(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_fill", stop)
+    model, _ = tiny(name)
+    before = whole_state(model)
+    with pytest.raises(KeyboardInterrupt):
+        load_peft(model, tmp_path)
+    after = whole_state(model)
+    assert after[0] == before[0]
+    for a, b in zip(after[1], before[1], strict=True):
+        assert a[:3] == b[:3] and torch.equal(a[3], b[3]), a[0]

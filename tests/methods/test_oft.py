@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.rotation import Rotation
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
-from burnish.methods.delta.ofw.oft import Rotation
 from burnish.testing.models import tiny
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, TargetError, nearest
-from ..core.recipe import make
+from ..core.recipe import make, parse
 from ..core.site import Place
 from ..core.targets import match
 from ..engine.adapters import moved_buffers
 from ..engine.slot import ATTR, Slot, slots
-from ..engine.tune import tune
+from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
+from ..engine.undo import Transaction, whole
 from ..methods.delta.lowrank.miss import Shards
 from . import peft_files
 from .card import code
@@ -288,11 +290,12 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     """Join a PEFT folder to its base, in place: LoRA, rsLoRA, DoRA or MiSS, a trained head too.
 
     The recipe of what comes back is written out per rank and scale, with its targets, so it can be
-    trained on, saved and exported like any other. Raises FormatError for what has no counterpart
+    trained on, saved and exported like any other. Done whole or not at all: whatever is refused
+    leaves the model as it was. Raises FormatError for what has no counterpart
     here and for a model the folder does not fit; TargetError for modules burnish cannot adapt.
     """
     what = peft_files.read(folder)
-    if ATTR in model._modules:
+    if ATTR in getattr(model, "_modules", ()):
         raise ConfigError("this model is tuned already; tuned.detach() it first")
     names = {n: m for n, m in model.named_modules()}
     for path in what.modules:
@@ -306,13 +309,15 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
              for (name, args), paths in _groups(what).items()]
     if extra:
         parts.append(make("full", {"targets": _expression(anatomy, extra, folder)}))
-    tuned = tune(model, parts, head=head)
-    try:
+
+    def change(undo: Transaction) -> Tuned:
+        tuned = join(model, parse(parts), undo, head=head, filled=True)
         _fill(tuned, what, folder)
-    except Exception:
-        tuned.detach()
-        raise
-    return tuned
+        tuned.filled, tuned.undo = False, None
+        return tuned
+
+    check_model(model)
+    return whole(model, change)
 
 
 def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
@@ -388,6 +393,8 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
         if there.shape != value.shape:
             raise FormatError(f"{folder}: {name} is {list(value.shape)}, the model needs "
                               f"{list(there.shape)}")
+        if (key := name.rpartition("."))[0::2] in tuned.originals:
+            tuned.undo.keep(there, partial(tuned.originals.get, *key[0::2]))
         there.copy_(value)
 
     for path, _, slot in slots(tuned.model):

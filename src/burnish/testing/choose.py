@@ -32,6 +32,8 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     ("linear", "mlp", "layers.0"), ("conv1d", "gpt2", "c_proj"), ("conv", "cnn", "conv"),
     ("embedding", "roberta", "embed"), ("mha", "mha", "attn"), ("experts", "mixtral", "experts"),
 )
+#: cell -> another of its kind, for methods that a size there does not fit (27 inputs in blocks)
+OTHERWISE = {"cnn/conv": "cnn/features.4"}
 #: (kind of place, model, targets): runs of rows of a fused weight
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("linear", "timm_qkv", "q,v"), ("conv1d", "gpt2", "q,v"), ("mha", "encoder", "q,v"),

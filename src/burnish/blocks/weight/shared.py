@@ -10,7 +10,6 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Seeded:
-    """A frozen tensor that its seed makes again.
-
-    start: "kaiming" is U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension, "normal" N(0, 1).
-    """
+    """A frozen tensor that its seed makes again: U(-1/sqrt(n), 1/sqrt(n)), n its last dimension."""
 
     shape: tuple[int, ...]
-    start: Literal["kaiming", "normal"] = "kaiming"
 
     def draw(self, seed: int, name: str) -> Tensor:
         g = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         t = torch.empty(self.shape, dtype=torch.float32, device="cpu")
-        if self.start == "normal":
-            return t.normal_(generator=g)
         bound = 1 / math.sqrt(self.shape[-1])
         return t.uniform_(-bound, bound, generator=g)
 

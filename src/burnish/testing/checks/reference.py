@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import BurnishError
-from ..choose import PLACES, ROWS
+from ..choose import OTHERWISE, PLACES, ROWS
 from .common import (
     DENSE,
     Skip,
@@ -25,6 +25,7 @@ from .common import (
     method_of,
     part,
     recipe,
+    refusal,
     stir,
     widen,
 )
@@ -259,6 +260,8 @@ def every_kind_of_place(name: str, model: str) -> Skip | None:
                 assert "has no form" in str(e), e
                 continue
             raise AssertionError(f"takes {kind} places although `kinds` leaves them out")
+        if "does not divide" in (refusal(name, cell) or ""):
+            cell = OTHERWISE.get(cell, cell)
         for check in (identity_at_the_start, declared_count, equals_the_untouched_model,
                       two_forwards_before_one_backward, merges_and_unmerges, its_dropout_acts):
             try:

@@ -3,61 +3,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from ....blocks.weight.turn import Turn
+from ....blocks.weight.rotation import Near, Rotation
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
-
-
-class Rotation(Turn):
-    """``x -> x blockdiag(R_1 .. R_k)``, ``R_j = (I + Q_j)(I - Q_j)^-1``, Q_j skew, (b, b).
-
-    upper (k, b (b - 1) / 2): the entries of Q above the diagonal, row by row; k = 1 when shared.
-    Realised as x + x M with ``M = R - I = 2 Q (I - Q)^-1``: exactly x at Q = 0, and a small turn is
-    not lost beside the identity in half precision.
-    """
-
-    def __init__(self, inp: int, block: int, share: bool, terms: int):
-        super().__init__()
-        blocks = 1 if share else inp // block
-        self.upper = nn.Parameter(torch.zeros(blocks, block * (block - 1) // 2))
-        self.block, self.terms = block, terms
-
-    def skew(self) -> Tensor:
-        """Q: (k, b, b)."""
-        i, j = torch.triu_indices(self.block, self.block, 1, device=self.upper.device)
-        Q = self.upper.new_zeros(self.upper.shape[0], self.block, self.block)
-        Q = Q.index_put((torch.arange(Q.shape[0], device=Q.device)[:, None], i, j), self.upper)
-        return Q - Q.transpose(-1, -2)
-
-    def move(self) -> Tensor:
-        """R - I: (k, b, b), by a solve, or by `terms` terms of its series in Q."""
-        Q = self.skew()
-        if not self.terms:
-            eye = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
-            return torch.linalg.solve(eye - Q, 2 * Q, left=False)
-        power, M = Q, torch.zeros_like(Q)
-        for n in range(1, self.terms):           # 2 Q + 2 Q^2 + ... + Q^(terms - 1)
-            M = M + (2 if n < self.terms - 1 else 1) * power
-            power = power @ Q
-        return M
-
-    def _turned(self, rows: Tensor, M: Tensor) -> Tensor:
-        cut = rows.reshape(rows.shape[0], -1, self.block).transpose(0, 1)
-        made = cut @ M.to(rows.dtype).expand(cut.shape[0], -1, -1)
-        return rows + made.transpose(0, 1).reshape(rows.shape)
-
-    def before(self, x_NI: Tensor) -> Tensor:
-        return self._turned(x_NI, self.move())
-
-    def of(self, V: Tensor) -> Tensor:
-        return self._turned(V, self.move().transpose(-1, -2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +66,3 @@ class Oft(Method):
     def controller(self, tuned: Tuned) -> Near | None:
         return None if self.bound is None else \
             Near([t for _, t in tuned.terms(Rotation)], self.bound)
-
-
-@dataclass(frozen=True)
-class Near:
-    """After every update Q_j is brought back into its ball: ``||Q_j||_F <= bound``."""
-
-    terms: list[Rotation]
-    bound: float
-
-    @torch.no_grad()
-    def after_update(self, step: int) -> None:
-        for t in self.terms:
-            norm = torch.linalg.vector_norm(t.upper, dim=1, keepdim=True) * 2**0.5
-            t.upper.mul_(self.bound / norm.clamp_min(self.bound))
