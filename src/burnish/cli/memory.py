@@ -20,6 +20,8 @@ Dtype = Annotated[str | None, typer.Option(help="The model's dtype, such as bf16
 Targets = Annotated[str | None, typer.Option(help="Which weights; default every linear outside "
                                                   "the head.")]
 Device = Annotated[str, typer.Option(help="The kind of device to count for: cpu or cuda.")]
+Tasks = Annotated[int, typer.Option(help="Data sets that a recipe in stages is trained on, one "
+                                         "after the other; the dearest stage is told.", min=0)]
 
 
 def _batch(batch: int, length: int | None) -> Any:
@@ -35,6 +37,7 @@ def simulate(
     dtype: Dtype = None,
     targets: Targets = None,
     device: Device = "cpu",
+    tasks: Tasks = 0,
     picture: Annotated[Path | None, typer.Option(help="Draw the step into this PNG, SVG or "
                                                       "PDF.")] = None,
     json: Json = False,
@@ -43,7 +46,7 @@ def simulate(
     import burnish
 
     report = burnish.simulate(target.config(model), recipe, _batch(batch, length), dtype=dtype,
-                              targets=targets, device=device)
+                              targets=targets, device=device, tasks=tasks)
     if picture is not None:
         report.picture(picture)
     emit(json, report, str(report))
@@ -81,6 +84,7 @@ def compare(
     dtype: Dtype = None,
     targets: Targets = None,
     device: Device = "cpu",
+    tasks: Tasks = 0,
     json: Json = False,
 ) -> None:
     """The cost of several recipes for the same model and batch, side by side."""
@@ -88,7 +92,8 @@ def compare(
 
     config = target.config(model)
     reports = [burnish.simulate(config, recipe, _batch(batch, length), dtype=dtype,
-                                targets=targets, device=device) for recipe in recipes]
+                                targets=targets, device=device, tasks=tasks)
+               for recipe in recipes]
     emit(json, {"model": model, "reports": reports}, _side_by_side(reports))
 
 

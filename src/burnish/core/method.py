@@ -167,7 +167,8 @@ class Method:
         return {}
 
     def stages(self, tuned: Any, tasks: Sequence[str]) -> Iterable[Stage]:
-        """How a run over `tasks` is divided (core/stage.py); nothing: it is one stretch."""
+        """How a run over `tasks` is divided (core/stage.py); nothing: it is one stretch. Asked
+        before anything trains; `tasks` are the names of data sets, none where there is one."""
         return ()
 
     def keys(self) -> Mapping[str, Key]:
@@ -188,6 +189,11 @@ class Method:
     def axes(cls) -> tuple[str, ...]:
         """The axes this method answers, in the order of the table."""
         return tuple(a for a in AXES if getattr(cls, a) is not getattr(Method, a))
+
+    @classmethod
+    def divides(cls) -> bool:
+        """Does it divide a run into stages?"""
+        return cls.stages is not Method.stages
 
     def settings(self) -> dict[str, Any]:
         """Every setting with its value."""

@@ -193,7 +193,8 @@ def check(parts: Sequence[Method]) -> None:
     """Refuse what cannot be joined: two parts that claim one resource for themselves alone."""
     owner: dict[str, Method] = {}
     for part in parts:
-        for resource in part.claims():
+        own = ("the stages of the run",) if part.divides() else ()
+        for resource in (*part.claims(), *own):
             if resource in owner:
                 first, rest = owner[resource], [p for p in parts if p is not part]
                 raise RecipeError(

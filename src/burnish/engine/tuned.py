@@ -274,14 +274,15 @@ class Tuned(Stepping, Looking):
         return self.state.training
 
     def run(self, stages: Iterable[Stage], data: Callable[[Stage], Iterable[Any]],
-            loss: Callable[[Any, Any], Tensor] | None = None, **optimizer: Any
-            ) -> Iterator[tuple[Stage, int, Tensor]]:
+            loss: Callable[[Any, Any], Tensor] | None = None, total: int | None = None,
+            **optimizer: Any) -> Iterator[tuple[Stage, int, Tensor]]:
         """Train in stages (core/stage.py), an update per item: (stage, its update, the loss).
 
-        data: the batches of a stage.  optimizer: for :meth:`optimizer`, made anew for each stage.
+        data: the batches of a stage.  total: updates of the whole run, where stages take shares of
+        it.  optimizer: for :meth:`optimizer`, made anew for each stage.
         Raises DataError when the data of a stage end before its updates are done.
         """
-        return run(self, stages, data, loss, **optimizer)
+        return run(self, stages, data, loss, total, **optimizer)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of everything that trains."""

@@ -153,7 +153,7 @@ class Plans:
 
 def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | None = None,
          candidates: Iterable[str] | None = None, *, dtype: Any = None, targets: Any = None,
-         head: bool | str = "auto", device: str = "cpu", loss: Any = None) -> Plans:
+         head: bool | str = "auto", device: str = "cpu", loss: Any = None, tasks: int = 0) -> Plans:
     """Recipes that train `model` within `memory`, ranked.
 
     model: a module or a transformers config, as for :func:`burnish.simulate`.
@@ -165,6 +165,7 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     prefer: "quality" (default), then "speed", "memory" or "size" (of the adapter file).
     candidates: expressions to consider instead of the shipped list; each is one plan, with no
         variants added.
+    tasks: as for :func:`burnish.simulate`; a recipe in stages needs what its dearest stage does.
 
     Nothing fitting is no error: ``fits`` is empty, ``cheapest`` and ``missing_bytes`` say how far
     it is. Raises ConfigError for a budget, batch or preference that makes no sense.
@@ -177,7 +178,8 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     if not isinstance(model, nn.Module):
         model = from_config(model, _dtype(dtype))
     search = _Search(model, budget, batch, device,
-                     {"dtype": dtype, "targets": targets, "head": head, "loss": loss})
+                     {"dtype": dtype, "targets": targets, "head": head, "loss": loss,
+                      "tasks": tasks})
     families = [[str(parse(c))] for c in candidates] if candidates is not None else shipped()
     for family in families:
         search.family(family, thorough=prefer == "memory")

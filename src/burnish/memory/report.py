@@ -34,6 +34,7 @@ class MemoryReport:
     flops, traffic, seconds: floating-point operations, bytes read and written, and the time a
         round machine would take for both (machine.py), of one step by phase (only when counted).
     trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
+    stage: which stage of a recipe in stages this is; stages: peak bytes of each.
     """
 
     peak_bytes: int
@@ -53,6 +54,8 @@ class MemoryReport:
     traffic: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stage: str = ""
+    stages: dict[str, int] = field(default_factory=dict)
 
     # -- from the ledger --------------------------------------------------------------------
     @classmethod
@@ -126,6 +129,9 @@ class MemoryReport:
             lines += [f"  {m:<{width}}  {format_bytes(b):>10}" for m, b in top]
         for d, b in self.other_devices.items():
             lines.append(f"  on {d}: {format_bytes(b)}")
+        if self.stages:
+            lines += ["", f"  the dearest stage is {self.stage}"]
+            lines += [f"  {n}  {format_bytes(b):>10}" for n, b in self.stages.items()]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(line.rstrip() for line in lines)
 

@@ -29,6 +29,7 @@ from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
+from ..core.stage import label as name_of
 from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
 from .ledger import Ledger
 from .operators import leaves
@@ -95,7 +96,8 @@ class FakeLedger(Ledger):
 def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype | str | None = None,
              targets: Any = None, head: bool | str = "auto", lr: float = 1e-3, steps: int = 2,
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
-             count: bool = False, evaluate: bool = False) -> MemoryReport:
+             count: bool = False, evaluate: bool = False,
+             tasks: int | Mapping[str, Any] = 0) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -112,16 +114,41 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     count: also count floating-point operations and bytes moved.
     evaluate: the forward alone instead, in evaluation mode and without gradients; what an optimizer
         holds meanwhile comes on top.
+    tasks: data sets that a recipe in stages is trained on, one after the other: how many, or name
+        -> batch. Of several stages the dearest is told; ``stages`` of the report has all peaks.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
     """
-    from ..engine.tune import tune
-
     dtype = _dtype(dtype)
     parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
+    batches = dict(tasks) if isinstance(tasks, Mapping) else {
+        f"task{n + 1}": batch for n in range(tasks)}
+    reports: list[MemoryReport] = []
+    names: list[str] = []
+    while not reports or len(reports) < len(names):       # each stage on a model of its own
+        report, names = _simulated(
+            model, parts, batch, batches, len(reports), dtype=dtype, targets=targets, head=head,
+            lr=lr, steps=steps, device=device, loss=loss, count=count, evaluate=evaluate)
+        reports.append(report)
+    dearest = max(reports, key=lambda r: r.peak_bytes)
+    if len(reports) > 1:
+        dearest.stage = names[reports.index(dearest)]
+        dearest.stages = {n: r.peak_bytes for n, r in zip(names, reports, strict=True)}
+    return dearest
+
+
+def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
+               dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
+               device: str, loss: Any, count: bool, evaluate: bool
+               ) -> tuple[MemoryReport, list[str]]:
+    """(one stage of the recipe, or its only stretch; what the stages are called)."""
+    from ..engine.stages import begin, stages_of
+    from ..engine.tune import tune
+    from ..engine.tuned import DEFAULT
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)     # tables that blocks hold are real
     ledger = FakeLedger(count=count)
     kind = torch.device(device).type
@@ -132,9 +159,21 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
-                example, label = _batch(twin, batch, ledger, here, dtype, parts)
-                tuned = tune(twin, parts, targets=targets, head=head, calibration=[example])
-                tuned.optimizer(lr)
+                def faked(name: str | None) -> tuple[Any, str]:
+                    return _batch(twin, tasks.get(name, batch) if name is not None else batch,
+                                  ledger, here, dtype, parts)
+
+                first = next(iter(tasks), None)
+                example, label = faked(first)
+                tuned = tune(twin, parts, targets=targets, head=head, calibration=[example],
+                             name=first or DEFAULT)
+                stages = stages_of(tuned, list(tasks))
+                for s in stages[: stage + 1]:
+                    if s.data not in (None, first):
+                        example, label = faked(s.data)
+                    begin(tuned, s, calibration=[example])
+                words = stages[stage].optimizer if stages else {}
+                tuned.optimizer(**{"lr": lr, **words})
                 ledger.model = tuned.model
                 report = _look(tuned, ledger, example, here, kind) if evaluate else _drive(
                     tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
@@ -151,7 +190,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     if here != device:
         report.notes.append(f"no {kind} here: counted with the CPU's kernels in {kind}'s blocks; "
                             "the device's context and library workspaces come on top")
-    return report
+    return report, [name_of(stages, n) for n in range(len(stages))]
 
 
 def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,

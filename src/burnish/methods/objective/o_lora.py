@@ -36,8 +36,9 @@ class OLora(Method):
     rows of A span the inputs an update reads, so orthogonal rows keep the tasks apart. The others
     stay as they are, and stay active: an answer is the base plus the sum of all tasks' updates.
     Written beside a low-rank delta: ``lora(rank=8) + o_lora``, one adapter per task, in stages
-    (``tuned.run(method.stages(tuned, tasks), data)``) or by hand (``tuned.add``,
-    ``tuned.use({...}, train=...)``); the first task has nothing to be orthogonal to.
+    (``burnish.fit`` with several data sets, or ``tuned.run(method.stages(tuned, tasks), data)``) or
+    by hand (``tuned.add``, ``tuned.use({...}, train=...)``); the first task has nothing to be
+    orthogonal to.
 
     Trains nothing of its own; costs rank x rank_i products of length `in` per place and update.
     The authors' code sums absolute entries (norm="absolute"), the paper squares.
@@ -63,7 +64,7 @@ class OLora(Method):
         """A task after the other, each in an adapter of its name beside those before it."""
         recipe = tuned.recipe
         for i, task in enumerate(tasks):
-            yield Stage(task, recipe, dict.fromkeys(tasks[:i], 1.0), data=task, add={"seed": i})
+            yield Stage(task, recipe, dict.fromkeys(tasks[:i], 1.0), data=task)
 
     def _term(self, A: nn.Parameter, others: list[Tensor]) -> Tensor:
         return self.weight * overlap(A, [o.detach() for o in others], self.norm)
