@@ -33,8 +33,9 @@ class Interrupted(BurnishError):
 def fit(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Option(help="A model folder or hub name.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file, a folder, a hub name or a built-in "
-                                                  "set.")] = None,
+    data: Annotated[list[str] | None, typer.Option(
+        help="A file, a folder, a hub name or a built-in set. Several, each as NAME=WHERE, are "
+             "tasks one after the other, for a recipe that trains in stages.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Such as 'lora(rank=8) + checkpoint'.")] = None,
     memory: Annotated[str | None, typer.Option(help="What you have; picks a recipe that fits.")
                       ] = None,
@@ -56,7 +57,8 @@ def fit(
     for old, new in ALSO.items():
         if old in settings:
             settings.setdefault(new, settings.pop(old))
-    given = {"model": model, "data": data, "recipe": recipe, "memory": memory, "output": output}
+    given = {"model": model, "data": tasks(data or []), "recipe": recipe, "memory": memory,
+             "output": output}
     settings |= {k: v for k, v in given.items() if v is not None}
     for name in ("model", "data"):
         if name not in settings:
@@ -76,6 +78,26 @@ def fit(
         raise Interrupted(str(stop) or "interrupted") from None
     if json:                                        # people were told while it ran
         emit(True, run, "")
+
+
+def tasks(given: list[str]) -> str | dict[str, str] | None:
+    """What ``--data`` says: one place, or name -> place of several.
+
+    >>> tasks(["photos/"]), tasks(["first=a.csv", "second=b.csv"])
+    ('photos/', {'first': 'a.csv', 'second': 'b.csv'})
+    """
+    named: dict[str, str] = {}
+    for text in given:
+        name, is_named, where = text.partition("=")
+        if not is_named or not name.isidentifier() or (len(given) == 1 and Path(text).exists()):
+            if len(given) > 1:
+                raise ConfigError(f"--data {text} has no name; several are tasks one after the "
+                                  "other, written --data first=a.csv --data second=b.csv")
+            return text
+        if name in named:
+            raise ConfigError(f"--data names {name!r} twice: {named[name]} and {where}")
+        named[name] = where
+    return named or None
 
 
 def ask(question: AmbiguousError) -> dict[str, str]:

@@ -48,7 +48,8 @@ AXES: dict[str, Axis] = {
              "terms add", "-"),
         Axis("mixture", "how are several answers weighed?", "a gate around answers",
              "wraps what it names", "two gates on one place"),
-        Axis("lifecycle", "what happens before or after training?", "functions on checkpoints",
-             "written order", "-"),
+        Axis("lifecycle", "what happens before, between or after training?",
+             "stages of a run; functions on checkpoints", "written order",
+             "two divisions of one run"),
     )
 }

@@ -187,8 +187,9 @@ class Method:
     # -- read off the answers -------------------------------------------------------------
     @classmethod
     def axes(cls) -> tuple[str, ...]:
-        """The axes this method answers, in the order of the table."""
-        return tuple(a for a in AXES if getattr(cls, a) is not getattr(Method, a))
+        """The axes this method answers, in the order of the table; stages are of the lifecycle."""
+        return tuple(a for a in AXES if getattr(cls, a) is not getattr(Method, a)
+                     or a == "lifecycle" and cls.divides())
 
     @classmethod
     def divides(cls) -> bool:

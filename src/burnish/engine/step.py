@@ -109,11 +109,7 @@ class Stepping(Around):
         that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
         """
         self._ready()
-        old, self.current_optimizer = self.current_optimizer, None
-        if hasattr(old, "close"):
-            old.close()                              # one that steps in backward would go on
-        if self._objectives is not None:
-            self._objectives.close()
+        self.let_go()
         self._wake()
         answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
         plan = plan_of(answers)
@@ -139,6 +135,15 @@ class Stepping(Around):
         opt.register_step_post_hook(lambda *_: self._after_update())
         self.state.tape.on_start = self._start
         return opt
+
+    def let_go(self) -> None:
+        """Drop the optimizer with its state and all that hangs on it."""
+        old, self.current_optimizer = self.current_optimizer, None
+        if hasattr(old, "close"):
+            old.close()                              # one that steps in backward would go on
+        if self._objectives is not None:
+            self._objectives.close()
+        self._objectives = self._timeline = None
 
     def say_projected(self) -> None:
         """A note of what a subspace covers; one that covers nothing is refused (RecipeError)."""

@@ -334,11 +334,7 @@ class Tuned(Stepping, Looking):
 
     def _close(self, why: str) -> None:
         """This handle is of no more use, and neither is an optimizer it has made."""
-        if hasattr(self.current_optimizer, "close"):
-            self.current_optimizer.close()           # one that steps in backward would go on
-        if self._objectives is not None:
-            self._objectives.close()
-        self.current_optimizer = self._timeline = self._objectives = None
+        self.let_go()
         self.gone = why
         if tuned_of(self.model) is None:
             _OWNERS.pop(self.model, None)

@@ -18,6 +18,7 @@ from typing import Any
 import transformers
 
 from ..core.errors import ConfigError
+from ..engine.stages import stages_of
 from ..engine.tuned import Tuned
 from ..formats import claim
 from ..formats.folder import CARD, CONFIG, RUN, TENSORS
@@ -44,6 +45,10 @@ class TrainerCallback(transformers.TrainerCallback):
         output = Path(args.output_dir)           # refused now rather than after the training
         claim.refuse_overlap(output, [("the base model", getattr(model, "name_or_path", None))])
         claim.refuse_foreign(output, (CONFIG, TENSORS, CARD, RUN), "adapter")
+        if stages := stages_of(tuned):
+            raise ConfigError(f"{tuned.recipe} trains in {len(stages)} stages, and this trainer "
+                              "has one optimizer for all of them; burnish.fit drives them, or "
+                              "tuned.run(...) in a loop of your own")
         tuned.total_steps = state.max_steps
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not tuned.current_optimizer:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..formats.card import code, quoted, words
 from ..memory import format_bytes
+from .report import sources
 
 PIPELINE = {"image-classification": "image-classification",
             "text-classification": "text-classification",
@@ -37,7 +38,7 @@ def card(run: Mapping[str, Any]) -> str:
     if data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
     lines = [
-        f"# {words(recipe)} on {words(_short(data['source']))}", "",
+        f"# {words(recipe)} on {words(', then '.join(map(_short, sources(run))))}", "",
         f"{code(_short(base))} fine-tuned with burnish, recipe {code(recipe)}: "
         f"{run['trainable']:,} of "
         f"{run['parameters']:,} parameters trained.", "",
@@ -45,8 +46,10 @@ def card(run: Mapping[str, Any]) -> str:
         f"from transformers import {_AUTO[pipeline]}", "",
         f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")', "```", "",
         "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
-        f"{words(data['layout'])}, {data['task']}: "
-        + ", ".join(f"{n} {words(k)}" for k, n in data["rows"].items()) + " rows.",
+        *[line for name, about in run.get("tasks", {"": data}).items() for line in (
+            f"{words(name) + ': ' if name else ''}{words(about['layout'])}, {about['task']}: "
+            + ", ".join(f"{n} {words(k)}" for k, n in about["rows"].items()) + " rows.", "")][:-1],
+        *_stages(run),
     ]
     return "\n".join([*head, "", *lines]) + "\n"
 
@@ -77,6 +80,15 @@ def _figures(run: Mapping[str, Any]) -> list[str]:
         rows.append(f"| {words(split)} | " + " | ".join(
             f"{m[n]:.4g}" if n in m else "" for n in names) + " |")
     return [*rows, ""]
+
+
+def _stages(run: Mapping[str, Any]) -> list[str]:
+    """What trained when, where the run had several stages."""
+    if not run.get("stages"):
+        return []
+    rows = ["", "## Stages", "", "| stage | data | beside it | steps |", "|---|---|---|---:|"]
+    return rows + [f"| {words(s['stage'])} | {words(_short(s['data']))} | "
+                   f"{words(', '.join(s['beside']))} | {s['steps']} |" for s in run["stages"]]
 
 
 def _memory(memory: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ it stopped, and a loss that is looked at before it can do harm.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -30,6 +31,8 @@ from ..formats import safe
 from ..formats.adapter import put
 from . import checkpoint, state
 from .checkpoint import is_owed
+from .stages import Leg, Past
+from .stages import facts_of as stage_facts
 from .tasks import Task
 
 STATE = "trainer_state.json"
@@ -83,23 +86,52 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer`, for a tuned model."""
 
     def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
-                 keep: int | None, hyper: dict[str, Any], fingerprint: str, **kw: Any):
+                 keep: int | None, hyper: dict[str, Any], fingerprint: str, leg: Leg, past: Past,
+                 stages: list[tuple[str, int]], **kw: Any):
         self.tuned, self.task, self.keep, self.hyper = tuned, task, keep, hyper
-        self.fingerprint = fingerprint
+        self.fingerprint, self.leg, self.past, self.stages = fingerprint, leg, past, stages
         self.plain = not isinstance(tuned.model, transformers.PreTrainedModel)
         self.zeroth = False
         self._pending = False  # an evaluation that the newest checkpoint has not seen
         self._resumed: tuple[list[float], bool] | None = None
         self._rng: dict[str, Any] | None = None
-        self._began, self._earlier = time.perf_counter(), 0.0
+        self._began, self._earlier = time.perf_counter(), past.seconds
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
                          preprocess_logits_for_metrics=_answers(task), **kw)
         self.pop_callback(PrinterCallback)
 
     def seconds(self) -> float:
-        """Spent on this run so far, in earlier sessions too."""
+        """Spent on this run so far, in earlier stages and sessions too."""
         return self._earlier + time.perf_counter() - self._began
+
+    @property
+    def step(self) -> int:
+        """Updates of the whole run so far; the trainer's own count is of its stage."""
+        return self.leg.before + self.state.global_step
+
+    def over(self) -> Past:
+        """What this leg leaves behind, with what those before it have left."""
+        seconds, rate = self.seconds(), self.args.learning_rate
+        own = [{**h, "step": self.leg.before + h["step"]} for h in self.state.log_history]
+        stages = self.past.stages
+        if self.leg.stage is not None:
+            stages = [*stages, stage_facts(self.leg, self.tuned, self.state, rate,
+                                           seconds - self.past.seconds)]
+        return Past(seconds, [*self.past.history, *own], stages, self.past.truth)
+
+    def look_at(self, task: Task) -> None:
+        """Evaluate another task from now on."""
+        self.task, self.data_collator = task, task.collate
+        self.preprocess_logits_for_metrics = _answers(task)
+
+    def let_go(self) -> None:
+        """Nothing of the update stays: a later stage has an optimizer of its own."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.tuned.let_go()
+        self.accelerator.free_memory()
+        gc.collect()                            # trainers hold themselves in circles
 
     def train(self, *args: Any, **kw: Any) -> Any:
         self._began = time.perf_counter()
@@ -129,7 +161,18 @@ class Trainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(rows), seed)
+        return Shuffled(len(rows), seed + self.leg.number)
+
+    def create_scheduler(self, num_training_steps: int,
+                         optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """A warm-up and decay of the stage's own, or the whole run's from where it stands."""
+        stage = self.leg.stage
+        if stage is None or stage.schedule == "restart" or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        made = super().create_scheduler(int(self.leg.total or num_training_steps), optimizer)
+        _go_on_by(made, {**made.state_dict(), "last_epoch": self.leg.before,
+                         "_step_count": self.leg.before + 1})
+        return made
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
                       ) -> torch.Tensor:
@@ -187,7 +230,7 @@ class Trainer(transformers.Trainer):
         value = value.detach()
         if math.isfinite(float(value)):
             return
-        step = self.state.global_step
+        step = self.step
         kept = self._keep_last()
         raise BurnishError(
             f"the {what} is {float(value)} at step {step + 1} (epoch {self.state.epoch or 0:.2f}); "
@@ -235,12 +278,13 @@ class Trainer(transformers.Trainer):
 
     # -- checkpoints -----------------------------------------------------------------------------
     def _folder(self) -> Path:
-        return Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+        return Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self._folder()
         if self.state.best_global_step:
-            best = folder.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}")
+            best = folder.with_name(
+                f"{checkpoint.PREFIX}{self.leg.before + self.state.best_global_step}")
             if best.exists() or best == folder:
                 self.state.best_model_checkpoint = str(best)
         self._write(folder, None)
@@ -252,7 +296,7 @@ class Trainer(transformers.Trainer):
         """One whole checkpoint, or none. rng: generators as they were; None takes them now."""
         bad = [n for n, p in self.tuned.named_parameters() if not bool(p.detach().isfinite().all())]
         if bad:
-            raise BurnishError(f"{bad[0]} is not finite after step {self.state.global_step}; "
+            raise BurnishError(f"{bad[0]} is not finite after step {self.step}; "
                                "nothing was saved, the checkpoints before it are untouched")
         optimizer = self.tuned.current_optimizer
         rank, scaler = self.args.process_index, self.accelerator.scaler
@@ -272,7 +316,8 @@ class Trainer(transformers.Trainer):
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "seconds": self.seconds(),
+                    "seconds": self.seconds(), "stage": self.leg.number,
+                    "stages": self.stages, "past": self.past.kept(),
                 }, hidden, "loop")
                 if self._pending:
                     checkpoint.owe(hidden)

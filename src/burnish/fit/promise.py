@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,25 @@ def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, 
 
 
 def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
-             say: Any) -> MemoryReport | None:
-    """The memory the recipe will take. Raises NoPlanError where that is more than `memory`."""
+             say: Any, tasks: Mapping[str, Any] | None = None) -> MemoryReport | None:
+    """The memory the recipe will take. Raises NoPlanError where that is more than `memory`.
+
+    tasks: name -> batch, of data sets one after the other; the dearest stage decides.
+    """
     from ..memory import parse_bytes, simulate
     from ..memory.simulate import SimulationError
 
     limit = parse_bytes(memory) if memory is not None else None
     try:
         promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                           device=device(), loss=loss)
+                           device=device(), loss=loss, tasks=tasks or 0)
     except SimulationError as e:
         if limit is not None:
             raise
         say(f"note: no promise of memory, {e}")
         return None
-    say(f"promise: a training step of batch {promise.batch} peaks at "
+    of = f" of stage {promise.stage}, the dearest," if promise.stage else ""
+    say(f"promise: a training step{of} of batch {promise.batch} peaks at "
         f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:
         raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
@@ -62,7 +66,7 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
 
 
 def evaluation(module: nn.Module, recipe: Any, promise: MemoryReport, memory: Any, batch: Any,
-               own: Options, say: Any) -> int:
+               own: Options, say: Any, tasks: Sequence[str] = ()) -> int:
     """What evaluating takes where its batches are larger than those of training: the forward alone,
     beside what the optimizer holds. Raises NoPlanError where that is more than `memory`.
     """
@@ -71,7 +75,7 @@ def evaluation(module: nn.Module, recipe: Any, promise: MemoryReport, memory: An
 
     try:
         alone = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                         device=device(), evaluate=True)
+                         device=device(), evaluate=True, tasks=dict.fromkeys(tasks, batch))
     except SimulationError as e:
         say(f"note: no promise of memory for evaluation, {e}")
         return 0

@@ -22,18 +22,25 @@ from . import figures
 
 if TYPE_CHECKING:
     from .data import Data
+    from .stages import Past
     from .tasks import Task
 
 #: entries of all tuned matrices together above which their change is not computed for the page
 LOOKED_AT = 1 << 31
 
 
-def facts_of(tuned: Tuned, task: Task, name: str, metrics: dict[str, dict[str, float]],
-             promise: MemoryReport | None, truth: MemoryReport | None, trainer: Any, *,
-             seconds: float, process: tuple[int, int], settings: Mapping[str, Any]
-             ) -> dict[str, Any]:
-    """Everything `run.json` holds, in plain types."""
-    summary, state = tuned.summary(), trainer.state
+def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
+             metrics: dict[str, dict[str, float]], promise: MemoryReport | None,
+             truth: MemoryReport | None, trainer: Any, past: Past, *,
+             process: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything `run.json` holds, in plain types. `data` is the first task's, where there are
+    several; `tasks` has them all, and `stages` what is told of each."""
+    summary, state, seconds = tuned.summary(), trainer.state, past.seconds
+    task = next(iter(tasks.values()))
+    notes = [n for t in tasks.values() for n in t.notes]
+    several = {"tasks": {n: t.data.summary() for n, t in tasks.items()}} if "" not in tasks else {}
+    if past.stages:
+        several["stages"] = past.stages
     memory: dict[str, Any] = {
         "simulated": promise.to_dict() if promise else None,
         "measured": truth.to_dict() if truth else None,
@@ -41,23 +48,29 @@ def facts_of(tuned: Tuned, task: Task, name: str, metrics: dict[str, dict[str, f
     }
     if promise and truth:
         memory["difference"] = promise.peak_bytes / truth.peak_bytes - 1
-    steps = state.global_step                       # of all sessions, as the seconds are
+    steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name, "recipe": summary["recipe"],
         "parts": [m.name for m in tuned.recipe],
         "settings": {m.name: {k: _plain(v) for k, v in m.settings().items()}
                      for m in tuned.recipe},
         "trained": summary["parts"], "trainable": summary["trainable"],
-        "parameters": summary["parameters"], "notes": [*summary["notes"], *task.notes],
+        "parameters": summary["parameters"], "notes": [*summary["notes"], *dict.fromkeys(notes)],
         "max_length": task.max_length, "data": task.data.summary(),
         "samples": task.data.samples(), "metrics": metrics,
-        "best": {"step": state.best_global_step, "metric": state.best_metric,
+        "best": {"step": state.best_global_step and trainer.leg.before + state.best_global_step,
+                 "metric": state.best_metric,
                  "by": trainer.args.metric_for_best_model},
         "training": {k: _plain(v) for k, v in settings.items() if k != "output_dir"},
         "memory": memory,
         "time": {"seconds": seconds, "steps": steps, "steps_per_second": steps / seconds},
-        "environment": environment(),
+        "environment": environment(), **several,
     }
+
+
+def sources(facts: Mapping[str, Any]) -> list[str]:
+    """Where the data came from, task by task."""
+    return [about["source"] for about in facts.get("tasks", {"": facts["data"]}).values()]
 
 
 def environment() -> dict[str, str]:
@@ -140,7 +153,8 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
     env.filters |= {"bytes": format_bytes, "count": lambda n: f"{n:,}",
                     "figure": lambda v: f"{v:.4g}" if isinstance(v, float) else v}
     return env.get_template("report.html.j2").render(
-        title=title or f"{facts['recipe']} on {facts['data']['source']}", run=facts,
+        title=title or f"{facts['recipe']} on {', then '.join(sources(facts))}", run=facts,
+        sources=", then ".join(sources(facts)),
         pictures=pictures, comparison=comparison, gallery=gallery(data) if data else [],
         names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
         command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")

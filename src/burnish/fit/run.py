@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from ..core.errors import CheckError, ConfigError
 from ..core.recipe import parse
 from ..engine.tune import tune
-from ..engine.tuned import Tuned
+from ..engine.tuned import DEFAULT, Tuned
 from ..formats import claim, safe, staged
 from ..formats.model_files import PROCESSOR
 from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap
@@ -36,6 +37,8 @@ from .promise import (
     promised,
     workers_told,
 )
+from .settings import training_arguments, transformers_arguments, transformers_errors
+from .stages import check_tasks, idle, left_by, plan, tasks_of, told
 from .tasks import Task, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
@@ -72,7 +75,9 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     """Fine-tune `model` on `data` within the memory you have.
 
     model: a module (changed in place), a local folder, or a hub name.
-    data: what :func:`burnish.fit.data.read` reads: "digits", a file or folder, a hub name.
+    data: what :func:`burnish.fit.data.read` reads: "digits", a file or folder, a hub name. Several
+        by name, ``{"first": ..., "second": ...}``, are tasks for a recipe that trains in stages
+        (``lora(rank=8) + o_lora``); ``max_steps`` is then of all together, divided by their rows.
     recipe: an expression such as ``"nf4 + snella(rank=8)"``. None: the best that fits `memory`
         (by :func:`burnish.plan`); ``"lora(rank=8)"`` when no memory is given either.
     memory: bytes or text such as "8GB". With a recipe, a promise above it is refused.
@@ -90,17 +95,18 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     """
     own, args, lora = sort_out(training)
     recipe = recipe_of(recipe, lora)
-    if recipe is not None:
-        parse(recipe)
+    tasks = tasks_of(data)
+    check_tasks(tasks, None if recipe is None else parse(recipe))
     if memory is not None:
         parse_bytes(memory)
     if not isinstance(model, nn.Module):
         check_local(str(model))
-    there(data)
+    for one in tasks.values():
+        there(one)
     output = Path(output)
-    with claimed(output, model, data, own.processor):
+    with claimed(output, model, tasks.values(), own.processor):
         refuse_earlier(output, own)
-        return _fit(model, data, recipe, memory, output, own, args)
+        return _fit(model, tasks, recipe, memory, output, own, args)
 
 
 #: what a run writes beside its checkpoints, and files that make a folder somebody's model
@@ -109,13 +115,14 @@ WRITES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.
 
 
 @contextlib.contextmanager
-def claimed(output: Path, model: Any, data: Any, processor: Any = None) -> Iterator[None]:
+def claimed(output: Path, model: Any, data: Iterable[Any], processor: Any = None
+            ) -> Iterator[None]:
     """The output is this run's alone until it ends; raises ConfigError beforehand when it is (in)
     an input, holds files of the run's names that are not ours, or another run is writing there.
     """
     named = getattr(model, "name_or_path", None) if isinstance(model, nn.Module) else model
-    claim.refuse_overlap(output, [("the model", named), ("the data", data),
-                                  ("the processor", processor)])
+    claim.refuse_overlap(output, [("the model", named), ("the processor", processor),
+                                  *(("the data", one) for one in data)])
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; name a folder for the output")
     claim.refuse_foreign(output, WRITES, "adapter")
@@ -127,8 +134,8 @@ def claimed(output: Path, model: Any, data: Any, processor: Any = None) -> Itera
         yield
 
 
-def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, output: Path,
-         own: Options, args: dict[str, Any]) -> Run:
+def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memory: Any,
+         output: Path, own: Options, args: dict[str, Any]) -> Run:
     steady_heap()
     import transformers
 
@@ -139,15 +146,14 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
     if note := alone():
         say(f"note: {note}")
     named = model if isinstance(model, nn.Module) else str(model)
-    found = read(data, task=own.task, text=own.text, label=own.label, image=own.image,
-                 prompt=own.prompt, completion=own.completion, split=own.split,
-                 validation=own.validation, seed=int(args.get("seed", 42)))
-    say(str(found))
+    found = _read(data, own, int(args.get("seed", 42)), say)
     size = int(args.setdefault("per_device_train_batch_size", 16))
-    with _transformers_errors():                # values, before a model is loaded
-        transformers.TrainingArguments(**training_arguments(None, found, output, own, args)[1])
-    check_served(found.task, named, own.trust_remote_code)
-    task = task_for(found, named, processor=own.processor, max_length=own.max_length,
+    first = next(iter(found.values()))
+    for one in found.values():                  # values, before a model is loaded
+        with transformers_errors():
+            transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
+    check_served(first.task, named, own.trust_remote_code)
+    task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     if isinstance(named, str):
@@ -161,12 +167,18 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
 
     plain = not isinstance(module, transformers.PreTrainedModel)
     module.train()  # dropout keeps masks and chooses kernels: promised as it will run
-    batch, loss = task.call(task.example(size), plain)
-    task.check(module)
-    for sample in task.preview():
-        say(textwrap.indent(sample, "  "))
-    for note in task.notes:
-        say(f"note: {note}")
+    tasks = {n: task if one is first else dataclasses.replace(
+        task, data=one, notes=[], fresh=[], _made={}) for n, one in found.items()}
+    examples = {n: t.call(t.example(size), plain)[0] for n, t in tasks.items()}
+    loss = task.call(task.example(1), plain)[1]
+    for t in tasks.values():
+        t.check(module)
+        for sample in t.preview():
+            say(textwrap.indent(sample, "  "))
+        for note in t.notes:
+            say(f"note: {note}")
+    batches = {n: b for n, b in examples.items() if n}
+    batch = next(iter(examples.values()))
     if recipe is None and memory is not None:
         best = choose(module, memory, batch, loss, own, say)
         recipe, promise = best.recipe, best.report
@@ -174,23 +186,46 @@ def _fit(model: str | Path | nn.Module, data: Any, recipe: Any, memory: Any, out
             size = args["per_device_train_batch_size"] = best.batch
             args["gradient_accumulation_steps"] = \
                 best.accumulate * int(args.get("gradient_accumulation_steps", 1))
-            batch, loss = task.call(task.example(size), plain)
+            examples = {"": task.call(task.example(size), plain)[0]}
     else:
         recipe = DEFAULT_RECIPE if recipe is None else recipe
-        promise = promised(module, recipe, memory, batch, loss, own, say)
+        promise = promised(module, recipe, memory, batch, loss, own, say, batches)
 
-    if promise is not None and not plain and found.validation is not None:
-        looked_at = task.example(int(args.get("per_device_eval_batch_size", size)), "validation")
-        if _entries(looked_at) > _entries(batch):       # else the training step is the higher peak
-            evaluation(module, recipe, promise, memory, looked_at, own, say)
+    if promise is not None and not plain:
+        looked_at = [t.example(int(args.get("per_device_eval_batch_size", size)), "validation")
+                     for t in tasks.values() if t.data.validation is not None]
+        largest = max(looked_at, key=_entries, default=None)
+        if largest is not None and _entries(largest) > max(map(_entries, examples.values())):
+            evaluation(module, recipe, promise, memory, largest, own, say, list(batches))
+
+    def calibration(of: Task) -> Iterator[Any]:
+        return _calibration(of, size, plain)
 
     tuned = tune(module, recipe, targets=own.targets, head=own.head,
-                 calibration=_calibration(task, size, plain), seed=int(args.get("seed", 42)))
+                 calibration=calibration(task), seed=int(args.get("seed", 42)),
+                 name=next(iter(batches), DEFAULT))
     say(repr(tuned))
-    return _train(tuned, task, name, promise, (batch, loss), output, own, args, say)
+    return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own, args,
+                  say)
 
 
 # -- before ------------------------------------------------------------------------------------
+def _read(data: dict[str, Any], own: Options, seed: int, say: Any) -> dict[str, Data]:
+    """Every data set; those after the first are of its task, with its classes."""
+    found: dict[str, Data] = {}
+    for name, where in data.items():
+        first = next(iter(found.values()), None)
+        one = read(where, task=own.task, text=own.text, label=own.label, image=own.image,
+                   prompt=own.prompt, completion=own.completion, split=own.split,
+                   validation=own.validation, seed=seed, labels=first.labels if first else None)
+        if first is not None and one.task != first.task:
+            raise ConfigError(f"{name} is {one.task} and {next(iter(found))} {first.task}: tasks "
+                              "one after the other share the model's head; give task=")
+        say(f"{name}: {one}" if name else str(one))
+        found[name] = one
+    return found
+
+
 def _calibration(task: Task, size: int, plain: bool) -> Iterator[Any]:
     """Training batches in a fixed order, for methods that read data first."""
     rows = task.rows("train")
@@ -199,79 +234,105 @@ def _calibration(task: Task, size: int, plain: bool) -> Iterator[Any]:
         yield task.call(batch, plain)[0]
 
 
-def learning_rate(tuned: Tuned) -> float:
-    """The default: see :func:`fit`."""
-    total = sum(p.numel() for p in tuned.model.parameters())
-    trained = sum(p.numel() for p in tuned.parameters())
-    rate = 1e-3 if trained < 0.1 * total else 1e-4
-    return rate / 100 if sentence(tuned)[0] else rate
-
-
 # -- the run -------------------------------------------------------------------------------------
-def _train(tuned: Tuned, task: Task, name: str, promise: MemoryReport | None,
-           example: tuple[Any, Any], output: Path, own: Options, args: dict[str, Any],
-           say: Any) -> Run:
-    import transformers
-
+def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryReport | None,
+           example: tuple[dict[str, Any], Any], calibration: Any, output: Path, own: Options,
+           args: dict[str, Any], say: Any) -> Run:
     from .loop import GoOn, Trainer
     from .watch import Bar, Metrics, Stop
 
-    found = task.data
-    hyper, settings, keep = training_arguments(tuned, found, output, own, args)
-    with _transformers_errors():
-        arguments = transformers.TrainingArguments(**settings)
-    if arguments.gradient_accumulation_steps > 1:
-        hyper["accumulation"] = arguments.gradient_accumulation_steps
-    hyper["max_grad_norm"] = arguments.max_grad_norm
-
-    with arguments.main_process_first():  # the first cleans up, the others find it clean
-        start = starting_point(output, own, say)
-    stop, go_on = Stop(), GoOn()
-    at = checkpoint.step_of(start) if start else None
-    watchers = [go_on, Metrics(output / "metrics.jsonl", at),
-                Bar(promise.peak_bytes if promise else None, own.quiet), stop, *own.callbacks]
-    trainer = Trainer(
-        tuned, task, arguments, keep=keep, hyper=hyper, fingerprint=found.fingerprint(),
-        train_dataset=task.rows("train"),
-        eval_dataset=task.rows("validation") if found.validation is not None else None,
-        callbacks=watchers)
-    go_on.trainer = trainer
-    tuned.total_steps = total_steps(trainer)
-
+    legs = plan(tuned, tasks, _arguments(tuned, tasks, output, own, args), args)
+    for leg in legs[:len(legs) if len(legs) > 1 else 0]:
+        say(f"stage {leg.name}: {leg.steps} updates on {leg.task.data.source}")
+    if note := idle(tuned, tasks):
+        say(f"note: {note}")
+    with _arguments(tuned, tasks, output, own, args).main_process_first():
+        start = starting_point(output, own, say)    # the first cleans up, others find it clean
+    number, past = left_by(start, legs)
+    stop, trainer, settings = Stop(), None, {}
+    prints = [(n, t.data.fingerprint()) for n, t in tasks.items()]
+    fingerprint = prints[0][1] if len(prints) == 1 else ", ".join(f"{n} {f}" for n, f in prints)
     reset_peak()
-    before = resident()
+    peak = before = resident()
+    for leg in legs[:number]:                       # over: who was there, and what then happened
+        leg.begin(tuned, calibration)
+        leg.end(tuned)
     with stop.listening(), out_of_memory(output), workers_told(output):
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
-    seconds = trainer.seconds()
-    peak = max(before, process_peak())
-    if stop.asked is not None:
-        step = trainer.state.global_step
-        raise KeyboardInterrupt(f"stopped after step {step}; go on with resume=True "
-                                f"(checkpoint-{step} in {output} is whole)")
-    metrics = {}
-    for split in found.splits:
-        if split == "train" or (split == "test" and own.test is False):
-            continue
-        shown = trainer.evaluate(task.rows(split), metric_key_prefix=split)
-        metrics[split] = figures(shown, split)
-    truth = None
-    if own.measure:
-        from ..memory import measure
-
-        batch, loss = example
-        batch = _to_device(batch, trainer.args.device)
-        tuned.model.train()
-        truth = measure(tuned, batch, loss)
-        tuned.model.eval()
+        for leg in legs[number:]:
+            if trainer is not None:
+                trainer.let_go()
+            leg.begin(tuned, calibration)
+            hyper, settings, keep = training_arguments(tuned, leg.task.data, output, own,
+                                                       leg.arguments(args), leg.stage)
+            with transformers_errors():
+                arguments = transformers_arguments(settings)
+            if arguments.gradient_accumulation_steps > 1:
+                hyper["accumulation"] = arguments.gradient_accumulation_steps
+            hyper["max_grad_norm"] = arguments.max_grad_norm
+            here = start if leg.number == number else None
+            at = checkpoint.step_of(here) if here else leg.before or None
+            go_on, task = GoOn(), leg.task
+            watchers = [go_on, Metrics(output / "metrics.jsonl", at, leg),
+                        Bar(promise.peak_bytes if promise else None, own.quiet, leg), stop,
+                        *own.callbacks]
+            trainer = Trainer(
+                tuned, task, arguments, keep=keep, hyper=hyper, fingerprint=fingerprint, leg=leg,
+                past=past, stages=told(legs), train_dataset=task.rows("train"), callbacks=watchers,
+                eval_dataset=task.rows("validation") if task.data.validation is not None else None)
+            go_on.trainer = trainer
+            tuned.total_steps = total_steps(trainer)
+            trainer.train(resume_from_checkpoint=str(here) if here else None)
+            peak = max(peak, process_peak())
+            if stop.asked is not None:
+                raise KeyboardInterrupt(
+                    f"stopped after step {trainer.step}; go on with resume=True "
+                    f"(checkpoint-{trainer.step} in {output} is whole)")
+            past = trainer.over()
+            if own.measure and (leg.name == promise.stage if promise and promise.stage
+                                else leg is legs[-1]):
+                past.truth = _measure(tuned, example, tasks, task, trainer.args.device).to_dict()
+            leg.end(tuned)
+    assert trainer is not None
+    metrics, logged = {}, len(trainer.state.log_history)
+    for n, task in tasks.items():
+        trainer.look_at(task)
+        for split in task.data.splits:
+            if split == "train" or (split == "test" and own.test is False):
+                continue
+            prefix = f"{n}_{split}" if n else split
+            shown = trainer.evaluate(task.rows(split), metric_key_prefix=prefix)
+            metrics[f"{n} {split}" if n else split] = figures(shown, prefix)
+    truth = MemoryReport.from_dict(past.truth) if past.truth and own.measure else None
     from .report import facts_of
 
-    facts = facts_of(tuned, task, name, metrics, promise, truth, trainer, seconds=seconds,
+    facts = facts_of(tuned, tasks, name, metrics, promise, truth, trainer, past,
                      process=(before, peak), settings=settings)
-    run = Run(output, tuned, metrics, promise, truth, list(trainer.state.log_history), facts)
+    history = [*past.history, *trainer.state.log_history[logged:]]
+    run = Run(output, tuned, metrics, promise, truth, history, facts)
     if trainer.args.should_save:
         finish(run, task, own)
         say(str(run))
     return run
+
+
+def _arguments(tuned: Tuned, tasks: dict[str, Task], output: Path, own: Options,
+               args: dict[str, Any]) -> Any:
+    """transformers' arguments of the run as a whole."""
+    data = next(iter(tasks.values())).data
+    with transformers_errors():
+        return transformers_arguments(training_arguments(tuned, data, output, own, args)[1])
+
+
+def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str, Task], task: Task,
+             device: torch.device) -> MemoryReport:
+    """The truth of a step as it was promised: of the stage that has just ended."""
+    from ..memory import measure
+
+    batch = next(example[0][n] for n, t in tasks.items() if t is task)
+    tuned.model.train()
+    truth = measure(tuned, _to_device(batch, device), example[1])
+    tuned.model.eval()
+    return truth
 
 
 def starting_point(output: Path, own: Options, say: Any) -> Path | None:
@@ -295,66 +356,6 @@ def refuse_earlier(output: Path, own: Options) -> None:
     if earlier and not own.overwrite and checkpoint.find(output, own.resume) is None:
         raise ConfigError(f"{output} holds checkpoints of an earlier run; resume=True goes on from "
                           f"{earlier[-1].name}, overwrite=True removes them and starts afresh")
-
-
-def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,
-                       args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """(hyperparameters for the recipe's optimizer, transformers' arguments, checkpoints kept).
-
-    Without `tuned`, when there is none yet, what depends on it is a stand-in.
-    """
-    args = dict(args)
-    keep = args.pop("save_total_limit", 2)
-    hyper = {k: args.pop(k) for k in ("weight_decay",) if k in args}
-    if "adam_beta1" in args or "adam_beta2" in args:
-        hyper["betas"] = (args.pop("adam_beta1", 0.9), args.pop("adam_beta2", 0.999))
-    if "adam_epsilon" in args:
-        hyper["eps"] = args.pop("adam_epsilon")
-    strategy = "steps" if args.get("max_steps", 0) > 0 else "epoch"
-    steps = max(1, args["max_steps"] // 5) if strategy == "steps" else None
-    evaluates = found.validation is not None
-    defaults: dict[str, Any] = {
-        "output_dir": str(output), "learning_rate": learning_rate(tuned) if tuned else 1e-3,
-        "warmup_steps": 0.05,
-        "logging_steps": 0.01, "save_strategy": strategy, "report_to": [],
-        "eval_strategy": strategy if evaluates else "no", "seed": 42, "disable_tqdm": True,
-        "per_device_eval_batch_size": args["per_device_train_batch_size"],
-        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
-        "logging_nan_inf_filter": False, "remove_unused_columns": False,
-        "use_cpu": not torch.accelerator.is_available(),  # else several processes stay strangers
-    }
-    if steps is not None and "save_steps" not in args:
-        defaults["save_steps"] = steps
-    if steps is not None and "eval_steps" not in args:
-        defaults["eval_steps"] = args.get("save_steps", steps)
-    settings = defaults | args
-    if own.tensorboard:
-        settings["report_to"] = ["tensorboard"]
-    if not evaluates and settings["eval_strategy"] != "no":
-        raise ConfigError("there is no validation split to evaluate on; give one, or validation=")
-    together = settings["eval_strategy"] == settings["save_strategy"] != "no" and (
-        settings["save_strategy"] == "epoch" or
-        settings.get("save_steps", 500) == settings.get("eval_steps", settings.get("save_steps")))
-    if evaluates and together:
-        from .tasks import TASKS
-
-        kind = TASKS[found.task]
-        settings.setdefault("load_best_model_at_end", True)
-        settings.setdefault("metric_for_best_model", kind.metric)
-        settings.setdefault("greater_is_better", kind.greater_is_better)
-    if tuned is not None and sentence(tuned)[1]:
-        settings.setdefault("max_grad_norm", 0.0)  # gradients never exist together
-    return hyper, settings, keep
-
-
-def sentence(tuned: Tuned) -> tuple[bool, bool]:
-    """(zeroth order?, steps inside backward?) of the recipe's optimizer, without making it."""
-    from ..blocks.update.step import InBackward
-    from ..blocks.update.zeroth import ZerothOrder
-
-    answers = [m.optimizer() for m in tuned.recipe if "optimizer" in m.axes()]
-    return (any(isinstance(a, ZerothOrder) for a in answers),
-            any(isinstance(a, InBackward) or getattr(a, "in_backward", False) for a in answers))
 
 
 def total_steps(trainer: Any) -> int:
@@ -398,14 +399,6 @@ def _entries(batch: Any) -> int:
 
 
 # -- small things ----------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _transformers_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"training arguments: {str(e).splitlines()[0]}") from None
-
-
 def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {k: v.to(device) for k, v in batch.items()}

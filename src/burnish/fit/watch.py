@@ -19,6 +19,7 @@ import transformers
 from ..core.errors import BurnishError
 from ..formats import claim, safe
 from ..memory import format_bytes
+from .stages import Leg
 
 #: what counts first, so that a narrow terminal cuts off the least
 LINE = "{n_fmt}/{total_fmt} |{bar:14}| {rate_noinv_fmt}, {remaining} left{postfix}"
@@ -27,11 +28,12 @@ LINE = "{n_fmt}/{total_fmt} |{bar:14}| {rate_noinv_fmt}, {remaining} left{postfi
 class Metrics(transformers.TrainerCallback):
     """One line of JSON per log and per evaluation, written as it happens.
 
-    A resumed run drops the lines of steps it will take again, so that each step stands once.
+    Steps are counted over the whole run, and a line says its stage where there are several. A
+    resumed run drops the lines of steps it will take again, so that each step stands once.
     """
 
-    def __init__(self, path: Path, resumed_at: int | None):
-        self.path = path
+    def __init__(self, path: Path, resumed_at: int | None, leg: Leg):
+        self.path, self.leg = path, leg
         if int(os.environ.get("RANK", "0")):
             return
         kept: list[str] = []
@@ -46,7 +48,8 @@ class Metrics(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        row = {"step": state.global_step, "time": round(time.time(), 3),
+        row = {"step": self.leg.before + state.global_step, "time": round(time.time(), 3),
+               **({"stage": self.leg.name} if self.leg.name else {}),
                **{k: v for k, v in logs.items() if isinstance(v, int | float | str)}}
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                for k, v in row.items()}
@@ -64,20 +67,22 @@ class Bar(transformers.TrainerCallback):
     Silent off-terminal.
     """
 
-    def __init__(self, promise: int | None, quiet: bool):
-        self.promise, self.quiet, self.bar = promise, quiet, None
+    def __init__(self, promise: int | None, quiet: bool, leg: Leg):
+        self.promise, self.quiet, self.bar, self.leg = promise, quiet, None, leg
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         from tqdm.auto import tqdm
 
         off = self.quiet or not state.is_world_process_zero or not sys.stderr.isatty()
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=off,
-                        dynamic_ncols=True, unit=" steps", bar_format=LINE)
+        line = f"{self.leg.name} {LINE}" if self.leg.name else LINE
+        self.bar = tqdm(total=self.leg.total or state.max_steps, disable=off, bar_format=line,
+                        initial=self.leg.before + state.global_step, dynamic_ncols=True,
+                        unit=" steps")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+            self.bar.update(self.leg.before + state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         if self.bar is None or self.bar.disable:

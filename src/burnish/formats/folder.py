@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.errors import BurnishError, FormatError, nearest
 from ..core.reading import FIELDS as KNOWN_KINDS
-from ..core.reading import check_fields, shown
+from ..core.reading import check_fields, plain, shown
 from . import claim, safe, staged
 from .card import model_card
 
@@ -53,7 +53,8 @@ KINDS = {"recipe": "text", "parts": "list", "base": "mapping", "targets": "text 
          "seed": "whole", "selected": "texts", "tensors_sha256": "text"}
 BASE_KINDS = {"name": "text?", "fingerprint": "mapping?"}
 #: what `predict` and `evaluate` need of a run
-RUN_KINDS = {"model": "text?", "data": "mapping", "training": "mapping", "max_length": "count?"}
+RUN_KINDS = {"model": "text?", "data": "mapping", "tasks": "mapping?", "training": "mapping",
+             "max_length": "count?"}
 DATA_KINDS = {"task": "text", "source": "text", "layout": "text", "labels": "texts?",
               "reading": "mapping", "fingerprint": "text"}
 
@@ -198,6 +199,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         if name not in facts["data"]:
             raise FormatError(f"{path}: field 'data.{name}' is missing")
     check_fields(facts["data"], DATA_KINDS, f"{path}, data")
+    for name, about in (facts.get("tasks") or {}).items():
+        check_fields(about, DATA_KINDS, f"{path}, tasks.{plain(name, 40)}")
     check_fields(facts["training"], {"seed": "count"}, f"{path}, training")
     return facts
 

@@ -1,0 +1,104 @@
+"""What a run is told, as transformers' arguments and as words for the recipe's optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import ConfigError
+from ..core.stage import Stage
+from ..engine.tuned import Tuned
+from .arguments import Options
+from .data import Data
+
+
+def learning_rate(tuned: Tuned) -> float:
+    """The default: see :func:`fit`."""
+    total = sum(p.numel() for p in tuned.model.parameters())
+    trained = sum(p.numel() for p in tuned.parameters())
+    rate = 1e-3 if trained < 0.1 * total else 1e-4
+    return rate / 100 if sentence(tuned)[0] else rate
+
+
+def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,
+                       args: Mapping[str, Any], stage: Stage | None = None
+                       ) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+    """(hyperparameters for the recipe's optimizer, transformers' arguments, checkpoints kept).
+
+    Without `tuned`, when there is none yet, what depends on it is a stand-in. What a stage says of
+    its optimizer stands over what the run says.
+    """
+    args = dict(args)
+    if stage is not None and "lr" in stage.optimizer:
+        args["learning_rate"] = stage.optimizer["lr"]
+    keep = args.pop("save_total_limit", 2)
+    hyper = {k: args.pop(k) for k in ("weight_decay",) if k in args}
+    if "adam_beta1" in args or "adam_beta2" in args:
+        hyper["betas"] = (args.pop("adam_beta1", 0.9), args.pop("adam_beta2", 0.999))
+    if "adam_epsilon" in args:
+        hyper["eps"] = args.pop("adam_epsilon")
+    if stage is not None:
+        hyper |= {k: v for k, v in stage.optimizer.items() if k != "lr"}
+    strategy = "steps" if args.get("max_steps", 0) > 0 else "epoch"
+    steps = max(1, args["max_steps"] // 5) if strategy == "steps" else None
+    evaluates = found.validation is not None
+    defaults: dict[str, Any] = {
+        "output_dir": str(output), "learning_rate": learning_rate(tuned) if tuned else 1e-3,
+        "warmup_steps": 0.05,
+        "logging_steps": 0.01, "save_strategy": strategy, "report_to": [],
+        "eval_strategy": strategy if evaluates else "no", "seed": 42, "disable_tqdm": True,
+        "per_device_eval_batch_size": args["per_device_train_batch_size"],
+        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
+        "logging_nan_inf_filter": False, "remove_unused_columns": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else several processes stay strangers
+    }
+    if steps is not None and "save_steps" not in args:
+        defaults["save_steps"] = steps
+    if steps is not None and "eval_steps" not in args:
+        defaults["eval_steps"] = args.get("save_steps", steps)
+    settings = defaults | args
+    if own.tensorboard:
+        settings["report_to"] = ["tensorboard"]
+    if not evaluates and settings["eval_strategy"] != "no":
+        raise ConfigError("there is no validation split to evaluate on; give one, or validation=")
+    together = settings["eval_strategy"] == settings["save_strategy"] != "no" and (
+        settings["save_strategy"] == "epoch" or
+        settings.get("save_steps", 500) == settings.get("eval_steps", settings.get("save_steps")))
+    if evaluates and together:
+        from .tasks import TASKS
+
+        kind = TASKS[found.task]
+        settings.setdefault("load_best_model_at_end", True)
+        settings.setdefault("metric_for_best_model", kind.metric)
+        settings.setdefault("greater_is_better", kind.greater_is_better)
+    if tuned is not None and sentence(tuned)[1]:
+        settings.setdefault("max_grad_norm", 0.0)  # gradients never exist together
+    return hyper, settings, keep
+
+
+def sentence(tuned: Tuned) -> tuple[bool, bool]:
+    """(zeroth order?, steps inside backward?) of the recipe's optimizer, without making it."""
+    from ..blocks.update.step import InBackward
+    from ..blocks.update.zeroth import ZerothOrder
+
+    answers = [m.optimizer() for m in tuned.recipe if "optimizer" in m.axes()]
+    return (any(isinstance(a, ZerothOrder) for a in answers),
+            any(isinstance(a, InBackward) or getattr(a, "in_backward", False) for a in answers))
+
+
+@contextlib.contextmanager
+def transformers_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"training arguments: {str(e).splitlines()[0]}") from None
+
+
+def transformers_arguments(settings: Mapping[str, Any]) -> Any:
+    import transformers
+
+    return transformers.TrainingArguments(**settings)
