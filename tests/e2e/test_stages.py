@@ -1,5 +1,5 @@
 """A run in stages, from the command line and from Python: two tasks one after the other, the first
-adapter frozen and active while the second trains; killed in any stage it ends in the same weights."""
+adapter frozen and active while the second trains; killed anywhere it ends in the same weights."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.core.targets import match
-from burnish.methods.delta.rank.adalora import Pruner, Triplets
+from burnish.methods.delta.rank.adalora import Triplets
 from burnish.testing.models import tiny
 
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -64,7 +65,8 @@ def step(tuned, k):
 def test_budget_curve():
     """12 matrices, 12 -> 8: 144 until 10 %, 96 from 70 % on, a cube between."""
     made = {str(i): Triplets(Place("l", "w", "linear", 12, 12), 12, 1.0) for i in range(12)}
-    p = Pruner(parse("adalora(rank=8, init_rank=12, warmup=0.1, cooldown=0.3)")[0], made)
+    tuned = SimpleNamespace(terms=lambda kind: made.items(), resize=None)
+    p = parse("adalora(rank=8, init_rank=12, warmup=0.1, cooldown=0.3)")[0].controller(tuned)
     p.start(1000)
     assert [p.budget(t) for t in (0, 100, 700, 1000)] == [144, 144, 96, 96]
     for t in range(100, 701, 50):

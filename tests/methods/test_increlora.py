@@ -108,7 +108,7 @@ def test_preserving_growth_changes_nothing():
             t.E.normal_()
     want = net(**batch).logits
     handler = next(h for n, h in tuned.timeline.handlers if n == "increlora")
-    handler._grow(3)
+    handler.rise(3)
     assert all(t.E.numel() == 2 for _, t in tuned.terms(Growing))
     torch.testing.assert_close(net(**batch).logits, want, rtol=0, atol=1e-5)
 
@@ -134,6 +134,17 @@ def test_a_saved_run_comes_back_with_its_ranks(tmp_path):
     assert [t.E.numel() for _, t in again.terms(Growing)] == ranks[-1]
     net.eval(), other.eval()
     assert torch.equal(net(**batch).logits, other(**batch).logits)
+
+
+def test_a_run_too_short_to_grow_is_refused_before_its_first_update():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "increlora(rank=3)")
+    tuned.total_steps = 40
+    tuned.optimizer(lr=1e-2)
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    with pytest.raises(burnish.RecipeError, match="grows from update 1000 on, and the run has 40"):
+        tuned.step(batch)
+    assert all(torch.equal(before[n], p) for n, p in tuned.named_parameters())
 
 
 def test_the_count_with_what_waits():

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ....blocks.choose.budget import cubic
-from ....blocks.choose.score import Smoothed, sensitivity
+from ....blocks.choose.ranks import Falling, Shrinking
 from ....blocks.update.objective import OnWeights
 from ....blocks.weight.triplets import Triplets, crooked
 from ....core.errors import RecipeError
@@ -17,6 +16,17 @@ from ....core.site import Place, Site
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
+
+
+def triplet_score(P: Tensor, E: Tensor, Q: Tensor) -> Tensor:
+    """``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``; P (out, r), E (r,), Q (r, in)."""
+    return E + P.mean(0) + Q.mean(1)
+
+
+@torch.no_grad()
+def rest(term: Triplets, alive: Tensor) -> None:
+    """Triplets that are not among the best have E = 0 for now."""
+    term.E.mul_(alive.to(term.E.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +77,15 @@ class Adalora(Method):
     def delta(self, site: Site) -> Triplets:
         site.place.check_rank(self.init_rank, "adalora")
         rank = site.settled.get("rank", self.init_rank)
-        term = Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
-        for p in term.parameters():
-            p.burnish_decay = False
-        return term
+        return Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         yield from crooked([t for _, t in tuned.terms(Triplets)], self.ortho)
 
-    def controller(self, tuned: Tuned) -> Pruner:
-        return Pruner(self, dict(tuned.terms(Triplets)), tuned.resize)
+    def controller(self, tuned: Tuned) -> Shrinking:
+        return Shrinking(dict(tuned.terms(Triplets)), tuned.resize,
+                         Falling(self.init_rank, self.rank, self.warmup, self.cooldown),
+                         self.every, triplet_score, rest)
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
@@ -85,77 +94,3 @@ class Adalora(Method):
     def count(self, place: Place, rank: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: before pruning)."""
         return (self.init_rank if rank is None else rank) * (place.out + place.inp + 1)
-
-
-class Pruner:
-    """Scores, budget and mask of one run."""
-
-    def __init__(self, method: Adalora, terms: dict[str, Triplets], resize: Any = None):
-        self.method, self.terms, self.resize = method, terms, resize
-        self.scores = {n: [Smoothed() for _ in t.theta()] for n, t in terms.items()}
-        self._score = {p: s for n, t in terms.items()
-                       for p, s in zip(t.theta(), self.scores[n], strict=True)}
-        self.total: int | None = None
-        self.fixed = False                               # the pruned are gone for good
-
-    def start(self, total: int | None) -> None:
-        self.total = total
-
-    def budget(self, step: int) -> int:
-        """b(t): triplets alive over the whole model."""
-        m, n = self.method, len(self.terms)
-        return int(cubic(m.init_rank * n, m.rank * n, step, m.warmup * self.total,
-                         self.total - m.cooldown * self.total))
-
-    def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
-        if (smoothed := self._score.get(p)) is not None:
-            smoothed.update(sensitivity(p, grad))
-
-    def after_update(self, step: int) -> None:
-        if self.total is None:
-            return
-        last = min(self.total - int(self.method.cooldown * self.total), self.total - 1)
-        if self.fixed:
-            return
-        if step >= last:
-            for name, alive in self.pattern(self.method.rank * len(self.terms)).items():
-                self.resize(self.terms[name], keep=alive.nonzero().squeeze(1))
-            self._fix()
-        elif step > self.method.warmup * self.total and step % self.method.every == 0:
-            self._apply(self.pattern(self.budget(step)))
-
-    def _fix(self) -> None:
-        """Nothing is scored any more: two floats per parameter are given back."""
-        self.fixed = True
-        self.scores.clear()
-        self._score.clear()
-
-    @torch.no_grad()
-    def pattern(self, budget: int) -> dict[str, Tensor]:
-        """Which triplets are among the `budget` best of the whole model."""
-        rows = []
-        for name in self.terms:
-            P, E, Q = (s.score() for s in self.scores[name])
-            rows.append(E + P.mean(0) + Q.mean(1))
-        flat = torch.cat(rows)
-        order = flat.argsort(descending=True, stable=True)
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[order[:budget]] = True
-        return dict(zip(self.terms, mask.split([r.numel() for r in rows]), strict=True))
-
-    @torch.no_grad()
-    def _apply(self, alive: dict[str, Tensor]) -> None:
-        for name, term in self.terms.items():
-            term.E.mul_(alive[name].to(term.E.dtype))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "fixed": self.fixed,
-                "scores": {n: [s.state() for s in ss] for n, ss in self.scores.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.fixed = state["total"], state["fixed"]
-        if self.fixed:
-            self._fix()
-        for n, ss in self.scores.items():
-            for s, saved in zip(ss, state["scores"][n], strict=True):
-                s.load(saved)

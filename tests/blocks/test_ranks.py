@@ -1,0 +1,126 @@
+"""Components that compete and terms that grow, with no recipe: plain tensors and a plain resize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from burnish.blocks.choose.ranks import Falling, Rising, Shrinking
+from burnish.core.errors import RecipeError
+
+
+class Row(nn.Module):
+    """r components, each one number."""
+
+    scoring, score = False, 0.0
+
+    def __init__(self, *values):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+    def theta(self):
+        return (self.w,)
+
+    rank = property(lambda self: self.w.numel())
+    most = 3
+
+    def importance(self):
+        return self.score
+
+    def fresh(self, n, drawn):
+        return {"w": drawn(n)}
+
+    def grown(self, n):
+        self.had = n
+
+    def done(self):
+        return None
+
+
+def resize(term, keep=None, fresh=None):
+    w = term.w.detach()
+    w = w if keep is None else w[keep if torch.is_tensor(keep) else keep["w"]]
+    term.w = nn.Parameter(w if fresh is None else torch.cat([w, fresh["w"].to(w)]))
+
+
+def rest(term, alive):
+    with torch.no_grad():
+        term.w.mul_(alive)
+
+
+def test_the_budget_falls_as_a_cubic_and_ends_before_the_run_does():
+    f = Falling(12, 8, 0.1, 0.3)
+    assert [f.at(t, 1000) for t in (0, 100, 700, 999)] == [12, 12, 8, 8]
+    assert f.at(400, 1000) == pytest.approx(8 + 4 * 0.5 ** 3)
+    assert [f.last(1000), Falling(2, 1, 0, 0).last(10)] == [700, 9]
+
+
+def test_the_best_of_all_terms_stay_and_the_rest_goes_for_good():
+    rows = {"a": Row(1.0, 9.0, 3.0), "b": Row(8.0, 2.0, 0.1)}
+    rested = []
+    s = Shrinking(rows, resize, Falling(3, 1, 0.0, 0.2), 2, lambda w: w,
+                  lambda t, alive: (rested.append(alive), rest(t, alive)))
+    s.start(10)
+    for step in range(10):
+        for row in rows.values():
+            if not s.fixed:
+                s.tensor_updated(row.w, torch.ones_like(row.w))
+        s.after_update(step)
+        if step == 7:
+            assert sum(r.rank for r in rows.values()) == 6, "they may still come back"
+    assert rows["a"].w.tolist() == [9.0] and rows["b"].w.tolist() == [8.0]
+    assert len(rested) == 2 * 3 and not s.scores, "after updates 2, 4 and 6"
+    again = Shrinking(rows, resize, Falling(3, 1, 0.0, 0.2), 2, lambda w: w, rest)
+    again.load_state_dict(s.state_dict())
+    again.after_update(9)
+    assert again.fixed and rows["a"].rank == rows["b"].rank == 1
+
+
+def test_a_run_of_unknown_length_shrinks_nothing():
+    rows = {"a": Row(1.0, 2.0)}
+    s = Shrinking(rows, resize, Falling(2, 1, 0.0, 0.0), 1, lambda w: w, rest)
+    s.start(None)
+    s.tensor_updated(rows["a"].w, torch.ones(2))
+    s.after_update(50)
+    assert rows["a"].w.tolist() == [1.0, 2.0]
+
+
+def grow(rows, **kw):
+    how = {"goal": 5, "grow": 1, "top": 1, "warmup": 2, "every": 2, "label": "rows"} | kw
+    return Rising(rows, resize, **how)
+
+
+def test_who_matters_most_gains_until_its_most_and_then_the_others():
+    rows = {"a": Row(1.0), "b": Row(1.0)}
+    r = grow(rows)
+    ranks = []
+    for step in range(10):
+        for name, row in rows.items():
+            assert row.scoring == (r.left > 0)
+            row.score = 5.0 if name == "b" else 1.0
+        r.after_update(step)
+        ranks.append((rows["a"].rank, rows["b"].rank))
+    assert ranks == [(1, 1), *[(1, 2)] * 2, *[(1, 3)] * 2, *[(2, 3)] * 5]
+    assert not rows["a"].scoring and rows["b"].had == 1
+    assert 0 < float(rows["b"].w[1:].detach().abs().max()) < 0.1
+
+
+def test_what_is_gained_is_drawn_from_label_name_and_step():
+    made = []
+    for label in ("rows", "rows", "others"):
+        rows = {"a": Row(1.0)}
+        r = grow(rows, label=label, goal=2)
+        r.scores["a"].update(torch.ones(1))
+        r.rise(7)
+        made.append(rows["a"].w.detach().clone())
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_a_run_that_ends_before_anything_could_grow_is_refused():
+    with pytest.raises(RecipeError, match="grows from update 9 on, and the run has 8: nothing "
+                                          "would grow; try warmup=1, every=1"):
+        grow({"a": Row(1.0)}, warmup=9).start(8)
+    grow({"a": Row(1.0)}, warmup=8).start(8)
+    grow({"a": Row(1.0)}, warmup=9).start(None)
+    grow({"a": Row(1.0)}, warmup=9, goal=1).start(8)
