@@ -124,3 +124,18 @@ def test_a_run_that_ends_before_anything_could_grow_is_refused():
     grow({"a": Row(1.0)}, warmup=8).start(8)
     grow({"a": Row(1.0)}, warmup=9).start(None)
     grow({"a": Row(1.0)}, warmup=9, goal=1).start(8)
+
+
+def test_what_has_gone_can_be_taken_back():
+    """As measuring does: state from before the last fall brings its scores with it."""
+    rows = {"a": Row(1.0, 9.0, 3.0), "b": Row(8.0, 2.0, 0.1)}
+    s = Shrinking(rows, resize, Falling(3, 1, 0.0, 0.2), 2, lambda w: w, rest)
+    s.start(10)
+    for row in rows.values():
+        s.tensor_updated(row.w, torch.ones_like(row.w))
+    before = s.state_dict()
+    s.after_update(8)
+    assert s.fixed and rows["a"].rank == 1
+    rows["a"].w, rows["b"].w = (nn.Parameter(torch.ones(3)) for _ in "ab")
+    s.load_state_dict(before)
+    assert not s.fixed and s.pattern(2)["a"].tolist() == [False, True, False]

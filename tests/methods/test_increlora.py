@@ -251,3 +251,18 @@ def test_growth_draws_alike_for_like_places_and_steps():
         assert torch.equal(a, b), n
     grown = [t for _, t in runs[0].terms(Growing) if t.E.numel() == 2]
     assert len({float(t.P.detach()[0, -1]) for t in grown}) == len(grown) == 5
+
+
+def test_measuring_between_two_updates_puts_ranks_and_scores_back():
+    """Two runs, one measured in the middle while matrices grow: they end alike."""
+    ends = []
+    for measured in (False, True):
+        net, batch, tuned, ranks = run("increlora(rank=3, top=5, warmup=1, every=1)", 2)
+        if measured:
+            burnish.measure(tuned, batch)
+            assert [t.E.numel() for _, t in tuned.terms(Growing)] == ranks[-1]
+        for _ in range(3):
+            tuned.step(batch)
+        ends.append(tuned.tensors())
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])

@@ -397,8 +397,9 @@ class _Snapshot:
         held = {id(p) for g in opt.param_groups for p in g["params"]} if opt is not None else set()
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
         self.tensors = [(t, t.detach().clone()) for t in model.buffers()]
-        self.tensors += [(p, p.detach().clone()) for n, p in model.named_parameters()
-                         if p.requires_grad or id(p) in held or ".burnish." in f".{n}."]
+        self.named = {n: p.detach().clone() for n, p in model.named_parameters()
+                      if p.requires_grad or id(p) in held or ".burnish." in f".{n}."}
+        self.tensors += [(p, self.named[n]) for n, p in model.named_parameters() if n in self.named]
         self.optimizer, self.timeline = opt, tuned._timeline
         self.state = copy.deepcopy(opt.state_dict()) if opt is not None else None
         self.events = copy.deepcopy(tuned._timeline.state()) if tuned._timeline else None
@@ -406,7 +407,10 @@ class _Snapshot:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
     def __exit__(self, *exc: Any) -> None:
+        from ..engine.resize import follow
+
         tuned = self.tuned
+        follow(tuned, self.named)                    # ranks that changed meanwhile
         for p, flag in self.flags:
             p.requires_grad_(flag)
             p.grad = None

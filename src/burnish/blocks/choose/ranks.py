@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
 from ..update.noise import fold
@@ -55,11 +56,16 @@ class Shrinking:
                  score: Callable[..., Tensor], rest: Callable[[Any, Tensor], None]):
         self.terms, self.resize, self.falling, self.every = terms, resize, budget, every
         self.score, self.rest = score, rest
+        self.total: int | None = None
+        self.fixed = False                               # the losers are gone for good
+        self._attend()
+
+    def _attend(self) -> None:
+        """Scores of every tensor, while there is something to decide."""
+        terms = {} if self.fixed else self.terms
         self.scores = {n: [Smoothed() for _ in t.theta()] for n, t in terms.items()}
         self._of = {p: s for n, t in terms.items()
                     for p, s in zip(t.theta(), self.scores[n], strict=True)}
-        self.total: int | None = None
-        self.fixed = False                               # the losers are gone for good
 
     def start(self, total: int | None) -> None:
         self.total = total
@@ -70,7 +76,7 @@ class Shrinking:
         return int(Falling(f.start * n, f.end * n, f.warmup, f.cooldown).at(step, self.total or 0))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
-        if not self.fixed and (smoothed := self._of.get(p)) is not None:
+        if (smoothed := self._of.get(p)) is not None:
             smoothed.update(sensitivity(p, grad))
 
     def after_update(self, step: int) -> None:
@@ -80,7 +86,7 @@ class Shrinking:
             for name, alive in self.pattern(int(self.falling.end * len(self.terms))).items():
                 self.resize(self.terms[name], keep=alive.nonzero().squeeze(1))
             self.fixed = True
-            self.scores.clear()
+            self._attend()
         elif step > self.falling.warmup * self.total and step % self.every == 0:
             for name, alive in self.pattern(self.budget(step)).items():
                 self.rest(self.terms[name], alive)
@@ -100,8 +106,7 @@ class Shrinking:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.fixed = state["total"], state["fixed"]
-        if self.fixed:
-            self.scores.clear()
+        self._attend()
         for n, ss in self.scores.items():
             for s, saved in zip(ss, state["scores"][n], strict=True):
                 s.load(saved)
@@ -177,7 +182,9 @@ class Rising:
 
     @torch.no_grad()
     def rise(self, step: int) -> None:
-        ranked = sorted(self.terms, key=lambda n: -float(self.scores[n].score()))
+        scores = {n: s.score() for n, s in self.scores.items()}
+        fake = any(isinstance(s, FakeTensor) for s in scores.values())     # their order is unknown
+        ranked = list(scores) if fake else sorted(scores, key=lambda n: -float(scores[n]))
         able = [n for n in ranked if self.terms[n].rank < self.terms[n].most]
         for name in able[: self.top]:
             if (n := min(self.grow, self.left)) > 0:
