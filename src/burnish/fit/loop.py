@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ..formats import safe
 from ..formats.adapter import put
 from . import checkpoint, state
 from .checkpoint import is_owed
+from .driving import Driven, Shuffled, go_on_by
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
 from .tasks import Task
@@ -40,46 +40,6 @@ STATE = "trainer_state.json"
 _ASKED = ("weight_decay", "betas", "eps")
 #: what the task's loss is called until the trainer has written its own
 _PLAIN = "loss_per_answer"
-
-
-class Shuffled(Sampler[int]):
-    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.size, generator=g).tolist())
-
-
-class Driven(torch.optim.Optimizer):
-    """Stands for an optimizer that :meth:`Tuned.step` drives: same groups, and nothing to do."""
-
-    def __init__(self, inner: torch.optim.Optimizer):
-        self.inner = inner
-        super().__init__(inner.param_groups, {})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Always the inner's own: loading state gives it new ones, and a schedule writes here."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: Any) -> None:
-        """torch starts every optimizer with an empty list."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The inner has them already."""
-
-    def step(self, closure: Any = None) -> None:
-        pass
 
 
 class Trainer(transformers.Trainer):
@@ -170,7 +130,7 @@ class Trainer(transformers.Trainer):
         if stage is None or stage.schedule == "restart" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         made = super().create_scheduler(int(self.leg.total or num_training_steps), optimizer)
-        _go_on_by(made, {**made.state_dict(), "last_epoch": self.leg.before,
+        go_on_by(made, {**made.state_dict(), "last_epoch": self.leg.before,
                          "_step_count": self.leg.before + 1})
         return made
 
@@ -362,7 +322,7 @@ class Trainer(transformers.Trainer):
                                    state.load_tree(Path(checkpoint), "optimizer"))
         for group, now in zip(optimizer.param_groups, asked, strict=True):
             group.update(now)                   # what this run was asked for, not the one before
-        _go_on_by(self.lr_scheduler, kept["scheduler"])
+        go_on_by(self.lr_scheduler, kept["scheduler"])
         self.tuned.timeline.load(kept["timeline"])
         self._resumed = (kept["losses"], is_owed(Path(checkpoint)))
         self._earlier = float(kept.get("seconds", 0.0))
@@ -421,24 +381,6 @@ class GoOn(transformers.TrainerCallback):
         if self.trainer is not None:
             self.trainer.tuned.total_steps = state.max_steps
             self.trainer.go_on()
-
-
-def _go_on_by(scheduler: Any, kept: dict[str, Any]) -> None:
-    """The schedule where it stood, with the rates that *this* run's settings give from there.
-
-    A run that had ended and is given more steps, or another learning rate, would otherwise take its
-    first step at the old end's rate, which is nought.
-    """
-    fresh = list(getattr(scheduler, "base_lrs", ()))
-    scheduler.load_state_dict(kept)
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return
-    scheduler.base_lrs = fresh
-    rates = [base * shape(scheduler.last_epoch)
-             for base, shape in zip(fresh, scheduler.lr_lambdas, strict=True)]
-    for group, base, rate in zip(scheduler.optimizer.param_groups, fresh, rates, strict=True):
-        group["initial_lr"], group["lr"] = base, rate
-    scheduler._last_lr = rates
 
 
 def _answers(task: Task) -> Any:

@@ -1,0 +1,68 @@
+"""What drives a loop and knows no trainer: the order of rows, an optimizer's stand-in, a schedule
+that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Shuffled(Sampler[int]):
+    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=g).tolist())
+
+
+class Driven(torch.optim.Optimizer):
+    """Stands for an optimizer that :meth:`Tuned.step` drives: same groups, and nothing to do."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Always the inner's own: loading state gives it new ones, and a schedule writes here."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        """torch starts every optimizer with an empty list."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The inner has them already."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def go_on_by(scheduler: Any, kept: dict[str, Any]) -> None:
+    """The schedule where it stood, with the rates that *this* run's settings give from there.
+
+    A run that had ended and is given more steps, or another learning rate, would otherwise take its
+    first step at the old end's rate, which is nought.
+    """
+    fresh = list(getattr(scheduler, "base_lrs", ()))
+    scheduler.load_state_dict(kept)
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    scheduler.base_lrs = fresh
+    rates = [base * shape(scheduler.last_epoch)
+             for base, shape in zip(fresh, scheduler.lr_lambdas, strict=True)]
+    for group, base, rate in zip(scheduler.optimizer.param_groups, fresh, rates, strict=True):
+        group["initial_lr"], group["lr"] = base, rate
+    scheduler._last_lr = rates
