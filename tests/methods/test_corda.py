@@ -153,3 +153,22 @@ def test_a_rank_that_no_matrix_has_is_refused():
     with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
         burnish.tune(nn.Sequential(nn.Linear(16, 24)), "corda(rank=17)",
                      targets="0", head=False, calibration=[torch.randn(4, 16)])
+
+
+def test_damping_starts_at_a_hundredth_and_doubles():
+    """||C~ C~^-1 - I||_F < 0.05 by the first of 0.01, 0.02, 0.04 ... that reaches it, no later."""
+    import inspect
+
+    said = inspect.signature(damped).parameters
+    assert (said["start"].default, said["bound"].default) == (0.01, 0.05)
+    C = torch.zeros(6, 6)
+    C[0, 0] = 600.0                                  # mean of the diagonal: 100; fp32
+    for bound in (1e-4, 1e-5, 1e-6):
+        D, inverse = damped(C, start=1e-9, bound=bound)
+        damp = float(D[1, 1]) / 100
+        doubled = torch.log2(torch.tensor(damp / 1e-9))
+        assert float(doubled) == pytest.approx(round(float(doubled)), abs=1e-3)
+        off = [float(torch.linalg.matrix_norm(
+            (C + d * 100 * torch.eye(6)) @ torch.linalg.inv(C + d * 100 * torch.eye(6))
+            - torch.eye(6))) for d in (damp, damp / 2)]
+        assert off[0] < bound and (off[1] >= bound or damp == pytest.approx(1e-9))

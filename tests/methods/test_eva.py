@@ -161,3 +161,32 @@ def test_a_rank_that_no_matrix_has_is_refused():
     with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
         burnish.tune(nn.Sequential(nn.Linear(16, 24)), "eva(rank=17)",
                      targets="0", head=False, calibration=[torch.randn(4, 16)])
+
+
+def test_a_matrix_gets_no_more_than_its_smaller_side():
+    torch.manual_seed(0)
+    net, xs = nn.Sequential(nn.Linear(12, 2), nn.Linear(2, 12)).double(), data()
+    tuned = burnish.tune(net, "eva(rank=2, rho=6, tolerance=1.01)", targets="*", head=False,
+                         calibration=xs)
+    ranks = {n: v["rank"] for n, v in tuned.adapters["default"].settled["eva"].items()}
+    assert sum(ranks.values()) == 4 and max(ranks.values()) == 2
+
+
+def test_places_that_share_their_input_are_read_until_the_larger_rank_stands():
+    from types import SimpleNamespace
+
+    (method,) = burnish.parse("eva(rank=2, rho=2)")
+    wide, narrow, lone = (Place(n, "weight", "linear", out, 8)
+                          for n, out in (("p", 8), ("q", 2), ("r", 8)))
+    assert method.observe(wide).k == 4 and method.observe(wide).tolerance == 0.99
+    both = SimpleNamespace(explained=torch.tensor([.5, .4, .3, .2]), needed=torch.tensor(4))
+    weak = SimpleNamespace(explained=torch.full((4,), .01), needed=torch.tensor(4))
+    ranks = method.settle({wide: both, narrow: both, lone: weak})
+    assert {p.path: r["rank"] for p, r in ranks.items()} == {"p": 4, "q": 2, "r": 0}
+    assert int(both.needed) == 4 and int(weak.needed) == 0
+
+
+def test_the_count_of_a_rank():
+    (method,) = burnish.parse("eva(rank=4)")
+    place = Place("l", "weight", "linear", 24, 16)
+    assert (method.count(place), method.count(place, rank=3)) == (4 * 40, 3 * 40)

@@ -274,3 +274,9 @@ def test_a_rotation_is_of_its_own_dtype_whatever_torchs_default():
     torch.set_default_dtype(torch.float64)
     assert term.move().dtype == torch.float32
     torch.testing.assert_close(term.move().detach().double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_targets_name_the_resource():
+    with pytest.raises(RecipeError, match="the function of W on q,v"):
+        parse("oft(targets='q,v') + oft(block=4, targets='q,v')")
+    assert len(parse("oft(targets='q') + oft(block=4, targets='v')")) == 2

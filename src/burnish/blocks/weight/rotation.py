@@ -36,7 +36,7 @@ class Rotation(Turn):
         Q = self.skew()
         if not self.terms:
             eye = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
-            return torch.linalg.solve(eye - Q, 2 * Q, left=False)
+            return torch.linalg.solve(eye - Q, 2 * Q)           # the two commute
         power, M = Q, torch.zeros_like(Q)
         for n in range(1, self.terms):           # 2 Q + 2 Q^2 + ... + Q^(terms - 1)
             M = M + (2 if n < self.terms - 1 else 1) * power
