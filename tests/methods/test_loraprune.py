@@ -248,3 +248,88 @@ def test_two_that_share_one_budget_are_refused():
 def test_a_rank_that_no_matrix_has_is_refused():
     with pytest.raises(burnish.RecipeError, match="rank 99 does not fit"):
         burnish.tune(tiny("llama")[0], "loraprune(rank=99, spare=0, targets='q')", head=False)
+
+
+def alive(tuned):
+    return {p: int(m.alive.sum()) for p, m in tuned.branches(UnitMask)}
+
+
+def test_the_last_choice_comes_with_the_last_update():
+    """Whatever `every`: the run ends at the whole ratio."""
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=4, ratio=0.5, units='channels')")
+    tuned.total_steps = 6
+    units = {g.out.path: g.units for g in groups(tuned.anatomy)[0] if g.kind == "channels"}
+    for step in range(6):
+        if step < 4:
+            assert alive(tuned) == units
+        else:
+            r = 0.5 - 0.5 * (1 - (4 - 0.6) / (5.4 - 0.6)) ** 3
+            assert alive(tuned) == {p: n - int(r * n + 1e-9) for p, n in units.items()}
+        tuned.step(batch)
+    assert alive(tuned) == {p: n - n // 2 for p, n in units.items()}
+
+
+@pytest.mark.parametrize("units", ["heads", "channels", "both"])
+def test_one_of_everything_that_is_asked_for_lives_and_nothing_else_is_touched(units):
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, f"loraprune(rank=4, spare=0, every=1, ratio=0.99, units='{units}')")
+    tuned.total_steps = 3
+    want = {g.out.path: max(1, g.units - int(0.99 * g.units)) for g in groups(tuned.anatomy)[0]
+            if units in ("both", g.kind)}
+    for _ in range(3):
+        tuned.step(batch)
+    assert alive(tuned) == want and 1 in want.values()
+
+
+def test_a_matrix_without_an_update_has_no_vote():
+    """q and down alone are adapted: heads are judged by q, channels by down."""
+    from dataclasses import replace as with_
+
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=1, targets='q,down')")
+    tuned.total_steps = 3
+    tuned.optimizer(lr=1e-2)
+    handler = next(h for n, h in tuned.timeline.handlers if n == "loraprune")
+    tuned.step(batch)
+    tuned.loss(batch).backward()
+    found = groups(tuned.anatomy)[0]
+    for g in found:
+        mine = with_(g, rows=tuple(m for m in g.rows if m[0].role == "q"),
+                     columns=tuple(m for m in g.columns if m[0].role == "down"))
+        torch.testing.assert_close(handler.now(g).double(), reference_scores(net, tuned, mine),
+                                   rtol=1e-4, atol=1e-6)
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=1, targets='q')")
+    tuned.total_steps = 3
+    for _ in range(3):
+        tuned.step(batch)
+    units = {g.out.path: (g.kind, g.units) for g in groups(tuned.anatomy)[0]}
+    for path, n in alive(tuned).items():
+        kind, whole = units[path]
+        assert n == whole if kind == "channels" else n < whole
+
+
+def test_a_model_whose_blocks_are_all_spared_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    net = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2))
+    with pytest.raises(burnish.RecipeError, match="outside the 10% of its blocks"):
+        burnish.tune(net, "loraprune(rank=4)")
+
+
+def test_a_state_that_is_loaded_goes_on_from_its_importance():
+    _, _, tuned = pruned("llama", steps=3)
+    handler = next(h for n, h in tuned.timeline.handlers if n == "loraprune")
+    state = handler.state_dict()
+    assert state["total"] == 3 and all(s is not None for s in state["importance"])
+    other, _ = tiny("llama")
+    again = burnish.tune(other, "loraprune(rank=4, every=1, spare=0)")
+    again.optimizer(lr=1e-3)
+    fresh = next(h for n, h in again.timeline.handlers if n == "loraprune")
+    fresh.load_state_dict(state)
+    assert fresh.total == 3
+    for a, b in zip(fresh.importance, state["importance"], strict=True):
+        assert torch.equal(a, b)

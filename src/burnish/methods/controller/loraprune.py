@@ -125,7 +125,7 @@ class Pruner:
     def ratio(self, step: int) -> float:
         """r(t)."""
         m, T = self.method, self.total
-        return 0.0 if T is None else cubic(0.0, m.ratio, step, m.warmup * T, (1 - m.cooldown) * T)
+        return cubic(0.0, m.ratio, step, m.warmup * T, (1 - m.cooldown) * T)
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
