@@ -161,14 +161,20 @@ def test_damping_starts_at_a_hundredth_and_doubles():
 
     said = inspect.signature(damped).parameters
     assert (said["start"].default, said["bound"].default) == (0.01, 0.05)
-    C = torch.zeros(6, 6)
-    C[0, 0] = 600.0                                  # mean of the diagonal: 100; fp32
-    for bound in (1e-4, 1e-5, 1e-6):
+    v = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    C = torch.outer(v, v)                            # rank one, in fp32
+    level, eye = float(C.diagonal().mean()), torch.eye(6)
+
+    def off(damp):
+        D = C + damp * C.diagonal().mean() * eye
+        inverse, info = torch.linalg.inv_ex(D)
+        return float("inf") if int(info) else float((D @ inverse - eye).square().sum().sqrt())
+
+    tried = []
+    for bound in (5e-2, 1e-2, 1e-3, 1e-4):
+        k = next(k for k in range(64) if off(1e-9 * 2**k) < bound)
+        tried.append(k)
         D, inverse = damped(C, start=1e-9, bound=bound)
-        damp = float(D[1, 1]) / 100
-        doubled = torch.log2(torch.tensor(damp / 1e-9))
-        assert float(doubled) == pytest.approx(round(float(doubled)), abs=1e-3)
-        off = [float(torch.linalg.matrix_norm(
-            (C + d * 100 * torch.eye(6)) @ torch.linalg.inv(C + d * 100 * torch.eye(6))
-            - torch.eye(6))) for d in (damp, damp / 2)]
-        assert off[0] < bound and (off[1] >= bound or damp == pytest.approx(1e-9))
+        torch.testing.assert_close(D, C + 1e-9 * 2**k * level * eye, rtol=1e-6, atol=1e-6)
+        assert float((D @ inverse - eye).norm()) < bound
+    assert 3 < tried[0] < tried[-1], "several had to be tried"
