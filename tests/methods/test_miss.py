@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.shards import Shards
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.lowrank.miss import Shards
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -91,3 +91,32 @@ def test_panels_and_effective_weights_agree():
 def test_settings_that_do_not_fit(settings, word):
     with pytest.raises(RecipeError, match=word):
         burnish.tune(nn.Sequential(nn.Linear(20, OUT)), f"miss({settings})")
+
+
+@pytest.mark.parametrize("inp, rank", [(20, 5), (17, 4)])
+def test_dropout_stands_before_the_shards(inp, rank):  # findings 3.9
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inp, OUT)).double()
+    W, b = (t.detach().clone() for t in (model[0].weight, model[0].bias))
+    tuned = burnish.tune(model, f"miss(rank={rank}, dropout=0.3)", head=False, targets="0")
+    ((_, term),) = tuned.terms(Shards)
+    term.double()
+    nn.init.normal_(term.D)
+    D = term.D.detach().clone().requires_grad_()
+    x = torch.randn(N, inp, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    tuned.model.train()
+    torch.manual_seed(7)
+    got = tuned.model(x)
+    torch.manual_seed(7)
+    dropped = torch.nn.functional.dropout(x2, 0.3, True)
+    A = torch.eye(rank, dtype=torch.float64).repeat(1, -(-inp // rank))[:, :inp]
+    want = x2 @ W.t() + b + dropped @ A.t() @ D
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    g = torch.randn_like(got)
+    for a, c in zip(torch.autograd.grad(got, [x, term.D], g),
+                    torch.autograd.grad(want, [x2, D], g), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)
+    tuned.model.eval()
+    torch.testing.assert_close(tuned.model(x), x @ (W + D.t() @ A).t() + b,
+                               rtol=1e-13, atol=1e-13)

@@ -22,6 +22,7 @@ from ..blocks.weight.factor import Chain
 from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
+from ..blocks.weight.shards import Shards
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make, parse
@@ -32,7 +33,6 @@ from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
 from ..engine.undo import Transaction, whole
-from ..methods.delta.lowrank.miss import Shards
 from . import peft_files
 from .card import code
 from .fingerprint import check_tied

@@ -1,4 +1,5 @@
-"""What every hand-written backward here needs: no second cast, and the call of its forward."""
+"""What every backward written here needs: no second cast, and the call of its forward; and a
+backward for whatever may simply be run again."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ...core.call import resume
+from ...core.call import current, resume
 
 
 def uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,3 +32,36 @@ def as_then(backward: Callable[..., Any]) -> Callable[..., Any]:
         with resume(ctx.call):
             return backward(ctx, g)
     return run
+
+
+def again(fn: Callable[[Tensor], Tensor], x: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
+    """``fn(x)``, of which backward keeps nothing but x: it is run again there.
+
+    theta: the tensors that fn reads and gradients are wanted for. As in torch, changing them or x
+    in place before backward is an error.
+    """
+    return _Again.apply(x, fn, *theta)
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    @uncast
+    def forward(ctx: Any, x: Tensor, fn: Callable[[Tensor], Tensor], *theta: Tensor) -> Tensor:
+        ctx.fn, ctx.theta, ctx.call = fn, theta, current()
+        ctx.save_for_backward(x, *theta)
+        return fn(x)
+
+    @staticmethod
+    @once_differentiable
+    @as_then
+    @uncast
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x = ctx.saved_tensors[0]                 # refuses what has changed since
+        need_x, _, *needs = ctx.needs_input_grad
+        x = x.detach().requires_grad_(need_x)
+        with torch.enable_grad():
+            y = ctx.fn(x)
+        wanted = [t for t, need in zip((x, *ctx.theta), (need_x, *needs), strict=True) if need]
+        got = iter(torch.autograd.grad(y, wanted, g, allow_unused=True))
+        dx = next(got) if need_x else None
+        return dx, None, *[next(got) if need else None for need in needs]

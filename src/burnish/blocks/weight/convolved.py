@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .factor import Chain
+from .shards import Shards
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def convolved(term: Chain, conv: Any, x: Tensor) -> Tensor:
+def convolved(term: Chain | Shards, conv: Any, x: Tensor) -> Tensor:
     """``s conv_1(conv(drop(x), A), B)``; x as the module is given it, with or without a batch.
 
     A (R, in / groups * kernel) serves every group, B (out, R) its rows group by group:
@@ -25,8 +26,9 @@ def convolved(term: Chain, conv: Any, x: Tensor) -> Tensor:
     """
     if term.training and term.dropout:
         x = F.dropout(x, term.dropout, True)
-    g, R = conv.groups, term.A.shape[0]
-    A = term.A.to(x.dtype).view(R, conv.in_channels // g, *conv.kernel_size)
+    down, up = term.factors()
+    g, R = conv.groups, down.shape[0]
+    A = down.to(x.dtype).view(R, conv.in_channels // g, *conv.kernel_size)
     h = conv._conv_forward(x, A.repeat(g, *(1,) * (A.dim() - 1)) if g > 1 else A, None)
-    B = (term.B * term.scale).to(x.dtype).view(*term.B.shape, *(1,) * len(conv.kernel_size))
+    B = up.to(x.dtype).view(*up.shape, *(1,) * len(conv.kernel_size))
     return _POINTWISE[len(conv.kernel_size)](h, B, groups=g)

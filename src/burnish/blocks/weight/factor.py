@@ -53,6 +53,10 @@ class Chain(Term):
             if value is not None:
                 there.data.copy_(value)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(rank, in) and (out, rank), whose product is the update."""
+        return self.A, self.B * self.scale
+
     @property
     def keeps_input(self) -> bool:
         return self.A.requires_grad

@@ -25,7 +25,7 @@ from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
 from ..tape.roles import reading
-from .backward import as_then, uncast
+from .backward import again, as_then, uncast
 from .term import Term, Wrap
 
 #: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
@@ -222,12 +222,20 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     if op.wrap is not None and not op.wrap.diagonal:
         if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
             return turned
-        W = op.effective(op.base() if weight is None else weight)
-        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _remade(x, op, bias, weight)
     if torch.compiler.is_compiling():
         return _Linear.apply(x, weight, bias, op, *theta)
     with reading((x,)):
         return _Linear.apply(x, weight, bias, op, *theta)
+
+
+def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+    """``x W'^T + b`` for any function of W: W' is formed again in backward, never kept."""
+    def product(x: Tensor) -> Tensor:
+        return F.linear(x, op.dense(op.base() if weight is None else weight).to(x.dtype))
+
+    y = again(product, x, (*op.theta(), *(op.held() if weight is None else (weight,))))
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _plainly(theta: Sequence[Tensor]) -> bool:

@@ -10,15 +10,10 @@ follows from them; it serves merging and modules that read their weight by thems
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ...core.call import current
-from .backward import as_then, uncast
+from .backward import again
 from .provided import Weighted, Wrap, linear
 
 
@@ -61,36 +56,3 @@ class Turn(Wrap):
         y = again(product, x2, (*own, *inner.theta()))
         y = y if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def again(fn: Callable[[Tensor], Tensor], x: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
-    """``fn(x)``, of which backward keeps nothing but x: it is run again there.
-
-    theta: the tensors that fn reads and gradients are wanted for. As in torch, changing them or x
-    in place before backward is an error.
-    """
-    return _Again.apply(x, fn, *theta)
-
-
-class _Again(torch.autograd.Function):
-    @staticmethod
-    @uncast
-    def forward(ctx: Any, x: Tensor, fn: Callable[[Tensor], Tensor], *theta: Tensor) -> Tensor:
-        ctx.fn, ctx.theta, ctx.call = fn, theta, current()
-        ctx.save_for_backward(x, *theta)
-        return fn(x)
-
-    @staticmethod
-    @once_differentiable
-    @as_then
-    @uncast
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x = ctx.saved_tensors[0]                 # refuses what has changed since
-        need_x, _, *needs = ctx.needs_input_grad
-        x = x.detach().requires_grad_(need_x)
-        with torch.enable_grad():
-            y = ctx.fn(x)
-        wanted = [t for t, need in zip((x, *ctx.theta), (need_x, *needs), strict=True) if need]
-        got = iter(torch.autograd.grad(y, wanted, g, allow_unused=True))
-        dx = next(got) if need_x else None
-        return dx, None, *[next(got) if need else None for need in needs]

@@ -213,33 +213,43 @@ def _dropped(name: str, model: str, check: Any) -> Skip | None:
     return None
 
 
-def _is_its_own_gradient(tuned: Any, batch: Any, eps: float = 3e-5) -> None:
+def _is_its_own_gradient(tuned: Any, batch: Any) -> None:
     """<gradient, d> is the central difference of the loss along d, under one seed; terms of the
-    recipe that follow the loss backward are part of both."""
+    recipe that follow the loss backward are part of both.
+
+    A part of a model that computes in single precision by design (a router) makes small
+    differences noisy, and one that chooses makes any difference jump somewhere; a wrong gradient
+    is wrong in every direction and at every step.
+    """
     def value() -> Tensor:
         return logits(tuned.model(**batch)).square().mean()       # losses are often in fp32
 
     grads = _gradients(tuned, value)
-    g = torch.Generator().manual_seed(3)
-    along = {n: torch.randn(v.shape, generator=g, dtype=v.dtype) for n, v in grads.items()}
+    size = sum(float(v.square().sum()) for v in grads.values()) ** 0.5
     start = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-    riding, ends = tuned.state.riding, []
-    for step in (eps, -eps):
+    riding = tuned.state.riding
+
+    def at(step: float, along: dict[str, Tensor]) -> float:
         with torch.no_grad():
             for n, p in tuned.named_parameters():
                 p.copy_(start[n] + step * along[n])
             torch.manual_seed(5)
             riding.collected = []
-            ends.append(float(value()) + sum(map(float, riding.collected)))
-    riding.collected = None
-    with torch.no_grad():
-        for n, p in tuned.named_parameters():
-            p.copy_(start[n])
-    got = sum(float((grads[n] * d).sum()) for n, d in along.items())
-    want = (ends[0] - ends[1]) / (2 * eps)
-    size = sum(float(v.square().sum()) for v in grads.values()) ** 0.5
-    assert abs(got - want) <= 2e-3 * (abs(want) + size), \
-        f"the gradient along a direction is {got:.6g}, the loss changes by {want:.6g}"
+            try:
+                return float(value()) + sum(map(float, riding.collected))
+            finally:
+                riding.collected = None
+
+    for seed in (3, 4):
+        g = torch.Generator().manual_seed(seed)
+        along = {n: torch.randn(v.shape, generator=g, dtype=v.dtype) for n, v in grads.items()}
+        got = sum(float((grads[n] * d).sum()) for n, d in along.items())
+        quotients = [(at(eps, along) - at(-eps, along)) / (2 * eps) for eps in (3e-5, 1e-3)]
+        at(0.0, along)
+        if any(abs(got - q) <= 2e-3 * (abs(q) + size) for q in quotients):
+            return
+    raise AssertionError(f"the gradient along a direction is {got:.6g}, the loss changes by "
+                         f"{' or '.join(f'{q:.6g}' for q in quotients)}")
 
 
 # -- once per method ------------------------------------------------------------------------------
