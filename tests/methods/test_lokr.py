@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.kronecker import Kronecker
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
-from burnish.methods.delta.tensor.lokr import Kronecker, split
+from burnish.methods.delta.tensor.lokr import split
 from burnish.testing.models import tiny
 
 
@@ -123,7 +124,8 @@ def test_prime_sides_are_refused():
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("lokr")[0].settings() == {
-        "targets": None, "rank": 8, "alpha": 8.0, "factor": -1, "decompose_both": False}
+        "targets": None, "rank": 8, "alpha": 8.0, "factor": -1, "decompose_both": False,
+        "tucker": False}
 
 
 def test_decay_leaves_it_alone():
@@ -184,3 +186,63 @@ def test_what_is_drawn_is_even_within_one_over_the_root_of_its_columns():
         assert 0.98 < float(p.max()) <= 1 and -1 <= float(p.min()) < -0.98
         assert float(p.square().mean()) == pytest.approx(1 / 3, rel=0.1)
     assert not down.any()
+
+
+# -- convolutions -------------------------------------------------------------------------------
+CONVS = {"square": (nn.Conv2d, (8, 12, 3), {"padding": 1, "stride": 2}),
+         "grouped": (nn.Conv2d, (8, 12, 3), {"groups": 2}),
+         "oblong": (nn.Conv2d, (6, 8, (1, 3)), {"dilation": 2}),
+         "line": (nn.Conv1d, (8, 12, 3), {}), "point": (nn.Conv2d, (8, 12, 1), {})}
+KERNELS = ["lokr(rank=1)", "lokr(rank=1, tucker=True)", "lokr(rank=16)",
+           "lokr(rank=1, decompose_both=True, tucker=True)"]
+
+
+def kernel_of(term, weight):
+    """Delta[a o2 + c, b i2 + d, u] = s C[a, b] B[c, d, u], B[c, d, u] = sum U[c, p] T[p, q, u]
+    V[q, d] where it has a core, entry by entry; in the weight's shape."""
+    C, k = whole(term.C), weight[0, 0].numel()
+    if len(term.B) == 3:
+        U, T, V = term.B
+        B = torch.einsum("cp,pqu,qd->cdu", U, T.unflatten(1, (-1, k)), V)
+    else:
+        B = whole(term.B).unflatten(1, (-1, k))
+    return term.scale * torch.einsum("ab,cdu->acbdu", C, B).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("recipe", KERNELS)
+@pytest.mark.parametrize("conv", CONVS)
+def test_on_a_convolution_it_is_the_equation(conv, recipe):
+    cls, args, kw = CONVS[conv]
+    model = nn.Sequential(cls(*args, **kw)).double()
+    stock = copy.deepcopy(model[0])
+    tuned = burnish.tune(model, recipe, head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    assert (len(term.B) == 3) == ("tucker" in recipe and stock.weight[0, 0].numel() > 1)
+    assert sum(p.numel() for p in tuned.parameters()) == \
+        tuned.recipe[0].count(tuned.anatomy.places[0])
+    x = torch.randn(2, args[0], *(7,) * (stock.weight.dim() - 2), dtype=torch.float64,
+                    requires_grad=True)
+    assert torch.equal(model(x), stock(x)), "step 0 is the base"
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    W = stock.weight.detach() + kernel_of(term, stock.weight)
+    want, got = stock._conv_forward(x, W, stock.bias), model(x)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    wanted, g = [x, *term.parameters()], torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(want, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("recipe", KERNELS[:3])
+def test_the_path_on_tokens_is_the_matrix(recipe):
+    """A convolution's path is not run on tokens; it says the same as the matrix all the same."""
+    tuned = burnish.tune(nn.Sequential(nn.Conv2d(8, 12, 3)), recipe, head=False, targets="0")
+    (_, term), = tuned.terms(Kronecker)
+    with torch.no_grad():
+        term.double().B[-1].normal_()
+    h = torch.randn(5, 72, dtype=torch.float64)
+    torch.testing.assert_close(term.path(h), h @ term.dense().t(), rtol=1e-10, atol=1e-12)

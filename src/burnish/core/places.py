@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -62,10 +63,9 @@ class _Matrices:
             self.matrix(path, m, "conv1d", getattr(m, "nf", 0), getattr(m, "nx", 0),
                         transposed=True)
         elif isinstance(m, _CONVS):
-            inp = m.in_channels // m.groups
-            for k in m.kernel_size:
-                inp *= k
-            self.matrix(path, m, "conv", m.out_channels, inp)
+            kernel = math.prod(m.kernel_size)
+            self.matrix(path, m, "conv", m.out_channels, m.in_channels // m.groups * kernel,
+                        kernel=kernel)
         elif isinstance(m, nn.Embedding):
             self.matrix(path, m, "embedding", m.embedding_dim, m.num_embeddings, transposed=True)
         elif isinstance(m, _TRANSPOSED):
@@ -78,7 +78,7 @@ class _Matrices:
             self.bare(path, m)
 
     def matrix(self, path: str, m: nn.Module, kind: str, out: int, inp: int,
-               transposed: bool = False) -> None:
+               transposed: bool = False, kernel: int = 1) -> None:
         if "weight" not in m._parameters:
             self.found.notes.append(
                 f"{path} computes its weight from other tensors (weight_norm and its like), so it "
@@ -94,9 +94,9 @@ class _Matrices:
             above = self.past[path]
             param = f"{path[len(above) + 1:] if above else path}.weight"
             self.add(above, param, "conv" if kind == "conv" else "mha", out, inp,
-                     leaf=param.removesuffix(".weight"))
+                     leaf=param.removesuffix(".weight"), kernel=kernel)
         else:
-            self.add(path, "weight", kind, out, inp, transposed=transposed)
+            self.add(path, "weight", kind, out, inp, transposed=transposed, kernel=kernel)
 
     def bare(self, path: str, m: nn.Module) -> None:
         """Matrices that a module of its own kind owns: routers, and experts in three dimensions."""
@@ -147,7 +147,7 @@ class _Matrices:
         return False
 
     def add(self, path: str, param: str, kind: str, out: int, inp: int, leaf: str = "",
-            experts: int = 0, transposed: bool = False) -> None:
+            experts: int = 0, transposed: bool = False, kernel: int = 1) -> None:
         full = f"{path}.{param}" if path else param
         owner = self.modules[path]
         *parents, last = param.split(".")
@@ -164,7 +164,7 @@ class _Matrices:
         named = ".".join(x for x in (path, leaf) if x) if leaf else path
         block = self.block_of(path)
         place = Place(path, param, kind, out, inp, block=self.numbers[block] if block else None,
-                      experts=experts, transposed=transposed)
+                      experts=experts, transposed=transposed, kernel=kernel)
         self.found.places.append(place)
         self.found.roles[place] = self.role(named, kind)
 

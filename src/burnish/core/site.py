@@ -34,6 +34,7 @@ class Place:
     rows: (start, stop) along `out` when only a slice is meant (fused qkv); else None.
     experts: number of matrices in a 3-D parameter; 0 for an ordinary place.
     transposed: the parameter stores in x out (Conv1D, embeddings, some expert layouts).
+    kernel: entries of a convolution's kernel; inp is channels x kernel.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Place:
     rows: tuple[int, int] | None = None
     experts: int = 0
     transposed: bool = False
+    kernel: int = 1
 
     @property
     def name(self) -> str:
