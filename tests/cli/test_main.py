@@ -145,7 +145,7 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 
 SURFACE = {
     "fit": "data json memory model output recipe",
-    "predict": "base inputs json run tokens",
+    "predict": "base given inputs json run tokens",
     "evaluate": "base batch data image json label run split text",
     "demo": "json memory output",
     "plan": "batch device dtype json length memory model prefer targets",

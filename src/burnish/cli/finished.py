@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..core.errors import CheckError, ConfigError, DataError
@@ -64,12 +65,20 @@ class Finished:
         return cls(folder, tuned, task, facts)
 
     # -- answers -------------------------------------------------------------------------------
-    def predict(self, inputs: Sequence[str], tokens: int = 64) -> Iterator[dict[str, Any]]:
-        """One answer per input: a label with its probability, or text that goes on."""
+    def predict(self, inputs: Sequence[str], tokens: int = 64,
+                keys: Mapping[str, int] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+        """One answer per input: a label with its probability, or text that goes on.
+
+        keys: entries of the keys that the recipe reads beside an input, for all inputs.
+        """
         import torch
 
+        for name, read in self.keys.items():
+            if name not in keys and not read.key.training:
+                raise ConfigError(f"{read.part} reads {name!r} ({read.key.meaning}): give "
+                                  f"--given {name}=..., from 0 to {read.below - 1}")
         for given, row in self._rows(inputs):
-            with torch.no_grad():
+            with torch.no_grad(), self.tuned.given(**keys):
                 if self.task.data.labels:
                     share = self._logits(row)[0].float().softmax(-1)
                     best = int(share.argmax())
@@ -77,6 +86,13 @@ class Finished:
                            "probability": float(share[best])}
                 else:
                     yield {"input": given, "text": self._go_on(row, tokens)}
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What the recipe reads beside a row: name -> core.keys.Read."""
+        from ..core.keys import keys_of
+
+        return keys_of(self.tuned.recipe)
 
     def _rows(self, inputs: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if self.task.data.task == "image-classification":
@@ -135,7 +151,8 @@ class Finished:
         how = {**about.get("reading", {}), **{k: v for k, v in columns.items() if v}}
         part, seed = how.pop("validation", 0), how.pop("seed", 0)
         found = read(data, **{**how, "task": about["task"]}, validation=0,
-                     labels=self.task.data.labels)
+                     labels=self.task.data.labels, keys=self.keys,
+                     optional=[k for k, r in self.keys.items() if r.key.training])
         again = found
         if part and "validation" not in found.splits:
             with contextlib.suppress(ConfigError):              # fewer rows than it would take
@@ -145,7 +162,7 @@ class Finished:
         name = split or next(s for s in ("test", "validation", "train") if s in found.splits)
         if name not in found.splits:
             raise ConfigError(f"{data} has no split {name!r}; it has {', '.join(found.splits)}")
-        self.task.data.splits[name] = found.splits[name]
+        self.task.data.splits[name], self.task.data.keys = found.splits[name], found.keys
         self.task.data.where |= found.where
         these = "the rows this run was trained on" if name == "train" else "held out by this run"
         return self.task.rows(name), name, these if same else "all of them"

@@ -122,15 +122,26 @@ def predict(
                                                      "files of one text per line.")],
     base: Base = None,
     tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
+    given: Annotated[list[str] | None, typer.Option(help="A key that the recipe reads beside an "
+                                                         "input, e.g. task=1; may repeat.")] = None,
     json: Json = False,
 ) -> None:
     """Answers of a finished run: a label with its probability, or text that goes on."""
     from .finished import Finished
 
-    answers = list(Finished.open(run, base).predict(inputs, tokens))
+    keys = {k: v for k, v in map(_key, given or ())}
+    answers = list(Finished.open(run, base).predict(inputs, tokens, keys))
     lines = [f"{a['input']}: {a['text']}" if "text" in a else
              f"{a['input']}: {a['label']} ({a['probability']:.3f})" for a in answers]
     emit(json, {"run": run, "answers": answers}, "\n".join(lines))
+
+
+def _key(text: str) -> tuple[str, int]:
+    """"task=1" -> ("task", 1)."""
+    name, _, value = text.partition("=")
+    if not (name.isidentifier() and value.isdecimal()):
+        raise ConfigError(f"--given {text}: expected key=number, e.g. task=1")
+    return name, int(value)
 
 
 @app.command()

@@ -16,14 +16,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, DataError, nearest
+from ..core.keys import Read
 from ..core.reading import reading
 from . import layouts
+from .beside import apart, missing
 from .columns import Roles, assign, canonical
 from .layouts import SPLITS, Table
 
@@ -53,6 +56,8 @@ class Data:
     columns: str = ""
     #: what :func:`read` was told, so that the same rows can be found again
     reading: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: columns that are keys of context, which parts of the recipe read beside the rows
+    keys: tuple[str, ...] = ()
 
     @property
     def train(self) -> datasets.Dataset:
@@ -115,7 +120,8 @@ def _said(reader: Callable[..., Data]) -> Callable[..., Data]:
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
          image: str | None = None, split: str | None = None, validation: float | int = 0.1,
          seed: int = 0, labels: Sequence[str] | None = None, prompt: str | None = None,
-         completion: str | None = None) -> Data:
+         completion: str | None = None, keys: Mapping[str, Read] = MappingProxyType({}),
+         optional: Collection[str] = ()) -> Data:
     """Reads data for fine-tuning.
 
     data: a name, path, hub name (``owner/name``, ``owner/name:split``), `datasets` object or Data.
@@ -126,11 +132,16 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     validation: share (or number) of training rows set aside when there is no validation split;
         0 for none. The choice is a function of `seed`, and keeps the proportions of classes.
     labels: the classes in their order, where they are known beforehand.
+    keys: what the recipe reads beside the rows (core/keys.py): each is a column of its name.
+    optional: those of them that may be missing.
 
     Raises DataError with row and field, ConfigError for a wrong flag, and AmbiguousError (a
     DataError) with the readings where columns can be read in more than one way.
     """
     if isinstance(data, Data):
+        for name in keys:
+            if name not in data.keys and name not in optional:
+                raise DataError(missing(keys[name], name, data.source, data.train.column_names))
         return data
     if task is not None and task not in TASKS:
         raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
@@ -140,17 +151,25 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     if "train" not in tables:
         raise DataError(f"{source} has no training split; it has {', '.join(tables)}; name it "
                         "with split=")
+    beside = {s: apart(t, s, keys, optional) for s, t in tables.items()}
+    tables = {s: t for s, (t, _) in beside.items()}
     roles = assign(tables["train"], flags)
     classes = tuple(labels) if labels else None
     splits: dict[str, datasets.Dataset] = {}
     order = sorted(tables, key=lambda s: s != "train")  # the classes are those of the train split
     for name in order:
         splits[name], classes = canonical(tables[name], roles, classes, source)
+        for key, entries in beside[name][1].items():
+            if roles.task == "language-modelling":
+                raise DataError(f"language modelling runs documents end to end, so no row has a "
+                                f"{key!r} of its own, which {keys[key].part} reads")
+            splits[name] = splits[name].add_column(key, entries)
+    known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: t.where for k, t in tables.items()}, roles.said(tables["train"].columns),
                 {"task": task, "text": text, "label": label, "image": image, "prompt": prompt,
                  "completion": completion, "split": split, "validation": validation,
-                 "seed": seed})
+                 "seed": seed}, known)
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)
     return done

@@ -5,7 +5,8 @@ Nothing here draws from a random generator, so that a row is the same in a run t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,13 +20,27 @@ KEEP_BYTES = 128 * 2**20
 
 
 class Rows(Dataset):
-    """A torch data set that knows how long each row is (all alike unless it says otherwise)."""
+    """A torch data set that knows how long each row is (all alike unless it says otherwise).
+
+    context: keys that the recipe reads beside the row, an entry per row of the data.
+    """
+
+    context: Mapping[str, Sequence[int]] = MappingProxyType({})
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.row(i)
+        return row if not self.context else \
+            row | {k: v[self.source(i)] for k, v in self.context.items()}
+
+    def row(self, i: int) -> dict[str, Any]:
         raise NotImplementedError
+
+    def source(self, i: int) -> int:
+        """The row of the data that row i was made of."""
+        return i
 
     def length(self, i: int) -> int:
         return 1
@@ -53,7 +68,7 @@ class Pictures(Rows):
             raise DataError(f"{self.where(i)}: the picture cannot be read: {e}") from None
         return self.processor(image)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> dict[str, Any]:
         x = self.kept.get(i)
         if x is None:
             x = self._read(i)
@@ -81,7 +96,7 @@ class Sentences(Rows):
     def length(self, i: int) -> int:
         return len(self.columns["input_ids"][i])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> dict[str, Any]:
         return {k: v[i] for k, v in self.columns.items()} | {"labels": self.labels[i]}
 
 
@@ -108,7 +123,7 @@ class Documents(Rows):
     def length(self, i: int) -> int:
         return min(self.size, len(self.stream) - i * self.size)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> dict[str, Any]:
         ids = self.stream[i * self.size : (i + 1) * self.size]
         return {"input_ids": ids, "labels": ids}
 
@@ -120,6 +135,7 @@ class Turns(Rows):
                  where: Callable[[int], str] | None):
         self.notes: list[str] = []
         self.tokens: list[chat.Tokens] = []
+        self.sources: list[int] = []
         lost = cut = 0
         plain = "prompt" in rows.column_names
         for i, row in enumerate(rows):
@@ -133,6 +149,7 @@ class Turns(Rows):
             else:
                 cut += len(tokens.labels) < len(whole.labels)
                 self.tokens.append(tokens)
+                self.sources.append(i)
         if lost:
             self.notes.append(f"{lost} of {len(rows)} rows are longer than max_length={max_length} "
                               "before the answer starts, and are left out")
@@ -145,9 +162,12 @@ class Turns(Rows):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def source(self, i: int) -> int:
+        return self.sources[i]
+
     def length(self, i: int) -> int:
         return len(self.tokens[i].input_ids)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> dict[str, Any]:
         t = self.tokens[i]
         return {"input_ids": t.input_ids, "labels": t.labels}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..core.errors import CheckError, ConfigError
+from ..core.keys import Read, keys_of
 from ..core.recipe import parse
 from ..engine.tune import tune
 from ..engine.tuned import DEFAULT, Tuned
@@ -146,7 +147,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     if note := alone():
         say(f"note: {note}")
     named = model if isinstance(model, nn.Module) else str(model)
-    found = _read(data, own, int(args.get("seed", 42)), say)
+    keys = keys_of(parse(recipe)) if recipe is not None else {}
+    found = _read(data, own, int(args.get("seed", 42)), keys, say)
     size = int(args.setdefault("per_device_train_batch_size", 16))
     first = next(iter(found.values()))
     for one in found.values():                  # values, before a model is loaded
@@ -166,6 +168,9 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         name = getattr(named, "name_or_path", "") or type(named).__name__
 
     plain = not isinstance(module, transformers.PreTrainedModel)
+    if plain and keys:
+        raise ConfigError(f"{recipe} reads {', '.join(keys)} of the batch, which fit hands to "
+                          "models of transformers; train this one with tuned.step")
     module.train()  # dropout keeps masks and chooses kernels: promised as it will run
     tasks = {n: task if one is first else dataclasses.replace(
         task, data=one, notes=[], fresh=[], _made={}) for n, one in found.items()}
@@ -210,14 +215,16 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
 
 
 # -- before ------------------------------------------------------------------------------------
-def _read(data: dict[str, Any], own: Options, seed: int, say: Any) -> dict[str, Data]:
+def _read(data: dict[str, Any], own: Options, seed: int, keys: Mapping[str, Read], say: Any
+          ) -> dict[str, Data]:
     """Every data set; those after the first are of its task, with its classes."""
     found: dict[str, Data] = {}
     for name, where in data.items():
         first = next(iter(found.values()), None)
         one = read(where, task=own.task, text=own.text, label=own.label, image=own.image,
                    prompt=own.prompt, completion=own.completion, split=own.split,
-                   validation=own.validation, seed=seed, labels=first.labels if first else None)
+                   validation=own.validation, seed=seed, keys=keys,
+                   labels=first.labels if first else None)
         if first is not None and one.task != first.task:
             raise ConfigError(f"{name} is {one.task} and {next(iter(found))} {first.task}: tasks "
                               "one after the other share the model's head; give task=")

@@ -89,6 +89,7 @@ class Task:
         kept = self._made.get(split)
         if kept is None or kept[0] is not source:
             kept = self._made[split] = (source, self.make(split))
+            kept[1].context = {k: source[k][:] for k in self.data.keys}
         return kept[1]
 
     def make(self, split: str) -> Rows:
@@ -99,6 +100,12 @@ class Task:
         return self.data.samples(n)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Rows as one batch, with the keys of context that they have."""
+        keys = [k for k in self.data.keys if k in rows[0]]
+        bare = [{k: v for k, v in r.items() if k not in keys} for r in rows] if keys else rows
+        return self.together(bare) | {k: torch.tensor([r[k] for r in rows]) for k in keys}
+
+    def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
     def example(self, batch_size: int, split: str = "train") -> Batch:
@@ -224,7 +231,7 @@ class TextClassification(_Words, _Classify):
         self.notes += [f"{split}: {n}" for n in made.notes]
         return made
 
-    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+    def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         labels = torch.tensor([r["labels"] for r in rows])
         padded = self.processor.pad([{k: v for k, v in r.items() if k != "labels"} for r in rows],
                                     return_tensors="pt")
@@ -240,7 +247,7 @@ class LanguageModelling(_Words):
     def make(self, split: str) -> Rows:
         return Documents(self.data.splits[split], self.processor, self.max_length or 512)
 
-    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+    def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return pad_tokens(rows, self.processor.pad_token_id)
 
     def loss(self, outputs: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
