@@ -87,9 +87,13 @@ def subject(name: str) -> Subject:
     if where == "blocks":
         cells = [m for m in readers(name) if (ROOT / f"tests/methods/test_{m}.py").exists()]
         own += [f"tests/methods/test_{m}.py" for m in cells]
-    own += told.get("tests", {}).get(name, [])
-    return Subject(name, files[0], tuple(dict.fromkeys(t for t in own if (ROOT / t).exists())),
-                   tuple(told.get("cells", {}).get(name, cells[:1])),
+    more = told.get("tests", {}).get(name, "").split()
+    if missing := [t for t in more if not (ROOT / t).is_file()]:
+        sys.exit(f"mutants.toml: {name} is tested by {missing}, which is no file")
+    own = [t for t in own if (ROOT / t).is_file()] + more
+    named_cells = told.get("cells", {}).get(name)
+    return Subject(name, files[0], tuple(dict.fromkeys(own)),
+                   tuple(cells[:1] if named_cells is None else named_cells.split()),
                    told.get("equivalent", {}).get(name, {}))
 
 

@@ -77,6 +77,18 @@ def test_what_fails_or_hangs_is_killed_and_what_changes_nothing_lives(tmp_path):
     assert said == ["None", "test_toy.py::test_x", "test_toy.py::test_x", "time", "None"]
 
 
+def test_tests_of_other_names_are_told(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants
+
+    assert mutants.subject("lora").tests == ("tests/methods/test_lora.py",)
+    told = mutants.declared()["tests"]
+    for name, files in told.items():
+        got = mutants.subject(name)
+        assert set(files.split()) <= set(got.tests), name
+        assert all(t.startswith("tests/") and t.endswith(".py") for t in got.tests), name
+
+
 @pytest.mark.slow
 def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
     done = run("--named")
