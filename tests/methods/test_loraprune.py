@@ -333,3 +333,22 @@ def test_a_state_that_is_loaded_goes_on_from_its_importance():
     assert fresh.total == 3
     for a, b in zip(fresh.importance, state["importance"], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_linear_is_the_equation():
+    """y = x W^T + (alpha / rank) x A^T B^T, with gradients, in float64."""
+    net, _ = tiny("llama", dtype=torch.float64)
+    tuned = burnish.tune(net, "loraprune(rank=4, alpha=6, spare=0)", head=False)
+    linear = net.model.layers[0].self_attn.q_proj
+    term = linear.burnish.default["loraprune"].double()
+    with torch.no_grad():
+        term.B.normal_()
+    x = torch.randn(5, linear.in_features, dtype=torch.float64, requires_grad=True)
+    want = x @ linear.weight.detach().t() + 1.5 * x @ term.A.t() @ term.B.t()
+    got = linear(x)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    g, inputs = torch.randn_like(want), (x, term.A, term.B)
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+    assert all(m.alive.all() for _, m in tuned.branches(UnitMask))

@@ -82,8 +82,7 @@ class Loraprune(Method):
 
     def pruned(self, anatomy: Anatomy) -> list[Group]:
         """The groups that lose units."""
-        last = len(anatomy.blocks) - 1
-        first = -(-len(anatomy.blocks) * self.spare // 1) if self.spare else 0
+        first, last = len(anatomy.blocks) * self.spare, len(anatomy.blocks) - 1
         return [g for g in groups(anatomy)[0]
                 if g.units > 1 and self.units in ("both", g.kind)
                 and (not self.spare or first <= g.block < last)]
