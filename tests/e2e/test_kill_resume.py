@@ -174,7 +174,8 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(vit, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("recipe", ["full + galore(rank=4)", "lisa(layers=1)",
                                     "mezo + lora(rank=2)", "full + lion",
-                                    "lora(rank=2, dropout=0.1) + sam"])
+                                    "lora(rank=2, dropout=0.1) + sam",
+                                    "greentrainer(budget=0.6, every=2)"])
 def test_every_kind_of_optimizer_goes_on(vit, tmp_path, recipe):
     """Stopped at step 3 and resumed, in one process: state of subspaces, schedules, scalars."""
     import burnish

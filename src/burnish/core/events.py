@@ -15,8 +15,8 @@
 pass will meet. A loop that makes its own passes calls ``tuned.backward`` for it; an update whose
 passes nobody surrounded is refused.
 
-`rehearse(step)` is sent by simulation and measurement alone, before the step that they read: a
-handler whose heavy steps are rare makes this one of them, so that the promise covers them.
+`rehearse(step)` is sent by simulation and measurement alone, before each of their steps: a handler
+whose heavy steps are rare makes this the heaviest there is, so that the promise covers them.
 
 `tensor_updated` is for what reads gradients (scores): it comes tensor by tensor, also where a step
 inside backward frees each gradient at once. An optimizer that makes no gradients does not send it,

@@ -64,6 +64,9 @@ class Pass(Protocol):
     def probe(self, grads: bool = True, statistics: bool = False) -> Probe:
         """The pass, made and undone; `statistics`: running statistics move as in a step's own."""
 
+    def updated(self, grads: dict[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Inside, weights stand after one update with these gradients; gives them as they were."""
+
     def unmoved(self) -> AbstractContextManager[None]:
         """Inside, running statistics are not moved."""
 

@@ -61,6 +61,16 @@ class Pass:
         the loop's loss (a share of the accumulation, a loss scale)."""
         return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
 
+    def updated(self, grads: dict[str, Tensor]) -> Any:
+        """Inside, the weights stand where one update with these gradients takes them; then weights
+        and moments are back, bit for bit. Gives the weights as they were, by name, on the host.
+
+        The optimizer's own step from its present state, tensor by tensor, so that state is made
+        for one tensor at a time, at the rate its schedule started from (a warm-up begins at none);
+        no event is sent, nothing is clipped. Takes `grads` over.
+        """
+        return _updated(self._tuned, grads)
+
     def unmoved(self) -> Any:
         """Inside, running statistics are not moved: for a pass elsewhere than at the weights."""
         return statistics_kept(self._tuned.model)
@@ -102,6 +112,52 @@ def _untouched(tuned: Tuned) -> Iterator[None]:
             objectives._seen = seen
         if muted is not None:
             optimizer.muted = muted
+
+
+@contextmanager
+def _updated(tuned: Tuned, grads: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    params, kept = dict(tuned.named_parameters()), dict[str, Tensor]()
+    scale = tuned.state.riding.rest()
+    try:
+        with _untouched(tuned), _first_rates(tuned.current_optimizer), torch.no_grad():
+            while grads:
+                name, g = grads.popitem()
+                p = params[name]
+                kept[name] = p.detach().to("cpu", copy=True)
+                p.grad = g if scale == 1 else g / scale
+                del g
+                _step_alone(tuned.current_optimizer, p)
+        yield kept
+    finally:
+        with torch.no_grad():
+            for name, was in kept.items():
+                params[name].copy_(was)
+
+
+def _step_alone(optimizer: Any, p: nn.Parameter) -> None:
+    """Step the one tensor that has a gradient, on a copy of its state."""
+    own = optimizer.state.get(p)
+    if own:
+        optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
+    try:
+        optimizer.step()
+    finally:
+        p.grad = None
+        optimizer.state.pop(p, None)
+        if own is not None:
+            optimizer.state[p] = own
+
+
+@contextmanager
+def _first_rates(optimizer: Any) -> Iterator[None]:
+    rates = [(g, g["lr"]) for g in optimizer.param_groups]
+    try:
+        for group, rate in rates:
+            group["lr"] = group.get("initial_lr", rate)
+        yield
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
 
 
 @contextmanager

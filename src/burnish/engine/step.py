@@ -202,6 +202,8 @@ class Stepping(Around):
 
     def _before_update(self) -> None:
         self._here()
+        if self._still:                              # an update that is only looked at
+            return
         self.timeline.start(self.total_steps)
         self._passed()
         self._objectives.before_update(self.current_optimizer)
@@ -210,6 +212,8 @@ class Stepping(Around):
         self.timeline.before_update()
 
     def _after_update(self) -> None:
+        if self._still:
+            return
         opt = self.current_optimizer
         if self.timeline.listens("tensor_updated") and getattr(opt, "on_updated", None) is None:
             scale = getattr(opt, "grad_scale", None)           # a fused step unscales by itself

@@ -217,12 +217,13 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
     since = 0
     with ledger:
         _watch_originals(tuned, ledger)
+        if tuned.current_optimizer is None:
+            tuned.optimizer()
         for step in range(steps):
+            tuned.timeline.emit("rehearse", step)
             if step == steps - 1:
                 since = ledger.now + 1
                 ledger.reset_counts()
-                if tuned._timeline is not None:
-                    tuned.timeline.emit("rehearse", tuned.timeline.step)
             tuned.step(batch, loss) if loss is not None else tuned.step(batch)
     where = device or next(p.device.type for p in tuned.model.parameters())
     return MemoryReport.of(
