@@ -202,6 +202,15 @@ SMALL = 4096
 CODECS: dict[str, Codec] = {"fp32": Plain(), "bf16": Bf16(), "8bit": Block8(), "4bit": Block4()}
 
 
+def form_bytes(name: str, n: int, itemsize: int = 4) -> int:
+    """Bytes of one moment of n elements kept in this form, beside weights of `itemsize` bytes:
+    beside fp64 it is fp64, and a block codec leaves less than SMALL elements in fp32."""
+    form = codec(name)
+    if itemsize < 8 and (n >= SMALL or not isinstance(form, Block)):
+        return form.bytes(n)
+    return n * max(itemsize, 4)
+
+
 def codec(name: str) -> Codec:
     """The codec called fp32, bf16, 8bit or 4bit."""
     if name not in CODECS:

@@ -14,6 +14,7 @@ into a :class:`Plan`, in recipe order, and makes the optimizer that carries it o
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,17 @@ class Subspace:
         if p.dim() < 2:
             return False
         return (self.where or block_matrices(self.map.rank))(name, p)
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes beside a tensor that is covered (by default, a matrix of a block whose short side
+        exceeds the rank): what is stored of the basis and Adam's two moments of the shape of R;
+        two moments of its own shape beside others. Scalars are left out."""
+        wide, n = max(itemsize, 4), math.prod(shape)
+        rest = n // max(shape[0], 1) if len(shape) > 1 else 0
+        if len(shape) < 2 or self.where is None and min(shape[0], rest) <= self.map.rank:
+            return 2 * wide * n
+        inside = math.prod(self.map.shape(shape[0], rest))
+        return self.map.bytes(shape[0], rest, itemsize) + 2 * wide * inside
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,16 @@ class SubspaceMap:
         left, right = self.sides(m, n)
         return r if left else m, r if right else n
 
+    def bytes(self, m: int, n: int, itemsize: int) -> int:
+        """Of what is stored of the basis: its factors in the weight's dtype, or column numbers."""
+        if not self.stores():
+            return 0
+        left, right = self.sides(m, n)
+        r = min(self.rank, n if self.kind == "columns" else min(m, n))
+        if self.kind == "columns":
+            return 4 * r
+        return itemsize * r * (m * left + n * right)
+
     def stores(self) -> bool:
         return self.kind != "gaussian"
 

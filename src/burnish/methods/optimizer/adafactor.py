@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -80,3 +81,9 @@ class Adafactor(Method):
         return Inner(rule=Factored(
             decay_rate=self.decay_rate, clip=self.clip, beta1=self.beta1,
             scale_parameter=self.scale_parameter, weight_decay=self.weight_decay), name="adafactor")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor."""
+        n = math.prod(shape)
+        held = n if len(shape) < 2 else shape[0] + n // shape[0]
+        return (held + (n if self.beta1 else 0)) * max(itemsize, 4)

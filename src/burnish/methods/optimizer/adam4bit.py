@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...blocks.update import rules
-from ...blocks.update.codecs import SMALL
+from ...blocks.update.codecs import form_bytes
 from ...blocks.update.step import Inner
 from ...core.method import Method, setting
 
@@ -40,5 +40,4 @@ class Adam4bit(Method):
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""
-        n = math.prod(shape)
-        return 8 * n if n < SMALL else 2 * (math.ceil(n / 2) + 4 * math.ceil(n / 128))
+        return 2 * form_bytes("4bit", math.prod(shape), itemsize)

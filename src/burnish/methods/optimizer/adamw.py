@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...blocks.update import rules
+from ...blocks.update.codecs import form_bytes
 from ...blocks.update.step import Inner
 from ...core.method import Method, setting
 
@@ -37,5 +38,6 @@ class AdamW(Method):
         return Inner(rule=rule, state=self.state, name="adamw")
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
-        """Bytes of state beside a trained tensor."""
-        return 2 * math.prod(shape) * itemsize
+        """Bytes of state beside a trained tensor; torch's own moments have the weight's dtype."""
+        n = math.prod(shape)
+        return 2 * (n * itemsize if self.state == "fp32" else form_bytes(self.state, n, itemsize))

@@ -58,3 +58,7 @@ class Apollo(Method):
             every=self.every, scale=0.0, residual=rates,
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), name="apollo")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a matrix of a block, scalars left out; of others, Adam's."""
+        return self.optimizer().state_bytes(shape, itemsize)

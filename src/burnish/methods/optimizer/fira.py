@@ -49,3 +49,7 @@ class Fira(Method):
             scale=self.scale, residual=Scaled(limit=self.limit, literal=self.literal),
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), name="fira")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a matrix of a block, scalars left out; of others, Adam's."""
+        return self.optimizer().state_bytes(shape, itemsize)

@@ -59,3 +59,7 @@ class Galore(Method):
             every=self.every, scale=self.scale, at_refresh=self.at_refresh,
             where=matching(self.targets) if self.targets else None, eps_first=True,
             default=AdamW(eps=1e-6, weight_decay=0.0), in_backward=self.in_backward, name="galore")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a matrix of a block, scalars left out; of others, Adam's."""
+        return self.optimizer().state_bytes(shape, itemsize)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...blocks.update import rules
+from ...blocks.update.codecs import form_bytes
 from ...blocks.update.step import Inner
 from ...core.method import Method, setting
 
@@ -39,4 +40,4 @@ class Lion(Method):
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""
-        return 4 * math.prod(shape)
+        return form_bytes(self.state, math.prod(shape), itemsize)

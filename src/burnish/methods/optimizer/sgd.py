@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...blocks.update import rules
+from ...blocks.update.codecs import form_bytes
 from ...blocks.update.step import Inner
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
@@ -40,3 +42,10 @@ class SGD(Method):
         rule = rules.SGD(momentum=self.momentum, nesterov=self.nesterov,
                          weight_decay=self.weight_decay)
         return Inner(rule=rule, state=self.state, name="sgd")
+
+    def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes of state beside a trained tensor; torch's own momentum has the weight's dtype."""
+        n = math.prod(shape)
+        if not self.momentum:
+            return 0
+        return n * itemsize if self.state == "fp32" else form_bytes(self.state, n, itemsize)
