@@ -37,6 +37,12 @@ def _ladder(a: Anatomy) -> bool:
             and len({b.hidden_size for b in a.blocks}) == 1)
 
 
+def _one_width(a: Anatomy) -> bool:
+    widths = {b.hidden_size or a.hidden_size for b in a.blocks}
+    return (len(a.stacks()) == 1 and len(widths) == 1 and None not in widths
+            and not any(b.cross for b in a.blocks))
+
+
 def _states(a: Anatomy) -> bool:
     return any(all(b.attn for b in blocks) and len({b.hidden_size for b in blocks}) == 1
                and not _reads_text(a, stack) for stack, blocks in a.stacks().items())
@@ -80,6 +86,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "units": ("attention or an MLP whose units can be told", lambda a: bool(groups(a)[0])),
     "one stack": ("a single stack of transformer blocks of one width", _ladder),
+    "one width": ("a single stack of blocks of one width", _one_width),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),
 }

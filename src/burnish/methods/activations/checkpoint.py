@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from ...blocks.tape.segment import Segment
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 
@@ -28,23 +29,7 @@ class Checkpoint(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 
-    def activations(self, anatomy: Anatomy) -> BlockMode:
+    def activations(self, anatomy: Anatomy) -> Segment:
         if not anatomy.blocks:
             raise RecipeError("checkpoint: no repeated blocks were found in this model")
-        return BlockMode("checkpoint", [b.path for b in anatomy.blocks[:: self.every]])
-
-
-@dataclass(frozen=True)
-class BlockMode:
-    """How some blocks run (see blocks/tape/executor.py)."""
-
-    mode: str
-    paths: list[str]
-
-    def install(self, attacher: Any, part: Method) -> None:
-        for path in self.paths:
-            slot = attacher.slot(path)
-            if slot.mode not in (None, self.mode):
-                raise RecipeError(f"{path} already runs in mode {slot.mode!r}; a block has one "
-                                  f"mode, {part.name} asks for {self.mode!r}")
-            slot.mode = self.mode
+        return Segment(tuple(b.path for b in anatomy.blocks[:: self.every]), "checkpoint")

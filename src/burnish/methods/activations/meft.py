@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
+
+from ...blocks.state.bottleneck import Bottleneck
+from ...blocks.tape.reversible import Reversible
+from ...blocks.tape.segment import Segment
+from ...core.errors import RecipeError
+from ...core.method import Method, setting
+from ...core.site import Branch
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Anatomy, Block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meft(Method):
+    """MEFT: reversible blocks that keep nothing and start near the pre-trained model.
+
+    Two streams, ``h1 = h2 = x`` at first; per block, with scalars l (`lam`) and b (`beta`)
+
+        y1 = l h1 + F(h2),   y2 = b h2 + G(y1),   next (h1, h2) = (y2, y1)
+
+    B the pre-trained block with its residuals, A an adapter ``W_up act(W_down h + a) + c``
+    (r x d, d x r):
+
+    * variant 1: ``F(h) = B(h) + A(B(h))``, G = A'; l = 0.1, b = 1; y1 is the state;
+    * variant 2: F = A', ``G(h) = B(h) + A(B(h))``; l = 1, b = 0.1; y2 is the state.
+
+    The model's later parts read the state. Start: W ~ N(0, 0.02^2) and biases 0, so adapters are
+    nearly 0 and outputs are off the pre-trained ones by O(l) (O(b) in variant 2) and the adapters'
+    size; an exact start is not invertible. Trains 2 (2 d r + r + d) per block, and in variant 1 one
+    adapter less: nothing reads the last block's y2.
+
+    Kept for backward: 0 per block; the pair before the last block and before an anchor every
+    `anchors` blocks (2 / S hidden states), in fp32 at least; one live block. Backward takes inputs
+    from outputs, ``h2 = (y2 - G(y1)) / b``, ``h1 = (y1 - F(h2)) / l``, with the forward's dropout
+    masks. That multiplies rounding by 2 / (sqrt(1 + 4 l b) - 1) per block, 10.9 at the defaults:
+    anchors=None keeps a pair as often as an error of 1e-3 needs (every 4 blocks in fp32, 13 in
+    fp64, each in half precision); anchors=0 keeps none, as in the paper, and warns when rounding
+    has grown. Not mergeable.
+
+    Refused: several stacks (encoder-decoders, two towers), blocks that return more than one state,
+    that read another tensor with a gradient, or that hold batch norms; models that do something
+    between blocks; somebody else's checkpointing of the blocks.
+
+    Departures: MEFT3 (attention as F, the MLP as G) is not built, since a block's own forward is
+    not cut in two, and neither are fixed-point streams. The source leaves open where in the block
+    the adapter stands (here behind it) and what the head reads (here the state, not a mean).
+    """
+
+    paper: ClassVar[str] = ("Make Pre-trained Model Reversible: From Parameter to Memory Efficient "
+                            "Fine-Tuning (2023), arXiv:2306.00477")
+    identity: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"one width"})
+
+    bottleneck: int = setting(64, "r, width of the adapters")
+    variant: Literal[1, 2] = setting(1, "1: the block is F; 2: the block is G")
+    lam: float | None = setting(None, "l; None: 0.1, and 1 in variant 2", other=(0.5,))
+    beta: float | None = setting(None, "b; None: 1, and 0.1 in variant 2", other=(0.5,))
+    act: str = setting("gelu", "activation inside", other=("relu",))
+    layers: int | None = setting(None, "how many of the last blocks; None: all", other=(1,))
+    anchors: int | None = setting(
+        None, "blocks from one kept pair to the next; 0: none; None: as rounding allows",
+        other=(1,))
+
+    def claims(self) -> tuple[str, ...]:
+        return ("the mode of the blocks",)
+
+    def scales(self) -> tuple[float, float]:
+        """(l, b). RecipeError where the streams could not be inverted."""
+        usual = (0.1, 1.0) if self.variant == 1 else (1.0, 0.1)
+        lam = usual[0] if self.lam is None else self.lam
+        beta = usual[1] if self.beta is None else self.beta
+        if not (lam > 0 and beta > 0):
+            raise RecipeError(f"meft(lam={lam}, beta={beta}): both must be above 0, or no input "
+                              "could be taken from an output")
+        return lam, beta
+
+    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
+        for b in self._blocks(anatomy):
+            yield Branch(b.path, self._adapter(b.hidden_size or anatomy.hidden_size))
+
+    def _adapter(self, d: int) -> Bottleneck:
+        return Bottleneck(d, self.bottleneck, act=self.act, init="bert")
+
+    def activations(self, anatomy: Anatomy) -> Segment:
+        blocks = self._blocks(anatomy)
+        d = blocks[0].hidden_size or anatomy.hidden_size
+        scales = self.scales()
+
+        def run(i: int, attacher: Any) -> Reversible:
+            above = len(blocks) - 1 - i
+            read = self.variant == 2 or above > 0
+            made = Reversible(attacher.state, attacher.adapter.name, i, above, scales,
+                              self._adapter(d) if read else None,
+                              block_first=self.variant == 1, anchors=self.anchors)
+            return made.to(attacher.device(blocks[i].path))
+
+        return Segment(tuple(b.path for b in blocks), run)
+
+    def _blocks(self, anatomy: Anatomy) -> list[Block]:
+        """The blocks it runs. RecipeError where it cannot."""
+        if self.targets is not None:
+            raise RecipeError("meft takes no targets: it runs whole blocks; choose the last n with "
+                              "meft(layers=n)")
+        if self.bottleneck < 1 or (self.anchors or 0) < 0:
+            raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): the "
+                              "bottleneck must be 1 at least, and anchors 0 or more")
+        stacks = anatomy.stacks()
+        if len(stacks) != 1:
+            raise RecipeError("meft: this model has "
+                              + (f"several stacks of blocks ({', '.join(stacks)}); what one hands "
+                                 "the other would have to be reversed too" if stacks else
+                                 "no repeated blocks to reverse"))
+        blocks = next(iter(stacks.values()))
+        n = len(blocks) if self.layers is None else self.layers
+        if not 1 <= n <= len(blocks):
+            raise RecipeError(f"meft(layers={n}): this model has {len(blocks)} blocks")
+        blocks = blocks[-n:]
+        if len({b.hidden_size or anatomy.hidden_size for b in blocks} - {None}) != 1:
+            raise RecipeError("meft: the blocks have different widths, or none that can be told; "
+                              "streams have one")
+        for b in blocks:
+            if b.cross:
+                raise RecipeError(f"meft: {b.path} reads another stack through cross-attention; a "
+                                  "reversible block has no input but its state")
+            module = anatomy.model.get_submodule(b.path)
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+                raise RecipeError(f"meft: {b.path} holds a batch norm, whose statistics a second "
+                                  "run would move again")
+        return blocks
+
+    def count(self, blocks: int, d: int) -> int:
+        """Trainable parameters of so many reversible blocks of width d."""
+        adapters = 2 * blocks - (self.variant == 1)
+        return adapters * Bottleneck.count(d, self.bottleneck)
