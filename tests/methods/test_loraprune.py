@@ -113,6 +113,9 @@ def test_who_is_switched_off_is_the_weakest_by_the_smoothed_score(model):
                 assert set((~masks[g.out.path].alive).nonzero().flatten().tolist()) == dead
     for g in found:
         assert int(masks[g.out.path].alive.sum()) == max(1, g.units - int(0.5 * g.units))
+    handler = next(h for n, h in tuned.timeline.handlers if n == "loraprune")
+    for got, want in zip(handler.importance, smooth, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5)
 
 
 def pruned(model, recipe="loraprune(rank=4, every=1, spare=0)", steps=8):
@@ -352,3 +355,35 @@ def test_a_linear_is_the_equation():
                     strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
     assert all(m.alive.all() for _, m in tuned.branches(UnitMask))
+
+
+def test_rows_of_a_fused_weight_that_have_an_update_of_their_own():
+    """v alone of a fused q, k, v: its heads by its rows, and nobody else's."""
+    net, batch = tiny("gpt2")
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=1, targets='v', units='heads')")
+    tuned.total_steps = 4
+    tuned.optimizer(lr=1e-2)
+    for _ in range(2):
+        tuned.step(batch)
+    tuned.loss(batch).backward()
+    terms = dict(tuned.terms(nn.Module))
+    handler = next(h for n, h in tuned.timeline.handlers if n == "loraprune")
+    for g in (g for g in groups(tuned.anatomy)[0] if g.kind == "heads"):
+        ((v, width),) = [m for m in g.rows if m[0].role == "v"]
+        term = terms[v.name]
+        A, B, dA, dB = (t.detach().double() for t in (term.A, term.B, term.A.grad, term.B.grad))
+        W = net.get_submodule(v.path).weight.detach().double().t()[v.rows[0]: v.rows[1]]
+        G = dB @ A + B @ dA - dB @ dA
+        units = (G * (W + 4 * B @ A)).abs().sum(1).view(g.units, width).sum(1)
+        torch.testing.assert_close(handler.now(g).double(), units / units.norm(), rtol=1e-4,
+                                   atol=1e-6)
+
+
+def test_a_gradient_of_zero_is_no_importance_and_not_nan():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "loraprune(rank=4, spare=0, every=1)")
+    tuned.optimizer(lr=1e-2)
+    (tuned.loss(batch) * 0).backward()
+    handler = next(h for n, h in tuned.timeline.handlers if n == "loraprune")
+    for g in groups(tuned.anatomy)[0]:
+        assert torch.equal(handler.now(g), torch.zeros(g.units))

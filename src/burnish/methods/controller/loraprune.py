@@ -141,7 +141,7 @@ class Pruner:
         parts, made = [], {}
         for side, members in ((0, g.rows), (1, g.columns)):
             for place, width in members:
-                whole = replace(place, rows=None, role="")       # one term may serve a fused weight
+                whole = replace(place, rows=None)       # one term may serve a fused weight
                 at = place if place.name in self.terms else whole
                 term = self.terms.get(at.name)
                 if term is None or term.A.grad is None or term.B.grad is None:
