@@ -1,11 +1,11 @@
 """What an update offers to the other parts of a recipe, word by word.
 
-A part that hangs on the update needs something of it: a gradient to score, a schedule to be
+A part that hangs on the update relies on something of it: a gradient to score, a schedule to be
 honoured, a rounding to be carried out. An optimizer answer that works otherwise than most (it makes
 no gradient, or frees each one at once) says so, and what it does not honour is refused when the
 recipe is read, never accepted and ignored.
 
-    a part needs      ``Method.relies_on``, the word of its own optimizer answer
+    a part relies on  ``Method.relies_on``, the word of its own optimizer answer
                       (``answer.word``), and "objective" where it has an objective
     an answer honours ``answer.honours``: the words it honours, where those are all it honours
                       (own steps), else everything but ``answer.hides``
@@ -48,8 +48,8 @@ def why(answer: Any, word: str) -> str:
     return said or f"there is no part for {WORDS.get(word, word)}"
 
 
-def needs(part: Method) -> tuple[str, ...]:
-    """The words a part needs of whatever optimizer stands beside it."""
+def relied_on(part: Method) -> tuple[str, ...]:
+    """The words a part relies on, of whatever optimizer stands beside it."""
     axes = part.axes()
     own = getattr(part.optimizer(), "word", None) if "optimizer" in axes else None
     terms = ("objective",) if "objective" in axes else ()
@@ -62,7 +62,7 @@ def check(parts: Sequence[Method]) -> None:
         for other in parts:
             if other is part:
                 continue
-            for word in needs(other):
+            for word in relied_on(other):
                 if not honours(answer, word):
                     rest = " + ".join(str(p) for p in parts if p is not part)
                     raise RecipeError(

@@ -68,10 +68,10 @@ class Attacher:
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
-        name, before = self.adapter.name, dict(self.state.needs)
-        self.undo.later(lambda: (self.state.needs.clear(), self.state.needs.update(before)))
+        name, before = self.adapter.name, dict(self.state.context)
+        self.undo.later(lambda: (self.state.context.clear(), self.state.context.update(before)))
         if keys := keys_of(recipe):
-            self.state.needs[name] = keys
+            self.state.context[name] = keys
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():

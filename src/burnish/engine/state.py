@@ -30,7 +30,7 @@ class State:
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
     #: adapter -> key of the batch -> how a part reads it
-    needs: dict[str, dict[str, Read]] = field(default_factory=dict)
+    context: dict[str, dict[str, Read]] = field(default_factory=dict)
     fused: bool = False                              # some of torch's layers read past modules
     off_here: int = 0                                # how many stand in `disabled` just now
 
@@ -65,7 +65,7 @@ class State:
             return "objectives of the recipe follow the loss"
         if self.listening or self.readers:
             return "parts of the recipe hand states to each other"
-        return "parts of the recipe read the context of the call" if self.needs else ""
+        return "parts of the recipe read the context of the call" if self.context else ""
 
     def open(self, module: nn.Module, args: tuple, kw: dict) -> Call:
         """A new call: what is active now, for good, and what the module is called with."""
@@ -79,15 +79,15 @@ class State:
         Raises RecipeError when a part that is active reads a key that the batch lacks, or that has
         entries it may not have.
         """
-        if not self.needs:
+        if not self.context:
             return kw, call
-        declared = {k for keys in self.needs.values() for k in keys}
+        declared = {k for keys in self.context.values() for k in keys}
         found = {k: v for k, v in kw.items() if k in declared}
         kw = {k: v for k, v in kw.items() if k not in found or accepts(module, k)}
         call = replace(call, given={**call.given, **found})
         active = () if call.off else {*dict(call.active), *(r for r in call.rows or () if r)}
         for name in active:
-            for key, read in self.needs.get(name, {}).items():
+            for key, read in self.context.get(name, {}).items():
                 if key in call.given:
                     read.check(key, call.given[key])
                 elif module.training or not read.key.training:

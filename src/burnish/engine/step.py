@@ -89,7 +89,7 @@ class Stepping(Around):
 
         Raises ConfigError for a key that no part of a recipe reads.
         """
-        read = {k for adapter in self.state.needs.values() for k in adapter}
+        read = {k for adapter in self.state.context.values() for k in adapter}
         for key in keys:
             if key not in read:
                 raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
