@@ -13,16 +13,8 @@ from burnish.blocks.weight.provided import Term
 from burnish.core.errors import CheckError, ConfigError, RecipeError
 from burnish.engine.slot import slots
 from burnish.engine.swap import ATTR
+from burnish.testing import stir
 from burnish.testing.models import tiny
-
-
-def stir(tuned, name, seed):
-    """Move everything an adapter owns away from its start."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for n, p in tuned.model.named_parameters():
-            if f".{ATTR}.{name}." in f".{n}":
-                p.add_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
 
 
 def logits(model, batch):
@@ -37,8 +29,8 @@ def pair(recipe, model="llama", head=False, dtype=torch.float64):
     tuned.add("other", recipe, seed=1)
     for _, _, slot in slots(net):
         slot.to(dtype)
-    stir(tuned, "default", 1)
-    stir(tuned, "other", 2)
+    stir(tuned, 1, 0.2, adapter="default")
+    stir(tuned, 2, 0.2, adapter="other")
     net.eval()
     batch.pop("labels")
     return tuned, batch
@@ -98,8 +90,8 @@ def test_a_mix_of_branches_adds_their_weighted_outputs():
     net, batch = tiny("llama", num_hidden_layers=1, dtype=torch.float64)
     tuned = burnish.tune(net.eval(), "parallel(bottleneck=4)", head=False)
     tuned.add("other", "parallel(bottleneck=4)", seed=1)
-    stir(tuned, "default", 1)
-    stir(tuned, "other", 2)
+    stir(tuned, 1, 0.2, adapter="default")
+    stir(tuned, 2, 0.2, adapter="other")
     mlp = net.model.layers[0].mlp
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -131,12 +123,14 @@ def test_a_scaling_at_half_strength():
 
 def test_a_function_of_w_is_used_whole():
     tuned, batch = pair("dora(rank=4)")
-    tuned.use({"default": 0.5})
+    want = tuned.model(**batch).logits
     with pytest.raises(RecipeError, match="can be used whole"):
-        tuned.model(**batch)
-    tuned.use({"default": 1.0, "other": 1.0})
+        tuned.use({"default": 0.5})
     with pytest.raises(RecipeError, match="functions of W"):
-        tuned.model(**batch)
+        tuned.use({"default": 1.0, "other": 1.0})
+    assert torch.equal(tuned.model(**batch).logits, want)        # as it was before
+    tuned.use({"default": 1.0, "other": 0.0})
+    assert torch.equal(tuned.model(**batch).logits, want)
 
 
 @pytest.mark.parametrize("model", ["llama", "vit", "gpt2"])
@@ -168,8 +162,8 @@ def test_one_adapter_per_sample_in_other_modules(model, recipe):
     batch.pop("labels")
     tuned = burnish.tune(net.eval(), recipe, head=False)
     tuned.add("other", recipe, seed=1)
-    stir(tuned, "default", 1)
-    stir(tuned, "other", 2)
+    stir(tuned, 1, 0.2, adapter="default")
+    stir(tuned, 2, 0.2, adapter="other")
     net.eval()
     want = []
     for i, name in enumerate(["other", "default", "other"]):
@@ -318,7 +312,7 @@ def test_an_adapter_is_exported_with_its_own_head(tmp_path):
 def test_all_adapters_are_saved_and_loaded(tmp_path):
     tuned, batch = heads()
     tuned.add("third", "snella(rank=4)", targets="fc1", seed=3)
-    stir(tuned, "third", 3)
+    stir(tuned, 3, 0.2, adapter="third")
     want = {}
     for name in ("default", "third", "other"):
         tuned.use(name)

@@ -16,16 +16,8 @@ from burnish.core.call import current
 from burnish.core.method import Method
 from burnish.core.recipe import parse
 from burnish.core.site import Branch
-from burnish.testing import choose
+from burnish.testing import choose, stir
 from burnish.testing.models import tiny
-
-
-def stir(tuned, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
-    return tuned
 
 
 def gradients(tuned):

@@ -7,13 +7,8 @@ import torch
 
 import burnish
 from burnish.core.errors import CheckError
+from burnish.testing import stir
 from burnish.testing.models import tiny
-
-
-def stir(tuned):
-    with torch.no_grad():
-        for i, p in enumerate(tuned.parameters()):
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p) * 0.1)
 
 
 @pytest.mark.parametrize("recipe", ["lora(rank=4)", "dora(rank=4)", "snella(rank=4)",
@@ -23,7 +18,7 @@ def stir(tuned):
 def test_sound_merges_pass(recipe, model, dtype):
     net, batch = tiny(model, dtype=dtype)
     tuned = burnish.tune(net, recipe)
-    stir(tuned)
+    stir(tuned, size=0.1)
     modes = [m.training for m in net.modules()]
     tuned.merge()
     tuned.unmerge()
@@ -33,7 +28,7 @@ def test_sound_merges_pass(recipe, model, dtype):
 def test_a_merge_that_drifts_is_refused_and_nothing_is_changed(monkeypatch):
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "lora(rank=4)")
-    stir(tuned)
+    stir(tuned, size=0.1)
     net.eval()
     want = net(**batch).logits
     base = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -52,7 +47,7 @@ def test_convolutions_and_embeddings_are_asked_too(monkeypatch):
     for model, targets in (("cnn", "conv"), ("gpt2", "position")):
         net, batch = tiny(model)
         tuned = burnish.tune(net, "lora(rank=2)", targets=targets, head=False)
-        stir(tuned)
+        stir(tuned, size=0.1)
         from burnish.blocks.weight.factor import Chain
 
         with monkeypatch.context() as m:

@@ -11,15 +11,8 @@ import burnish
 from burnish.blocks.weight.provided import Term
 from burnish.engine.slot import slots
 from burnish.engine.swap import ATTR
+from burnish.testing import stir
 from burnish.testing.models import tiny
-
-
-def stir(tuned, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g).to(p.dtype) * 0.1)
-    return tuned
 
 
 def dense(tuned):
@@ -65,7 +58,7 @@ def test_several_parts_on_one_weight_have_their_own_names():
     model = nn.Sequential(nn.Linear(4, 4))
     tuned = burnish.tune(model, "lora(rank=2) + lora(rank=1) + miss(rank=2)", head=False)
     assert {n.split(".")[3] for n, _ in tuned.named_parameters()} == {"lora", "lora_2", "miss"}
-    stir(tuned)
+    stir(tuned, size=0.1)
     x = torch.randn(3, 4)
     want = F.linear(x, model[0].weight + dense(tuned)["0.weight"], model[0].bias)
     torch.testing.assert_close(model(x), want)
@@ -74,7 +67,7 @@ def test_several_parts_on_one_weight_have_their_own_names():
 def test_moving_and_casting_takes_everything_along():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     tuned = burnish.tune(model, "lora(rank=2, dropout=0.5)", head=False)
-    stir(tuned)
+    stir(tuned, size=0.1)
     model.double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     x = torch.randn(3, 4, dtype=torch.float64)
@@ -100,14 +93,14 @@ def test_a_new_module_of_the_same_class_is_a_plain_one(recipe):
                                     "nf4 + lora(rank=2)"])
 def test_a_linear_may_be_called_by_keyword(recipe):
     model = nn.Sequential(nn.Linear(64, 64))
-    stir(burnish.tune(model, recipe, head=False))
+    stir(burnish.tune(model, recipe, head=False), size=0.1)
     x = torch.randn(3, 64)
     assert torch.equal(model[0](input=x), model[0](x))
 
 
 def test_an_embedding_and_its_lookup():
     model = nn.Sequential(nn.Embedding(10, 6, padding_idx=0))
-    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="embedding", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="embedding", head=False), size=0.1)
     index = torch.tensor([[0, 3, 3], [9, 1, 0]])
     want = F.embedding(index, model[0].weight + dense(tuned)["0.weight"].t())
     torch.testing.assert_close(model(index), want)
@@ -116,7 +109,7 @@ def test_an_embedding_and_its_lookup():
 
 def test_any_shape_of_input():
     model = nn.Sequential(nn.Linear(6, 4))
-    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False), size=0.1)
     W = model[0].weight + dense(tuned)["0.weight"]
     for shape in ((6,), (2, 6), (2, 3, 5, 6), (0, 6)):
         x = torch.randn(shape)
@@ -131,7 +124,7 @@ def test_any_shape_of_input():
 ], ids=lambda c: str(c)[:30])
 def test_a_convolution_on_its_effective_weight(conv):
     model = nn.Sequential(conv).double()
-    tuned = stir(burnish.tune(model, "lora(rank=2) + snella(rank=2)", targets="conv"))
+    tuned = stir(burnish.tune(model, "lora(rank=2) + snella(rank=2)", targets="conv"), size=0.1)
     for _, t in tuned.terms(Term):
         t.double()
     size = (2, 4, *[7] * (conv.weight.dim() - 2))
@@ -146,7 +139,7 @@ def test_a_convolution_on_its_effective_weight(conv):
 
 def test_gradients_of_a_convolution_equal_dense_autograd():
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
-    tuned = stir(burnish.tune(model, "dora(rank=2)", targets="conv", head=False))
+    tuned = stir(burnish.tune(model, "dora(rank=2)", targets="conv", head=False), size=0.1)
     for _, t in tuned.terms(Term):
         t.double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -163,7 +156,7 @@ def test_gradients_of_a_convolution_equal_dense_autograd():
 def test_a_transposed_convolution_is_not_taken_for_a_plain_one():
     """Its weight is (in, out, k): either it works exactly or it is no place at all."""
     model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(8, 4, 1))
-    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="conv", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="conv", head=False), size=0.1)
     assert [n for n, _ in tuned.terms(Term)] == ["1.weight"]
 
 
@@ -175,7 +168,7 @@ def test_multihead_attention_reads_weights_past_its_children(train, batch_first)
     model.train(train)
     plain = nn.MultiheadAttention(8, 2, batch_first=batch_first)
     plain.load_state_dict(model["attn"].state_dict())
-    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="q,v,o", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="q,v,o", head=False), size=0.1)
     names = [n for n, _ in tuned.terms(Term)]
     assert len(names) == 3
     updates = dense(tuned)
@@ -198,7 +191,7 @@ def test_the_fused_encoder_layer_does_not_bypass_the_update():
     tuned = burnish.tune(model, "lora(rank=2)", head=False)
     with torch.no_grad():
         base = model(x)
-        stir(tuned)
+        stir(tuned, size=0.1)
         assert not torch.allclose(model(x), base)
         torch.testing.assert_close(model(x), model.train()(x))
     assert torch.backends.mha.get_fastpath_enabled(), "and it is switched on again"
@@ -206,7 +199,7 @@ def test_the_fused_encoder_layer_does_not_bypass_the_update():
 
 def test_rows_of_a_fused_weight_are_products_of_their_own():
     model, batch = tiny("timm_qkv")
-    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="k", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="k", head=False), size=0.1)
     qkv = model.blocks[0].attn.qkv
     (d,) = (v for n, v in dense(tuned).items() if n.startswith("blocks.0."))
     x = torch.randn(2, 5, 32)
@@ -225,7 +218,7 @@ def test_a_module_used_twice_gets_both_gradients():
             return self.f(torch.tanh(self.f(x)))
 
     model = Twice().double()
-    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False), size=0.1)
     ((_, term),) = tuned.terms(Term)
     term.double()
     x = torch.randn(3, 4, dtype=torch.float64)
@@ -241,7 +234,7 @@ def test_a_module_used_twice_gets_both_gradients():
 
 def test_an_effective_weight_stands_only_during_the_call():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    stir(burnish.tune(model, "lora(rank=2)", targets="conv", head=False))
+    stir(burnish.tune(model, "lora(rank=2)", targets="conv", head=False), size=0.1)
     weight, seen = model[0].weight, []
     model[0].register_forward_hook(lambda m, a, y: seen.append(m.weight is weight))
     model(torch.randn(1, 3, 5, 5))
@@ -253,7 +246,7 @@ def test_an_effective_weight_stands_only_during_the_call():
 
 def test_a_forward_that_fails_leaves_the_tape_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False))
+    tuned = stir(burnish.tune(model, "lora(rank=2)", head=False), size=0.1)
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 3))
     assert tuned.state.tape._depth == 0 and not tuned.state.tape._known
@@ -264,7 +257,7 @@ def test_a_forward_that_fails_leaves_the_tape_as_it_was():
 def test_no_effective_weight_waits_for_backward(kind):
     """It is made again: what is kept holds nothing of a weight's size."""
     net, batch = tiny({"conv": "cnn", "mha": "encoder", "conv1d": "gpt2"}[kind])
-    tuned = stir(burnish.tune(net, "snella(rank=2)", head=False))
+    tuned = stir(burnish.tune(net, "snella(rank=2)", head=False), size=0.1)
     own = {p.untyped_storage()._cdata for p in net.parameters()}
     tape, kept = tuned.state.tape, []
     pack = tape.policy.pack
@@ -293,7 +286,7 @@ def test_hooks_run_once_and_see_the_modules_own_values():
 
 def test_a_part_of_the_model_may_be_called_on_its_own():
     net, batch = tiny("vit")
-    tuned = stir(burnish.tune(net, "lora(rank=2)"))
+    tuned = stir(burnish.tune(net, "lora(rank=2)"), size=0.1)
     inner = net.vit(batch["pixel_values"]).last_hidden_state
     inner.sum().backward()
     assert any(p.grad is not None for p in tuned.parameters())

@@ -13,6 +13,7 @@ from torch import nn
 
 import burnish
 from burnish.core.errors import CheckError, ConfigError, RecipeError, TargetError
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
@@ -20,14 +21,6 @@ def mlp(dtype=torch.float32, width=32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(),
                          nn.Linear(64, 5)).to(dtype)
-
-
-def stir(tuned, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) * 0.2)
-    return tuned
 
 
 def square(out, _):
@@ -199,7 +192,7 @@ RECIPES = ["lora(rank=4)", "dora(rank=4)", "snella(rank=4)", "shira(rank=2)", "p
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_deep_copy_computes_and_trains_alone(recipe):
-    tuned = stir(burnish.tune(mlp(), recipe))
+    tuned = stir(burnish.tune(mlp(), recipe), size=0.2)
     x = torch.randn(3, 32)
     want = tuned.model(x)
     twin = copy.deepcopy(tuned.model)
@@ -215,7 +208,7 @@ def test_a_deep_copy_computes_and_trains_alone(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_pickle_computes_the_same(recipe):
-    tuned = stir(burnish.tune(mlp(), recipe))
+    tuned = stir(burnish.tune(mlp(), recipe), size=0.2)
     x = torch.randn(3, 32)
     buffer = io.BytesIO()
     torch.save(tuned.model, buffer)
@@ -238,7 +231,7 @@ def test_others_compiled_without_a_backend(recipe):
 
 def compiled_agrees(recipe, backend):
     torch._dynamo.reset()
-    tuned = stir(burnish.tune(mlp(), recipe))
+    tuned = stir(burnish.tune(mlp(), recipe), size=0.2)
     tuned.model.double()
     x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
     fast = torch.compile(tuned.model, backend=backend)
@@ -277,7 +270,7 @@ def test_autocast_comes_close_and_gradients_arrive_in_fp32(recipe, model):
     if model == "cnn" and "checkpoint" in recipe:
         recipe = "lora(rank=4)"
     net, batch = tiny(model)
-    tuned = stir(burnish.tune(net, recipe, head=False))
+    tuned = stir(burnish.tune(net, recipe, head=False), size=0.2)
     loss = tuned.loss(batch)
     want = torch.autograd.grad(loss, list(tuned.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
@@ -304,7 +297,7 @@ def test_autocast_keeps_no_copy_of_a_weight():
 
 
 def test_backward_inside_autocast():
-    tuned = stir(burnish.tune(mlp(), "lora(rank=4) + l2_sp"))
+    tuned = stir(burnish.tune(mlp(), "lora(rank=4) + l2_sp"), size=0.2)
     x = torch.randn(3, 32)
     with torch.autocast("cpu", torch.bfloat16):
         square(tuned.model(x), None).backward()
@@ -312,7 +305,7 @@ def test_backward_inside_autocast():
 
 
 def test_second_derivatives_are_refused_not_wrong():
-    tuned = stir(burnish.tune(mlp(), "snella(rank=4)", head=False))
+    tuned = stir(burnish.tune(mlp(), "snella(rank=4)", head=False), size=0.2)
     x = torch.randn(3, 32, requires_grad=True)
     (g,) = torch.autograd.grad(tuned.model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -344,7 +337,7 @@ def test_accelerate_prepares_model_and_optimizer():
 def test_the_models_own_checkpointing_still_works():
     """gradient_checkpointing_enable() of transformers, instead of ours."""
     net, batch = tiny("llama")
-    tuned = stir(burnish.tune(net, "lora(rank=4)"))
+    tuned = stir(burnish.tune(net, "lora(rank=4)"), size=0.2)
     want = torch.autograd.grad(tuned.loss(batch), list(tuned.parameters()))
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     got = torch.autograd.grad(tuned.loss(batch), list(tuned.parameters()))

@@ -11,18 +11,13 @@ import burnish
 from burnish.blocks.state.prompts import KeysValues, Prepended, Tokens
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
 def banks(tuned, kind):
     return {path: m for path, _, slot in slots(tuned.model) for m in slot.modules()
             if isinstance(m, kind)}
-
-
-def stir(tuned, size=0.5):
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(size * torch.randn_like(p))
 
 
 def logits(model, **batch):
@@ -107,7 +102,7 @@ def test_labels_need_no_care():
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_padding_on_the_left_changes_nothing(model):
     tuned, _, batch = with_text(model)
-    stir(tuned, 0.2)
+    stir(tuned, size=0.2)
     ids = batch["input_ids"][:1, :5]
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
@@ -124,7 +119,7 @@ def test_padding_on_the_left_changes_nothing(model):
 def test_generation_with_a_cache_is_the_full_forward(model, recipe):
     net, batch = tiny(model)
     tuned = burnish.tune(net, recipe)
-    stir(tuned)
+    stir(tuned, size=0.5)
     net.eval()
     ids = batch["input_ids"][:, :4]
     out = generate(net, ids, 6, attention_mask=torch.ones_like(ids))
@@ -176,7 +171,7 @@ def test_positions_of_real_tokens_do_not_move():
 def test_padding_and_a_prefix():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "prefix(length=3)")
-    stir(tuned)
+    stir(tuned, size=0.5)
     net.eval()
     ids = batch["input_ids"][:1, :5]
     padded = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], 1)
@@ -187,7 +182,7 @@ def test_padding_and_a_prefix():
 def test_collapsing_the_mlp_changes_nothing():
     net, batch = tiny("gpt2")
     tuned = burnish.tune(net, "prefix(length=3, hidden=5)")
-    stir(tuned)
+    stir(tuned, size=0.5)
     net.eval()
     want = logits(net, **batch)
     for bank in banks(tuned, KeysValues).values():
@@ -227,11 +222,11 @@ def test_two_adapters_take_turns():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "prefix(length=3)")
     tuned.add("other", "prompt_tuning(length=2)")
-    stir(tuned)
+    stir(tuned, size=0.5)
     net.eval()
     first = logits(net, **batch)
     tuned.use("other")
-    stir(tuned)
+    stir(tuned, size=0.5)
     second = logits(net, **batch)
     assert not torch.allclose(first, second)
     assert {n.split("burnish.")[1].split(".")[0] for n, _ in tuned.named_parameters()} == {"other"}

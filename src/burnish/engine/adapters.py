@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
-from .slot import Slot
+from .slot import Slot, slots
 from .swap import ATTR
 
 if TYPE_CHECKING:
@@ -94,9 +94,19 @@ def check_rows(tuned: Tuned, names: set[str]) -> None:
                                   "read where they write")
 
 
+def known(tuned: Tuned, name: str) -> Adapter:
+    """The adapter of a name; ConfigError where there is none."""
+    if name not in tuned.adapters:
+        raise ConfigError(f"no adapter {name!r}{nearest(name, tuned.adapters)} "
+                          f"(there is {', '.join(tuned.adapters)})")
+    return tuned.adapters[name]
+
+
 def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
     """Running statistics mix between the base's and the adapters', never beyond: a variance
-    outside may be negative."""
+    outside may be negative. A function of W is used whole, and one at a time."""
+    for _, module, slot in slots(tuned.model):
+        slot._make_plan(module, tuple(weights.items()))
     inside = all(w >= 0 for w in weights.values()) and sum(weights.values()) <= 1 + 1e-6
     for name in () if inside else weights:
         if moved := moved_buffers(tuned, name):
@@ -189,12 +199,12 @@ def still_there(tuned: Tuned) -> None:
     A parameter that was replaced by one of the same shape takes its place. Raises ConfigError.
     """
     advice = "call tuned.detach() before a model is changed, and tune it again"
-    slots = {}
+    found = {}
     for adapter in tuned.adapters.values():
         for path, key in adapter.parts:
-            if path not in slots:
-                slots[path] = _slot(tuned.model, path)
-            if slots[path] is None or key not in slots[path]._modules.get(adapter.name, ()):
+            if path not in found:
+                found[path] = _slot(tuned.model, path)
+            if found[path] is None or key not in found[path]._modules.get(adapter.name, ()):
                 raise ConfigError(f"{path or 'the model'} was replaced since it was tuned, and "
                                   f"{adapter.name}.{key} went with it; {advice}")
         for name in adapter.selected:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.site import Place
-from .adapters import Adapter
+from .adapters import Adapter, known
 from .slot import slots
 from .swap import ATTR
 
@@ -25,7 +25,7 @@ class Looking:
     def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
         """(place name, term) of every term of a class in an adapter (default: the active one)."""
         self._here()
-        name = name or self._active.name
+        name = known(self, name).name if name else self._active.name
         for _, _, slot in slots(self.model):
             for part in slot.parts:
                 if part.adapter == name and part.place is not None:
@@ -35,7 +35,8 @@ class Looking:
 
     def branches(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
         """(path, module) of every branch of a class in an adapter (default: the active one)."""
-        name = name or self._active.name
+        self._here()
+        name = known(self, name).name if name else self._active.name
         for path, _, slot in slots(self.model):
             for part in slot.parts:
                 if part.adapter == name and part.branch is not None \

@@ -85,7 +85,7 @@ class Slot(nn.Module):
             names[:] = [n for n in names if n != adapter]
         self.state.version += 1
         self.state.gone[adapter] = self.state.version
-        self.state.needs.pop(adapter, None)
+        self.state.context.pop(adapter, None)
         self.state.listening[:] = [a for a in self.state.listening if a != adapter]
 
     def module_of(self, part: Part) -> nn.Module:
@@ -431,7 +431,8 @@ def slot_of(module: nn.Module, state: State, path: str) -> Slot:
     """The module's slot, made (and the class swapped) on first use."""
     if ATTR not in module._modules:
         module.add_module(ATTR, Slot(state, path).train(module.training))
-        module.__class__ = tuned_class(type(module))
+        if not hasattr(type(module), "_burnish_base"):   # one that only shows weights runs it too
+            module.__class__ = tuned_class(type(module))
     return module._modules[ATTR]
 
 

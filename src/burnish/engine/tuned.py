@@ -16,7 +16,7 @@ from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
 from ..core.call import off
 from ..core.draw import drawn
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
@@ -30,6 +30,7 @@ from .adapters import (
     check_storage,
     check_train,
     file_names,
+    known,
     moved_buffers,
     original,
     still_there,
@@ -185,9 +186,7 @@ class Tuned(Stepping, Looking):
         Raises ConfigError for an unknown name, and for the only adapter (then :meth:`detach`).
         """
         self._plain()
-        if name not in self.adapters:
-            raise ConfigError(f"no adapter {name!r}{nearest(name, self.adapters)} "
-                              f"(there is {', '.join(self.adapters)})")
+        known(self, name)
         if len(self.adapters) == 1:
             raise ConfigError(f"{name!r} is the only adapter; tuned.detach() gives back the base")
         active = {n for n, _ in self.state.active} | set(self.state.rows or ())
@@ -216,9 +215,8 @@ class Tuned(Stepping, Looking):
         self._ready()
         names = [which] if isinstance(which, str) else list(which)
         for n in names:
-            if n is not None and n not in self.adapters:
-                raise ConfigError(f"no adapter {n!r}{nearest(n, self.adapters)} "
-                                  f"(there is {', '.join(self.adapters)})")
+            if n is not None:
+                known(self, n)
         if not names:
             raise ConfigError(f"use({which!r}) names no adapter (there is "
                               f"{', '.join(self.adapters)}); to run the base: tuned.disabled()")
@@ -422,13 +420,14 @@ class Tuned(Stepping, Looking):
         """What an adapter is: its own tensors, the base tensors it trains and the buffers of the
         base it has moved, by name."""
         self._ready()
-        name = name or self._active.name
+        adapter = known(self, name) if name else self._active
+        name = adapter.name
         out: dict[str, Tensor] = {}
         mark = f"{ATTR}.{name}."
         for key, value in self.model.state_dict(keep_vars=True).items():
             if f".{mark}" in f".{key}":
                 out[key] = value.detach()
-        values = {**self.adapters[name].values(), **moved_buffers(self, name)}
+        values = {**adapter.values(), **moved_buffers(self, name)}
         for key, written in file_names(self, name).items():
             if key in values:
                 out[written] = values[key]

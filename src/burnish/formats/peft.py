@@ -28,7 +28,7 @@ from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make, parse
 from ..core.site import Place
 from ..core.targets import match
-from ..engine.adapters import moved_buffers
+from ..engine.adapters import known, moved_buffers
 from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
@@ -57,9 +57,8 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
     Raises FormatError naming what PEFT has no form for.
     """
     tuned._ready()
-    if name is not None and name not in tuned.adapters:
-        raise ConfigError(f"no adapter {name!r}{nearest(name, tuned.adapters)} "
-                          f"(there is {', '.join(tuned.adapters)})")
+    if name is not None:
+        known(tuned, name)
     weights = {name: 1.0} if name else dict(tuned.state.active)
     if not weights:
         raise FormatError("per-sample adapters are several; name the one to export")

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from ..core.example import example_batch
 from .models import NAMES, config, tiny
+from .stir import stir
 
-__all__ = ["NAMES", "config", "example_batch", "tiny"]
+__all__ = ["NAMES", "config", "example_batch", "stir", "tiny"]

@@ -22,6 +22,7 @@ from ...engine.slot import ATTR, slots
 from ...engine.tune import tune
 from ...engine.tuned import Tuned
 from ..models import tiny
+from ..stir import stir as stir
 
 #: settings that suit models of width 32, taken when a method has a setting of that name
 SMALL: dict[str, Any] = {"rank": 4, "init_rank": 6, "length": 3, "bottleneck": 4, "reduction": 4,
@@ -155,14 +156,6 @@ def widen(tuned: Tuned, dtype: torch.dtype = torch.float64) -> None:
     """Put everything that was added in `dtype` too, for comparisons without rounding."""
     for _, _, slot in slots(tuned.model):
         slot.to(dtype)
-
-
-@torch.no_grad()
-def stir(tuned: Tuned, seed: int = 1, size: float = 0.05) -> None:
-    """Move every trainable tensor away from its start, so that zeros hide nothing."""
-    g = torch.Generator().manual_seed(seed)
-    for _, p in tuned.named_parameters():
-        p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) * size)
 
 
 def logits(out: Any) -> Tensor:
