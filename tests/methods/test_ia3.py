@@ -75,6 +75,14 @@ def test_only_what_is_named_is_scaled(beside):
     one.agree()
 
 
+def test_inner_states_alone(beside):
+    one = beside("vit", "ia3(targets='fc2')")
+    assert [p for p, _ in one.theta] == [f"vit.layers.{i}.mlp.fc2" for i in range(2)]
+    for path, gain in one.at("gain"):
+        one.base.get_submodule(path).register_forward_pre_hook(lambda m, a, g=gain: (a[0] * g,))
+    one.agree()
+
+
 def test_what_has_no_states_to_scale_says_so():
     assert parse("ia3")[0].inner is True
     with pytest.raises(burnish.RecipeError, match="read by its module without a call"):

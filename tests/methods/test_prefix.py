@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import burnish
 from burnish.blocks.state.prompts import KeysValues
 from burnish.core.recipe import parse
+from burnish.methods.prompt.prefix import _key_width
 from burnish.testing.models import tiny
 
 
@@ -137,8 +139,37 @@ def test_keys_narrower_than_the_state_and_cross_attention():
         assert all(m.width == width for m in banks.values())
 
 
+def test_the_mlp_reads_the_width_of_the_model(beside):
+    """P' is as wide as the state, the rows as the keys: under grouped queries they differ."""
+    one = beside("llama", "prefix(length=1, hidden=5)")
+    ((_, P),) = one.at("trunk.rows")
+    assert P.shape == (1, 32) and {U.shape for _, U in one.at("up.weight")} == {(32, 5)}
+
+
+def test_blocks_of_different_widths():
+    """Each attention has rows of its own width, whatever the other blocks hold."""
+    tuned = burnish.tune(tiny("swin")[0], "prefix(length=2)", head=False)
+    assert [tuple(p.shape) for p in tuned.parameters()] == [(2, 2, 16), (2, 2, 16), (2, 2, 32)]
+
+
+def test_keys_of_a_fused_weight_that_interleaves_its_heads():
+    """out = (heads + 2 kv) h numbers, of which kv h are keys; without heads nothing can be said."""
+    place = SimpleNamespace(block=3, role="qkv", out=96, rows=None)
+    first = SimpleNamespace(block=3, role="fc1", out=7, rows=None)
+    anatomy = SimpleNamespace(places=[first, place], slices=lambda p: [])
+    block = SimpleNamespace(heads=4, kv_heads=2, path="layers.3")
+    assert _key_width(anatomy, 3, block, "") == 24
+    for heads, kv in ((None, 2), (4, None)):
+        with pytest.raises(burnish.RecipeError, match="cannot be told"):
+            _key_width(anatomy, 3, SimpleNamespace(heads=heads, kv_heads=kv, path="x"), "")
+    for number, prefix in ((2, ""), (3, "cross_")):
+        with pytest.raises(burnish.RecipeError, match="cannot be told"):
+            _key_width(anatomy, number, block, prefix)
+
+
 def test_counts_and_defaults():
     m = parse("prefix")[0]
+    assert m.count(2, 16) == 2 * 2 * 30 * 16
     assert (m.length, m.hidden) == (30, 0)
     assert parse("prefix(length=4, hidden=5)")[0].count(2, 16, 32) == \
         4 * 32 + 33 * 5 + 2 * 2 * 16 * 6

@@ -74,6 +74,13 @@ def test_a_bare_norm_gets_its_own_scale():
     assert names and set(names) == {"gain"}
 
 
+def test_a_module_names_its_matrices_and_its_norms():
+    tuned = burnish.tune(tiny("bert")[0], "ssf(targets='layer.0.attention')", head=False)
+    stems = {n.partition(".burnish")[0].partition("attention.")[2] for n, _ in
+             tuned.named_parameters()}
+    assert stems == {"self.query", "self.key", "self.value", "output.dense", "output.LayerNorm"}
+
+
 def test_counts_and_defaults():
     m = parse("ssf")[0]
     assert m.init == "identity" and m.count(32) == 64 and m.count(32, shift=False) == 32

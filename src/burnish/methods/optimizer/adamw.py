@@ -35,7 +35,7 @@ class AdamW(Method):
 
     def optimizer(self) -> Inner:
         rule = rules.AdamW(betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
-        return Inner(rule=rule, state=self.state, name="adamw")
+        return Inner(rule=rule, state=self.state)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor; torch's own moments have the weight's dtype."""

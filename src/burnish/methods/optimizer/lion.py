@@ -36,7 +36,7 @@ class Lion(Method):
 
     def optimizer(self) -> Inner:
         rule = rules.Lion(betas=self.betas, weight_decay=self.weight_decay)
-        return Inner(rule=rule, state=self.state, name="lion")
+        return Inner(rule=rule, state=self.state)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""

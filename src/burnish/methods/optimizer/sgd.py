@@ -41,7 +41,7 @@ class SGD(Method):
     def optimizer(self) -> Inner:
         rule = rules.SGD(momentum=self.momentum, nesterov=self.nesterov,
                          weight_decay=self.weight_decay)
-        return Inner(rule=rule, state=self.state, name="sgd")
+        return Inner(rule=rule, state=self.state)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor; torch's own momentum has the weight's dtype."""

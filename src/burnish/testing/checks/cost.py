@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -63,7 +64,10 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
     rows = _rows(base, batch.bare, places)
     stock = _kept(base, batch.bare, lambda: base(**batch.bare).loss)
     ours = _kept(tuned.model, batch, lambda: tuned.loss(batch))
-    said = sum(4 * rows[p.path] * method.per_token(p) for p in places)
+    settled = tuned.adapters["default"].settled.get(name, {})
+    taken = inspect.signature(method.per_token).parameters
+    said = sum(4 * rows[p.path] * method.per_token(p, **{
+        k: v for k, v in settled.get(p.name, {}).items() if k in taken}) for p in places)
     few = sum(16 * p.out for p in places)              # thresholds, norms of rows
     assert abs(ours - stock - said) <= few + 0.01 * stock, \
         (f"keeps {ours:,} bytes; stock autograd {stock:,}, and {said:,} more are said "

@@ -54,6 +54,11 @@ class Shira(Method):
             index = _structured(place, k).to(weight.device)
         return SparseDelta(place, index, portable=self.mask == "random")
 
+    def per_token(self, place: Place) -> int:
+        """Numbers kept per token besides the input (whose empty columns are left out where most
+        are)."""
+        return 0
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.entries(place)

@@ -87,6 +87,10 @@ class Eva(Method):
         return begin(Chain(site.place, rank, self.alpha / self.rank), site, self.start) \
             if rank else None
 
+    def per_token(self, place: Place, rank: int | None = None) -> int:
+        """Numbers kept per token besides the input (with dropout 0)."""
+        return self.rank if rank is None else rank
+
     def count(self, place: Place, rank: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: the mean)."""
         return (self.rank if rank is None else rank) * (place.out + place.inp)
