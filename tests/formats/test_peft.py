@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from peft import LoKrConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
 
 import burnish
 from burnish.core.errors import ConfigError, FormatError
@@ -24,12 +24,12 @@ def outputs(model, batch):
         return model(**batch).logits
 
 
-def moved(tuned, seed=1):
+def moved(tuned, seed=1, size=0.05):
     """Every trained tensor away from where it started."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in tuned.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+            p.add_(size * torch.randn_like(p))
     return tuned
 
 
@@ -53,6 +53,22 @@ OUT = {
     "gpt2 slices": ("gpt2", "lora(rank=4, targets='q,v')", {}),
     "gpt2 dora slices": ("gpt2", "dora(rank=4, targets='q,v')", {}),
     "bert head": ("bert", "lora(rank=4)", {"head": "auto"}),
+    "llama lokr": ("llama", "lokr(rank=2)", {}),
+    "llama lokr whole": ("llama", "lokr(rank=64, targets='q,v')", {}),
+    "llama lokr both": ("llama", "lokr(rank=1, decompose_both=True, alpha=3, factor=4)", {}),
+    "llama lokr ranks": ("llama", "lokr(rank=2, targets='q') + lokr(rank=1, alpha=2, targets='v')",
+                         {}),
+    "vit lokr head": ("vit", "lokr(rank=2, targets='fc1')", {"head": "auto"}),
+    "vit lokr convolution": ("vit", "lokr(rank=2, targets='conv')", {"head": False}),
+    "vit lokr core": ("vit", "lokr(rank=2, tucker=True, targets='conv')", {"head": False}),
+    "vit lokr whole kernel": ("vit", "lokr(rank=64, targets='conv')", {"head": False}),
+    "llama oft": ("llama", "oft(block=8)", {}),
+    "llama oft share": ("llama", "oft(block=4, share=True, targets='q,down')", {}),
+    "llama oft series": ("llama", "oft(block=8, terms=4)", {}),
+    "llama oft bound": ("llama", "oft(block=8, bound=0.5)", {}),
+    "vit oft head": ("vit", "oft(block=8)", {"head": "auto"}),
+    "llama vera": ("llama", "vera(rank=16)", {}),
+    "gpt2 vera": ("gpt2", "vera(rank=16)", {}),
     "bert norms": ("bert", "lora(rank=4) + norms", {"head": False}),
 }
 
@@ -145,6 +161,22 @@ IN = {
     "llama saved": ("llama", LoraConfig(target_modules=["q_proj"], r=2,
                                         modules_to_save=["lm_head", "embed_tokens"])),
     "llama miss": ("llama", MissConfig(r=6, target_modules=["q_proj"])),
+    "llama lokr": ("llama", LoKrConfig(target_modules=["q_proj", "down_proj"], r=2, alpha=3)),
+    "llama lokr patterns": ("llama", LoKrConfig(
+        target_modules=["q_proj", "v_proj"], r=2, alpha=3, decompose_both=True, decompose_factor=4,
+        rank_pattern={"v_proj": 1}, alpha_pattern={"q_proj": 5})),
+    "llama lokr whole": ("llama", LoKrConfig(target_modules=["q_proj"], r=16, alpha=48)),
+    "vit lokr core": ("vit", LoKrConfig(target_modules=["projection"], r=2, alpha=3,
+                                        use_effective_conv2d=True)),
+    "vit lokr kernel": ("vit", LoKrConfig(target_modules=["projection", "q_proj"], r=64, alpha=3,
+                                          modules_to_save=["classifier"])),
+    "llama oft": ("llama", OFTConfig(target_modules=["q_proj", "down_proj"], oft_block_size=8)),
+    "llama oft exact": ("llama", OFTConfig(target_modules=["q_proj"], r=4, oft_block_size=0,
+                                           use_cayley_neumann=False, block_share=True)),
+    "llama coft": ("llama", OFTConfig(target_modules=["q_proj"], oft_block_size=8, coft=True,
+                                      eps=2.0, use_cayley_neumann=False)),
+    "llama oft three": ("llama", OFTConfig(target_modules=["q_proj"], oft_block_size=8,
+                                           num_cayley_neumann_terms=3)),
     "vit head": ("vit", LoraConfig(target_modules=["q_proj", "v_proj"], r=4,
                                    modules_to_save=["classifier"])),
     "vit convolution": ("vit", LoraConfig(target_modules=["projection"], r=4)),
@@ -159,7 +191,8 @@ def from_peft(case, folder):
     model, batch = tiny(name)
     theirs = get_peft_model(model, config)
     moved(type("T", (), {"parameters": lambda self: [p for p in theirs.parameters()
-                                                     if p.requires_grad]})())
+                                                     if p.requires_grad]})(),
+          size=0.05 if config.peft_type in ("LORA", "MISS") else 0.3)
     theirs.save_pretrained(folder)
     return name, batch, outputs(theirs, batch)
 
@@ -168,6 +201,8 @@ def from_peft(case, folder):
 def test_we_compute_what_peft_saved_and_give_it_back(case, tmp_path):
     name, batch, theirs = from_peft(case, tmp_path / "peft")
     model, _ = tiny(name)
+    assert (outputs(model, batch) - theirs).abs().max() > 1e-3
+    model.train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     tuned = load_peft(model, tmp_path / "peft")
     assert torch.allclose(outputs(model, batch), theirs, rtol=1e-5, atol=2e-6)
@@ -255,3 +290,56 @@ def test_an_import_that_is_interrupted_leaves_the_model_as_it_was(tmp_path, monk
     assert after[0] == before[0]
     for a, b in zip(after[1], before[1], strict=True):
         assert a[:3] == b[:3] and torch.equal(a[3], b[3]), a[0]
+
+
+@pytest.mark.parametrize("recipe, kind", [("lokr(rank=2)", "LOKR"), ("oft(block=8)", "OFT"),
+                                          ("vera(rank=8)", "VERA")])
+def test_they_keep_their_type(recipe, kind, tmp_path):
+    export_peft(burnish.tune(tiny("llama")[0], recipe), tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == kind
+
+
+@pytest.mark.parametrize("model, recipe, words", [
+    ("llama", "oft(block=8, terms=3)", "at least 4 terms"),
+    ("gpt2", "oft(block=8)", "OFT has no form for a Conv1D"),
+    ("gpt2", "lokr(rank=2)", "LoKr has no form for a Conv1D; export_peft"),
+    ("vit", "oft(block=4, targets='conv')", "another function"),
+    ("llama", "oft(block=8, targets='q') + oft(block=4, targets='v')", "one for all modules"),
+    ("llama", "lokr(rank=2, targets='q') + lokr(factor=4, targets='v')", "one for all modules"),
+    ("llama", "oft(block=8, targets='q') + lora(rank=2, targets='v')", "no exact LoRA form"),
+    ("llama", "vera(rank=8, targets='q') + vera(rank=8, targets='v')", "one pair of bases")])
+def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
+    tuned = burnish.tune(tiny(model)[0], recipe, head=False)
+    with pytest.raises(FormatError, match=words):
+        export_peft(tuned, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("config, change, words", [
+    (LoKrConfig(target_modules=["q_proj"], r=2), {"rank_dropout": 0.1}, "no counterpart"),
+    (LoKrConfig(target_modules=["q_proj"], r=2), {"decompose_factor": "x"}, "decompose_factor"),
+    (LoKrConfig(target_modules=["q_proj"], r=2), {"r": 3}, "the model needs"),
+    (LoKrConfig(target_modules=["q_proj"], r=2), {"alpha": "x"}, "field 'alpha'"),
+    (OFTConfig(target_modules=["q_proj"], oft_block_size=8), {"num_cayley_neumann_terms": 2},
+     "series of 2 terms"),
+    (OFTConfig(target_modules=["q_proj"], oft_block_size=8), {"block_share": True},
+     "the model needs"),
+    (peft.VeraConfig(target_modules=["q_proj"], r=4), {}, "VeRA adapter, whose random bases")])
+def test_a_folder_that_would_be_misread_is_refused(config, change, words, tmp_path):
+    get_peft_model(tiny("llama")[0], config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    model, _ = tiny("llama")
+    with pytest.raises(FormatError, match=words):
+        load_peft(model, tmp_path)
+    assert not any("burnish" in n for n, _ in model.named_modules())
+
+
+def test_what_peft_has_no_type_for_can_be_approximated(tmp_path):
+    """GPT-2's layers have no LoKr in PEFT; at full rank the LoRA of it is the same."""
+    model, batch = tiny("gpt2")
+    tuned = moved(burnish.tune(model, "lokr(rank=2)"))
+    ours = outputs(model, batch)
+    export_peft(tuned, tmp_path, rank=32)
+    theirs = outputs(PeftModel.from_pretrained(tiny("gpt2")[0], tmp_path), batch)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=2e-5)

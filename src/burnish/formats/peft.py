@@ -1,9 +1,9 @@
-"""To PEFT and back: plain LoRA, rsLoRA, DoRA and MiSS as `peft` stores them.
+"""To PEFT and back: LoRA, rsLoRA, DoRA, MiSS, LoKr, OFT and VeRA as `peft` stores them.
 
 Every update that is a product of factors has an exact LoRA form: slices of a fused projection
 become one pair with zero rows, several terms on one matrix are stacked, PiSSA becomes twice its
-rank, MiSS keeps its own type where the whole adapter is MiSS. What has none is refused, or
-approximated at a rank the caller names.
+rank. MiSS, LoKr, OFT and VeRA keep their own type where the whole adapter is one of them. What has
+none is refused, or approximated at a rank the caller names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
 from ..blocks.weight.shards import Shards
+from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make, parse
@@ -37,6 +38,7 @@ from . import peft_files
 from .card import code
 from .fingerprint import check_tied
 from .peft_files import Lora, PeftFolder
+from .peft_types import as_miss, as_own, check_plain
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
@@ -64,13 +66,14 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
         raise FormatError("per-sample adapters are several; name the one to export")
     what = PeftFolder(base=_base_name(tuned.model))
     errors: dict[str, float] = {}
-    for path, module, slot in slots(tuned.model):
+    as_own(tuned, what, weights, near=rank is not None)
+    for path, module, slot in slots(tuned.model) if not what.own else ():
         parts = _parts(slot, path, weights)
         if parts:
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
-    if not what.loras:
+    if not what.modules:
         raise FormatError("the adapter adds to no weight: there is nothing PEFT could hold")
-    _as_miss(tuned, what, weights)
+    as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
     _whole(tuned, what, weights)
     settings = [m.settings() for n in weights for m in tuned.adapters[n].recipe]
@@ -78,6 +81,8 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
     what.fan_in_fan_out = all(type(tuned.model.get_submodule(p)).__name__ == "Conv1D"
                               for p in what.modules)
+    if what.own and what.kind != "LOKR":
+        what.settings["fan_in_fan_out"] = what.fan_in_fan_out
     what.task_type = _task(tuned.model, what)
     names = [n for n, _ in tuned.model.named_modules() if ".burnish" not in f".{n}"]
     return peft_files.write(folder, what, names, _card(what, tuned, errors))
@@ -109,22 +114,6 @@ def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | No
     return got, float((got.dense() - dense).norm() / dense.norm().clamp_min(1e-30))
 
 
-def check_plain(module: nn.Module, path: str) -> None:
-    """Raises FormatError for a class whose forward is its own: burnish changes the weight that it
-    computes with, PEFT adds to what comes out of it, and these are two functions. (A subclass that
-    inherits its forward is plain; PEFT knows embeddings with an ``embed_scale``.)"""
-    cls = getattr(type(module), "_burnish_base", type(module))
-    if cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."):
-        return
-    plain = next((k for k in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-                  if issubclass(cls, k)), None)
-    if plain is None or (cls.forward is not plain.forward
-                         and not (plain is nn.Embedding and hasattr(module, "embed_scale"))):
-        raise FormatError(f"{path} is a {cls.__name__}, whose forward is its own: PEFT would add "
-                          "the update to its output, burnish changes the weight inside; leave it "
-                          "out with targets, or merge instead")
-
-
 _Parts = list[tuple[Place, Term, float]]
 Settings = tuple[tuple[str, Any], ...]
 
@@ -132,7 +121,7 @@ Settings = tuple[tuple[str, Any], ...]
 def _parts(slot: Slot, path: str, weights: dict[str, float]) -> _Parts:
     out: _Parts = []
     for part in slot.parts:
-        if part.adapter not in weights:
+        if part.adapter not in weights or isinstance(slot.module_of(part), Shared):
             continue
         if part.place is None:
             raise FormatError(f"{part.key} at {path or 'the root'} computes on hidden states; PEFT "
@@ -207,26 +196,6 @@ def _fill_dora(tuned: Tuned, what: PeftFolder) -> None:
             x.magnitude = _row_norms(slot, module, place, x)
 
 
-def _as_miss(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
-    """The adapter as PEFT's own MISS when it is nothing else, on plain linears, in one shape."""
-    found: dict[str, Shards] = {}
-    for path, module, slot in slots(tuned.model):
-        mine = [p for p in slot.parts if p.adapter in weights]
-        for part in mine:
-            term = slot.module_of(part)
-            if len(mine) > 1 or not isinstance(term, Shards) or part.place.rows \
-                    or not isinstance(module, nn.Linear) or weights[part.adapter] != 1:
-                return
-            found[path] = term
-    if not found:
-        return
-    mini = any(t.repeat > 1 for t in found.values())
-    shapes = {t.D.shape if mini else t.D.shape[:1] for t in found.values()}
-    if len(shapes) == 1:
-        what.kind, what.mini, what.loras = "MISS", mini, {}
-        what.blocks = {p: t.D.detach() for p, t in found.items()}
-
-
 def _whole(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
     """Parameters that train outright become modules saved whole, as high up as they reach."""
     selected = {n for a in weights for n in tuned.adapters[a].selected}
@@ -286,7 +255,8 @@ def _card(what: PeftFolder, tuned: Tuned, errors: dict[str, float]) -> str:
 
 # -- in -------------------------------------------------------------------------------------
 def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
-    """Join a PEFT folder to its base, in place: LoRA, rsLoRA, DoRA or MiSS, a trained head too.
+    """Join a PEFT folder to its base, in place: LoRA, rsLoRA, DoRA, MiSS, LoKr or OFT, a trained
+    head too.
 
     The recipe of what comes back is written out per rank and scale, with its targets, so it can be
     trained on, saved and exported like any other. Done whole or not at all: whatever is refused
@@ -325,6 +295,8 @@ def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
     for path, D in what.blocks.items():
         args: dict[str, Any] = {"rank": D.shape[0]} | ({"mini": D.shape[1]} if what.mini else {})
         out.setdefault(("miss", tuple(args.items())), []).append(path)
+    for path, own in what.own.items():
+        out.setdefault((own.method, tuple(own.settings.items())), []).append(path)
     for path, x in what.loras.items():
         dora = x.magnitude is not None
         rs = what.rslora and not dora
@@ -399,7 +371,13 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
     for path, _, slot in slots(tuned.model):
         for part in slot.parts:
             term = slot.module_of(part)
-            if isinstance(term, Shards):
+            if path in what.own:
+                for name, p in term.named_parameters():
+                    if name not in (values := what.own[path].values):
+                        raise FormatError(f"{folder}: {path} has no {name}, the model needs "
+                                          f"{list(p.shape)}")
+                    put(p, values[name], f"{path}.{name}")
+            elif isinstance(term, Shards):
                 put(term.D, what.blocks[path], f"{path}.miss_block")
             elif isinstance(term, Magnitude):
                 put(term.m, what.loras[path].magnitude, f"{path}.lora_magnitude_vector")

@@ -27,9 +27,10 @@ from torch import Tensor
 from ..core.errors import ConfigError, FormatError
 from ..core.patterns import Pattern
 from ..core.reading import check_fields, shown
-from . import safe, staged
+from . import peft_own, safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
+from .peft_own import Own
 
 PREFIX = "base_model.model."
 
@@ -38,7 +39,7 @@ KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_
          "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
          "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
          "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
-         "peft_type": "text"}
+         "peft_type": "text", **peft_own.KINDS}
 #: settings that change what is computed; a folder that uses one is refused, not misread
 _UNREADABLE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices",
                "target_parameters", "use_qalora", "lora_bias", "megatron_config", "arrow_config",
@@ -67,13 +68,17 @@ class Lora:
 class PeftFolder:
     """What a folder says.
 
-    kind: "LORA" or "MISS". whole: parameter -> value, trained outright; saved: the modules that
-    own them. mini: MISS blocks are narrower than the outputs and repeat.
+    kind: "LORA", "MISS", or one of peft_own.py (`own` then, with the `settings` of all and what
+    stands `beside` the modules). whole: parameter -> value, trained outright; saved: the modules
+    that own them. mini: MISS blocks are narrower than the outputs and repeat.
     """
 
     kind: str = "LORA"
     loras: dict[str, Lora] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)       # MISS: module -> (rank, width)
+    own: dict[str, Own] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     mini: bool = False
@@ -85,7 +90,7 @@ class PeftFolder:
 
     @property
     def modules(self) -> list[str]:
-        return [*self.loras, *self.blocks]
+        return [*self.loras, *self.blocks, *self.own]
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -102,9 +107,7 @@ def read(folder: str | Path) -> PeftFolder:
         raise FormatError(f"{folder} was written by burnish; read it with "
                           "burnish.load(model, folder)")
     kind = config.get("peft_type")
-    if kind not in ("LORA", "MISS"):
-        raise FormatError(f"{folder} holds a PEFT adapter of type {kind!r}; LORA (rsLoRA and DoRA "
-                          "with it) and MISS can be read")
+    peft_own.refuse(kind, folder)
     check_fields(config, KINDS, folder / CONFIG)
     _check(config, folder)
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").exists():
@@ -121,7 +124,8 @@ def read(folder: str | Path) -> PeftFolder:
                      saved=list(config.get("modules_to_save") or []),
                      mini=config.get("init_weights") == "mini",
                      fan_in_fan_out=bool(config.get("fan_in_fan_out")))
-    (_read_lora if kind == "LORA" else _read_miss)(out, tensors, config, folder)
+    readers = {"LORA": _read_lora, "MISS": _read_miss}
+    readers.get(kind, _read_own)(out, tensors, config, folder)
     if not out.modules:
         raise FormatError(f"{folder} holds no adapter tensor")
     return out
@@ -206,6 +210,17 @@ def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
             out.whole[name] = value
 
 
+def _read_own(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+              folder: Path) -> None:
+    found, out.whole = peft_own.sort_out(out.kind, {_strip(k, folder): t
+                                                    for k, t in tensors.items()})
+    for path, parts in found.items():
+        rank = _pattern(config.get("rank_pattern"), path, config.get("r") or 0)
+        alpha = _pattern(config.get("alpha_pattern"), path, config.get("alpha") or 8)
+        out.own[path] = peft_own.take(out.kind, parts, config, int(rank), alpha,
+                                      f"{folder}: {path}")
+
+
 def _strip(key: str, folder: Path) -> str:
     if not key.startswith(PREFIX):
         raise FormatError(f"{folder}: tensor {key!r} is not named as PEFT names them "
@@ -244,6 +259,11 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
         config |= _lora_config(what)
         for path, lora in what.loras.items():
             tensors |= _lora_tensors(PREFIX + path, lora)
+    elif what.own:
+        config |= what.settings
+        tensors |= {f"{PREFIX}{p}.{n}": t for p, own in what.own.items()
+                    for n, t in own.values.items()}
+        tensors |= {f"base_model.{n}": t for n, t in what.beside.items()}
     else:
         rank, width = next(iter(what.blocks.values())).shape
         config |= {"r": rank, "miss_dropout": what.dropout, "mini_r": width if what.mini else 1,
