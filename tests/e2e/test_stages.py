@@ -327,9 +327,9 @@ def test_stopped_in_the_second_stage_it_goes_on_there(qwen, data, whole, tmp_pat
 
 # -- refused beforehand ----------------------------------------------------------------------------
 @pytest.mark.parametrize("given, recipe, words", [
-    (["a", "b"], RECIPE, "each has a name: data="),
-    ({"a": 1, "b": 2}, "lora(rank=2)", "trains in one stretch, and data names 2 tasks"),
-    ({"a": 1, "b": 2}, None, "there is no recipe, and data names 2"),
+    (["a", "b"], RECIPE, "each has a name: {'first'"),
+    ({"a": 1, "b": 2}, "lora(rank=2)", "trains in one stretch, and the data are tasks by name"),
+    ({"a": 1, "b": 2}, None, "there is no recipe, and the data are tasks"),
     ({"a b": 1}, RECIPE, "adapter name 'a b'"),
     ({}, RECIPE, "names no data set"),
     ({"a": 1}, f"{RECIPE} + head_first", "both take the stages of the run"),

@@ -70,6 +70,21 @@ def test_a_first_task_has_nothing_to_avoid():
     tuned.step(batch)
 
 
+def test_updates_that_have_no_such_factor_are_refused():
+    """Silently they would overlap as they like."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "bitfit + o_lora", head=False, name="first")
+    (method,) = [m for m in tuned.recipe if m.name == "o_lora"]
+    with pytest.raises(burnish.RecipeError, match=r"keeps the A of low-rank updates .* has none"):
+        list(method.stages(tuned, ["first", "second"]))
+    tuned.add("second", "bitfit + o_lora")
+    tuned.use("second")
+    with pytest.raises(burnish.RecipeError, match=r"keeps the A of low-rank updates .* has none"):
+        tuned.optimizer(lr=1e-3)
+    with pytest.raises(burnish.RecipeError, match=r"keeps the A of low-rank updates .* has none"):
+        burnish.simulate(tiny("bert")[0], "increlora + o_lora", batch, tasks=2)
+
+
 def test_two_tasks_one_after_the_other():
     """Stages: the second task trains beside the first, which neither moves nor falls silent."""
     net, batch = tiny("bert", dtype=torch.float64)

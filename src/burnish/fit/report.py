@@ -50,7 +50,8 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
         memory["difference"] = promise.peak_bytes / truth.peak_bytes - 1
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
-        "burnish": _version(), "model": name, "recipe": summary["recipe"],
+        "burnish": _version(), "model": name,        # later adapters leave out how the base is held
+        "recipe": str(next(iter(tuned.adapters.values())).recipe),
         "parts": [m.name for m in tuned.recipe],
         "settings": {m.name: {k: _plain(v) for k, v in m.settings().items()}
                      for m in tuned.recipe},

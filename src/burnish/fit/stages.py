@@ -86,9 +86,9 @@ def tasks_of(data: Any) -> dict[str, Any]:
         return {"": data}
     if not isinstance(data, Mapping):
         raise ConfigError("several data sets are tasks, one after the other, and each has a name: "
-                          "data={'first': ..., 'second': ...}")
+                          "{'first': 'a.csv', 'second': 'b.csv'}")
     if not data:
-        raise ConfigError("data={} names no data set")
+        raise ConfigError("an empty mapping names no data set")
     taken: dict[str, Any] = {}
     for name, where in data.items():
         check_name(str(name), taken)
@@ -101,7 +101,7 @@ def check_tasks(tasks: Mapping[str, Any], recipe: Recipe | None) -> None:
     if "" in tasks or recipe is not None and divides(recipe):
         return
     told = f"{recipe} trains in one stretch" if recipe is not None else "there is no recipe"
-    raise ConfigError(f"{told}, and data names {len(tasks)} tasks ({', '.join(tasks)}): a recipe "
+    raise ConfigError(f"{told}, and the data are tasks by name ({', '.join(tasks)}): a recipe "
                       "with a part such as o_lora trains one after the other, "
                       "'lora(rank=8) + o_lora'")
 
@@ -143,7 +143,8 @@ def idle(tuned: Tuned, tasks: Mapping[str, Task]) -> str:
     if part is None or len(tasks) > 1 or stages_of(tuned, ()):
         return ""
     return (f"{part.name} is for tasks one after the other, and with one data set there is nothing "
-            "for it to do; several are given as data={'first': ..., 'second': ...}")
+            "for it to do; several are given by name, {'first': 'a.csv', 'second': 'b.csv'}, or "
+            "--data first=a.csv --data second=b.csv")
 
 
 def updates(task: Task, arguments: Any) -> int:

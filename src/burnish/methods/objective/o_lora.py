@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks.update.objective import OnWeights
 from ...blocks.weight.factor import Chain
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.stage import Stage
 
@@ -54,6 +55,8 @@ class OLora(Method):
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         active = tuned.training
         mine = dict(tuned.terms(Chain))
+        if not mine and len(tuned.adapters) > 1:
+            self._nothing(tuned)
         for place, term in mine.items():
             others = [t.A for name in tuned.adapters if name != active
                       for p, t in tuned.terms(Chain, name) if p == place]
@@ -63,8 +66,14 @@ class OLora(Method):
     def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:
         """A task after the other, each in an adapter of its name beside those before it."""
         recipe = tuned.recipe
+        if tasks and next(tuned.terms(Chain), None) is None:
+            self._nothing(tuned)
         for i, task in enumerate(tasks):
             yield Stage(task, recipe, dict.fromkeys(tasks[:i], 1.0), data=task)
+
+    def _nothing(self, tuned: Tuned) -> None:
+        raise RecipeError(f"o_lora keeps the A of low-rank updates B A apart, and {tuned.recipe} "
+                          "has none: lora(rank=8) + o_lora")
 
     def _term(self, A: nn.Parameter, others: list[Tensor]) -> Tensor:
         return self.weight * overlap(A, [o.detach() for o in others], self.norm)
