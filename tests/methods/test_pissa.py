@@ -194,3 +194,17 @@ def test_what_a_token_keeps_besides_the_input():
 def test_a_rank_that_no_matrix_has_is_refused():
     with pytest.raises(burnish.RecipeError, match="rank 17 does not fit"):
         burnish.tune(nn.Sequential(nn.Linear(16, 24)), "pissa(rank=17)", targets="0", head=False)
+
+
+def test_nothing_larger_than_the_weight_is_made(monkeypatch):
+    """Of 300 x 8 there are eight singular vectors a side, not three hundred."""
+    exact, made = torch.linalg.svd, []
+
+    def seen(*args, **kw):
+        out = exact(*args, **kw)
+        made.extend(t.numel() for t in out)
+        return out
+
+    monkeypatch.setattr(torch.linalg, "svd", seen)
+    burnish.tune(nn.Sequential(nn.Linear(8, 300)), "pissa(rank=2)", targets="0", head=False)
+    assert made and max(made) <= 8 * 300
