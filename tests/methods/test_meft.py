@@ -271,6 +271,7 @@ def test_a_block_keeps_nothing_and_an_anchor_a_pair(anchors, pairs):
 
 @pytest.mark.parametrize("model", ["vit", "llama", "encoder"])
 @pytest.mark.parametrize("recipe", ["meft(bottleneck=4)", "meft(bottleneck=4, variant=2)",
+                                    "meft(bottleneck=4, streams='fixed')",
                                     "lora(rank=2) + meft(bottleneck=4)"])
 def test_the_promise_is_kept(model, recipe):
     net, data = tiny(model, batch=4)
@@ -290,6 +291,56 @@ def test_growth_and_reach_are_the_formula():
             n, eps = reach(a, b, dtype), torch.finfo(dtype).eps
             assert eps * growth(a, b) ** n <= 1e-3 < eps * growth(a, b) ** (n + 1)
     assert reach(0.1, 1, torch.float32) == 3 and reach(2, 1, torch.float32) > 1000
+
+
+def stored(net, x):
+    """Gradients of the same equations by torch.func, which stores everything."""
+    net = copy.deepcopy(net)
+    values = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+    return torch.func.grad(lambda v: loss(torch.func.functional_call(net, v, (x,))))(values)
+
+
+@pytest.mark.parametrize("variant", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_streams_are_inverted_exactly_at_any_depth(variant, dtype):
+    """20 blocks without an anchor: the gradient of the stored equations to 1e-5, and that of the
+    unrounded ones (in float64, written out) within the grid."""
+    net, tuned = tuned_net(f"meft(bottleneck={R}, variant={variant}, streams='fixed')", dtype,
+                           depth=20, stir=0.1)
+    x = batch(dtype=dtype)
+    out = net(x)
+    value = loss(out)
+    net.seen = []
+    want = stored(net, x)
+    got = gradients(tuned, value)
+    close(got, want, 1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.float32:
+        base = Net(depth=20)
+        base.load_state_dict({k: v for k, v in net.state_dict().items()
+                              if ".burnish." not in f".{k}"}, strict=False)
+        for p in tuned.parameters():
+            p.data = p.data.double()
+        scales = (1 / 16, 1.0) if variant == 1 else (1.0, 1 / 16)
+        near, grads = reference(base.double(), tuned, x.double(), *scales, variant)
+        assert torch.allclose(out.double(), near, atol=5e-3)
+        close({n: g.double() for n, g in got.items()}, grads, 2e-2)
+
+
+def test_fixed_streams_keep_their_dropped_bits_and_nothing_else():
+    x = batch(n=64, dtype=torch.float32)
+    found = []
+    for depth in (4, 8):
+        net, tuned = tuned_net(f"meft(bottleneck={R}, streams='fixed')", torch.float32, depth=depth)
+        found.append(kept(net, tuned, x))
+    bits = 4 * 64 * T * D * 4 / 8
+    assert found[1] - found[0] == pytest.approx(bits, abs=4 * 4 * 5056 + 0.01 * bits)
+
+
+@pytest.mark.parametrize("settings, word", [("anchors=2", "needs no anchors"),
+                                            ("lam=0.1", "whole bits")])
+def test_fixed_streams_refuse_what_they_cannot_invert(settings, word):
+    with pytest.raises(RecipeError, match=word):
+        burnish.tune(Net(), f"meft(streams='fixed', {settings})")
 
 
 def test_rounding_that_grows_is_said_and_anchors_hold_it():

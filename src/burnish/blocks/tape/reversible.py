@@ -16,6 +16,11 @@ Inverting multiplies rounding errors by ``2 / (sqrt(1 + 4 l b) - 1)`` per block 
 so streams are fp32 at least, and :func:`reach` says how many blocks may be inverted in a row: none
 that computes in half precision. In the first block both streams come out as the same tensor; how
 far they are apart is watched.
+
+Fixed streams are inverted exactly, whatever the precision and the depth: numbers are whole
+multiples of 2^-16 (held in fp64, which loses none), what F and G return is rounded to them, one
+scalar is 1 and the other 2^-k, and the k bits that a division by 2^k drops are kept, k / 8 bytes a
+number. Gradients take rounding for the identity. F and G must give the same numbers again.
 """
 
 from __future__ import annotations
@@ -36,12 +41,15 @@ from ...core.call import again, current
 from ...core.errors import RecipeError
 from ..state.prompts import Listener
 from . import replay
+from .codes import packed, unpacked
 from .executor import _uncached, trained
 from .functions import transformed, version_of
 from .notes import Seen
 
 #: relative error of a reconstructed state that gradients bear
 ERROR = 1e-3
+#: fixed streams are whole multiples of one over this
+GRID = 2.0 ** 16
 Fn = Callable[[Tensor], Tensor]
 
 
@@ -56,6 +64,48 @@ def reach(first: float, second: float, dtype: torch.dtype) -> int:
     if rate <= 1:
         return 1 << 30
     return max(1, int(math.log(ERROR / torch.finfo(dtype).eps) / math.log(rate)))
+
+
+def _gridded(t: Tensor) -> Tensor:
+    """Rounded to the grid; the gradient of the identity."""
+    t = t.to(torch.float64)
+    return _Straight.apply(t, t.detach().mul(GRID).round_().div_(GRID), 1.0)
+
+
+def _divided(h: Tensor, by: float) -> tuple[Tensor, Tensor | None]:
+    """(h / by down to the grid, the bits this drops, packed; None where by is 1)."""
+    if by == 1:
+        return h, None
+    whole = h.detach() * GRID
+    down = (whole / by).floor_()
+    dropped = packed((whole - down * by).to(torch.uint8).view(-1), int(math.log2(by)))
+    return _Straight.apply(h, down.div_(GRID), 1 / by), dropped
+
+
+def _multiplied(h: Tensor, by: float, dropped: Tensor | None) -> Tensor:
+    """What :func:`_divided` was given."""
+    if dropped is None:
+        return h
+    low = unpacked(dropped, int(math.log2(by)), h.numel()).view(h.shape)
+    return (h * by).add_(low.to(h.dtype), alpha=1 / GRID)
+
+
+class _Straight(torch.autograd.Function):
+    """`made`, which stands for ``slope * t`` in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, made: Tensor, slope: float) -> Tensor:
+        return made.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.slope = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g * ctx.slope, None, None
 
 
 @dataclass(eq=False)
@@ -73,19 +123,22 @@ class Reversible(Listener):
     """One block of the segment. Listens to the block, whose run (with what is added to it) is one
     of both functions, and owns the other one.
 
+    index: in the segment. above: blocks of the segment above it. scales: (l, b).
     beside: the other function; None where nothing reads its stream (the last block, as F).
     block_first: the block is F and the state y1; else it is G and the state y2.
+    anchors: a pair is kept before every n-th block, counted from the last; 0: before that alone;
+    None: as often as rounding needs (:func:`reach`). fixed: fixed streams, which need none.
     """
 
     what = "a reversible block"
 
     def __init__(self, state: Any, adapter: str, index: int, above: int,
                  scales: tuple[float, float], beside: nn.Module | None, *, block_first: bool,
-                 anchors: int | None):
+                 anchors: int | None, fixed: bool = False):
         super().__init__(state, adapter)
         self.index, self.above, self.scales = index, above, scales
         self.beside = beside
-        self.block_first, self.anchors = block_first, anchors
+        self.block_first, self.anchors, self.fixed = block_first, anchors, fixed
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         grad = torch.is_grad_enabled()
@@ -121,7 +174,8 @@ class Reversible(Listener):
         """What the block below left, if it is what this block is given."""
         run = self.here.box.pop(self._key, None)
         if self.index == 0:
-            h = given.to(torch.promote_types(given.dtype, torch.float32))
+            h = _gridded(given) if self.fixed else \
+                given.to(torch.promote_types(given.dtype, torch.float32))
             return _Run(given, version_of(given), (h, h))
         if run is None or run.state is not given or run.version != version_of(given):
             raise RecipeError(f"{self.adapter}: the model does something to the state between two "
@@ -146,6 +200,9 @@ class Reversible(Listener):
         """(y1, y2), by plain torch functions."""
         F, G = self.functions(block)
         first, second = self.scales
+        if self.fixed:
+            y1 = _divided(h1, 1 / first)[0] + F(h2)
+            return y1, None if G is None else _divided(h2, 1 / second)[0] + G(y1)
         y1 = first * h1 + F(h2)
         return y1, None if G is None else second * h2 + G(y1)
 
@@ -153,15 +210,19 @@ class Reversible(Listener):
         """F and G on streams."""
         def whole(h: Tensor) -> Tensor:
             made = block.run(h)
-            return made.to(h.dtype, copy=made.dtype == h.dtype)
+            return _gridded(made) if self.fixed else \
+                made.to(h.dtype, copy=made.dtype == h.dtype)
 
-        beside = self.beside
-        alone = None if beside is None else lambda h: beside(h.to(block.dtype)).to(h.dtype)
+        def other(h: Tensor) -> Tensor:
+            made = self.beside(h.to(block.dtype))
+            return _gridded(made) if self.fixed else made.to(h.dtype)
+
+        alone = None if self.beside is None else other
         return (whole, alone) if self.block_first else (alone, whole)
 
     def keeps(self, block: _Block, streams: Tensor) -> bool:
         """Is the pair before this block kept?"""
-        every = self.anchors
+        every = 0 if self.fixed else self.anchors
         if every is None:
             # what a block rounds to half precision jumps where its input moves by less than that
             _, cast, dtype = replay.autocast_state(streams.device)
@@ -223,16 +284,27 @@ class _Link:
         self.seen = Seen([*block.tensors(), *block.module.parameters()])
         self.random: list[replay.States] = []
 
-    def forth(self, h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forth(self, h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor | None, list[Any]]:
+        """(y1, y2, the bits that were dropped on the way)."""
         F, G = self.owner.functions(self.block)
-        first, second = self.owner.scales
+        (first, second), fixed = self.owner.scales, self.owner.fixed
+        dropped: list[Any] = [None, None]
         with again(self.context):
             self.random = [replay.rng_state(self.devices)]
-            y1 = F(h2).add_(h1, alpha=first)
+            if fixed:
+                down, dropped[0] = _divided(h1, 1 / first)
+                y1 = F(h2).add_(down)
+            else:
+                y1 = F(h2).add_(h1, alpha=first)
             self.random.append(replay.rng_state(self.devices))
-            return y1, None if G is None else G(y1).add_(h2, alpha=second)
+            if G is None:
+                return y1, None, dropped
+            if fixed:
+                down, dropped[1] = _divided(h2, 1 / second)
+                return y1, G(y1).add_(down), dropped
+            return y1, G(y1).add_(h2, alpha=second), dropped
 
-    def back(self, kept: tuple[Tensor, ...], d1: Tensor | None, d2: Tensor | None
+    def back(self, saved: tuple[Any, ...], d1: Tensor | None, d2: Tensor | None
              ) -> tuple[Any, ...]:
         """(dh1, dh2, gradients of the parameters), d1 and d2 those of y1 and y2."""
         self.seen.check(self.seen.tensors, lambda k: "what a reversible block reads")
@@ -240,11 +312,12 @@ class _Link:
         first, second = self.owner.scales
         grads: list[Tensor | None] = [None] * len(self.params)
         below = self.run.pairs.pop(self.owner.index, None)
+        fixed, kept = self.owner.fixed, saved if self.kept else ()
         if kept:
             h1, h2 = kept
             leaf, f = self._run(F, h2, self.random[0], True)
             if G is not None:
-                y1 = f.detach() + first * h1
+                y1 = f.detach() + (_divided(h1, 1 / first)[0] if fixed else first * h1)
                 d1 = _plus(d1, self._pull(G, y1, d2, self.random[1], grads)[1])
             dh2 = None if d1 is None else self._gradients(f, leaf, d1, grads)
             del f
@@ -256,9 +329,9 @@ class _Link:
             y1, y2 = below
             g, pulled = self._pull(G, y1, d2, self.random[1], grads)
             d1 = _plus(d1, pulled)
-            h2 = (y2 - g).div_(second)
+            h2 = _multiplied(y2 - g, 1 / second, saved[1]) if fixed else (y2 - g).div_(second)
             f, dh2 = self._pull(F, h2, d1, self.random[0], grads)
-            h1 = (y1 - f).div_(first)
+            h1 = _multiplied(y1 - f, 1 / first, saved[0]) if fixed else (y1 - f).div_(first)
         self._hand_down(h1, h2, bool(kept))
         dh1 = None if d1 is None else d1 * first
         dh2 = _plus(dh2, None if d2 is None else d2 * second)
@@ -309,9 +382,9 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, link: _Link, h1: Tensor, h2: Tensor, *params: Tensor) -> Any:
         ctx.link = link
         ctx.set_materialize_grads(False)
-        if link.kept:
-            ctx.save_for_backward(h1, h2)
-        return link.forth(h1, h2)
+        y1, y2, dropped = link.forth(h1, h2)
+        ctx.save_for_backward(*((h1, h2) if link.kept else dropped))
+        return y1, y2
 
     @staticmethod
     @once_differentiable

@@ -42,14 +42,15 @@ class Meft(Method):
     masks. That multiplies rounding by 2 / (sqrt(1 + 4 l b) - 1) per block, 10.9 at the defaults:
     anchors=None keeps a pair as often as an error of 1e-3 needs (every 4 blocks in fp32, 13 in
     fp64, each in half precision); anchors=0 keeps none, as in the paper, and warns when rounding
-    has grown. Not mergeable.
+    has grown. ``streams="fixed"`` inverts exactly at any depth and precision: numbers on a grid of
+    2^-16, the small factor 1/16, and 4 bits kept per number and block. Not mergeable.
 
     Refused: several stacks (encoder-decoders, two towers), blocks that return more than one state,
     that read another tensor with a gradient, or that hold batch norms; models that do something
     between blocks; somebody else's checkpointing of the blocks.
 
     Departures: MEFT3 (attention as F, the MLP as G) is not built, since a block's own forward is
-    not cut in two, and neither are fixed-point streams. The source leaves open where in the block
+    not cut in two. The source leaves open where in the block
     the adapter stands (here behind it) and what the head reads (here the state, not a mean).
     """
 
@@ -64,6 +65,8 @@ class Meft(Method):
     lam: float | None = setting(None, "l; None: 0.1, and 1 in variant 2", other=(0.5,))
     beta: float | None = setting(None, "b; None: 1, and 0.1 in variant 2", other=(0.5,))
     act: str = setting("gelu", "activation inside", other=("relu",))
+    streams: Literal["float", "fixed"] = setting(
+        "float", "fixed: whole multiples of 2^-16, inverted exactly at any depth and precision")
     layers: int | None = setting(None, "how many of the last blocks; None: all", other=(1,))
     anchors: int | None = setting(
         None, "blocks from one kept pair to the next; 0: none; None: as rounding allows",
@@ -74,12 +77,20 @@ class Meft(Method):
 
     def scales(self) -> tuple[float, float]:
         """(l, b). RecipeError where the streams could not be inverted."""
-        usual = (0.1, 1.0) if self.variant == 1 else (1.0, 0.1)
+        small = 0.1 if self.streams == "float" else 1 / 16
+        usual = (small, 1.0) if self.variant == 1 else (1.0, small)
         lam = usual[0] if self.lam is None else self.lam
         beta = usual[1] if self.beta is None else self.beta
         if not (lam > 0 and beta > 0):
             raise RecipeError(f"meft(lam={lam}, beta={beta}): both must be above 0, or no input "
                               "could be taken from an output")
+        if self.streams == "fixed":
+            if self.anchors is not None:
+                raise RecipeError("meft(streams='fixed'): what is inverted exactly needs no "
+                                  "anchors")
+            if not {lam, beta} <= {1.0, 1 / 2, 1 / 4, 1 / 16, 1 / 256}:
+                raise RecipeError(f"meft(streams='fixed', lam={lam}, beta={beta}): factors are 1, "
+                                  "1/2, 1/4, 1/16 or 1/256, so that whole bits are dropped")
         return lam, beta
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
@@ -99,7 +110,8 @@ class Meft(Method):
             read = self.variant == 2 or above > 0
             made = Reversible(attacher.state, attacher.adapter.name, i, above, scales,
                               self._adapter(d) if read else None,
-                              block_first=self.variant == 1, anchors=self.anchors)
+                              block_first=self.variant == 1, anchors=self.anchors,
+                              fixed=self.streams == "fixed")
             return made.to(attacher.device(blocks[i].path))
 
         return Segment(tuple(b.path for b in blocks), run)
