@@ -91,6 +91,48 @@ def test_a_delta_is_pulled_to_nothing(recipe):
                                        msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_six_updates_written_out():                                            # findings 6
+    """W <- W - lr alpha (W - W0), the head w <- w - lr beta w; A and B along the gradient of
+    alpha / 2 ||s B A||_F^2: a s^2 (B^T B) A and a s^2 B (A A^T). Float64, a falling rate."""
+    def run(recipe, head):
+        net = model().double()
+        base = {n: p.detach().clone() for n, p in net.named_parameters()}
+        tuned = burnish.tune(net, recipe, head=head)
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, p in tuned.named_parameters():
+                p.data = p.double()
+                p.add_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+        start = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+        opt = tuned.optimizer(lr=0.1)
+        for t in range(6):
+            for group in opt.param_groups:
+                group["lr"] = 0.1 / (1 + t)
+            tuned.step(torch.randn(2, 8, dtype=torch.float64), loss=lambda y, _: 0.0 * y.sum())
+        return tuned, base, start
+
+    tuned, base, start = run("full + l2_sp(alpha=0.3, beta=0.2) + sgd", True)
+    heads = tuple(f"{h}." for h in tuned.anatomy.head)
+    for n, p in tuned.named_parameters():
+        W = start[n]
+        for t in range(6):
+            lr = 0.1 / (1 + t)
+            W = W - lr * (0.2 * W if n.startswith(heads) else 0.3 * (W - base[n]))
+        torch.testing.assert_close(p.detach(), W, rtol=1e-12, atol=1e-13, msg=n)
+
+    tuned, _, start = run("lora(rank=2, alpha=3.0) + l2_sp(alpha=0.3) + sgd", False)
+    now = dict(tuned.named_parameters())
+    stems = [n.removesuffix(".A") for n in start if n.endswith(".A")]
+    assert len(stems) == len(start) // 2 > 0
+    for stem in stems:
+        A, B, s = start[f"{stem}.A"], start[f"{stem}.B"], 1.5
+        for t in range(6):
+            lr = 0.1 / (1 + t)
+            A, B = (A - lr * 0.3 * s**2 * B.t() @ B @ A, B - lr * 0.3 * s**2 * B @ A @ A.t())
+        torch.testing.assert_close(now[f"{stem}.A"].detach(), A, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(now[f"{stem}.B"].detach(), B, rtol=1e-10, atol=1e-12)
+
+
 def test_updates_shrink_over_steps():
     tuned, _ = after("lora(rank=2, alpha=2.0) + l2_sp(alpha=1.0) + sgd", None, steps=60, lr=0.05)
     assert all(float(update_norm(t).detach()) < 0.5 for _, t in tuned.terms(Chain))

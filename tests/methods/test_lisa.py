@@ -161,6 +161,42 @@ def test_with_galore_a_returning_block_gets_a_new_basis():
             if n.startswith("layers.") and m.weight in opt.state} == control.schedule.live
 
 
+@pytest.mark.parametrize("leave", ["drop", "keep"])
+def test_the_live_take_the_steps_of_plain_adam(leave):                          # findings 6
+    """Twelve updates in float64 against torch.optim.AdamW on an untouched copy, one optimizer a
+    block: begun anew whenever the block comes back, or gone on with where state is kept."""
+    model, stock = Body().double(), Body().double()
+    control, opt = attach(f"lisa(layers=2, every=2, state_on_leave={leave!r}) + "
+                          "adamw(weight_decay=0.3)", model)
+
+    def fresh(params):
+        return torch.optim.AdamW(params, 1e-2, weight_decay=0.3)
+
+    outside = fresh([p for n, p in stock.named_parameters() if not n.startswith("layers.")])
+    blocks: dict[str, torch.optim.Optimizer] = {}
+    turns = []
+    for step in range(12):
+        train(model, control, opt, 1, start=step)
+        live = set(control.schedule.live)
+        turns.append(live)
+        if leave == "drop":
+            blocks = {n: o for n, o in blocks.items() if n in live}
+        ids = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(stock(ids).flatten(0, 1), ids.flatten()).backward()
+        for name in live:
+            if name not in blocks:
+                blocks[name] = fresh(stock.get_submodule(name).parameters())
+            blocks[name].step()
+        outside.step()
+        stock.zero_grad()
+        for (n, a), b in zip(model.named_parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=f"{n}, step {step}")
+    assert len({frozenset(t) for t in turns}) > 2
+    came_back = [n for n in turns[-1] if any(n in t for t in turns[:-2]) and n not in turns[-3]]
+    assert came_back or any(turns[k] - turns[k - 1] & set().union(*turns[:k - 1])
+                            for k in range(2, 12)), "some block has left and returned"
+
+
 def test_more_layers_than_blocks_is_refused():
     with pytest.raises(RecipeError, match="layers=7.*6 repeated blocks"):
         attach("lisa(layers=7)", Body())

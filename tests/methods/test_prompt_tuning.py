@@ -88,8 +88,8 @@ def test_the_starts():
 def test_frequent_tokens_are_the_first_five_thousand():
     table = torch.arange(8000.0).unsqueeze(1)
     torch.manual_seed(0)
-    got = parse("prompt_tuning(length=4000)")[0].start(table).flatten()
-    assert float(got.max()) < 5000 and float(got.max()) > 4900
+    got = parse("prompt_tuning(length=100000)")[0].start(table).flatten()
+    assert (float(got.min()), float(got.max())) == (0, 4999)
 
 
 def test_counts_and_defaults():
