@@ -43,6 +43,10 @@ OUT = {
     "llama dora and lora": ("llama", "dora(rank=2, targets='q') + lora(rank=4, targets='down')",
                             {}),
     "llama pissa": ("llama", "pissa(rank=3)", {}),
+    "llama olora": ("llama", "olora(rank=3, alpha=6)", {}),
+    "llama corda": ("llama", "corda(rank=3)", {}),
+    "llama eva": ("llama", "eva(rank=3)", {}),
+    "llama lora_ga": ("llama", "lora_ga(rank=3)", {}),
     "llama miss": ("llama", "miss(rank=6)", {}),
     "llama miss mini": ("llama", "miss(rank=6, mini=8, targets='q,o')", {}),
     "llama miss and lora": ("llama", "miss(rank=6, targets='q') + lora(targets='v')", {}),
@@ -78,7 +82,7 @@ def test_peft_computes_what_we_exported(case, tmp_path):
     name, recipe, kw = OUT[case]
     model, batch = tiny(name)
     base = outputs(model, batch)
-    tuned = moved(burnish.tune(model, recipe, **kw))
+    tuned = moved(burnish.tune(model, recipe, calibration=[batch], **kw))
     ours = outputs(model, batch)
     export_peft(tuned, tmp_path)
     back = PeftModel.from_pretrained(tiny(name)[0], tmp_path)
