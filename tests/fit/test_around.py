@@ -94,3 +94,15 @@ def test_a_step_of_no_length_is_the_run_without_it(tmp_path, monkeypatch):
 def test_the_promise_of_a_run_covers_both_passes(tmp_path, monkeypatch):
     run, _ = fitted(vit(), "full + sam", tmp_path, monkeypatch, max_steps=2, measure=True)
     assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
+
+
+def test_a_choice_within_a_budget_trains_in_fit(tmp_path, monkeypatch):
+    """With a warm-up from no rate, accumulation, and the promise."""
+    recipe = "greentrainer(budget=0.6, every=2)"
+    still = {n: p.detach().clone() for n, p in vit().named_parameters()}
+    run, _ = fitted(vit(), recipe, tmp_path, monkeypatch, max_steps=4, measure=True, lr=1e-3,
+                    gradient_accumulation_steps=2, warmup_steps=2, lr_scheduler_type="linear")
+    moved = {n for n, p in run.tuned.model.named_parameters() if not torch.equal(p, still[n])}
+    live = {n for n, _ in run.tuned.named_parameters()}
+    assert live and live <= moved and len(moved) < len(still)
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)

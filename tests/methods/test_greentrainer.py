@@ -256,6 +256,25 @@ def test_a_choice_comes_once_an_update_and_period_whatever_the_micro_batches(mon
     assert seen == [0, 2]
 
 
+def test_each_choice_is_among_all_tensors(monkeypatch):
+    from burnish.methods.controller.greentrainer import Chosen
+    seen = []
+    real = Chosen.worth
+
+    def worth(self, step):
+        seen.append(real(self, step))
+        return seen[-1]
+
+    monkeypatch.setattr(Chosen, "worth", worth)
+    net, batches = start()
+    tuned = burnish.tune(net, "greentrainer(budget=0.5, every=1)", head=False)
+    tuned.optimizer(LR)
+    for b in batches[:3]:
+        tuned.step(b, mse)
+    names = {n for n, _ in net.named_parameters()}
+    assert [set(found) for found in seen] == [names] * 3 and len(live(tuned)) < len(names)
+
+
 def test_a_warm_up_that_begins_at_no_rate_does_not_blind_the_choice():
     chosen = []
     for warm in (False, True):
