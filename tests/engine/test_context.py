@@ -7,17 +7,10 @@ import torch
 
 import burnish
 from burnish.core.keys import Key, Read, examples, keys_of
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 HYPER = "hyperformer(tasks=3, reduction=8, norms=False)"
-
-
-def stir(tuned, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
-    return tuned
 
 
 def gradients(tuned):

@@ -11,6 +11,7 @@ from torch import nn
 import burnish
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 NAMES = ["houlsby", "pfeiffer", "parallel"]
@@ -26,12 +27,6 @@ def trained(anatomy, recipe):
 def adapters(tuned):
     """(path, module) of every bottleneck, in model order."""
     return [(path, slot.module_of(p)) for path, _, slot in slots(tuned.model) for p in slot.parts]
-
-
-def stir(tuned, size=0.1):
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(size * torch.randn_like(p))
 
 
 def logits(model, batch):
@@ -105,7 +100,7 @@ def test_the_library_form_of_pfeiffer():
     net, batch = tiny("bert")
     base = copy.deepcopy(net).eval()
     tuned = burnish.tune(net, "pfeiffer(reduction=4, placement='library')")
-    stir(tuned)
+    stir(tuned, size=0.1)
     net.eval()
     made = [m.inner for _, m in adapters(tuned)]
     for layer, f in zip(base.bert.encoder.layer, made, strict=True):
@@ -174,7 +169,7 @@ def test_against_dense_autograd(recipe, hook, sites, extra):
     tuned = burnish.tune(net, recipe + extra, head=False)
     for _, m in adapters(tuned):
         m.double()
-    stir(tuned)
+    stir(tuned, size=0.1)
     stock = [copy.deepcopy(m) for _, m in adapters(tuned)]
     modules = [base.vit.layers[i].get_submodule(s) for i in range(2) for s in sites]
     for module, f in zip(modules, stock, strict=True):
@@ -192,7 +187,7 @@ def test_against_dense_autograd(recipe, hook, sites, extra):
 def test_the_branch_scales_linearly_and_folds():
     net, batch = tiny("vit", dtype=torch.float64)
     tuned = burnish.tune(net, "parallel(bottleneck=4, scale=1.0)")
-    stir(tuned, 0.5)
+    stir(tuned, size=0.5)
     made = [m for _, m in adapters(tuned)]
     x = torch.randn(2, 3, 32, dtype=torch.float64)
     one = made[0](x)
@@ -260,7 +255,7 @@ def test_a_mixture_of_experts_is_one_mlp():
 def test_generation_with_a_cache_is_the_full_forward():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "houlsby(bottleneck=4) + parallel(bottleneck=4)")
-    stir(tuned)
+    stir(tuned, size=0.1)
     net.eval()
     ids = batch["input_ids"][:, :4]
     out = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,

@@ -11,17 +11,12 @@ import burnish
 from burnish.blocks.state.taps import Crown, Rung
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
 def parts(tuned, kind):
     return [m for _, _, slot in slots(tuned.model) for m in slot.modules() if isinstance(m, kind)]
-
-
-def stir(tuned, size=0.2):
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(size * torch.randn_like(p))
 
 
 def logits(model, **batch):
@@ -33,7 +28,7 @@ def make(model, recipe="lst(reduction=4)", dtype=torch.float64, **kw):
     net, batch = tiny(model, dtype=dtype, **kw)
     base = copy.deepcopy(net).requires_grad_(False)
     tuned = burnish.tune(net, recipe, head=False)
-    stir(tuned)
+    stir(tuned, size=0.2)
     return tuned, base, batch
 
 
@@ -140,7 +135,7 @@ def test_a_frozen_backbone_drops_nothing():
 def test_generation_with_a_cache_is_the_full_forward(model):
     net, batch = tiny(model)
     tuned = burnish.tune(net, "lst(reduction=4)")
-    stir(tuned)
+    stir(tuned, size=0.2)
     net.eval()
     ids = batch["input_ids"][:, :4]
     out = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,

@@ -10,6 +10,7 @@ import torch
 import burnish
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
@@ -21,12 +22,6 @@ def trained(anatomy, recipe):
 
 def gates(tuned):
     return {path: slot.module_of(p) for path, _, slot in slots(tuned.model) for p in slot.parts}
-
-
-def stir(tuned, size=0.1):
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(size * torch.randn_like(p))
 
 
 def logits(model, batch):
@@ -73,7 +68,7 @@ def test_folding_is_exact(model, recipe):
     tuned = burnish.tune(net, recipe, head=False)
     for m in gates(tuned).values():
         m.double()
-    stir(tuned)
+    stir(tuned, size=0.1)
     net.eval()
     want = logits(net, batch)
     plain = {n: tuple(p.shape) for n, p in net.named_parameters() if ".burnish." not in n}
@@ -89,7 +84,7 @@ def test_folding_in_single_precision():
     for model in ("vit", "llama"):
         net, batch = tiny(model)
         tuned = burnish.tune(net, "ssf")
-        stir(tuned)
+        stir(tuned, size=0.1)
         net.eval()
         want = logits(net, batch)
         torch.testing.assert_close(logits(tuned.merge(), batch), want, rtol=1e-5, atol=1e-6)
@@ -102,7 +97,7 @@ def test_ia3_by_the_equation():
     tuned = burnish.tune(net, "ia3")
     for m in gates(tuned).values():
         m.double()
-    stir(tuned)
+    stir(tuned, size=0.1)
     stock = {}
     for path, m in gates(tuned).items():
         gain = stock[path] = m.gain.detach().clone().requires_grad_()
