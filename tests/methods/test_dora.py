@@ -110,7 +110,8 @@ def test_decay_leaves_lengths_alone():
 
 def test_defaults_are_the_published_ones():
     assert parse("dora")[0].settings() == {"targets": None, "rank": 8, "alpha": 16.0,
-                                           "dropout": 0.0}
+                                           "scaling": "lora", "dropout": 0.0,
+                                           "train_a": True, "b_rate": 1.0}
 
 
 def test_the_equation_written_out():                                       # findings 6
@@ -167,3 +168,25 @@ def test_targets_name_the_resource():
 def test_settings_that_make_no_sense(settings, word):
     with pytest.raises(RecipeError, match=word):
         burnish.tune(nn.Sequential(nn.Linear(16, 24)), f"dora({settings})")
+
+
+def test_rank_stabilised_scale_frozen_a_and_the_rate_of_b():               # findings 3.9
+    tuned, chain, magnitude = stirred(
+        "dora(rank=4, alpha=12, scaling='rs', train_a=False, b_rate=4.0)")
+    for t in (chain, magnitude):
+        t.double()
+    linear, (A, B, m) = tuned.model[0], (chain.A, chain.B, magnitude.m)
+    assert not A.requires_grad
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 24, dtype=torch.float64)
+    V = linear.weight + 6.0 * B @ A                          # 12 / sqrt(4)
+    y = x @ ((m / V.detach().square().sum(1).sqrt())[:, None] * V).t() + linear.bias
+    got = tuned.model(x)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, (B, m, x), g), torch.autograd.grad(y, (B, m, x), g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+    rates = {n.rpartition(".")[2]: gr["lr"] for gr in tuned.optimizer(lr=1e-3).param_groups
+             for p in gr["params"] for n, q in tuned.named_parameters() if q is p}
+    assert rates == {"B": pytest.approx(4e-3), "m": pytest.approx(1e-3)}
+    assert sum(p.numel() for p in tuned.parameters()) == 4 * 24 + 24

@@ -108,6 +108,17 @@ def test_lora_plus_gives_b_its_own_rate():
     assert len(opt.param_groups) == 2
 
 
+def test_factors_of_an_embedding_have_a_rate_of_their_own():              # findings 3.9
+    net = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 4))
+    tuned = burnish.tune(net, "lora(rank=2, b_rate=16, embedding_rate=0.5, targets=['0', '1'])",
+                         head=False)
+    rates = {n.removeprefix("model."): g["lr"] for g in tuned.optimizer(lr=1e-3).param_groups
+             for p in g["params"] for n, q in tuned.named_parameters() if q is p}
+    by_end = {(n.split(".")[0], n.rpartition(".")[2]): lr for n, lr in rates.items()}
+    assert by_end == {("0", "A"): pytest.approx(5e-4), ("0", "B"): pytest.approx(5e-4),
+                      ("1", "A"): pytest.approx(1e-3), ("1", "B"): pytest.approx(16e-3)}
+
+
 def test_a_head_decays_and_factors_do_not():
     tuned = burnish.tune(tiny("bert")[0], "lora(rank=4)")
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.1)
@@ -195,7 +206,7 @@ def test_an_embedding_leaves_its_padding_alone():                         # find
 def test_defaults_are_the_published_ones():
     assert parse("lora")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "scaling": "lora", "dropout": 0.0,
-        "train_a": True, "b_rate": 1.0}
+        "train_a": True, "b_rate": 1.0, "embedding_rate": 1.0}
 
 
 @pytest.mark.parametrize("scaling, s", [("lora", 12.0 / 4), ("rs", 12.0 / 2)])

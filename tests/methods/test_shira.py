@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 import burnish
 from burnish.blocks.weight.sparse import SparseDelta
 from burnish.core.anatomy import Anatomy
-from burnish.core.errors import RecipeError
+from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
 from burnish.testing.models import tiny
@@ -60,6 +62,40 @@ def test_magnitude_takes_the_largest():
     rest = torch.ones_like(W, dtype=torch.bool)
     rest[term.index.long()] = False
     assert float(W[~rest].min()) >= float(W[rest].max())
+
+
+@pytest.mark.parametrize("mask", ["gradient", "snip"])
+def test_masks_of_the_gradient_take_the_largest(mask, tmp_path):           # findings 3.9
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 3)
+
+        def forward(self, x, labels):
+            out = self.b(torch.tanh(self.a(x)))
+            return {"logits": out, "loss": nn.functional.cross_entropy(out, labels)}
+
+    torch.manual_seed(0)
+    net = Net().double()
+    base = copy.deepcopy(net)
+    batch = {"x": torch.randn(6, 12, dtype=torch.float64), "labels": torch.randint(0, 3, (6,))}
+    W = base.a.weight
+    (g,) = torch.autograd.grad(base(**batch)["loss"], W)
+    score = (g if mask == "gradient" else g * W).abs().flatten()
+    recipe = f"shira(rank=2, mask={mask!r}, targets='a')"
+    tuned = burnish.tune(net, recipe, head=False, calibration=[batch])
+    ((_, term),) = tuned.terms(SparseDelta)
+    assert set(term.index.tolist()) == set(score.topk(2 * (12 + 16)).indices.tolist())
+    nn.init.normal_(term.values)
+    want = tuned.model(**batch)["logits"]
+    tuned.save(tmp_path / "a")
+    again = burnish.load(base, tmp_path / "a")               # the index is in the file: no data
+    assert torch.equal(again.model(**batch)["logits"], want)
+
+
+def test_a_mask_of_the_gradient_needs_batches():
+    with pytest.raises(ConfigError, match="calibration"):
+        burnish.tune(nn.Sequential(nn.Linear(12, 16)), "shira(rank=2, mask='snip')", head=False)
 
 
 def test_a_structured_mask_is_the_diagonal_and_whole_rows_and_columns():

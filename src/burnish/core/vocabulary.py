@@ -41,6 +41,8 @@ VOCABULARY: dict[str, str] = {
     # the update rule
     "betas": "decays of the moments",
     "beta": "a second strength beside alpha",
+    "b_rate": "learning rate of B over that of the other factors",
+    "train_a": "False freezes A",
     "momentum": "of plain descent",
     "eps": "a small number of the update rule: what keeps a root from zero, the radius of a probe",
     "weight_decay": "of the weights, by the rule that steps",

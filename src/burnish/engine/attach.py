@@ -150,7 +150,9 @@ class Attacher:
         asks for one. A file knows what was settled, and a simulation has no values to see."""
         key = self._key(part)
         known = self.adapter.settled.get(key)
-        if type(part).observe is Method.observe or self._blank(part):
+        asks = type(part).observe is not Method.observe \
+            and any(part.observe(p) is not None for p in places)
+        if not asks or self._blank(part):
             for place in places:
                 yield place, None, (known or {}).get(place.name, {})
             return

@@ -299,10 +299,9 @@ def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
         out.setdefault((own.method, tuple(own.settings.items())), []).append(path)
     for path, x in what.loras.items():
         dora = x.magnitude is not None
-        rs = what.rslora and not dora
         args = {"rank": x.rank, "dropout": what.dropout,
-                "alpha": round(x.scale * (x.rank**0.5 if rs else x.rank), 9)}
-        if rs:
+                "alpha": round(x.scale * (x.rank**0.5 if what.rslora else x.rank), 9)}
+        if what.rslora:
             args["scaling"] = "rs"
         out.setdefault(("dora" if dora else "lora", tuple(args.items())), []).append(path)
     return out

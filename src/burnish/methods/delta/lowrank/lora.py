@@ -26,8 +26,9 @@ class Lora(Method):
     (attention of torch, experts, embeddings), which has no input to drop.
     Merges exactly: ``W + s B A``.
 
-    ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16). No weight decay on
-    the factors. Factors are fp32 whatever the base.
+    ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16), `embedding_rate`
+    that of the factors of embeddings instead (the authors give those 1e-6). No weight decay on the
+    factors. Factors are fp32 whatever the base.
 
     Example: ``lora(rank=16, alpha=32, targets="q,v")``.
     """
@@ -41,12 +42,14 @@ class Lora(Method):
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
     train_a: bool = setting(True, "False freezes A (LoRA-FA): x is not kept")
     b_rate: float = setting(1.0, "learning rate of B relative to A (LoRA+)")
+    embedding_rate: float = setting(
+        1.0, "learning rate of both factors of embeddings relative to the others",
+        unseen="default targets hold no embedding: tests/methods/test_lora.py")
 
     def __post_init__(self) -> None:
         check_dropout("lora", self.dropout)
-        if self.b_rate <= 0:
-            raise RecipeError(f"lora: b_rate multiplies a learning rate, {self.b_rate} is no rate; "
-                              "1.0 is plain LoRA, LoRA+ suggests 16")
+        check_rate("lora", self.b_rate)
+        check_rate("lora", self.embedding_rate, "embedding_rate")
 
     @property
     def scale(self) -> float:
@@ -57,6 +60,9 @@ class Lora(Method):
         term = Chain(site.place, self.rank, self.scale, self.dropout, self.train_a)
         term.A.burnish_decay = term.B.burnish_decay = False
         term.B.burnish_lr = self.b_rate
+        if site.place.kind == "embedding":
+            term.A.burnish_lr = self.embedding_rate
+            term.B.burnish_lr = self.embedding_rate
         return term
 
     def per_token(self, place: Place) -> int:
@@ -73,3 +79,10 @@ def check_dropout(name: str, p: float) -> None:
     """A probability below one."""
     if not 0 <= p < 1:
         raise RecipeError(f"{name}: dropout is a probability in [0, 1), got {p}")
+
+
+def check_rate(name: str, rate: float, setting: str = "b_rate") -> None:
+    """A factor of a learning rate."""
+    if not 0 < rate < math.inf:
+        raise RecipeError(f"{name}: {setting} multiplies a learning rate, {rate} is no rate; 1.0 "
+                          "leaves it as it is, LoRA+ suggests 16 for b_rate")

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ....blocks.weight.factor import Chain
 from ....blocks.weight.magnitude import Magnitude
 from ....core.method import Method, setting
 from ....core.site import Place, Site
-from ..lowrank.lora import check_dropout
+from ..lowrank.lora import check_dropout, check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +16,16 @@ class Dora(Method):
     """DoRA: the length of every row trains as a number, its direction as LoRA.
 
     ``W' = diag(m / c) V``, ``V = W + s B A``, ``c_o = ||V_o||_2`` held constant in the gradient;
-    A (rank, in), B (out, rank), m (out,), s = alpha / rank. The bias is not scaled.
+    A (rank, in), B (out, rank), m (out,), s = alpha / rank, or alpha / sqrt(rank) with
+    ``scaling="rs"``. The bias is not scaled.
     ``dm = rowsum(dW' * V) / c``.
 
     Start: LoRA's, m = row norms of the (dequantised) W: the pre-trained function to one rounding.
     Trains rank (in + out) + out per matrix. Kept for backward: what LoRA keeps and two numbers
     per output; neither the base's output nor V is kept, and V exists only panel by panel.
-    Merges exactly. No weight decay on m or the factors. Experts are left to other methods.
+    Merges exactly. No weight decay on m or the factors. ``train_a=False`` freezes A (x is kept all
+    the same, for m), `b_rate` multiplies the learning rate of B. Embeddings and experts are left
+    to other methods.
 
     With dropout ``y = m / c * (W x + s B A drop(x)) + b`` (the authors also drop the input of W in
     the part that differs from the base, at the price of a second base product; not built), and
@@ -35,10 +39,18 @@ class Dora(Method):
 
     rank: int = setting(8, "rank of the direction's update", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    scaling: Literal["lora", "rs"] = setting("lora", "s = alpha/rank, or alpha/sqrt(rank)")
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+    train_a: bool = setting(True, "False freezes A")
+    b_rate: float = setting(1.0, "learning rate of B relative to A and m")
 
     def __post_init__(self) -> None:
         check_dropout("dora", self.dropout)
+        check_rate("dora", self.b_rate)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rs" else self.rank)
 
     def claims(self) -> tuple[str, ...]:
         return (f"the function of W on {self.targets or 'the default targets'}",)
@@ -46,9 +58,10 @@ class Dora(Method):
     def delta(self, site: Site) -> tuple[Chain, Magnitude]:
         place, weight = site.place, site.weight
         place.check_rank(self.rank, "dora")
-        terms = Chain(place, self.rank, self.alpha / self.rank, self.dropout), Magnitude(weight)
+        terms = Chain(place, self.rank, self.scale, self.dropout, self.train_a), Magnitude(weight)
         for p in (terms[0].A, terms[0].B, terms[1].m):
             p.burnish_decay = False
+        terms[0].B.burnish_lr = self.b_rate
         return terms
 
     def per_token(self, place: Place) -> int:
@@ -57,4 +70,4 @@ class Dora(Method):
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
-        return self.rank * (place.out + place.inp) + place.out
+        return self.rank * (place.out + (place.inp if self.train_a else 0)) + place.out

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ....blocks.choose.observe import Gradient
 from ....blocks.weight.sparse import SparseDelta, spread
-from ....core.errors import RankError
+from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -21,8 +22,9 @@ class Shira(Method):
 
     mask: "random" (drawn from `seed` by a portable permutation, so the file holds values only),
     "magnitude" (largest |W|), "structured" (whole rows and columns evenly spaced, and the
-    diagonal). The last two write their index, 4 bytes an entry. The paper's gradient and SNIP
-    masks need calibration data and are not built yet.
+    diagonal), "gradient" (largest |dL/dW| over `samples` calibration samples), "snip" (largest
+    |W dL/dW|, SNIP). All but the first write their index, 4 bytes an entry; a load reads it from
+    there and needs no data.
 
     Start: v = 0: the pre-trained function exactly. Trains k per matrix. Kept for backward: x, or
     only the columns that hold entries when those are few. Merges exactly.
@@ -32,8 +34,18 @@ class Shira(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(32, "sets the budget k = rank (in + out)", alias=("r",))
-    mask: Literal["random", "magnitude", "structured"] = setting("random", "which entries")
+    mask: Literal["random", "magnitude", "structured", "gradient", "snip"] = setting(
+        "random", "which entries")
     seed: int = setting(0, "of the random mask")
+    samples: int = setting(128, "samples to read for a mask that asks for gradients", other=(1,),
+                           beside={"mask": "gradient"})
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RecipeError(f"shira: samples={self.samples}: expected at least 1")
+
+    def observe(self, place: Place) -> Gradient | None:
+        return Gradient(place.out, place.inp) if self.mask in ("gradient", "snip") else None
 
     def entries(self, place: Place) -> int:
         k = self.rank * (place.out + place.inp)
@@ -50,8 +62,14 @@ class Shira(Method):
             index = _same_everywhere(n, k, self.seed, place.name).to(weight.device)
         elif self.mask == "magnitude":
             index = weight.detach().abs().flatten().topk(k).indices
-        else:
+        elif self.mask == "structured":
             index = _structured(place, k).to(weight.device)
+        elif site.blank:                         # a file brings it
+            index = torch.arange(k, device=weight.device)
+        else:
+            g = site.seen.value.to(weight.device)
+            score = g.abs() if self.mask == "gradient" else (g * weight.detach()).abs()
+            index = score.flatten().topk(k).indices
         return SparseDelta(place, index, portable=self.mask == "random")
 
     def per_token(self, place: Place) -> int:
