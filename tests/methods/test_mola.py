@@ -385,3 +385,11 @@ def test_defaults_are_the_published_ones():
     assert burnish.parse("mola")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "k": 2, "allocation": "2-4-6-8",
         "dropout": 0.05, "balance": 1e-3}
+
+
+def test_a_place_that_names_no_block_is_counted_as_in_the_first():
+    from burnish.core.site import Place
+
+    (method,) = parse("mola(rank=2)")
+    place = Place("l", "weight", "linear", 24, 16)
+    assert method.count(place, 4) == 2 * (2 * (24 + 16) + 16)
