@@ -190,3 +190,19 @@ def test_the_count_of_a_rank():
     (method,) = burnish.parse("eva(rank=4)")
     place = Place("l", "weight", "linear", 24, 16)
     assert (method.count(place), method.count(place, rank=3)) == (4 * 40, 3 * 40)
+
+
+def test_a_rank_of_nothing_makes_no_term():
+    from types import SimpleNamespace
+
+    (method,) = burnish.parse("eva(rank=2)")
+    site = SimpleNamespace(place=Place("p", "weight", "linear", 8, 8), settled={"rank": 0},
+                           seen=None, weight=torch.zeros(8, 8))
+    assert method.delta(site) is None
+
+
+def test_equal_shares_go_to_the_lower_component_and_then_the_earlier_place():
+    q, p = (Place(n, "weight", "linear", 8, 8) for n in "qp")       # q stands first
+    shares = {q: torch.tensor([.2, .2]), p: torch.tensor([.2, .2])}
+    assert [tuple(allot(shares, n).values()) for n in range(5)] == \
+        [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]

@@ -20,8 +20,8 @@ def allot(explained: Mapping[Place, torch.Tensor], budget: int) -> dict[Place, i
 
     Of equal shares the lower component goes first, then the earlier place.
     """
-    ranked = sorted(((-float(v), j, n, p) for n, (p, shares) in enumerate(explained.items())
-                     for j, v in enumerate(shares)), key=lambda row: row[:3])
+    ranked = sorted((-float(v), j, n, p) for n, (p, shares) in enumerate(explained.items())
+                    for j, v in enumerate(shares))
     out = dict.fromkeys(explained, 0)
     for _, _, _, place in ranked[:budget]:
         out[place] += 1
