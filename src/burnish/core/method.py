@@ -175,6 +175,11 @@ class Method:
         """The keys of `context` that these settings read; all of them unless a method says so."""
         return self.context
 
+    def finished(self) -> Method:
+        """What a file says in place of this part once training is over; a module it has added gives
+        the tensors for that by its own ``finished()``. This part itself, unless it says more."""
+        return self
+
     # -- laws -----------------------------------------------------------------------------
     def claims(self) -> tuple[str, ...]:
         """Resources only one part of a recipe may take ("the function of W on q,v")."""

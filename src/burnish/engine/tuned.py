@@ -395,12 +395,16 @@ class Tuned(Stepping, Looking):
 
         return shrink(self, ragged)
 
-    def save(self, folder: str | Path, **extra: Any) -> Path:
-        """Write the adapter folder (see formats/folder.py). Atomic; never a pickle."""
+    def save(self, folder: str | Path, whole: bool = False, **extra: Any) -> Path:
+        """Write the adapter folder (see formats/folder.py). Atomic; never a pickle.
+
+        whole: with what serves training alone (the MLP that makes a prefix), so that training can
+        go on from the file; otherwise what answers, in its smallest form.
+        """
         from ..formats.written import save
 
         self._ready()
-        return save(self, Path(folder), **extra)
+        return save(self, Path(folder), whole=whole, **extra)
 
     def resize(self, term: Any, keep: Tensor | Mapping[str, Tensor] | None = None,
                fresh: Mapping[str, Tensor] | None = None) -> None:

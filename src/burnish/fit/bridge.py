@@ -71,7 +71,8 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero and self.tuned is not None:
-            self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.tuned.save(folder, whole=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero and self.tuned is not None:

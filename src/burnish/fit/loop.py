@@ -265,7 +265,7 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             state.save_tree(rng or state.random_state(), hidden, f"rng-{rank}")
             if self.args.should_save:
-                self.tuned.save(hidden)
+                self.tuned.save(hidden, whole=True)
                 state.save_tree(state.optimizer_state(optimizer, self._named()), hidden,
                                 "optimizer")
                 state.save_tree({

@@ -20,7 +20,7 @@ from ..core.keys import Read, keys_of
 from ..core.recipe import parse
 from ..engine.tune import tune
 from ..engine.tuned import DEFAULT, Tuned
-from ..formats import claim, safe, staged
+from ..formats import claim, safe, staged, written
 from ..formats.model_files import PROCESSOR
 from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap
 from ..memory.allocator import reset_peak, resident
@@ -389,7 +389,7 @@ def finish(run: Run, task: Task, own: Options) -> None:
 def reread(tuned: Tuned, folder: Path) -> None:
     """What was written is what was trained, bit for bit; raises CheckError otherwise."""
     kept = safe.load_file(folder / "adapter_model.safetensors")
-    for name, value in tuned.tensors().items():
+    for name, value in written.contents(tuned).items():
         if name not in kept or not torch.equal(kept[name], value.cpu()):
             raise CheckError(f"{folder}: {name} was not written as it was trained")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..core.recipe import Recipe
+from ..engine.swap import ATTR
 from . import fingerprint, folder
 
 if TYPE_CHECKING:
@@ -15,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
-         card: str | None = None, base: str | None = None) -> Path:
+         card: str | None = None, base: str | None = None, whole: bool = False) -> Path:
     """Write every adapter of `tuned`. base: name or folder of the base; default what the model
-    says of itself (``name_or_path``)."""
+    says of itself (``name_or_path``). whole: what serves training alone too."""
+    recipe = _recipe(tuned.recipe, whole)
     config = {
-        "recipe": str(tuned.recipe),
-        "parts": [{"method": m.name, **m.settings()} for m in tuned.recipe],
+        "recipe": str(recipe),
+        "parts": [{"method": m.name, **m.settings()} for m in recipe],
         "base": {"name": base or _name_of(tuned.model),
                  "fingerprint": _fingerprint(tuned).to_json()},
         "targets": tuned._active.targets,
@@ -29,13 +32,26 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
         "selected": sorted(tuned._active.selected),
         "active": [list(a) for a in tuned.state.active] or None,
         "training": tuned.training,
-        "adapters": {n: {"recipe": str(a.recipe), "targets": a.targets, "head": a.head,
-                         "seed": a.seed, "settled": a.settled} for n, a in tuned.adapters.items()},
+        "adapters": {n: {"recipe": str(_recipe(a.recipe, whole)), "targets": a.targets,
+                         "head": a.head, "seed": a.seed, "settled": a.settled} for n, a in tuned.adapters.items()},
     }
+    return folder.write_adapter(path, contents(tuned, whole), config, card=card, run=run)
+
+
+def contents(tuned: Tuned, whole: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file by name; unless `whole`, of what answers alone."""
     tensors: dict[str, Tensor] = {}
     for name in tuned.adapters:
         tensors |= tuned.tensors(name)
-    return folder.write_adapter(path, tensors, config, card=card, run=run)
+    for path, module in () if whole else tuned.model.named_modules():
+        if f".{ATTR}." in f".{path}" and hasattr(module, "finished"):
+            tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{path}.")}
+            tensors |= {f"{path}.{leaf}": t for leaf, t in module.finished().items()}
+    return tensors
+
+
+def _recipe(recipe: Recipe, whole: bool) -> Recipe:
+    return recipe if whole else Recipe(m.finished() for m in recipe)
 
 
 def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:

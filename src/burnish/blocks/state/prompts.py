@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from ...core.call import call_of
 from ...core.errors import RecipeError
@@ -259,6 +260,12 @@ class Trunk(nn.Module):
         return torch.tanh(self.down(self.rows))
 
 
+def unmasked(q: Tensor) -> bool:
+    """Are there fused kernels here that are causal from the lower right by themselves? CUDA's are,
+    and take no mask beside; the CPU's fused kernel takes one, which all layers share."""
+    return q.device.type == "cuda" and type(q) is Tensor
+
+
 class KeysValues(Listener):
     """Rows before the keys and the values of one attention: ``K' = [P_k; K]``, ``V' = [P_v; V]``.
 
@@ -288,6 +295,11 @@ class KeysValues(Listener):
         if self.trunk is None:
             return self.rows
         return self.up(self.trunk()).view(self.length, 2, self.width).transpose(0, 1)
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        """Its tensors once training is over: the rows alone, whatever made them."""
+        return {"rows": self.made().contiguous()}
 
     @torch.no_grad()
     def collapse(self) -> None:
@@ -326,7 +338,9 @@ class KeysValues(Listener):
         q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
         P = self.made().to(k.dtype)
         mask, causal = given.pop("attn_mask", None), given.pop("is_causal", False)
-        if causal or mask is not None:
+        if causal and mask is None and q.shape[-2] == k.shape[-2] and unmasked(q):
+            mask = causal_lower_right(q.shape[-2], self.length + k.shape[-2])
+        elif causal or mask is not None:
             mask = self._mask(mask, q.shape[-2], k.shape[-2], q.device)
         return func(q, torch.cat([self._heads(P[0], k), k], -2),
                     torch.cat([self._heads(P[1], v), v], -2), attn_mask=mask, **given)

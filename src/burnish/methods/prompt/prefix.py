@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...blocks.state.prompts import KeysValues, Trunk
@@ -25,7 +25,8 @@ class Prefix(Method):
     move, a key-value cache holds none of the rows, a causal mask hides none of them.
 
     With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d)
-    shared by all layers; ``KeysValues.collapse`` keeps only the result. Start: rows N(0, 0.02^2),
+    shared by all layers; a finished file (``tuned.save``) holds the rows alone, as of ``hidden=0``,
+    a checkpoint of a run all of it. Start: rows N(0, 0.02^2),
     or P' normal; never the pre-trained function, since the prefix takes a share.
     Trains 2 length H h per attention; with the MLP length d + (d + 1) hidden once and
     2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the extra
@@ -58,6 +59,9 @@ class Prefix(Method):
                               "cannot be put before the keys; load it with "
                               "attn_implementation='sdpa'")
         return Sides(self, sites)
+
+    def finished(self) -> Prefix:
+        return replace(self, hidden=0)
 
     def count(self, layers: int, width: int, d: int = 0) -> int:
         """Trainable parameters over `layers` attentions with keys of this width."""

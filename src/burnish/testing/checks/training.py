@@ -198,7 +198,7 @@ def _again(tuned: Any, model: str, state: Any) -> Any:
     """The run read back into a fresh base, as fit does it."""
     named = list(tuned.model.named_parameters())
     with tempfile.TemporaryDirectory() as folder:
-        tuned.save(folder)
+        tuned.save(folder, whole=True)
         tree = {"optimizer": state.optimizer_state(tuned.current_optimizer, named),
                 "timeline": tuned.timeline.state(), "random": state.random_state()}
         state.save_tree(tree, Path(folder), "run")
