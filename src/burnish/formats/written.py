@@ -33,7 +33,8 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
         "active": [list(a) for a in tuned.state.active] or None,
         "training": tuned.training,
         "adapters": {n: {"recipe": str(_recipe(a.recipe, whole)), "targets": a.targets,
-                         "head": a.head, "seed": a.seed, "settled": a.settled} for n, a in tuned.adapters.items()},
+                         "head": a.head, "seed": a.seed, "settled": a.settled}
+                     for n, a in tuned.adapters.items()},
     }
     return folder.write_adapter(path, contents(tuned, whole), config, card=card, run=run)
 
