@@ -12,7 +12,7 @@ import burnish
 from burnish.core import registry
 from burnish.engine.slot import slots
 from burnish.testing import conformance
-from burnish.testing.checks.common import logits
+from burnish.testing.checks.common import keyed, logits
 from burnish.testing.models import tiny
 
 METHODS = sorted(n for n in registry.names(extra=False) if conformance.TRAINS & set(
@@ -42,6 +42,7 @@ def another_machine(monkeypatch):
 
 def trained(recipe, model, **kw):
     net, batch = tiny(model, **kw)
+    batch = keyed(batch, recipe)
     tuned = burnish.tune(net.eval(), recipe, calibration=[batch])
     tuned.optimizer(lr=1e-2)
     for _ in range(2):

@@ -123,11 +123,11 @@ def test_the_count_on_llama_7b(published):
     assert sum(method.count(p) for p in mlp) == total
 
 
-def test_targets_choose_other_linears():
-    tuned, _ = make("loramoe(rank=2, targets='q,v')")
-    assert {p.rpartition(".")[2] for p in parts(tuned)} == {"q_proj", "v_proj"}
-    with pytest.raises(burnish.TargetError, match="loramoe has experts for linears inside blocks"):
-        burnish.tune(tiny("llama")[0], "loramoe(targets='embed')")
+def test_targets_narrow_it_within_the_mlps():
+    tuned, _ = make("loramoe(rank=2, targets='down,q')")
+    assert {p.rpartition(".")[2] for p in parts(tuned)} == {"down_proj"}
+    with pytest.raises(burnish.TargetError, match="loramoe: targets 'q,v' name nothing it acts on"):
+        burnish.tune(tiny("llama")[0], "loramoe(targets='q,v')")
 
 
 @pytest.mark.parametrize("experts", [1, 3, 0])

@@ -34,6 +34,8 @@ PLACES: tuple[tuple[str, str, str], ...] = (
 )
 #: cell -> another of its kind, for methods that a size there does not fit (27 inputs in blocks)
 OTHERWISE = {"cnn/conv": "cnn/features.4"}
+#: cell -> another of its kind, for methods that need more of a model than one layer
+IN_BLOCKS = {"mlp/layers.0": "vit/fc1"}
 #: (kind of place, model, targets): runs of rows of a fused weight
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("linear", "timm_qkv", "q,v"), ("conv1d", "gpt2", "q,v"), ("mha", "encoder", "q,v"),

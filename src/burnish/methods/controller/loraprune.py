@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.choose.budget import cubic
-from ...blocks.choose.score import factor_importance
+from ...blocks.choose.units import Pruner, unit_importance
 from ...blocks.state.mask import UnitMask
 from ...blocks.weight.factor import Chain
 from ...core.errors import RecipeError
@@ -98,78 +95,17 @@ class Loraprune(Method):
             yield Branch(place.path, UnitMask(g.units, width), compose="replace",
                          read=(place.path, "input"), at="input")
 
+    def share(self, step: int, total: int) -> float:
+        """r(t)."""
+        return cubic(0.0, self.ratio, step, self.warmup * total, (1 - self.cooldown) * total)
+
     def controller(self, tuned: Tuned) -> Pruner:
-        return Pruner(self, tuned, self.pruned(tuned.anatomy))
+        made, terms = self.pruned(tuned.anatomy), dict(tuned.terms(Chain))
+        masks = dict(tuned.branches(UnitMask))
+        return Pruner(made, [masks[g.out.path] for g in made],
+                      lambda g: unit_importance(g, terms, tuned.weight), self.share, self.every,
+                      self.decay)
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         return self.rank * (place.out + place.inp)
-
-
-class Pruner:
-    """Importance and masks of one run."""
-
-    def __init__(self, method: Loraprune, tuned: Tuned, made: list[Group]):
-        self.method, self.groups = method, made
-        self.terms = dict(tuned.terms(Chain))
-        self.weight = tuned.weight
-        masks = {path: m for path, m in tuned.branches(UnitMask)}
-        self.masks = [masks[g.out.path] for g in made]
-        self.importance: list[Tensor | None] = [None] * len(made)
-        self.total: int | None = None
-
-    def start(self, total: int | None) -> None:
-        self.total = total
-
-    def ratio(self, step: int) -> float:
-        """r(t)."""
-        m, T = self.method, self.total
-        return cubic(0.0, m.ratio, step, m.warmup * T, (1 - m.cooldown) * T)
-
-    @torch.no_grad()
-    def before_update(self, step: int) -> None:
-        if self.total is None:
-            return
-        for i, g in enumerate(self.groups):
-            now = self.now(g)
-            if now is not None:
-                old, d = self.importance[i], self.method.decay
-                self.importance[i] = now if old is None else d * old + (1 - d) * now
-
-    def now(self, g: Group) -> Tensor | None:
-        """The units' importance by this update's gradients, (units,); None without any."""
-        parts, made = [], {}
-        for side, members in ((0, g.rows), (1, g.columns)):
-            for place, width in members:
-                whole = replace(place, rows=None)       # one term may serve a fused weight
-                at = place if place.name in self.terms else whole
-                term = self.terms.get(at.name)
-                if term is None or term.A.grad is None or term.B.grad is None:
-                    continue
-                if at.name not in made:                          # q, k and v of one fused weight
-                    made[at.name] = factor_importance(self.weight(at), term.A, term.B,
-                                                      term.A.grad, term.B.grad, term.scale)
-                sums = made[at.name][side]
-                if at is whole and place.rows:
-                    sums = sums[place.rows[0] : place.rows[1]]
-                units = sums.view(g.units, width).sum(1)
-                parts.append(units / torch.linalg.vector_norm(units).clamp(min=1e-30))
-        return torch.stack(parts).sum(0) if parts else None
-
-    @torch.no_grad()
-    def after_update(self, step: int) -> None:
-        if self.total is None or (step + 1) % self.method.every and step + 1 != self.total:
-            return
-        for g, mask, score in zip(self.groups, self.masks, self.importance, strict=True):
-            if score is None:
-                continue
-            out = min(int(self.ratio(step + 1) * g.units + 1e-9), g.units - 1)
-            alive = torch.ones_like(mask.alive)
-            alive[score.argsort(stable=True)[:out]] = False
-            mask.alive.copy_(alive)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "importance": self.importance}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.importance = state["total"], list(state["importance"])

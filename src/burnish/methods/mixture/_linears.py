@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...core.asked import wanted
 from ...core.errors import RankError, RecipeError, TargetError
 
 if TYPE_CHECKING:
@@ -16,16 +15,21 @@ if TYPE_CHECKING:
 Rows = tuple[tuple[int, int], ...] | None
 
 
-def linears(anatomy: Anatomy, method: Any, usual: list[Place]) -> Iterator[tuple[Place, Rows, int]]:
-    """(a place, its runs of rows, its outputs) for every linear inside a block that targets name,
-    or of `usual` ones where nothing was asked. One too small for the method's rank is left out
-    when nobody asked for it, unless it is the largest.
+def at_place(place: Place, named: list[Place]) -> bool:
+    """Do the named places include this linear, or rows of it?"""
+    return any(n.path == place.path and n.param == place.param for n in named)
+
+
+def linears(anatomy: Anatomy, method: Any, places: list[Place]
+            ) -> Iterator[tuple[Place, Rows, int]]:
+    """(a place, its runs of rows, its outputs) for every linear inside a block among `places`. One
+    too small for the method's rank is left out when nobody asked for it, unless it is the largest.
 
     Raises TargetError for targets that are no such linears, RecipeError where there are none.
     """
-    asked = wanted(anatomy, method)
+    asked = anatomy.asked.of(method)[0]
     by_path: dict[str, list[Place]] = {}
-    for place in usual if asked is None else asked:
+    for place in places:
         if place.kind in method.kinds and place.block is not None:
             by_path.setdefault(place.path, []).append(place)
         elif asked is not None:

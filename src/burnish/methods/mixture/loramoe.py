@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.weight.experts import DenseChains
+from ...core.asked import narrowed
 from ...core.errors import RecipeError
 from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.needs import mlp_linears
 from ...core.site import Branch, Place
-from ._linears import linears
+from ._linears import at_place, linears
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -62,7 +63,8 @@ class LoraMoe(Method):
         if self.experts < 2 or self.experts % 2:
             raise RecipeError(f"loramoe(experts={self.experts}): the experts are two halves; "
                               "expected an even number")
-        for place, rows, out in linears(anatomy, self, mlp_linears(anatomy)):
+        places = narrowed(anatomy, self, mlp_linears(anatomy), at_place)
+        for place, rows, out in linears(anatomy, self, places):
             yield Branch(place.path, DenseChains(
                 place.inp, out, self.experts, self.rank, scale=self.alpha / self.rank,
                 dropout=self.dropout, coefficient=self.balance, pull=self.pull, kind=self.imbalance,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...blocks.weight.experts import ExpertChains
+from ...core.asked import wanted
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
@@ -62,8 +63,9 @@ class Mola(Method):
         return groups[block * len(groups) // blocks]
 
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
+        asked = wanted(anatomy, self)
         stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}
-        for place, rows, out in linears(anatomy, self, match(anatomy)):
+        for place, rows, out in linears(anatomy, self, match(anatomy) if asked is None else asked):
             block = anatomy.blocks[place.block]
             yield Branch(place.path, ExpertChains(
                 place.inp, out, self.experts(block.index, stacks[block.stack]), self.rank, self.k,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError
-from ..choose import OTHERWISE, PLACES, ROWS
+from ..choose import IN_BLOCKS, OTHERWISE, PLACES, ROWS, applies
 from .common import (
     DENSE,
     Skip,
@@ -281,6 +281,7 @@ def every_kind_of_place(name: str, model: str) -> Skip | None:
                 assert "has no form" in str(e), e
                 continue
             raise AssertionError(f"takes {kind} places although `kinds` leaves them out")
+        cell = cell if applies(name, net) else IN_BLOCKS.get(cell, cell)
         if "does not divide" in (refusal(name, cell) or ""):
             cell = OTHERWISE.get(cell, cell)
         for check in (identity_at_the_start, declared_count, equals_the_untouched_model,
