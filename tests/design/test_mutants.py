@@ -24,10 +24,10 @@ def listed(name):
 
 def test_constants_signs_and_terms_are_changed():
     said = listed("dora")
-    assert "Dora.delta: Chain(place, self.rank, self.alpha / self.rank, self.dropout) -> " \
-           "Chain(place, self.rank, self.alpha * self.rank, self.dropout)" in said
-    assert "Dora.count: self.rank * (place.out + place.inp) + place.out -> " \
-           "self.rank * (place.out + place.inp)" in said
+    size = "self.rank * (place.out + (place.inp if self.train_a else 0))"
+    assert f"Dora.count: {size} + place.out -> {size}" in said
+    assert f"Dora.count: {size} + place.out -> {size} - place.out" in said
+    assert "Dora.delta: False -> True" in said
     assert any(s.startswith("Dora: setting(16.0") and "setting(32.0" in s for s in said)
     assert not any("RecipeError" in s or "2402.09353" in s for s in said)
     assert len(said) == len(set(said)) > 20
