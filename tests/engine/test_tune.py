@@ -13,6 +13,7 @@ from torch import nn
 
 import burnish
 from burnish.core.errors import CheckError, ConfigError, RecipeError, TargetError
+from burnish.memory.ledger import Ledger
 from burnish.testing import stir
 from burnish.testing.models import tiny
 
@@ -216,6 +217,31 @@ def test_a_pickle_computes_the_same(recipe):
     for twin in (pickle.loads(pickle.dumps(tuned.model)), torch.load(buffer, weights_only=False)):
         torch.testing.assert_close(twin(x), tuned.model(x), rtol=0, atol=0)
         assert type(twin).__name__ == "Sequential" and isinstance(twin, nn.Sequential)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("recipe", ["lora(rank=4) + coded", "lora(rank=4) + lean(on=False)",
+                                    "lora(rank=4) + offload(to='disk', threshold=1)",
+                                    "lora(rank=4) + coded + offload(to='disk', threshold=1)"])
+def test_a_copy_keeps_for_backward_what_the_model_keeps(recipe, way):
+    tuned = burnish.tune(mlp(), recipe)
+    x = torch.randn(64, 32)
+
+    def kept(model: nn.Module) -> int:
+        ledger = Ledger(model)
+        ledger.watch("activations", [x])
+        with ledger:
+            y = model(x).square().sum()
+            alive = sum(e.bytes for e in ledger.entries if e.death is None)
+            y.backward()
+        return alive
+
+    twin = way(tuned.model)
+    assert kept(twin) == kept(tuned.model)
+    assert kept(twin) == kept(tuned.model)           # and neither holds what the other packs
+    for p, q in zip(twin.parameters(), tuned.model.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
 
 
 def test_compiled_without_a_backend():

@@ -73,6 +73,10 @@ class Coded(Policy):
         self._exact: dict[int, tuple[Any, int, Any]] = {}
         self._made: dict[int, tuple[Any, int, Any]] = {}
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.bits, self.norm, self.derivative, self.group, self.seed), \
+            {"inner": self.inner, "step": self.step}
+
     def begin(self, step: int) -> None:
         """The numbers of a step depend on the seed and the step alone."""
         self.step = step

@@ -84,12 +84,15 @@ class Offload(Policy):
 
     def __init__(self, to: Literal["host", "disk"] = "host", threshold: int = THRESHOLD,
                  folder: str | None = None):
-        self.to, self.threshold = to, threshold
+        self.to, self.threshold, self.folder = to, threshold, folder
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-", dir=folder) \
             if to == "disk" else None
         self._serial = itertools.count()
         self._away: dict[int, tuple[Any, Any, int]] = {}      # what went when it was like that
         self.bytes_written = 0
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.to, self.threshold, self.folder)
 
     def start(self) -> None:
         self._away.clear()

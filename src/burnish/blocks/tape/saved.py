@@ -51,6 +51,8 @@ class Policy:
     roles: it wants to be told what a tensor is kept for, and may replace functions.
     outer: it changes the form, so it stands before one that changes the place (`inner`).
     beside: why a forward that is compiled would not do what it promises, or "".
+
+    A copy or a pickle has the settings and nothing of what waits: ``__reduce__`` names them.
     """
 
     roles = False
@@ -347,9 +349,9 @@ class Tape(TorchFunctionMode):
         here.stands = {k: refs for k, refs in living.items() if refs}
 
     def __deepcopy__(self, memo: dict) -> Tape:
-        new = type(self)(self.lean, self.policy)
+        new = type(self)(self.lean, copy.deepcopy(self.policy, memo))
         memo[id(self)] = new
         return new
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.lean,)
+        return type(self), (self.lean, self.policy)
