@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import burnish
+from burnish.blocks.tape.cast import autocast
+from burnish.core.call import Call, resume
 from burnish.memory.ledger import Ledger
 
 
@@ -117,3 +119,13 @@ def test_nothing_of_a_cast_outlives_the_forward():
         tuned.model(torch.randn(2, 4, 64))
     gc.collect()
     assert seen[0]() is None
+
+
+def test_a_cast_is_twice_differentiable():
+    x = torch.randn(3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), resume(Call()):
+        y = autocast(x)
+    assert y.dtype == torch.bfloat16
+    (g,) = torch.autograd.grad(y.float().pow(3).sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    torch.testing.assert_close(h, 6 * x.detach(), rtol=0.02, atol=0.02)

@@ -266,7 +266,8 @@ def functions():
 
 
 #: those whose backward is made of differentiable operations, shown by the tests named here
-TWICE = {"_Dropout": "test_replay.py::test_dropout_is_the_stock_one_twice_differentiable",
+TWICE = {"_Cast": "test_cast.py::test_a_cast_is_twice_differentiable",
+         "_Dropout": "test_replay.py::test_dropout_is_the_stock_one_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
          "Ride": "test_a_term_that_rides_is_twice_differentiable",
          "_Notice": "test_a_term_that_rides_is_twice_differentiable"}
