@@ -16,6 +16,7 @@ from torch import nn
 import burnish
 from burnish.blocks.state.bottleneck import Bottleneck
 from burnish.blocks.tape import replay
+from burnish.blocks.tape.reversible import _Straight
 from burnish.blocks.update.objective import Attached, Ride, Riding
 from burnish.blocks.weight.experts import ExpertChains, Product
 from burnish.blocks.weight.factor import Chain
@@ -268,6 +269,7 @@ def functions():
 #: those whose backward is made of differentiable operations, shown by the tests named here
 TWICE = {"_Cast": "test_cast.py::test_a_cast_is_twice_differentiable",
          "_Dropout": "test_replay.py::test_dropout_is_the_stock_one_twice_differentiable",
+         "_Straight": "test_a_straight_gradient_is_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
          "Ride": "test_a_term_that_rides_is_twice_differentiable",
          "_Notice": "test_a_term_that_rides_is_twice_differentiable"}
@@ -279,6 +281,14 @@ def test_a_backward_that_cannot_be_differentiated_says_so():                  # 
     for name, f in found.items():
         once = f.backward.__code__.co_filename == torch.autograd.function.__file__
         assert once != (name in TWICE), f"{name}: once_differentiable, or a line in TWICE"
+
+
+def test_a_straight_gradient_is_twice_differentiable():
+    h = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    made = (h.detach() * 4).round() / 4
+    (a,) = torch.autograd.grad(_Straight.apply(h, made, 0.5).pow(3).sum(), h, create_graph=True)
+    torch.testing.assert_close(a, 1.5 * made.square())
+    torch.testing.assert_close(torch.autograd.grad(a.sum(), h)[0], 1.5 * made)
 
 
 def test_a_term_that_rides_is_twice_differentiable():

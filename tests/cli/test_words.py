@@ -113,8 +113,9 @@ def test_what_is_misspelt_is_said_before_anything_heavy_is_imported(tmp_path, wr
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "x.csv").write_text("text,label\na,0\nb,1\n")
-    argv = ["fit", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "x.csv"), "--output",
-            str(tmp_path / "o"), *wrong]
+    options = {"--model": str(tmp_path / "m"), "--data": str(tmp_path / "x.csv"),
+               "--output": str(tmp_path / "o"), wrong[0]: wrong[1]}
+    argv = ["fit", *(word for option in options.items() for word in option)]
     source = str(Path(__file__).resolve().parents[2] / "src")
     done = subprocess.run([sys.executable, "-c", LATE.format(source=source, argv=argv)],
                           capture_output=True, text=True, cwd=tmp_path)
