@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
@@ -38,7 +39,8 @@ class Distill(Method):
         loss + weight T^2 mean KL(softmax(t / T) || softmax(z / T))
 
     z the logits of this forward, t those of the base (or of another `adapter`) on the same batch,
-    without gradients and in eval mode. With labels per token, rows without a label do not count.
+    without gradients and in eval mode. With labels per token, rows that answer no label do not
+    count (a causal language model's row n answers label n + 1).
     T^2 keeps the size of the gradient as T changes.
 
     Trains nothing of its own; needs no second model: the base is the tuned model switched off, its
@@ -62,11 +64,21 @@ class Distill(Method):
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
         student, teacher = _logits(run.outputs), _logits(run.reference(self.adapter))
-        labels = run.batch.get("labels") if isinstance(run.batch, Mapping) else None
-        per_row = isinstance(labels, Tensor) and labels.shape == student.shape[:-1] \
-            and not labels.is_floating_point()
         yield self.weight * divergence(student, teacher, self.temperature,
-                                       labels != -100 if per_row else None)
+                                       _counts(tuned.model, run.batch, student.shape[:-1]))
+
+
+def _counts(model: nn.Module, batch: Any, rows: torch.Size) -> Tensor | None:
+    """Which rows of logits answer a label; None where labels are not per row. A causal language
+    model is given its own input as labels: row n answers for the token n + 1."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.shape != rows or labels.is_floating_point():
+        return None
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) and re.search(
+            "CausalLM|LMHead|ConditionalGeneration", type(model).__name__):
+        labels = F.pad(labels[..., 1:], (0, 1), value=-100)
+    return labels != -100
 
 
 def _logits(out: Any) -> Tensor:
