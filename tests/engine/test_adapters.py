@@ -133,6 +133,17 @@ def test_a_function_of_w_is_used_whole():
     assert torch.equal(tuned.model(**batch).logits, want)
 
 
+@pytest.mark.parametrize("recipe", ["prompt_tuning(length=2)", "prefix(length=2)", "lst"])
+def test_prompts_and_side_networks_are_used_whole_and_for_whole_batches(recipe):
+    tuned, batch = pair(recipe)
+    want = tuned.model(**batch).logits
+    with pytest.raises(RecipeError, match="can be used whole, not at 0.5"):
+        tuned.use({"default": 0.5})
+    with pytest.raises(RecipeError, match="every sample of a batch"):
+        tuned.use(["default", None, None])
+    assert torch.equal(tuned.model(**batch).logits, want)        # as it was before
+
+
 @pytest.mark.parametrize("model", ["llama", "vit", "gpt2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_adapter_per_sample(recipe, model):

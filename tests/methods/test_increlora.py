@@ -46,6 +46,7 @@ def test_outputs_gradients_and_score_are_the_equations():
         torch.testing.assert_close(mine.grad, ref.grad, rtol=1e-8, atol=1e-12)
     total = float((delta.detach() * delta.grad).abs().sum())
     assert float(term.score) == pytest.approx(total, rel=1e-10)
+    assert float(term.importance()) == pytest.approx(total / 30 ** 0.5, rel=1e-10)   # 5 x 6
 
 
 def run(recipe, steps, model="llama", total=None):
@@ -101,7 +102,8 @@ def test_the_matrices_of_the_highest_smoothed_score_grow():
 
 
 def test_preserving_growth_changes_nothing():
-    net, batch, tuned, _ = run("increlora(rank=2, top=99, warmup=99, every=1, preserve=True)", 3)
+    net, batch, tuned, _ = run(
+        "increlora(rank=4, init_rank=2, top=99, warmup=99, every=1, preserve=True)", 3)
     net.eval()
     with torch.no_grad():
         for _, t in tuned.terms(Growing):
@@ -109,7 +111,7 @@ def test_preserving_growth_changes_nothing():
     want = net(**batch).logits
     handler = next(h for n, h in tuned.timeline.handlers if n == "increlora")
     handler.rise(3)
-    assert all(t.E.numel() == 2 for _, t in tuned.terms(Growing))
+    assert all(t.E.numel() == 3 for _, t in tuned.terms(Growing))
     torch.testing.assert_close(net(**batch).logits, want, rtol=0, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.call import Call
 from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
 from .slot import Slot, slots
@@ -78,9 +79,10 @@ def check_storage(recipe: Recipe, taken: dict[str, Adapter]) -> None:
                               f"{', '.join(taken)} stand on; name it in the recipe given to tune")
 
 
-def check_rows(tuned: Tuned, names: set[str]) -> None:
+def check_rows(tuned: Tuned, rows: tuple[str | None, ...]) -> None:
     """Refuse adapters that cannot differ from sample to sample."""
-    for name in sorted(names):
+    _ask_listeners(tuned, Call(rows=rows))
+    for name in sorted({n for n in rows if n is not None}):
         if selected := tuned.adapters[name].selected:
             raise ConfigError(f"{name!r} trains {next(iter(selected))}, which every sample of a "
                               "batch shares; per-sample adapters hold additions only (head=False)")
@@ -107,12 +109,19 @@ def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
     outside may be negative. A function of W is used whole, and one at a time."""
     for _, module, slot in slots(tuned.model):
         slot._make_plan(module, tuple(weights.items()))
+    _ask_listeners(tuned, Call(active=tuple(weights.items())))
     inside = all(w >= 0 for w in weights.values()) and sum(weights.values()) <= 1 + 1e-6
     for name in () if inside else weights:
         if moved := moved_buffers(tuned, name):
             raise ConfigError(f"{name!r} has moved {next(iter(moved))}; running statistics mix "
                               "with weights that are not negative and add up to 1 at most, "
                               f"not {weights}")
+
+
+def _ask_listeners(tuned: Tuned, call: Call) -> None:
+    for _, _, slot in slots(tuned.model):
+        for listener in slot.listeners:
+            listener.check(call)
 
 
 def check_train(tuned: Tuned, weights: dict[str, float], train: str) -> None:

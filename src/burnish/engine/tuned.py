@@ -227,7 +227,7 @@ class Tuned(Stepping, Looking):
             check_mix(self, weights)
         else:
             weights, rows = {}, tuple(which)
-            check_rows(self, {n for n in rows if n is not None})
+            check_rows(self, rows)
         alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
         if train is not None and train != alone:
             check_train(self, weights, train)

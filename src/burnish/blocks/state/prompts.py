@@ -64,6 +64,10 @@ class Listener(nn.Module):
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         raise NotImplementedError
 
+    def check(self, call: Any) -> None:
+        """Raises RecipeError where adapters are to be used as this one cannot be."""
+        is_active(call, self.adapter, self.what)
+
     def listen(self, slot: Any, key: str) -> None:
         """Move into a slot: it owns this module from now on, and calls it."""
         slot.add(self.adapter, key, self)
@@ -78,6 +82,9 @@ class Fixed(Listener):
     def __init__(self, state: Any, adapter: str, fixed: list[nn.Module]):
         super().__init__(state, adapter)
         self.__dict__["fixed"] = fixed           # the model's modules, no children of this one
+
+    def check(self, call: Any) -> None:
+        pass                                     # a mode has no scale
 
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if self.here.off or not dict(self.here.active).get(self.adapter):
