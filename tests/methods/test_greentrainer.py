@@ -15,6 +15,7 @@ from burnish.blocks.choose.reach import Cost, costs, within
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.memory import Ledger, MemoryReport, measure, simulate
+from burnish.methods.controller import greentrainer
 from burnish.testing.models import tiny
 
 LR = 1e-2
@@ -138,10 +139,10 @@ def test_worth_is_what_one_update_takes_away(rule, make, p, monkeypatch):
     recipe = " + ".join(filter(None, ["greentrainer(budget=1.0, every=1)", rule]))
     tuned = burnish.tune(net, recipe, head=False)
     tuned.optimizer(LR)
-    from burnish.methods.controller.greentrainer import Chosen
     found = {}
-    real = Chosen.worth
-    monkeypatch.setattr(Chosen, "worth", lambda self, step: found.setdefault("I", real(self, step)))
+    real = greentrainer.relieved
+    monkeypatch.setattr(greentrainer, "relieved",
+                        lambda step, tensors: found.setdefault("I", real(step, tensors)))
     twin = copy.deepcopy(net)
     torch.manual_seed(9)
     tuned.step(batches[0], mse)
@@ -257,15 +258,14 @@ def test_a_choice_comes_once_an_update_and_period_whatever_the_micro_batches(mon
 
 
 def test_each_choice_is_among_all_tensors(monkeypatch):
-    from burnish.methods.controller.greentrainer import Chosen
     seen = []
-    real = Chosen.worth
+    real = greentrainer.relieved
 
-    def worth(self, step):
-        seen.append(real(self, step))
+    def worth(step, tensors):
+        seen.append(real(step, tensors))
         return seen[-1]
 
-    monkeypatch.setattr(Chosen, "worth", worth)
+    monkeypatch.setattr(greentrainer, "relieved", worth)
     net, batches = start()
     tuned = burnish.tune(net, "greentrainer(budget=0.5, every=1)", head=False)
     tuned.optimizer(LR)

@@ -8,12 +8,18 @@ the gradient must have come so far: ``way[1] + ... + way[k]``, paid once for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from ...core.protocols import Pass
 
 #: choices that are kept side by side; up to so many the best one is found exactly
 FRONT = 1000
@@ -166,3 +172,22 @@ def _product(module: nn.Module, p: Tensor, rows: tuple[float, float]) -> float:
     if p.dim() < 2 or isinstance(module, nn.Embedding):
         return rows[1]
     return 2 * rows[0] * p.numel()
+
+
+def relieved(step: Pass, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the loss, how much training each tensor would take away: ``-<g1, dw>``, dw what one update
+    changes and g1 the gradient after it; by name, at most 1 in size."""
+    with step.updated(step.probe().grads) as before:
+        after = step.probe().grads
+        found = {n: _taken(tensors[n], w0, after[n]) for n, w0 in before.items() if n in after}
+    top = max(map(abs, found.values()), default=0.0) or 1.0
+    return {n: v / top for n, v in found.items()}
+
+
+@torch.no_grad()
+def _taken(p: Tensor, w0: Tensor, g1: Tensor) -> float:
+    """``-<g1, w - w0>``, the first-order fall of the loss."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    taken = (p.to(wide) - w0.to(p.device, wide)).mul_(g1.to(wide)).sum().neg()
+    value = 0.0 if isinstance(p, FakeTensor) else float(taken)
+    return value if math.isfinite(value) else 0.0

@@ -29,7 +29,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ from .codes import packed, unpacked
 from .executor import _uncached, trained
 from .functions import transformed, version_of
 from .notes import Seen
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Anatomy, Block
+    from ...core.method import Method
 
 #: relative error of a reconstructed state that gradients bear
 ERROR = 1e-3
@@ -390,3 +394,35 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d1: Tensor | None, d2: Tensor | None) -> tuple[Any, ...]:
         return None, *ctx.link.back(ctx.saved_tensors, d1, d2)
+
+
+def reversible_blocks(part: Method, anatomy: Anatomy, last: int | None) -> list[Block]:
+    """The `last` blocks of the model's one stack (None: all), where they can run reversibly.
+    RecipeError where they cannot."""
+    who = part.name
+    if part.targets is not None:
+        raise RecipeError(f"{who} takes no targets: it runs whole blocks; choose the last n with "
+                          f"{who}(layers=n)")
+    stacks = anatomy.stacks()
+    if len(stacks) != 1:
+        raise RecipeError(f"{who}: this model has "
+                          + (f"several stacks of blocks ({', '.join(stacks)}); what one hands the "
+                             "other would have to be reversed too" if stacks else
+                             "no repeated blocks to reverse"))
+    blocks = next(iter(stacks.values()))
+    n = len(blocks) if last is None else last
+    if not 1 <= n <= len(blocks):
+        raise RecipeError(f"{who}(layers={n}): this model has {len(blocks)} blocks")
+    blocks = blocks[-n:]
+    if len({b.hidden_size or anatomy.hidden_size for b in blocks} - {None}) != 1:
+        raise RecipeError(f"{who}: the blocks have different widths, or none that can be told; "
+                          "streams have one")
+    for b in blocks:
+        if b.cross:
+            raise RecipeError(f"{who}: {b.path} reads another stack through cross-attention; a "
+                              "reversible block has no input but its state")
+        module = anatomy.model.get_submodule(b.path)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+            raise RecipeError(f"{who}: {b.path} holds a batch norm, whose statistics a second run "
+                              "would move again")
+    return blocks

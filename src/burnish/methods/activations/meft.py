@@ -4,17 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-
 from ...blocks.state.bottleneck import Bottleneck
-from ...blocks.tape.reversible import Reversible
+from ...blocks.tape.reversible import Reversible, reversible_blocks
 from ...blocks.tape.segment import Segment
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy, Block
+    from ...core.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,11 @@ class Meft(Method):
         None, "blocks from one kept pair to the next; 0: none; None: as rounding allows",
         other=(1,))
 
+    def __post_init__(self) -> None:
+        if self.bottleneck < 1 or (self.anchors or 0) < 0:
+            raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): the "
+                              "bottleneck must be 1 at least, and anchors 0 or more")
+
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 
@@ -94,14 +97,14 @@ class Meft(Method):
         return lam, beta
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        for b in self._blocks(anatomy):
+        for b in reversible_blocks(self, anatomy, self.layers):
             yield Branch(b.path, self._adapter(b.hidden_size or anatomy.hidden_size))
 
     def _adapter(self, d: int) -> Bottleneck:
         return Bottleneck(d, self.bottleneck, act=self.act, init="bert")
 
     def activations(self, anatomy: Anatomy) -> Segment:
-        blocks = self._blocks(anatomy)
+        blocks = reversible_blocks(self, anatomy, self.layers)
         d = blocks[0].hidden_size or anatomy.hidden_size
         scales = self.scales()
 
@@ -115,38 +118,6 @@ class Meft(Method):
             return made.to(attacher.device(blocks[i].path))
 
         return Segment(tuple(b.path for b in blocks), run)
-
-    def _blocks(self, anatomy: Anatomy) -> list[Block]:
-        """The blocks it runs. RecipeError where it cannot."""
-        if self.targets is not None:
-            raise RecipeError("meft takes no targets: it runs whole blocks; choose the last n with "
-                              "meft(layers=n)")
-        if self.bottleneck < 1 or (self.anchors or 0) < 0:
-            raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): the "
-                              "bottleneck must be 1 at least, and anchors 0 or more")
-        stacks = anatomy.stacks()
-        if len(stacks) != 1:
-            raise RecipeError("meft: this model has "
-                              + (f"several stacks of blocks ({', '.join(stacks)}); what one hands "
-                                 "the other would have to be reversed too" if stacks else
-                                 "no repeated blocks to reverse"))
-        blocks = next(iter(stacks.values()))
-        n = len(blocks) if self.layers is None else self.layers
-        if not 1 <= n <= len(blocks):
-            raise RecipeError(f"meft(layers={n}): this model has {len(blocks)} blocks")
-        blocks = blocks[-n:]
-        if len({b.hidden_size or anatomy.hidden_size for b in blocks} - {None}) != 1:
-            raise RecipeError("meft: the blocks have different widths, or none that can be told; "
-                              "streams have one")
-        for b in blocks:
-            if b.cross:
-                raise RecipeError(f"meft: {b.path} reads another stack through cross-attention; a "
-                                  "reversible block has no input but its state")
-            module = anatomy.model.get_submodule(b.path)
-            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-                raise RecipeError(f"meft: {b.path} holds a batch norm, whose statistics a second "
-                                  "run would move again")
-        return blocks
 
     def count(self, blocks: int, d: int) -> int:
         """Trainable parameters of so many reversible blocks of width d."""

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ...blocks.choose.reach import costs, within
+from ...blocks.choose.reach import costs, relieved, within
 from ...blocks.update.live import TrainableSchedule
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
@@ -102,20 +99,11 @@ class Chosen:
         T_bp = sum(c.way + c.own for c in listed)
         rho = self.method.budget
         share = max(0.05, rho * (1 + T_fp / T_bp) - T_fp / T_bp)
-        worth = self.worth(step)
+        worth = relieved(step, self.tensors)
         if self.largest:
             worth = {n: float(p.numel()) for n, p in self.tensors.items()}
             self.largest = False
         return within(listed, worth, share * T_bp)
-
-    def worth(self, step: Pass) -> dict[str, float]:
-        """I_k by name, at most 1 in size."""
-        with step.updated(step.probe().grads) as before:
-            after = step.probe().grads
-            found = {n: _taken(self.tensors[n], w0, after[n]) for n, w0 in before.items()
-                     if n in after}
-        top = max(map(abs, found.values()), default=0.0) or 1.0
-        return {n: v / top for n, v in found.items()}
 
     def state_dict(self) -> Mapping[str, Any]:
         return {**self.schedule.state_dict(), "at": self.at}
@@ -123,12 +111,3 @@ class Chosen:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.at, self.largest = state["at"], False
         self.schedule.load_state_dict(state)
-
-
-@torch.no_grad()
-def _taken(p: Tensor, w0: Tensor, g1: Tensor) -> float:
-    """``-<g1, w - w0>``, the first-order fall of the loss."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    taken = (p.to(wide) - w0.to(p.device, wide)).mul_(g1.to(wide)).sum().neg()
-    value = 0.0 if isinstance(p, FakeTensor) else float(taken)
-    return value if math.isfinite(value) else 0.0
