@@ -43,13 +43,11 @@ class Meft(Method):
     has grown. ``streams="fixed"`` inverts exactly at any depth and precision: numbers on a grid of
     2^-16, the small factor 1/16, and 4 bits kept per number and block. Not mergeable.
 
-    Refused: several stacks (encoder-decoders, two towers), blocks that return more than one state,
-    that read another tensor with a gradient, or that hold batch norms; models that do something
-    between blocks; somebody else's checkpointing of the blocks.
+    Refused: several stacks, blocks that return more than one state, read another tensor with a
+    gradient or hold batch norms, models that do something between blocks, foreign checkpointing.
 
-    Departures: MEFT3 (attention as F, the MLP as G) is not built, since a block's own forward is
-    not cut in two. The source leaves open where in the block
-    the adapter stands (here behind it) and what the head reads (here the state, not a mean).
+    Departures: MEFT3 (attention as F, the MLP as G) is not built: a block's own forward is not cut
+    in two. The adapter stands behind the block and the head reads the state (unconfirmed).
     """
 
     paper: ClassVar[str] = ("Make Pre-trained Model Reversible: From Parameter to Memory Efficient "
@@ -66,14 +64,13 @@ class Meft(Method):
     streams: Literal["float", "fixed"] = setting(
         "float", "fixed: whole multiples of 2^-16, inverted exactly at any depth and precision")
     layers: int | None = setting(None, "how many of the last blocks; None: all", other=(1,))
-    anchors: int | None = setting(
-        None, "blocks from one kept pair to the next; 0: none; None: as rounding allows",
-        other=(1,))
+    anchors: int | None = setting(None, "blocks from one kept pair to the next; 0: none; None: as "
+                                  "rounding allows", other=(1,))
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or (self.anchors or 0) < 0:
-            raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): the "
-                              "bottleneck must be 1 at least, and anchors 0 or more")
+            raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): 1 or "
+                              "more, and 0 or more, are expected")
 
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
@@ -111,15 +108,13 @@ class Meft(Method):
         def run(i: int, attacher: Any) -> Reversible:
             above = len(blocks) - 1 - i
             read = self.variant == 2 or above > 0
-            made = Reversible(attacher.state, attacher.adapter.name, i, above, scales,
-                              self._adapter(d) if read else None,
-                              block_first=self.variant == 1, anchors=self.anchors,
-                              fixed=self.streams == "fixed")
-            return made.to(attacher.device(blocks[i].path))
+            return Reversible(attacher.state, attacher.adapter.name, i, above, scales,
+                              self._adapter(d) if read else None, anchors=self.anchors,
+                              block_first=self.variant == 1, fixed=self.streams == "fixed"
+                              ).to(attacher.device(blocks[i].path))
 
         return Segment(tuple(b.path for b in blocks), run)
 
     def count(self, blocks: int, d: int) -> int:
         """Trainable parameters of so many reversible blocks of width d."""
-        adapters = 2 * blocks - (self.variant == 1)
-        return adapters * Bottleneck.count(d, self.bottleneck)
+        return (2 * blocks - (self.variant == 1)) * Bottleneck.count(d, self.bottleneck)
