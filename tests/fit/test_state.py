@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +133,47 @@ def test_the_newest_whole_checkpoint_is_found_and_leftovers_go(tmp_path):
     with pytest.raises(FormatError, match="no such folder"):
         checkpoint.find(tmp_path, tmp_path / "checkpoint-99")
     assert checkpoint.find(tmp_path / "none", "auto") is None
+
+
+def cut_off(out, last):
+    """Writes, replaces and removes a checkpoint in a process that dies before its `last` touch of
+    the disk; its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    touches = iter(range(1, last))
+
+    def dies(event, args):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") \
+                and str(out) in str(args[:2]) and next(touches, None) is None:
+            os._exit(9)
+
+    code = 1
+    try:
+        sys.addaudithook(dies)
+        for text in ("new", "in its place"):
+            fill(out / "checkpoint-1", text)
+        checkpoint.remove(out / "checkpoint-1")
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_killed_before_any_touch_of_the_disk_a_run_can_go_on(tmp_path):    # findings 4.1
+    """Whatever a kill leaves of a checkpoint is known as ours: nothing has to be moved away."""
+    for n in range(1, 400):
+        out = tmp_path / str(n)
+        out.mkdir()
+        code = cut_off(out, n)
+        checkpoint.refuse_foreign(out)
+        checkpoint.clear_leftovers(out)
+        assert all(checkpoint.whole(p) for p in out.iterdir()), sorted(out.rglob("*"))
+        if not code:
+            break
+        assert code == 9
+        fill(out / "checkpoint-2")
+        assert checkpoint.find(out, True).name == "checkpoint-2"
+    assert 20 < n < 399
 
 
 def test_rotation_spares_the_newest_and_the_best(tmp_path):

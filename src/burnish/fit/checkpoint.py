@@ -102,6 +102,9 @@ def _delete(folder: Path) -> None:
     One without a mark goes only when it is empty."""
     if not folder.is_dir():
         return
+    if _empty(folder):
+        for p in list(folder.iterdir()):
+            p.unlink(missing_ok=True)
     if ours(folder):
         for p in list(folder.iterdir()):
             if p.name != claim.MARK:
@@ -227,7 +230,8 @@ def refuse_foreign(output: Path) -> None:
 
 
 def _empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    """Nothing in it, or no more than a mark that a kill cut off."""
+    return folder.is_dir() and all(claim.marking(p) for p in folder.iterdir())
 
 
 def rotate(output: Path, keep: int | None, protected: Path | None = None) -> None:

@@ -100,6 +100,11 @@ def own(folder: Path, names: Iterable[str], kind: str) -> None:
     mark.write(folder)
 
 
+def marking(path: Path) -> bool:
+    """A mark that was being written when its process was killed."""
+    return path.name.startswith(f".{MARK}.") and safe.is_temporary(path)
+
+
 def marked(folder: Path) -> bool:
     return bool(Mark.of(folder).kind)
 
