@@ -427,6 +427,31 @@ def test_whoever_reads_while_another_writes_gets_one_of_both(tmp_path):
     assert reads > 3 and adapter_value(folder) == 39
 
 
+def test_a_writer_that_ends_while_the_reader_asks_is_no_missing_file(tmp_path, monkeypatch):
+    folder = adapter(tmp_path / "x", 1.0)
+    name = "adapter_model.safetensors"
+    (folder / claim.STAGE).mkdir()
+    (folder / name).rename(folder / claim.STAGE / name)
+    mark = claim.Mark.of(folder)
+    mark.pending = [name]
+    mark.write(folder)
+    asked, of = [], claim.Mark.of
+
+    def read():
+        if not asked:
+            raise FormatError("no such file")
+        return adapter_value(folder)
+
+    def ends_first(where):
+        if not asked:
+            asked.append(1)
+            staged.finish(folder)
+        return of(where)
+
+    monkeypatch.setattr(claim.Mark, "of", staticmethod(ends_first))
+    assert staged.steady(folder, read) == 1.0
+
+
 # -- names ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["two words", "größe 漢字", "a\nb", "-x", "..x", "x" * 250,

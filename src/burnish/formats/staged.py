@@ -14,6 +14,7 @@ import ctypes
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -128,13 +129,20 @@ def current(folder: Path, name: str) -> Path:
 
 
 def steady(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` finds in a folder; again, when files changed places as it read."""
+    """What `read` finds in a folder; again, when files changed places as it read.
+
+    A writer may stand still between its moves (a disk that flushes): it is waited for, two seconds.
+    """
     for n in range(1000):
         before = claim.moment(folder)
         try:
             return read()
         except (FormatError, OSError) as e:
-            moving = before != claim.moment(folder) or bool(Mark.of(folder).pending and n < 20)
+            pending = Mark.of(folder).pending        # asked first: the moment then tells of both
+            moving = before != claim.moment(folder)
+            if pending and not moving and n < 400:
+                moving = True
+                time.sleep(0.005)
             if not moving and isinstance(e, FormatError):
                 raise
             if not moving:
