@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +23,20 @@ from ..blocks.tape import disk
 IN_MEMORY = 1 << 20
 
 
+class About(NamedTuple):
+    """What a kept value is, whatever form it waits in."""
+
+    device: torch.device
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Originals:
     """(module path, parameter) -> the value it had. Written once, before the first change."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], Tensor | Path] = {}
-        self.devices: dict[tuple[str, str], torch.device] = {}
-        self.shapes: dict[tuple[str, str], torch.Size] = {}
-        self.dtypes: dict[tuple[str, str], torch.dtype] = {}
+        self.about: dict[tuple[str, str], About] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count()
 
@@ -39,8 +45,7 @@ class Originals:
         if key in self.kept:
             return
         value = value.detach()
-        self.devices[key], self.shapes[key], self.dtypes[key] = \
-            value.device, value.shape, value.dtype
+        self.about[key] = About(value.device, value.shape, value.dtype)
         if value.device.type == "meta" or isinstance(value, FakeTensor) and _large(value):
             self.kept[key] = value                   # no bytes to keep
         elif not _large(value):
@@ -60,16 +65,16 @@ class Originals:
         held = self.kept[path, param]
         if isinstance(held, Tensor) and not (isinstance(held, FakeTensor) and _large(held)):
             return held
-        dtype, shape = self.dtypes[path, param], self.shapes[path, param]
+        _, shape, dtype = self.about[path, param]
         file = held if isinstance(held, Path) else None
         return disk.read(file, shape.numel() * dtype.itemsize).view(dtype).view(shape)
 
     def home(self, path: str, param: str) -> torch.device:
         """The device the value came from."""
-        return self.devices[path, param]
+        return self.about[path, param].device
 
     def shape(self, path: str, param: str) -> torch.Size:
-        return self.shapes[path, param]
+        return self.about[path, param].shape
 
     def forget(self, path: str, param: str) -> None:
         """It is back in its place."""
@@ -86,8 +91,7 @@ class Originals:
     def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
         """Its own files (links to the same bytes where the disk can), so that either may go."""
         twin = memo[id(self)] = type(self)()
-        twin.devices, twin.shapes = dict(self.devices), dict(self.shapes)
-        twin.dtypes = dict(self.dtypes)
+        twin.about = dict(self.about)
         for key, held in self.kept.items():
             if isinstance(held, Tensor):
                 twin.kept[key] = held            # never written to

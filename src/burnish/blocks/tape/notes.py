@@ -40,12 +40,9 @@ class View:
     def of(self, value: Tensor, start: int = 0) -> Tensor:
         """The same view of the storage behind `value`, `start` bytes further on."""
         offset = (start + self.at) // self.dtype.itemsize
-        if value.dtype == torch.uint8 and value.numel() % self.dtype.itemsize == 0 \
-                and self.dtype.itemsize > 1 and not start:      # the flat bytes of a storage
-            value = value.view(self.dtype)
         if value.dtype == self.dtype:
             made = value.as_strided(self.size, self.stride, offset)
-        else:                                    # complex numbers looked at as pairs, and back
+        else:            # flat bytes; complex numbers looked at as pairs, and back
             made = torch.empty(0, dtype=self.dtype, device=value.device)
             made.set_(value.untyped_storage(), offset, self.size, self.stride)
         made = made.conj() if self.conj else made

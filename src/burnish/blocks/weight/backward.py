@@ -37,8 +37,8 @@ def as_then(backward: Callable[..., Any]) -> Callable[..., Any]:
 def again(fn: Callable[[Tensor], Tensor], x: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
     """``fn(x)``, of which backward keeps nothing but x: it is run again there.
 
-    theta: the tensors that fn reads and gradients are wanted for. As in torch, changing them or x
-    in place before backward is an error.
+    theta: the tensors that fn reads; those that train get gradients. As in torch, changing them or
+    x in place before backward is an error.
     """
     return _Again.apply(x, fn, *theta)
 

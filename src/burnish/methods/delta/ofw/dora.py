@@ -23,9 +23,9 @@ class Dora(Method):
     Start: LoRA's, m = row norms of the (dequantised) W: the pre-trained function to one rounding.
     Trains rank (in + out) + out per matrix. Kept for backward: what LoRA keeps and two numbers
     per output; neither the base's output nor V is kept, and V exists only panel by panel.
-    Merges exactly. No weight decay on m or the factors. ``train_a=False`` freezes A (x is kept all
-    the same, for m), `b_rate` multiplies the learning rate of B. Embeddings and experts are left
-    to other methods.
+    Merges exactly. No weight decay on m or the factors. ``train_a=False`` freezes A: rank out + out
+    train (x is kept all the same, for m). `b_rate` multiplies the learning rate of B. Embeddings
+    and experts are left to other methods.
 
     With dropout ``y = m / c * (W x + s B A drop(x)) + b`` (the authors also drop the input of W in
     the part that differs from the base, at the price of a second base product; not built), and

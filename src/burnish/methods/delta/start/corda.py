@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ....blocks.choose.observe import Covariance
-from ....blocks.weight.start import LessStart, begin, split
+from ....blocks.weight.start import split
 from ....core.errors import CheckError, RecipeError
-from ....core.method import Method, setting
-from ....core.site import Place, Site
+from ....core.method import setting
+from ....core.site import Place
+from ._from import Starting
 
 
 def damped(C: Tensor, start: float = 0.01, bound: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def oriented(W: Tensor, C: Tensor, rank: int, smallest: bool, s: float) -> tuple
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corda(Method):
+class Corda(Starting):
     """CorDA: a low-rank update that starts from the weight as seen through a task's data.
 
     X (tokens, in): the inputs of a linear; ``C = (1/n) sum over samples of X^T X``, each sample
@@ -63,8 +64,6 @@ class Corda(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     rank: int = setting(128, "components that train", alias=("r",))
-    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
-                                  other=(8.0,))
     mode: Literal["knowledge", "instruction"] = setting(
         "instruction", "train the directions the data uses least, or most")
     samples: int = setting(256, "samples to read", other=(1,))
@@ -78,16 +77,3 @@ class Corda(Method):
 
     def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, Tensor]:
         return oriented(W, seen.value.to(W), rank, self.mode == "knowledge", s)
-
-    def delta(self, site: Site) -> LessStart:
-        site.place.check_rank(self.rank, "corda")
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
-        return begin(LessStart(site.place, self.rank, s), site, self.start)
-
-    def per_token(self, place: Place) -> int:
-        """Numbers per token kept for backward besides the input."""
-        return self.rank
-
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix."""
-        return self.rank * (place.out + place.inp)

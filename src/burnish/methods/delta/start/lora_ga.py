@@ -8,14 +8,15 @@ from torch import Tensor
 
 from ....blocks.choose.observe import Gradient
 from ....blocks.linalg import svd
-from ....blocks.weight.start import LessStart, begin
+from ....blocks.weight.start import LessStart
 from ....core.errors import RankError, RecipeError
-from ....core.method import Method, setting
+from ....core.method import setting
 from ....core.site import Place, Site
+from ._from import Starting
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraGa(Method):
+class LoraGa(Starting):
     """LoRA-GA: a low-rank update whose first step is the best one of rank 2r on the full weight.
 
     ``G = dL/dW``, the mean over the calibration batches, ``G = U S V^T``. Of the first 2r singular
@@ -60,19 +61,14 @@ class LoraGa(Method):
         c = W.shape[0] ** 0.25 / math.sqrt(self.gamma)
         return c * Vt[a], c * U[:, b]
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / math.sqrt(self.rank)
+
     def delta(self, site: Site) -> LessStart:
         place = site.place
         if not 1 <= self.rank <= (most := min(place.out, place.inp) // 2):
             raise RankError(f"lora_ga: rank {self.rank} needs {2 * self.rank} singular vectors, "
                             f"{place.name} is {place.out} x {place.inp}; the largest rank there "
                             f"is {most}")
-        return begin(LessStart(place, self.rank, self.alpha / math.sqrt(self.rank)), site,
-                     self.start)
-
-    def per_token(self, place: Place) -> int:
-        """Numbers per token kept for backward besides the input."""
-        return self.rank
-
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix."""
-        return self.rank * (place.out + place.inp)
+        return super().delta(site)

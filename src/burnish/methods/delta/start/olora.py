@@ -6,13 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ....blocks.weight.start import LessStart, begin
-from ....core.method import Method, setting
-from ....core.site import Place, Site
+from ....core.method import setting
+from ._from import Starting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Olora(Method):
+class Olora(Starting):
     """OLoRA: a low-rank update that starts from an orthonormal basis of the weight's columns.
 
     ``W = Q R`` (not pivoted), ``B0 = Q_r`` (out, rank), ``A0 = R_r`` (rank, in), the first r of
@@ -31,22 +30,7 @@ class Olora(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(32, "columns that span what trains", alias=("r",))
-    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
-                                  other=(8.0,))
 
     def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, Tensor]:
         Q = torch.linalg.qr(W[:, :rank]).Q
         return Q.t() @ W, Q
-
-    def delta(self, site: Site) -> LessStart:
-        site.place.check_rank(self.rank, "olora")
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
-        return begin(LessStart(site.place, self.rank, s), site, self.start)
-
-    def per_token(self, place: Place) -> int:
-        """Numbers per token kept for backward besides the input."""
-        return self.rank
-
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix."""
-        return self.rank * (place.out + place.inp)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ....blocks.linalg import sketched
-from ....blocks.weight.start import LessStart, begin, split
-from ....core.method import Method, setting
-from ....core.site import Place, Site
+from ....blocks.weight.start import split
+from ....core.method import setting
+from ._from import Starting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pissa(Method):
+class Pissa(Starting):
     """PiSSA: train the principal singular part of W, freeze the rest.
 
     ``W = U S V^T``, ``B0 = U_r sqrt(S_r / s)``, ``A0 = sqrt(S_r / s) V_r^T``, residual
@@ -34,24 +34,9 @@ class Pissa(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "principal directions that train", alias=("r",))
-    alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
-                                  other=(8.0,))
     iterations: int = setting(0, "0: exact SVD; else subspace iterations of the approximate one")
 
     def start(self, W: Tensor, seen: Any, rank: int, s: float) -> tuple[Tensor, Tensor]:
         U, S, Vt = sketched(W, rank, self.iterations) if self.iterations else \
             torch.linalg.svd(W, full_matrices=False)
         return split(U[:, :rank], S[:rank], Vt[:rank], s)
-
-    def delta(self, site: Site) -> LessStart:
-        site.place.check_rank(self.rank, "pissa")
-        s = 1.0 if self.alpha is None else self.alpha / self.rank
-        return begin(LessStart(site.place, self.rank, s), site, self.start)
-
-    def per_token(self, place: Place) -> int:
-        """Numbers per token kept for backward besides the input."""
-        return self.rank
-
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix."""
-        return self.rank * (place.out + place.inp)
