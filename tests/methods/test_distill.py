@@ -138,3 +138,86 @@ def test_the_teacher_may_be_another_adapter():
         tuned.use("third")
         tuned.optimizer(lr=1e-3)
         tuned.step(batch)
+
+
+# -- which models, and which rows (findings 3.9) ---------------------------------------------
+@pytest.mark.parametrize("model", ["clip", "model", "answers"])
+def test_a_model_without_logits_is_refused_before_anything_runs(model):  # findings 3.9
+    import transformers
+
+    net = tiny("clip")[0] if model == "clip" else getattr(
+        transformers, {"model": "BertModel", "answers": "BertForQuestionAnswering"}[model])(
+        tiny("bert")[0].config)
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    with pytest.raises(burnish.RecipeError, match="distill needs logits among its outputs, which "
+                                                  f"{type(net).__name__} does not have"):
+        burnish.tune(net, "full + distill")
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert not any("burnish" in n for n, _ in net.named_modules())
+
+
+def rows_that_count(net, labels):
+    """Rows whose logits get a gradient of the term, the student's logits being other ones."""
+    from burnish.methods.objective.distill import Distill
+
+    class Seen:
+        batch = {"labels": labels}
+        outputs = {"logits": torch.randn(*labels.shape, 5, requires_grad=True)}
+
+        @staticmethod
+        def reference(adapter):
+            return {"logits": torch.zeros(*labels.shape, 5)}
+
+    class Handle:
+        model = net
+
+    (term,) = Distill().objective(Handle(), Seen())
+    (g,) = torch.autograd.grad(term, Seen.outputs["logits"])
+    return g.abs().sum(-1) > 0
+
+
+@pytest.mark.parametrize("cls, of, ahead", [
+    ("LlamaForCausalLM", "llama", True), ("GPT2LMHeadModel", "gpt2", True),
+    ("MambaForCausalLM", "mamba", True), ("BertForMaskedLM", "bert", False),
+    ("BertForTokenClassification", "bert", False), ("LlamaForTokenClassification", "llama", False),
+    ("T5ForConditionalGeneration", "t5", False), ("XLMWithLMHeadModel", None, False),
+])
+def test_whether_rows_answer_the_next_label_is_the_models_task_not_its_name(cls, of, ahead):
+    """A class of another name is told alike: what it declares and does is inherited."""
+    import transformers
+
+    known = getattr(transformers, cls)
+    config = tiny(of, meta=True)[0].config if of else \
+        transformers.XLMConfig(vocab_size=9, emb_dim=8, n_layers=1, n_heads=2)
+    labels = torch.tensor([[-100, -100, 3, 4], [1, -100, 2, 3]])
+    want = labels != -100
+    if ahead:                                        # row n answers label n + 1, the last row none
+        want = torch.cat([want[:, 1:], torch.zeros(2, 1, dtype=torch.bool)], 1)
+    for kind in (known, type("Mine", (known,), {})):
+        with torch.device("meta"):
+            net = kind(config)
+        assert torch.equal(rows_that_count(net, labels), want)
+    assert known.__name__ == cls
+
+
+class Named(torch.nn.Module):
+    """Declares nothing and gives its answer another name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.fc, self.name = torch.nn.Linear(4, 3), name
+
+    def forward(self, x):
+        return {"x": torch.ones(()), self.name: self.fc(x)}
+
+
+def test_what_a_module_without_a_declaration_returns_is_found_out_when_it_runs():
+    x = (torch.ones(2, 4),)
+    for name in ("logits", "scores"):
+        tuned = burnish.tune(Named(name), "full + distill", head=False)
+        tuned.optimizer(lr=0.1)
+        if name == "logits":
+            tuned.loss(x, loss=lambda out, batch: out["logits"].sum()).backward()
+            continue
+        with pytest.raises(burnish.ConfigError, match="compares logits, and this model returns no"):
+            tuned.loss(x, loss=lambda out, batch: out["scores"].sum())

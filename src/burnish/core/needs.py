@@ -15,6 +15,7 @@ from .anatomy import Anatomy
 from .errors import BurnishError
 from .groups import groups
 from .method import Method
+from .outputs import declared
 from .site import Place
 from .targets import match
 
@@ -68,6 +69,11 @@ def mlp_linears(a: Anatomy) -> list[Place]:
             and p.kind in ("linear", "conv1d") and ".experts." not in f".{p.path}."]
 
 
+def _logits(a: Anatomy) -> bool:
+    said = declared(a.model)
+    return said is None or "logits" in said
+
+
 #: word -> (what it means, does this model have it?)
 NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
@@ -80,6 +86,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "biases": ("biases", lambda a: any(n.endswith("bias") for n, _ in
                                        a.model.named_parameters())),
     "head": ("a task head", lambda a: bool(a.head)),
+    "logits": ("logits among its outputs", _logits),
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
@@ -92,12 +99,19 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
 }
 
 
-def lacks(method: type[Method], anatomy: Anatomy) -> str | None:
-    """What `method` needs and this model has not, in words, or None when it applies."""
+def unmet(method: type[Method], anatomy: Anatomy) -> str | None:
+    """The first of its `needs` that this model has not, in words, or None."""
     for word in sorted(method.needs):
         meaning, has = NEEDS[word]
         if not has(anatomy):
             return meaning
+    return None
+
+
+def lacks(method: type[Method], anatomy: Anatomy) -> str | None:
+    """What `method` needs and this model has not, in words, or None when it applies."""
+    if (word := unmet(method, anatomy)) is not None:
+        return word
     if {"delta", "storage"} & set(method.axes()):
         try:
             places = match(anatomy, None)

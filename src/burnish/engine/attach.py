@@ -18,6 +18,8 @@ from ..core.asked import Asked, wanted
 from ..core.errors import RankError, RecipeError, TargetError
 from ..core.keys import keys_of
 from ..core.method import Method
+from ..core.needs import unmet
+from ..core.outputs import base_class
 from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
@@ -93,8 +95,17 @@ class Attacher:
         for part in recipe:
             if part.targets is not None and "optimizer" in part.axes():
                 self._optimizer(part)
+        self._met(recipe)
         self.asked.check(self.anatomy, recipe)
         self.notes += self.asked.notes
+
+    def _met(self, recipe: Recipe) -> None:
+        """Parts that put nothing into the model are asked nothing that could refuse it."""
+        for part in recipe:
+            if set(part.axes()) <= {"optimizer", "controller", "objective", "lifecycle"} \
+                    and (needed := unmet(type(part), self.anatomy)) is not None:
+                raise RecipeError(f"{part.name} needs {needed}, which "
+                                  f"{base_class(self.model).__name__} does not have")
 
     def _fix(self, part: Method) -> None:
         """The body of a part that declares it fixed runs in evaluation mode, unless another part

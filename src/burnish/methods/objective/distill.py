@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
+from ...core.outputs import next_token
 
 if TYPE_CHECKING:
     from ...engine.tuned import Tuned
@@ -40,7 +40,8 @@ class Distill(Method):
 
     z the logits of this forward, t those of the base (or of another `adapter`) on the same batch,
     without gradients and in eval mode. With labels per token, rows that answer no label do not
-    count (a causal language model's row n answers label n + 1).
+    count (row n of a model that writes on answers label n + 1; see core/outputs.py). Models whose
+    forward declares outputs without ``logits`` are refused when the recipe is joined.
     T^2 keeps the size of the gradient as T changes.
 
     Trains nothing of its own; needs no second model: the base is the tuned model switched off, its
@@ -50,6 +51,7 @@ class Distill(Method):
 
     paper: ClassVar[str] = ("Distilling the Knowledge in a Neural Network (2015), "
                             "arXiv:1503.02531; Learning without Forgetting, ECCV 2016")
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     sees_run: ClassVar[bool] = True
 
     weight: float = setting(1.0, "of the term")
@@ -69,14 +71,12 @@ class Distill(Method):
 
 
 def _counts(model: nn.Module, batch: Any, rows: torch.Size) -> Tensor | None:
-    """Which rows of logits answer a label; None where labels are not per row. A causal language
-    model is given its own input as labels: row n answers for the token n + 1."""
+    """Which rows of logits answer a label; None where labels are not per row. A model
+    that writes on is given its own input as labels: row n answers for the token n + 1."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.shape != rows or labels.is_floating_point():
         return None
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) and re.search(
-            "CausalLM|LMHead|ConditionalGeneration", type(model).__name__):
+    if next_token(model):
         labels = F.pad(labels[..., 1:], (0, 1), value=-100)
     return labels != -100
 

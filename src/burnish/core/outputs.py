@@ -1,0 +1,41 @@
+"""What a model answers, read off what its class declares: no forward, no value of any tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from torch import nn
+
+
+def declared(model: nn.Module) -> frozenset[str] | None:
+    """Names of the fields of the outputs that ``forward`` says it returns (transformers' models
+    do); None where it says nothing."""
+    names = [f.name for kind in _kinds(model) for f in dataclasses.fields(kind)]
+    return frozenset(names) or None
+
+
+def next_token(model: nn.Module) -> bool:
+    """Given its own input as labels, does row n of the logits answer the label n + 1?
+
+    Models that write on by themselves do, but for those that read the text apart (their decoder's
+    input is shifted already) and those whose outputs are declared to be of masked words.
+    """
+    writes = getattr(model, "can_generate", lambda: False)()
+    apart = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(writes and not apart and not any("Masked" in k.__name__ for k in _kinds(model)))
+
+
+def base_class(model: nn.Module) -> type[nn.Module]:
+    """The class a module had before anything was added to it."""
+    return getattr(type(model), "_burnish_base", type(model))
+
+
+def _kinds(model: nn.Module) -> list[typing.Any]:
+    """The output classes in the annotation of forward."""
+    try:
+        said = typing.get_type_hints(base_class(model).forward).get("return")
+    except (NameError, TypeError, AttributeError):      # names that only a type checker knows
+        return []
+    every = (said, *typing.get_args(said))
+    return [k for k in every if isinstance(k, type) and dataclasses.is_dataclass(k)]
