@@ -12,29 +12,25 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.tape.executor import MODES, in_graph
-from ..blocks.weight.convolved import convolved
-from ..blocks.weight.provided import Weighted, linear
-from ..blocks.weight.term import Provider, Wrap
-from ..core.call import Call, again, call_of, current, resume
+from ..blocks.weight.term import Provider
+from ..core.call import Call, again, call_of, resume
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
-from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
+from .layout import is_linear
 from .rows import check_rows, split
-from .starts import with_starts
 from .state import Part, State
-from .swap import ATTR, expose, tuned_class
+from .swap import ATTR, tuned_class
+from .weights import Weights, first_of
 
 
-class Slot(nn.Module):
+class Slot(Weights):
     """Everything burnish adds to one module. Children: one container per adapter."""
 
     def __init__(self, state: State, path: str):
@@ -87,9 +83,6 @@ class Slot(nn.Module):
         self.state.gone[adapter] = self.state.version
         self.state.context.pop(adapter, None)
         self.state.listening[:] = [a for a in self.state.listening if a != adapter]
-
-    def module_of(self, part: Part) -> nn.Module:
-        return self._modules[part.adapter][part.key]
 
     @property
     def idle(self) -> bool:
@@ -175,10 +168,10 @@ class Slot(nn.Module):
     def _active(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
                 kw: dict) -> Any:
         groups, before, after = self._planned(module, call.active)
-        given = _first(args, kw)
+        given = first_of(args, kw)
         self._tap("input", given, call)
         for part, scale in before:
-            x = _first(args, kw)
+            x = first_of(args, kw)
             made = self._branch(part, scale, x, x)
             args, kw = ((made, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): made})
         out = self._weighted(module, forward, groups, args, kw) if groups else \
@@ -221,191 +214,6 @@ class Slot(nn.Module):
             return made if scale == 1 else h + scale * (made - h)
         return h + (made if scale == 1 else scale * made)
 
-    def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
-        if self.providers and is_linear(module, forward):
-            op = Weighted(functools.partial(self._matrix, module, "weight"), [],
-                          held=functools.partial(self._held, module, "weight"))
-            return linear(_first(args, kw), op, module.bias)
-        with ExitStack() as stack:
-            for param in self.providers:
-                make = functools.partial(self._stored, module, param)
-                stack.enter_context(self._noted(module, param, make, self._held(module, param)))
-            return forward(module, *args, **kw)
-
-    # -- weights ------------------------------------------------------------------------------
-    def _planned(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
-        version, made = self._plans
-        if version != self.state.version:
-            self._plans = version, made = self.state.version, {}
-        if active not in made:
-            made[active] = self._make_plan(module, active)
-        return made[active]
-
-    def _make_plan(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
-        weights = dict(active)
-        call = current()
-        for name in weights if call is not None else ():
-            if self.state.gone.get(name, -1) > call.version:
-                raise RecipeError(f"this forward ran with the adapter {name!r}, which has been "
-                                  "taken out since: its backward can no longer run")
-        groups: dict[tuple, tuple[Place, list, list]] = {}
-        before, after = [], []
-        for part in self.parts:
-            scale = weights.get(part.adapter)
-            if not scale:
-                continue
-            made = self.module_of(part)
-            if part.branch is None and part.place is None:
-                continue                             # a listener: it wraps the run by itself
-            if part.branch is not None:
-                (before if part.branch.at == "input" else after).append((part, scale))
-                continue
-            place = part.place
-            _, terms, wraps = groups.setdefault((place.param, place.rows), (place, [], []))
-            if isinstance(made, Wrap):
-                if scale != 1:
-                    raise RecipeError(f"{part.adapter!r} holds a function of W "
-                                      f"({part.key}); it can be used whole, not at {scale}")
-                wraps.append(made)
-            else:
-                terms.append((made, scale))
-        ops = []
-        for place, terms, wraps in groups.values():
-            if len(wraps) > 1:
-                raise RecipeError(f"{place.name} has {len(wraps)} functions of W active at once; "
-                                  "only one may wraps the others' sum: use one adapter at a time")
-            base = functools.partial(self._place_view, module, place)
-            held = functools.partial(self._held, module, place.param)
-            ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held)))
-        return ops, before, after
-
-    def _stored(self, module: nn.Module, param: str) -> Tensor:
-        if param in self.providers:
-            value = self._modules[self.providers[param]].weight()
-            return with_starts(self, value, param) if self.absorbed else value
-        *parents, leaf = param.split(".")
-        for p in parents:
-            module = getattr(module, p)
-        own = module._parameters.get(leaf)
-        return own if own is not None else getattr(module, leaf)
-
-    def _held(self, module: nn.Module, param: str) -> list[Tensor]:
-        """The tensors that :meth:`_stored` reads; none where the weight is computed."""
-        if param in self.providers:
-            return list(self._modules[self.providers[param]].buffers())
-        stored = self._stored(module, param)
-        return [stored] if isinstance(stored, nn.Parameter) else []
-
-    def _place_view(self, module: nn.Module, place: Place) -> Tensor:
-        return place.view(self._stored(module, place.param))
-
-    def _matrix(self, module: nn.Module, param: str) -> Tensor:
-        w = self._stored(module, param)
-        return w.t() if is_conv1d(module) else w
-
-    def _weighted(self, module: nn.Module, forward: Callable[..., Any], groups: list,
-                  args: tuple, kw: dict) -> Any:
-        place, op = groups[0]
-        if is_linear(module, forward) and all(p.param == "weight" for p, _ in groups):
-            if len(groups) == 1 and place.rows is None:
-                return linear(_first(args, kw), op, module.bias, self._trained(module, place))
-            if place.rows is not None and all(p.rows for p, _ in groups):
-                return self._sliced(module, groups, _first(args, kw))
-        if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward \
-                and len(groups) == 1 and op.wrap is None:
-            out = forward(module, *args, **kw)
-            for term, scale in op.terms:
-                out = out + scale * term.take(_first(args, kw), module.padding_idx).to(out.dtype)
-            return out
-        if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
-                and (dropped := [ts for ts in op.terms if _drops(ts[0])]):
-            return self._beside(module, forward, place, op, dropped, args, kw)
-        return self._effective(module, forward, groups, args, kw)
-
-    def _beside(self, module: nn.Module, forward: Callable[..., Any], place: Place, op: Weighted,
-                dropped: list, args: tuple, kw: dict) -> Any:
-        """A convolution with chains that drop part of its input: they run beside it."""
-        rest = [ts for ts in op.terms if not _drops(ts[0])]
-        beside = [(place, Weighted(op.base, rest, held=op.held))]
-        out = self._effective(module, forward, beside, args, kw) if rest else \
-            self._base(module, forward, args, kw)
-        for term, scale in dropped:
-            made = convolved(term, module, _first(args, kw))
-            out = out + (made if scale == 1 else scale * made)
-        return out
-
-    def _trained(self, module: nn.Module, place: Place) -> Tensor | None:
-        own = None if place.param in self.providers else module._parameters.get(place.param)
-        return place.view(own) if own is not None and own.requires_grad else None
-
-    def _sliced(self, module: nn.Module, groups: list, x: Tensor) -> Tensor:
-        """A fused linear: each tuned run of rows is its own product, the rest stays stock."""
-        W = self._matrix(module, "weight")
-        outs = []
-        for (a, b), op in segments(groups, W.shape[0]):
-            bias = None if module.bias is None else module.bias[a:b]
-            outs.append(F.linear(x, W[a:b], bias) if op is None else linear(x, op, bias))
-        return torch.cat(outs, dim=-1)
-
-    def _effective(self, module: nn.Module, forward: Callable[..., Any], groups: list,
-                   args: tuple, kw: dict) -> Any:
-        """The module's own forward on weights that are made again in backward."""
-        by_param: dict[str, list] = {}
-        for place, op in groups:
-            if any(_drops(t) for t, _ in op.terms):
-                raise RecipeError(f"dropout on the input of {place.name} cannot act beside the "
-                                  "other parts there: they act on the weight. Set dropout=0, or "
-                                  "give the parts different targets")
-            by_param.setdefault(place.param, []).append((place, op))
-        with ExitStack() as stack:
-            for param, items in by_param.items():
-                make = functools.partial(self._make_weight, module, param, items)
-                reads = [r for _, op in items for r in op.reads(True, True, True)]
-                stack.enter_context(self._noted(module, param, make, reads))
-            return forward(module, *args, **kw)
-
-    @contextmanager
-    def _noted(self, module: nn.Module, param: str, make: Callable[[], Tensor],
-               reads: list[Tensor]) -> Iterator[None]:
-        """`make()` answers for the parameter; backward makes it again instead of keeping it.
-
-        reads: what `make` reads; changed before backward, it raises.
-        """
-        value = make()
-        call = current()
-        if torch.is_grad_enabled():
-            again = functools.partial(_in, call, make)
-            self.state.tape.note(value, again, (), {}, reads)
-        owner, leaf = module, param
-        *parents, leaf = param.split(".")
-        for p in parents:
-            owner = getattr(owner, p)
-        expose(owner, leaf)                      # a property answers, in this thread alone
-        key = id(owner), leaf
-        call.standing[key] = value
-        del value
-        try:
-            yield
-        finally:
-            call.standing.pop(key, None)
-
-    def _make_weight(self, module: nn.Module, param: str, items: list) -> Tensor:
-        stored = self._stored(module, param)
-        first = items[0][0]
-        if first.rows is None:
-            return as_stored(items[0][1].effective(first.view(stored)), first, stored)
-        pieces = []
-        fused = whole(first).view(stored)
-        for (a, b), op in segments(items, fused.shape[-2]):
-            rows = fused[..., a:b, :]
-            pieces.append(rows if op is None else op.effective(rows))
-        return as_stored(torch.cat(pieces, dim=-2), first, stored)
-
-
-def _drops(term: nn.Module) -> bool:
-    """Does a term drop part of its input just now?"""
-    return bool(term.training and getattr(term, "dropout", 0))
-
 
 @torch._dynamo.disable
 def _beside(slot: Slot, module: nn.Module, forward: Callable[..., Any], args: tuple,
@@ -414,17 +222,6 @@ def _beside(slot: Slot, module: nn.Module, forward: Callable[..., Any], args: tu
     if why:
         warnings.warn(f"torch.compile: this model runs uncompiled, since {why}", stacklevel=2)
     return slot.run(module, forward, args, kw)
-
-
-def _in(call: Call, make: Callable[[], Tensor]) -> Tensor:
-    """`make()` in a call that may be over."""
-    with resume(call):
-        return make()
-
-
-def _first(args: tuple, kw: dict) -> Any:
-    """What a module was given, by position or by name."""
-    return args[0] if args else next(iter(kw.values()), None)
 
 
 def slot_of(module: nn.Module, state: State, path: str) -> Slot:
