@@ -130,9 +130,12 @@ def kernel(A, B, p=2.0):
 
 
 @pytest.mark.parametrize("p, s, magnitude", [(2.0, 0.6, "signed_square"), (3.0, 0.3, "linear"),
-                                             (1.5, 0.0, "linear"), (3.0, 0.5, "signed_square")])
+                                             (1.5, 0.0, "linear"), (3.0, 0.5, "signed_square"),
+                                             (2.0, 0.0, "signed_square"), (2.0, 0.0, "auto"),
+                                             (2.0, 0.2, "auto")])
 def test_the_equation_written_out(p, s, magnitude):                        # findings 6
-    """Delta = K sg(|K| 1[|K| > tau]), or K 1[...] in the linear form; outputs and gradients."""
+    """Delta = K sg(|K| 1[|K| > tau]), or K 1[...] in the linear form; outputs and gradients. "auto"
+    is the authors' own run: at s = 0 unsquared and dense, above squared."""     # findings 3.9
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10)).double()
     tuned = burnish.tune(model, f"snell(rank=6, s={s}, norm_p={p}, magnitude={magnitude!r})",
@@ -144,9 +147,9 @@ def test_the_equation_written_out(p, s, magnitude):                        # fin
             v.copy_(torch.randn(v.shape).double())
     x = torch.randn(5, 12).double().requires_grad_()
     g = torch.randn(5, 10).double()
-    K = kernel(t.A, t.B, p)
+    K, squared = kernel(t.A, t.B, p), magnitude == "signed_square" or magnitude == "auto" and s > 0
     alive = K.abs() > torch.quantile(K.detach().abs().flatten(), s) if s else torch.ones_like(K)
-    factor = alive * (K.detach().abs() if magnitude == "signed_square" else 1.0)
+    factor = alive * (K.detach().abs() if squared else 1.0)
     y = x @ (model[0].weight + K * factor).t() + model[0].bias
     got = model(x)
     torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
@@ -159,7 +162,7 @@ def test_the_start_is_as_near_the_base_as_published():                     # fin
     """Delta has an rms of 2.7e-6 on 768 x 768 at rank 8, K one of 1.28e-3."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(768, 768))
-    tuned = burnish.tune(model, "snell(rank=8, s=0.0)", head=False)
+    tuned = burnish.tune(model, "snell(rank=8, s=0.0, magnitude='signed_square')", head=False)
     (t,) = terms(tuned)
     assert float(t.dense().square().mean().sqrt()) == pytest.approx(2.7e-6, rel=0.2)
     assert float(kernel(t.A, t.B).square().mean().sqrt()) == pytest.approx(1.28e-3, rel=0.1)
@@ -167,7 +170,7 @@ def test_the_start_is_as_near_the_base_as_published():                     # fin
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("snell")[0].settings() == {
-        "targets": None, "rank": 8, "s": 0.5, "norm_p": 2.0, "magnitude": "signed_square"}
+        "targets": None, "rank": 8, "s": 0.5, "norm_p": 2.0, "magnitude": "auto"}
 
 
 def test_what_a_token_keeps_besides_the_input():

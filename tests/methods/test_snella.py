@@ -14,7 +14,6 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.methods.delta.sparse.snella import Budget
 from burnish.testing.models import tiny
 
 VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -79,9 +78,8 @@ def test_entries_follow_the_budget_at_every_reallocation():
 @pytest.mark.parametrize("rounds, total", [(2, 103), (1, 7), (3, 4), (100, 10), (7, 50), (1, 2)])
 def test_the_target_is_reached_and_trained(rounds, total):
     """Whatever the numbers, the last reallocation gives the target and steps follow it."""
-    method = parse(f"snella(s=0.0, s_target=0.6, rounds={rounds})")[0]          # findings 2.8
-    term = KernelDelta(match_place(), 4, 0.0, mixed=True)
-    budget = Budget(method, {"w": term})
+    term = KernelDelta(match_place(), 4, 0.0, mixed=True)                      # findings 2.8
+    budget = sharing(f"snella(s=0.0, s_target=0.6, rounds={rounds})", {"w": term})
     budget.start(total)
     for p in (term.A, term.B):
         budget.tensor_updated(p, torch.ones_like(p))
@@ -94,13 +92,22 @@ def test_the_target_is_reached_and_trained(rounds, total):
 
 
 def test_the_budget_is_cubic_and_monotone():
-    method = parse("snella(s=0.0, s_target=0.9, warmup=0.2, cooldown=0.3)")[0]
-    budget = Budget(method, {"w": KernelDelta(match_place(), 4, 0.0, mixed=True)})
+    budget = sharing("snella(s=0.0, s_target=0.9, warmup=0.2, cooldown=0.3)",
+                     {"w": KernelDelta(match_place(), 4, 0.0, mixed=True)})
     budget.start(100)
     curve = [budget.budget(t) for t in range(101)]
     assert curve == sorted(curve, reverse=True)
     assert curve[:21] == [1000] * 21 and curve[70:] == [100] * 31
     assert curve[45] == round(100 + 900 * 0.5**3)
+
+
+def sharing(recipe, terms):
+    """The handler of a recipe over terms by name."""
+    class Tuned:
+        def terms(self, kind):
+            return terms.items()
+
+    return parse(recipe)[0].controller(Tuned())
 
 
 def match_place():
@@ -255,8 +262,8 @@ def test_the_equation_written_out():                                       # fin
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("snella")[0].settings() == {
-        "targets": None, "rank": 8, "s": 0.01, "s_target": 0.5, "rounds": 100, "warmup": 0.0,
-        "cooldown": 0.0}
+        "targets": None, "rank": 8, "s": 0.01, "s_target": 0.5, "metric": "ipt", "rounds": 100,
+        "warmup": 0.0, "cooldown": 0.0}
 
 
 def test_what_a_token_keeps_besides_the_input():
@@ -289,7 +296,7 @@ def test_two_that_share_one_budget_are_refused():
     (4, 10, {2, 4, 6, 8}), (100, 10, set(range(1, 10))), (3, 2, {1}), (3, 3, {1, 2}), (5, 1, {1}),
     (1, 1000, {500}), (2, 103, {34, 69})])
 def test_turns_are_even_inside_the_run_and_leave_the_last_step_to_train(rounds, total, turns):
-    budget = Budget(parse(f"snella(rounds={rounds})")[0], {})
+    budget = sharing(f"snella(rounds={rounds})", {})
     budget.start(total)
     assert budget.turns == turns
 
@@ -300,10 +307,85 @@ def test_a_simulated_run_leaves_the_shares_as_they_are():
 
     with FakeTensorMode():
         term = KernelDelta(match_place(), 4, 0.05, mixed=True)
-        budget = Budget(parse("snella(rounds=4)")[0], {"w": term})
+        budget = sharing("snella(rounds=4)", {"w": term})
         budget.start(10)
         for p in (term.A, term.B):
             budget.tensor_updated(p, torch.ones_like(p))
         for step in range(10):
             budget.after_update(step)
     assert term.sparsity == 0.05
+
+
+# -- the dense form, and the other importance --------------------------------------------------
+def test_the_dense_mixed_kernel_is_neither_squared_nor_cut():              # findings 3.9
+    """s = s_target = 0: Delta = D + alpha softmax_o(D / gamma) + beta, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10)).double()
+    tuned = burnish.tune(model, "snella(rank=6, s=0, s_target=0)", head=False)
+    ((_, t),) = tuned.terms(KernelDelta)
+    t.double()
+    with torch.no_grad():
+        for v in (t.A, t.B):
+            v.copy_(torch.randn(v.shape).double())
+        t.alpha.fill_(0.7)
+        t.gamma.fill_(0.3)
+        t.beta.fill_(-0.05)
+    x = torch.randn(5, 12).double().requires_grad_()
+    D = kernel(t.A, t.B)
+    K = D + t.alpha * torch.softmax(D / t.gamma, 0) + t.beta
+    y = x @ (model[0].weight + K).t() + model[0].bias
+    got, g = model(x), torch.randn(5, 10).double()
+    wanted = (t.A, t.B, t.alpha, t.gamma, t.beta, x)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(y, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-12)
+    want = model[0].weight.detach() + K.detach()
+    torch.testing.assert_close(tuned.merge()[0].weight.detach(), want)
+
+
+def test_the_dense_form_starts_at_one_over_out_everywhere():               # findings 3.9
+    torch.manual_seed(0)
+    tuned = burnish.tune(nn.Sequential(nn.Linear(256, 512)), "snella(s=0, s_target=0)", head=False)
+    ((_, t),) = tuned.terms(KernelDelta)
+    assert float(t.dense().mean()) == pytest.approx(1 / 512, rel=0.1)
+
+
+def test_the_dense_form_has_no_budget_and_needs_no_gradients():            # findings 3.9
+    tuned = start("snella(rank=4, s=0, s_target=0)")
+    for k in range(STEPS):
+        step(tuned, k)
+    assert "snella" not in [n for n, _ in tuned.timeline.handlers]
+    assert all(t.nnz() == t.out * t.inp for t in terms(tuned).values())
+    assert parse("snella(s=0, s_target=0) + mezo")
+    assert parse("snella(s=0, s_target=0, targets='q') + snella(targets='v')")
+
+
+@pytest.mark.parametrize("given", ["metric='mag'", "rounds=3", "warmup=0.1", "cooldown=0.1"])
+def test_what_a_budget_reads_is_refused_where_there_is_none(given):        # findings 3.9
+    with pytest.raises(RecipeError, match=f"every entry lives, so {given.partition('=')[0]} has"):
+        parse(f"snella(s=0, s_target=0, {given})")
+    assert parse(f"snella(s=0, s_target=0.1, {given})")
+    assert parse(f"snella(s=0.1, s_target=0, {given})")
+
+
+def test_a_dense_part_beside_one_with_a_budget_keeps_out_of_it():
+    tuned = burnish.tune(network(), "snella(rank=4, s=0.5, targets='0,2') + "
+                                    "snella(rank=4, s=0, s_target=0, targets='4')", head=False)
+    tuned.optimizer(lr=1e-2)
+    assert list(budget_of(tuned).terms) == ["0.weight", "2.weight"]
+
+
+def test_the_magnitude_metric_scores_the_new_weights_alone():              # findings 3.9
+    """I = |theta|, smoothed as the other is."""
+    tuned = start("snella(rank=4, s=0.05, s_target=0.8, rounds=4, metric='mag')")
+    step(tuned, 0)
+    for name, term in terms(tuned).items():
+        a, b = budget_of(tuned).scores[name]
+        for p, s in ((term.A, a), (term.B, b)):
+            torch.testing.assert_close(s.mean, 0.15 * p.detach().abs())
+            torch.testing.assert_close(s.spread, 0.15 * (0.85 * p.detach().abs()))
+    for k in range(1, STEPS):
+        step(tuned, k)
+    size = sum(t.out * t.inp for t in terms(tuned).values())
+    assert abs(sum(t.nnz() for t in terms(tuned).values()) - 0.2 * size) <= 4

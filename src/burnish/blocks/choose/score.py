@@ -11,6 +11,11 @@ def sensitivity(value: Tensor, grad: Tensor) -> Tensor:
     return torch.nan_to_num((value.detach() * grad).abs().float(), nan=0.0)
 
 
+def magnitude(value: Tensor, grad: Tensor) -> Tensor:
+    """``I = |theta|``; the gradient has no say."""
+    return torch.nan_to_num(value.detach().abs().float(), nan=0.0)
+
+
 def factor_importance(W: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float,
                       panel: int = 1 << 22) -> tuple[Tensor, Tensor]:
     """(sum over each row (out,), over each column (in,)) of ``|G * (W + scale B A)|``.

@@ -28,9 +28,9 @@ class Snell(Method):
     Panels of Delta are made in forward and again in backward and added to W before the one
     product; the published code keeps checkpoints and sorts instead. Merges exactly in fp32.
 
-    ``magnitude="linear"`` is Delta = K (the authors use this dense form at s = 0). The authors
-    train with dropout 0.1 on the input and drop-path 0.1 on the update; both need a second
-    product and are not offered in this version.
+    `magnitude` "linear" is Delta = K 1[|K| > tau]. "auto" is what the authors run: at s = 0 their
+    dense class (KLoRA), Delta = K unsquared, and the signed square above; so s = 0 and a tiny s
+    differ in scale.
     """
 
     paper: ClassVar[str] = "Expanding Sparse Tuning for Low Memory Usage (2024), arXiv:2411.01800"
@@ -40,7 +40,8 @@ class Snell(Method):
     rank: int = setting(8, "width of both factors together; even", alias=("r",))
     s: float = setting(0.5, "share of entries that stay zero, in [0, 1)", alias=("sparsity",))
     norm_p: float = setting(2.0, "p of the distance")
-    magnitude: Literal["signed_square", "linear"] = setting("signed_square", "Delta from K")
+    magnitude: Literal["auto", "signed_square", "linear"] = setting(
+        "auto", "Delta from K: auto is linear at s = 0, else signed_square", other=("linear",))
 
     def __post_init__(self) -> None:
         check_kernel("snell", self.rank, self.s)
@@ -48,8 +49,11 @@ class Snell(Method):
             raise RecipeError(f"snell: norm_p is the p of a norm, at least 1, got {self.norm_p}")
 
     def delta(self, site: Site) -> KernelDelta:
+        form = self.magnitude
+        if form == "auto":
+            form = "signed_square" if self.s else "linear"
         return KernelDelta(site.place, self.rank, self.s, mixed=False, norm_p=self.norm_p,
-                           magnitude=self.magnitude)
+                           magnitude=form)
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
