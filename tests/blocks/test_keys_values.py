@@ -14,13 +14,8 @@ import burnish
 from burnish.blocks.state import prompts
 from burnish.blocks.state.prompts import KeysValues
 from burnish.formats import safe
+from burnish.testing import stir
 from burnish.testing.models import tiny
-
-
-def stir(tuned, size=0.5):
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(size * torch.randn_like(p))
 
 
 def logits(model, **batch):
@@ -33,7 +28,7 @@ def test_a_finished_file_holds_the_rows_and_a_checkpoint_what_makes_them(tmp_pat
     net, batch = tiny("gpt2", dtype=torch.float64)
     tuned = burnish.tune(net, "prefix(length=3, hidden=5)")
     net.double()
-    stir(tuned)
+    stir(tuned, size=0.5)
     tuned.add("other", "prefix(length=2, hidden=4) + lora(rank=2)")
     net.double()
     net.eval()

@@ -6,18 +6,11 @@ import pytest
 import torch
 
 import burnish
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 #: recipes that enter the graph
 INSIDE = ["lora(rank=2)", "nf4 + lora(rank=2)", "lora(rank=2) + checkpoint", "dora(rank=2)", "full"]
-
-
-def stir(tuned, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
-    return tuned
 
 
 def agrees(recipe, model, backend, **kw):

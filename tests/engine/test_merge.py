@@ -11,6 +11,7 @@ from burnish.core.errors import CheckError, ConfigError
 from burnish.engine import merge as merging
 from burnish.engine import originals
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 RECIPES = ["lora(rank=4)", "dora(rank=4)", "pissa(rank=4)", "miss(rank=4)", "snell(rank=4)",
@@ -22,11 +23,7 @@ def stirred(recipe, model="vit", **kw):
     net, batch = tiny(model, **kw)
     tuned = burnish.tune(net.eval(), recipe)
     net.eval()
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn(p.shape, generator=g).to(p.dtype) * 0.1)
-    return tuned, batch
+    return stir(tuned, size=0.1), batch
 
 
 def logits(model, batch):

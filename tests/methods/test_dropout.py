@@ -12,6 +12,7 @@ from torch import nn
 import burnish
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.magnitude import Magnitude
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 P = 0.5
@@ -21,10 +22,7 @@ def stirred(model, recipe, **kw):
     tuned = burnish.tune(model, recipe, head=False, **kw)
     for _, x in tuned.terms(nn.Module):
         x.double()
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return tuned
+    return stir(tuned, size=0.3)
 
 
 def compare(got, want, wanted, rtol=1e-8):

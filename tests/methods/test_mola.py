@@ -13,19 +13,13 @@ from burnish.blocks.update.objective import Attached, Riding
 from burnish.blocks.weight.experts import ExpertChains, balance, counted, top_k
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
 def experts(tuned):
     return {path: m for path, _, slot in slots(tuned.model) for m in slot.modules()
             if isinstance(m, ExpertChains)}
-
-
-def stir(module, size=0.3):
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn_like(p))
 
 
 def logits(model, batch):
@@ -75,7 +69,7 @@ def test_the_start_is_the_base_bit_for_bit(model):
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_dense_and_grouped_forms_agree(k):
     m = ExpertChains(6, 7, 5, 3, k, scale=2.0).double()
-    stir(m)
+    stir(m, size=0.3)
     x = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True)
     torch.testing.assert_close(m(x), m.grouped(x), rtol=1e-10, atol=1e-12)
     inputs = (x, *m.parameters())
@@ -86,7 +80,7 @@ def test_dense_and_grouped_forms_agree(k):
 
 def test_the_equation_written_out():
     m = ExpertChains(6, 7, 4, 3, 2, scale=2.0).double()
-    stir(m)
+    stir(m, size=0.3)
     x = torch.randn(3, 6, dtype=torch.double)
     p = (x @ m.router.t()).softmax(-1)
     want = torch.zeros(3, 7, dtype=torch.double)
@@ -193,7 +187,7 @@ def test_fewer_experts_than_k_are_all_used():
 
 def test_rows_of_a_fused_projection():
     m = ExpertChains(6, 9, 2, 3, 2, rows=((0, 3), (6, 9)))
-    stir(m)
+    stir(m, size=0.3)
     y = m(torch.randn(4, 6))
     assert y.shape == (4, 9) and not y[:, 3:6].any() and y[:, :3].any() and y[:, 6:].any()
     net, batch = tiny("timm_qkv")
@@ -204,7 +198,7 @@ def test_rows_of_a_fused_projection():
 
 def test_dropout_draws_the_same_mask_twice():
     m = ExpertChains(6, 7, 3, 2, 2, dropout=0.5).double()
-    stir(m)
+    stir(m, size=0.3)
     x = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
 
     def stock():
@@ -278,7 +272,7 @@ def test_the_gradient_of_the_balance_is_added_where_it_arises():
     tuned = burnish.tune(net, "mola(rank=2, balance=0.3, dropout=0.0)")
     for m in experts(tuned).values():
         m.double()
-        stir(m)
+        stir(m, size=0.3)
     tuned.loss(batch).backward()
     got = [p.grad.clone() for p in tuned.parameters()]
     extra = []
@@ -311,7 +305,7 @@ def test_checkpointing_changes_no_gradient():
         tuned = burnish.tune(net, "mola(rank=2, balance=0.3)" + extra)
         for m in experts(tuned).values():
             torch.manual_seed(1)
-            stir(m)
+            stir(m, size=0.3)
         torch.manual_seed(5)
         tuned.loss(batch).backward()
         grads.append([p.grad for p in tuned.parameters()])
@@ -346,7 +340,7 @@ def test_it_cannot_merge_and_copies_stay_whole():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "mola(rank=2)")
     for m in experts(tuned).values():
-        stir(m)
+        stir(m, size=0.3)
     net.eval()
     other = copy.deepcopy(net)
     assert torch.equal(logits(net, batch), logits(other, batch))
@@ -363,7 +357,7 @@ def test_a_layer_of_the_model_is_the_equation(rank, alpha, s):             # fin
                               "balance=0.0, targets='fc1')", head=False)
     for path, m in experts(tuned).items():
         m.double()
-        stir(m)
+        stir(m, size=0.3)
         linear = net.get_submodule(path)
         W, b = linear.weight.detach(), linear.bias.detach()
         x = torch.randn(7, W.shape[1], dtype=torch.float64, requires_grad=True)
