@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.call import Call
 from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
+from .planned import make_plan
 from .slot import Slot, slots
 from .swap import ATTR
 
@@ -108,7 +109,7 @@ def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
     """Running statistics mix between the base's and the adapters', never beyond: a variance
     outside may be negative. A function of W is used whole, and one at a time."""
     for _, module, slot in slots(tuned.model):
-        slot._make_plan(module, tuple(weights.items()))
+        make_plan(slot, module, tuple(weights.items()))
     _ask_listeners(tuned, Call(active=tuple(weights.items())))
     inside = all(w >= 0 for w in weights.values()) and sum(weights.values()) <= 1 + 1e-6
     for name in () if inside else weights:

@@ -25,6 +25,7 @@ from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
 from .observe import Batches, Pass
+from .planned import make_plan
 from .slot import Slot, slot_of, slots
 from .state import State
 from .swap import ATTR, refill, set_aside, swap_provided
@@ -78,6 +79,8 @@ class Attacher:
         for part in recipe:
             if "delta" in part.axes():
                 self._deltas(part)
+        for _, module, slot in slots(self.model):    # what cannot stand together is refused now
+            make_plan(slot, module, ((name, 1.0),))
         for part in recipe:
             if "storage" in part.axes():
                 self._storage(part)

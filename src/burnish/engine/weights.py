@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.provided import Weighted, linear
-from ..blocks.weight.term import Wrap
+from ..blocks.weight.within import drops
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
+from .planned import make_plan
 from .starts import with_starts
 from .state import Part, State
 from .swap import expose
@@ -46,46 +47,8 @@ class Weights(nn.Module):
         if version != self.state.version:
             self._plans = version, made = self.state.version, {}
         if active not in made:
-            made[active] = self._make_plan(module, active)
+            made[active] = make_plan(self, module, active)
         return made[active]
-
-    def _make_plan(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
-        weights = dict(active)
-        call = current()
-        for name in weights if call is not None else ():
-            if self.state.gone.get(name, -1) > call.version:
-                raise RecipeError(f"this forward ran with the adapter {name!r}, which has been "
-                                  "taken out since: its backward can no longer run")
-        groups: dict[tuple, tuple[Place, list, list]] = {}
-        before, after = [], []
-        for part in self.parts:
-            scale = weights.get(part.adapter)
-            if not scale:
-                continue
-            made = self.module_of(part)
-            if part.branch is None and part.place is None:
-                continue                             # a listener: it wraps the run by itself
-            if part.branch is not None:
-                (before if part.branch.at == "input" else after).append((part, scale))
-                continue
-            place = part.place
-            _, terms, wraps = groups.setdefault((place.param, place.rows), (place, [], []))
-            if isinstance(made, Wrap):
-                if scale != 1:
-                    raise RecipeError(f"{part.adapter!r} holds a function of W "
-                                      f"({part.key}); it can be used whole, not at {scale}")
-                wraps.append(made)
-            else:
-                terms.append((made, scale))
-        ops = []
-        for place, terms, wraps in groups.values():
-            if len(wraps) > 1:
-                raise RecipeError(f"{place.name} has {len(wraps)} functions of W active at once; "
-                                  "only one may wraps the others' sum: use one adapter at a time")
-            base = functools.partial(self._place_view, module, place)
-            held = functools.partial(self._held, module, place.param)
-            ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held)))
-        return ops, before, after
 
     # -- reading ------------------------------------------------------------------------------
     def _stored(self, module: nn.Module, param: str) -> Tensor:
@@ -139,14 +102,14 @@ class Weights(nn.Module):
                 out = out + scale * term.take(first_of(args, kw), module.padding_idx).to(out.dtype)
             return out
         if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
-                and (dropped := [ts for ts in op.terms if _drops(ts[0])]):
+                and (dropped := [ts for ts in op.terms if drops(ts[0])]):
             return self._beside(module, forward, place, op, dropped, args, kw)
         return self._effective(module, forward, groups, args, kw)
 
     def _beside(self, module: nn.Module, forward: Callable[..., Any], place: Place, op: Weighted,
                 dropped: list, args: tuple, kw: dict) -> Any:
         """A convolution with chains that drop part of its input: they run beside it."""
-        rest = [ts for ts in op.terms if not _drops(ts[0])]
+        rest = [ts for ts in op.terms if not drops(ts[0])]
         beside = [(place, Weighted(op.base, rest, held=op.held))]
         out = self._effective(module, forward, beside, args, kw) if rest else \
             self._base(module, forward, args, kw)
@@ -173,7 +136,7 @@ class Weights(nn.Module):
         """The module's own forward on weights that are made again in backward."""
         by_param: dict[str, list] = {}
         for place, op in groups:
-            if any(_drops(t) for t, _ in op.terms):
+            if any(drops(t) for t, _ in op.terms):
                 raise RecipeError(f"dropout on the input of {place.name} cannot act beside the "
                                   "other parts there: they act on the weight. Set dropout=0, or "
                                   "give the parts different targets")
@@ -221,11 +184,6 @@ class Weights(nn.Module):
             rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
         return as_stored(torch.cat(pieces, dim=-2), first, stored)
-
-
-def _drops(term: nn.Module) -> bool:
-    """Does a term drop part of its input just now?"""
-    return bool(term.training and getattr(term, "dropout", 0))
 
 
 def _in(call: Call, make: Callable[[], Tensor]) -> Tensor:
