@@ -82,6 +82,67 @@ def test_the_mean_over_steps_is_the_exact_gradient_in_float64():
     assert seen == 2 * (INP + HID)
 
 
+FUNCTIONS_OF_W = ["bone(rank=4)", "oft(block=4)"]
+
+
+@pytest.mark.parametrize("recipe", FUNCTIONS_OF_W)
+def test_the_input_of_a_function_of_the_weight_is_coded(recipe):           # findings 3.9
+    """Bone and OFT are linear in x: of it one bit a number waits, and the ranges of its groups."""
+    rows, net, kept = 1 << 12, nn.Sequential(nn.Linear(INP, OUT), nn.Linear(OUT, OUT)), []
+    batch = torch.randn(rows, INP), torch.randn(rows, OUT)
+    for more in ("", " + coded(bits=1)"):
+        tuned = burnish.tune(net, f"{recipe}{more}", targets="0,1", head=False)
+        with Ledger(net) as ledger:
+            ledger.watch("weights", [*batch])
+            loss = tuned.loss(batch, mse)
+            kept.append(sum(e.bytes for e in ledger.entries
+                            if e.death is None and ledger.category(e) != "weights"))
+        assert loss.requires_grad
+        tuned.detach()
+    # the batch is there anyway; with it in codes too, the whole difference is what the second
+    # layer's input was, less both codes
+    numbers = rows * (INP + OUT)
+    codes = numbers / 8 + math.ceil(numbers / 256) * 8
+    assert kept[0] - kept[1] == pytest.approx(rows * OUT * 4 - codes, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", FUNCTIONS_OF_W)
+def test_the_mean_of_a_function_of_the_weight_is_exact_in_float64(recipe):  # findings 3.9
+    """Inputs in one bit, 150 draws; reference: the equation written out, autograd keeps all."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, OUT)).double()
+    x, y = torch.randn(N, 8, dtype=torch.float64), torch.randn(N, OUT, dtype=torch.float64)
+    tuned = burnish.tune(net, f"{recipe} + coded(bits=1, group=64)", targets="0,1", head=False)
+    for p in tuned.parameters():
+        p.data = torch.randn(p.shape, dtype=torch.float64) * 0.2
+    leaves = [p.detach().clone().requires_grad_() for p in tuned.parameters()]
+
+    def changed(W, leaf):
+        if recipe.startswith("bone"):            # W_pq (I + D_p) + D_p
+            blocks = W.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2)
+            D = leaf.unsqueeze(1)
+            return (blocks @ (torch.eye(4).double() + D) + D).transpose(1, 2).reshape(W.shape)
+        I = torch.eye(4, dtype=W.dtype)  # noqa: E741
+        turns = []
+        for row in leaf:
+            Q = torch.zeros(4, 4, dtype=W.dtype).index_put(tuple(torch.triu_indices(4, 4, 1)), row)
+            turns.append((I + Q - Q.t()) @ torch.linalg.inv(I - Q + Q.t()))
+        return W @ torch.block_diag(*turns).t()
+
+    h = x @ changed(net[0].weight.detach(), leaves[0]).t() + net[0].bias.detach()
+    out = h @ changed(net[1].weight.detach(), leaves[1]).t() + net[1].bias.detach()
+    mse(out, (x, y)).backward()
+    draws, got = 150, []
+    for k in range(draws):
+        tuned.state.tape.policy.begin(k)
+        got.append(list(gradients(tuned, (x, y)).values()))
+    for k, leaf in enumerate(leaves):
+        each = torch.stack([g[k] for g in got])
+        error = each.std(0) / draws ** 0.5
+        assert float(error.min()) > 0            # every gradient is an estimate
+        assert float(((each.mean(0) - leaf.grad) / error).abs().max()) < 5.5
+
+
 def test_one_bit_alone_is_exact():
     """Nothing coded but the ReLU: the gradient of stock torch."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current, resume
+from ..tape.roles import reading
 
 
 def uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,12 +36,16 @@ def as_then(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def again(fn: Callable[[Tensor], Tensor], x: Tensor, theta: tuple[Tensor, ...]) -> Tensor:
-    """``fn(x)``, of which backward keeps nothing but x: it is run again there.
+    """``fn(x)``, linear in x, of which backward keeps nothing but x: it is run again there.
 
     theta: the tensors that fn reads; those that train get gradients. As in torch, changing them or
-    x in place before backward is an error.
+    x in place before backward is an error. Both gradients are linear in the x that is kept, so it
+    is kept as the input of a linear (an unbiased code of it will do).
     """
-    return _Again.apply(x, fn, *theta)
+    if torch.compiler.is_compiling():
+        return _Again.apply(x, fn, *theta)
+    with reading((x,)):
+        return _Again.apply(x, fn, *theta)
 
 
 class _Again(torch.autograd.Function):
