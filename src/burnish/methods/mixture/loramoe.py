@@ -33,7 +33,8 @@ class LoraMoe(Method):
     Padding is left out where the model is called with ``attention_mask``.
 
     Start: B = 0, the pre-trained function exactly. Trains N (rank (in + out) + in) per matrix.
-    Kept for backward: x once for all experts, N rank + N numbers per token.
+    Kept for backward: x once for all experts, N rank + 2 N numbers per token (the weights of the
+    experts a second time where the balance rides on them; N rank + N with ``balance=0``).
     Not mergeable: the update depends on the token. No weight decay.
     Defaults are those of the authors' script but for pull and balance, which it leaves at 0: here
     the paper's 0.1. `targets` narrows it to some of the MLP's linears.
@@ -69,6 +70,10 @@ class LoraMoe(Method):
                 place.inp, out, self.experts, self.rank, scale=self.alpha / self.rank,
                 dropout=self.dropout, coefficient=self.balance, pull=self.pull, kind=self.imbalance,
                 rows=rows), read=(place.path, "input"))
+
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.experts * (self.rank + (2 if self.balance else 1))
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -36,19 +36,22 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
 
 
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
-    """Between forward and backward a delta keeps what stock autograd keeps for a weight that
+    """Between forward and backward a delta (or the experts of a linear) keeps what stock autograd keeps for a weight that
     trains (that is frozen, with ``keeps_input = False``), and `per_token(place)` numbers per token
     more; nothing of the weight's size."""
     cls = method_of(name)
-    if "delta" not in cls.axes():
-        return Skip("no delta")
+    if not {"delta", "mixture"} & set(cls.axes()):
+        return Skip("adds to no weight")
     if not hasattr(cls, "per_token"):
         return Skip("declares no per_token(place)")
     text = f"{recipe(name)} + lean(on=False)"
     tuned, batch, base = make(name, model, torch.float32, text=text, batch=SAMPLES)
     method = tuned.recipe.named(name)
-    places = {p.place for _, _, slot in slots(tuned.model) for p in slot.parts
-              if p.place is not None and p.key.startswith(name)}
+    parts = [(path, p) for path, _, slot in slots(tuned.model) for p in slot.parts
+             if p.key.startswith(name)]
+    behind = {path for path, p in parts if p.branch is not None}         # experts of a linear
+    places = {p.place for _, p in parts if p.place is not None}
+    places |= {p for p in tuned.anatomy.places if p.path in behind}
     if any(p.kind != "linear" or p.rows for p in places):
         return Skip("the closed form is for whole linear layers")
     for p in base.parameters():

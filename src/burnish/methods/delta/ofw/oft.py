@@ -58,6 +58,10 @@ class Oft(Method):
         term.upper.burnish_decay = False
         return term
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input (no other delta on the weight)."""
+        return 0
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         blocks = 1 if self.share else place.inp // self.block

@@ -63,9 +63,8 @@ class Increlora(Method):
 
     Start: P, Q normal with std 0.02, E = 0; the function is the pre-trained one up to
     1e-5 alpha |p| |q| (exactly with ``advance=False``). Trains (r + waiting)(in + out) + r per
-    matrix. Kept for backward: x and r + waiting numbers per token. Scoring takes as many operations
-    as a full gradient, and nothing of its size; it ends with the growth. Merges exactly. No weight
-    decay. (A restart of the rate for new components is unconfirmed in the code, and not built.)
+    matrix. Kept for backward: x and r + waiting numbers per token. Until growth ends scoring costs
+    a full gradient's operations, never its size. Merges exactly. No decay, no restart of the rate.
     """
 
     paper: ClassVar[str] = ("IncreLoRA: Incremental Parameter Allocation Method for "
@@ -110,8 +109,12 @@ class Increlora(Method):
         return Rising(terms, tuned.resize, goal=self.rank * len(terms), grow=self.grow,
                       top=self.top, warmup=self.warmup, every=self.every, label="increlora")
 
+    def per_token(self, place: Place, rank: int | None = None, waiting: int | None = None) -> int:
+        """Numbers per token kept for backward besides the input."""
+        own = self.grow if self.advance else 0
+        return (rank or self.init_rank) + (own if waiting is None else waiting)
+
     def count(self, place: Place, rank: int | None = None, waiting: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: at the start)."""
-        r = self.init_rank if rank is None else rank
-        w = (self.grow if self.advance else 0) if waiting is None else waiting
-        return (r + w) * (place.out + place.inp) + r
+        every = self.per_token(place, rank, waiting)
+        return every * (place.out + place.inp) + (rank or self.init_rank)

@@ -65,6 +65,10 @@ class Lokr(Method):
         return Kronecker(outer, inner, self.rank, whole, 1.0 if all(whole) else
                          self.alpha / self.rank, site.place.kernel, self.tucker)
 
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return 0
+
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         (o1, i1), (o2, i2), whole = self.shapes(place)
