@@ -1,7 +1,8 @@
 """Folding an update into plain weights, and out again.
 
-Written in fp32 at least and cast back once. What a weight was before waits aside (originals.py),
-so unmerge restores every bit instead of subtracting what rounding has already changed.
+Written in fp32 at least and cast back once. What a weight was before waits aside (originals.py; of
+updates of a few entries those entries alone, entries.py), so unmerge restores every bit instead of
+subtracting what rounding has already changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from ..core.errors import CheckError, ConfigError
 from .drift import Drift
+from .entries import Written, plan_of, put_back, write
+from .layout import as_stored
 from .originals import Originals
 from .slot import Slot, slots
 from .swap import ATTR, refill, unswap
@@ -31,6 +34,8 @@ class Undo:
     written: Originals = field(default_factory=Originals)
     #: (module, name, what waited) of parameters that were None
     made: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
+    entries: list[Written] = field(default_factory=list)     # of updates that are no more than that
+    switched: bool = False                                   # others were put there since
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # buffer, its value
     flags: dict[str, bool] = field(default_factory=dict)
     first: list[Callable[[], None]] = field(default_factory=list)   # what was done after the merge
@@ -59,7 +64,11 @@ def merge(tuned: Tuned) -> nn.Module:
     tuned.undo.later(lambda: _take_back(tuned, undo))
     drift = Drift(tuned)
     for path, module, slot in slots(tuned.model):
-        for param, value in _merged(module, slot, tuned.state.active).items():
+        few = plan_of(slot, module, tuned.state.active)
+        for parameter, place, op in few or ():
+            write(undo, parameter, place, op)
+        for param, value in _merged(module, slot, tuned.state.active).items() if few is None \
+                else ():
             _write(undo, path, module, slot, param, value)
         undo.modules.append((path, module, type(module), slot))
     for _, module, _, _ in undo.modules:
@@ -81,7 +90,9 @@ def _merged(module: nn.Module, slot: Slot, active: Any) -> dict[str, Tensor]:
         target = out.setdefault(place.param, slot._stored(module, place.param).detach().clone())
         view = place.view(target)
         wide = torch.promote_types(view.dtype, torch.float32)
-        view.copy_(op.dense(view.to(wide)).to(view.dtype))
+        value = op.dense(view.to(wide)).to(view.dtype)
+        # of a kernel held in another order (channels last) `view` is a copy
+        view.copy_(value) if place.rows else target.copy_(as_stored(value, place, target))
     for part, scale in (*before, *after):
         if scale != 1:
             raise CheckError(f"cannot merge: {part.key} is active at {scale}; a scaling folds "
@@ -108,6 +119,7 @@ def _write(undo: Undo, path: str, module: nn.Module, slot: Slot, param: str, val
 @torch.no_grad()
 def _take_back(tuned: Tuned, undo: Undo) -> None:
     """The values as they were before the merge; can be done twice."""
+    put_back(undo.entries)
     for path, param in undo.written:
         tuned.model.get_submodule(path).get_parameter(param).copy_(undo.written.get(path, param))
     for module, leaf, shell in undo.made:
@@ -131,5 +143,8 @@ def unmerge(tuned: Tuned) -> None:
         module._modules[ATTR] = slot
     for n, p in tuned.model.named_parameters():
         p.requires_grad_(undo.flags.get(n, False))
+    if undo.switched:
+        tuned._set_trainable()
     undo.written.clear()
+    undo.entries.clear()
     tuned.merged = None

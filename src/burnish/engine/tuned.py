@@ -38,6 +38,7 @@ from .adapters import (
 from .attach import Attacher
 from .base import Base
 from .buffers import Buffers
+from .entries import switch
 from .leave import give_back, take_out
 from .looking import Looking
 from .observe import Batches
@@ -211,8 +212,11 @@ class Tuned(Stepping, Looking):
         A mix trains nothing, unless `train` names the one of its adapters (at weight 1) that does
         while the others stay as they are: ``use({"old": 1, "new": 1}, train="new")``. Per-sample
         use serves batches of mixed origin.
+
+        In a merged model, adapters that change single entries (shira) are exchanged in place: the
+        old entries come back, the new ones are written. Others are refused there (ConfigError).
         """
-        self._ready()
+        self._here() if self.merged is not None else self._ready()
         names = [which] if isinstance(which, str) else list(which)
         for n in names:
             if n is not None:
@@ -229,12 +233,16 @@ class Tuned(Stepping, Looking):
             weights, rows = {}, tuple(which)
             check_rows(self, rows)
         alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
-        if train is not None and train != alone:
+        if self.merged is not None:
+            self._plain() if rows is not None or train is not None else switch(self, weights)
+        elif train is not None and train != alone:
             check_train(self, weights, train)
-        bring(self, weights)
+        if self.merged is None:
+            bring(self, weights)
         self.state.use(tuple(weights.items()), rows)
         self.state.training = alone if train is None else train
-        self._set_trainable()
+        if self.merged is None:
+            self._set_trainable()
         self._checked = False
 
     def _set_trainable(self) -> None:

@@ -70,6 +70,9 @@ class SparseDelta(Term):
                            device=self.values.device)
         return flat.index_put((self.index.long(),), self.values).view(self.out, self.inp)
 
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return self.index.long(), self.values.detach()
+
     # -- few columns: x[:, columns] is all that is read and kept -----------------------------------
     @property
     def keeps_input(self) -> bool:

@@ -56,6 +56,11 @@ class Term(nn.Module):
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""
         raise NotImplementedError
 
+    def entries(self) -> tuple[Tensor, Tensor] | None:
+        """(positions, values) where the update is k entries of the matrix read row by row, in
+        ascending order and each once; None where it is anything else."""
+        return None
+
     @property
     def keeps_input(self) -> bool:
         """Does backward need the layer's input?"""

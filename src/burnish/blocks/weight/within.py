@@ -28,6 +28,12 @@ class Within(Term):
     def theta(self) -> tuple[Tensor, ...]:
         return self.term.theta()
 
+    def entries(self) -> tuple[Tensor, Tensor] | None:
+        if (found := self.term.entries()) is None:
+            return None
+        index, values = found                        # rows above are rows before
+        return index + self.rows.start * self.term.inp, values
+
     @property
     def keeps_input(self) -> bool:
         return self.term.keeps_input

@@ -36,9 +36,9 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
 
 
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
-    """Between forward and backward a delta (or the experts of a linear) keeps what stock autograd keeps for a weight that
-    trains (that is frozen, with ``keeps_input = False``), and `per_token(place)` numbers per token
-    more; nothing of the weight's size."""
+    """Between forward and backward a delta, or the experts of a linear, keep what stock autograd
+    keeps for a weight that trains (that is frozen, with ``keeps_input = False``), and
+    `per_token(place)` numbers per token more; nothing of the weight's size."""
     cls = method_of(name)
     if not {"delta", "mixture"} & set(cls.axes()):
         return Skip("adds to no weight")
