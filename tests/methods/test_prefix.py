@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import burnish
-from burnish.blocks.state.prompts import KeysValues
+from burnish.blocks.state.keys_values import KeysValues
 from burnish.core.recipe import parse
-from burnish.methods.prompt.prefix import _key_width
+from burnish.methods.prompt._stacks import key_width
 from burnish.testing.models import tiny
 
 
@@ -20,20 +21,21 @@ def attention(q, k, v, P_k, P_v, mask, causal, scale):
     """softmax(q [P_k; K]^T) [P_v; V] by explicit sums, head by head; the rows see no mask."""
     h = q.shape[-1]
     own = P_k.shape[-1] // h
-    P_k, P_v = (P.view(-1, own, h).transpose(0, 1) for P in (P_k, P_v))
+    P_k, P_v = (P.unflatten(-1, (own, h)).transpose(-3, -2).expand(len(q), -1, -1, -1)
+                for P in (P_k, P_v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    P_k, P_v = (t.repeat_interleave(q.shape[1] // own, 0) for t in (P_k, P_v))
+    P_k, P_v = (t.repeat_interleave(q.shape[1] // own, 1) for t in (P_k, P_v))
     scale = 1 / math.sqrt(h) if scale is None else scale
     real = scale * torch.einsum("bhqd,bhkd->bhqk", q, k)
     if causal:
         real = real.masked_fill(~torch.ones_like(real, dtype=torch.bool).tril(), -math.inf)
     if mask is not None:
         real = real.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else real + mask
-    rows = scale * torch.einsum("bhqd,hkd->bhqk", q, P_k)
+    rows = scale * torch.einsum("bhqd,bhkd->bhqk", q, P_k)
     most = torch.cat([rows, real], -1).max(-1, keepdim=True).values
     e_rows, e_real = (rows - most).exp(), (real - most).exp()
     total = e_rows.sum(-1, keepdim=True) + e_real.sum(-1, keepdim=True)
-    return (torch.einsum("bhqk,hkd->bhqd", e_rows, P_v)
+    return (torch.einsum("bhqk,bhkd->bhqd", e_rows, P_v)
             + torch.einsum("bhqk,bhkd->bhqd", e_real, v)) / total
 
 
@@ -158,13 +160,13 @@ def test_keys_of_a_fused_weight_that_interleaves_its_heads():
     first = SimpleNamespace(block=3, role="fc1", out=7, rows=None)
     anatomy = SimpleNamespace(places=[first, place], slices=lambda p: [])
     block = SimpleNamespace(heads=4, kv_heads=2, path="layers.3")
-    assert _key_width(anatomy, 3, block, "") == 24
+    assert key_width(anatomy, 3, block, "") == 24
     for heads, kv in ((None, 2), (4, None)):
         with pytest.raises(burnish.RecipeError, match="cannot be told"):
-            _key_width(anatomy, 3, SimpleNamespace(heads=heads, kv_heads=kv, path="x"), "")
+            key_width(anatomy, 3, SimpleNamespace(heads=heads, kv_heads=kv, path="x"), "")
     for number, prefix in ((2, ""), (3, "cross_")):
         with pytest.raises(burnish.RecipeError, match="cannot be told"):
-            _key_width(anatomy, number, block, prefix)
+            key_width(anatomy, number, block, prefix)
 
 
 def test_counts_and_defaults():
@@ -190,3 +192,211 @@ def test_attention_that_cannot_take_rows_is_refused_before(kind):
     net.config._attn_implementation = kind
     with pytest.raises(burnish.RecipeError, match=f"{kind}.*sdpa"):
         burnish.tune(net, "prefix")
+
+
+# -- dropout --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("model", ["vit", "llama", "gpt2"])
+def test_dropout_is_drawn_for_every_sample(beside, monkeypatch, model):        # findings 3.8, 3.9
+    """Stock dropout of the rows of each sample, attention by attention, from the same seed."""
+    one = beside(model, "prefix(length=4, dropout=0.5)")
+    B = len(next(iter(one.batch.values())))
+
+    def dropped():
+        for _, P in one.at("rows"):
+            yield F.dropout(P.unsqueeze(1).expand(-1, B, -1, -1), 0.5, True)
+
+    one.tuned.model.train()
+    torch.manual_seed(5)
+    rows = list(dropped())
+    assert len(rows) == 2 and not torch.equal(rows[0][:, 0] == 0, rows[0][:, 1] == 0)
+    want = stock(one, monkeypatch, rows)
+    torch.manual_seed(5)
+    one.agree(want)
+    one.tuned.model.eval()
+    assert torch.equal(one.tuned.model(**one.batch).logits, one.tuned.model(**one.batch).logits)
+
+
+def test_dropout_inside_multi_head_attention_of_torch():                       # findings 3.9
+    """Every sample reads rows of its own there too, and eval drops nothing."""
+    tuned = burnish.tune(tiny("encoder")[0], "prefix(length=4, dropout=0.5)", head=False)
+    net, batch = tuned.model, tiny("encoder")[1]
+    same = {n: t[:1].expand(len(t), *t.shape[1:]).contiguous() for n, t in batch.items()}
+    for p in tuned.parameters():
+        p.data.normal_()
+    net.eval()
+    out = net(**same).logits
+    torch.testing.assert_close(out, out[:1].expand_as(out))
+    for m in net.modules():
+        m.training = isinstance(m, KeysValues)                # no dropout but that of the rows
+    out = net(**same).logits
+    assert not torch.allclose(out[0], out[1], atol=1e-3)
+
+
+def test_dropout_is_the_same_when_a_block_runs_again():                        # findings 3.9
+    grads = []
+    for extra in ("", " + checkpoint"):
+        net, batch = tiny("llama")
+        tuned = burnish.tune(net.train(), f"prefix(length=3, dropout=0.5){extra}")
+        torch.manual_seed(7)
+        tuned.loss(batch).backward()
+        grads.append([p.grad for p in tuned.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# -- starts from activations ----------------------------------------------------------------------
+def test_words_before_a_rotary_text(beside):                                   # findings 3.9
+    """The prefix that starts from words is those words: the logits of the text behind them."""
+    words = [5, 9, 33, 2]
+    one = beside("llama", f"prefix(length=4, init='activations', ids={words})", size=0)
+    one.batch.pop("labels", None)
+    ids = one.batch["input_ids"]
+    long = torch.cat([torch.tensor(words).expand(len(ids), -1), ids], 1)
+    want = one.base(input_ids=long).logits[:, 4:]
+    got = one.tuned.model(**one.batch).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_words_before_learned_positions(beside):                               # findings 3.9
+    """Keys and values of GPT-2 for the words at positions 0..3, fewer words repeated."""
+    one = beside("gpt2", "prefix(length=4, init='activations', ids=[7, 3])", size=0)
+    ids = one.batch["input_ids"]
+    at = torch.arange(4, 4 + ids.shape[1]).expand_as(ids)
+    long = torch.cat([torch.tensor([7, 3, 7, 3]).expand(len(ids), -1), ids], 1)
+    want = one.base(input_ids=long).logits[:, 4:]
+    got = one.tuned.model(input_ids=ids, position_ids=at).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def keys_and_values(base, paths, batch):
+    """What the projections of these attentions return: path -> (2, B, T, H h)."""
+    seen = {}
+    for path in paths:
+        for leaf in (("key", "value"), ("k_proj", "v_proj"), ("k", "v")):
+            attn = base.get_submodule(path)
+            attn = getattr(attn, "self", attn)
+            if all(hasattr(attn, n) for n in leaf):
+                for n in leaf:
+                    getattr(attn, n).register_forward_hook(
+                        lambda m, a, out, p=path: seen.setdefault(p, []).append(out))
+                break
+    with torch.no_grad():
+        base(**batch)
+    return {path: torch.stack(t) for path, t in seen.items()}
+
+
+def tuned_on(model, recipe, batches, **kw):
+    net = tiny(model, dtype=torch.float64)[0]
+    base = copy.deepcopy(net).eval()
+    return burnish.tune(net, recipe, calibration=batches, head=False, **kw), base
+
+
+@pytest.mark.parametrize("model", ["vit", "bert", "t5", "whisper", "deit"])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_the_first_tokens_of_the_data(model, hidden):                          # findings 3.9
+    """P is K and V of the first sample, which an MLP of enough width meets too."""
+    batch = tiny(model, dtype=torch.float64)[1]
+    tuned, base = tuned_on(model, f"prefix(length=3, hidden={hidden}, init='activations')", [batch])
+    banks = {n.partition(".burnish")[0]: m for n, m in tuned.model.named_modules()
+             if isinstance(m, KeysValues)}
+    want = keys_and_values(base, banks, batch)
+    assert len(banks) == len(want)
+    for path, bank in banks.items():
+        torch.testing.assert_close(bank.made().double(), want[path][:, 0, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_the_data_starts_nothing():                                 # findings 3.9
+    """Tokens that are attended to, sample by sample, until there are enough."""
+    batch = tiny("bert", dtype=torch.float64)[1]
+    mask = torch.zeros_like(batch["input_ids"])
+    mask[0, 1:3], mask[1, :4] = 1, 1
+    batch["attention_mask"] = mask
+    tuned, base = tuned_on("bert", "prefix(length=5, init='activations')", [batch])
+    banks = {n.partition(".burnish")[0]: m for n, m in tuned.model.named_modules()
+             if isinstance(m, KeysValues)}
+    for path, t in keys_and_values(base, banks, batch).items():
+        want = torch.cat([t[:, 0, 1:3], t[:, 1, :3]], 1)
+        torch.testing.assert_close(banks[path].made().double(), want, rtol=1e-5, atol=1e-6)
+
+
+def given_to(base, path, batch):
+    """What an nn.MultiheadAttention is given; in training torch takes no path of its own."""
+    seen = []
+    base.train()
+    for m in base.modules():
+        m.__dict__.update({"p": 0.0} if isinstance(m, torch.nn.Dropout) else {})
+    handle = base.get_submodule(path).register_forward_pre_hook(
+        lambda m, args, kw: seen.append(args[0] if args else kw["query"]), with_kwargs=True)
+    with torch.no_grad():
+        base(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def test_multi_head_attention_of_torch_starts_from_data():                     # findings 3.9
+    batch = tiny("encoder", dtype=torch.float64)[1]
+    tuned, base = tuned_on("encoder", "prefix(length=3, init='activations')", [batch])
+    banks = {n.partition(".burnish")[0]: m for n, m in tuned.model.named_modules()
+             if isinstance(m, KeysValues)}
+    for path, bank in banks.items():
+        x, attn = given_to(base, path, batch), base.get_submodule(path)
+        x = x if attn.batch_first else x.transpose(0, 1)
+        _, k, v = (x @ attn.in_proj_weight.t() + attn.in_proj_bias).chunk(3, -1)
+        torch.testing.assert_close(bank.rows.double(), torch.stack([k[0, :3], v[0, :3]]),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_needs_no_data(tmp_path):                                       # findings 3.9
+    """The rows are in it; a simulation needs none either."""
+    recipe = "prefix(length=3, init='activations')"
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net.eval(), recipe, calibration=[batch])
+    want = net(**batch).logits
+    tuned.save(tmp_path / "a")
+    again = burnish.load(tiny("llama")[0].eval(), tmp_path / "a")
+    assert torch.equal(again.model(**batch).logits, want)
+    assert burnish.simulate(tiny("llama")[0], recipe, batch).peak_bytes > 0
+    with pytest.raises(burnish.ConfigError, match="calibration=batches"):
+        burnish.tune(tiny("llama")[0], recipe)
+
+
+def test_the_start_leaves_no_trace():                                          # findings 3.9
+    """No hook, mode or random number of the caller's is moved, and a second adapter starts from
+    the base whatever the first has learnt."""
+    net, batch = tiny("llama", dtype=torch.float64)
+    net.train()
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    tuned = burnish.tune(net, "prefix(length=3, init='activations')", calibration=[batch])
+    assert torch.equal(torch.randn(4), expected) and net.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    first = [p.detach().clone() for p in tuned.parameters()]
+    for p in tuned.parameters():
+        p.data.normal_()
+    tuned.add("second", "prefix(length=3, init='activations')")
+    tuned.use("second")
+    assert all(torch.equal(a, b) for a, b in zip(first, tuned.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model, recipe, why", [
+    ("llama", "prefix(ids=[1])", "init='normal'.*init='activations'"),
+    ("llama", "prefix(init='activations', ids=[])", "ids from 0 to 63"),
+    ("llama", "prefix(init='activations', ids=[3, 64])", "ids from 0 to 63"),
+    ("llama", "prefix(init='activations', ids=[-1])", "ids from 0 to 63"),
+    ("vit", "prefix(init='activations', ids=[1])", "reads no token ids"),
+    ("clip", "prefix(init='activations', ids=[1])", "token ids alone"),
+    ("gpt2", "prefix(length=500, init='activations', ids=[1])", "token ids alone"),
+])
+def test_starts_that_cannot_be(model, recipe, why):                            # findings 3.9
+    with pytest.raises(burnish.RecipeError, match=why):
+        burnish.tune(tiny(model)[0], recipe)
+
+
+def test_data_that_are_too_short():                                            # findings 3.9
+    net, batch = tiny("llama")
+    n = batch["input_ids"].numel()
+    with pytest.raises(burnish.ConfigError, match=f"was given {n} tokens, where {n + 1} rows"):
+        burnish.tune(net, f"prefix(length={n + 1}, init='activations')", calibration=[batch])
+    burnish.tune(tiny("llama")[0], f"prefix(length={n}, init='activations')", calibration=[batch])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import burnish
-from burnish.blocks.state.prompts import KeysValues, Prepended, Tokens
+from burnish.blocks.state.keys_values import KeysValues
+from burnish.blocks.state.prompts import Prepended, Tokens
 from burnish.core.recipe import parse
 from burnish.engine.slot import slots
 from burnish.testing import stir

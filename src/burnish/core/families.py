@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 # -- roles ------------------------------------------------------------------------------------
 #: a matrix's part in self-attention; cross-attention carries ``cross_`` in front
 ATTENTION = ("q", "k", "v", "qkv", "kv", "o", "q_a", "q_b", "kv_a", "kv_b")
@@ -224,3 +226,8 @@ OFFSET_POSITIONS = frozenset({
     "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
     "data2vec-text", "longformer", "ibert", "xmod", "esm", "luke", "markuplm", "layoutlmv3",
     "lilt"})
+
+
+def rotary(model: nn.Module) -> bool:
+    """Are its positions rotations of queries and keys?"""
+    return any("rotary" in type(m).__name__.lower() for m in model.modules())

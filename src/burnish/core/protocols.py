@@ -86,6 +86,10 @@ class Attacher(Protocol):
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use."""
 
+    def rehearse(self, part: Method, enough: Callable[[], bool], batch: Any = None) -> bool:
+        """Run the base over calibration samples until `enough()`, or over this batch; False where
+        no values are wanted."""
+
 
 class Installs(Protocol):
     """An answer that finds its own way into the model."""

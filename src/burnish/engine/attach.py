@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from .layout import no_dropout
-from .observe import Batches, Pass
+from .observe import Batches, Pass, as_found, no_data
 from .planned import make_plan
 from .slot import Slot, slot_of, slots
 from .state import State
@@ -157,6 +157,23 @@ class Attacher:
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use (for blocks that install themselves)."""
         return slot_of(self.model.get_submodule(path), self.state, path)
+
+    def rehearse(self, part: Method, enough: Callable[[], bool],
+                 batch: Any = None) -> bool:
+        """Run the base as it was found, one calibration sample after another until `enough()`, or
+        this batch; whoever looks on has put his hooks before. False, and nothing runs, where values
+        come from a file or the model has none."""
+        if self._blank(part):
+            return False
+        batches, run, base = self.data
+        if batch is None and not batches:
+            raise no_data(part)
+        with as_found(self.model, base), torch.no_grad():
+            for one in batches.one_by_one() if batch is None else [batch]:
+                run(one)
+                if enough():
+                    break
+        return True
 
     def _informed(self, part: Method, places: list[Place]
                   ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:

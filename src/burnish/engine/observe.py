@@ -36,6 +36,11 @@ class Batches:
     def __bool__(self) -> bool:
         return self._rest is not None
 
+    def one_by_one(self) -> Iterator[Any]:
+        """Batches of one sample each."""
+        for batch in self._all():
+            yield from (cut(batch, n + 1, n) for n in range(size(batch)))
+
     def first(self, samples: int | None) -> Iterator[Any]:
         """Batches until `samples` samples have come; the last is cut. None: all there are."""
         left = samples
@@ -99,6 +104,26 @@ def valid_tokens(batch: Any) -> Tensor | None:
     return out
 
 
+def no_data(part: Method) -> ConfigError:
+    """Of a part that reads data where none was given."""
+    return ConfigError(f"{part.name} reads data before it starts: give "
+                       "tune(..., calibration=batches), an iterable of training batches")
+
+
+@contextmanager
+def as_found(model: nn.Module, base: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Evaluation mode, the caller's random numbers left alone, every flag put back."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), base():
+            yield
+    finally:
+        for m, was in modes.items():
+            m.training = was
+
+
 class Pass:
     """One part's data pass.
 
@@ -122,9 +147,8 @@ class Pass:
         """({place: its statistic}, what the part decided from them), a round at a time, until
         every place has had its turn."""
         if not self.batches:
-            raise ConfigError(f"{self.part.name} reads data before it starts: give "
-                              "tune(..., calibration=batches), an iterable of training batches")
-        with self._as_found():
+            raise no_data(self.part)
+        with as_found(self.model, self.base):
             self._group()
             together = type(self.part).settle is not Method.settle
             for places in self._split(together):
@@ -244,16 +268,3 @@ class Pass:
                 handle = tensor.register_post_accumulate_grad_hook(hook)
                 stack.callback(handle.remove)
             yield
-
-    @contextmanager
-    def _as_found(self) -> Iterator[None]:
-        """Evaluation mode, the caller's random numbers left alone, every flag put back."""
-        modes = {m: m.training for m in self.model.modules()}
-        self.model.eval()
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        try:
-            with torch.random.fork_rng(devices), self.base():
-                yield
-        finally:
-            for m, was in modes.items():
-                m.training = was

@@ -1,11 +1,11 @@
-"""What is put beside a frozen network's own tokens: embeddings, block tokens, keys and values.
+"""What is put beside a frozen network's own tokens: embeddings, and tokens of a block.
 
 Each class is a module that owns its rows and *listens* to one module of the model: the slot calls
 ``listener(module, call, *args, **kw)`` around the module's run, so the rows live where they are
 used, a checkpointed block sees them as its own parameters, and everything behind the last
 listener sees as many tokens as before. A listener does nothing while its adapter is not active.
 
-Letters: B batch, T tokens, L rows added, D width, H heads of keys and values, h width of a head.
+Letters: B batch, T tokens, L rows added, D width. Keys and values: keys_values.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from ...core.call import call_of
 from ...core.errors import RecipeError
@@ -247,144 +246,3 @@ class Tokens(Listener):
     def take(self, x: Tensor) -> Tensor:
         """The tokens of the model, without the rows."""
         return torch.cat([x[:, : self.after], x[:, self.after + self.length :]], 1)
-
-
-# -- keys and values ------------------------------------------------------------------------------
-_SDPA = F.scaled_dot_product_attention
-_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_MHA = F.multi_head_attention_forward
-
-
-class Trunk(nn.Module):
-    """The shared part of a prefix's MLP: ``tanh(W P' + b)``; P' (L, D), W (M, D)."""
-
-    def __init__(self, length: int, width: int, hidden: int):
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(length, width))
-        self.down = nn.Linear(width, hidden)
-
-    def forward(self) -> Tensor:
-        return torch.tanh(self.down(self.rows))
-
-
-def unmasked(q: Tensor) -> bool:
-    """Are there fused kernels here that are causal from the lower right by themselves? CUDA's are,
-    and take no mask beside; the CPU's fused kernel takes one, which all layers share."""
-    return q.device.type == "cuda" and type(q) is Tensor
-
-
-class KeysValues(Listener):
-    """Rows before the keys and the values of one attention: ``K' = [P_k; K]``, ``V' = [P_v; V]``.
-
-    rows (2, L, H h) train, or are made by an MLP whose first part (`trunk`) all layers share:
-    ``P = up(tanh(W P' + b))``; :meth:`collapse` keeps only its result. The rows join the keys as
-    the attention sees them (behind rotary positions, before heads are repeated), so positions of
-    real tokens do not move, a key-value cache does not hold them, and a causal mask lets every
-    token see them.
-
-    Listens to a module that calls ``F.scaled_dot_product_attention`` (or is an
-    ``nn.MultiheadAttention``). Raises RecipeError when the run calls neither.
-    """
-
-    def __init__(self, state: Any, adapter: str, length: int, width: int,
-                 trunk: Trunk | None = None, std: float = 0.02):
-        super().__init__(state, adapter)
-        self.length, self.width = length, width
-        self.trunk = trunk
-        if trunk is None:
-            self.rows = nn.Parameter(torch.randn(2, length, width) * std)
-        else:
-            self.rows = None
-            self.up = nn.Linear(trunk.down.out_features, 2 * width)
-
-    def made(self) -> Tensor:
-        """The rows: (2, L, H h)."""
-        if self.trunk is None:
-            return self.rows
-        return self.up(self.trunk()).view(self.length, 2, self.width).transpose(0, 1)
-
-    @torch.no_grad()
-    def finished(self) -> dict[str, Tensor]:
-        """Its tensors once training is over: the rows alone, whatever made them."""
-        return {"rows": self.made().contiguous()}
-
-    @torch.no_grad()
-    def collapse(self) -> None:
-        """Keep the rows and drop the MLP that made them."""
-        if self.trunk is not None:
-            rows = nn.Parameter(self.made().contiguous())
-            self.trunk = None
-            del self.up
-            self.rows = rows
-
-    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        tape, met = self.state.tape, []
-
-        def join(how: Callable[..., Any]) -> Callable[..., Any]:
-            def joined(*given: Any) -> Any:
-                met.append(how)
-                return how(*given)
-            return joined
-
-        before = tape.intercept                      # this thread's alone
-        tape.intercept = before | {_SDPA: join(self.attend), _MHA: join(self.attend_mha)}
-        try:
-            with tape.recording():
-                out = call(*args, **kw)
-        finally:
-            tape.intercept = before
-        if not met:
-            raise RecipeError(f"prefix: {type(module).__name__} computed its attention without "
-                              "F.scaled_dot_product_attention; load the model with "
-                              "attn_implementation='sdpa'")
-        return out
-
-    def attend(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
-        """Attention over ``[P_k; K]`` and ``[P_v; V]``."""
-        given = dict(zip(_SDPA_NAMES, args, strict=False)) | kwargs
-        q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
-        P = self.made().to(k.dtype)
-        mask, causal = given.pop("attn_mask", None), given.pop("is_causal", False)
-        if causal and mask is None and q.shape[-2] == k.shape[-2] and unmasked(q):
-            mask = causal_lower_right(q.shape[-2], self.length + k.shape[-2])
-        elif causal or mask is not None:
-            mask = self._mask(mask, q.shape[-2], k.shape[-2], q.device)
-        return func(q, torch.cat([self._heads(P[0], k), k], -2),
-                    torch.cat([self._heads(P[1], v), v], -2), attn_mask=mask, **given)
-
-    def _heads(self, rows: Tensor, like: Tensor) -> Tensor:
-        """(L, H h) as (B, heads of `like`, L, h)."""
-        B, heads, _, h = like.shape
-        rows = rows.view(self.length, -1, h).transpose(0, 1)
-        if rows.shape[0] != heads:                       # heads that were repeated for queries
-            rows = rows.repeat_interleave(heads // rows.shape[0], 0)
-        return rows.expand(B, -1, -1, -1)
-
-    def _mask(self, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
-        """The mask with L open columns; layers that share a mask share the wider one."""
-        box, name = self.here.box, ("prefix", self.adapter)
-        shape = (queries, keys, self.length, device)
-        had = box.get(name)
-        if had is not None and had[0] is mask and (mask is not None or had[1] == shape):
-            return had[2]
-        if mask is None:
-            wide = torch.ones(queries, self.length + keys, dtype=torch.bool, device=device)
-            wide = wide.tril_(self.length)
-        else:
-            full = mask.expand(*mask.shape[:-1], keys)
-            wide = F.pad(full, (self.length, 0), value=mask.dtype == torch.bool)
-        box[name] = (mask, shape, wide)
-        return wide
-
-    def attend_mha(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """The same through the bias rows of ``nn.MultiheadAttention`` (they stand last)."""
-        names = list(inspect.signature(_MHA).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("attn_mask") is not None:
-            raise RecipeError("prefix: nn.MultiheadAttention with an attention mask cannot take "
-                              "more keys than tokens")
-        P = self.made().to(given["query"].dtype)
-        given["bias_k"], given["bias_v"] = P[0].unsqueeze(1), P[1].unsqueeze(1)
-        if given.get("key_padding_mask") is not None:
-            given["key_padding_mask"] = F.pad(given["key_padding_mask"], (0, self.length - 1))
-        return func(**given)

@@ -1,13 +1,18 @@
-"""Where tokens enter a model: shared by the methods of this folder."""
+"""Where tokens, keys and values enter a model: shared by the methods of this folder."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ...blocks.state.prompts import accepts
+from ...core.errors import RecipeError
+from ...core.families import rotary
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy
+    from ...core.anatomy import Anatomy, Block
 
 
 def embedding_stacks(anatomy: Anatomy) -> dict[str, str]:
@@ -24,3 +29,65 @@ def above(anatomy: Anatomy, stack: str, *names: str) -> str | None:
         if accepts(anatomy.model.get_submodule(path), *names):
             return path
     return None
+
+
+def check_ids(method: Any, init: str, table: torch.Tensor | None = None) -> None:
+    """RecipeError for `ids` that another start than `init` would not read, or (with the embedding
+    `table`) that name no token."""
+    if method.ids is None:
+        return
+    if method.init != init:
+        raise RecipeError(f"{method.name}(ids=...) starts from tokens, and init={method.init!r} "
+                          f"reads none: leave one of them out, or take init={init!r}")
+    if table is not None and not (method.ids and 0 <= min(method.ids)
+                                  and max(method.ids) < len(table)):
+        raise RecipeError(f"{method.name}(ids=...): expected ids from 0 to {len(table) - 1}")
+
+
+def read_words(attacher: Any, part: Any, method: Any) -> bool:
+    """Run the base on the method's `ids`, repeated to `length`: before the text where positions
+    are rotary, so that what they leave behind stands where words before the text would. False where
+    no values are wanted; RecipeError where the model does not run on token ids."""
+    model, length = attacher.model, method.length
+    if not accepts(model, "input_ids"):
+        raise RecipeError(f"{method.name}(ids=...): {type(model).__name__} reads no token ids; "
+                          "leave them out and give tune(..., calibration=batches)")
+    try:
+        check_ids(method, method.init, model.get_input_embeddings().weight)
+        text = torch.tensor([[method.ids[i % len(method.ids)] for i in range(length)]],
+                            device=attacher.device(""))
+        batch = {"input_ids": text}
+        if accepts(model, "decoder_input_ids"):
+            batch["decoder_input_ids"] = text
+        if rotary(model) and accepts(model, "position_ids"):
+            batch["position_ids"] = torch.arange(-length, 0, device=text.device).unsqueeze(0)
+        return attacher.rehearse(part, lambda: True, batch)
+    except RecipeError:
+        raise
+    except Exception as e:
+        why = str(e).partition("\n")[0]
+        raise RecipeError(f"{method.name}(ids=...): {type(model).__name__} does not run on these "
+                          f"token ids alone ({why}); leave them out and give "
+                          "tune(..., calibration=batches)") from e
+
+
+def attentions(anatomy: Anatomy) -> Iterator[tuple[str, int]]:
+    """(path, width of its keys) of every self- and cross-attention of the blocks."""
+    for number, block in enumerate(anatomy.blocks):
+        for path, prefix in ((block.attn, ""), (block.cross, "cross_")):
+            if path is not None:
+                yield path, key_width(anatomy, number, block, prefix)
+
+
+def key_width(anatomy: Anatomy, number: int, block: Block, prefix: str) -> int:
+    """Of the keys of one attention (`prefix` of its roles: "" or "cross_"), from its weights."""
+    mine = [p for p in anatomy.places if p.block == number]
+    for place in mine:
+        for p in (place, *anatomy.slices(place)):
+            if p.role == f"{prefix}k":
+                return p.out if p.rows is None else p.rows[1] - p.rows[0]
+    fused = next((p for p in mine if p.role == f"{prefix}qkv"), None)
+    if fused is not None and block.heads and block.kv_heads:
+        return fused.out * block.kv_heads // (block.heads + 2 * block.kv_heads)
+    raise RecipeError(f"prefix: the width of the keys in {block.path} cannot be told from its "
+                      "weights")

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...blocks.state.prompts import KeysValues, Trunk
+from ...blocks.state.keys_values import KeysValues, Seen, Trunk
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
+from ._stacks import attentions, check_ids, read_words
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy, Block
+    from ...core.anatomy import Anatomy
 
 _OTHER = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -26,11 +27,17 @@ class Prefix(Method):
 
     With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d)
     shared by all layers; a finished file (``tuned.save``) holds the rows alone, as of ``hidden=0``,
-    a checkpoint of a run all of it. Start: rows N(0, 0.02^2),
-    or P' normal; never the pre-trained function, since the prefix takes a share.
+    a checkpoint of a run all of it. Dropout acts on the rows, on each sample's by itself (P-Tuning
+    v2: 0.1).
+
+    Start: rows N(0, 0.02^2), or P' normal. ``init="activations"`` starts from the keys and values
+    that the pre-trained model gives to real tokens: to the words `ids`, repeated to length (before
+    the text where positions are rotary: there the prefix is those words), or to the first `length`
+    tokens of ``tune(..., calibration=batches)``, padding left out. With the MLP, up_l is the least
+    squares solution. Never the pre-trained function, since the prefix takes a share.
     Trains 2 length H h per attention; with the MLP length d + (d + 1) hidden once and
     2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the extra
-    keys and values; no extra queries. Not mergeable.
+    keys and values, in a causal attention as many queries. Not mergeable.
 
     Works wherever attention calls ``F.scaled_dot_product_attention``, and on
     ``nn.MultiheadAttention``; eager attention is refused.
@@ -44,12 +51,18 @@ class Prefix(Method):
 
     length: int = setting(30, "rows per attention", alias=("num_virtual_tokens",))
     hidden: int = setting(0, "width of the MLP that makes the rows; 0 trains them directly")
+    dropout: float = setting(0.0, "dropout on the rows")
+    init: Literal["normal", "activations"] = setting("normal", "start of the rows")
+    ids: tuple[int, ...] | list[int] | None = setting(
+        None, "token ids whose activations start the rows; None takes calibration data",
+        other=((1, 2, 3),), beside={"init": "activations"})
 
     def prompt(self, anatomy: Anatomy) -> Sides:
         if self.targets is not None:
             raise RecipeError("prefix takes no targets: it stands before every attention")
         if self.length < 1:
             raise RecipeError(f"prefix(length={self.length}): expected at least one row")
+        check_ids(self, "activations")
         sites = list(attentions(anatomy))
         if not sites:
             raise RecipeError("prefix: this model has no attention in its blocks")
@@ -81,27 +94,18 @@ class Sides:
         m = self.method
         width = attacher.anatomy.hidden_size or self.sites[0][1]
         trunk = Trunk(m.length, width, m.hidden) if m.hidden else None
+        banks = {}
         for path, keys in self.sites:
-            rows = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk)
-            rows.to(attacher.device(path)).listen(attacher.slot(path), part.name)
+            banks[path] = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk,
+                                     dropout=m.dropout).to(attacher.device(path))
+            banks[path].listen(attacher.slot(path), part.name)
+        if m.init == "activations":
+            self.begin(attacher, part, banks)
 
-
-def attentions(anatomy: Anatomy):
-    """(path, width of its keys) of every self- and cross-attention of the blocks."""
-    for number, block in enumerate(anatomy.blocks):
-        for path, prefix in ((block.attn, ""), (block.cross, "cross_")):
-            if path is not None:
-                yield path, _key_width(anatomy, number, block, prefix)
-
-
-def _key_width(anatomy: Anatomy, number: int, block: Block, prefix: str) -> int:
-    mine = [p for p in anatomy.places if p.block == number]
-    for place in mine:
-        for p in (place, *anatomy.slices(place)):
-            if p.role == f"{prefix}k":
-                return p.out if p.rows is None else p.rows[1] - p.rows[0]
-    fused = next((p for p in mine if p.role == f"{prefix}qkv"), None)
-    if fused is not None and block.heads and block.kv_heads:
-        return fused.out * block.kv_heads // (block.heads + 2 * block.kv_heads)
-    raise RecipeError(f"prefix: the width of the keys in {block.path} cannot be told from its "
-                      "weights")
+    def begin(self, attacher: Any, part: Method, banks: dict[str, KeysValues]) -> None:
+        """Start the rows from the keys and values that the model gives to real tokens."""
+        with Seen(attacher.model, dict(self.sites), self.method.length) as seen:
+            ran = attacher.rehearse(part, lambda: seen.done) if self.method.ids is None else \
+                read_words(attacher, part, self.method)
+        for path, bank in banks.items() if ran else ():
+            bank.begin(seen.rows(path))

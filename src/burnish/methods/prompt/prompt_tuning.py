@@ -10,7 +10,7 @@ from ...blocks.state.prompts import Behind, Lengthened, Prepended, accepts
 from ...core.errors import RecipeError
 from ...core.families import OFFSET_POSITIONS
 from ...core.method import Method, setting
-from ._stacks import embedding_stacks
+from ._stacks import check_ids, embedding_stacks
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -54,6 +54,7 @@ class PromptTuning(Method):
             raise RecipeError("prompt_tuning takes no targets: it stands before the whole input")
         if self.length < 1:
             raise RecipeError(f"prompt_tuning(length={self.length}): expected at least one row")
+        check_ids(self, "vocabulary")
         return Front(self)
 
     def start(self, table: Tensor) -> Tensor:
@@ -61,9 +62,7 @@ class PromptTuning(Method):
         if self.init == "normal":
             return torch.randn(self.length, table.shape[1], device=table.device) * 0.5
         if self.ids is not None:
-            if not self.ids or not 0 <= min(self.ids) <= max(self.ids) < len(table):
-                raise RecipeError("prompt_tuning(ids=...): expected ids from 0 to "
-                                  f"{len(table) - 1}")
+            check_ids(self, "vocabulary", table)
             index = torch.tensor([self.ids[i % len(self.ids)] for i in range(self.length)])
         else:
             index = torch.randint(min(len(table), _FREQUENT), (self.length,))

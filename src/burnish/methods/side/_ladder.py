@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...blocks.state.taps import Crown, Plain, Rung, Still, shrunk
 from ...blocks.weight import slicing
 from ...core.errors import RecipeError
+from ...core.families import rotary
 from ...core.method import Method
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Ladder:
             fits = [r for r in (2, 4, 8, 16, 32) if d % r == 0 and d // r % heads == 0]
             raise RecipeError(f"lst(reduction={m.reduction}): a width of {s} does not split into "
                               f"{heads} heads; {', '.join(map(str, fits)) or 'nothing'} would")
-        if heads and _rotary(model) and (s // heads) % 2:
+        if heads and rotary(model) and (s // heads) % 2:
             raise RecipeError(f"lst(reduction={m.reduction}): heads of width {s // heads} cannot "
                               "be rotated; rotary positions need an even width, so a smaller "
                               "reduction")
@@ -97,10 +98,6 @@ class Ladder:
                 "config; plain pre-norm blocks stand beside it")
         attacher.notes += [note] if note not in attacher.notes else []
         return Plain(s, heads, m.narrow(fc1[0].out, "the inner width"))
-
-
-def _rotary(model: nn.Module) -> bool:
-    return any("rotary" in type(x).__name__.lower() for x in model.modules())
 
 
 def _embedding_channels(anatomy: Anatomy, d: int, s: int) -> Tensor:
@@ -172,7 +169,7 @@ class _Cutter:
         q, k, v = (self.weight(r) for r in "qkv")
         width = len(q) // heads
         n, group = width // self.R, heads // kv
-        if _rotary(self.anatomy.model):
+        if rotary(self.anatomy.model):
             rows_k = slicing.every(width, self.R, kv)
             rows_q = slicing.every(width, self.R, heads)
             rows_v = slicing.largest_per_head(slicing.row_importance(v), kv, n)
@@ -217,7 +214,7 @@ class _Cutter:
             if "q_norm" in leaf or "k_norm" in leaf:
                 width = len(self.weight("q")) // heads
                 rows = rows_q if "q_norm" in leaf else rows_k
-                if _rotary(self.anatomy.model):
+                if rotary(self.anatomy.model):
                     self._norm(path, rows[: width // self.R])
 
     def _norm(self, path: str, keep: Tensor) -> None:
