@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from burnish.blocks.state.taps import Crown, Gate, Plain, Rung, Still, Watch, _small_rotary, shrunk
+from burnish.blocks.state.sideblocks import Plain, Watch, shrunk
+from burnish.blocks.state.taps import Crown, Gate, Rung, Still, _small_rotary
 from burnish.blocks.tape.saved import Tape
 from burnish.blocks.weight import slicing
 from burnish.core.errors import RecipeError

@@ -265,7 +265,7 @@ def test_qst_reads_each_stored_weight_once():
 
 # -- refusals -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("model, recipe, why", [
-    ("t5", "lst(reduction=4)", "several stacks"), ("clip", "lst(reduction=4)", "several stacks"),
+    ("clip", "lst(reduction=4)", "several stacks"),
     ("swin", "lst(reduction=4)", "different widths"), ("mamba", "lst(reduction=4)", "no attention"),
     ("cnn", "lst", "no repeated blocks"), ("vit", "lst(reduction=5)", "not divisible"),
     ("vit", "lst(reduction=16)", "does not split into 4 heads; 2, 4, 8 would"),

@@ -129,6 +129,16 @@ class Anatomy:
         return out
 
 
+    def encoder_decoder(self) -> tuple[str, str] | None:
+        """(stack that encodes, stack whose blocks attend to it) where those are the stacks."""
+        reads = {stack: [b.cross is not None for b in blocks]
+                 for stack, blocks in self.stacks().items()}
+        plain = [s for s, cross in reads.items() if not any(cross)]
+        crossed = [s for s, cross in reads.items() if all(cross)]
+        return (plain[0], crossed[0]) if len(plain) == len(crossed) == 1 and len(reads) == 2 \
+            else None
+
+
 class _Reader:
     def __init__(self, model: nn.Module):
         self.model = model

@@ -34,8 +34,8 @@ def _reads_text(a: Anatomy, stack: str, *names: str) -> bool:
 
 
 def _ladder(a: Anatomy) -> bool:
-    return (len(a.stacks()) == 1 and all(b.attn for b in a.blocks)
-            and len({b.hidden_size for b in a.blocks}) == 1)
+    return ((len(a.stacks()) == 1 or a.encoder_decoder() is not None)
+            and all(b.attn for b in a.blocks) and len({b.hidden_size for b in a.blocks}) == 1)
 
 
 def _one_width(a: Anatomy) -> bool:
@@ -92,7 +92,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "units": ("attention or an MLP whose units can be told", lambda a: bool(groups(a)[0])),
-    "one stack": ("a single stack of transformer blocks of one width", _ladder),
+    "ladder": ("transformer blocks of one width, in one stack or an encoder and its decoder",
+               _ladder),
     "one width": ("a single stack of blocks of one width", _one_width),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),

@@ -7,7 +7,7 @@ wraps a module's run is a :class:`Listens`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .method import Method
     from .recipe import Recipe
+    from .site import Place
 
 
 class Tuned(Protocol):
@@ -89,6 +90,11 @@ class Attacher(Protocol):
     def rehearse(self, part: Method, enough: Callable[[], bool], batch: Any = None) -> bool:
         """Run the base over calibration samples until `enough()`, or over this batch; False where
         no values are wanted."""
+
+    def informed(self, part: Method, places: Sequence[Place]
+                 ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:
+        """(place, what the data pass saw there, what was settled for it), for a part that
+        observes."""
 
 
 class Installs(Protocol):

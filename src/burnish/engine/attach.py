@@ -175,7 +175,7 @@ class Attacher:
                     break
         return True
 
-    def _informed(self, part: Method, places: list[Place]
+    def informed(self, part: Method, places: list[Place]
                   ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:
         """(place, what was seen there, what was settled for it), after a data pass where the part
         asks for one. A file knows what was settled, and a simulation has no values to see."""
@@ -223,7 +223,7 @@ class Attacher:
         small: list[tuple[Place, RankError]] = []
         placed = self.places(part)
         shared, blank = self._shared(part, placed), self._blank(part)
-        for place, seen, settled in self._informed(part, placed):
+        for place, seen, settled in self.informed(part, placed):
             if self.anatomy.tied(place):
                 raise TargetError(
                     f"{part.name}: {place.name} is tied to {', '.join(self.anatomy.tied(place))}; "
@@ -295,7 +295,7 @@ class Attacher:
                                   "give them different targets or drop one")
 
     def _storage(self, part: Method) -> None:
-        for place, seen, settled in self._informed(part, self.places(part)):
+        for place, seen, settled in self.informed(part, self.places(part)):
             if place.rows:
                 raise TargetError(f"{part.name} stores whole weights; {place.name} is a slice: "
                                   "target the fused weight")

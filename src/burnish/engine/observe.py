@@ -39,7 +39,7 @@ class Batches:
     def one_by_one(self) -> Iterator[Any]:
         """Batches of one sample each."""
         for batch in self._all():
-            yield from (cut(batch, n + 1, n) for n in range(size(batch)))
+            yield from singly(batch)
 
     def first(self, samples: int | None) -> Iterator[Any]:
         """Batches until `samples` samples have come; the last is cut. None: all there are."""
@@ -87,6 +87,11 @@ def cut(batch: Any, stop: int, start: int = 0) -> Any:
     if isinstance(batch, Mapping):
         return {k: some(v) for k, v in batch.items()}
     return type(batch)(some(v) for v in batch) if isinstance(batch, tuple | list) else some(batch)
+
+
+def singly(batch: Any) -> Iterator[Any]:
+    """Its samples, one by one."""
+    return (cut(batch, i + 1, i) for i in range(size(batch)))
 
 
 def valid_tokens(batch: Any) -> Tensor | None:
@@ -205,21 +210,11 @@ class Pass:
         inputs = {p: s for p, s in stats.items() if s.reads == "input"}
         weights = {p: s for p, s in stats.items() if s.reads == "gradient"}
         seen = {p: stats[lead] for p, lead in self.alike.items() if lead in stats}
-        read = set()
+        read: set[Place] = set()
+        alone = any(s.alone for s in stats.values())
         for batch in self.batches.first(self.samples):
-            valid = valid_tokens(batch)
-
-            def feed(place: Place, x: Tensor, valid: Tensor | None = valid) -> None:
-                read.add(place)
-                stats[place].update(x, valid)
-
-            with self._inputs(inputs, feed), self._gradients(weights, feed):
-                if weights:
-                    with torch.enable_grad():
-                        self.run(batch, loss=True).backward()
-                else:
-                    with torch.no_grad():
-                        self.run(batch)
+            for part in singly(batch) if alone else (batch,):
+                self._feed(part, inputs, weights, stats, read)
             self.part.settle(seen)
             if all(s.done for s in stats.values()):
                 break
@@ -228,6 +223,22 @@ class Pass:
                 raise DataError(f"{self.part.name}: the calibration batches never reach "
                                 f"{place.name}; leave it out of targets, or give batches that do")
         return seen
+
+    def _feed(self, batch: Any, inputs: Seen, weights: Seen, stats: Seen, read: set) -> None:
+        """One pass over a batch."""
+        valid = valid_tokens(batch)
+
+        def feed(place: Place, x: Tensor) -> None:
+            read.add(place)
+            stats[place].update(x, valid)
+
+        with self._inputs(inputs, feed), self._gradients(weights, feed):
+            if weights:
+                with torch.enable_grad():
+                    self.run(batch, loss=True).backward()
+            else:
+                with torch.no_grad():
+                    self.run(batch)
 
     @contextmanager
     def _inputs(self, places: Seen, tell: Callable[[Place, Tensor], None]) -> Iterator[None]:

@@ -24,9 +24,11 @@ class Statistic:
     """What is gathered at one place.
 
     reads: "input" (the module's input) or "gradient" (of the loss, by the weight).
+    alone: every sample makes a pass of its own.
     """
 
     reads: ClassVar[Literal["input", "gradient"]] = "input"
+    alone: ClassVar[bool] = False
 
     @property
     def key(self) -> Hashable:
@@ -207,7 +209,9 @@ class Gradient(Statistic):
 
 
 class SquaredGradient(Gradient):
-    """Mean over batches of (dL/dW)^2: the diagonal Fisher where a batch is one sample."""
+    """Mean over samples of (dL/dW)^2, the diagonal of the (empirical) Fisher matrix."""
+
+    alone: ClassVar[bool] = True
 
     def what(self, g: Tensor) -> Tensor:
         return g.square()

@@ -9,8 +9,7 @@ Letters: D backbone width, S side width, R = D / S.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +19,8 @@ from torch import Tensor, nn
 
 from ...core.errors import RecipeError
 from ..tape.executor import no_grad
-from .prompts import Listener
-
-#: settings of a config that are widths and shrink with the side network; head counts stay
-WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "intermediate_size", "n_inner",
-          "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "head_dim",
-          "d_kv", "moe_intermediate_size", "shared_expert_intermediate_size")
+from .prompts import Listener, named
+from .sideblocks import Plain, Watch
 
 
 class Gate(nn.Module):
@@ -51,18 +46,21 @@ class Down(nn.Linear):
 
 
 class Still(Listener):
-    """Listens to the model: the modules in `still` run in evaluation mode.
+    """Listens to the model, or to a part of it that may be run by itself: the modules in `still`
+    run in evaluation mode. Dropout in a backbone that does not train only makes its taps noisy.
 
-    Dropout in a backbone that does not train only makes its taps noisy.
+    part: not the whole model; what its ladder ends with waits for the part that reads it.
     """
 
     what = "a side network"
 
-    def __init__(self, state: Any, adapter: str, still: list[nn.Module]):
+    def __init__(self, state: Any, adapter: str, still: list[nn.Module], part: bool = False):
         super().__init__(state, adapter)
-        self.__dict__["still"] = still
+        self.__dict__["still"], self.part = still, part
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if not self.part:
+            self.here.box["whole", self.adapter] = True
         with _evaluating(self.still):
             return call(*args, **kw)
 
@@ -98,7 +96,7 @@ class Rung(Listener):
             self.down, self.gate = Down(width, small), Gate(tau)
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        name, given = (None, args[0]) if args else next(iter(kw.items()))
+        given = args[0] if args else next(iter(kw.values()))
         self._runs_once(module)
         if given.requires_grad and not (getattr(module, "gradient_checkpointing", False)
                                         and not _trains(given.grad_fn)):
@@ -122,7 +120,7 @@ class Rung(Listener):
             if watch is not None:
                 box[key] = self.side(u, *watch.mask())
             else:
-                box[key] = self._again(u, name, args, kw)
+                box[key] = self._again(u, module, args, kw)
         return out
 
     def _runs_once(self, module: nn.Module) -> None:
@@ -134,14 +132,27 @@ class Rung(Listener):
                               "state that climbs beside the blocks, and a frozen backbone keeps "
                               "nothing for backward anyway: switch that checkpointing off")
 
-    def _again(self, u: Tensor, name: str | None, args: tuple, kw: dict[str, Any]) -> Tensor:
-        """The side block on what its own block was given, with the state and positions its own."""
-        small = {k: _small_rotary(v, self.side) if k == "position_embeddings" else v
-                 for k, v in kw.items()}
-        _second_cache((*args, *kw.values()), self.side)
-        out = self.side(u, *args[1:], **small) if name is None else \
-            self.side(**{**small, name: u})
+    def _again(self, u: Tensor, module: nn.Module, args: tuple, kw: dict[str, Any]) -> Tensor:
+        """The side block on what its own block was given, with the state, the positions and the
+        encoder's states its own."""
+        box, bias = self.here.box, ("side positions", self.adapter)
+        given = named(module, args, kw)
+        first = next(iter(given)) if args else next(iter(kw))
+        if "position_embeddings" in given:
+            given["position_embeddings"] = _small_rotary(given["position_embeddings"], self.side)
+        if given.get("encoder_hidden_states") is not None and not _has_read(given, self.side):
+            given["encoder_hidden_states"] = read(self, given["encoder_hidden_states"])
+        own = dict(zip(BIASES, box.get(bias, (None, None)), strict=True))
+        given |= {k: v for k, v in own.items() if k in given}
+        _second_cache(given.values(), self.side)
+        out = self.side(**{**given, first: u})
+        if BIASES[0] in given:                       # made by the first, handed on by the others
+            box[bias] = (*out[1:3], None)[:2]
         return out[0] if isinstance(out, tuple) else out
+
+
+#: relative positions that blocks of one stack share: arguments, and results behind the state
+BIASES = ("position_bias", "encoder_decoder_position_bias")
 
 
 def _trains(node: Any) -> bool:
@@ -168,18 +179,24 @@ def _uncached(values: tuple) -> tuple:
     return tuple(None if hasattr(v, "get_seq_length") else v for v in values)
 
 
-def _second_cache(given: tuple, side: nn.Module) -> None:
+def _has_read(given: dict[str, Any], side: nn.Module) -> bool:
+    """Does a cache hold what the side block made of the encoder's states?"""
+    cache = given.get("past_key_values")
+    return bool(getattr(cache, "is_updated", {}).get(side.cache_index))
+
+
+def _second_cache(given: Iterable[Any], side: nn.Module) -> None:
     """Room behind the backbone's layers of a key-value cache for the side block's own."""
     cache = next((v for v in given if hasattr(v, "get_seq_length")), None)
-    if cache is None:
-        return
-    while len(cache.layers) <= side.cache_index:
-        fresh = copy.copy(cache.layers[side.beside])
-        fresh.keys = fresh.values = None
-        fresh.is_initialized = False
-        if hasattr(fresh, "cumulative_length"):
-            fresh.cumulative_length = 0
-        cache.layers.append(fresh)
+    halves = (getattr(cache, f"{n}_attention_cache", None) for n in ("self", "cross"))
+    for part in [c for c in halves if c is not None] or [cache][: cache is not None]:
+        while len(part.layers) <= side.cache_index:
+            fresh = copy.copy(part.layers[side.beside])
+            fresh.keys = fresh.values = None
+            fresh.is_initialized = False
+            if hasattr(fresh, "cumulative_length"):
+                fresh.cumulative_length = 0
+            part.layers.append(fresh)
 
 
 def _small_rotary(tables: Any, side: nn.Module) -> Any:
@@ -214,93 +231,57 @@ class Crown(Listener):
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         out = call(*args, **kw)
         h = out[0] if isinstance(out, tuple) else out
+        self.here.box.pop(("side positions", self.adapter), None)
         s = self.here.box.pop(("side", self.adapter))
         y = self.gate(self.up(self.norm(s)), h)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
-# -- side blocks ------------------------------------------------------------------------------
-class Plain(nn.Module):
-    """A pre-norm transformer block of width S, for backbones whose own class cannot be shrunk."""
+class Foot(Listener):
+    """The end of an encoder's ladder: ``Norm(s)``, what the decoder's side blocks attend to.
 
-    def __init__(self, width: int, heads: int, hidden: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        B, T, S = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        x = x + self.proj(a.transpose(1, 2).reshape(B, T, S))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class Watch:
-    """Sees how a block masks its attention, so that a plain side block masks the same way."""
-
-    def __init__(self, tape: Any):
-        self.tape, self.seen = tape, None
-
-    def __enter__(self) -> None:
-        self._was = dict(self.tape.intercept)
-        sdpa, mha = F.scaled_dot_product_attention, F.multi_head_attention_forward
-        self.tape.intercept |= {sdpa: self._sdpa, mha: self._mha}
-
-    def __exit__(self, *_: Any) -> None:
-        self.tape.intercept = self._was
-
-    def _sdpa(self, func: Any, args: tuple, kw: dict) -> Any:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kw
-        self.seen = given.get("attn_mask"), bool(given.get("is_causal"))
-        return func(*args, **kw)
-
-    def _mha(self, func: Any, args: tuple, kw: dict) -> Any:
-        given = inspect.signature(func).bind(*args, **kw).arguments
-        if given.get("attn_mask") is not None or given.get("key_padding_mask") is not None:
-            raise RecipeError("lst: a masked nn.MultiheadAttention has no side block yet; only "
-                              "unmasked ones and transformers models do")
-        self.seen = None, False
-        return func(*args, **kw)
-
-    def mask(self) -> tuple[Tensor | None, bool]:
-        """(mask, causal) of the attention that ran last."""
-        if self.seen is None:
-            raise RecipeError("lst: this block computes no attention that can be seen, so a side "
-                              "block could look where it may not; load the model with "
-                              "attn_implementation='sdpa'")
-        return self.seen
-
-
-def shrunk(block: nn.Module, config: Any, reduction: int, number: int, layers: int
-           ) -> nn.Module | None:
-    """A fresh block of the same class at 1/R of every width, or None where that cannot be built.
-
-    Widths of the config shrink, the number of heads stays. number: which of the `layers` blocks it
-    stands beside; in a key-value cache it is layer ``layers + number``.
+    Listens like a :class:`Crown`; the encoder's own answer stays as it is.
     """
-    cls = getattr(type(block), "_burnish_base", type(block))
-    wanted = inspect.signature(cls.__init__).parameters
-    own = next((m.config for m in block.modules() if hasattr(m, "config")), config)
-    if own is None or "config" not in wanted:
-        return None
-    small = copy.deepcopy(own)
-    for name in WIDTHS:
-        value = getattr(small, name, None)
-        if isinstance(value, int) and name not in getattr(small, "attribute_map", {}):
-            if value % reduction:
-                raise RecipeError(f"a side network needs {name} = {value} divisible by the "
-                                  f"reduction; {reduction} does not divide it")
-            setattr(small, name, value // reduction)
-            if value // reduction % 8 and \
-                    getattr(small, "_experts_implementation", None) == "grouped_mm":
-                small._experts_implementation = "batched_mm"     # grouped ones want 16 bytes
-    made = cls(**{"config": small, **({"layer_idx": number} if "layer_idx" in wanted else {})})
-    for m in made.modules():
-        if hasattr(m, "layer_idx"):
-            m.layer_idx = layers + number
-    made.reduction, made.beside, made.cache_index = reduction, number, layers + number
-    return made
+
+    what = "a side network"
+
+    def __init__(self, state: Any, adapter: str, norm: nn.Module):
+        super().__init__(state, adapter)
+        self.norm = norm
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        out = call(*args, **kw)
+        box = self.here.box
+        box.pop(("side positions", self.adapter), None)
+        s = self.norm(box.pop(("side", self.adapter)))
+        key, whole = ("encoded", self.adapter), ("whole", self.adapter) in box
+        if whole:
+            box[key] = s
+        if whole and torch.is_grad_enabled():        # nothing outlives a step
+            self.state.tape.apart.pop(key, None)
+        else:                                        # a decoder may be run on it by itself
+            self.state.tape.apart[key] = (out[0] if isinstance(out, tuple) else out, s)
+        return out
+
+
+def read(who: Listener, h: Tensor) -> Tensor:
+    """The side encoder's states that belong to states h of the encoder.
+
+    Within a forward of the whole model, those of its encoder. Else those of the encoder's last run
+    in this thread (by itself, or without a graph), if h is what it returned, or that with every
+    sample repeated (beams).
+    """
+    box, apart = who.here.box, who.state.tape.apart
+    key = ("encoded", who.adapter)
+    if key in box:
+        return box[key]
+    known, s = apart.get(key, (None, None))
+    if known is not h:
+        n = len(h) // len(known) if known is not None and known.shape[1:] == h.shape[1:] else 0
+        if not n or not torch.equal(known.repeat_interleave(n, 0), h):
+            raise RecipeError(f"{who.adapter}: these encoder states are not of the encoder's last "
+                              "run, so the side network has none that belong to them: run the "
+                              "tuned model's own encoder on the inputs first")
+        s = s.repeat_interleave(n, 0)
+        apart[key] = (h, s)
+    return s

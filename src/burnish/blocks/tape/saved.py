@@ -82,6 +82,7 @@ class _Here(threading.local):
         self.depth = 0
         self.pack: Any = None                    # the hook of the recording under way
         self.waiting: dict[Any, Any] = {}        # states between parts that are run one by one
+        self.apart: dict[Any, Any] = {}          # what an encoder run by itself left a decoder
         self.opened: Any = None                  # weak reference to the call opened last
 
 
@@ -125,6 +126,10 @@ class Tape(TorchFunctionMode):
     @property
     def waiting(self) -> dict[Any, Any]:
         return self._here.waiting
+
+    @property
+    def apart(self) -> dict[Any, Any]:
+        return self._here.apart
 
     @property
     def _known(self) -> dict[int, tuple[Any, Entry]]:
