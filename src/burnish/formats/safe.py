@@ -195,6 +195,17 @@ class Tensors(Mapping[str, Tensor]):
         with opened(self.files[name]) as (f, _), _as_safetensors(self.files[name]):
             return f.get_tensor(name)
 
+    def meta(self, name: str) -> Tensor:
+        """Its shape and dtype, on the meta device: nothing but the header is read."""
+        name = self.aliases.get(name, name)
+        if name not in self.files:
+            raise KeyError(name)
+        with opened(self.files[name]) as (f, _), _as_safetensors(self.files[name]):
+            part = f.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            return f.get_tensor(name).to("meta") if dtype is None else \
+                torch.empty(tuple(part.get_shape()), dtype=dtype, device="meta")
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self.files, *self.aliases])
 
@@ -224,19 +235,20 @@ _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
           torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
           torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
           torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def save_stream(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor],
                 path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a checkpoint one tensor at a time, so no more than one of them is in memory.
 
-    like: names, shapes and dtypes of what will come (values are not used). Raises FormatError
-    when something else comes.
+    like: names, shapes and dtypes of what will come (values are not read where a checkpoint can
+    tell without). Raises FormatError when something else comes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in like:
-        t = like[name]
+        t = like.meta(name) if isinstance(like, Tensors) else like[name]
         if t.dtype not in _CODES:
             raise FormatError(f"{name}: safetensors has no code for {t.dtype}")
         header[name] = {"dtype": _CODES[t.dtype], "shape": list(t.shape),

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...blocks.weight.checkpoints import Checkpoint
+from ...blocks.weight.taskvector import TaskVector, combine
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
-from ._taskvector import TaskVector, combine
-
-Checkpoint = Mapping[str, Tensor]
 
 
 def task_arithmetic(base: Checkpoint, tuned: Sequence[Checkpoint],
@@ -58,7 +57,7 @@ class TaskArithmetic(Method):
     for bit. Heads whose shapes differ, integers and running statistics stay the base's; tied
     tensors are subtracted once. Cost: a read of every file, one tensor at a time.
     Low-rank updates are summed by stacking (``blocks.weight.factor_algebra.cat``), never factor by
-    factor.
+    factor. ``burnish arithmetic`` is its command.
     """
 
     paper = "Editing Models with Task Arithmetic (2023), arXiv:2212.04089"

@@ -1,9 +1,8 @@
 """Task vectors: tau = tuned - base, over whole checkpoints and never whole in memory.
 
-A checkpoint is any mapping name -> tensor: a state dict, or a memory-mapped file that reads a
-tensor when asked. A :class:`TaskVector` streams the pairs in pieces, so statistics over *all*
-merged entries (a threshold, a deviation) need no flat copy; :func:`combine` writes the merged
-checkpoint one tensor at a time.
+A :class:`TaskVector` streams the pairs in pieces, so statistics over *all* merged entries (a
+threshold, a deviation) need no flat copy; :func:`combine` writes the merged checkpoint one tensor
+at a time (checkpoints.py says what a checkpoint is).
 
 Differences and sums are taken in fp64 and rounded once to the dtype of the base: subtracting
 bf16 checkpoints in bf16 would destroy tau, and theta_0 + (theta_1 - theta_0) is theta_1.
@@ -12,17 +11,14 @@ bf16 checkpoints in bf16 would destroy tau, and theta_0 + (theta_1 - theta_0) is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError
-
-#: entries handled at once (8 MiB in fp64)
-PIECE = 1 << 20
-#: statistics of the data, which a merge does not average: they are measured again
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from ..choose.quantile import radix
+from .checkpoints import PIECE, STATISTICS, Checkpoint, blended, facts
 
 Rule = Callable[[Tensor, str, int], Tensor]
 
@@ -34,22 +30,22 @@ class TaskVector:
     shape. skipped: every other name -> why. Tied tensors count once (`tied`: name -> its first).
     """
 
-    def __init__(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]):
+    def __init__(self, base: Checkpoint, tuned: Checkpoint):
         self.base, self.tuned = base, tuned
         self.skipped: dict[str, str] = {}
         self.tied: dict[str, str] = {}
         self.shapes: dict[str, torch.Size] = {}
         owners: dict[tuple[int | str, torch.Size, tuple[int, ...]], str] = {}
         for name in base:
-            b = base[name]
+            b = facts(base, name)
             if name not in tuned:
                 self.skipped[name] = "not in the tuned checkpoint"
             elif not b.is_floating_point():
                 self.skipped[name] = f"{b.dtype} is copied, not averaged"
             elif name.rpartition(".")[2] in STATISTICS:
                 self.skipped[name] = "statistics of the data are measured again, not averaged"
-            elif tuned[name].shape != b.shape:
-                self.skipped[name] = f"{list(tuned[name].shape)} beside {list(b.shape)}"
+            elif (other := facts(tuned, name).shape) != b.shape:
+                self.skipped[name] = f"{list(other)} beside {list(b.shape)}"
             else:
                 # only tensors that stay in memory have an address of their own
                 key = (b.data_ptr() if isinstance(base, dict) else name, b.shape, b.stride())
@@ -92,54 +88,38 @@ class TaskVector:
                                    for p in self.pieces()) / self.numel)
 
 
-def _same(tuned: Mapping[str, Tensor], one: str, two: str) -> bool:
+def _same(tuned: Checkpoint, one: str, two: str) -> bool:
     a, b = tuned[one], tuned[two]
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 def threshold(pieces: Callable[[], Iterable[Tensor]], n: int, keep: float) -> float:
-    """:meth:`TaskVector.threshold` for any stream of fp32 pieces."""
+    """:meth:`TaskVector.threshold` for any stream of fp32 pieces.
+
+    Exact, by histograms over the bits of the magnitudes (``choose/quantile.py``). Raises
+    ConfigError for inf or nan in the stream.
+    """
     if not 0 <= keep <= 1:
         raise ConfigError(f"keep is a fraction between 0 and 1, not {keep}")
     k = min(n, math.ceil(round(keep * n, 6)))
-    return math.inf if k == 0 else kth_largest(pieces, k)
+    return math.inf if k == 0 else float(radix(lambda: _sizes(pieces), n, n - k)[0])
 
 
-def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> float:
-    """The k-th largest magnitude (k from 1) of a stream, exactly, in three passes.
-
-    Magnitudes sort like their bit patterns, so a histogram of the leading 11 bits finds the
-    leading digit of the answer, the next 11 the next, the last 10 the last. 16 KiB of counts.
-    Raises ConfigError for inf or nan in the stream and for a k beyond its length.
-    """
-    prefix, rank = 0, k
-    for shift, width in ((21, 11), (10, 11), (0, 10)):
-        counts = torch.zeros(1 << width, dtype=torch.int64)
-        for piece in pieces():
-            bits = piece.detach().abs().float().flatten().view(torch.int32)
-            if shift == 21 and bits.numel() and int(bits.max()) >= 0x7F800000:
-                raise ConfigError("a task vector holds inf or nan; it has no threshold")
-            if shift < 21:
-                bits = bits[(bits >> (shift + width)) == prefix]
-            digits = (bits >> shift) & ((1 << width) - 1)
-            counts += torch.bincount(digits, minlength=1 << width).cpu()
-        above = counts.flip(0).cumsum(0).flip(0)            # entries whose digit is at least this
-        if rank > int(above[0]):
-            raise ConfigError(f"entry {k} of a stream that has {int(above[0])}")
-        digit = int((above >= rank).sum()) - 1
-        rank -= int(above[digit] - counts[digit])
-        prefix = (prefix << width) | digit
-    return float(torch.tensor(prefix, dtype=torch.int32).view(torch.float32))
+def _sizes(pieces: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
+    for piece in pieces():
+        if not piece.isfinite().all():
+            raise ConfigError("a task vector holds inf or nan; it has no threshold")
+        yield piece.detach().abs()
 
 
-def combine(base: Mapping[str, Tensor], tasks: Sequence[TaskVector], rule: Rule,
+def combine(base: Checkpoint, tasks: Sequence[TaskVector], rule: Rule,
             piece: int = PIECE) -> Iterator[tuple[str, Tensor]]:
     """The merged checkpoint, tensor by tensor: ``theta = theta_0 + rule(tau_1 ... tau_T)``.
 
     rule: ((T, n) fp64 piece of all task vectors, tensor name, first entry) -> (n,) to add.
     Tensors that some task skips are the base's; tied ones stay tied.
     """
-    merged = [n for n in base if all(n in t.shapes or n in t.tied for t in tasks)]
+    merged = {n for n in base if all(n in t.shapes or n in t.tied for t in tasks)}
     tied = {n: t.tied[n] for t in tasks for n in merged if n in t.tied}
     written: dict[str, Tensor] = {}
     for name in base:
@@ -148,17 +128,8 @@ def combine(base: Mapping[str, Tensor], tasks: Sequence[TaskVector], rule: Rule,
         elif name in tied and tied[name] in written:
             yield name, written[tied[name]]
         else:
-            out = _combined(base[name], [t.tuned[name] for t in tasks], rule, name, piece)
+            out = blended([base[name], *(t.tuned[name] for t in tasks)],
+                          lambda rows, i, n=name: rows[0] + rule(rows[1:] - rows[0], n, i), piece)
             if name in tied.values():
                 written[name] = out
             yield name, out
-
-
-def _combined(base: Tensor, tuned: list[Tensor], rule: Rule, name: str, piece: int) -> Tensor:
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    b, flat = base.reshape(-1), out.view(-1)
-    for i in range(0, b.numel(), piece):
-        here = b[i : i + piece].double()
-        taus = torch.stack([t.reshape(-1)[i : i + piece].to(here) - here for t in tuned])
-        flat[i : i + piece] = here.add_(rule(taus, name, i)).to(base.dtype)
-    return out
