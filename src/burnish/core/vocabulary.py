@@ -54,6 +54,7 @@ VOCABULARY: dict[str, str] = {
     # how
     "act": "activation inside a branch",
     "init": "start of what trains",
+    "ids": "tokens of the vocabulary that the start is read from",
     "iterations": "of an approximate decomposition",
     "mask": "how entries are chosen",
     "mode": "one of two ways of working",
