@@ -221,7 +221,7 @@ def in_a_block(program, m):
 
     def run(x):
         with tape.recording():
-            return checkpoint(m, lambda x: play(program, m, x), (x,), {}, tape.recording)
+            return checkpoint(m, lambda x: play(program, m, x), (x,), {}, tape)
     return run
 
 

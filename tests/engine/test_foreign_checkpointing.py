@@ -16,7 +16,7 @@ from burnish.testing.models import tiny
 
 RECIPES = ["lora(rank=2, dropout=0.2)", "full", "houlsby(width=4)", "prefix(length=2)",
            "mola(rank=2, dropout=0.2)", "snella(rank=2)", "nf4 + lora(rank=2)",
-           "lora(rank=2) + checkpoint"]
+           "lora(rank=2) + checkpoint", "lora(rank=2, dropout=0.2) + checkpoint(every=2)"]
 MODELS = ["bert", "gpt2", "llama", "vit"]
 
 

@@ -74,7 +74,7 @@ def take_out(tuned: Tuned, name: str) -> None:
                              if not isinstance(x, nn.Module) or id(x) in alive]
         slot.reads &= {r for r in state.readers if r[0] == path}
         slot.mode = None
-    state.tape.lean, state.tape.policy = True, type(state.tape)().policy
+    state.tape.lean, state.tape.policy, state.tape.beside = True, type(state.tape)().policy, ""
     for other in tuned.adapters.values():        # the modes of those that stay
         Attacher(model, tuned.anatomy, state, other, tuned.undo).modes(other.recipe)
     for key in gone.selected:                    # it has its content again, as all of the base

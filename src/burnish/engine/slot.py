@@ -102,7 +102,7 @@ class Slot(Weights):
         for listener in self.listeners:
             run = functools.partial(listener, module, run)
         if self.mode and not call.off:
-            return MODES[self.mode](module, run, args, kw, state.tape.recording)
+            return MODES[self.mode](module, run, args, kw, state.tape)
         return run(*args, **kw)
 
     def _outermost(self, module: nn.Module, forward: Callable[..., Any], args: tuple,

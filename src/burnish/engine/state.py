@@ -59,8 +59,8 @@ class State:
             return "each sample has its own adapter"
         if self.fused:                               # without the tape's mode they take a fast path
             return "torch's encoder layers read weights past the modules that hold them"
-        if self.tape.policy.beside:
-            return self.tape.policy.beside
+        if why := self.tape.policy.beside or self.tape.beside:
+            return why
         if self.riding.on_end is not None:
             return "objectives of the recipe follow the loss"
         if self.listening or self.readers:

@@ -8,22 +8,20 @@ call, and a block in which nothing needs a gradient simply runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as stock
 
-from ...core.call import again, current
-from . import replay
-from .functions import transformed, unviewed, version_of
+from .functions import transformed
+from .rerun import Run, Stretch, stretch_of
 
-_TENSOR = object()
-
+if TYPE_CHECKING:
+    from .saved import Tape
 
 def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") or type(value).__name__.endswith("Cache")
@@ -38,83 +36,6 @@ def _uncached(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs
 
 
-class _Again(torch.autograd.Function):
-    """Outputs of run(leaves), recomputed in backward from the kept leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Any:
-        ctx.call = call
-        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-        ctx.devices = [torch.device("cpu"), *{t.device: None for t in tensors}]
-        ctx.rng = replay.rng_state(ctx.devices)
-        ctx.autocast = replay.autocast_state(device)
-        n = call.n_inputs
-        versions = [version_of(t) for t in tensors[:n]]
-        with again(call.context):
-            out = call.run(tensors[:n])
-        if versions != [version_of(t) for t in tensors[:n]]:
-            raise RuntimeError("a checkpointed block changes its input in place, so backward could "
-                               "not run it again from it; clone the input in the block, or leave "
-                               "checkpoint out of the recipe")
-        ctx.save_for_backward(*tensors[:n])
-        ctx.params = tensors[n:]
-        leaves, call.out_spec = pytree.tree_flatten(out)
-        call.out_leaves = [_TENSOR if isinstance(v, Tensor) else v for v in leaves]
-        made = unviewed([v for v in leaves if isinstance(v, Tensor)], tensors)
-        ctx.mark_non_differentiable(*[v for v in made if not v.is_floating_point()])
-        return made
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        call, n = ctx.call, ctx.call.n_inputs
-        inputs = []
-        for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + n], strict=True):
-            inputs.append(t.detach().requires_grad_(need))
-        with again(call.context), torch.enable_grad(), replay.replay(ctx.devices, ctx.rng), \
-                replay.autocast(ctx.autocast, cache=True), call.recording():
-            out = call.run(inputs)
-        made = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
-        del out
-        pairs = [(v, g) for v, g in zip(made, grads, strict=True)
-                 if v.requires_grad and g is not None]
-        del made
-        wanted = [t for t in (*inputs, *ctx.params) if t.requires_grad]
-        if not pairs or not wanted:
-            return (None,) * (1 + n + len(ctx.params))
-        outs, gouts = zip(*pairs, strict=True)
-        del pairs
-        got = iter(torch.autograd.grad(outs, wanted, gouts, allow_unused=True))
-        return None, *[next(got) if t.requires_grad else None for t in (*inputs, *ctx.params)]
-
-
-class _Call:
-    """One call of a block: which leaves are tensors, and how to run it on other tensors."""
-
-    def __init__(self, fn: Callable[..., Any], args: tuple, kwargs: dict, recording: Any):
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        self.where = [i for i, v in enumerate(self.leaves) if isinstance(v, Tensor)]
-        self.tensors = [self.leaves[i] for i in self.where]
-        for i in self.where:
-            self.leaves[i] = None                 # the function keeps them, not this object
-        self.n_inputs, self.fn, self.recording = len(self.where), fn, recording
-        self.context = current()                  # backward runs it again in this call
-        self.out_spec: Any = None
-        self.out_leaves: list[Any] = []
-
-    def run(self, tensors: Any) -> Any:
-        leaves = list(self.leaves)
-        for i, t in zip(self.where, tensors, strict=True):
-            leaves[i] = t
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.fn(*args, **kwargs)
-
-    def result(self, made: tuple[Tensor, ...]) -> Any:
-        it = iter(made)
-        leaves = [next(it) if v is _TENSOR else v for v in self.out_leaves]
-        return pytree.tree_unflatten(leaves, self.out_spec)
-
-
 def trained(module: nn.Module) -> list[Tensor]:
     """What a block reads and trains: its own parameters, and those its terms borrow."""
     found = [*module.parameters(),
@@ -123,19 +44,24 @@ def trained(module: nn.Module) -> list[Tensor]:
 
 
 def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
-               recording: Callable[[], Any] = nullcontext) -> Any:
-    """Run ``fn(*args, **kwargs)``, the forward of `module`, keeping only its inputs."""
+               tape: Tape | None = None, joins: bool = False) -> Any:
+    """Run ``fn(*args, **kwargs)``, the forward of `module`, keeping only its inputs.
+
+    tape: the second run goes under it. joins: what an earlier block of this forward has made, up to
+    the last one that did not join, is not kept either (rerun.py). Inside somebody else's
+    checkpointing, who runs blocks again one by one, nothing joins.
+    """
     params = trained(module)
-    floating = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-    if not torch.is_grad_enabled() or not (params or any(t.requires_grad for t in floating)):
+    given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    if not torch.is_grad_enabled() or not (params or any(t.requires_grad for t in given)):
         return fn(*args, **kwargs)
     if transformed():                             # torch.func sees every operation, once
         return fn(*args, **kwargs)
     args, kwargs = _uncached(args, kwargs)
-    call = _Call(fn, args, kwargs, recording)
-    tensors, call.tensors = call.tensors, []
-    made = _Again.apply(call, *tensors, *params)
-    return call.result(made)
+    if tape is None:
+        return Run(fn, args, kwargs, Stretch()).apply(params)
+    stretch = stretch_of(joins and not tape.others(), given)
+    return Run(fn, args, kwargs, stretch, tape.recording).apply(params)
 
 
 def in_graph(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -154,10 +80,13 @@ def in_graph(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
 
 
 def no_grad(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
-            recording: Callable[[], Any] = nullcontext) -> Any:
+            tape: Tape | None = None) -> Any:
     """Run a block without a graph (side networks read it from outside)."""
     with torch.no_grad():
         return fn(*args, **kwargs)
 
 
-MODES: dict[str, Callable[..., Any]] = {"checkpoint": checkpoint, "no_grad": no_grad}
+#: how a block may run, by the name that a slot holds
+MODES: dict[str, Callable[..., Any]] = {
+    "checkpoint": checkpoint, "joined checkpoint": functools.partial(checkpoint, joins=True),
+    "no_grad": no_grad}

@@ -26,6 +26,13 @@ def rng_state(devices: Devices) -> States:
     return tuple(_get(d) for d in _each(devices))
 
 
+def moved(devices: Devices, states: States) -> bool:
+    """Has anything been drawn from these generators since they had these states?"""
+    with torch._C._DisableTorchDispatch():           # states have bytes in a simulation too
+        return any(bytes(now.numpy()) != bytes(then.numpy())
+                   for now, then in zip(rng_state(devices), states, strict=True))
+
+
 @contextmanager
 def replay(devices: Devices, states: States) -> Iterator[None]:
     """Draw inside from `states` (of the same devices); outside, generators are as they were."""

@@ -102,13 +102,14 @@ class Tape(TorchFunctionMode):
 
     lean: note cheap outputs instead of keeping them.
     policy: what happens to the tensors that are kept.
+    beside: why a forward that is compiled would keep something else than promised, or "".
     intercept: function -> replacement ``f(func, args, kwargs) -> result`` (prefix attention), in
     the thread that sets it.
     """
 
-    def __init__(self, lean: bool = True, policy: Policy | None = None):
+    def __init__(self, lean: bool = True, policy: Policy | None = None, beside: str = ""):
         super().__init__()
-        self.lean, self.policy = lean, policy or Policy()
+        self.lean, self.policy, self.beside = lean, policy or Policy(), beside
         if self.policy.outer and not hasattr(self.policy, "inner"):
             self.policy.inner = Policy()
         self._here = _Here()
@@ -354,9 +355,9 @@ class Tape(TorchFunctionMode):
         here.stands = {k: refs for k, refs in living.items() if refs}
 
     def __deepcopy__(self, memo: dict) -> Tape:
-        new = type(self)(self.lean, copy.deepcopy(self.policy, memo))
+        new = type(self)(self.lean, copy.deepcopy(self.policy, memo), self.beside)
         memo[id(self)] = new
         return new
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.lean, self.policy)
+        return type(self), (self.lean, self.policy, self.beside)
