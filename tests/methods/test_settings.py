@@ -38,7 +38,8 @@ def test_what_no_run_shows_says_why_and_names_a_test(method, f):
 
 @pytest.mark.parametrize("method, f", about("other"))
 def test_other_values_are_legal_and_other(method, f):
-    small = burnish.parse(conformance.part(method))[0].changed()
+    beside = f.metadata["beside"]                # what it is shown with
+    small = burnish.parse(conformance.part(method, **beside))[0].changed()
     now = make(method, small).settings()[f.name]
     for value in f.metadata["other"]:
         assert getattr(make(method, {**small, f.name: value}), f.name) == value != now

@@ -8,7 +8,7 @@ of a fused qkv, a projection inside `nn.MultiheadAttention`, or the matrix of ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,9 @@ class Site:
     shared: module whose attributes are the tensors the part owns once (`Method.shared`), or None.
     blank: no values are wanted, shapes are what counts: they come from a file, or the model has
         none (a simulation).
+    beside: (place, term) of what stands on the same parameter already: of other adapters, and of
+        parts before this one.
+    places: all the places that the part is asked about.
     """
 
     place: Place
@@ -106,6 +109,8 @@ class Site:
     settled: Mapping[str, Any] = field(default_factory=dict)
     shared: Any = None
     blank: bool = False
+    beside: Sequence[tuple[Place, Any]] = ()
+    places: Sequence[Place] = ()
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,8 @@ class Attacher:
                                   "added to it; load the weights in a floating-point type")
             try:
                 with torch.no_grad():
-                    answer = part.delta(Site(place, weight, seen, settled, shared, blank))
+                    answer = part.delta(Site(place, weight, seen, settled, shared, blank,
+                                             slot.beside(place), placed))
             except RankError as error:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
                     raise
@@ -256,6 +257,9 @@ class Attacher:
                     self._one_wrap(part, place, slot)
                 term.to(weight.device)
                 term.part = self._key(part)
+                if (said := getattr(term, "counted", None)) is not None:
+                    kept = self.adapter.settled.setdefault(term.part, {})
+                    kept.setdefault(place.name, {}).update(said)
                 slot.add(self.adapter.name, label if not k else
                          f"{label}_{type(term).__name__.lower()}", term, place=place)
             self.placed.setdefault(part.name, []).append(place)

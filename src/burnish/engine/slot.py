@@ -84,6 +84,11 @@ class Slot(Weights):
         self.state.context.pop(adapter, None)
         self.state.listening[:] = [a for a in self.state.listening if a != adapter]
 
+    def beside(self, place: Place) -> list[tuple[Place, nn.Module]]:
+        """(place, term) of everything that stands on the parameter of a place."""
+        return [(p.place, self.module_of(p)) for p in self.parts
+                if p.place is not None and p.place.param == place.param]
+
     @property
     def idle(self) -> bool:
         """Nothing left to do here."""

@@ -60,8 +60,8 @@ class Panels:
         base = self.weight[..., i0:i1]
         if panel is None:
             return base
-        if panel.dtype == base.dtype:
-            return panel.add_(base)
+        if panel.dtype == base.dtype or panel.element_size() < base.element_size():
+            return panel.to(base.dtype).add_(base)
         return panel.add_(base.to(panel.dtype)).to(base.dtype)
 
     def row_squares(self) -> Tensor:

@@ -46,10 +46,13 @@ class SparseDelta(Term):
     """``Delta[index // in, index % in] = values``; index (k,) of distinct flat positions.
 
     portable: the index can be drawn again from a seed, so the file need not hold it.
+    counted: k is nobody's to compute: an adapter's config says it.
     """
 
-    def __init__(self, place: Place, index: Tensor, portable: bool):
+    def __init__(self, place: Place, index: Tensor, portable: bool, counted: bool = False):
         super().__init__()
+        #: what a file must say so that a load makes the same shapes (engine/attach.py)
+        self.counted = {"entries": index.numel()} if counted else None
         self.out, self.inp = place.out, place.inp
         index = index.sort().values
         self.values = nn.Parameter(torch.zeros(index.numel(), device=index.device))

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ....blocks.choose import masks
 from ....blocks.choose.observe import Gradient
-from ....blocks.weight.sparse import SparseDelta, spread
-from ....core.errors import RankError, RecipeError
+from ....blocks.weight.sparse import SparseDelta
+from ....core.errors import RankError, RecipeError, nearest
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+
+#: masks that are made here; "stored" came from a file
+KINDS = ("random", "magnitude", "structured", "gradient", "snip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,14 @@ class Shira(Method):
     mask: "random" (drawn from `seed` by a portable permutation, so the file holds values only),
     "magnitude" (largest |W|), "structured" (whole rows and columns evenly spaced, and the
     diagonal), "gradient" (largest |dL/dW| over `samples` calibration samples), "snip" (largest
-    |W dL/dW|, SNIP). All but the first write their index, 4 bytes an entry; a load reads it from
-    there and needs no data.
+    |W dL/dW|, SNIP), or the path of a safetensors file of your own masks: one per target, under the
+    weight's name in the model and in its shape, of truth values; k is then what the mask says.
+    All but "random" write their index, 4 bytes an entry; a load reads it from there and needs
+    neither data nor the masks' file.
+
+    ``disjoint=True`` leaves out the entries that sparse updates on the same weight have already
+    (other adapters', and those of parts before it), so that adapters add up without touching each
+    other. In a merged model ``tuned.use("other")`` exchanges adapters by writing their entries.
 
     Start: v = 0: the pre-trained function exactly. Trains k per matrix. Kept for backward: x, or
     only the columns that hold entries when those are few. Merges exactly.
@@ -34,8 +44,10 @@ class Shira(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(32, "sets the budget k = rank (in + out)", alias=("r",))
-    mask: Literal["random", "magnitude", "structured", "gradient", "snip"] = setting(
-        "random", "which entries")
+    mask: str = setting("random", "which entries: one of the kinds above, or a .safetensors file",
+                        other=KINDS[1:])
+    disjoint: bool = setting(False, "none that sparse updates there have already",
+                             unseen="a fresh model has none: tests/methods/test_shira.py")
     seed: int = setting(0, "of the random mask")
     samples: int = setting(128, "samples to read for a mask that asks for gradients", other=(1,),
                            beside={"mask": "gradient"})
@@ -43,70 +55,66 @@ class Shira(Method):
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise RecipeError(f"shira: samples={self.samples}: expected at least 1")
+        if self.mask not in (*KINDS, "stored") and not self.given:
+            raise RecipeError(f"shira(mask={self.mask!r}): expected one of {', '.join(KINDS)}, or "
+                              f"a .safetensors file of masks{nearest(self.mask, KINDS)}")
+        dead = {"rank": self.given, "seed": self.mask != "random",
+                "samples": self.mask not in ("gradient", "snip")}
+        if idle := [n for n, unread in dead.items() if unread and n in self.changed()]:
+            raise RecipeError(f"shira: {idle[0]} does nothing beside mask={self.mask!r}")
+
+    @property
+    def given(self) -> bool:
+        return self.mask.endswith(".safetensors")
+
+    def finished(self) -> Shira:
+        """Masks of a file stand in the adapter's own."""
+        return replace(self, mask="stored") if self.given else self
 
     def observe(self, place: Place) -> Gradient | None:
         return Gradient(place.out, place.inp) if self.mask in ("gradient", "snip") else None
 
-    def entries(self, place: Place) -> int:
-        k = self.rank * (place.out + place.inp)
-        if not 1 <= k <= place.out * place.inp:
+    def entries(self, place: Place, free: int, known: int | None) -> int:
+        k = self.rank * (place.out + place.inp) if known is None else known
+        if not 1 <= k <= free:
             raise RankError(f"shira: rank {self.rank} asks for {k} entries of {place.name}, "
-                            f"which has {place.out * place.inp}; the largest rank there is "
-                            f"{place.out * place.inp // (place.out + place.inp)}")
+                            f"which has {free}{' left' * self.disjoint}; the largest rank there is "
+                            f"{free // (place.out + place.inp)}")
         return k
 
     def delta(self, site: Site) -> SparseDelta:
-        place, weight = site.place, site.weight
-        k, n = self.entries(place), place.out * place.inp
+        taken = masks.occupied(site) if self.disjoint and not site.blank else None
+        index = self._index(site, taken).to(site.weight.device)
+        if self.given and taken is not None and (n := int(torch.isin(index, taken).sum())):
+            raise RecipeError(f"shira: {n} entries of {site.place.name} in {self.mask} are those "
+                              "of a sparse update there; disjoint=True takes masks without them")
+        return SparseDelta(site.place, index, portable=self.mask == "random" and not self.disjoint,
+                           counted=self.given or self.mask == "stored")
+
+    def _index(self, site: Site, taken: Tensor | None) -> Tensor:
+        place, weight, known = site.place, site.weight.detach(), site.settled.get("entries")
+        if self.given and known is None:
+            return masks.given(self.mask, site)
+        n = place.out * place.inp
+        k = self.entries(place, n if taken is None else n - taken.numel(), known)
+        if self.mask == "stored" and known is None:
+            raise RecipeError("shira(mask='stored') has the entries of a saved adapter; for a new "
+                              "one name the masks' file")
         if self.mask == "random":
-            index = _same_everywhere(n, k, self.seed, place.name).to(weight.device)
-        elif self.mask == "magnitude":
-            index = weight.detach().abs().flatten().topk(k).indices
-        elif self.mask == "structured":
-            index = _structured(place, k).to(weight.device)
-        elif site.blank:                         # a file brings it
-            index = torch.arange(k, device=weight.device)
-        else:
-            g = site.seen.value.to(weight.device)
-            score = g.abs() if self.mask == "gradient" else (g * weight.detach()).abs()
-            index = score.flatten().topk(k).indices
-        return SparseDelta(place, index, portable=self.mask == "random")
+            return masks.drawn(n, k, self.seed, place.name, taken)
+        if self.mask == "structured":
+            return masks.structured(place.out, place.inp, k, taken)
+        if site.blank and self.mask != "magnitude" or known is not None:
+            return torch.arange(k)                   # a file brings it
+        if self.mask == "magnitude":
+            return masks.largest(weight.abs(), k, taken)
+        g = site.seen.value.to(weight.device)
+        return masks.largest(g.abs() if self.mask == "gradient" else (g * weight).abs(), k, taken)
 
     def per_token(self, place: Place) -> int:
-        """Numbers kept per token besides the input (whose empty columns are left out where most
-        are)."""
+        """Numbers kept per token besides the input (most empty columns: less than the input)."""
         return 0
 
-    def count(self, place: Place) -> int:
-        """Trainable parameters on one matrix."""
-        return self.entries(place)
-
-
-def _same_everywhere(n: int, k: int, seed: int, key: str) -> Tensor:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():              # an index has values, also in a simulation
-        index = spread(n, k, seed, key)
-    return index + torch.zeros((), dtype=torch.int64)
-
-
-def _structured(place: Place, k: int) -> Tensor:
-    """Diagonal first, then alternately a row and a column, evenly spaced, until k entries."""
-    taken = torch.zeros(place.out, place.inp, dtype=torch.bool)
-    taken.diagonal()[:] = True
-    left = k - min(place.out, place.inp)
-    for step in range(4 * (place.out + place.inp)):
-        golden = (step // 2 * 0.6180339887498949) % 1.0
-        line = taken[:, int(golden * place.inp)] if step % 2 else taken[int(golden * place.out)]
-        left -= _fill(line, left)
-        if not left:
-            break
-    _fill(taken.view(-1), left)                  # nearly every entry is asked for
-    return taken.view(-1).nonzero().squeeze(1)
-
-
-def _fill(line: Tensor, most: int) -> int:
-    """Take the free entries of a line, at most so many; how many they were."""
-    free = (~line).nonzero().squeeze(1)[:most]
-    line[free] = True
-    return free.numel()
+    def count(self, place: Place, entries: int | None = None) -> int:
+        """Trainable parameters on one matrix; entries: those of a mask that was given."""
+        return self.entries(place, place.out * place.inp, entries)
