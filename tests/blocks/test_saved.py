@@ -212,8 +212,7 @@ def test_offload_to_disk_is_bit_equal_and_writes_each_storage_once(lean, tmp_pat
         assert torch.equal(a, b)
     unit = N * D * 8
     assert policy.bytes_written / unit < (10.6 if lean else 22.6)
-    gc.collect()
-    assert not list(tmp_path.rglob("*.bin"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_autocast_did_is_done_again():
@@ -284,14 +283,14 @@ def test_views_and_tied_weights_come_back_from_disk(lean, tmp_path):
 
 
 def test_what_waits_on_disk_leaves_memory(tmp_path):
-    """The tensors autograd would hold are gone between forward and backward."""
-    block = Block()
+    """The tensors autograd would hold are gone between forward and backward, but for the last."""
+    block = nn.Sequential(Block(), Block())
     x = torch.randn(1, N, D, dtype=torch.float64, requires_grad=True)
     alive = {}
     for name, policy in (("memory", None), ("disk", Offload("disk", threshold=N * D * 8,
                                                              folder=str(tmp_path)))):
         probes = []
-        handle = block.fc1.register_forward_hook(
+        handle = block[0].fc1.register_forward_hook(
             lambda m, a, y, probes=probes: probes.append(weakref.ref(y.untyped_storage())))
         with Tape(False, policy).recording():
             y = block(x)
@@ -319,6 +318,7 @@ def test_a_tensor_changed_in_place_is_written_as_each_reader_saw_it(tmp_path):
         with torch.no_grad():
             h.mul_(3)
         second = h.cos()
+        _ = x.exp(), x.tanh(), x.sigmoid()          # the last two that are kept stay in memory
     after = h.detach().clone()
     with torch.no_grad():
         h.zero_()

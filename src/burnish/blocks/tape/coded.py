@@ -14,7 +14,7 @@ without us, so under it everything is stock.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +82,10 @@ class Coded(Policy):
         self.step = step
         self._generators.clear()
 
+    @property
+    def moves(self) -> bool:                         # type: ignore[override]
+        return self.inner.moves
+
     def start(self) -> None:
         self.inner.start()
         self._exact.clear()
@@ -98,6 +102,15 @@ class Coded(Policy):
     def encode(self, part: Callable[[int, int], Tensor], n: int, bits: int, like: Tensor,
                unit: int = 1) -> Codes:
         return Codes.of(part, n, bits, self.group, like, self.generator(like.device), unit)
+
+    def end(self) -> None:
+        self.inner.end()
+
+    def enter(self) -> None:
+        self.inner.enter()
+
+    def changing(self, tensors: Iterable[Tensor]) -> None:
+        self.inner.changing(tensors)
 
     # -- tensors --------------------------------------------------------------------------------
     def pack(self, t: Tensor, role: Role | None = None) -> Any:

@@ -50,6 +50,7 @@ class Policy:
 
     roles: it wants to be told what a tensor is kept for, and may replace functions.
     outer: it changes the form, so it stands before one that changes the place (`inner`).
+    moves: it moves tensors later, so it wants to know which are about to change.
     beside: why a forward that is compiled would not do what it promises, or "".
 
     A copy or a pickle has the settings and nothing of what waits: ``__reduce__`` names them.
@@ -57,6 +58,7 @@ class Policy:
 
     roles = False
     outer = False
+    moves = False
     beside = ""
     inner: Policy
 
@@ -65,7 +67,16 @@ class Policy:
         return Kept(t)
 
     def start(self) -> None:
-        """A forward begins."""
+        """A forward begins, or a block that backward runs again."""
+
+    def end(self) -> None:
+        """It is over."""
+
+    def enter(self) -> None:
+        """A block of the model begins."""
+
+    def changing(self, tensors: Iterable[Tensor]) -> None:
+        """These are about to change in place."""
 
     def replaces(self, func: Any, args: tuple, kwargs: dict) -> Callable[[Tape], Tensor] | None:
         """What runs in place of a function whose inputs carry gradients; None leaves it."""
@@ -187,7 +198,7 @@ class Tape(TorchFunctionMode):
         return self._watch(func, args, kwargs)
 
     def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        if not self.lean:
+        if not self.lean and not self.policy.moves:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
         if watched is None:
@@ -197,7 +208,7 @@ class Tape(TorchFunctionMode):
             changed = watched.changes(args, kwargs)
             if changed:
                 self._changing(changed)
-        if watched.cheap is None or not torch.is_grad_enabled():
+        if watched.cheap is None or not self.lean or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if watched.cheap == "dropout":
             return self._dropout(func, args, kwargs)
@@ -210,6 +221,7 @@ class Tape(TorchFunctionMode):
 
     def _changing(self, tensors: list[Tensor]) -> None:
         """These are about to be changed: notes about them end, notes on them become tensors."""
+        self.policy.changing(tensors)
         for t in tensors:
             key = storage_of(t)
             self._known.pop(key, None)
@@ -347,6 +359,7 @@ class Tape(TorchFunctionMode):
         finally:
             here.depth -= 1
             here.known.clear()
+            self.policy.end()
 
     def _prune(self) -> None:
         """Entries whose graphs are gone stand on nothing."""
