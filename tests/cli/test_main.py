@@ -153,6 +153,8 @@ SURFACE = {
     "compare": "batch device dtype json length model recipes targets tasks",
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output to",
+    "soup": "batch data folders greedy json learned metric output rank split",
+    "arithmetic": "expression json output rank",
     "methods": "axis json name",
     "doctor": "json",
     "conformance": "json model name",

@@ -35,12 +35,11 @@ class Finished:
         import burnish
 
         from ..fit.data import Data
-        from ..fit.loop import quiet_libraries
         from ..fit.places import processor_for
         from ..fit.tasks import task_for
         from ..formats.folder import RUN, read_config, read_run
 
-        quiet_libraries()
+        quiet()
         recorded = read_config(folder)["base"].get("name")
         if not (folder / RUN).is_file():
             raise ConfigError(f"{folder} holds an adapter but no {RUN}, so its task is unknown; "
@@ -142,6 +141,20 @@ class Finished:
                 "rows": len(self.task.data.splits[name]), "these": these,
                 "tuned": tuned, "base": base}
 
+    def held_out(self, data: Any, split: str | None) -> str:
+        """The split that candidates are compared on, ready to be evaluated: `split`, or validation,
+        or the only one. ConfigError rather than the test split unasked."""
+        try:
+            return self._split(data, split or "validation", {})[1]
+        except ConfigError:
+            if split is not None:
+                raise
+        name = self._split(data, None, {})[1]
+        if name == "test":
+            raise ConfigError(f"{data} has no validation split; say with --split which rows were "
+                              "held out")
+        return name
+
     def _split(self, data: Any, split: str | None, columns: dict[str, str | None]
                ) -> tuple[Any, str, str]:
         """(rows, name of the split, which rows these are in words)."""
@@ -171,6 +184,12 @@ class Finished:
         from ..fit.tasks import logits_of
 
         return logits_of(self.tuned.model(**{k: v for k, v in batch.items() if k != "labels"}))
+
+
+def quiet() -> None:
+    from ..fit.loop import quiet_libraries
+
+    quiet_libraries()
 
 
 def _pictures(inputs: Sequence[str]) -> Iterator[Path]:
