@@ -105,6 +105,33 @@ def test_the_scale_folds_into_the_up_projection():
     torch.testing.assert_close(b(h), before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_scale_that_trains(bias, alone):                                     # findings 3.9
+    """Its gradient is the sum of g times the branch at s = 1; nothing wide is kept for it."""
+    b = Bottleneck(6, 3, 5, scale=0.7, train_scale=True, bias=bias, init="bert").double()
+    for p in b.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+        p.requires_grad_(not alone or p is b.scale)
+    h = torch.randn(2, 4, 6, dtype=torch.double)
+    g = torch.randn(2, 4, 5, dtype=torch.double)
+    unscaled = F.linear(torch.relu(F.linear(h, b.down.weight, b.down.bias)), b.up.weight,
+                        b.up.bias)
+    torch.testing.assert_close(b(h), b.scale * unscaled, rtol=1e-12, atol=1e-12)
+    wanted = [p for p in b.parameters() if p.requires_grad]
+    for x, y in zip(torch.autograd.grad((b(h) * g).sum(), wanted),
+                    torch.autograd.grad((b.scale * unscaled * g).sum(), wanted), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+    b.absorb_scale()
+    assert float(b.scale.detach()) == 1
+    torch.testing.assert_close(b(h), b.dense(h), rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_that_trains_keeps_nothing_wide():
+    b = Bottleneck(64, 4, act="gelu", init="bert", train_scale=True)
+    assert saved_bytes(b, torch.randn(2, 16, 64, requires_grad=True)) == 4 * 32 * (64 + 4)
+
+
 def test_a_mixer_works_in_the_bottleneck():
     mixer = nn.Linear(3, 3)
     b = Bottleneck(6, 3, mixer=mixer, init="bert").double()

@@ -81,3 +81,38 @@ def test_the_start_and_the_defaults():
             assert float(p.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
         else:
             assert not p.any(), n
+
+
+def test_the_scale_may_train(beside):                                          # findings 3.9
+    """s is one tensor more per block; its gradient is <g, f(x)>, under dropout too."""
+    one = beside("vit", "parallel(bottleneck=8, scale=1.5, train_scale=True, dropout=0.4)")
+    assert [p.shape for _, p in one.at("scale")] == [(), ()]
+    for path, s in one.at("scale"):
+        assert s != 1.5, "it has been moved"
+        one.base.get_submodule(path).register_forward_hook(
+            lambda m, args, out, path=path, s=s: out + branch(one, path, args[0], s, 0.4))
+    one.tuned.model.train()
+    torch.manual_seed(5)
+    want = one.base(**one.batch).logits
+    torch.manual_seed(5)
+    one.agree(want)
+
+
+def test_a_scale_that_trains_is_counted_saved_and_not_decayed(tmp_path):       # findings 3.9
+    recipe = "parallel(bottleneck=4, scale=1.5, train_scale=True)"
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, recipe, head=False)
+    scales = [p for n, p in tuned.named_parameters() if n.endswith("scale")]
+    assert [float(s.detach()) for s in scales] == [1.5, 1.5]
+    assert sum(p.numel() for p in tuned.parameters()) == 2 * parse(recipe)[0].count(32)
+    assert parse(recipe)[0].count(32) == 2 * 32 * 4 + 4 + 32 + 1
+    decay = {id(p): g["weight_decay"] for g in
+             tuned.optimizer(lr=1e-2, weight_decay=0.5).param_groups for p in g["params"]}
+    assert {decay[id(s)] for s in scales} == {0.0} and 0.5 in decay.values()
+    for _ in range(3):                                       # W_up = 0 at first: s waits a step
+        tuned.step(batch)
+    assert all(float(s.detach()) != 1.5 for s in scales)
+    tuned.save(tmp_path / "a")
+    again = burnish.load(tiny("vit")[0], tmp_path / "a")
+    assert [float(p.detach()) for n, p in again.named_parameters() if n.endswith("scale")] == \
+        [float(s.detach()) for s in scales]

@@ -133,7 +133,7 @@ class Branch:
     write: path of the module whose output it changes; one with ``read=(write, "output")`` is
     sequential, with ``read=(write, "input")`` parallel, with another path it spans modules.
     compose: "add" adds the branch's result; "replace" takes it instead of the output.
-    at: "output" changes what `write` returns, "input" what it is given (then read its input).
+    at: "output" changes what `write` returns, "input" what it is given, which it then reads.
     """
 
     write: str

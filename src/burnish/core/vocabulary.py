@@ -21,7 +21,7 @@ VOCABULARY: dict[str, str] = {
     "units": "what is taken out together",
     # factors
     "alpha": "how much a part counts: numerator of a scale, strength of a pull",
-    "scale": "a fixed factor of what a part adds",
+    "scale": "a factor of what a part adds",
     "scaling": "law by which a scale follows the rank",
     "weight": "factor of a term of the loss",
     "gamma": "divides the size of a start",

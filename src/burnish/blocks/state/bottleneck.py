@@ -45,8 +45,9 @@ class Bottleneck(nn.Module):
     plus 2 D or 2 O for a norm and whatever the mixer holds.
 
     act: a name of :data:`ACTIVATIONS`. norm: None, "in" or "out" (a LayerNorm that trains).
-    scale: s multiplies the whole branch, its bias too. dropout acts on the activation and is
-    drawn again in backward. mixer: any module from (..., R) to (..., R), None for none.
+    scale: s multiplies the whole branch, its bias too; with `train_scale` it is one number more
+    that trains, without weight decay, from there on. dropout acts on the activation and is drawn
+    again in backward. mixer: any module from (..., R) to (..., R), None for none.
     init: "zero" (down Kaiming-uniform(sqrt 5), everything else 0: the branch is exactly 0),
     "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0).
 
@@ -55,12 +56,19 @@ class Bottleneck(nn.Module):
 
     def __init__(self, d_in: int, width: int, d_out: int | None = None, *, act: str = "relu",
                  norm: Literal["in", "out"] | None = None, scale: float = 1.0,
-                 dropout: float = 0.0, bias: bool = True, mixer: nn.Module | None = None,
+                 train_scale: bool = False, dropout: float = 0.0, bias: bool = True,
+                 mixer: nn.Module | None = None,
                  init: Literal["zero", "bert", "truncated"] = "zero"):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         activation(act)
-        self.act, self.scale, self.dropout = act, scale, dropout
+        self.act, self.dropout = act, dropout
+        self.scale: Any = scale
+        if train_scale:
+            made: Any = nn.Parameter(torch.tensor(float(scale)))
+            made.burnish_decay = False                # it would pull the branch to nothing
+            del self.scale
+            self.scale = made
         self.down, self.up = nn.Linear(d_in, width, bias), nn.Linear(width, d_out, bias)
         self.norm_in = nn.LayerNorm(d_in) if norm == "in" else None
         self.norm_out = nn.LayerNorm(d_out) if norm == "out" else None
@@ -108,7 +116,10 @@ class Bottleneck(nn.Module):
         """Put s into W_up and b_up: the same function at s = 1."""
         for p in self.up.parameters():
             p.mul_(self.scale)
-        self.scale = 1.0
+        if isinstance(self.scale, nn.Parameter):
+            self.scale.fill_(1.0)
+        else:
+            self.scale = 1.0
 
     @staticmethod
     def count(d_in: int, width: int, d_out: int | None = None) -> int:
@@ -132,9 +143,11 @@ class _Pair(torch.autograd.Function):
     """s (drop(act(h A^T + a)) B^T + b), keeping h and the pre-activation."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, act: str, scale: float, p: float, A: Tensor,
+    def forward(ctx: Any, h: Tensor, act: str, scale: float | Tensor, p: float, A: Tensor,
                 a: Tensor | None, B: Tensor, b: Tensor | None) -> Tensor:
-        ctx.act, ctx.scale, ctx.p, ctx.shape = act, scale, p, h.shape
+        ctx.act, ctx.p, ctx.shape = act, p, h.shape
+        s = scale if isinstance(scale, Tensor) else None
+        ctx.scale = None if s is not None else scale
         ctx.state = rng_state(h.device) if p else None
         with torch.autocast(h.device.type, enabled=False):
             h2 = h.reshape(-1, h.shape[-1])
@@ -142,33 +155,40 @@ class _Pair(torch.autograd.Function):
             u = ACTIVATIONS[act](z)
             u = F.dropout(u, p, True) if p else u
             y = F.linear(u, B.to(h.dtype), None if b is None else b.to(h.dtype))
-            y = y if scale == 1 else y.mul_(scale)
-        need_h, _, _, _, need_A, need_a, _, _ = ctx.needs_input_grad
+            y = y.mul_(scale) if s is not None or scale != 1 else y
+        need_h, _, need_s, _, need_A, need_a, _, _ = ctx.needs_input_grad
         ctx.dtypes = [None if t is None else t.dtype for t in (A, a, B, b)]
         ctx.save_for_backward(h if need_A else None, z, A if need_h else None,
-                              B if need_h or need_A or need_a else None)
+                              B if need_h or need_A or need_a or need_s else None, s,
+                              b if need_s else None)
         return shaped(y, (*h.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        h, z, A, B = ctx.saved_tensors
-        need_h, _, _, _, need_A, need_a, need_B, need_b = ctx.needs_input_grad
+        h, z, A, B, s, b = ctx.saved_tensors
+        need_h, _, need_s, _, need_A, need_a, need_B, need_b = ctx.needs_input_grad
+        scale = ctx.scale if s is None else s
         of_A, of_a, of_B, of_b = ctx.dtypes
         g2 = g.reshape(-1, g.shape[-1])
         with torch.enable_grad():                       # the activation's own derivative, R wide
             leaf = z.detach().requires_grad_()
             u = ACTIVATIONS[ctx.act](leaf)
-        dB = db = dA = da = dh = None
+        dB = db = dA = da = dh = ds = None
+        v = _again(u.detach(), ctx.p, ctx.state) if need_B or need_s else None
         if need_B:
-            v = _again(u.detach(), ctx.p, ctx.state)
-            dB = (g2.t() @ v).mul_(ctx.scale).to(of_B)
+            dB = (g2.t() @ v).mul_(scale).to(of_B)
         if need_b:
-            db = g2.sum(0).mul_(ctx.scale).to(of_b)
+            db = g2.sum(0).mul_(scale).to(of_b)
         if B is None:
-            return dh, None, None, None, dA, da, dB, db
+            return dh, None, ds, None, dA, da, dB, db
+        gv = g2 @ B.to(g2.dtype)
+        if need_s:                                      # <g, v B^T + b>, R wide
+            assert s is not None and v is not None
+            ds = (gv * v).sum(dtype=s.dtype)
+            ds = ds if b is None else ds + g2.sum(0).to(s.dtype) @ b.to(s.dtype)
         # dropout is linear: the same mask on the gradient
-        gu = _again((g2 @ B.to(g2.dtype)).mul_(ctx.scale), ctx.p, ctx.state)
+        gu = _again(gv.mul_(scale), ctx.p, ctx.state)
         (gz,) = torch.autograd.grad(u, leaf, gu)
         if need_A:
             dA = (gz.t() @ h.reshape(-1, h.shape[-1])).to(of_A)
@@ -176,7 +196,7 @@ class _Pair(torch.autograd.Function):
             da = gz.sum(0).to(of_a)
         if need_h:
             dh = (gz @ A.to(gz.dtype)).view(ctx.shape)
-        return dh, None, None, None, dA, da, dB, db
+        return dh, None, ds, None, dA, da, dB, db
 
 
 def _again(t: Tensor, p: float, state: States | None) -> Tensor:

@@ -51,7 +51,7 @@ class Ia3(Method):
             if place.role in _INNER:
                 made = True
                 yield Branch(place.path, Affine(place.inp, side="input"), compose="replace",
-                             read=(place.path, "input"), at="input")
+                             at="input")
             else:
                 outputs.setdefault(place.path, []).append(place)
         for path, places in outputs.items():

@@ -52,8 +52,7 @@ class Pfeiffer(Method):
                 raise RecipeError(f"pfeiffer(placement='library'): {s.block.path} normalises "
                                   "first, the library's form is made for blocks that normalise "
                                   "last; use placement='plain'")
-            yield Branch(norm, Normed(module(anatomy, norm), made), read=(norm, "input"),
-                         at="input")
+            yield Branch(norm, Normed(module(anatomy, norm), made), at="input")
 
     def count(self, d: int) -> int:
         """Trainable parameters of one block of width d."""

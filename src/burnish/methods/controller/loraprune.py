@@ -93,7 +93,7 @@ class Loraprune(Method):
         for g in made:
             place, width = g.columns[0]
             yield Branch(place.path, UnitMask(g.units, width), compose="replace",
-                         read=(place.path, "input"), at="input")
+                         at="input")
 
     def share(self, step: int, total: int) -> float:
         """r(t)."""
