@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.blocks.weight import provided
+from burnish.blocks.weight import panels
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.magnitude import Magnitude
 from burnish.blocks.weight.provided import Weighted, linear
@@ -28,9 +28,9 @@ def reference(W, term, m):
     return (m / V.norm(dim=1).detach())[:, None] * V
 
 
-@pytest.mark.parametrize("panel", [provided.PANEL, 4 * OUT], ids=["one panel", "many panels"])
+@pytest.mark.parametrize("panel", [panels.PANEL, 4 * OUT], ids=["one panel", "many panels"])
 def test_gradients_equal_the_reference_with_a_constant_norm(panel, monkeypatch):
-    monkeypatch.setattr(provided, "PANEL", panel)
+    monkeypatch.setattr(panels, "PANEL", panel)
     W = torch.randn(OUT, IN, dtype=torch.float64)
     term, wrap = chain(), Magnitude(W)
     torch.nn.init.uniform_(wrap.m, 0.5, 2.0)

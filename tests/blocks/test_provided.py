@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.blocks.weight import provided, tiled
+from burnish.blocks.weight import panels, tiled
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.magnitude import Magnitude
 from burnish.blocks.weight.provided import Weighted, linear
@@ -52,11 +52,11 @@ def both(terms, wrap, weight, bias, x, scale=1.0):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["sum", "magnitude"])
-@pytest.mark.parametrize("panel", [provided.PANEL, 5 * OUT], ids=["one panel", "many panels"])
+@pytest.mark.parametrize("panel", [panels.PANEL, 5 * OUT], ids=["one panel", "many panels"])
 @pytest.mark.parametrize("name", TERMS)
 def test_linear_equals_dense_reference(name, panel, wrapped, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(provided, "PANEL", panel)
+    monkeypatch.setattr(panels, "PANEL", panel)
     monkeypatch.setattr(tiled, "PANEL", panel)
     monkeypatch.setattr(tiled, "STRIP", 3 * OUT)
     weight = torch.randn(OUT, IN, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_linear_equals_dense_reference(name, panel, wrapped, monkeypatch):
 @pytest.mark.parametrize("name", TERMS)
 def test_effective_weight_equals_dense_reference(name, wrapped, monkeypatch):
     torch.manual_seed(1)
-    monkeypatch.setattr(provided, "PANEL", 6 * OUT)
+    monkeypatch.setattr(panels, "PANEL", 6 * OUT)
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     op = Weighted(lambda: weight, [(t, 1.0) for t in TERMS[name]()],
                   Magnitude(weight) if wrapped else None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.blocks.weight import provided
+from burnish.blocks.weight import panels
 from burnish.blocks.weight.provided import Weighted, linear
 from burnish.blocks.weight.sparse import SparseDelta, spread
 from burnish.core.site import Place
@@ -66,10 +66,10 @@ def delta(index):
     return term
 
 
-@pytest.mark.parametrize("panel", [provided.PANEL, 5 * OUT], ids=["one panel", "many panels"])
+@pytest.mark.parametrize("panel", [panels.PANEL, 5 * OUT], ids=["one panel", "many panels"])
 @pytest.mark.parametrize("index", INDEX)
 def test_values_get_the_entries_of_the_dense_gradient(index, panel, monkeypatch):
-    monkeypatch.setattr(provided, "PANEL", panel)
+    monkeypatch.setattr(panels, "PANEL", panel)
     term = delta(INDEX[index]())
     assert term.tokenwise == (index == "few columns")
     W = torch.randn(OUT, IN, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.weight import provided, tiled
+from burnish.blocks.weight import panels, tiled
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.provided import Weighted, linear
 from burnish.blocks.weight.tiled import KernelDelta
@@ -55,12 +55,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("panels", [1, 4], ids=["one panel", "four panels"])
+@pytest.mark.parametrize("pieces", [1, 4], ids=["one panel", "four panels"])
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_equal_the_formula(case, panels, monkeypatch):
+def test_output_and_gradients_equal_the_formula(case, pieces, monkeypatch):
     """tau agrees with torch.quantile; every gradient with dense autograd, to 1e-9."""
-    monkeypatch.setattr(provided, "PANEL", OUT * IN // panels)
-    monkeypatch.setattr(tiled, "PANEL", OUT * IN // panels)
+    monkeypatch.setattr(panels, "PANEL", OUT * IN // pieces)
+    monkeypatch.setattr(tiled, "PANEL", OUT * IN // pieces)
     monkeypatch.setattr(tiled, "STRIP", 3 * OUT)
     term = kernel(**CASES[case])
     W = torch.randn(OUT, IN, dtype=torch.float64)
@@ -218,8 +218,8 @@ def test_a_matrix_of_seven_billion_models_trains_within_panels():
         y = linear(x, Weighted(lambda: W, [(term, 1.0)]), None)
         y.square().sum().backward()
     made = [e for e in ledger.entries if e.category != "weights"]
-    assert max(e.bytes for e in made) <= 4 * provided.PANEL
-    assert peak_bytes(made, ledger.now + 1) < 5 * 4 * provided.PANEL < 4 * out * inp
+    assert max(e.bytes for e in made) <= 4 * panels.PANEL
+    assert peak_bytes(made, ledger.now + 1) < 5 * 4 * panels.PANEL < 4 * out * inp
     zeros = out * inp - term.nnz()
     assert abs(zeros - out * inp // 2) <= 1
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in term.parameters())

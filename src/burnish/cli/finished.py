@@ -63,6 +63,10 @@ class Finished:
         tuned.model.eval()
         return cls(folder, tuned, task, facts)
 
+    def cached(self, limit: str | None) -> contextlib.AbstractContextManager[None]:
+        """``tuned.cached``, where somebody has said a limit."""
+        return contextlib.nullcontext() if limit is None else self.tuned.cached(limit)
+
     # -- answers -------------------------------------------------------------------------------
     def predict(self, inputs: Sequence[str], tokens: int = 64,
                 keys: Mapping[str, int] = MappingProxyType({})) -> Iterator[dict[str, Any]]:

@@ -113,6 +113,9 @@ def ask(question: AmbiguousError) -> dict[str, str]:
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished fit.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it moved since.")]
+Cache = Annotated[str | None, typer.Option(help="Memory in which weights with their updates may be "
+                                                "kept from one answer to the next, e.g. 2GB; "
+                                                "default 64MiB, 0: none.")]
 
 
 @app.command()
@@ -121,6 +124,7 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Pictures or folders of them; texts, or .txt "
                                                      "files of one text per line.")],
     base: Base = None,
+    cache: Cache = None,
     tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
     given: Annotated[list[str] | None, typer.Option(help="A key that the recipe reads beside an "
                                                          "input, e.g. task=1; may repeat.")] = None,
@@ -130,7 +134,9 @@ def predict(
     from .finished import Finished
 
     keys = {k: v for k, v in map(_key, given or ())}
-    answers = list(Finished.open(run, base).predict(inputs, tokens, keys))
+    finished = Finished.open(run, base)
+    with finished.cached(cache):
+        answers = list(finished.predict(inputs, tokens, keys))
     lines = [f"{a['input']}: {a['text']}" if "text" in a else
              f"{a['input']}: {a['label']} ({a['probability']:.3f})" for a in answers]
     emit(json, {"run": run, "answers": answers}, "\n".join(lines))
@@ -157,6 +163,7 @@ def evaluate(
     image: Annotated[str | None, typer.Option(help="The picture's column; default: the run's.")
                      ] = None,
     base: Base = None,
+    cache: Cache = None,
     json: Json = False,
 ) -> None:
     """The figures of a finished run on data, beside those of its base.
@@ -165,8 +172,9 @@ def evaluate(
     """
     from .finished import Finished
 
-    found = Finished.open(run, base).evaluate(data, split, batch, text=text, label=label,
-                                              image=image)
+    finished = Finished.open(run, base)
+    with finished.cached(cache):
+        found = finished.evaluate(data, split, batch, text=text, label=label, image=image)
     rows = [(name, *(f"{v:.4f}" for v in found[name].values())) for name in ("base", "tuned")]
     emit(json, found, f"{found['rows']} rows of {data} ({found['split']}: {found['these']})\n"
          + table(("", *found["tuned"]), rows, right=range(1, 9)))

@@ -79,6 +79,15 @@ class Call:
         return value.repeat_interleave(len(x) // len(value))
 
 
+class _Overheard(Call):
+    """A call that notes what of it is read that differs from batch to batch."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("valid", "given", "rows", "box"):
+            super().__getattribute__("asked").append(name)
+        return super().__getattribute__(name)
+
+
 class _Here(threading.local):
     """The calls this thread is in, innermost last."""
 
@@ -200,3 +209,16 @@ def again(call: Call | None, loose: dict[Any, Any] | None = None) -> Iterator[No
                 loose.clear()
                 loose.update({k: v for k, v in own.box.items() if k in call.owner.readers})
             own.box.clear()
+
+
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """What is read of the call inside that differs from batch to batch: names, as they are read."""
+    call, asked = current(), list[str]()
+    if call is None:
+        yield asked
+        return
+    listening = object.__new__(_Overheard)
+    vars(listening).update(vars(call), asked=asked)
+    with resume(listening):
+        yield asked

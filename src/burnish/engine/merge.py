@@ -77,6 +77,7 @@ def merge(tuned: Tuned) -> nn.Module:
     for p in tuned.model.parameters():
         p.requires_grad_(False)
     tuned.merged = undo
+    tuned.state.room.clear()                     # the slots wait, and what they had kept
     return tuned.model
 
 

@@ -61,7 +61,8 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> tuple[list, list
                               "only one may wrap the others' sum: use one adapter at a time")
         base = functools.partial(slot._place_view, module, place)
         held = functools.partial(slot._held, module, place.param)
-        ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held)))
+        ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held,
+                                    slot.state.room)))
     return ops, before, after
 
 

@@ -67,6 +67,11 @@ class Slot(Weights):
         self.state.version += 1
         return name
 
+    def train(self, mode: bool = True) -> Slot:
+        if self.state is not None:
+            self.state.room.clear()              # see blocks/weight/folded.py
+        return super().train(mode)
+
     def provide(self, param: str, provider: Provider) -> None:
         name = "provided_" + param.replace(".", "_")
         self.add_module(name, provider)

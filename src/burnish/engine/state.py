@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks.state.prompts import accepts, named
 from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
+from ..blocks.weight.folded import Room
 from ..core.call import Call, given_to, switched_off
 from ..core.errors import RecipeError
 from ..core.keys import Read
@@ -22,6 +24,7 @@ class State:
 
     tape: Tape = field(default_factory=Tape)
     riding: Riding = field(default_factory=Riding)
+    room: Room = field(default_factory=Room)         # for what evaluation makes once
     active: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None      # one adapter per sample
     training: str | None = None                      # the active adapter that trains
@@ -70,6 +73,7 @@ class State:
     def open(self, module: nn.Module, args: tuple, kw: dict) -> Call:
         """A new call: what is active now, for good, and what the module is called with."""
         off, base = switched_off(self)
+        self.room.opens(self.version, not (torch.is_grad_enabled() or module.training))
         return Call(self, self.active, self.rows, off, base, self.version,
                     valid=valid(module, args, kw), given=given_to(self))
 

@@ -44,6 +44,7 @@ from .looking import Looking
 from .observe import Batches
 from .originals import Originals
 from .resize import resize_term
+from .room import Evaluating
 from .slot import slot_of, slots
 from .stages import run
 from .state import State
@@ -66,7 +67,7 @@ def tuned_of(model: nn.Module) -> Tuned | None:
     return tuned if tuned is not None and tuned.gone is None else None
 
 
-class Tuned(Stepping, Looking):
+class Tuned(Stepping, Looking, Evaluating):
     """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
 
     model: the same module that was given, changed in place.
@@ -341,6 +342,7 @@ class Tuned(Stepping, Looking):
     def _close(self, why: str) -> None:
         """This handle is of no more use, and neither is an optimizer it has made."""
         self.let_go()
+        self.state.room.clear()
         self.gone = why
         if tuned_of(self.model) is None:
             _OWNERS.pop(self.model, None)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.weight.convolved import convolved
+from ..blocks.weight.folded import NOTHING
 from ..blocks.weight.provided import Weighted, linear
 from ..blocks.weight.within import drops
 from ..core.call import Call, current, resume
@@ -64,7 +65,9 @@ class Weights(nn.Module):
     def _held(self, module: nn.Module, param: str) -> list[Tensor]:
         """The tensors that :meth:`_stored` reads; none where the weight is computed."""
         if param in self.providers:
-            return list(self._modules[self.providers[param]].buffers())
+            read = [self._modules[self.providers[param]],
+                    *(self.module_of(p) for p in self.absorbed if p.place.param == param)]
+            return [b for m in read for b in m.buffers()]
         stored = self._stored(module, param)
         return [stored] if isinstance(stored, nn.Parameter) else []
 
@@ -143,7 +146,7 @@ class Weights(nn.Module):
             by_param.setdefault(place.param, []).append((place, op))
         with ExitStack() as stack:
             for param, items in by_param.items():
-                make = functools.partial(self._make_weight, module, param, items)
+                make = functools.partial(self._once, module, param, items)
                 reads = [r for _, op in items for r in op.reads(True, True, True)]
                 stack.enter_context(self._noted(module, param, make, reads))
             return forward(module, *args, **kw)
@@ -172,6 +175,20 @@ class Weights(nn.Module):
             yield
         finally:
             call.standing.pop(key, None)
+
+    def _once(self, module: nn.Module, param: str, items: list) -> Tensor:
+        """The effective weight; evaluation keeps it where there is room."""
+        def size() -> int:
+            stored = self._stored(module, param)
+            return stored.numel() * stored.element_size()
+
+        make = functools.partial(self._make_weight, module, param, items)
+        fold, held = items[0][1].whole, items[0][1].held()
+        made = NOTHING if fold is None or not held else fold.now([op for _, op in items], held[0])
+        if made is NOTHING:
+            return make()
+        kept = made.large("weight", made.small("bytes", size), make)
+        return make() if kept is None else kept
 
     def _make_weight(self, module: nn.Module, param: str, items: list) -> Tensor:
         stored = self._stored(module, param)

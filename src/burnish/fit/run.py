@@ -210,8 +210,9 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
                  calibration=calibration(task), seed=int(args.get("seed", 42)),
                  name=next(iter(batches), DEFAULT))
     say(repr(tuned))
-    return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own, args,
-                  say)
+    with tuned.cached(0):                        # between two steps nothing was promised to that
+        return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own,
+                      args, say)
 
 
 # -- before ------------------------------------------------------------------------------------

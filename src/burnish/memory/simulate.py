@@ -97,7 +97,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              targets: Any = None, head: bool | str = "auto", lr: float = 1e-3, steps: int = 2,
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
              count: bool = False, evaluate: bool = False,
-             tasks: int | Mapping[str, Any] = 0) -> MemoryReport:
+             tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -114,6 +114,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     count: also count floating-point operations and bytes moved.
     evaluate: the forward alone instead, in evaluation mode and without gradients; what an optimizer
         holds meanwhile comes on top.
+    cached: bytes that evaluation may keep of what it makes, as for ``tuned.cached``; None: as a
+        model has it where nobody says.
     tasks: data sets that a recipe in stages is trained on, one after the other: how many, or name
         -> batch. Of several stages the dearest is told; ``stages`` of the report has all peaks.
 
@@ -131,7 +133,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     while not reports or len(reports) < len(names):       # each stage on a model of its own
         report, names = _simulated(
             model, parts, batch, batches, len(reports), dtype=dtype, targets=targets, head=head,
-            lr=lr, steps=steps, device=device, loss=loss, count=count, evaluate=evaluate)
+            lr=lr, steps=steps, device=device, loss=loss, count=count, evaluate=evaluate,
+            cached=cached)
         reports.append(report)
     dearest = max(reports, key=lambda r: r.peak_bytes)
     if len(reports) > 1:
@@ -142,9 +145,10 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
-               device: str, loss: Any, count: bool, evaluate: bool
+               device: str, loss: Any, count: bool, evaluate: bool, cached: int | str | None
                ) -> tuple[MemoryReport, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
+    from ..engine.room import size
     from ..engine.stages import begin, stages_of
     from ..engine.tune import tune
     from ..engine.tuned import DEFAULT
@@ -175,6 +179,8 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                 words = stages[stage].optimizer if stages else {}
                 tuned.optimizer(**{"lr": lr, **words})
                 ledger.model = tuned.model
+                if cached is not None:
+                    tuned.state.room.limit = size(cached)
                 report = _look(tuned, ledger, example, here, kind) if evaluate else _drive(
                     tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
         except (DataDependentOutputException, DynamicOutputShapeException,
@@ -233,13 +239,18 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
 
 
 def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> MemoryReport:
-    """One evaluation: no gradients, no tape, no update."""
+    """Evaluation: no gradients, no tape, no update. Twice where it keeps something: then all of
+    that is there from the beginning."""
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
     tuned.model.eval()
     with ledger, torch.no_grad():
         _watch_originals(tuned, ledger)
-        out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
-        del out
+        for _ in range(2):
+            out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
+            del out
+            if not tuned.state.room.held:
+                break
+            ledger.watch("weights", tuned.state.room.tensors())
     return MemoryReport.of(ledger, device=torch.device(device).type, label=label,
                            recipe=str(tuned.recipe))
 

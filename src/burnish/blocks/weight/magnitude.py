@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .provided import Panels, Wrap
+from .panels import Panels
+from .term import Wrap
 
 
 class Magnitude(Wrap):

@@ -12,8 +12,9 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,60 +27,16 @@ from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
+from .folded import NOTHING, Fold, Made, Room
+from .panels import Panels, Piece, product, product_back, product_beside
 from .term import Term, Wrap
-
-#: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
-PANEL = 1 << 22
-
-
-class Panels:
-    """V = base + tiles, panel by panel over the inputs; the only place that knows the loop."""
-
-    def __init__(self, weight: Tensor, terms: list[tuple[Term, float]], states: list[Any]):
-        self.weight, self.terms, self.states = weight, terms, states
-        self.out, self.inp = weight.shape[-2:]
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """The runs of inputs, one after the other."""
-        whole = any(not t.tiled and not hasattr(t, "cheap_tile") for t, _ in self.terms)
-        step = self.inp if whole else max(1, min(self.inp, PANEL // max(1, self.out)))
-        return [(i0, min(self.inp, i0 + step)) for i0 in range(0, self.inp, step)]
-
-    def added(self, i0: int, i1: int) -> Tensor | None:
-        """What the terms add to columns i0:i1: a fresh panel, in their own precision."""
-        panel: Tensor | None = None
-        for (term, scale), state in zip(self.terms, self.states, strict=True):
-            tile = term.tile(i0, i1, state)
-            tile = tile if scale == 1 else tile.mul_(scale)
-            panel = tile if panel is None else panel.add_(tile)
-        return panel
-
-    def value(self, i0: int, i1: int) -> Tensor:
-        """V[:, i0:i1]: a fresh panel, or a view of the base when nothing is added."""
-        panel = self.added(i0, i1)
-        base = self.weight[..., i0:i1]
-        if panel is None:
-            return base
-        if panel.dtype == base.dtype or panel.element_size() < base.element_size():
-            return panel.to(base.dtype).add_(base)
-        return panel.add_(base.to(panel.dtype)).to(base.dtype)
-
-    def row_squares(self) -> Tensor:
-        """sum_i V[o, i]^2, accumulated in at least fp32."""
-        acc = None
-        for i0, i1 in self.ranges():
-            v = self.value(i0, i1)
-            v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
-            part = torch.linalg.vector_norm(v, dim=-1).square_()
-            acc = part if acc is None else acc.add_(part)
-        return acc
 
 
 class Weighted:
     """One place's answer: where the base comes from, which terms are added, what wraps them."""
 
     def __init__(self, base: Any, terms: list[tuple[Term, float]], wrap: Wrap | None = None,
-                 held: Callable[[], Sequence[Tensor]] = tuple):
+                 held: Callable[[], Sequence[Tensor]] = tuple, room: Room | None = None):
         self.base = base                      # callable -> (out, in) view of the frozen weight
         self.held = held                      # callable -> the tensors that base() reads
         self.terms = terms
@@ -88,10 +45,23 @@ class Weighted:
         self.token = [(t, s) for t, s in terms if t.tokenwise]
         self.all: list[Term] = [t for t, _ in (*self.tiled, *self.token)]
         self.all += [wrap] if wrap else []
+        #: what evaluation keeps: of a linear, and of the effective weight; None: nothing to keep
+        self.fold = Fold(room) if room is not None and (self.tiled or wrap) else None
+        self.whole = Fold(room) if room is not None else None
+        self.room = room
 
+    @functools.cached_property
     def unwrapped(self) -> Weighted:
         """The same without the function of W."""
-        return Weighted(self.base, self.terms, None, self.held)
+        return Weighted(self.base, self.terms, None, self.held, self.room)
+
+    def made(self, x: Tensor) -> Made:
+        """What evaluation has kept of it, for an input like x."""
+        return NOTHING if self.fold is None else self.fold.now((self,), x)
+
+    def prepared(self) -> list[Any]:
+        """What the tiled terms know of their whole matrices."""
+        return [t.prepare() for t, _ in self.tiled]
 
     def theta(self) -> list[Tensor]:
         return [p for t in self.all for p in t.theta()]
@@ -225,15 +195,23 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
         return _remade(x, op, bias, weight)
     if torch.compiler.is_compiling():
         return _Linear.apply(x, weight, bias, op, *theta)
+    if not torch.is_grad_enabled():
+        return _alone(x, op, bias, weight)
     with reading((x,)):
         return _Linear.apply(x, weight, bias, op, *theta)
 
 
 def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """``x W'^T + b`` for any function of W: W' is formed again in backward, never kept."""
-    def product(x: Tensor) -> Tensor:
-        return F.linear(x, op.dense(op.base() if weight is None else weight).to(x.dtype))
+    def whole() -> Tensor:
+        return op.dense(op.base() if weight is None else weight).to(x.dtype)
 
+    def product(x: Tensor) -> Tensor:
+        size = made.small("entries", lambda: op.base().numel()) if made is not NOTHING else 0
+        W = made.large("weight", size * x.element_size(), whole)
+        return F.linear(x, whole() if W is None else W)
+
+    made = op.made(x)
     y = again(product, x, (*op.theta(), *(op.held() if weight is None else (weight,))))
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -255,32 +233,99 @@ def _is_stored(weight: Tensor) -> bool:
         weight._base if weight._is_view() else weight, nn.Parameter)
 
 
+class _Base:
+    """The frozen weight of one forward, brought (and decoded) when it is first asked for."""
+
+    def __init__(self, op: Weighted, weight: Tensor | None, dtype: torch.dtype):
+        self.op, self.given, self.dtype = op, weight, dtype
+
+    @functools.cached_property
+    def stored(self) -> Tensor:
+        return self.op.base() if self.given is None else self.given
+
+    @functools.cached_property
+    def value(self) -> Tensor:
+        """In the precision of the tokens."""
+        return self.stored if self.stored.dtype == self.dtype else self.stored.to(self.dtype)
+
+
+class _Ran(NamedTuple):
+    """A forward: the result (N, O), the base where it was asked for, and what was made on the
+    way: states of tiled terms, what token terms keep, the gain and what that keeps."""
+
+    y: Tensor
+    base: _Base
+    states: list[Any]
+    kept: list[Any]
+    gain: Tensor | None
+    wrap_kept: Any
+
+
+def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
+         made: Made = NOTHING) -> _Ran:
+    """``x V^T + b``, with what is made of the weight taken from `made`, or left there."""
+    base = _Base(op, weight, x.dtype)
+    b = None if bias is None else bias.to(x.dtype)
+    x2 = x.reshape(-1, x.shape[-1])
+    half = x2.element_size() < 4
+    early = None if op.wrap else b              # a wrapped weight's bias is not scaled
+    # in half precision the product waits unrounded for its gain: on the grid of rounded
+    # numbers a gain of 1.002 would change nothing
+    wide = op.wrap is not None and half
+    states: list[Any] | None = []
+    pieces: Iterable[Piece] = ()
+    if op.tiled:
+        found = made.large("panels", _size(op, base, x2, made), lambda: list(
+            Panels(base.value, op.tiled, op.prepared()).pieces(half)))
+        if found is None:
+            states = made.found("states")
+            if states is None:
+                with made.making():
+                    states = op.prepared()
+            found = Panels(base.value, op.tiled, states).pieces(half)
+        pieces = found
+    if half and (wide or op.tiled):
+        y2 = product_beside(x2, base.value, pieces, early, wide)
+    else:
+        y2 = product(x2, pieces, early) if op.tiled else F.linear(x2, base.value, early)
+    if states:                                  # used once: what they held for that is gone
+        made.keep("states", states)
+    kept = [t.forward_(x2, y2, s) for t, s in op.token]
+    gain = wrap_kept = None
+    if op.wrap is not None:
+        gain = made.found("gain")
+        if gain is None:
+            with made.making():
+                all_states = (states or op.prepared()) + [t.prepare() for t, _ in op.token]
+                gain, wrap_kept = op.wrap.gains(Panels(base.value, op.tiled + op.token, all_states))
+            made.keep("gain", gain)
+        y2.mul_(gain)
+        if b is not None:
+            y2.add_(b)
+    return _Ran(y2, base, states, kept, gain, wrap_kept)
+
+
+def _size(op: Weighted, base: _Base, x2: Tensor, made: Made) -> int:
+    """Bytes of V, once it is known that anybody keeps it."""
+    if made is NOTHING:
+        return 0
+    return made.small("rows", lambda: base.value.shape[0]) * x2.shape[1] * x2.element_size()
+
+
+def _alone(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+    """The forward where no graph is wanted."""
+    with torch.autocast(x.device.type, enabled=False):
+        y = _run(x, op, bias, weight, op.made(x)).y
+    return shaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1]))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     @uncast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
                 op: Weighted, *theta: Tensor) -> Tensor:
-        stored = op.base() if weight is None else weight
-        W = stored if stored.dtype == x.dtype else stored.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
-        x2 = x.reshape(-1, x.shape[-1])
-        ctx.states = [t.prepare() for t, _ in op.tiled]
-        early = None if op.wrap else b          # a wrapped weight's bias is not scaled
-        # in half precision the product waits unrounded for its gain: on the grid of rounded
-        # numbers a gain of 1.002 would change nothing
-        wide = op.wrap is not None and x2.element_size() < 4
-        y2 = _product(x2, Panels(W, op.tiled, ctx.states), early, wide)
-        kept: list[Any] = []
-        for t, s in op.token:
-            kept.append(t.forward_(x2, y2, s))
-        ctx.gain = None
-        if op.wrap is not None:
-            states = ctx.states + [t.prepare() for t, _ in op.token]
-            f, ctx.wrap_kept = op.wrap.gains(Panels(W, op.tiled + op.token, states))
-            ctx.gain = f
-            y2.mul_(f)
-            if b is not None:
-                y2.add_(b)
+        y2, base, ctx.states, kept, ctx.gain, ctx.wrap_kept = _run(x, op, bias, weight)
+        stored = base.stored
         ctx.op, ctx.call, ctx.shape = op, current(), x.shape
         # as in stock torch: what backward reads is kept or watched, and nothing else
         panels = op.wrap is not None and op.wrap.keeps_input
@@ -344,7 +389,7 @@ class _Linear(torch.autograd.Function):
                 grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
             g2 = _gained(g2, ctx.gain)
         V = Panels(W, op.tiled, ctx.states)
-        dx = _product_back(g2, x2, V, grads, need_x, keeps)
+        dx = product_back(g2, x2, V, grads, need_x, keeps)
         for (t, s), part in zip(op.token, kept, strict=True):
             grads[id(t)] = t.backward_(g2, x2, part, dx, s)
         dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
@@ -355,71 +400,3 @@ class _Linear(torch.autograd.Function):
 def _gained(t: Tensor, f: Tensor) -> Tensor:
     """t f in t's precision, multiplied in the wider of both and rounded once."""
     return torch.mul(t, f, out=torch.empty_like(t))
-
-
-def _mm(a: Tensor, b: Tensor, wide: bool) -> Tensor:
-    """a b, with `wide` for half precision in fp32 as it is accumulated."""
-    if not wide:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _product(x2: Tensor, V: Panels, bias: Tensor | None, wide: bool = False) -> Tensor:
-    """x V^T + b; one product when V is a single panel.
-
-    In half precision base and update are products of their own: added to the weight first, what
-    is below half its spacing would be lost.
-    """
-    ranges = V.ranges()
-    if wide or V.terms and x2.element_size() < 4:
-        y = _mm(x2, V.weight.t(), True) if wide else F.linear(x2, V.weight, bias)
-        for i0, i1 in ranges if V.terms else ():
-            added = V.added(i0, i1).to(x2.dtype).t()
-            y = y.add_(_mm(x2[:, i0:i1], added, True)) if wide else \
-                y.addmm_(x2[:, i0:i1], added)
-        return y
-    if len(ranges) == 1 or not V.terms:
-        return F.linear(x2, V.value(0, V.inp), bias)
-    y = x2.new_empty(x2.shape[0], V.out)
-    for k, (i0, i1) in enumerate(ranges):
-        panel = V.value(i0, i1).t()
-        if k == 0:
-            torch.mm(x2[:, i0:i1], panel, out=y)
-        else:
-            y.addmm_(x2[:, i0:i1], panel)
-    return y if bias is None else y.add_(bias)
-
-
-def _product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list[Tensor | None]],
-                  need_x: bool, keeps: list[bool]) -> Tensor | None:
-    """dx = g V, and the pull of every tiled term from its panel of g^T x."""
-    if not V.terms:
-        return g2 @ V.weight if need_x else None
-    half = g2.element_size() < 4                 # as in _product: two products
-    dx = None
-    if need_x:
-        dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], V.inp)
-    for i0, i1 in V.ranges():
-        total: Tensor | None = None
-        G = None
-        if any(keeps):
-            G = (x2[:, i0:i1].t() @ g2).t()
-        for (t, s), state, pulls in zip(V.terms, V.states, keeps, strict=True):
-            if pulls:
-                tile = t.pull(i0, i1, G if s == 1 else G * s, state, grads[id(t)])
-            else:
-                tile = t.tile(i0, i1, state)
-            if need_x:
-                total = tile * s if total is None else total.add_(tile, alpha=s)
-        if not need_x:
-            continue
-        if half:
-            dx[:, i0:i1].addmm_(g2, total.to(g2.dtype))
-            continue
-        panel = V.weight[..., i0:i1]
-        total = total.add_(panel) if total.dtype == panel.dtype else \
-            (total + panel).to(panel.dtype)
-        torch.mm(g2, total, out=dx) if i1 - i0 == V.inp else dx[:, i0:i1].copy_(g2 @ total)
-    return dx

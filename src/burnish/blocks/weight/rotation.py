@@ -48,8 +48,10 @@ class Rotation(Turn):
         made = cut @ M.to(rows.dtype).expand(cut.shape[0], -1, -1)
         return rows + made.transpose(0, 1).reshape(rows.shape)
 
-    def before(self, x_NI: Tensor) -> Tensor:
-        return self._turned(x_NI, self.move())
+    own = move
+
+    def before(self, x_NI: Tensor, own: Tensor) -> Tensor:
+        return self._turned(x_NI, own)
 
     def of(self, V: Tensor) -> Tensor:
         return self._turned(V, self.move().transpose(-1, -2))

@@ -15,7 +15,8 @@ from ...core.errors import RecipeError
 from .persample import term_norms
 
 if TYPE_CHECKING:
-    from .provided import Panels, Weighted
+    from .panels import Panels
+    from .provided import Weighted
 
 
 class Provider(nn.Module):

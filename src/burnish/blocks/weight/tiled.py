@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.site import Place
 from ..choose import quantile
-from .provided import PANEL, Term
+from .panels import PANEL
+from .term import Term
 
 COEFFICIENT = 0.1
 #: entries of a strip: its dozen temporaries fit the second-level cache

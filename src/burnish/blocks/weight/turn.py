@@ -10,6 +10,8 @@ follows from them; it serves merging and modules that read their weight by thems
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,39 +22,54 @@ from .provided import Weighted, Wrap, linear
 class Turn(Wrap):
     """``W' x = after(V before(x))``.
 
+    own: what both are told is made of this term's tensors alone, small; evaluation makes it once.
+
     Kept for backward: x alone, for `before` (its result is made again); where an `after` is given
     the product is made again too. A term or a trained weight under a `before` keeps the turned x
     besides.
     """
 
-    def before(self, x_NI: Tensor) -> Tensor:
+    def own(self) -> Any:
+        """What `before` and `after` read of this term."""
+        return ()
+
+    def before(self, x_NI: Tensor, own: Any) -> Tensor:
         """The tokens that the weight is given, (N, in)."""
         return x_NI
 
-    def after(self, y_NO: Tensor) -> Tensor:
+    def after(self, y_NO: Tensor, own: Any) -> Tensor:
         """What is made of the product, (N, out)."""
         return y_NO
 
     def of(self, V: Tensor) -> Tensor:
         """W' as an (out, in) tensor: ``before`` and ``after`` on unit vectors."""
+        def eye(n: int) -> Tensor:
+            return torch.eye(n, dtype=V.dtype, device=V.device)
+
+        own = self.own()
         if type(self).before is not Turn.before:
-            V = V @ self.before(torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)).t()
+            V = V @ self.before(eye(V.shape[-1]), own).t()
         if type(self).after is not Turn.after:
-            V = self.after(torch.eye(V.shape[-2], dtype=V.dtype, device=V.device)).t() @ V
+            V = self.after(eye(V.shape[-2]), own).t() @ V
         return V
 
     def linear(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None
                ) -> Tensor:
-        inner, theta = op.unwrapped(), self.theta()
+        inner, theta, made = op.unwrapped, self.theta(), op.made(x)
         x2 = x.reshape(-1, x.shape[-1])
+
+        def before(x_NI: Tensor) -> Tensor:
+            return self.before(x_NI, made.small("own", self.own))
+
         if type(self).after is Turn.after:
-            y = linear(again(self.before, x2, theta), inner, bias, weight)
+            y = linear(again(before, x2, theta), inner, bias, weight)
             return y.view(*x.shape[:-1], y.shape[-1])
-        own = theta if weight is None else (*theta, weight)
+        reads = theta if weight is None else (*theta, weight)
 
         def product(x_NI: Tensor) -> Tensor:
-            return self.after(linear(self.before(x_NI), inner, None, weight))
+            own = made.small("own", self.own)
+            return self.after(linear(self.before(x_NI, own), inner, None, weight), own)
 
-        y = again(product, x2, (*own, *inner.theta()))
+        y = again(product, x2, (*reads, *inner.theta()))
         y = y if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
