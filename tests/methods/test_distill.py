@@ -221,3 +221,60 @@ def test_what_a_module_without_a_declaration_returns_is_found_out_when_it_runs()
             continue
         with pytest.raises(burnish.ConfigError, match="compares logits, and this model returns no"):
             tuned.loss(x, loss=lambda out, batch: out["scores"].sum())
+
+
+# -- small things that were never shown ----------------------------------------------------------
+def test_few_rows_or_none_that_count():
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(2, 3, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    one = torch.zeros(2, 3, dtype=torch.bool)
+    assert float(divergence(z, t, 2.0, one)) == 0.0, "no row: nothing, not 0 / 0"
+    one[1, 2] = True
+    torch.testing.assert_close(divergence(z, t, 2.0, one), hand(z, t, 2.0, one))
+
+
+def test_defaults_and_temperatures():
+    (method,) = burnish.parse("distill")
+    assert (method.weight, method.temperature) == (1.0, 2.0)
+    assert burnish.parse("distill(T=0.5)")[0].temperature == 0.5
+    for bad in (0, -1):
+        with pytest.raises(burnish.RecipeError, match="expected a positive one"):
+            burnish.parse(f"distill(temperature={bad})")
+
+
+class Answers(torch.nn.Module):
+    """Gives its logits in one of the forms a plain module may."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.fc, self.form = torch.nn.Linear(4, 3, dtype=torch.float64), form
+
+    def forward(self, x):
+        return self.form(self.fc(x))
+
+
+class Holds:
+    def __init__(self, z):
+        self.logits = z
+
+
+@pytest.mark.parametrize("form, of", [
+    (lambda z: z, lambda out: out),
+    (lambda z: (z.sum(), z, z * 0), lambda out: out[1]),
+    (lambda z: (None, z.sum((0, 1)), z), lambda out: out[2]),
+    (lambda z: {"logits": z, "a": z * 0}, lambda out: out["logits"]),
+    (Holds, lambda out: out.logits),
+])
+def test_logits_are_found_in_every_form_a_module_gives_them(form, of):
+    """A tensor; the first of a tuple with rows and classes; by name."""
+    torch.manual_seed(0)
+    net, x = Answers(form), torch.randn(2, 4, dtype=torch.float64)
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, "full + distill(weight=3.0)", head=False)
+    with torch.no_grad():
+        net.fc.weight.add_(torch.randn(3, 4))
+    z, t = of(net(x)), of(base(x)).detach()
+    (want,) = torch.autograd.grad(3.0 * hand(z, t, 2.0), [net.fc.weight])
+    tuned.optimizer(lr=0.0)
+    tuned.loss((x,), loss=lambda out, batch: 0 * of(out).sum()).backward()
+    torch.testing.assert_close(net.fc.weight.grad, want)

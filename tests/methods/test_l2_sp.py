@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
 from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.provided import Term
 from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.site import Place
-from burnish.methods.objective.l2_sp import update_norm
+from burnish.methods.objective.l2_sp import pull, update_norm
 
 PLACE = Place("l", "weight", "linear", 12, 9)
 
@@ -136,3 +137,44 @@ def test_six_updates_written_out():                                            #
 def test_updates_shrink_over_steps():
     tuned, _ = after("lora(rank=2, alpha=2.0) + l2_sp(alpha=1.0) + sgd", None, steps=60, lr=0.05)
     assert all(float(update_norm(t).detach()) < 0.5 for _, t in tuned.terms(Chain))
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def test_the_norm_of_a_chain_forms_nothing_of_the_matrix_size():
+    term = Chain(Place("l", "weight", "linear", 64, 48), 2)
+    with Largest() as seen:
+        update_norm(term)
+    assert seen.entries <= 2 * 64
+
+
+def test_experts_are_summed_over_all_of_them():
+    term = Chain(Place("l", "w", "experts", 5, 6, experts=3), 2, 0.7, dtype=torch.float64)
+    nn.init.normal_(term.B)
+    want = sum((0.7 * term.B[e] @ term.A[e]).square().sum() for e in range(3))
+    torch.testing.assert_close(update_norm(term), want)
+
+
+@pytest.mark.parametrize("start", [None, torch.linspace(-1, 1, 12, dtype=torch.float64)])
+def test_a_pull_is_half_the_squared_distance_with_its_gradient(start):
+    p = nn.Parameter(torch.arange(12, dtype=torch.float64) / 5)
+    term = pull(p, start, 0.6)
+    away = p.detach() - (0 if start is None else start)
+    torch.testing.assert_close(term.value(), 0.3 * (away * away).sum())
+    (by_autograd,) = torch.autograd.grad(term.value(), [p])
+    torch.testing.assert_close(term.gradients()[0], by_autograd)
+    torch.testing.assert_close(by_autograd, 0.6 * away)
+
+
+def test_strengths_nobody_named_are_the_published_ones():
+    (method,) = burnish.parse("l2_sp")
+    assert (method.alpha, method.beta) == (0.1, 0.01)

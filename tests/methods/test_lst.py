@@ -303,3 +303,38 @@ def test_something_that_trains_below_is_found_out():
 def test_a_plain_block_is_mentioned():
     tuned = burnish.tune(tiny("timm_qkv")[0], "lst(reduction=4)")
     assert any("plain pre-norm blocks" in n for n in tuned.summary()["notes"])
+
+
+# -- numbers ------------------------------------------------------------------------------------
+def test_defaults_are_the_published_ones():
+    (method,) = parse("lst")
+    assert (method.reduction, method.samples, method.init) == (8, 1024, "prune")
+
+
+@pytest.mark.parametrize("width, reduction, said", [
+    (32, 5, r"the width = 32 is not divisible by it; 2, 4, 8, 16, 32 are possible"),
+    (24, 5, r"the width = 24 is not divisible by it; 2, 4, 8 are possible"),
+    (32, 0, "2, 4, 8, 16, 32 are possible"), (32, -2, "2, 4, 8, 16, 32 are possible"),
+    (128, 64, r"a width of 2 does not split into 4 heads; 2, 4, 8, 16, 32 would"),
+    (48, 24, r"a width of 2 does not split into 4 heads; 2, 4 would"),
+])
+def test_a_width_that_does_not_divide_names_those_that_would(width, reduction, said):
+    net, _ = tiny("vit", hidden_size=width)
+    with pytest.raises(burnish.RecipeError, match=f"lst.reduction={reduction}.: .*{said}"):
+        burnish.tune(net, f"lst(reduction={reduction})")
+
+
+def test_a_side_network_may_be_as_wide_as_the_backbone():
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "lst(reduction=1)", head=False)
+    mine, own = parts(tuned, Rung)[0].side, net.vit.layers[0]
+    assert torch.equal(mine.mlp.fc1.weight, own.mlp.fc1.weight)
+    tuned.loss(batch).backward()
+
+
+def test_only_the_fisher_start_asks_for_data():
+    net, _ = tiny("vit")
+    place = burnish.tune(net, "lst(reduction=4)").anatomy.places[3]
+    assert parse("lst")[0].observe(place) is None
+    seen = parse("lst(init='fisher')")[0].observe(place)
+    assert (seen.out, seen.inp, seen.alone) == (place.out, place.inp, True)

@@ -422,3 +422,19 @@ def test_the_encoders_last_norm_cannot_train_the_decoders_may():
         tuned = burnish.tune(net, [one, *burnish.parse("lst(reduction=4)")], head=False)
         tuned.loss(batch).backward()
         assert net.get_parameter(which).grad is not None
+
+
+def test_the_encoders_ladder_comes_first_whichever_stack_the_model_names_first():
+    ends = []
+    for turned in (False, True):
+        net, batch = fresh("t5")
+        if turned:
+            net._modules = {k: net._modules[k] for k in ("shared", "decoder", "encoder", "lm_head")}
+        tuned = burnish.tune(net, "lst(reduction=4)", head=False)
+        (foot,), (crown,) = parts(tuned, Foot), parts(tuned, Crown)
+        assert foot in list(net.encoder.modules()) and crown in list(net.decoder.modules())
+        ends.append(net.decoder.block[0].burnish.get_submodule("default").state_dict())
+        tuned.loss(batch).backward()
+        assert all(p.grad is not None for p in tuned.parameters())
+    cross = next(n for n in ends[0] if n.endswith("EncDecAttention.k.weight"))
+    assert torch.equal(ends[0][cross], ends[1][cross])
