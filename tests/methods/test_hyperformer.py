@@ -176,3 +176,39 @@ def test_nothing_generated_waits_for_backward(kept):
         return kept(tuned, {**batch, "task": TASK})
 
     assert bytes_of(1) == bytes_of(16)
+
+
+def test_the_defaults():
+    m = burnish.parse("hyperformer")[0]
+    assert (m.tasks, m.reduction, m.embedding, m.hidden, m.code) == (2, 32, 64, 128, 64)
+    assert (m.share, m.norms, m.stored) == (False, True, False)
+
+
+def test_a_reduction_beyond_the_width_leaves_one_channel():
+    tuned = burnish.tune(tiny("vit")[0], "hyperformer(reduction=64, code=6)", head=False)
+    assert {tuple(p.shape) for n, p in tuned.named_parameters() if n.endswith("heads.down")} \
+        == {(32, 6)}
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_sites_share_stands_once(share):
+    """In the model's state there is one entry for each tensor."""
+    tuned, _ = make(f"hyperformer({SMALL}, share={share}, norms=False)")
+    own = [t.data_ptr() for n, t in tuned.model.state_dict().items() if ".burnish." in n]
+    assert len(own) == len(set(own)) == len(list(tuned.parameters()))
+
+
+def test_the_first_task_is_stored_where_its_targets_say():
+    tuned, batch = make(f"hyperformer({SMALL}, norms=False)")
+    tuned.add("narrow", f"hyperformer({SMALL}, norms=False)", targets="fc2")
+    tuned.use("narrow")
+    tuned.model.double().eval()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.1)
+        want = tuned.model(**batch, task=0).logits
+        tuned.recipe.named("hyperformer").lifecycle(tuned, 0, "plain")
+        tuned.model.double()
+        torch.testing.assert_close(tuned.model(**batch).logits, want, rtol=1e-5, atol=1e-6)
+    assert {n.partition(".burnish")[0] for n, _ in tuned.named_parameters()} == \
+        {f"vit.layers.{b}.mlp.fc2" for b in (0, 1)}

@@ -153,3 +153,36 @@ def test_one_entry_serves_a_whole_batch():
 def test_it_is_no_weight():
     with pytest.raises(burnish.CheckError, match="cannot merge.*loramoe"):
         make("loramoe(rank=2)")[0].merge()
+
+
+def test_the_defaults_are_the_authors():
+    m = burnish.parse("loramoe")[0]
+    assert (m.experts, m.rank, m.alpha, m.dropout) == (8, 4, 32.0, 0.0)
+    assert (m.pull, m.balance, m.imbalance) == (0.1, 0.1, "cv2")
+
+
+def test_two_experts_are_two_halves():
+    assert {m.A.shape[0] for m in parts(make("loramoe(experts=2, rank=2)")[0]).values()} == {2}
+
+
+def test_the_type_of_a_sample_is_for_what_is_minimised():
+    """An answer needs none; a loss does, unless nothing is balanced."""
+    tuned, batch = make("loramoe(rank=2)", "bert")
+    with torch.no_grad():
+        tuned.model.eval()(**batch)
+    tuned.model.train()
+    with pytest.raises(burnish.RecipeError, match="sample_type"):
+        tuned.loss(batch)
+    tuned, batch = make("loramoe(rank=2, balance=0.0)", "bert")
+    assert tuned.loss(batch).requires_grad
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_is_on_the_input_of_the_experts(p):
+    """Evaluation drops nothing; training does, by the share asked for."""
+    tuned, batch = make(f"loramoe(rank=2, balance=0.0, dropout={p})", "bert")
+    torch.manual_seed(0)
+    a = tuned.model.train()(**batch).logits
+    torch.manual_seed(1)
+    b = tuned.model(**batch).logits
+    assert torch.equal(a, b) == (p == 0)

@@ -171,7 +171,7 @@ def test_keys_of_a_fused_weight_that_interleaves_its_heads():
 
 def test_counts_and_defaults():
     m = parse("prefix")[0]
-    assert m.count(2, 16) == 2 * 2 * 30 * 16
+    assert m.count(2, 16, 32) == 2 * 2 * 30 * 16
     assert (m.length, m.hidden) == (30, 0)
     assert parse("prefix(length=4, hidden=5)")[0].count(2, 16, 32) == \
         4 * 32 + 33 * 5 + 2 * 2 * 16 * 6
@@ -400,3 +400,14 @@ def test_data_that_are_too_short():                                            #
     with pytest.raises(burnish.ConfigError, match=f"was given {n} tokens, where {n + 1} rows"):
         burnish.tune(net, f"prefix(length={n + 1}, init='activations')", calibration=[batch])
     burnish.tune(tiny("llama")[0], f"prefix(length={n}, init='activations')", calibration=[batch])
+
+
+def test_an_mlp_where_blocks_differ_in_width():
+    """P' is as wide as the state the last of them leaves, the rows as each attention's keys."""
+    tuned = burnish.tune(tiny("swin")[0], "prefix(length=2, hidden=4)", head=False)
+    shapes = [tuple(p.shape) for n, p in tuned.named_parameters() if n.endswith("trunk.rows")]
+    assert shapes == [(2, 32)]
+
+
+def test_a_finished_prefix_is_its_rows():
+    assert str(parse("prefix(length=4, hidden=5)")[0].finished()) == "prefix(length=4)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -101,8 +103,38 @@ def test_counts_and_defaults():
     ("prompt_tuning(length=0)", "at least one row"), ("prompt_tuning(targets='q')", "no targets"),
     ("prompt_tuning(ids=[])", "ids from 0 to 63"), ("prompt_tuning(ids=[-1])", "from 0 to 63"),
     ("prompt_tuning(ids=[3, 64])", "from 0 to 63"),
+    ("prompt_tuning(ids=[3], init='normal')", "init='normal' reads none.*init='vocabulary'"),
 ])
 def test_what_it_refuses(recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny("llama")[0], recipe)
     burnish.tune(tiny("llama")[0], "prompt_tuning(length=1, ids=[0, 63])")
+
+
+def test_an_encoder_that_is_padded_on_the_left(beside):
+    """Its positions are those the stock encoder gives to that many tokens, padding or not."""
+    one = beside("bert", "prompt_tuning(length=3)")
+    (_, P), = one.at("rows")
+    ids = one.batch["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    one.batch = {"input_ids": ids, "attention_mask": mask}
+    x = torch.cat([P.expand(len(ids), -1, -1), one.base.get_submodule(TABLES["bert"])(ids)], 1)
+    one.base.bert.pooler.register_forward_pre_hook(lambda m, args: (args[0][:, 3:],))
+    one.agree(one.base(inputs_embeds=x, attention_mask=torch.nn.functional.pad(
+        mask, (3, 0), value=1)).logits)
+
+
+def test_an_encoder_without_anything_above_it():
+    """The root embeds, runs the blocks and pools."""
+    net, batch = tiny("bert", dtype=torch.float64)
+    net, ids = net.bert.eval(), batch["input_ids"]
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, "prompt_tuning(length=3)", head=False)
+    (P,) = tuned.parameters()
+    x = torch.cat([P.detach().double().expand(len(ids), -1, -1), base.get_input_embeddings()(ids)],
+                  1)
+    want = base(inputs_embeds=x).last_hidden_state[:, 3:]
+    got = net(input_ids=ids)
+    torch.testing.assert_close(got.last_hidden_state, want)
+    torch.testing.assert_close(got.pooler_output, base.pooler(want))

@@ -311,16 +311,17 @@ def test_counts():
                                              "prefix(length=30)", "prefix(length=20)",
                                              "vpt", "vpt(deep=True)")}
     assert one["prompt_tuning"].count(768) == 76_800
-    assert one["prefix(length=10)"].count(12, 768) == 184_320
-    assert one["prefix(length=30)"].count(12, 768) == 552_960
-    assert one["prefix(length=20)"].count(24, 1024) == 983_040
+    assert one["prefix(length=10)"].count(12, 768, 768) == 184_320
+    assert one["prefix(length=30)"].count(12, 768, 768) == 552_960
+    assert one["prefix(length=20)"].count(24, 1024, 1024) == 983_040
     assert one["vpt"].count(768, 12) == 38_400
     assert one["vpt(deep=True)"].count(768, 12) == 460_800
 
 
 @pytest.mark.parametrize("model, recipe, args", [
-    ("llama", "prompt_tuning(length=4)", (32,)), ("gpt2", "prefix(length=4)", (2, 32)),
-    ("llama", "prefix(length=4)", (2, 16)), ("llama", "prefix(length=4, hidden=5)", (2, 16, 32)),
+    ("llama", "prompt_tuning(length=4)", (32,)), ("gpt2", "prefix(length=4)", (2, 32, 32)),
+    ("llama", "prefix(length=4)", (2, 16, 32)),
+    ("llama", "prefix(length=4, hidden=5)", (2, 16, 32)),
     ("vit", "vpt(length=4)", (32, 2)), ("vit", "vpt(length=4, deep=True)", (32, 2)),
 ])
 def test_counts_are_what_trains(model, recipe, args):

@@ -103,3 +103,14 @@ def test_other_peoples_norms_of_maps():
     first = nn.LayerNorm(4)
     first.data_format = "channels_first"
     assert channel_axis(LayerNorm2d(4)) == channel_axis(first) == 1
+
+
+def test_a_pattern_names_the_norms_beside_the_matrices():
+    tuned = burnish.tune(tiny("bert")[0], "ssf(targets='*layer.0.attention.output*')", head=False)
+    assert {n.partition(".burnish")[0].rpartition(".")[2] for n, _ in tuned.named_parameters()} \
+        == {"dense", "LayerNorm"}
+
+
+def test_a_single_layer_is_named_by_its_weight():
+    net = nn.Linear(4, 3)
+    assert len(list(burnish.tune(net, "ssf(targets='weight')", head=False).parameters())) == 2

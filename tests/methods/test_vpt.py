@@ -81,7 +81,8 @@ def test_dropout_is_drawn_for_every_sample(beside):                            #
     one.agree(want)
 
 
-@pytest.mark.parametrize("model, fan", [("vit", 3 * 4 * 4), ("encoder", 32)])
+@pytest.mark.parametrize("model, fan", [("vit", 3 * 4 * 4), ("timm_qkv", 3 * 4 * 4),
+                                        ("encoder", 32)])
 @pytest.mark.parametrize("deep", [False, True])
 def test_the_start_is_uniform(model, fan, deep):
     """U(-v, v), v = sqrt(6 / (3 patch^2 + d)); d stands for the patch where there is none."""
@@ -116,6 +117,7 @@ def test_what_counts_as_a_special_token():
     assert special_tokens(Sum(cls_token=one, register_tokens=torch.zeros(1, 5, D)), "blocks") == 6
     assert special_tokens(Sum(cls_token=one, dist_token=one), "blocks") == 2
     assert special_tokens(Sum(reg_token=torch.zeros(D)), "blocks") == 1
+    assert special_tokens(Sum(reg_token=torch.zeros(4, D)), "blocks") == 4
     assert special_tokens(Sum(pos_embed=one), "blocks") == 0
     told = Sum(cls_token=one)
     told.num_prefix_tokens = 7
@@ -144,3 +146,18 @@ def test_the_inputs_of_the_patch_embedding():
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], recipe)
+
+
+def test_a_network_of_one_block():
+    """It is the first and the last: tokens enter and leave around it."""
+    net, batch = tiny("vit", num_hidden_layers=1)
+    before = []
+    net.vit.layernorm.register_forward_pre_hook(lambda m, args: before.append(args[0].shape[1]))
+    tuned = burnish.tune(net, "vpt(length=3)", head=False)
+    net(**batch)
+    assert before == [17] and [tuple(p.shape) for p in tuned.parameters()] == [(3, 32)]
+
+
+def test_text_of_one_block_is_refused():
+    with pytest.raises(burnish.RecipeError, match="read text"):
+        burnish.tune(tiny("bert", num_hidden_layers=1)[0], "vpt")

@@ -76,8 +76,8 @@ class Prefix(Method):
     def finished(self) -> Prefix:
         return replace(self, hidden=0)
 
-    def count(self, layers: int, width: int, d: int = 0) -> int:
-        """Trainable parameters over `layers` attentions with keys of this width."""
+    def count(self, layers: int, width: int, d: int) -> int:
+        """Trainable parameters over `layers` attentions with keys of this width, states of d."""
         if not self.hidden:
             return 2 * layers * self.length * width
         return self.length * d + (d + 1) * self.hidden + layers * 2 * width * (self.hidden + 1)
@@ -92,7 +92,7 @@ class Sides:
 
     def install(self, attacher: Any, part: Method) -> None:
         m = self.method
-        width = attacher.anatomy.hidden_size or self.sites[0][1]
+        width = attacher.anatomy.hidden_size
         trunk = Trunk(m.length, width, m.hidden) if m.hidden else None
         banks = {}
         for path, keys in self.sites:
