@@ -16,7 +16,8 @@ from burnish.testing.models import tiny
 
 RECIPES = ["lora(rank=2, dropout=0.2)", "full", "houlsby(width=4)", "prefix(length=2)",
            "mola(rank=2, dropout=0.2)", "snella(rank=2)", "nf4 + lora(rank=2)",
-           "lora(rank=2) + checkpoint", "lora(rank=2, dropout=0.2) + checkpoint(every=2)"]
+           "lora(rank=2) + checkpoint", "lora(rank=2, dropout=0.2) + checkpoint(every=2)",
+           "lora(rank=2, dropout=0.2) + checkpoint(mode='selective')"]
 MODELS = ["bert", "gpt2", "llama", "vit"]
 
 

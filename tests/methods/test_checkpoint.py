@@ -54,12 +54,12 @@ def gradients(net, recipe, batch, **kw):
 
 
 @pytest.mark.parametrize("model", ["vit", "gpt2", "llama", "t5"])
-@pytest.mark.parametrize("every", [2, None])
-def test_gradients_are_those_without_it(model, every):                          # findings 3.9
+@pytest.mark.parametrize("given", ["every=2", "every=None", "mode='selective'"])
+def test_gradients_are_those_without_it(model, given):                          # findings 3.9
     recipe = "lora(rank=2, dropout=0.2)"
     want = gradients(*_twin(model, recipe))
     one = gradients(*_twin(model, f"{recipe} + checkpoint"))
-    got = gradients(*_twin(model, f"{recipe} + checkpoint(every={every})"))
+    got = gradients(*_twin(model, f"{recipe} + checkpoint({given})"))
     assert got.keys() == want.keys() and want
     for n in want:
         assert torch.equal(got[n], one[n]), n
@@ -89,7 +89,10 @@ def test_a_segment_keeps_one_hidden_state(every, kept):                         
 
 
 @pytest.mark.parametrize("recipe", ["full + checkpoint(every=2)", "full + checkpoint(every=None)",
-                                    "lora(rank=2) + checkpoint(every=3)"])
+                                    "lora(rank=2) + checkpoint(every=3)",
+                                    "full + checkpoint(mode='selective')",
+                                    "lora(rank=2) + checkpoint(mode='selective')",
+                                    "snella(rank=2) + checkpoint(mode='selective')"])
 def test_the_promise_is_kept(recipe):
     net, batch = tower(7)
     promised = burnish.simulate(net, recipe, batch, loss=square)
@@ -151,3 +154,50 @@ def test_compiled_segments_run_uncompiled_and_say_so():
     assert any("several blocks run again as one" in str(w.message) for w in said)
     assert torch.equal(out, net(x))
     tuned.detach()
+
+
+class Written(nn.Module):
+    """An activation written out: each of its steps keeps a tensor of full width."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return x + self.fc2(h.sigmoid() * (h.tanh() + h.sin()).exp())
+
+
+def test_selective_takes_what_products_make_whatever_is_between():              # findings 3.9
+    def peak(recipe, block):
+        torch.manual_seed(0)
+        net = Tower(6)
+        net.blocks = nn.ModuleList(block() for _ in range(6))
+        return burnish.simulate(net, recipe, (torch.randn(64, TOKENS, D),), loss=square).peak_bytes
+
+    for block in (Mlp, Written):
+        whole, some, none = (peak(f"lora(rank=2) + {r}", block) for r in
+                             ("checkpoint", "checkpoint(mode='selective')", "lean(on=False)"))
+        assert whole < some < none
+        lean = peak("lora(rank=2)", block)
+    state = 64 * TOKENS * D * 4                     # written out, it is far less than the tape's
+    assert some < lean - 6 * 4 * state
+
+
+def test_selective_segments_are_refused():
+    with pytest.raises(burnish.RecipeError, match="no use for a segment"):
+        burnish.parse("checkpoint(mode='selective', every=2)")
+
+
+def test_two_forwards_before_one_backward():
+    recipe = "lora(rank=2, dropout=0.2)"
+    results = []
+    for more in ("", " + checkpoint(every=2)", " + checkpoint(mode='selective')"):
+        net, recipe_, batch = _twin("bert", recipe + more)
+        tuned = burnish.tune(net, recipe_)
+        torch.manual_seed(5)
+        (tuned.loss(batch) + tuned.loss(batch).square()).backward()
+        results.append([p.grad for p in tuned.parameters()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as stock
 
 from .functions import transformed
 from .rerun import Run, Stretch, stretch_of
+from .selective import Answers
 
 if TYPE_CHECKING:
     from .saved import Tape
@@ -44,12 +45,13 @@ def trained(module: nn.Module) -> list[Tensor]:
 
 
 def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
-               tape: Tape | None = None, joins: bool = False) -> Any:
+               tape: Tape | None = None, joins: bool = False, selective: bool = False) -> Any:
     """Run ``fn(*args, **kwargs)``, the forward of `module`, keeping only its inputs.
 
     tape: the second run goes under it. joins: what an earlier block of this forward has made, up to
-    the last one that did not join, is not kept either (rerun.py). Inside somebody else's
-    checkpointing, who runs blocks again one by one, nothing joins.
+    the last one that did not join, is not kept either (rerun.py). selective: costly results are
+    kept besides (selective.py). Inside somebody else's checkpointing, who runs blocks again one by
+    one, it is neither.
     """
     params = trained(module)
     given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
@@ -60,8 +62,10 @@ def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: d
     args, kwargs = _uncached(args, kwargs)
     if tape is None:
         return Run(fn, args, kwargs, Stretch()).apply(params)
-    stretch = stretch_of(joins and not tape.others(), given)
-    return Run(fn, args, kwargs, stretch, tape.recording).apply(params)
+    alone = tape.others()
+    stretch = stretch_of(joins and not alone, given)
+    answers = Answers() if selective and not alone else None
+    return Run(fn, args, kwargs, stretch, tape.recording, answers).apply(params)
 
 
 def in_graph(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -89,4 +93,5 @@ def no_grad(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict
 #: how a block may run, by the name that a slot holds
 MODES: dict[str, Callable[..., Any]] = {
     "checkpoint": checkpoint, "joined checkpoint": functools.partial(checkpoint, joins=True),
+    "selective checkpoint": functools.partial(checkpoint, selective=True),
     "no_grad": no_grad}

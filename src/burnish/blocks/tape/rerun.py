@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from ...core.call import again, current
 from . import replay
 from .functions import unviewed, version_of
+from .selective import Answers
 
 _TENSOR = object()
 #: under which a call knows the stretch that blocks may join
@@ -93,12 +94,12 @@ def stretch_of(joins: bool, given: Sequence[Tensor]) -> Stretch:
 class Run:
     """One call of a block: which leaves are tensors, and how to run it on other tensors.
 
-    recording: the tape its second run goes under. around: what both runs go inside, the first and
-    the second (selective.py).
+    recording: the tape its second run goes under. answers: where it keeps costly results too.
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple, kwargs: dict, stretch: Stretch,
-                 recording: Callable[[], Any] = nullcontext, around: Any = None):
+                 recording: Callable[[], Any] = nullcontext,
+                 answers: Answers | None = None):
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.where = [i for i, v in enumerate(self.leaves) if isinstance(v, Tensor)]
         self.tensors = [self.leaves[i] for i in self.where]
@@ -106,7 +107,7 @@ class Run:
             self.leaves[i] = None                 # the function keeps them, not this object
         self.sources = [stretch.source(t) for t in self.tensors]
         self.stretch, self.index, self.below = stretch, stretch.size, stretch.top()
-        self.fn, self.recording, self.around = fn, recording, around
+        self.fn, self.recording, self.answers = fn, recording, answers
         self.context = current()                  # backward runs it again in this call
         self.out_spec: Any = None
         self.out_leaves: list[Any] = []
@@ -135,17 +136,17 @@ class Run:
             t = next(kept) if source is None else again_made[source[0]][1][source[1]]
             inputs.append(t.detach().requires_grad_(need))
         random = nullcontext() if ctx.rng is None else replay.replay(ctx.devices, ctx.rng)
+        answered = nullcontext() if self.answers is None else \
+            self.answers.second(inputs, list(kept))
         with again(self.context), torch.enable_grad(), random, \
-                replay.autocast(ctx.autocast, cache=True), self.recording(), self._second():
+                replay.autocast(ctx.autocast, cache=True), self.recording(), answered:
             out = self.on(inputs)
         return inputs, [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
 
-    def _second(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.around is None else self.around.second()
-
     def first(self, tensors: Sequence[Tensor]) -> Any:
         """The block, run for the first time, without a graph."""
-        with again(self.context), nullcontext() if self.around is None else self.around.first():
+        with again(self.context), \
+                nullcontext() if self.answers is None else self.answers.first(tensors):
             return self.on(tensors)
 
 
@@ -168,7 +169,8 @@ class _Again(torch.autograd.Function):
             raise RuntimeError("a checkpointed block changes its input in place, so backward could "
                                "not run it again from it; clone the input in the block, or leave "
                                "checkpoint out of the recipe")
-        ctx.save_for_backward(*[t for t, s in zip(given, run.sources, strict=True) if s is None])
+        ctx.save_for_backward(*[t for t, s in zip(given, run.sources, strict=True) if s is None],
+                              *(run.answers.kept() if run.answers is not None else ()))
         leaves, run.out_spec = pytree.tree_flatten(out)
         run.out_leaves = [_TENSOR if isinstance(v, Tensor) else v for v in leaves]
         made = unviewed([v for v in leaves if isinstance(v, Tensor)], tensors)

@@ -32,8 +32,9 @@ class Segment:
 
     def install(self, attacher: Attacher, part: Method) -> None:
         """Take the blocks over. RecipeError when another part runs one of them."""
-        if self.joined:
-            attacher.state.tape.beside = "several blocks run again as one"
+        if self.joined or self.run == "selective checkpoint":
+            attacher.state.tape.beside = "several blocks run again as one" if self.joined else \
+                "blocks run again with what they keep"
         for i, path in enumerate(self.paths):
             slot = attacher.slot(path)
             mine = part.name if not isinstance(self.run, str) else \

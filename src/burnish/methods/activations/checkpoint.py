@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.tape.segment import Segment
 from ...core.errors import RecipeError
@@ -23,6 +23,11 @@ class Checkpoint(Method):
     s = 1 is best up to L = 2 f blocks or so: f is 10 in a pre-norm block on the lean tape, about
     ``1 + sum of the widths its matrices make / width``, which is what every=None takes for it.
 
+    mode="selective" keeps what products, convolutions and attention make (f hidden states of a
+    block, whatever the rest of it is made of) and runs norms, activations and dropout again: the
+    time of a plain run. It takes less than that where a block is written out in small operations
+    that the lean tape does not know.
+
     Gradients are those of the plain run, dropout included: the same operations on the same numbers
     (the generator's state is kept where something was drawn). The live segment is lean too. Works
     with frozen embeddings without a magic call; blocks in which nothing needs a gradient are not
@@ -35,11 +40,16 @@ class Checkpoint(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
     every: int | None = setting(1, "s, keep the input of every s-th block; None: as takes least")
+    mode: Literal["whole", "selective"] = setting(
+        "whole", "selective: keep products and attention, run the rest again")
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
             raise RecipeError(f"checkpoint(every={self.every}): a segment has 1 block or more; "
                               "None chooses")
+        if self.mode == "selective" and self.every != 1:
+            raise RecipeError(f"checkpoint(every={self.every}, mode='selective'): a block that "
+                              "keeps what it makes has no use for a segment; leave one of them out")
 
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
@@ -47,11 +57,14 @@ class Checkpoint(Method):
     def activations(self, anatomy: Anatomy) -> Segment:
         if not anatomy.blocks:
             raise RecipeError("checkpoint: no repeated blocks were found in this model")
+        paths = tuple(b.path for b in anatomy.blocks)
+        if self.mode == "selective":
+            return Segment(paths, "selective checkpoint")
         joined = set()
         for blocks in anatomy.stacks().values():
             s = self.every or least(len(blocks), _stored(anatomy, blocks[0].path))
             joined |= {b.path for i, b in enumerate(blocks) if i % s}
-        return Segment(tuple(b.path for b in anatomy.blocks), "checkpoint", frozenset(joined))
+        return Segment(paths, "checkpoint", frozenset(joined))
 
 
 def least(blocks: int, stored: float) -> int:
