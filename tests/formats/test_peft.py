@@ -51,6 +51,9 @@ OUT = {
     "llama miss mini": ("llama", "miss(rank=6, mini=8, targets='q,o')", {}),
     "llama miss and lora": ("llama", "miss(rank=6, targets='q') + lora(targets='v')", {}),
     "llama embedding": ("llama", "lora(rank=4, targets='embedding')", {}),
+    "llama dora embedding": ("llama", "dora(rank=4, targets='embedding')", {}),
+    "llama dora, lora embedding": ("llama", "dora(rank=2, targets='q') + "
+                                            "lora(rank=4, targets='embedding')", {}),
     "vit head": ("vit", "lora(rank=4)", {"head": "auto"}),
     "vit convolution": ("vit", "lora(rank=4, targets='conv,q')", {"head": False}),
     "gpt2 whole": ("gpt2", "lora(rank=4)", {}),
@@ -162,6 +165,8 @@ IN = {
     "llama rslora": ("llama", LoraConfig(target_modules=["v_proj"], r=3, use_rslora=True)),
     "llama dora": ("llama", LoraConfig(target_modules=["q_proj"], r=2, use_dora=True)),
     "llama embedding": ("llama", LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2)),
+    "llama dora embedding": ("llama", LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2,
+                                                 use_dora=True)),
     "llama saved": ("llama", LoraConfig(target_modules=["q_proj"], r=2,
                                         modules_to_save=["lm_head", "embed_tokens"])),
     "llama miss": ("llama", MissConfig(r=6, target_modules=["q_proj"])),
@@ -199,6 +204,30 @@ def from_peft(case, folder):
           size=0.05 if config.peft_type in ("LORA", "MISS") else 0.3)
     theirs.save_pretrained(folder)
     return name, batch, outputs(theirs, batch)
+
+
+def test_a_step_of_dora_on_an_embedding_is_pefts(tmp_path):                # findings 3.9
+    """From the same start, five steps of SGD here and there: the same outputs, the same m."""
+    model, batch = tiny("llama")
+    theirs = get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], r=2, use_dora=True))
+    moved(type("T", (), {"parameters": lambda self: [p for p in theirs.parameters()
+                                                     if p.requires_grad]})(), size=0.05)
+    theirs.save_pretrained(tmp_path)
+    tuned = load_peft(tiny("llama")[0], tmp_path)
+    assert "dora" in str(tuned.recipe)
+    sgd = [torch.optim.SGD([p for p in t.parameters() if p.requires_grad], lr=0.3)
+           for t in (theirs, tuned)]
+    start = outputs(theirs, batch)
+    for _ in range(5):
+        for run, optimizer in ((theirs, sgd[0]), (tuned.model, sgd[1])):
+            optimizer.zero_grad()
+            run(**batch).loss.backward()
+            optimizer.step()
+    assert (outputs(theirs, batch) - start).abs().max() > 1e-3
+    assert torch.allclose(outputs(tuned.model, batch), outputs(theirs, batch), rtol=1e-4, atol=1e-5)
+    ours = {n.rpartition(".")[2]: p for n, p in tuned.named_parameters()}
+    m, = [p for n, p in theirs.named_parameters() if "magnitude" in n]
+    torch.testing.assert_close(ours["m"], m, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", IN, ids=str)

@@ -13,6 +13,7 @@ from burnish.blocks.weight.magnitude import Magnitude
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place
 from burnish.core.targets import match
 from burnish.testing.models import tiny
 
@@ -190,3 +191,122 @@ def test_rank_stabilised_scale_frozen_a_and_the_rate_of_b():               # fin
              for p in gr["params"] for n, q in tuned.named_parameters() if q is p}
     assert rates == {"B": pytest.approx(4e-3), "m": pytest.approx(1e-3)}
     assert sum(p.numel() for p in tuned.parameters()) == 4 * 24 + 24
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+def table(padding=None, dtype=torch.float64, recipe="dora(rank=3)"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6, padding_idx=padding)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.normal_()                        # the row of padding too
+    W = model[0].weight.detach().clone()
+    tuned = burnish.tune(model, recipe, targets="0", head=False)
+    chain, length = dict(tuned.terms(Chain))["0.weight"], dict(tuned.terms(Magnitude))["0.weight"]
+    for t in (chain, length):
+        t.double()
+        for p in t.parameters():
+            p.data += torch.randn(p.shape, dtype=torch.float64) * 0.3
+    return tuned, chain, length, W
+
+
+@pytest.mark.parametrize("padding", [None, 4])
+def test_an_embedding_has_a_length_per_coordinate(padding):                # findings 3.9
+    """y = m / c * (W + s A^T B^T)[index], c the lengths of the 6 coordinates over the vocabulary;
+    no gradient from the row of padding."""
+    tuned, chain, length, W = table(padding)
+    assert length.m.shape == (6,) and sum(p.numel() for p in tuned.parameters()) == 3 * 17 + 6
+    index, g = torch.tensor([[1, 4, 1], [10, 0, 4]]), torch.randn(2, 3, 6, dtype=torch.float64)
+    got = tuned.model(index)
+    A, B, m = (t.detach().clone().requires_grad_() for t in (chain.A, chain.B, length.m))
+    V = W + chain.scale * (B @ A).t()
+    c = V.detach().norm(dim=0)
+    want = F.embedding(index, m / c * V, padding)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, [chain.A, chain.B, length.m], g),
+                    torch.autograd.grad(want, [A, B, m], g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tuned.merge()[0].weight, (m / c * V).detach(), rtol=1e-12,
+                               atol=1e-12)
+    tuned.unmerge()
+    assert torch.equal(tuned.model[0].weight, W)
+
+
+def test_an_embedding_that_trains_itself_gets_its_gradient_through_the_gain():
+    tuned, chain, length, W = table(recipe="dora(rank=3) + full(targets='0')")
+    index, g = torch.tensor([1, 4, 1, 10]), torch.randn(4, 6, dtype=torch.float64)
+    (got,) = torch.autograd.grad(tuned.model(index), tuned.model[0].weight, g)
+    leaf = W.clone().requires_grad_()
+    V = leaf + chain.scale * (chain.B @ chain.A).t().detach()
+    want = F.embedding(index, length.m.detach() / V.detach().norm(dim=0) * V)
+    torch.testing.assert_close(got, torch.autograd.grad(want, leaf, g)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_an_embedding_starts_where_it_was_and_comes_back_from_a_folder(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 3))
+    base, index = model[0].weight.detach().clone(), torch.randint(0, 11, (2, 5))
+    tuned = burnish.tune(model, "dora(rank=3)", targets="0", head=False)
+    torch.testing.assert_close(model[0](index), base[index], rtol=1e-6, atol=1e-7)
+    tuned.optimizer(lr=0.1)
+    for _ in range(3):
+        tuned.step((index, torch.zeros(2, 5, 3)), loss=lambda out, b: (out - b[1]).square().mean())
+    want = model(index)
+    tuned.save(tmp_path / "a")
+    assert torch.equal(tuned.detach()[0].weight, base)
+    assert torch.equal(burnish.load(model, tmp_path / "a").model(index), want)
+
+
+def test_a_look_up_keeps_nothing_per_token():
+    """Between forward and backward: the index is there anyway; lengths, and no rows."""
+    from burnish.memory import Ledger
+
+    kept = []
+    for rows in (64, 640):
+        model, index = nn.Sequential(nn.Embedding(50, 32)), torch.randint(0, 50, (rows,))
+        tuned = burnish.tune(model, "dora(rank=3) + lean(on=False)", targets="0", head=False)
+        with Ledger(model) as ledger:
+            ledger.watch("weights", [index])
+            out = tuned.model(index)
+            total = out.sum()
+            del out
+            kept.append(sum(e.bytes for e in ledger.entries if e.death is None
+                            and ledger.category(e) != "weights"))
+        total.backward()
+        assert all(p.grad is not None for p in tuned.parameters())
+    assert kept[0] == kept[1] < 64 * 32 * 4
+
+
+def test_a_gain_near_one_counts_in_half_precision():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 64).to(torch.bfloat16))
+    tuned = burnish.tune(model, "dora(rank=2)", targets="0", head=False)
+    index, W = torch.arange(50), model[0].weight.detach().clone()
+    with torch.no_grad():
+        dict(tuned.terms(Magnitude))["0.weight"].m.mul_(1.003)
+    want = (W.double() * 1.003).to(torch.bfloat16)
+    got = tuned.model(index)
+    assert got.dtype == torch.bfloat16
+    assert float((got == want).double().mean()) > 0.95 and not torch.equal(got, W)
+
+
+def test_functional_call_and_weights_changed_before_backward():
+    tuned, chain, length, W = table()
+    index = torch.tensor([1, 4])
+    names = {n: p for n, p in tuned.model.named_parameters()}
+    moved = {n: p + 0.1 if "burnish" in n else p for n, p in names.items()}
+    got = torch.func.functional_call(tuned.model, moved, (index,))
+    A, B, m = chain.A + 0.1, chain.B + 0.1, length.m + 0.1
+    V = W + chain.scale * (B @ A).t()
+    torch.testing.assert_close(got, (m / V.norm(dim=0) * V)[index])
+    y = tuned.model(index)
+    with torch.no_grad():
+        length.m.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place after the forward"):
+        y.sum().backward()
+
+
+def test_a_rate_that_is_none_and_what_trains_without_a():
+    with pytest.raises(RecipeError, match="dora: b_rate multiplies a learning rate"):
+        parse("dora(b_rate=0)")
+    (method,) = parse("dora(rank=3, train_a=False)")
+    assert method.count(Place("x", "weight", "linear", 7, 5)) == 3 * 7 + 7

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.folded import NOTHING
+from ..blocks.weight.lookup import looked_up
 from ..blocks.weight.provided import Weighted, linear
 from ..blocks.weight.within import drops
 from ..core.call import Call, current, resume
@@ -99,11 +100,9 @@ class Weights(nn.Module):
             if place.rows is not None and all(p.rows for p, _ in groups):
                 return self._sliced(module, groups, first_of(args, kw))
         if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward \
-                and len(groups) == 1 and op.wrap is None:
-            out = forward(module, *args, **kw)
-            for term, scale in op.terms:
-                out = out + scale * term.take(first_of(args, kw), module.padding_idx).to(out.dtype)
-            return out
+                and len(groups) == 1 and (op.wrap is None or op.wrap.diagonal):
+            return looked_up(first_of(args, kw), op, functools.partial(forward, module),
+                             module.padding_idx, op.held())
         if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
                 and (dropped := [ts for ts in op.terms if drops(ts[0])]):
             return self._beside(module, forward, place, op, dropped, args, kw)

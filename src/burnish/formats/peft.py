@@ -189,9 +189,6 @@ def _fill_dora(tuned: Tuned, what: PeftFolder) -> None:
     for path, module, slot in slots(tuned.model):
         x = what.loras.get(path)
         if x is not None and x.magnitude is None:
-            if x.kind == "embedding":
-                raise FormatError(f"{path}: DoRA elsewhere in the adapter; PEFT has no magnitude "
-                                  "of 1 for an embedding")
             place = next(p.place for p in slot.parts if p.place is not None)
             x.magnitude = _row_norms(slot, module, place, x)
 

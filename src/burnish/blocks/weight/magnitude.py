@@ -39,6 +39,9 @@ class Magnitude(Wrap):
         inv = torch.where(c == 0, 0.0, 1 / torch.where(c == 0, 1.0, c))
         return torch.where(c == 0, 1.0, self.m * inv), inv
 
+    def gained(self, kept: Any) -> Tensor:
+        return torch.where(kept == 0, 1.0, self.m * kept)
+
     def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
         return [df * kept if self.m.requires_grad else None]
 

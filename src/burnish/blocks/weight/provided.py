@@ -101,7 +101,7 @@ class Weighted:
     def effective(self, weight: Tensor) -> Tensor:
         """(out, in) weight with everything added, differentiable in theta, keeping nothing."""
         theta = self.theta()
-        return self.dense(weight) if _plainly(theta) else _Effective.apply(weight, self, *theta)
+        return self.dense(weight) if plainly(theta) else _Effective.apply(weight, self, *theta)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The same by the obvious route: the reference, and what merge writes."""
@@ -187,7 +187,7 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     """
     x = autocast(x)
     theta = op.theta()
-    if _plainly(theta):
+    if plainly(theta):
         return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
         if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
@@ -216,7 +216,7 @@ def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _plainly(theta: Sequence[Tensor]) -> bool:
+def plainly(theta: Sequence[Tensor]) -> bool:
     """Must the differentiable form run: under a transform, or on tensors that somebody has put in
     the place of parameters for one call (``torch.func.functional_call``)?"""
     return transformed() or not all(isinstance(t, nn.Parameter) for t in theta)

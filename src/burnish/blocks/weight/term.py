@@ -161,6 +161,10 @@ class Wrap(Term):
         """(f of shape (out,), what backward needs) from the panels of V."""
         raise NotImplementedError
 
+    def gained(self, kept: Any) -> Tensor:
+        """f of what :meth:`gains` kept, differentiable in this term's parameters."""
+        raise NotImplementedError
+
     def pull_gains(self, df: Tensor, kept: Any) -> list[Tensor | None]:
         """Gradients of theta from df = d loss / d f."""
         raise NotImplementedError

@@ -24,8 +24,10 @@ class Dora(Method):
     Trains rank (in + out) + out per matrix. Kept for backward: what LoRA keeps and two numbers
     per output; neither the base's output nor V is kept, and V exists only panel by panel.
     Merges exactly. No weight decay on m or the factors. ``train_a=False`` freezes A: rank out + out
-    train (x is kept all the same, for m). `b_rate` multiplies the learning rate of B. Embeddings
-    and experts are left to other methods.
+    train (x is kept all the same, for m). `b_rate` multiplies the learning rate of B. Experts are
+    left to other methods. Embeddings: W is (width, vocabulary), so m has a number per coordinate;
+    a look-up costs one pass over the table, for c, and keeps its index; the row of ``padding_idx``
+    gives no gradient, to m neither (PEFT gives m one where that row is not zero).
 
     With dropout ``y = m / c * (W x + s B A drop(x)) + b`` (the authors also drop the input of W in
     the part that differs from the base, at the price of a second base product; not built), and
@@ -35,7 +37,8 @@ class Dora(Method):
     """
 
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation (2024), arXiv:2402.09353"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha",
+                                                "embedding"})
 
     rank: int = setting(8, "rank of the direction's update", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
