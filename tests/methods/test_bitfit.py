@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 import burnish
 from burnish.blocks.state.gates import Shift
 from burnish.core.anatomy import Anatomy
-from burnish.core.errors import RecipeError
+from burnish.core.errors import RecipeError, TargetError
 from burnish.core.recipe import parse
+from burnish.core.site import Place
+from burnish.methods.select.bitfit import bias_of
 from burnish.testing.models import tiny
 
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -212,3 +215,28 @@ def test_query_biases_of_a_fused_weight_train_as_rows(name):             # findi
 def test_query_biases_that_cannot_be_told_apart_are_refused():
     with pytest.raises(RecipeError, match="without a call.*which='all'"):
         burnish.tune(tiny("mha")[0], "bitfit(which='query-mlp')")
+
+
+def test_queries_that_stand_between_keys_are_refused():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    net = GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(RecipeError, match="stand between those of keys and values.*which='all'"):
+        burnish.tune(net, "bitfit(which='query-mlp')")
+
+
+def test_a_weight_without_a_bias_is_named_for_nothing():
+    with pytest.raises(TargetError, match="name nothing it acts on"):
+        burnish.tune(tiny("bert")[0], "bitfit(targets='word_embeddings')", head=False)
+
+
+def test_a_bias_whose_name_begins_like_the_heads_is_none_of_the_head():
+    net = torch.nn.Sequential(OrderedDict(fc_in=torch.nn.Linear(4, 4), fc=torch.nn.Linear(4, 2)))
+    assert Anatomy.of(net).head == ("fc",) and chosen(net) == ["fc_in.bias"]
+
+
+def test_the_bias_of_a_layer_that_is_the_whole_model():
+    assert bias_of(Place("", "weight", "linear", 4, 4)) == "bias"
+    assert bias_of(Place("a.b", "in_proj_weight", "mha", 4, 4)) == "a.b.in_proj_bias"

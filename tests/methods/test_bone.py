@@ -13,6 +13,7 @@ from burnish.core.recipe import parse
 from burnish.core.targets import match
 from burnish.memory.ledger import Ledger
 from burnish.methods.delta.ofw.bone import Guide
+from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
 R = 4
@@ -137,3 +138,18 @@ def test_decay_leaves_it_alone():
     tuned, *_ = tuned_layer()
     opt = tuned.optimizer(lr=1e-3, weight_decay=0.5)
     assert {g["weight_decay"] for g in opt.param_groups} == {0.0}
+
+
+def test_it_keeps_what_it_says():
+    assert keeps_what_it_says("bone", "vit") is None
+
+
+def test_two_on_different_weights_and_the_smallest_and_largest_block():
+    assert burnish.parse("bone")[0].rank == 64               # the authors'
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    tuned = burnish.tune(net, "bone(rank=4, targets='0') + bone(rank=2, targets='1')", head=False)
+    assert [t.rank for _, t in tuned.terms(Guide)] == [4, 2]
+    tuned.detach()
+    for rank in (0, 16):
+        with pytest.raises(RankError, match=f"rank {rank} does not fit 0.weight"):
+            burnish.tune(net, f"bone(rank={rank})", targets="0", head=False)

@@ -75,3 +75,12 @@ def test_a_delta_beside_trained_weights():
     tuned.loss(batch).backward()
     assert all(p.grad is not None for p in tuned.parameters())
     assert model.layers[0].weight.grad.abs().sum() > 0
+
+
+def test_what_others_have_added_and_whole_numbers_are_no_part_of_it():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    net.register_parameter("table", torch.nn.Parameter(torch.arange(3), requires_grad=False))
+    tuned = burnish.tune(net, "lora(rank=2)", targets="0", head=False)
+    tuned.add("all", "full")
+    tuned.use("all")
+    assert {n for n, _ in tuned.named_parameters()} == {"0.weight", "0.bias"}

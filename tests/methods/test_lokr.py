@@ -15,6 +15,7 @@ from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.methods.delta.tensor.lokr import split
+from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
 
@@ -246,3 +247,41 @@ def test_the_path_on_tokens_is_the_matrix(recipe):
         term.double().B[-1].normal_()
     h = torch.randn(5, 72, dtype=torch.float64)
     torch.testing.assert_close(term.path(h), h @ term.dense().t(), rtol=1e-10, atol=1e-12)
+
+
+def test_it_keeps_what_it_says():
+    assert keeps_what_it_says("lokr", "vit") is None
+
+
+def test_a_kernel_of_two_has_a_core_of_two():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(16, 16, 2)).double()
+    tuned = burnish.tune(net, "lokr(rank=1, tucker=True)", targets="0", head=False)
+    (_, term), = tuned.terms(Kronecker)
+    assert [tuple(p.shape) for p in term.B] == [(4, 1), (1, 2), (1, 4)]
+    (method,) = burnish.parse("lokr(rank=1, tucker=True)")
+    place = Place("0", "weight", "conv", 16, 32, kernel=2)
+    assert sum(p.numel() for p in tuned.parameters()) == method.count(place) == 16 + 4 + 2 + 4
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 8), nn.Conv1d(12, 8, 2)], ids=["linear", "conv"])
+def test_a_frozen_update_hands_the_gradient_on(layer):
+    """Beside another that trains: x gets its gradient through both, and nothing of x is kept."""
+    torch.manual_seed(0)
+    net = nn.Sequential(copy.deepcopy(layer)).double()
+    tuned = burnish.tune(net, "lokr(rank=2)", targets="0", head=False)
+    (_, term), = tuned.terms(Kronecker)
+    term.double()
+    for p in term.parameters():
+        nn.init.normal_(p)
+    conv = isinstance(layer, nn.Conv1d)
+    x = torch.randn(*((3, 12, 5) if conv else (3, 12)), dtype=torch.float64, requires_grad=True)
+    for p in tuned.parameters():
+        p.requires_grad_(False)
+    W = (net[0].weight.flatten(1) + term.dense()).view(net[0].weight.shape)
+    op = nn.functional.conv1d if conv else nn.functional.linear
+    want = op(x, W, net[0].bias)
+    got = net(x)
+    g = torch.randn_like(got)
+    torch.testing.assert_close(torch.autograd.grad(got, x, g)[0],
+                               torch.autograd.grad(want, x, g)[0], rtol=1e-10, atol=1e-12)

@@ -247,3 +247,8 @@ def test_a_rate_of_nothing_is_refused(rate):
     with pytest.raises(RecipeError, match="b_rate"):
         parse(f"lora(b_rate={rate})")
     assert parse("lora(b_rate=0.5)")[0].b_rate == 0.5
+
+
+def test_a_rate_of_embeddings_that_is_none_is_refused():
+    with pytest.raises(RecipeError, match="embedding_rate multiplies a learning rate, 0.0 is no"):
+        burnish.parse("lora(embedding_rate=0)")

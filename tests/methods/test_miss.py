@@ -12,6 +12,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
+from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -120,3 +121,15 @@ def test_dropout_stands_before_the_shards(inp, rank):  # findings 3.9
     tuned.model.eval()
     torch.testing.assert_close(tuned.model(x), x @ (W + D.t() @ A).t() + b,
                                rtol=1e-13, atol=1e-13)
+
+
+def test_it_keeps_what_it_says():
+    assert keeps_what_it_says("miss", "vit") is None
+
+
+def test_defaults_limits_and_decay():
+    assert burnish.parse("miss")[0].rank == 64               # the authors'
+    with pytest.raises(RecipeError, match="miss: dropout is a probability"):
+        burnish.parse("miss(dropout=1.0)")
+    tuned = burnish.tune(nn.Sequential(nn.Linear(8, 8)), "miss(rank=2)", head=False)
+    assert [g["weight_decay"] for g in tuned.optimizer(weight_decay=0.1).param_groups] == [0.0]

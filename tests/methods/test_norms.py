@@ -83,3 +83,27 @@ def test_norms_do_not_decay():
 def test_a_model_without_affine_norms_is_refused(model):
     with pytest.raises(RecipeError, match="no norm with trainable"):
         burnish.tune(model, "norms")
+
+
+def test_a_norm_that_is_the_whole_model():
+    tuned = burnish.tune(nn.LayerNorm(4), "norms", head=False)
+    assert {n for n, _ in tuned.named_parameters()} == {"weight", "bias"}
+
+
+def test_what_a_norm_holds_besides_its_own_tensors_stays():
+    class ShiftedLayerNorm(nn.LayerNorm):
+        def __init__(self, d):
+            super().__init__(d)
+            self.shift = nn.Linear(d, d)
+
+        def forward(self, x):
+            return super().forward(x) + self.shift(x)
+
+    tuned = burnish.tune(nn.Sequential(nn.Linear(4, 4), ShiftedLayerNorm(4)), "norms", head=False)
+    assert {n for n, _ in tuned.named_parameters()} == {"1.weight", "1.bias"}
+
+
+def test_a_name_of_weights_and_norms_means_the_norms():
+    tuned = burnish.tune(tiny("vit")[0], "norms(targets='vit.layers.0.*')", head=False)
+    assert {n.partition("layers.")[2] for n, _ in tuned.named_parameters()} == {
+        f"0.layernorm_{end}.{leaf}" for end in ("before", "after") for leaf in ("weight", "bias")}

@@ -14,6 +14,7 @@ from burnish.blocks.weight.rotation import Rotation
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
+from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
 
@@ -280,3 +281,7 @@ def test_targets_name_the_resource():
     with pytest.raises(RecipeError, match="the function of W on q,v"):
         parse("oft(targets='q,v') + oft(block=4, targets='q,v')")
     assert len(parse("oft(targets='q') + oft(block=4, targets='v')")) == 2
+
+
+def test_it_keeps_what_it_says():
+    assert keeps_what_it_says("oft", "vit") is None

@@ -20,7 +20,7 @@ class Kronecker(Path):
     """
 
     def __init__(self, outer: tuple[int, int], inner: tuple[int, int], rank: int,
-                 whole: tuple[bool, bool], scale: float, kernel: int = 1, tucker: bool = False):
+                 whole: tuple[bool, bool], scale: float, kernel: int, tucker: bool):
         super().__init__()
         (o1, i1), (o2, i2) = outer, inner
         self.outer, self.inner, self.scale = outer, (o2, i2 * kernel), scale

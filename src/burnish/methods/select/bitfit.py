@@ -63,8 +63,8 @@ class Bitfit(Method):
                 wrong.append(e)
                 return []
 
-        left = named(lambda: chosen(anatomy, self, names, siblings=True)) if names else []
-        rows = named(lambda: narrowed(anatomy, self, sites, _names_it)) if sites else []
+        left = named(lambda: chosen(anatomy, self, names, siblings=True))
+        rows = named(lambda: narrowed(anatomy, self, sites, _names_it))
         if wrong and not left and not rows:
             raise wrong[0]
         return left, rows
