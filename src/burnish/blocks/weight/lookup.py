@@ -6,6 +6,7 @@ Letters: D width, V vocabulary; the table is the transpose of a (D, V) matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,14 @@ def looked_up(index: Tensor, op: Weighted, table: Callable[[Tensor], Tensor],
     if op.wrap is None:
         return _rows(index, op, table, padding)
     wrap = op.wrap
-    with torch.no_grad():
+    made = op.made(index)                            # evaluation reads the lengths once
+
+    @torch.no_grad()
+    def lengths() -> Any:
         states = [t.prepare() for t, _ in op.terms]
-        _, kept = wrap.gains(Panels(op.base(), op.terms, states))
+        return wrap.gains(Panels(op.base(), op.terms, states))[1]
+
+    kept = made.small("lengths", lengths)
 
     def product(index: Tensor) -> Tensor:
         rows = _rows(index, op, table, padding, wide=True)
