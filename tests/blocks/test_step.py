@@ -357,8 +357,11 @@ def test_loops_that_would_train_wrongly_are_refused():
     named = list(net().named_parameters())
     with pytest.raises(RecipeError, match="accumulate over 2"):
         compose([InBackward()], named, 1e-3, accumulation=2)
-    with pytest.raises(RecipeError, match="clip"):
-        compose([InBackward()], named, 1e-3, max_grad_norm=1.0)
+    low = Subspace(map=SubspaceMap(rank=4), name="galore")
+    with pytest.raises(RecipeError, match="clip .max_grad_norm=1"):
+        compose([low, InBackward()], named, 1e-3, accumulation=2, max_grad_norm=1.0)
+    with pytest.raises(RecipeError, match="clip .clip_value=0.5"):
+        compose([low, InBackward(clip_value=0.5)], named, 1e-3, accumulation=2)
     residual = Subspace(map=SubspaceMap(rank=4), residual="sign", name="frugal")
     with pytest.raises(RecipeError, match="accumulate"):
         compose([residual, InBackward()], named, 1e-3, accumulation=2)

@@ -44,8 +44,11 @@ def fitted(model, recipe, folder, monkeypatch, **kw):
 
     with monkeypatch.context() as m:
         m.setattr(Trainer, "training_step", step)
+        said = {**SMALL, **kw}
+        if "clip" in kw:
+            del said["max_grad_norm"]                    # the other spelling of it
         run = burnish.fit(model, "digits", recipe, output=folder,
-                          processor=Picture(8, 8, (0.5,), (0.5,)), **{**SMALL, **kw})
+                          processor=Picture(8, 8, (0.5,), (0.5,)), **said)
     return run, seen
 
 
@@ -106,3 +109,28 @@ def test_a_choice_within_a_budget_trains_in_fit(tmp_path, monkeypatch):
     live = {n for n, _ in run.tuned.named_parameters()}
     assert live and live <= moved and len(moved) < len(still)
     assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
+
+
+# findings 3.9
+def test_the_one_clipping_setting_acts_where_gradients_never_exist_together(tmp_path, monkeypatch):
+    """fit(clip=...) of LOMO against transformers' clipping of plain descent, through dropout; the
+    norms it reports are those before the cut."""
+    ends, norms = [], []
+    for k, recipe in enumerate(("full + sgd", "full + sgd + step_in_backward")):
+        run, _ = fitted(vit(0.1), recipe, tmp_path / str(k), monkeypatch, max_steps=3, clip=0.05,
+                        logging_steps=1)
+        ends.append(run.tuned.model.state_dict())
+        norms.append([h["grad_norm"] for h in run.history if "grad_norm" in h])
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+    assert len(norms[0]) == 3 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert min(norms[0]) > 0.05, "it must have acted"
+
+
+# findings 3.9
+@pytest.mark.parametrize("recipe, kw, word", [
+    ("full + mezo", {}, "mezo makes no gradient"),
+    ("full + galore(rank=4, in_backward=True)", {"gradient_accumulation_steps": 2}, "cannot clip")])
+def test_clipping_that_cannot_act_is_refused(recipe, kw, word, tmp_path, monkeypatch):
+    with pytest.raises(burnish.BurnishError, match=word):
+        fitted(vit(), recipe, tmp_path, monkeypatch, max_steps=2, **{**kw, "max_grad_norm": 0.5})

@@ -198,6 +198,10 @@ class Around:
             for handler in self.timeline.around():
                 step = Pass(self, whole, alone)
                 stack.enter_context(contextmanager(handler.around_step)(step))
+            clip = getattr(self.current_optimizer, "clip", None)
+            if clip is not None and clip.norm:       # LOMO: one backward for the norm alone
+                with clip.weighing():
+                    probe(self, whole, grads=True, statistics=False)
             return whole()
 
     def backward(self: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, *,

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..blocks.update.clip import check_norm, clip_norm_
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
 from ..core.call import giving
 from ..core.errors import BurnishError, ConfigError, RecipeError, nearest
 from ..core.events import Timeline
+from ..core.processes import processes
 from ..core.recipe import Recipe
 from ..core.words import honours, why
 from .around import Around
@@ -55,6 +57,7 @@ class Stepping(Around):
     _timeline: Timeline | None
     _checked: bool
     _objectives: Objectives | None = None
+    _clip_norm: float = 0.0
 
     @property
     def recipe(self) -> Recipe:
@@ -107,12 +110,22 @@ class Stepping(Around):
 
         accumulation: backward passes per update; a step inside backward must know, and objectives
         that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
+        max_grad_norm: all gradients of an update together are cut to this norm, objectives
+        included; a step inside backward learns it in a further forward and backward
+        (``tuned.step`` and ``tuned.backward`` make it). Raises RecipeError where it cannot act.
         """
         self._ready()
         self.let_go()
         self._wake()
         answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
         plan = plan_of(answers)
+        if plan.in_backward and processes() > 1:
+            raise ConfigError(f"{plan.names['step site']} steps each tensor before {processes()} "
+                              "processes have shared its gradient, so that they would train "
+                              "different weights; use one process, or step after backward")
+        late = not plan.in_backward and not any(hasattr(a, "build") for a in answers)
+        # behind the objectives, which add to gradients when they are complete
+        self._clip_norm = check_norm(kw.pop("max_grad_norm", None)) if late else 0.0
         # its hooks come first, so that a step inside backward sees gradient and objective together
         self._objectives = Objectives(self, plan.in_backward)
         try:
@@ -209,6 +222,7 @@ class Stepping(Around):
         self._objectives.before_update(self.current_optimizer)
         if not self._checked:
             self.check_gradients()
+        clip_norm_(self.current_optimizer, self._clip_norm)
         self.timeline.before_update()
 
     def _after_update(self) -> None:

@@ -178,8 +178,11 @@ class Trainer(transformers.Trainer):
         return self.args.label_smoothing_factor if self.model.training else 0.0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        if self.zeroth or getattr(self.tuned.current_optimizer, "in_backward", False):
+        if self.zeroth:
             return 0.0
+        if getattr(self.tuned.current_optimizer, "in_backward", False):
+            found = self.tuned.current_optimizer.clip.found
+            return 0.0 if found is None else float(found)
         norm = float(super()._get_grad_norm(model, grad_norm))
         if self.accelerator.scaler is None:
             self._must_be_finite(torch.tensor(norm), "norm of the gradients")

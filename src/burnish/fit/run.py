@@ -38,7 +38,7 @@ from .promise import (
     promised,
     workers_told,
 )
-from .settings import training_arguments, transformers_arguments, transformers_errors
+from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
 from .tasks import Task, task_for
 
@@ -276,7 +276,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                 arguments = transformers_arguments(settings)
             if arguments.gradient_accumulation_steps > 1:
                 hyper["accumulation"] = arguments.gradient_accumulation_steps
-            hyper["max_grad_norm"] = arguments.max_grad_norm
+            if any(sentence(tuned)):                 # other gradients are the trainer's to clip
+                hyper["max_grad_norm"] = arguments.max_grad_norm
             here = start if leg.number == number else None
             at = checkpoint.step_of(here) if here else leg.before or None
             go_on, task = GoOn(), leg.task

@@ -75,8 +75,8 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("metric_for_best_model", kind.metric)
         settings.setdefault("greater_is_better", kind.greater_is_better)
-    if tuned is not None and sentence(tuned)[1]:
-        settings.setdefault("max_grad_norm", 0.0)  # gradients never exist together
+    if tuned is not None and any(sentence(tuned)):
+        settings.setdefault("max_grad_norm", 0.0)  # no gradient, or a second backward to know it
     return hyper, settings, keep
 
 

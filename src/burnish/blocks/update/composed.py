@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, FormatError, RecipeError
 from . import named
+from .clip import Clip
 from .codecs import SMALL, Block, Codec, Parts, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
@@ -46,7 +47,7 @@ class Composed(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], plan: Plan, *, seed: int = 0,
-                 accumulation: int = 1):
+                 accumulation: int = 1, max_grad_norm: float = 0.0):
         self.plan, self.seed, self.accumulation = plan, seed, accumulation
         self.in_backward = plan.in_backward
         self._numerics = NUMERICS[plan.rounding]
@@ -55,6 +56,7 @@ class Composed(torch.optim.Optimizer):
         self._where: dict[nn.Parameter, tuple[dict[str, Any], str]] = {}
         self._hooks: list[Any] = []
         self.muted = False                              # a backward that is only looked at
+        self.clip = Clip(plan.clip_value, max_grad_norm if plan.in_backward else 0.0)
         self._covered: dict[nn.Parameter, bool] = {}
         self.burnish_shapes: dict[nn.Parameter, torch.Size] = {}
         #: called with every tensor that was stepped inside backward, its gradient still there
@@ -89,6 +91,7 @@ class Composed(torch.optim.Optimizer):
                     p.grad = None
         self._micro.clear()
         self._done.clear()
+        self.clip.over()
         return loss
 
     def _together(self) -> set[nn.Parameter]:
@@ -134,14 +137,20 @@ class Composed(torch.optim.Optimizer):
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
         """The gradient of `p` is complete for this backward pass."""
-        if p.grad is None or self.muted:
+        if p.grad is None:
             return
-        self._micro[p] = count = self._micro.get(p, 0) + 1
+        if self.muted:
+            if self.clip.weighs(p.grad):
+                p.grad = None
+            return
+        count = self._micro.get(p, 0) + 1
         if count > self.accumulation:
             raise RecipeError(
                 f"{self._where[p][1]} got gradient number {count} since the last step(), but its "
                 f"step inside backward was set up for {self.accumulation}: pass accumulation= to "
                 "tuned.optimizer, or call step() after every backward")
+        self.clip.cut_(p.grad, self._where[p][1])
+        self._micro[p] = count
         last = count == self.accumulation
         if self.accumulation > 1 and self._projected(p):
             self._fold(p, p.grad)

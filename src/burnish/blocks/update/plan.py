@@ -34,6 +34,7 @@ class Plan:
     transforms: tuple[Transform, ...] = ()
     rounding: RoundingKind = "nearest"
     in_backward: bool = False
+    clip_value: float = 0.0                 # of a gradient's entries, inside backward
     names: dict[str, str] = field(default_factory=dict)
 
     def say(self, word: str, by: str, **change: Any) -> Plan:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
 from ...core.words import honours, why
+from .clip import check_norm, clip_norm_
 from .codecs import Plain, codec
 from .plan import ROUNDINGS, Plan, RoundingKind, check_shape
 from .residual import Residual, Scaled, residual
@@ -188,7 +189,10 @@ class Subspace:
 
 @dataclass(frozen=True, kw_only=True)
 class InBackward:
-    """Step each tensor inside backward, as soon as its gradient is complete, and free it."""
+    """Step each tensor inside backward, as soon as its gradient is complete, and free it.
+
+    clip_value: largest entry of a gradient (clip.py); 0: any.
+    """
 
     word: ClassVar[str] = "step site"
     hides: ClassVar[frozenset[str]] = frozenset({"gradients", "around_step"})
@@ -197,11 +201,12 @@ class InBackward:
         "around_step": "tensors are stepped inside backward, so nothing can be undone after it"}
 
     name: str = "step_in_backward"
+    clip_value: float = 0.0
 
     def wrap(self, plan: Plan) -> Plan:
         if plan.in_backward:                    # galore(in_backward=True) + step_in_backward agree
-            return plan
-        return plan.say("step site", self.name, in_backward=True)
+            return dataclasses.replace(plan, clip_value=self.clip_value or plan.clip_value)
+        return plan.say("step site", self.name, in_backward=True, clip_value=self.clip_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +241,8 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
     named_parameters: everything that may ever train (also what a schedule has frozen for now).
         A parameter may carry ``burnish_lr`` (multiplies lr) and ``burnish_decay`` (False: none).
     seed: of stochastic rounding and drawn subspaces.  accumulation: backward passes per update.
-    max_grad_norm, scaler: only checked: both need all gradients at once.
+    max_grad_norm: the gradients of an update are cut to this norm, all together; a step inside
+        backward learns it in a pass of its own (clip.py).  scaler: only checked.
     inside: is a weight of this name a matrix of a repeated block? None goes by the name's look.
     hyper: replaces hyperparameters of the innermost rule (betas, eps, weight_decay, momentum...).
     """
@@ -256,13 +262,16 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
 
     named = list(named_parameters)
     groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0))
-    check_loop(plan, accumulation=accumulation, max_grad_norm=max_grad_norm,
-               scaler=scaler is not None)
+    norm = check_norm(max_grad_norm)
+    check_loop(plan, accumulation=accumulation, max_grad_norm=norm, scaler=scaler is not None)
     for name, p in named:
         if plan.rounding == "stochastic" and p.dtype == torch.float16:
             raise RecipeError(f"stochastic rounding is for bf16, but {name} is fp16; "
                               "use rounding kind 'master' or bf16 weights")
     if builder:
+        if norm:
+            raise RecipeError(f"{builder.name} makes no gradient whose norm could be clipped "
+                              f"(max_grad_norm={norm:g}); set max_grad_norm=0")
         for word, by in plan.names.items():
             if not honours(builder, word):
                 raise RecipeError(f"{builder.name} and {by} cannot be joined: {why(builder, word)}")
@@ -271,9 +280,10 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
         return guarded(builder.build(groups, plan, seed, accumulation))
     if not wrappers and isinstance(plan.codec, Plain):
         if native := _native(plan.rule, groups):
-            return guarded(native)
+            return clipped(guarded(native), norm)
     from .composed import Composed
-    return Composed(groups, plan, seed=seed, accumulation=accumulation)
+    made = Composed(groups, plan, seed=seed, accumulation=accumulation, max_grad_norm=norm)
+    return made if plan.in_backward else clipped(made, norm)
 
 
 def plan_of(answers: Iterable[Any]) -> Plan:
@@ -309,6 +319,11 @@ def _plan(inner: Any, wrappers: list[Any]) -> Plan:
     return plan
 
 
+def clipped(optimizer: torch.optim.Optimizer, norm: float) -> torch.optim.Optimizer:
+    """The same optimizer; before it steps, all gradients together are cut to a norm (0: any)."""
+    if norm:
+        optimizer.register_step_pre_hook(lambda opt, *_: clip_norm_(opt, norm))
+    return optimizer
 
 
 def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -343,9 +358,11 @@ def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None
     if not plan.in_backward:
         return
     who = plan.names.get("step site", "step_in_backward")
-    if max_grad_norm:
-        raise RecipeError(f"{who} cannot clip by the global norm (max_grad_norm={max_grad_norm}): "
-                          "gradients never exist together; set max_grad_norm=0")
+    if accumulation > 1 and (max_grad_norm or plan.clip_value):
+        what = f"max_grad_norm={max_grad_norm:g}" if max_grad_norm else \
+            f"clip_value={plan.clip_value:g}"
+        raise RecipeError(f"{who} cannot clip ({what}) over {accumulation} backward passes: the "
+                          "whole gradient never exists there; use accumulation 1, or no clipping")
     if scaler:
         raise RecipeError(f"{who} cannot use a gradient scaler; train in bf16 or fp32")
     if accumulation > 1 and plan.transforms:

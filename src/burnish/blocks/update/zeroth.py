@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
+from ...core.processes import processes
 from .noise import STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
@@ -171,7 +172,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         seeds = [fold("query", self.seed, update, q) & 0x7FFFFFFF for q in range(self.spec.queries)]
         found, losses = [], []
         for s in seeds:
-            up, down = yield from self._pair(s, eps)
+            up, down = self._of_all(*(yield from self._pair(s, eps)))
             losses += [up, down]
             g = as_fp32((up - down) / (2 * eps * len(seeds)))
             found.append(g if math.isfinite(g) else 0.0)     # a failed probe moves nothing
@@ -186,6 +187,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] = update + 1
         return sum(losses) / len(losses)
+
+    def _of_all(self, *losses: float) -> tuple[float, ...]:
+        """Means over the processes of a run: each sees its own rows, and all take one step."""
+        if self.simulated or processes() == 1:
+            return losses
+        device = self.param_groups[0]["params"][0].device
+        both = torch.tensor(losses, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(both)
+        return tuple((both / processes()).tolist())
 
     def _pair(self, seed: int, eps: float) -> Generator[Evaluate, float, tuple[float, float]]:
         if self.spec.mode == "scratch":

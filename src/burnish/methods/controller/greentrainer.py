@@ -4,12 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from ...blocks.choose.reach import costs, relieved, within
 from ...blocks.update.live import TrainableSchedule
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
+from ...core.processes import processes
 from ...core.site import Selection
 
 if TYPE_CHECKING:
@@ -63,8 +62,7 @@ class Greentrainer(Method):
                 yield Selection(name)
 
     def controller(self, tuned: Tuned) -> Chosen:
-        if torch.distributed.is_available() and torch.distributed.is_initialized() \
-                and torch.distributed.get_world_size() > 1:
+        if processes() > 1:
             raise ConfigError("greentrainer chooses from what one process sees, and here are "
                               "several, which would train different tensors; use one process")
         return Chosen(self, tuned)

@@ -17,8 +17,8 @@ class SGD(Method):
 
         b <- mu b + (g + wd W)        W <- W - lr b
 
-    With mu = 0 (the default) there is no state at all; ``sgd + step_in_backward`` is LOMO without
-    its clipping. As everywhere inside a subspace, ``galore + sgd`` applies the decay to W itself.
+    With mu = 0 (the default) there is no state at all; ``sgd + step_in_backward`` is LOMO. As
+    everywhere inside a subspace, ``galore + sgd`` applies the decay to W itself.
     """
 
     paper: ClassVar[str] = "A Stochastic Approximation Method, 1951"
