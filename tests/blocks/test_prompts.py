@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.blocks.state.prompts import Prepended, Tokens, is_active
+from burnish.blocks.state.prompts import Fixed, Prepended, Tokens, is_active
 from burnish.blocks.tape.saved import Tape
 from burnish.core.errors import RecipeError
 
@@ -59,14 +59,43 @@ def test_tokens_between_blocks_need_tokens_without_a_mask():
 
 # -- when ----------------------------------------------------------------------------------------
 def test_only_while_its_adapter_is_active():
+    assert is_active(state(active=(("a", 0.0),)), "a", "a prompt") is False
     assert is_active(state(), "a", "a prompt")
-    assert not is_active(state(off=True), "a", "a prompt")
-    assert not is_active(state(active=(("b", 1.0),)), "a", "a prompt")
-    assert not is_active(state(active=(), rows=("b", None)), "a", "a prompt")
+    assert is_active(state(off=True), "a", "a prompt") is False
+    assert is_active(state(active=(("b", 1.0),)), "a", "a prompt") is False
+    assert is_active(state(active=(), rows=("b", None)), "a", "a prompt") is False
     with pytest.raises(RecipeError, match="per-sample"):
         is_active(state(active=(), rows=("a", None)), "a", "a prompt")
     with pytest.raises(RecipeError, match="whole"):
         is_active(state(active=(("a", 0.7),)), "a", "a prompt")
+
+
+def test_a_listener_refuses_beforehand_what_it_would_refuse_in_a_run():
+    bank = Tokens(state(), "a", 2, torch.zeros(2, 2), after=0, enter=True, leave=True)
+    bank.check(state())
+    with pytest.raises(RecipeError, match="a prompt of 'a' can be used whole"):
+        bank.check(state(active=(("a", 0.5),)))
+
+
+def test_what_is_fixed_runs_in_evaluation_mode_while_its_adapter_is_in_use():
+    """Whatever the run raises; a mode has no scale, so a part of an adapter will do."""
+    drop, other, seen = nn.Dropout(), nn.Dropout(), []
+
+    def run(**kw):
+        fixed = Fixed(state(**kw), "a", [drop])
+        assert not list(fixed.children()), "the model's modules are no children of it"
+        fixed.check(fixed.state)
+        fixed(nn.Identity(), lambda x: seen.append((drop.training, other.training, x)), 3)
+        assert drop.training
+
+    run()
+    run(active=(("a", 0.5),))
+    run(off=True)
+    run(active=(("b", 1.0),))
+    assert seen == [(False, True, 3)] * 2 + [(True, True, 3)] * 2
+    drop.eval()
+    Fixed(state(), "a", [drop])(nn.Identity(), lambda: None)
+    assert not drop.training
 
 
 class Stack(nn.Module):

@@ -387,3 +387,25 @@ def test_a_place_that_names_no_block_is_counted_as_in_the_first():
     (method,) = parse("mola(rank=2)")
     place = Place("l", "weight", "linear", 24, 16)
     assert method.count(place, 4) == 2 * (2 * (24 + 16) + 16)
+
+
+def experts_of(model, recipe):
+    tuned = burnish.tune(tiny(model)[0], recipe, head=False)
+    return {path.rpartition(".")[2]: m for path, _, slot in slots(tuned.model)
+            for m in slot.modules() if isinstance(m, ExpertChains)}
+
+
+def test_linears_too_small_for_the_rank_are_left_out():
+    """By default; one that was asked for, or a rank that is too large for all, is refused."""
+    small = experts_of("llama", "mola(rank=20, allocation='2-2')")
+    assert set(small) == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for recipe in ("mola(rank=20, targets='k')", "mola(rank=500)"):
+        with pytest.raises(burnish.RecipeError, match="rank"):
+            burnish.tune(tiny("llama")[0], recipe)
+
+
+def test_all_rows_of_a_fused_weight_are_the_weight():
+    """Some are a slice of its outputs; all of them need none to be set in their place."""
+    assert experts_of("gpt2", "mola(rank=2, targets='q,k,v')")["c_attn"].rows is None
+    assert experts_of("gpt2", "mola(rank=2, targets='q,v')")["c_attn"].rows == ((0, 32), (64, 96))
+    assert experts_of("gpt2", "mola(rank=2, targets='k,v')")["c_attn"].rows == ((32, 64), (64, 96))
