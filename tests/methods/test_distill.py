@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -253,6 +254,9 @@ class Answers(torch.nn.Module):
         return self.form(self.fc(x))
 
 
+Pair = namedtuple("Pair", "hidden logits")
+
+
 class Holds:
     def __init__(self, z):
         self.logits = z
@@ -263,10 +267,10 @@ class Holds:
     (lambda z: (z.sum(), z, z * 0), lambda out: out[1]),
     (lambda z: (None, z.sum((0, 1)), z), lambda out: out[2]),
     (lambda z: {"logits": z, "a": z * 0}, lambda out: out["logits"]),
-    (Holds, lambda out: out.logits),
+    (Holds, lambda out: out.logits), (lambda z: Pair(z * 100, z), lambda out: out.logits),
 ])
 def test_logits_are_found_in_every_form_a_module_gives_them(form, of):
-    """A tensor; the first of a tuple with rows and classes; by name."""
+    """A tensor; by name, also in a tuple; else the first of a tuple with rows and classes."""
     torch.manual_seed(0)
     net, x = Answers(form), torch.randn(2, 4, dtype=torch.float64)
     base = copy.deepcopy(net)
