@@ -185,3 +185,9 @@ def test_the_method_makes_each_kind_of_soup():
     alpha = learned(net, models, batches)[0][""]
     for n in made:
         torch.testing.assert_close(made[n], alpha[0] * models[0][n] + alpha[1] * models[1][n])
+
+
+def test_one_model_alone_has_all_the_weight():
+    net = nn.Linear(4, 2)
+    alpha, _ = learned(net, [dict(net.state_dict())], [(torch.randn(8, 4), torch.arange(8) % 2)])
+    assert alpha[""].tolist() == [1.0]
