@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import burnish
@@ -117,7 +118,8 @@ def test_the_dense_linear_form_is_the_kernel_itself():
 
 @pytest.mark.parametrize("settings, word", [("rank=7", "rank=8"), ("rank=0", "rank=2"),
                                             ("s=1.0", r"\[0, 1\)"), ("s=-0.1", r"\[0, 1\)"),
-                                            ("norm_p=0.5", "norm_p")])
+                                            ("norm_p=0.5", "norm_p"), ("dropout=1.0", "dropout is"),
+                                            ("drop_path=-0.1", "drop_path is")])
 def test_settings_that_make_no_sense(settings, word):
     with pytest.raises(RecipeError, match=word):
         parse(f"snell({settings})")
@@ -170,7 +172,8 @@ def test_the_start_is_as_near_the_base_as_published():                     # fin
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("snell")[0].settings() == {
-        "targets": None, "rank": 8, "s": 0.5, "norm_p": 2.0, "magnitude": "auto"}
+        "targets": None, "rank": 8, "s": 0.5, "norm_p": 2.0, "magnitude": "auto",
+        "dropout": 0.0, "drop_path": 0.0}
 
 
 def test_what_a_token_keeps_besides_the_input():
@@ -186,3 +189,147 @@ def test_the_thinnest_pair_of_heads_is_one_wide():
     for rank in (0, 1, 3):
         with pytest.raises(RecipeError, match="must be even and at least 2"):
             burnish.parse(f"snell(rank={rank})")
+
+
+# -- what drops: the mathematics stands in blocks/test_dropped.py ------------------------------
+class Attention(nn.Module):
+    """q, k, v read one tensor; the output projection another."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, nn.Linear(16, 16))
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("recipe", ["snell(rank=6, s=0.4, dropout=0.5)",
+                                    "snell(rank=6, s=0.4, dropout=0.5, drop_path=0.5)",
+                                    "snell(rank=6, s=0.4, dropout=0.5) + lean(on=False)"])
+def test_q_k_and_v_share_one_mask_and_the_output_projection_has_none(recipe):  # findings 3.9
+    """In float64, under the masks of stock torch: one drop(x) for three layers, and no second."""
+    torch.manual_seed(0)
+    model = Attention().double()
+    tuned = burnish.tune(model, recipe, targets="q_proj,k_proj,v_proj", head=False)
+    theta = {}
+    for n, t in tuned.terms(KernelDelta):
+        t.double()
+        with torch.no_grad():
+            t.A.normal_()
+            t.B.normal_()
+        theta[n.partition(".")[0]] = t
+    x = torch.randn(3, 5, 16).double().requires_grad_()
+    torch.manual_seed(3)
+    xd = F.dropout(x, 0.5, True)
+    made = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        t, layer = theta[name], getattr(model, name)
+        K = kernel(t.A, t.B)
+        M = K.abs() * (K.abs() > torch.quantile(K.abs().flatten(), 0.4))
+        k = torch.ones(3).double()
+        if "drop_path" in recipe:                        # after the mask, for each matrix its own
+            k = torch.empty(3).double().bernoulli_(0.5) / 0.5
+        made.append(F.linear(x, layer.weight, layer.bias)
+                    + k.view(3, 1, 1) * (xd @ (K * M.detach()).t()))
+    o = model.o_proj
+    want = F.linear(F.scaled_dot_product_attention(*made), o.weight, o.bias)
+    torch.manual_seed(3)
+    got, g = model(x), torch.randn(3, 5, 16).double()
+    wanted = [x, *tuned.parameters()]
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    for a, w in zip(torch.autograd.grad(got, wanted, g), torch.autograd.grad(want, wanted, g),
+                    strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["snell", "snella"])
+def test_the_output_projection_drops_no_input_but_its_path(method):        # findings 3.9
+    net, _ = tiny("vit")
+    tuned = burnish.tune(net, f"{method}(rank=4, dropout=0.1, drop_path=0.2)")
+    places = {p.name: p for p in tuned.anatomy.places}
+    got = {places[n].role: (t.dropout, t.drop_path) for n, t in tuned.terms(KernelDelta)}
+    assert got == {"q": (0.1, 0.2), "k": (0.1, 0.2), "v": (0.1, 0.2), "o": (0.0, 0.2),
+                   "fc1": (0.1, 0.2), "fc2": (0.1, 0.2)}
+    with pytest.raises(RecipeError, match="dropout acts on none of its targets"):
+        burnish.tune(tiny("vit")[0], f"{method}(rank=4, dropout=0.1)", targets="o")
+    assert burnish.tune(tiny("vit")[0], f"{method}(rank=4, drop_path=0.1)", targets="o")
+
+
+@pytest.mark.parametrize("drops", ["dropout=0.1", "drop_path=0.1"])
+@pytest.mark.parametrize("model, targets", [("mha", "attn"), ("cnn", "conv")])
+def test_what_is_read_as_a_weight_cannot_drop_and_says_so(drops, model, targets):   # findings 3.5
+    with pytest.raises(RecipeError, match="drop.* cannot act"):
+        burnish.tune(tiny(model)[0], f"snell(rank=4, {drops})", targets=targets)
+
+
+@pytest.mark.parametrize("recipe", ["snell(rank=4, s=0.3, dropout=0.5, drop_path=0.5)",
+                                    "snella(rank=4, dropout=0.5, drop_path=0.5)"])
+def test_blocks_that_run_again_draw_again(recipe):
+    """The same gradients with `+ checkpoint`."""
+    grads = []
+    for more in ("", " + checkpoint"):
+        net, batch = tiny("vit")
+        tuned = burnish.tune(net, recipe + more, head=False)
+        with torch.no_grad():
+            for t in terms(tuned):
+                t.A.mul_(20)
+        torch.manual_seed(5)
+        tuned.loss(batch).backward()
+        grads.append([p.grad.clone() for p in tuned.parameters()])
+    assert sum(float(g.abs().sum()) for g in grads[0]) > 0
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_each_sample_keeps_or_loses_the_whole_update():                    # findings 3.9
+    """Of the samples of a batch some have the base's output, the others twice the update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).double()
+    base = model[0].weight.detach().clone()
+    tuned = burnish.tune(model, "snell(rank=4, s=0.3, drop_path=0.5)", targets="0", head=False)
+    (t,) = terms(tuned)
+    t.double()
+    with torch.no_grad():
+        t.A.normal_()
+        t.B.normal_()
+        x = torch.randn(32, 3, 16).double()
+        added = model(x) - x @ base.t()
+        ratio = added.flatten(1).norm(dim=1) / (x @ t.dense().t()).flatten(1).norm(dim=1)
+    alive = ratio > 0.5
+    assert 4 < int(alive.sum()) < 28
+    torch.testing.assert_close(ratio, 2.0 * alive.double())
+
+
+def test_a_simulated_step_takes_what_a_real_one_does():
+    from burnish.memory import measure, simulate
+
+    recipe = "snell(rank=4, dropout=0.1, drop_path=0.1)"
+    net, batch = tiny("vit", batch=8)
+    promise = simulate(net, recipe, batch)
+    tuned = burnish.tune(net, recipe)
+    tuned.optimizer(lr=1e-3)
+    assert promise.peak_bytes == pytest.approx(measure(tuned, batch).peak_bytes, rel=0.03)
+
+
+def test_a_dropped_update_under_a_transform_is_the_same_function():
+    """functional_call runs the plain form, under the same masks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12)).double()
+    tuned = burnish.tune(model, "snell(rank=4, s=0.3, dropout=0.5, drop_path=0.5)", targets="0",
+                         head=False)
+    (t,) = terms(tuned)
+    t.double()
+    with torch.no_grad():
+        t.A.normal_()
+        t.B.normal_()
+    x = torch.randn(5, 3, 16).double().requires_grad_()
+    torch.manual_seed(2)
+    (want,) = torch.autograd.grad(model(x).square().sum(), x)
+
+    params = {n: p.clone() for n, p in model.named_parameters()}
+    torch.manual_seed(2)
+    y = torch.func.functional_call(model, params, (x,))
+    (plain,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(plain, want)

@@ -263,7 +263,7 @@ def test_the_equation_written_out():                                       # fin
 def test_defaults_are_the_published_ones():
     assert burnish.parse("snella")[0].settings() == {
         "targets": None, "rank": 8, "s": 0.01, "s_target": 0.5, "metric": "ipt", "rounds": 100,
-        "warmup": 0.0, "cooldown": 0.0}
+        "warmup": 0.0, "cooldown": 0.0, "dropout": 0.0, "drop_path": 0.0}
 
 
 def test_what_a_token_keeps_besides_the_input():
@@ -281,7 +281,7 @@ def test_settings_at_their_bounds_are_taken(settings):
 
 @pytest.mark.parametrize("settings", [
     "rounds=0", "rank=3", "s=1.0", "s=-0.1", "s_target=1.0", "warmup=-0.1", "cooldown=-0.1",
-    "warmup=0.5, cooldown=0.5"])
+    "warmup=0.5, cooldown=0.5", "dropout=1.0", "drop_path=-0.1"])
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^snella"):
         burnish.parse(f"snella({settings})")

@@ -35,6 +35,7 @@ class Call:
     active, rows: which adapters answer, and which per sample.
     off: the base answers alone; `base` then gives its value of a tensor that trains.
     version: of the shared state when the call opened. grad: did it open with a graph?
+    samples: leading sizes of the tensors the model was called with, the first one's first.
     valid: the (batch, tokens) attention mask the model was called with, or None: all count.
     given: the declared keys of the batch by name: task, domain, modality, whatever a part reads.
     box: what one module leaves for another within this forward.
@@ -48,6 +49,7 @@ class Call:
     base: Callable[[Any, str], Tensor | None] | None = None
     version: int = 0
     grad: bool = field(default_factory=torch.is_grad_enabled)
+    samples: tuple[int, ...] = ()
     valid: Tensor | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     box: dict[Any, Any] = field(default_factory=dict)

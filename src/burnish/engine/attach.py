@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.state.prompts import Fixed
+from ..blocks.weight.dropped import Dropping
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
@@ -220,6 +221,7 @@ class Attacher:
 
     def _deltas(self, part: Method) -> None:
         undropped: list[tuple[Place, str]] = []
+        acts = not getattr(part, "dropout", 0)           # where it is asked for, it acts somewhere
         small: list[tuple[Place, RankError]] = []
         placed = self.places(part)
         shared, blank = self._shared(part, placed), self._blank(part)
@@ -249,6 +251,7 @@ class Attacher:
             answer = answer if isinstance(answer, tuple) else (answer,)
             if (why := self._undropped(module, place, answer)):
                 undropped.append((place, why))
+            acts = acts or any(getattr(t, "dropout", 0) for t in answer)
             several = sum(p.path == place.path for p in placed) > 1
             label = part.name if not several else \
                 f"{part.name}_{place.role or place.param.replace('.', '_')}"
@@ -270,13 +273,18 @@ class Attacher:
                               f"({first.out} x {first.inp})")
         if undropped:
             self._without_dropout(part, undropped, len(placed))
+        elif not acts and len(small) < len(placed):
+            raise RecipeError(f"{part.name}: dropout acts on none of its targets, "
+                              f"e.g. {placed[0].name}; set dropout=0, or give it others")
 
     def _undropped(self, module: nn.Module, place: Place, terms: tuple) -> str | None:
         """Switch off dropout that cannot act on this place; why, if there was any."""
-        mine = [t for t in terms if getattr(t, "dropout", 0)]
-        why = no_dropout(module, place, any(isinstance(t, Wrap) for t in terms)) if mine else None
+        mine = [t for t in terms if getattr(t, "dropout", 0) or getattr(t, "drop_path", 0)]
+        why = no_dropout(module, place, any(isinstance(t, Wrap) for t in terms),
+                         any(isinstance(t, Dropping) for t in mine)) if mine else None
         for t in mine if why else ():
-            t.dropout = 0.0
+            t.dropout = t.drop_path = 0.0
+        self.state.by_sample |= any(getattr(t, "drop_path", 0) for t in mine)
         return why
 
     def _without_dropout(self, part: Method, places: list[tuple[Place, str]], of: int) -> None:

@@ -46,15 +46,17 @@ def is_conv(module: nn.Module, forward: Callable[..., Any]) -> bool:
                for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
-def no_dropout(module: nn.Module, place: Place, wrapped: bool) -> str | None:
+def no_dropout(module: nn.Module, place: Place, wrapped: bool, generated: bool) -> str | None:
     """Why dropout on the input of an update cannot act here; None where it can.
 
-    wrapped: a function of W stands over the update.
+    wrapped: a function of W stands over the update. generated: it is made entry by entry.
     """
     forward = getattr(type(module), "_burnish_base", type(module)).forward
     if place.param == "weight" and is_linear(module, forward):
         return None
     if place.param == "weight" and is_conv(module, forward):
+        if generated:
+            return "what is generated is added to the weight of a convolution"
         return "a function of a convolution's weight acts on the weight" if wrapped else None
     if place.kind == "embedding":
         return "rows are looked up, so there is no input to drop"

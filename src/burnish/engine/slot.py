@@ -169,7 +169,8 @@ class Slot(Weights):
         """Each sample through its own adapter: the batch is split, run and put together."""
         def run(name: str | None, a: tuple, k: dict, valid: Any, given: dict) -> Any:
             active = () if name is None else ((name, 1.0),)
-            own = replace(call, active=active, rows=None, valid=valid, given=given)
+            own = replace(call, active=active, rows=None, valid=valid, given=given,
+                          samples=(sum(r == name for r in call.rows),))
             with resume(own):
                 return self._active(module, forward, own, a, k)
 

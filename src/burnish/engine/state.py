@@ -35,6 +35,7 @@ class State:
     #: adapter -> key of the batch -> how a part reads it
     context: dict[str, dict[str, Read]] = field(default_factory=dict)
     fused: bool = False                              # some of torch's layers read past modules
+    by_sample: bool = False                          # a term draws once for each sample
     off_here: int = 0                                # how many stand in `disabled` just now
 
     def use(self, active: tuple[tuple[str, float], ...],
@@ -68,14 +69,15 @@ class State:
             return "objectives of the recipe follow the loss"
         if self.listening or self.readers:
             return "parts of the recipe hand states to each other"
-        return "parts of the recipe read the context of the call" if self.context else ""
+        reads = self.context or self.by_sample
+        return "parts of the recipe read the context of the call" if reads else ""
 
     def open(self, module: nn.Module, args: tuple, kw: dict) -> Call:
         """A new call: what is active now, for good, and what the module is called with."""
         off, base = switched_off(self)
         self.room.opens(self.version, not (torch.is_grad_enabled() or module.training))
         return Call(self, self.active, self.rows, off, base, self.version,
-                    valid=valid(module, args, kw), given=given_to(self))
+                    samples=samples(args, kw), valid=valid(module, args, kw), given=given_to(self))
 
     def take(self, module: nn.Module, kw: dict, call: Call) -> tuple[dict, Call]:
         """The declared keys, off the batch and into the call. Those the model takes stay too.
@@ -109,6 +111,12 @@ class Part:
     key: str
     place: Place | None = None
     branch: Branch | None = None
+
+
+def samples(args: tuple, kw: dict) -> tuple[int, ...]:
+    """The leading sizes of the tensors a model is called with, each once."""
+    return tuple(dict.fromkeys(t.shape[0] for t in (*args, *kw.values())
+                               if isinstance(t, Tensor) and t.dim()))
 
 
 def valid(module: nn.Module, args: tuple, kw: dict) -> Tensor | None:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.weight.convolved import convolved
+from ..blocks.weight.dropped import drops
 from ..blocks.weight.folded import NOTHING
 from ..blocks.weight.lookup import looked_up
 from ..blocks.weight.provided import Weighted, linear
-from ..blocks.weight.within import drops
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Place

@@ -122,6 +122,26 @@ def laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
+class Mask:
+    """A dropout mask, held as the generator state it is drawn from.
+
+    ``first(x)`` draws it, on the tensor it was made for; a call draws the same again on any tensor
+    of that shape, however either lies in memory.
+    """
+
+    __slots__ = ("p", "states", "strides")
+
+    def __init__(self, x: Tensor, p: float):
+        self.p, self.states, self.strides = p, rng_state(x.device), layout(x)
+
+    def first(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, True)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        with replay(t.device, self.states):
+            return F.dropout(laid_out(t, self.strides), self.p, True)
+
+
 class _Dropout(torch.autograd.Function):
     """Stock dropout, bit for bit, that keeps the generator state instead of the mask."""
 

@@ -23,7 +23,7 @@ from ...core.call import context
 from ...core.errors import RecipeError
 from ..tape.cast import autocast
 from ..tape.functions import shaped, transformed
-from ..tape.replay import States, replay, rng_state
+from ..tape.replay import Mask
 from ..update.objective import Riding
 
 
@@ -64,7 +64,8 @@ class Weighed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scale: float,
                 p: float) -> Tensor:
-        ctx.scale, ctx.p, ctx.state = scale, p, rng_state(x.device) if p else None
+        ctx.scale = scale
+        ctx.mask = Mask(x.reshape(-1, x.shape[-1]), p) if p else None
         ctx.A = A.shape, A.dtype
         with torch.autocast(x.device.type, enabled=False):
             y, z = _weighed(x, gates, A, B, scale, p)
@@ -83,11 +84,11 @@ class Weighed(torch.autograd.Function):
               .to(B.dtype)) if ctx.needs_input_grad[3] else None
         dgates = (gh * z3).sum(-1).view(gates.shape).to(gates.dtype)
         gz = (gh * g3).flatten(1)
-        dA = (gz.t() @ _dropped(x2, ctx.p, ctx.state)).view(ctx.A[0]).to(ctx.A[1]) \
+        dA = (gz.t() @ _again(ctx.mask, x2)).view(ctx.A[0]).to(ctx.A[1]) \
             if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _dropped(gz @ A.flatten(0, 1).to(gz.dtype), ctx.p, ctx.state).view(x.shape)
+            dx = _again(ctx.mask, gz @ A.flatten(0, 1).to(gz.dtype)).view(x.shape)
         return dx, dgates, dA, dB, None, None
 
 
@@ -96,7 +97,7 @@ def _weighed(x: Tensor, gates: Tensor, A: Tensor, B: Tensor, scale: float,
     """(y (N, O), z (N, E R) before the gates), by differentiable torch functions alone."""
     E, R, _ = A.shape
     x2, g2 = x.reshape(-1, x.shape[-1]), gates.reshape(-1, E).to(x.dtype)
-    z = F.linear(_dropped(x2, p, None), A.flatten(0, 1).to(x.dtype))
+    z = F.linear(F.dropout(x2, p, True) if p else x2, A.flatten(0, 1).to(x.dtype))
     h = (z.view(-1, E, R) * g2.unsqueeze(-1)).flatten(1)
     return (h @ _stacked(B).to(x.dtype)).mul_(scale), z
 
@@ -106,14 +107,9 @@ def _stacked(B: Tensor) -> Tensor:
     return B.transpose(1, 2).flatten(0, 1)
 
 
-def _dropped(x: Tensor, p: float, state: States | None) -> Tensor:
-    """Dropout; with a state the mask of the first time."""
-    if not p:
-        return x
-    if state is None:
-        return F.dropout(x, p, True)
-    with replay(x.device, state):
-        return F.dropout(x, p, True)
+def _again(mask: Mask | None, t: Tensor) -> Tensor:
+    """`t` under the mask of the forward."""
+    return t if mask is None else mask(t)
 
 
 # -- routing --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Place
-from ..tape.replay import replay, rng_state
+from ..tape.replay import Mask
 from .persample import product_norms
 from .provided import Term
 
@@ -78,41 +78,38 @@ class Chain(Term):
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        state = None
+        mask = None
         if self.dropout and self.training:
-            state = rng_state(x_NI.device)
-            x_NI = F.dropout(x_NI, self.dropout, True)
+            mask = Mask(x_NI, self.dropout)
+            x_NI = mask.first(x_NI)
         h_NR = x_NI @ self.A.t().to(x_NI.dtype)
         y_NO.addmm_(h_NR.to(y_NO.dtype), self.B.t().to(y_NO.dtype), alpha=self.scale * scale)
-        return (h_NR if self.B.requires_grad else None, state)
+        return (h_NR if self.B.requires_grad else None, mask)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        h_NR, state = kept
+        h_NR, mask = kept
         s = self.scale * scale
         A, B = self.A.to(g_NO.dtype), self.B.to(g_NO.dtype)
         dB = None if h_NR is None else (g_NO.t() @ h_NR).mul_(s).to(self.B.dtype)
         gB_NR = (g_NO @ B).mul_(s)
         dA = None
         if self.A.requires_grad:
-            x = x_NI if state is None else self._dropped(x_NI, state)
+            x = x_NI if mask is None else mask(x_NI)
             dA = (gB_NR.t() @ x).to(self.A.dtype)
         if dx_NI is not None:
-            if state is None:
+            if mask is None:
                 dx_NI.addmm_(gB_NR, A)
             else:                               # dropout is linear: the same mask on the gradient
-                dx_NI.add_(self._dropped(gB_NR @ A, state))
+                dx_NI.add_(mask(gB_NR @ A))
         return [dA, dB]
 
-    def gain_(self, g_NO: Tensor, kept: tuple[object, ...], scale: float) -> Tensor | None:
-        h_NR, state = kept
-        if state is None:
+    def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[object, ...], scale: float
+              ) -> Tensor | None:
+        h_NR, mask = kept
+        if mask is None:
             return None
         return ((g_NO.t() @ h_NR) * self.B).sum(-1).mul_(self.scale * scale)
-
-    def _dropped(self, x: Tensor, state: Tensor) -> Tensor:
-        with replay(x.device, state):
-            return F.dropout(x, self.dropout, True)
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
         return (self.B @ self.A[..., i0:i1]).mul_(self.scale)

@@ -27,6 +27,7 @@ from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
+from .dropped import Dropped, Dropping, drops
 from .folded import NOTHING, Fold, Made, Room
 from .panels import Panels, Piece, product, product_back, product_beside
 from .term import Term, Wrap
@@ -62,6 +63,14 @@ class Weighted:
     def prepared(self) -> list[Any]:
         """What the tiled terms know of their whole matrices."""
         return [t.prepare() for t, _ in self.tiled]
+
+    def run(self, x: Tensor) -> Weighted:
+        """This answer for one forward on x: a generated update that drops stands beside W."""
+        own = [(Dropped(t, x) if isinstance(getattr(t, "term", t), Dropping) and drops(t) else t, s)
+               for t, s in self.terms]
+        if all(a is b for (a, _), (b, _) in zip(own, self.terms, strict=True)):
+            return self
+        return Weighted(self.base, own, self.wrap, self.held)       # type: ignore[arg-type]
 
     def theta(self) -> list[Tensor]:
         return [p for t in self.all for p in t.theta()]
@@ -185,14 +194,15 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
     weight: pass the stored (out, in) parameter itself when it trains too, else None.
     """
-    x = autocast(x)
-    theta = op.theta()
-    if plainly(theta):
+    given, x = x, autocast(x)
+    if plainly(op.theta()):
         return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
         if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
             return turned
         return _remade(x, op, bias, weight)
+    op = op.run(given)
+    theta = op.theta()
     if torch.compiler.is_compiling():
         return _Linear.apply(x, weight, bias, op, *theta)
     if not torch.is_grad_enabled():
@@ -377,7 +387,8 @@ class _Linear(torch.autograd.Function):
         grads: dict[int, list[Tensor | None]] = {id(t): [None] * len(t.theta()) for t in op.all}
         if op.wrap is not None:
             if panels:
-                own = [t.gain_(g2, part, s) for (t, s), part in zip(op.token, kept, strict=True)]
+                own = [t.gain_(g2, x2, part, s)
+                       for (t, s), part in zip(op.token, kept, strict=True)]
                 whole = [ts for ts, d in zip(op.token, own, strict=True) if d is None]
                 states = ctx.states + [t.prepare() for t, _ in whole]
                 V = Panels(W, op.tiled + whole, states)

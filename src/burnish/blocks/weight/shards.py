@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Place
-from ..tape.replay import replay, rng_state
+from ..tape.replay import Mask
 from .provided import Term
 
 
@@ -53,33 +53,33 @@ class Shards(Term):
         return (h @ self._matrix().to(h.dtype)).view(*x.shape[:-1], -1)
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        state = None
+        mask = None
         if self.dropout and self.training:
-            state = rng_state(x_NI.device)
-            x_NI = F.dropout(x_NI, self.dropout, True)
+            mask = Mask(x_NI, self.dropout)
+            x_NI = mask.first(x_NI)
         h_NR = self._fold(x_NI)
         y_NO.addmm_(h_NR.to(y_NO.dtype), self._matrix().to(y_NO.dtype), alpha=scale)
-        return (h_NR, state)
+        return (h_NR, mask)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        h_NR, state = kept
+        h_NR, mask = kept
         dD = (h_NR.t() @ g_NO).mul_(scale)
         if self.repeat > 1:
             dD = dD.view(self.rank, self.repeat, -1).sum(1)
         if dx_NI is not None:
             back = (g_NO @ self._matrix().t().to(g_NO.dtype)).mul_(scale)
-            if state is None:
+            if mask is None:
                 self._spread(dx_NI, back)
             else:                               # dropout is linear: the same mask on the gradient
                 whole = self._spread(torch.zeros_like(dx_NI), back)
-                with replay(whole.device, state):
-                    dx_NI.add_(F.dropout(whole, self.dropout, True))
+                dx_NI.add_(mask(whole))
         return [dD.to(self.D.dtype)]
 
-    def gain_(self, g_NO: Tensor, kept: tuple[object, ...], scale: float) -> Tensor | None:
-        h_NR, state = kept
-        if state is None:
+    def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[object, ...], scale: float
+              ) -> Tensor | None:
+        h_NR, mask = kept
+        if mask is None:
             return None
         return ((g_NO.t() @ h_NR) * self._matrix().t()).sum(-1).mul_(scale)
 

@@ -80,7 +80,7 @@ class Term(nn.Module):
 
     def undropped(self) -> None:
         """RecipeError where dropout would act: an update as a matrix has no place for it."""
-        if self.training and getattr(self, "dropout", 0):
+        if self.training and (getattr(self, "dropout", 0) or getattr(self, "drop_path", 0)):
             raise RecipeError(f"{type(self).__name__} with dropout has no form that torch.func or "
                               "forward-mode differentiation can transform here; set dropout=0 or "
                               "call eval()")
@@ -96,7 +96,8 @@ class Term(nn.Module):
         """Add this term's part into `dx_NI` in place; return one gradient per ``theta()``."""
         raise NotImplementedError
 
-    def gain_(self, g_NO: Tensor, kept: tuple[Any, ...], scale: float) -> Tensor | None:
+    def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[Any, ...], scale: float
+              ) -> Tensor | None:
         """``sum_n g_no (scale Delta x)_no`` per output, the term's part in the gradient of a gain
         on the result; None where Delta itself tells it (no dropout in between)."""
         return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.site import Place
 from ..choose import quantile
+from .dropped import Dropping
 from .panels import PANEL
-from .term import Term
 
 COEFFICIENT = 0.1
 #: entries of a strip: its dozen temporaries fit the second-level cache
@@ -42,25 +42,25 @@ class _State:
         self.tau, self.panel = tau, panel
 
 
-class KernelDelta(Term):
+class KernelDelta(Dropping):
     """The update above on one matrix.
 
     A: (2, in, q), B: (2, out, q), q = rank // 2; alpha, gamma, beta: scalars when `mixed`.
     sparsity: share of entries that are zero, in [0, 1); a controller may change it.
     magnitude: "signed_square" (Delta = K |K| on survivors) or "linear" (Delta = K, the dense
     form the authors use at s = 0).
+    dropout, drop_path: in training; see dropped.py.
     """
 
-    tiled: ClassVar[bool] = True
-
     def __init__(self, place: Place, rank: int, sparsity: float, mixed: bool, norm_p: float = 2.0,
-                 magnitude: str = "signed_square"):
+                 magnitude: str = "signed_square", dropout: float = 0.0, drop_path: float = 0.0):
         super().__init__()
         q = rank // 2
         a, b = 1 / math.sqrt(place.inp * q), 1 / math.sqrt(place.out * q)
         self.A = nn.Parameter(torch.empty(2, place.inp, q).uniform_(-a, a))
         self.B = nn.Parameter(torch.empty(2, place.out, q).uniform_(-b, b))
         self.mixed, self.norm_p, self.magnitude = mixed, float(norm_p), magnitude
+        self.dropout, self.drop_path = dropout, drop_path
         self.out, self.inp = place.out, place.inp
         if mixed:
             self.alpha = nn.Parameter(torch.ones(()))

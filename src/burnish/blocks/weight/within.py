@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .term import Term
@@ -64,8 +63,9 @@ class Within(Term):
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
         return self.term.backward_(g_NO[:, self.rows], x_NI, kept, dx_NI, scale)
 
-    def gain_(self, g_NO: Tensor, kept: tuple[Any, ...], scale: float) -> Tensor | None:
-        part = self.term.gain_(g_NO[:, self.rows], kept, scale)
+    def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[Any, ...], scale: float
+              ) -> Tensor | None:
+        part = self.term.gain_(g_NO[:, self.rows], x_NI, kept, scale)
         return None if part is None else self._padded(part, -1)
 
     def prepare(self) -> Any:
@@ -76,9 +76,3 @@ class Within(Term):
 
     def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
         return self._padded(self.term.pull(i0, i1, G[..., self.rows, :], state, grads), -2)
-
-
-def drops(term: torch.nn.Module) -> bool:
-    """Does a term drop part of its input just now?"""
-    term = getattr(term, "term", term)
-    return bool(term.training and getattr(term, "dropout", 0))

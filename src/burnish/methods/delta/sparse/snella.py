@@ -10,7 +10,7 @@ from ....blocks.weight.tiled import KernelDelta
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
-from .snell import check_kernel
+from .snell import check_drops, check_kernel, dropped
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
@@ -37,7 +37,7 @@ class Snella(Method):
     gradient (`metric` "ipt"), or |theta| ("mag"; the authors' third, w_mag, does not run).
 
     With s = s_target = 0 nothing competes: Delta = K, dense and unsquared (the authors' mixk), and
-    what a budget would read is refused.
+    what a budget would read is refused. `dropout` and `drop_path` are SNELL's.
 
     Start: alpha = gamma = 1, beta = 0, factors as SNELL: near, not equal to, the pre-trained
     function (mixk: Delta about 1 / out everywhere). Trains rank (in + out) + 3 per matrix. Kept
@@ -61,9 +61,12 @@ class Snella(Method):
     rounds: int = setting(100, "how often the budget is reallocated in a run", other=(2,))
     warmup: float = setting(0.0, "share of training before the budget starts to fall")
     cooldown: float = setting(0.0, "share of training after it has arrived")
+    dropout: float = setting(0.0, "dropout on the input of the update (the authors: 0.1)")
+    drop_path: float = setting(0.0, "drops the whole update of a sample (the authors: 0.1)")
 
     def __post_init__(self) -> None:
         check_kernel("snella", self.rank, self.s, self.s_target)
+        check_drops("snella", self.dropout, self.drop_path)
         if self.rounds < 1 or self.warmup < 0 or self.cooldown < 0 \
                 or self.warmup + self.cooldown >= 1:
             raise RecipeError("snella: rounds >= 1 and warmup + cooldown < 1 are expected")
@@ -86,7 +89,8 @@ class Snella(Method):
 
     def delta(self, site: Site) -> KernelDelta:
         term = KernelDelta(site.place, self.rank, self.s, mixed=True,
-                           magnitude="linear" if self.dense else "signed_square")
+                           magnitude="linear" if self.dense else "signed_square",
+                           dropout=dropped(site.place, self.dropout), drop_path=self.drop_path)
         for p in (term.alpha, term.gamma, term.beta):
             p.burnish_decay = False
         return term
