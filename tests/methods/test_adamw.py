@@ -91,3 +91,13 @@ def test_bf16_state_halves_the_bytes_and_v_still_moves():
     assert sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor)) == 4 * p.numel()
     v = state["exp_avg_sq"].double().mean() / (1 - 0.999**30)
     assert v == pytest.approx(1.0, rel=0.05)
+
+
+def test_moments_in_another_form_are_counted_in_it():
+    """Two moments of 5,000: 2 bytes in bf16; a byte and 4 per 256 in 8 bits; torch's own are of the
+    weight's type."""
+    from burnish.core.recipe import parse
+
+    want = {"fp32": 4 * 5000, "bf16": 2 * 5000, "8bit": 5000 + 4 * 20, "4bit": 2500 + 4 * 40}
+    for form, size in want.items():
+        assert parse(f"adamw(state={form!r})")[0].state_bytes((50, 100), 4) == 2 * size, form

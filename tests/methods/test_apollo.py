@@ -167,3 +167,11 @@ def test_a_model_learns_and_says_what_was_projected():
     losses = [float(tuned.step(batch)) for _ in range(12)]
     assert losses[-1] < losses[0]
     assert any(n.startswith("apollo projects 14 of ") for n in tuned.summary()["notes"])
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("apollo")
+    want = {"rank": 256, "every": 200, "scale_front": False}
+    assert {k: getattr(made, k) for k in want} == want

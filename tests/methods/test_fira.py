@@ -137,3 +137,11 @@ def test_with_eight_bit_moments_and_on_a_model():
 def test_it_cannot_share_the_subspace():
     with pytest.raises(burnish.RecipeError, match="fira and galore|galore and fira"):
         parse("full + fira + galore")
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("fira")
+    want = {"rank": 128, "every": 200}
+    assert {k: getattr(made, k) for k in want} == want

@@ -308,3 +308,11 @@ def test_the_state_of_a_7b_model():
     assert weights == 2 * 6_738_415_616
     assert state == pytest.approx(5.70e9, rel=0.002)
     assert (weights + state) / 2**30 == pytest.approx(17.86, abs=0.01)
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("galore")
+    want = {"rank": 128, "every": 200, "scale": 0.25, "in_backward": False}
+    assert {k: getattr(made, k) for k in want} == want

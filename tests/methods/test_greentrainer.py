@@ -351,3 +351,11 @@ def test_several_processes_are_refused(monkeypatch):
     tuned = burnish.tune(start()[0], "greentrainer", head=False)
     with pytest.raises(ConfigError, match="use one process"):
         tuned.optimizer(LR)
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("greentrainer")
+    want = {"budget": 0.5, "every": 100}
+    assert {k: getattr(made, k) for k in want} == want

@@ -200,3 +200,11 @@ def test_the_live_take_the_steps_of_plain_adam(leave):                          
 def test_more_layers_than_blocks_is_refused():
     with pytest.raises(RecipeError, match="layers=7.*6 repeated blocks"):
         attach("lisa(layers=7)", Body())
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("lisa")
+    want = {"layers": 2, "every": 20, "seed": 0}
+    assert {k: getattr(made, k) for k in want} == want

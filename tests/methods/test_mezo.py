@@ -378,3 +378,11 @@ def test_a_step_runs_on_fake_tensors(mode):
         for _ in range(2):
             opt.step(lambda: model(x).float().sum())
     assert len(opt.log) == 2
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("mezo")
+    want = {"eps": 1e-3, "weight_decay": 0.0}
+    assert {k: getattr(made, k) for k in want} == want

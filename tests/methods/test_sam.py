@@ -298,3 +298,11 @@ def test_an_objective_is_part_of_the_loss_that_is_looked_at():
     tuned.step(batches[0], mse)
     for p, w in zip(net.parameters(), want, strict=True):
         torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_its_settings_are_the_authors():
+    from burnish.core.recipe import parse
+
+    (made,) = parse("sam")
+    want = {"radius": 0.05, "adaptive": False}
+    assert {k: getattr(made, k) for k in want} == want

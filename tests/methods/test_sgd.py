@@ -94,3 +94,12 @@ def test_two_rules_are_refused_by_name():
     spec = [parse("sgd(momentum=0.9, state='bf16')")[0].optimizer(), Inner(rule=Lion())]
     with pytest.raises(burnish.RecipeError, match="sgd and lion"):
         compose(spec, [("w", nn.Parameter(torch.zeros(3)))], 0.1)
+
+
+def test_its_state_is_the_momentum_in_the_form_asked_for():
+    from burnish.core.recipe import parse
+
+    assert parse("sgd")[0].state_bytes((50, 100), 4) == 0
+    for form, size in {"fp32": 20000, "bf16": 10000, "8bit": 5000 + 4 * 20}.items():
+        made = parse(f"sgd(momentum=0.9, state={form!r})")[0]
+        assert made.state_bytes((50, 100), 4) == size, form
