@@ -15,6 +15,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, RecipeError, TargetError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
+from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -443,3 +444,22 @@ def test_masks_of_ones_own_that_are_to_be_disjoint_are_checked(tmp_path):
     save_file({"0.weight": mask}, tmp_path / "m.safetensors")
     tuned.remove("b")
     tuned.add("b", recipe)
+
+
+def test_it_keeps_what_it_says_and_has_the_defaults_of_the_paper():
+    assert keeps_what_it_says("shira", "vit") is None
+    (method,) = parse("shira")
+    assert (method.rank, method.samples) == (32, 128)
+
+
+def test_one_entry_of_ones_own_is_enough_and_only_given_masks_are_counted(tmp_path):
+    net = nn.Sequential(nn.Linear(12, 16))
+    mask = torch.zeros(16, 12, dtype=torch.bool)
+    mask[3, 4] = True
+    save_file({"0.weight": mask}, tmp_path / "m.safetensors")
+    tuned = burnish.tune(copy.deepcopy(net), f"shira(mask='{tmp_path}/m.safetensors')", head=False)
+    assert tuned.adapters["default"].settled == {"shira": {"0.weight": {"entries": 1}}}
+    tuned.save(tmp_path / "a")
+    assert entries(burnish.load(copy.deepcopy(net), tmp_path / "a"), "default") == [{3 * 12 + 4}]
+    drawn = burnish.tune(net, "shira(rank=1)", head=False)
+    assert drawn.adapters["default"].settled == {}

@@ -41,11 +41,10 @@ class Shards(Term):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(rank, in) and (out, rank), whose product is the update."""
         eye = torch.eye(self.rank, dtype=self.D.dtype, device=self.D.device)
-        return eye.repeat(1, -(-self.inp // self.rank))[:, : self.inp], self._matrix().t()
+        return eye[:, torch.arange(self.inp, device=eye.device) % self.rank], self._matrix().t()
 
     def dense(self) -> Tensor:
-        shards = -(-self.inp // self.rank)
-        return self._matrix().t().repeat(1, shards)[:, : self.inp]
+        return self.tile(0, self.inp, None)
 
     def plain(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
