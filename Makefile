@@ -38,7 +38,7 @@ test-all: $(STAMP)  ## every method on every model, every pair in both orders; S
 
 NAME ?= --named
 
-mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg"
+mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg", NAME=--all with SHARD=3/8
 	$(BIN)/python scripts/mutants.py $(NAME)
 
 check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most

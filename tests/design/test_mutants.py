@@ -89,6 +89,33 @@ def test_tests_of_other_names_are_told(monkeypatch):
         assert all(t.startswith("tests/") and t.endswith(".py") for t in got.tests), name
 
 
+def test_all_is_the_whole_catalogue_and_each_of_it_is_tested(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants
+
+    import burnish
+
+    every = mutants.catalogue()
+    assert {m.name for m in burnish.methods()} <= set(every) and len(every) == len(set(every))
+    parts = [mutants.catalogue(f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(n for part in parts for n in part) == sorted(every) and all(parts)
+    for name in every:
+        found = mutants.subject(name)
+        assert found.tests or (found.cells and "/" not in name), name
+    with pytest.raises(SystemExit, match="expected part/parts"):
+        mutants.catalogue("4/3")
+
+
+def test_the_last_line_sums_up(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from mutants import Mutant, Tally, summary
+
+    one, two = Tally("lora", killed=5, equivalent=1), Tally("dora", killed=2)
+    two.live.append(Mutant(1, "x", "x"))
+    assert summary([one, two]) == \
+        "mutants: 2 files, 9 mutants, 7 killed, 1 equivalent, 1 live"
+
+
 @pytest.mark.slow
 def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
     done = run("--named")

@@ -191,6 +191,7 @@ def test_the_count_of_a_rank():
     (method,) = burnish.parse("eva(rank=4)")
     place = Place("l", "weight", "linear", 24, 16)
     assert (method.count(place), method.count(place, rank=3)) == (4 * 40, 3 * 40)
+    assert (method.per_token(place), method.per_token(place, rank=3)) == (4, 3)
 
 
 def test_a_rank_of_nothing_makes_no_term():

@@ -154,6 +154,8 @@ def test_the_count_with_what_waits():
     p = Place("x", "weight", "linear", 768, 3072)
     assert method.count(p) == 2 * (768 + 3072) + 1
     assert method.count(p, rank=8, waiting=0) == 8 * (768 + 3072 + 1)
+    (without,) = burnish.parse("increlora(rank=8, advance=False)")
+    assert without.count(p) == 768 + 3072 + 1
 
 
 def test_defaults_are_the_published_ones():

@@ -160,3 +160,15 @@ def test_what_does_not_fit_is_refused():
 def test_the_count_on_llama():
     method = burnish.parse("lora_ga(rank=8)")[0]
     assert 32 * 2 * method.count(Place("q", "weight", "linear", 4096, 4096)) == 4_194_304
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("lora_ga")[0].settings() == {
+        "targets": None, "rank": 8, "alpha": 16.0, "gamma": 16.0, "split": "ArB2r", "samples": 32}
+
+
+def test_what_just_fits_is_taken():
+    assert burnish.parse("lora_ga(gamma=0.5, samples=1)")
+    (term,) = (t for _, t in burnish.tune(Net().double(), "lora_ga(rank=1)", targets="a",
+                                          head=False, calibration=data()).terms(nn.Module))
+    assert term.A.shape == (1, 10)

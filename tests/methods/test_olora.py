@@ -72,3 +72,7 @@ def test_columns_that_are_nothing_have_a_basis_too():
 def test_the_count_on_llama():
     method = burnish.parse("olora(rank=8)")[0]
     assert 32 * 2 * method.count(Place("q", "weight", "linear", 4096, 4096)) == 4_194_304
+
+
+def test_defaults_are_the_published_ones():
+    assert burnish.parse("olora")[0].settings() == {"targets": None, "rank": 32, "alpha": None}

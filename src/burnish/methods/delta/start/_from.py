@@ -16,7 +16,7 @@ from ....core.site import Place, Site
 class Starting(Method):
     """``W' = W + s (B A - B0 A0)`` with A0, B0 of :meth:`start`; s = alpha / rank, 1 by default."""
 
-    rank: int = setting(8, "rank of the update", alias=("r",))
+    rank: int
     alpha: float | None = setting(None, "numerator of the scale; None means rank (s = 1)",
                                   other=(8.0,))
 
