@@ -301,6 +301,16 @@ def test_what_does_not_fit_is_refused_with_figures(vit, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_of_tasks_no_recipe_is_chosen_and_none_is_offered(vit, tmp_path):
+    """A recipe in stages has to be named: to leave it out would be refused."""
+    tasks = {"one": "digits", "two": "digits"}
+    with pytest.raises(NoPlanError, match="more than the 4.00 KiB asked for; give a smaller batch"):
+        burnish.fit(vit, tasks, "lora(rank=2) + o_lora", memory="4KiB", output=tmp_path, **SMALL)
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        burnish.fit(vit, tasks, memory="4KiB", output=tmp_path, **SMALL)
+    assert not any(tmp_path.iterdir())
+
+
 # -- what goes wrong ---------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(vit, tmp_path):
     with pytest.raises(BurnishError, match=r"is (nan|inf|-inf) at step \d+ .* is kept in"):

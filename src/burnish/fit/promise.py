@@ -59,9 +59,10 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     say(f"promise: a training step{of} of batch {promise.batch} peaks at "
         f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:
+        advice = "give a smaller batch_size=, or add checkpoint or nf4 to the recipe" if tasks \
+            else "leave recipe= out to have one chosen that fits"
         raise NoPlanError(f"{recipe} needs {format_bytes(promise.peak_bytes)}, more than the "
-                          f"{format_bytes(limit)} asked for; leave recipe= out to have one "
-                          "chosen that fits")
+                          f"{format_bytes(limit)} asked for; {advice}")
     return promise
 
 

@@ -1,8 +1,9 @@
 """Which cells of methods x models x pairs a run looks at, so that its time follows the catalogue.
 
-Everything is chosen by a digest of names: the same on every machine, and a new method moves no
-choice that was made before. ``BURNISH_ALL=1`` takes the whole product instead, and
-``SHARD=3/8`` the third of eight parts of it.
+Everything is chosen by a digest of names, the same on every machine. A new method moves no other's
+models; of the pairs it takes the place of a partner where its digest is the lower one, and moves no
+other. ``BURNISH_ALL=1`` takes the whole product instead, and ``SHARD=3/8`` the third of eight parts
+of it.
 """
 
 from __future__ import annotations
