@@ -21,6 +21,7 @@ from burnish.blocks.tape.executor import checkpoint
 from burnish.blocks.tape.offload import Offload, kept_from
 from burnish.blocks.tape.saved import Tape
 from burnish.core.errors import BurnishError, RecipeError
+from burnish.testing.models import tiny
 
 D, N, L = 8, 16, 5
 WIDE = N * 4 * D * 8                             # bytes of what fc1 makes
@@ -401,3 +402,15 @@ def test_a_budget_needs_a_disk():
         burnish.parse("offload(in_time=True)")
     with pytest.raises(RecipeError, match="0 bytes or more"):
         burnish.parse("offload(threshold=-1)")
+    assert burnish.parse("offload(threshold=0)")
+
+
+def test_a_recipe_tells_the_policy_where_blocks_begin():
+    net, batch = tiny("bert")
+    net.eval()
+    before = net(**batch).logits
+    tuned = burnish.tune(net, "lora(rank=2) + offload(to='disk', threshold=1)")
+    policy, entered = tuned.state.tape.policy, []
+    policy.enter = lambda: entered.append(True)
+    assert torch.equal(net(**batch).logits, before)
+    assert len(entered) == len(tuned.anatomy.blocks) == 2

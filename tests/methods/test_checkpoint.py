@@ -110,7 +110,7 @@ def test_the_segment_that_keeps_least():                                        
     assert least(400, 4.0) == 10 and least(12, 10.0) == 1
 
 
-@pytest.mark.parametrize("blocks, segments", [(5, 5), (20, 10), (60, 20)])
+@pytest.mark.parametrize("blocks, segments", [(1, 1), (5, 5), (20, 10), (29, 15), (60, 20)])
 def test_none_takes_the_segment_of_the_blocks_it_finds(blocks, segments):       # findings 3.9
     """A block of these keeps 1 + (4 D + D) / D = 6 states."""
     net, _ = tower(blocks)

@@ -271,3 +271,8 @@ def test_removing_the_adapter_takes_the_codes_away():
     tuned.use("other")
     tuned.remove("default")
     assert not tuned.state.tape.policy.roles
+
+
+def test_bits_that_are_not_given_are_those_of_the_description():
+    given = burnish.parse("coded(bits=4, norm_bits=8, derivative_bits=4, group=256)")[0]
+    assert burnish.parse("coded")[0] == given

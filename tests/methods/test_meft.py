@@ -502,3 +502,25 @@ def test_switched_off_it_is_the_base():
     tuned.detach()
     assert torch.equal(off, net(batch()))
     assert not torch.equal(off, base(batch()))
+
+
+def test_the_adapters_of_the_paper_are_64_wide_and_one_channel_is_legal():
+    assert burnish.parse("meft")[0].bottleneck == 64
+    assert burnish.parse("meft(bottleneck=1, anchors=0)")
+    for words in ("bottleneck=0", "anchors=-1"):
+        with pytest.raises(RecipeError, match="are expected"):
+            burnish.parse(f"meft({words})")
+
+
+@pytest.mark.parametrize("power", [0, 1, 2, 4, 8])
+def test_fixed_streams_take_the_factors_whose_bits_pack(power):
+    """1 and 2^-k for k of 1, 2, 4 and 8, and no other."""
+    part = burnish.parse(f"meft(streams='fixed', lam={2.0 ** -power})")[0]
+    assert part.scales() == (2.0 ** -power, 1.0)
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 256.0, 1 / 3, 1 / 5, 1 / 8, 1 / 15, 1 / 17, 1 / 255,
+                                    1 / 257, 2 / 256, 0.75])
+def test_fixed_streams_refuse_other_factors(factor):
+    with pytest.raises(RecipeError, match="whole bits are dropped"):
+        burnish.parse(f"meft(streams='fixed', lam={factor})")[0].scales()

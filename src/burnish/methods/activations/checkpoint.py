@@ -8,7 +8,7 @@ from ...core.errors import RecipeError
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy
+    from ...core.anatomy import Anatomy, Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Checkpoint(Method):
             return Segment(paths, "selective checkpoint")
         joined = set()
         for blocks in anatomy.stacks().values():
-            s = self.every or least(len(blocks), _stored(anatomy, blocks[0].path))
+            s = self.every or least(len(blocks), _stored(anatomy, blocks[-1]))
             joined |= {b.path for i, b in enumerate(blocks) if i % s}
         return Segment(paths, "checkpoint", frozenset(joined))
 
@@ -72,10 +72,10 @@ def least(blocks: int, stored: float) -> int:
     return min(range(1, blocks + 1), key=lambda s: -(-blocks // s) + s * stored)
 
 
-def _stored(anatomy: Anatomy, path: str) -> float:
+def _stored(anatomy: Anatomy, block: Block) -> float:
     """f: hidden states that a block keeps when it runs stored. A block keeps its input and what
     its matrices make, which attention and activations read; the rest is made again from these."""
-    made = [p for p in anatomy.places if p.path.startswith(f"{path}.") and p.kind != "embedding"]
-    width = next((b.hidden_size for b in anatomy.blocks if b.path == path), None) \
-        or anatomy.hidden_size or (made[-1].out if made else 1)
-    return 1 + sum(p.out for p in made) / width
+    made = [p.out for p in anatomy.places if p.path.startswith(f"{block.path}.")
+            and p.kind != "embedding"]
+    width = block.hidden_size or anatomy.hidden_size
+    return 1 + sum(made) / width if width else 10
