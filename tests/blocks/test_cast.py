@@ -45,11 +45,13 @@ def kept(tuned, x: Tensor) -> int:
     return live
 
 
-def test_three_readers_keep_one_copy():  # findings 3.10
+@pytest.mark.parametrize("method", ["lora(rank=2", "dora(rank=2", "snell(rank=4", "bone(rank=8",
+                                    "oft(block=8", "vera(rank=4", "miss(rank=4"])
+def test_three_readers_keep_one_copy(method):  # findings 3.10
     torch.manual_seed(0)
     x = torch.randn(8, 128, 64)
-    one = kept(burnish.tune(Attention(between="sum"), "lora(rank=2, targets='q')"), x)
-    three = kept(burnish.tune(Attention(between="sum"), "lora(rank=2, targets='q,k,v')"), x)
+    one = kept(burnish.tune(Attention(between="sum"), f"{method}, targets='q')"), x)
+    three = kept(burnish.tune(Attention(between="sum"), f"{method}, targets='q,k,v')"), x)
     copy = x.numel() * 2
     assert three - one < copy / 4                # two further ranks, and no further copy
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import burnish
+from burnish.blocks.weight.factor import Chain
 from burnish.blocks.weight.folded import LIMIT
 from burnish.blocks.weight.magnitude import Magnitude
 from burnish.blocks.weight.rotation import Rotation
@@ -280,6 +281,60 @@ def test_each_change_is_seen_by_the_next_forward(move):
     assert torch.equal(answer(tuned, batch()), fresh(tuned, batch()))
 
 
+def test_an_address_that_is_used_again_is_another_tensor():
+    tuned = joined("snell(rank=4)", targets="first")
+    p = own(tuned)
+    for _ in range(10):
+        answer(tuned, batch())
+        for _ in range(3):                       # freed memory comes back at once
+            p.data = torch.randn_like(p)
+            assert torch.equal(answer(tuned, batch()), fresh(tuned, batch()))
+            p.data = p.data.half()
+            p.data = torch.randn_like(p, dtype=torch.float32)
+            p.data = torch.randn_like(p)
+        assert torch.equal(answer(tuned, batch()), fresh(tuned, batch()))
+
+
+def test_another_parameter_over_the_same_memory_is_another_tensor():
+    tuned = joined("snell(rank=4)", targets="first")
+    term = next(m for m in tuned.model.modules() if isinstance(m, Term))
+    term._parameters["A"] = nn.Parameter(term.A.data)
+    answer(tuned, batch())
+    was = id(term.A)
+    with torch.no_grad():
+        term.A.mul_(3)
+    for _ in range(50):                          # its count begins at 0, as the first one's did
+        term._parameters["A"] = nn.Parameter(term.A.data)
+        if id(term.A) == was:
+            break
+    assert term.A._version == 0
+    assert torch.equal(answer(tuned, batch()), fresh(tuned, batch()))
+
+
+def test_an_update_of_some_rows_beside_one_of_all_is_watched_too():
+    from burnish.testing.models import tiny
+
+    net, inputs = tiny("gpt2")
+    torch.manual_seed(0)
+    tuned = burnish.tune(net, "lora(rank=2, targets='q') + snell(rank=4, targets='qkv')")
+    stirred(tuned)
+    net.eval()
+    chain = next(m for m in net.modules() if isinstance(m, Chain))
+
+    def logits(of) -> Tensor:
+        with torch.no_grad():
+            return of.model(**inputs).logits
+
+    for change in (lambda: None, lambda: setattr(chain, "scale", 7.0),
+                   lambda: nn.init.ones_(chain.B)):
+        change()
+        twin = copy.deepcopy(tuned)
+        twin.state.room.limit = 0
+        want = logits(twin)
+        assert torch.equal(logits(tuned), want) and torch.equal(logits(tuned), want)
+    assert tuned.state.room.used
+
+
 # -- memory ----------------------------------------------------------------------------------------
 def test_large_values_stay_within_the_limit_and_answers_are_the_same():
     tuned = joined("snell(rank=4)")
@@ -385,6 +440,7 @@ def test_what_was_kept_in_inference_mode_serves_outside():
     with torch.inference_mode():
         want = tuned.model(batch()).clone()
     x = batch().requires_grad_()
+    assert not any(t.is_inference() for t in tuned.state.room.tensors())
     assert torch.equal(answer(tuned, x), want)
     tuned.model(x).sum().backward()
     assert x.grad is not None

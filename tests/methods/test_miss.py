@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
 from burnish.blocks.weight.shards import Shards
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place
 from burnish.core.targets import match
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
@@ -133,3 +135,29 @@ def test_defaults_limits_and_decay():
         burnish.parse("miss(dropout=1.0)")
     tuned = burnish.tune(nn.Sequential(nn.Linear(8, 8)), "miss(rank=2)", head=False)
     assert [g["weight_decay"] for g in tuned.optimizer(weight_decay=0.1).param_groups] == [0.0]
+
+
+def test_it_takes_as_many_operations_for_many_shards_as_for_few():  # findings 3.10
+    def operations(shards: int, rest: int) -> int:
+        inp = 4 * shards + rest
+        term = Shards(Place("layer", "weight", "linear", OUT, inp), 4, OUT)
+        x, y, g, dx = torch.randn(N, inp), torch.zeros(N, OUT), torch.randn(N, OUT), \
+            torch.zeros(N, inp)
+        with Counting() as counting, torch.no_grad():
+            kept = term.forward_(x, y, 1.0)
+            term.backward_(g, x, kept, dx, 1.0)
+            term.tile(0, inp, None)
+        return counting.n
+
+    assert operations(100, 3) == operations(2, 3)
+    assert operations(100, 0) == operations(2, 0)
+
+
+class Counting(TorchDispatchMode):
+    """How many operators run."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))

@@ -12,7 +12,6 @@ Letters: N tokens, O out, I in. A panel is (O, n): all outputs, a run of inputs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,11 +49,14 @@ class Weighted:
         self.fold = Fold(room) if room is not None and (self.tiled or wrap) else None
         self.whole = Fold(room) if room is not None else None
         self.room = room
+        self._unwrapped: Weighted | None = None
 
-    @functools.cached_property
+    @property
     def unwrapped(self) -> Weighted:
         """The same without the function of W."""
-        return Weighted(self.base, self.terms, None, self.held, self.room)
+        if self._unwrapped is None:              # (a cached_property locks: no graph holds that)
+            self._unwrapped = Weighted(self.base, self.terms, None, self.held, self.room)
+        return self._unwrapped
 
     def made(self, x: Tensor) -> Made:
         """What evaluation has kept of it, for an input like x."""
@@ -248,15 +250,21 @@ class _Base:
 
     def __init__(self, op: Weighted, weight: Tensor | None, dtype: torch.dtype):
         self.op, self.given, self.dtype = op, weight, dtype
+        self._value: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def stored(self) -> Tensor:
-        return self.op.base() if self.given is None else self.given
+        if self.given is None:
+            self.given = self.op.base()
+        return self.given
 
-    @functools.cached_property
+    @property
     def value(self) -> Tensor:
         """In the precision of the tokens."""
-        return self.stored if self.stored.dtype == self.dtype else self.stored.to(self.dtype)
+        if self._value is None:
+            stored = self.stored
+            self._value = stored if stored.dtype == self.dtype else stored.to(self.dtype)
+        return self._value
 
 
 class _Ran(NamedTuple):
