@@ -61,11 +61,11 @@ def checkpoint(module: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: d
         return fn(*args, **kwargs)
     args, kwargs = _uncached(args, kwargs)
     if tape is None:
-        return Run(fn, args, kwargs, Stretch()).apply(params)
+        return Run(module, fn, args, kwargs, Stretch()).apply(params)
     alone = tape.others()
     stretch = stretch_of(joins and not alone, given)
     answers = Answers() if selective and not alone else None
-    return Run(fn, args, kwargs, stretch, tape.recording, answers).apply(params)
+    return Run(module, fn, args, kwargs, stretch, tape.recording, answers).apply(params)
 
 
 def in_graph(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

@@ -21,13 +21,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from ...core.call import again, current
-from . import replay
+from . import replay, unread
 from .functions import unviewed, version_of
 from .selective import Answers
 
@@ -71,7 +71,7 @@ class Stretch:
         while chain[-1].run.below is not None:
             chain.append(chain[-1].run.below)
         for ctx in reversed(chain):
-            self.again[ctx.run.index] = ctx.run.repeat(ctx, self.again)
+            self.again[ctx.run.index] = ctx.run.repeat(ctx, self.again, ctx is last)
 
 
 def _clear(stretch: Stretch | None) -> None:
@@ -97,9 +97,10 @@ class Run:
     recording: the tape its second run goes under. answers: where it keeps costly results too.
     """
 
-    def __init__(self, fn: Callable[..., Any], args: tuple, kwargs: dict, stretch: Stretch,
-                 recording: Callable[[], Any] = nullcontext,
+    def __init__(self, block: nn.Module, fn: Callable[..., Any], args: tuple, kwargs: dict,
+                 stretch: Stretch, recording: Callable[[], Any] = nullcontext,
                  answers: Answers | None = None):
+        self.block, self.products = block, 0
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.where = [i for i, v in enumerate(self.leaves) if isinstance(v, Tensor)]
         self.tensors = [self.leaves[i] for i in self.where]
@@ -128,26 +129,34 @@ class Run:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.fn(*args, **kwargs)
 
-    def repeat(self, ctx: Any, again_made: dict[int, tuple[list[Tensor], list[Tensor]]]
-               ) -> tuple[list[Tensor], list[Tensor]]:
-        """(inputs, outputs) of the second run, with a graph between them."""
+    def repeat(self, ctx: Any, again_made: dict[int, tuple[list[Tensor], list[Tensor]]],
+               last: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """(inputs, outputs) of the second run, with a graph between them. The last block of a
+        stretch need not make what nobody reads (unread.py)."""
         kept, inputs = iter(ctx.saved_tensors), []
         for source, need in zip(self.sources, ctx.needs_input_grad[1:], strict=False):
             t = next(kept) if source is None else again_made[source[0]][1][source[1]]
             inputs.append(t.detach().requires_grad_(need))
-        random = nullcontext() if ctx.rng is None else replay.replay(ctx.devices, ctx.rng)
-        answered = nullcontext() if self.answers is None else \
-            self.answers.second(inputs, list(kept))
-        with again(self.context), torch.enable_grad(), random, \
-                replay.autocast(ctx.autocast, cache=True), self.recording(), answered:
-            out = self.on(inputs)
+
+        def run() -> Any:
+            random = nullcontext() if ctx.rng is None else replay.replay(ctx.devices, ctx.rng)
+            answered = nullcontext() if self.answers is None else \
+                self.answers.second(inputs, list(kept))
+            with again(self.context), torch.enable_grad(), random, \
+                    replay.autocast(ctx.autocast, cache=True), self.recording(), answered:
+                return self.on(inputs)
+
+        whole = self.answers is not None or not last
+        out = run() if whole else unread.repeated(self.block, self.products, run)
         return inputs, [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
 
     def first(self, tensors: Sequence[Tensor]) -> Any:
         """The block, run for the first time, without a graph."""
-        with again(self.context), \
+        with again(self.context), unread.running(unread.Run()) as counted, \
                 nullcontext() if self.answers is None else self.answers.first(tensors):
-            return self.on(tensors)
+            out = self.on(tensors)
+        self.products = counted.products
+        return out
 
 
 class _Again(torch.autograd.Function):

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
-from . import replay, roles
+from . import replay, roles, unread
 from .functions import storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
@@ -198,6 +198,8 @@ class Tape(TorchFunctionMode):
         return self._watch(func, args, kwargs)
 
     def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func is F.linear:
+            return unread.linear(func, args, kwargs)
         if not self.lean and not self.policy.moves:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
@@ -309,6 +311,7 @@ class Tape(TorchFunctionMode):
 
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
+        unread.kept(t)
         return self._packed(t, roles.role_of(t) if self.policy.roles else None)
 
     def _packed(self, t: Tensor, role: Role | None) -> Any:
@@ -329,6 +332,7 @@ class Tape(TorchFunctionMode):
         call, here = current(), self._here
         mine = None if call is None else weakref.ref(call)
         here.pack = self.pack
+        unread.watch()
 
         def unpack(x: Any, call: Call | None = call) -> Tensor:     # holds the call: see core/call
             here.opened = mine

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current
+from ..tape import unread
 from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
@@ -206,11 +207,15 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     op = op.run(given)
     theta = op.theta()
     if torch.compiler.is_compiling():
-        return _Linear.apply(x, weight, bias, op, *theta)
-    if not torch.is_grad_enabled():
-        return _alone(x, op, bias, weight)
-    with reading((x,)):
-        return _Linear.apply(x, weight, bias, op, *theta)
+        return _Linear.apply(x, weight, bias, op, False, *theta)
+    left = unread.begin()
+    if torch.is_grad_enabled():
+        with reading((x,)):
+            y = _Linear.apply(x, weight, bias, op, left, *theta)
+    else:
+        y = _alone(x, op, bias, weight)
+    unread.end()
+    return y
 
 
 def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -280,8 +285,10 @@ class _Ran(NamedTuple):
 
 
 def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
-         made: Made = NOTHING) -> _Ran:
-    """``x V^T + b``, with what is made of the weight taken from `made`, or left there."""
+         made: Made = NOTHING, left: bool = False) -> _Ran:
+    """``x V^T + b``, with what is made of the weight taken from `made`, or left there.
+
+    left: nobody reads the result, so the product with V is left out."""
     base = _Base(op, weight, x.dtype)
     b = None if bias is None else bias.to(x.dtype)
     x2 = x.reshape(-1, x.shape[-1])
@@ -302,7 +309,11 @@ def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
                     states = op.prepared()
             found = Panels(base.value, op.tiled, states).pieces(half)
         pieces = found
-    if half and (wide or op.tiled):
+    if left:
+        y2 = unread.nothing(x2, base.value.shape[0])
+        for (t, _), state in zip(op.tiled, states or (), strict=True):
+            t.let_go(state)
+    elif half and (wide or op.tiled):
         y2 = product_beside(x2, base.value, pieces, early, wide)
     else:
         y2 = product(x2, pieces, early) if op.tiled else F.linear(x2, base.value, early)
@@ -341,8 +352,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @uncast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-                op: Weighted, *theta: Tensor) -> Tensor:
-        y2, base, ctx.states, kept, ctx.gain, ctx.wrap_kept = _run(x, op, bias, weight)
+                op: Weighted, left: bool, *theta: Tensor) -> Tensor:
+        y2, base, ctx.states, kept, ctx.gain, ctx.wrap_kept = _run(x, op, bias, weight, left=left)
         stored = base.stored
         ctx.op, ctx.call, ctx.shape = op, current(), x.shape
         # as in stock torch: what backward reads is kept or watched, and nothing else
@@ -373,7 +384,7 @@ class _Linear(torch.autograd.Function):
         op: Weighted = ctx.op
         if ctx.seen is None:
             return _Linear.pulled(ctx, op, g)
-        with as_required(op.theta(), ctx.needs_input_grad[4:]):
+        with as_required(op.theta(), ctx.needs_input_grad[5:]):
             op.check(ctx.seen, op.reads(*ctx.seen_as))
             return _Linear.pulled(ctx, op, g)
 
@@ -413,7 +424,7 @@ class _Linear(torch.autograd.Function):
             grads[id(t)] = t.backward_(g2, x2, part, dx, s)
         dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
         flat = [p for t in op.all for p in grads[id(t)]]
-        return (None if dx is None else dx.view(ctx.shape)), dW, db, None, *flat
+        return (None if dx is None else dx.view(ctx.shape)), dW, db, None, None, *flat
 
 
 def _gained(t: Tensor, f: Tensor) -> Tensor:

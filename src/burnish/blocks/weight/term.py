@@ -107,6 +107,9 @@ class Term(nn.Module):
         """What a panel needs to know of the whole matrix (a threshold). Small: it is kept."""
         return None
 
+    def let_go(self, state: Any) -> None:
+        """Forward makes no panel: drop what waits for that in the state."""
+
     def tile(self, i0: int, i1: int, state: Any) -> Tensor:
         """Columns i0:i1 of the update, (out, i1-i0); a fresh tensor the caller may write to."""
         d = self.dense()[..., i0:i1]
