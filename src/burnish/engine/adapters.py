@@ -7,6 +7,8 @@ adapters wait beside it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.update.step import compose
 from ..core.call import Call
+from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
+from .attach import Attacher
+from .entries import switch
+from .leave import take_out
+from .observe import Batches
 from .planned import make_plan
 from .slot import Slot, slots
+from .step import forward
 from .swap import ATTR
 
 if TYPE_CHECKING:
@@ -95,14 +104,6 @@ def check_rows(tuned: Tuned, rows: tuple[str | None, ...]) -> None:
             if name in readers:
                 raise ConfigError(f"{name!r} reads states of {path} elsewhere; per-sample adapters "
                                   "read where they write")
-
-
-def known(tuned: Tuned, name: str) -> Adapter:
-    """The adapter of a name; ConfigError where there is none."""
-    if name not in tuned.adapters:
-        raise ConfigError(f"no adapter {name!r}{nearest(name, tuned.adapters)} "
-                          f"(there is {', '.join(tuned.adapters)})")
-    return tuned.adapters[name]
 
 
 def check_mix(tuned: Tuned, weights: dict[str, float]) -> None:
@@ -235,3 +236,151 @@ def _slot(model: nn.Module, path: str) -> Slot | None:
         return model.get_submodule(path)._modules.get(ATTR)
     except AttributeError:
         return None
+
+
+class Adapters(dict[str, Adapter]):
+    """The adapters of a tuned model by name, and which of them are in use. A part of
+    :class:`~burnish.engine.tuned.Tuned`, which says what each method does for a user and makes
+    whole changes of them."""
+
+    def __init__(self, tuned: Tuned):
+        super().__init__()
+        self.tuned = tuned
+
+    @property
+    def active(self) -> Adapter:
+        """The one that trains; where none does, the first in use."""
+        state = self.tuned.state
+        names = [n for n, _ in state.active] or list(self)
+        return self[state.training or names[0]]
+
+    def known(self, name: str | None) -> Adapter:
+        """The one of a name (None: the active one); ConfigError where there is none."""
+        if name is None:
+            return self.active
+        if name not in self:
+            raise ConfigError(f"no adapter {name!r}{nearest(name, self)} "
+                              f"(there is {', '.join(self)})")
+        return self[name]
+
+    def add(self, name: str, recipe: Recipe, targets: Any, head: bool | str, seed: int,
+            calibration: Iterable[Any] | None, settled: Mapping[str, Any] | None) -> None:
+        """Join another recipe; in use if it is the first."""
+        check_name(name, self)
+        check_storage(recipe, self)
+        compose([m.optimizer() for m in recipe if "optimizer" in m.axes()],
+                [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
+        tuned, originals = self.tuned, self.tuned.originals
+        train_head = tuned.anatomy.head_kind == "classification" if head == "auto" else bool(head)
+        adapter = Adapter(name, recipe, targets, train_head, seed, originals, filled=tuned.filled)
+        adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
+        batches = tuned.calibration if calibration is None else Batches(calibration)
+        base = tuned.disabled if self else contextlib.nullcontext
+        attacher = Attacher(tuned.model, tuned.anatomy, tuned.state, adapter, tuned.undo,
+                            (batches, self._run, base))
+        known = set(originals)
+        tuned.undo.later(lambda: [originals.forget(*k) for k in set(originals) - known])
+        with drawn(seed):
+            attacher.attach(recipe)
+        if train_head:
+            self._train_head(adapter, attacher)
+        adapter.notes = attacher.notes
+        adapter.parts = [(path, part.key) for path, _, slot in slots(tuned.model)
+                         for part in slot.parts if part.adapter == name]
+        self[name] = adapter
+        for key, p in adapter.selected.items():
+            path, _, leaf = key.rpartition(".")
+            originals.put(path, leaf, p)
+        if len(self) == 1:
+            tuned.use(name)
+        else:                                    # it starts from the base's values, not another's
+            adapter.away = {k: original(tuned, k).to(p.device, copy=True)
+                            for k, p in adapter.selected.items()}
+            self.set_trainable()
+
+    def _run(self, batch: Any, loss: bool = False) -> Any:
+        """One batch through the model, for a data pass."""
+        return self.tuned.loss(batch) if loss else forward(self.tuned.model, batch)
+
+    def remove(self, name: str) -> None:
+        """Take one out; where it was in use, the first of the others is."""
+        self.known(name)
+        if len(self) == 1:
+            raise ConfigError(f"{name!r} is the only adapter; tuned.detach() gives back the base")
+        active = {n for n, _ in self.tuned.state.active} | set(self.tuned.state.rows or ())
+        if name in active:
+            self.tuned.use(next(n for n in self if n != name))
+        take_out(self.tuned, name)
+        self.set_trainable()
+        self.tuned.steps.checked = False
+
+    def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
+        for path in self.tuned.anatomy.head:
+            for leaf, p in self.tuned.model.get_submodule(path).named_parameters():
+                if f".{ATTR}." not in f".{leaf}." and p.is_floating_point():
+                    adapter.select(attacher.names[id(p)], p)
+
+    def use(self, which: str | Mapping[str, float] | Sequence[str | None],
+            train: str | None = None) -> None:
+        """Choose what is active, and what of it trains."""
+        tuned = self.tuned
+        names = [which] if isinstance(which, str) else list(which)
+        for n in names:
+            if n is not None:
+                self.known(n)
+        if not names:
+            raise ConfigError(f"use({which!r}) names no adapter (there is "
+                              f"{', '.join(self)}); to run the base: tuned.disabled()")
+        if isinstance(which, str):
+            weights, rows = {which: 1.0}, None
+        elif isinstance(which, Mapping):
+            weights, rows = {n: float(w) for n, w in which.items()}, None
+            check_mix(tuned, weights)
+        else:
+            weights, rows = {}, tuple(which)
+            check_rows(tuned, rows)
+        alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
+        merged = tuned.merged is not None
+        if merged:
+            tuned.check_plain() if rows is not None or train is not None else switch(tuned, weights)
+        else:
+            if train is not None and train != alone:
+                check_train(tuned, weights, train)
+            bring(tuned, weights)
+        tuned.state.use(tuple(weights.items()), rows)
+        tuned.state.training = alone if train is None else train
+        if not merged:
+            self.set_trainable()
+        tuned.steps.checked = False
+
+    def set_trainable(self) -> None:
+        """What is active alone trains, or what `use` was told; else several are for use."""
+        name = self.tuned.state.training
+        for adapter in self.values():
+            for p in adapter.selected.values():
+                p.requires_grad_(False)
+        if name is not None:
+            adapter = self[name]
+            for key, p in adapter.selected.items():
+                p.requires_grad_(True)
+                p.burnish_decay = adapter.decay[key]
+        for _, _, slot in slots(self.tuned.model):
+            for own, box in slot.named_children():
+                if own in self:
+                    for p in box.parameters():
+                        p.requires_grad_(own == name and not getattr(p, "burnish_frozen", False))
+
+    def tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """What one is: its own tensors, the base tensors it trains, the buffers it has moved."""
+        adapter = self.known(name)
+        name = adapter.name
+        out: dict[str, Tensor] = {}
+        mark = f"{ATTR}.{name}."
+        for key, value in self.tuned.model.state_dict(keep_vars=True).items():
+            if f".{mark}" in f".{key}":
+                out[key] = value.detach()
+        values = {**adapter.values(), **moved_buffers(self.tuned, name)}
+        for key, written in file_names(self.tuned, name).items():
+            if key in values:
+                out[written] = values[key]
+        return out

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.draw import random_kept
-from ..core.errors import CheckError, ConfigError
 from .buffers import movable
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Pass:
 
     def __init__(self, tuned: Tuned, whole: Callable[[], Tensor], alone: Callable[[], Tensor]):
         self._tuned, self._whole, self._alone = tuned, whole, alone
-        self.index = tuned.timeline.step
+        self.index = tuned.steps.timeline.step
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains just now, by name."""
@@ -93,9 +92,10 @@ def _untouched(tuned: Tuned) -> Iterator[None]:
     update are back, and random generators and the account of objectives stand where they stood."""
     params = [p for p in tuned.model.parameters() if p.grad is not None or p.requires_grad]
     aside = [p.grad for p in params]
-    optimizer, objectives, riding = tuned.current_optimizer, tuned._objectives, tuned.state.riding
+    steps, riding = tuned.steps, tuned.state.riding
+    optimizer, objectives = steps.optimizer, steps.objectives
     ridden, seen = riding.ridden, getattr(objectives, "_seen", False)
-    was, tuned._still = tuned._still, True
+    was, steps.still = steps.still, True
     muted = getattr(optimizer, "muted", None)
     if muted is not None:
         optimizer.muted = True                       # it would step inside this backward
@@ -107,7 +107,7 @@ def _untouched(tuned: Tuned) -> Iterator[None]:
     finally:
         for p, g in zip(params, aside, strict=True):
             p.grad = g
-        tuned._still, riding.ridden = was, ridden
+        steps.still, riding.ridden = was, ridden
         if objectives is not None:
             objectives._seen = seen
         if muted is not None:
@@ -119,14 +119,14 @@ def _updated(tuned: Tuned, grads: dict[str, Tensor]) -> Iterator[dict[str, Tenso
     params, kept = dict(tuned.named_parameters()), dict[str, Tensor]()
     scale = tuned.state.riding.rest()
     try:
-        with _untouched(tuned), _first_rates(tuned.current_optimizer), torch.no_grad():
+        with _untouched(tuned), _first_rates(tuned.steps.optimizer), torch.no_grad():
             while grads:
                 name, g = grads.popitem()
                 p = params[name]
                 kept[name] = p.detach().to("cpu", copy=True)
                 p.grad = g if scale == 1 else g / scale
                 del g
-                _step_alone(tuned.current_optimizer, p)
+                _step_alone(tuned.steps.optimizer, p)
         yield kept
     finally:
         with torch.no_grad():
@@ -177,92 +177,3 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 def _trains(model: nn.Module) -> bool:
     return any(m.training for m in model.modules())
-
-
-class Around:
-    """The part of :class:`~burnish.engine.tuned.Tuned` that makes passes."""
-
-    _still: bool = False                             # a pass is under way that sends no event
-    _passes: int = 0                                 # made through here since the last update
-
-    def around(self: Any, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
-        """``whole()``, with what the recipe does around it.
-
-        For loops that make their own passes. whole: forward and backward of one micro-batch,
-        gradients added to ``.grad``; it may be called several times and must mean the same each
-        time. alone: its loss without a backward. Both return the loss.
-        """
-        self.timeline.start(self.total_steps)
-        self._passes += 1
-        with ExitStack() as stack:
-            for handler in self.timeline.around():
-                step = Pass(self, whole, alone)
-                stack.enter_context(contextmanager(handler.around_step)(step))
-            clip = getattr(self.current_optimizer, "clip", None)
-            if clip is not None and clip.norm:       # LOMO: one backward for the norm alone
-                with clip.weighing():
-                    probe(self, whole, grads=True, statistics=False)
-            return whole()
-
-    def backward(self: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, *,
-                 scale: Any = 1.0) -> Tensor:
-        """Forward and backward of one micro-batch, right for every recipe that makes gradients;
-        they are added to ``.grad``. Returns the loss (detached)::
-
-            for batch in micro_batches:
-                tuned.backward(batch, loss, scale=1 / len(micro_batches))
-            opt.step()
-            opt.zero_grad()
-
-        scale: what the loss is multiplied by on its way back: a share, or ``scaler.get_scale()``
-        times one. Raises BurnishError for a loss that is not finite, ConfigError beside an
-        optimizer that makes no gradient.
-        """
-        self._plain()
-        opt = self.current_optimizer or self.optimizer()
-        if getattr(opt, "zeroth_order", False):
-            raise ConfigError(f"{self.recipe} evaluates the loss and makes no gradient: "
-                              "use tuned.step(batch, loss)")
-
-        def whole() -> Tensor:
-            value = self.loss(batch, loss)
-            self._finite(value)
-            if not value.requires_grad:
-                raise CheckError("the loss depends on nothing that trains: what was chosen is no "
-                                 "part of the computation of this batch; check targets")
-            (value if isinstance(scale, float) and scale == 1 else value * scale).backward()
-            return value.detach()
-
-        return self.around(whole, lambda: self.loss(batch, loss))
-
-    def probe(self: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None, *,
-              grads: bool = True, statistics: bool = False) -> Probe:
-        """The loss of a batch, and the gradients of what trains, without a trace: no event, no
-        update, no optimizer state; ``.grad`` holds what it held, random generators stand where
-        they stood (the next pass on this batch draws the same dropout), running statistics have
-        not moved unless `statistics`. The model runs in the mode it is in.
-
-        grads: False runs a forward alone. Beside a step inside backward all gradients exist at
-        once meanwhile. Takes the memory of a step's forward and backward, plus what ``.grad``
-        holds, plus the running statistics.
-        """
-        self._plain()
-
-        def whole() -> Tensor:
-            value = self.loss(batch, loss)
-            if grads and value.requires_grad:
-                value.backward()
-            return value
-
-        return probe(self, whole, grads, statistics)
-
-    def _passed(self: Any) -> None:
-        """Raises ConfigError when an update comes whose passes the recipe could not surround."""
-        acts = self.timeline.around()
-        if acts and not self._passes:
-            names = [n for n, h in self.timeline.handlers if h in acts]
-            raise ConfigError(
-                f"{' and '.join(names)} acts around the forward and backward, which this loop made "
-                "by itself: call tuned.backward(batch, loss) instead of loss.backward() (or "
-                "tuned.step, burnish.fit). Nothing was updated")
-        self._passes = 0

@@ -77,8 +77,8 @@ def _reached(tuned: Tuned, missing: list[str], what: str, of: int) -> None:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         note = (f"{len(missing)} tensors of the model get no gradient and stay as they are: "
                 f"{', '.join(missing[:4])}{more}")
-        if note not in tuned._active.notes:
-            tuned._active.notes.append(note)
+        if note not in tuned.active.notes:
+            tuned.active.notes.append(note)
 
 
 def _finite(grad: Tensor) -> bool:

@@ -145,7 +145,7 @@ def unmerge(tuned: Tuned) -> None:
     for n, p in tuned.model.named_parameters():
         p.requires_grad_(undo.flags.get(n, False))
     if undo.switched:
-        tuned._set_trainable()
+        tuned.adapters.set_trainable()
     undo.written.clear()
     undo.entries.clear()
     tuned.merged = None

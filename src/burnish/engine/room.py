@@ -5,37 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..blocks.weight.folded import Room
 from ..core.errors import ConfigError
-from .state import State
 
 
-class Evaluating:
-    """The part of :class:`~burnish.engine.tuned.Tuned` that says how much evaluation may keep."""
-
-    state: State
-
-    def _ready(self) -> None:
-        raise NotImplementedError
-
-    @contextmanager
-    def cached(self, limit: int | str) -> Iterator[None]:
-        """Inside, evaluation (``eval()`` and no gradients) may keep so many bytes of what it makes
-        of weights and updates: ``with tuned.cached("4GB"): model.generate(...)``. Outside it is
-        64 MiB. Keeping all of it takes the bytes of the weights that an update without a cheap
-        path on tokens (snell, shira, bone), a convolution or attention's projection touches.
-
-        Answers have the same bits with and without. It holds for all threads. Raises ConfigError
-        for what is no size.
-        """
-        self._ready()
-        room = self.state.room
-        was, room.limit = room.limit, size(limit)
+@contextmanager
+def allowing(room: Room, limit: int | str) -> Iterator[None]:
+    """Inside, so many bytes may be kept; before and after, none are."""
+    was, room.limit = room.limit, size(limit)
+    room.clear()
+    try:
+        yield
+    finally:
+        room.limit = was
         room.clear()
-        try:
-            yield
-        finally:
-            room.limit = was
-            room.clear()
 
 
 def size(limit: int | str) -> int:

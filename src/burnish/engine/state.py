@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +14,8 @@ from ..blocks.state.prompts import accepts, named
 from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
 from ..blocks.weight.folded import Room
-from ..core.call import Call, given_to, switched_off
-from ..core.errors import RecipeError
+from ..core.call import Call, given_to, giving, switched_off
+from ..core.errors import ConfigError, RecipeError, nearest
 from ..core.keys import Read
 from ..core.site import Branch, Place
 
@@ -123,3 +125,15 @@ def valid(module: nn.Module, args: tuple, kw: dict) -> Tensor | None:
     """The (batch, tokens) attention mask the model is called with."""
     mask = kw.get("attention_mask") if not args else named(module, args, kw).get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    @contextmanager
+    def reading(self, keys: dict[str, Any]) -> Iterator[None]:
+        """Inside, in this thread, every call has these keys of context. ConfigError for one that
+        no part of a recipe reads."""
+        read = {k for adapter in self.context.values() for k in adapter}
+        for key in keys:
+            if key not in read:
+                raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
+                                  f"read {', '.join(sorted(read)) or 'nothing'})")
+        with giving(self, keys):
+            yield

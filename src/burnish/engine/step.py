@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..blocks.update.clip import check_norm, clip_norm_
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
-from ..core.call import giving
-from ..core.errors import BurnishError, ConfigError, RecipeError, nearest
+from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
 from ..core.processes import processes
-from ..core.recipe import Recipe
 from ..core.words import honours, why
-from .around import Around
+from .around import Pass, probe
 from .check import check_gradients
 from .objectives import Objectives
-from .persample import sample_norms
-from .state import State
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+#: ``loss(outputs, batch) -> scalar``
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -46,78 +48,33 @@ def block_weights(anatomy: Anatomy) -> Callable[[str], bool]:
     return lambda name: name in weights or ".burnish." in name and name.startswith(within)
 
 
-class Stepping(Around):
-    """What :class:`~burnish.engine.tuned.Tuned` does once per update (the life-cycle is there)."""
+class Steps:
+    """What a tuned model does once per update. A part of :class:`~burnish.engine.tuned.Tuned`,
+    which says what each method does for a user.
 
-    model: nn.Module
-    anatomy: Anatomy
-    state: State
-    current_optimizer: torch.optim.Optimizer | None
-    total_steps: int | None
-    _timeline: Timeline | None
-    _checked: bool
-    _objectives: Objectives | None = None
-    _clip_norm: float = 0.0
+    tuned: the handle it belongs to.  optimizer: the one that was made last.
+    still: a pass is under way that sends no event.  passes: made through here since the last
+    update.  checked: every tensor has been seen to get a gradient.
+    """
 
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe that trains."""
-        raise NotImplementedError
+    def __init__(self, tuned: Tuned):
+        self.tuned = tuned
+        self.optimizer: Any = None
+        self.objectives: Objectives | None = None
+        self._timeline: Timeline | None = None
+        self._clip_norm = 0.0
+        self.still, self.checked, self.passes = False, False, 0
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name in the model, parameter) of everything that trains."""
-        raise NotImplementedError
+    def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
+        """That of a copy, which makes its own optimizer."""
+        return type(self)(memo[id(self.tuned)])
 
-    @property
-    def _active(self) -> Any:
-        """The adapter that trains."""
-        raise NotImplementedError
-
-    def _here(self) -> None:
-        """Raises ConfigError on a handle that was detached."""
-        raise NotImplementedError
-
-    def _plain(self) -> None:
-        """Raises ConfigError on one that was detached or merged."""
-        raise NotImplementedError
-
-    def _ready(self) -> None:
-        """Raises ConfigError on one that was detached or merged, or whose parts are gone."""
-        raise NotImplementedError
-
-    @contextmanager
-    def given(self, **keys: Any) -> Iterator[None]:
-        """Inside, in this thread, every call has these keys of context (``task=2``), as if the
-        batch had brought them: for ``generate`` and loops that pass inputs alone.
-
-        Raises ConfigError for a key that no part of a recipe reads.
-        """
-        read = {k for adapter in self.state.context.values() for k in adapter}
-        for key in keys:
-            if key not in read:
-                raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
-                                  f"read {', '.join(sorted(read)) or 'nothing'})")
-        with giving(self.state, keys):
-            yield
-
-    def optimizer(self, lr: float = 1e-3, *, scaler: Any = None, **kw: Any
-                  ) -> torch.optim.Optimizer:
-        """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
-
-        Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
-        loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
-        weight_decay).
-
-        accumulation: backward passes per update; a step inside backward must know, and objectives
-        that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
-        max_grad_norm: all gradients of an update together are cut to this norm, objectives
-        included; a step inside backward learns it in a further forward and backward
-        (``tuned.step`` and ``tuned.backward`` make it). Raises RecipeError where it cannot act.
-        """
-        self._ready()
+    def make(self, lr: float, *, scaler: Any = None, **kw: Any) -> torch.optim.Optimizer:
+        """The optimizer the recipe names, with the recipe's events."""
+        self.tuned.check_ready()
         self.let_go()
         self._wake()
-        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        answers = [m.optimizer() for m in self.tuned.recipe if "optimizer" in m.axes()]
         plan = plan_of(answers)
         if plan.in_backward and processes() > 1:
             raise ConfigError(f"{plan.names['step site']} steps each tensor before {processes()} "
@@ -127,45 +84,45 @@ class Stepping(Around):
         # behind the objectives, which add to gradients when they are complete
         self._clip_norm = check_norm(kw.pop("max_grad_norm", None)) if late else 0.0
         # its hooks come first, so that a step inside backward sees gradient and objective together
-        self._objectives = Objectives(self, plan.in_backward)
+        self.objectives = Objectives(self.tuned, plan.in_backward)
         try:
-            opt = compose(answers, list(self.named_parameters()), lr=lr, scaler=scaler,
-                          inside=block_weights(self.anatomy), **kw)
+            opt = compose(answers, list(self.tuned.named_parameters()), lr=lr, scaler=scaler,
+                          inside=block_weights(self.tuned.anatomy), **kw)
             self.say_projected()
         except BaseException:
-            self._objectives.close()
-            self._objectives = None
+            self.objectives.close()
+            self.objectives = None
             raise
-        self.current_optimizer = opt
+        self.optimizer = opt
         accumulation = kw.get("accumulation", 1)
-        self.state.riding.rest = lambda: (1.0 if scaler is None else float(scaler.get_scale())) \
-            / accumulation
-        self._passes = 0
-        self._timeline = Timeline([(m.name, h) for m in self.recipe
-                                   if (h := m.controller(self)) is not None])
+        self.tuned.state.riding.rest = lambda: \
+            (1.0 if scaler is None else float(scaler.get_scale())) / accumulation
+        self.passes = 0
+        self._timeline = Timeline([(m.name, h) for m in self.tuned.recipe
+                                   if (h := m.controller(self.tuned)) is not None])
         self._listen(opt, plan, answers, accumulation)
         opt.register_step_pre_hook(lambda *_: self._before_update())
         opt.register_step_post_hook(lambda *_: self._after_update())
-        self.state.tape.on_start = self._start
+        self.tuned.state.tape.on_start = self._start
         return opt
 
     def let_go(self) -> None:
         """Drop the optimizer with its state and all that hangs on it."""
-        old, self.current_optimizer = self.current_optimizer, None
+        old, self.optimizer = self.optimizer, None
         if hasattr(old, "close"):
             old.close()                              # one that steps in backward would go on
-        if self._objectives is not None:
-            self._objectives.close()
-        self._objectives = self._timeline = None
+        if self.objectives is not None:
+            self.objectives.close()
+        self.objectives = self._timeline = None
 
     def say_projected(self) -> None:
         """A note of what a subspace covers; one that covers nothing is refused (RecipeError)."""
-        answers = [m.optimizer() for m in self.recipe if "optimizer" in m.axes()]
+        answers = [m.optimizer() for m in self.tuned.recipe if "optimizer" in m.axes()]
         if (sub := plan_of(answers).subspace) is None:
             return
-        inside = block_weights(self.anatomy)
+        inside = block_weights(self.tuned.anatomy)
         where = sub.where or block_matrices(sub.map.rank, inside)
-        named = list(self.named_parameters())
+        named = list(self.tuned.named_parameters())
         names = [n for n, p in named if where(n, p)]
         if not names:
             everywhere = dataclasses.replace(sub, where=block_matrices(0, inside))
@@ -176,31 +133,31 @@ class Stepping(Around):
             raise RecipeError(f"{sub.name}(rank={sub.map.rank}) projects nothing: {reason}, name "
                               f"other weights with targets, or drop {sub.name}")
         said = f"{sub.name} projects"
-        notes = [n for n in self._active.notes if not n.startswith(said)]
+        notes = [n for n in self.tuned.active.notes if not n.startswith(said)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         said += f" {len(names)} of {len(named)} trained tensors to rank {sub.map.rank}: "
-        self._active.notes = [*notes, f"{said}{', '.join(names[:3])}{more}"]
+        self.tuned.active.notes = [*notes, f"{said}{', '.join(names[:3])}{more}"]
 
     def _wake(self) -> None:
         """What an earlier optimizer's schedule had put to rest trains again."""
-        for p in self.model.parameters():
+        for p in self.tuned.model.parameters():
             if vars(p).pop("burnish_resting", False):
                 p.requires_grad_(True)
 
     def _listen(self, opt: Any, plan: Plan, answers: list[Any], accumulation: int) -> None:
         if getattr(opt, "zeroth_order", False):
-            opt.riding, opt.terms = self.state.riding, self._objectives.on_weights
+            opt.riding, opt.terms = self.tuned.state.riding, self.objectives.on_weights
         if not self.timeline.listens("tensor_updated"):
             return
         for answer in answers:
             if not honours(answer, "gradient"):
-                raise ConfigError(f"a part of {self.recipe} reads gradients, but "
+                raise ConfigError(f"a part of {self.tuned.recipe} reads gradients, but "
                                   f"{why(answer, 'gradient')}")
         if plan.in_backward:
             if accumulation > 1:
-                raise ConfigError(f"a part of {self.recipe} reads whole gradients, which never "
-                                  "exist where projected ones accumulate inside backward; use "
-                                  "accumulation 1")
+                raise ConfigError(f"a part of {self.tuned.recipe} reads whole gradients, which "
+                                  "never exist where projected ones accumulate inside backward; "
+                                  "use accumulation 1")
             opt.on_updated = self.timeline.tensor_updated
 
     @property
@@ -210,25 +167,25 @@ class Stepping(Around):
         return self._timeline
 
     def _start(self) -> None:
-        if self._timeline is not None and torch.is_grad_enabled() and not self._still:
-            self._timeline.start(self.total_steps)
+        if self._timeline is not None and torch.is_grad_enabled() and not self.still:
+            self._timeline.start(self.tuned.total_steps)
 
     def _before_update(self) -> None:
-        self._here()
-        if self._still:                              # an update that is only looked at
+        self.tuned.check_here()
+        if self.still:                              # an update that is only looked at
             return
-        self.timeline.start(self.total_steps)
+        self.timeline.start(self.tuned.total_steps)
         self._passed()
-        self._objectives.before_update(self.current_optimizer)
-        if not self._checked:
+        self.objectives.before_update(self.optimizer)
+        if not self.checked:
             self.check_gradients()
-        clip_norm_(self.current_optimizer, self._clip_norm)
+        clip_norm_(self.optimizer, self._clip_norm)
         self.timeline.before_update()
 
     def _after_update(self) -> None:
-        if self._still:
+        if self.still:
             return
-        opt = self.current_optimizer
+        opt = self.optimizer
         if self.timeline.listens("tensor_updated") and getattr(opt, "on_updated", None) is None:
             scale = getattr(opt, "grad_scale", None)           # a fused step unscales by itself
             for p in [p for g in opt.param_groups for p in g["params"] if p.grad is not None]:
@@ -238,45 +195,36 @@ class Stepping(Around):
     def check_gradients(self) -> None:
         """Every tensor that should train has a finite gradient, or CheckError names those
         without (a silent no-op is the worst way to fail)."""
-        self._ready()
-        check_gradients(self)
-        self._checked = True
+        self.tuned.check_ready()
+        check_gradients(self.tuned)
+        self.checked = True
 
-    def step(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """One whole training step, right for every recipe; returns the loss (detached).
-
-        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
-        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
-        themselves when they are a scalar.
-
-        Raises BurnishError when the loss is not finite: nothing has been updated then.
-        """
-        self._plain()
-        opt = self.current_optimizer or self.optimizer()
+    def step(self, batch: Any, loss: Loss | None = None) -> Tensor:
+        """One whole training step; the loss (detached)."""
+        self.tuned.check_plain()
+        opt = self.optimizer or self.tuned.optimizer()
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
             return self._evaluate(opt, batch, loss)
         opt.zero_grad(set_to_none=True)
-        value = self.backward(batch, loss)
+        value = self.backward(batch, loss, 1.0)
         opt.step()
         return value
 
     def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
-        was, opt.model = self.model.training, self.model
-        self.model.eval()
+        was, opt.model = self.tuned.model.training, self.tuned.model
+        self.tuned.model.eval()
         try:
             with torch.no_grad():
                 value = opt.step(lambda: self.loss(batch, loss))
         finally:
-            self.model.train(was)
+            self.tuned.model.train(was)
         return torch.tensor(value)
 
-    def loss(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """The task's loss on a batch (see :meth:`step`). Going backward it takes the recipe's
-        objectives along, at its own scale."""
-        self._here()
-        riding = self.state.riding
+    def loss(self, batch: Any, loss: Loss | None) -> Tensor:
+        """The task's loss on a batch, objectives on its back."""
+        riding = self.tuned.state.riding
         with riding.to_join(loss is not None):
-            out = forward(self.model, batch)
+            out = forward(self.tuned.model, batch)
         if loss is not None:
             return riding.join(loss(out, batch))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
@@ -285,19 +233,52 @@ class Stepping(Around):
                               "give step(batch, loss=lambda outputs, batch: ...)")
         return value
 
-    def sample_norms(self, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-        """(B,): the norm of each sample's own gradient, over everything that trains.
-
-        A sample's gradient is its part of the batch's mean loss, times B; the model runs in
-        evaluation mode (dropout off). Terms on linears need no gradient for it (the ghost norm).
-        Nothing is updated, and no ``.grad`` is touched.
-        """
-        self._plain()
-        trained = [p for _, p in self.named_parameters()]
-        return sample_norms(self.model, trained, batch, lambda b: self.loss(b, loss))
-
     def _finite(self, value: Tensor) -> None:
         if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):
             return
         raise BurnishError(f"the loss is {float(value.detach())} at step {self.timeline.step}; "
                            "nothing was updated: the weights are those of the step before")
+
+    # -- passes (see around.py) ------------------------------------------------------------------
+    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
+        """``whole()``, with what the recipe does around it."""
+        self.timeline.start(self.tuned.total_steps)
+        self.passes += 1
+        with ExitStack() as stack:
+            for handler in self.timeline.around():
+                pass_ = Pass(self.tuned, whole, alone)
+                stack.enter_context(contextmanager(handler.around_step)(pass_))
+            clip = getattr(self.optimizer, "clip", None)
+            if clip is not None and clip.norm:       # LOMO: one backward for the norm alone
+                with clip.weighing():
+                    probe(self.tuned, whole, grads=True, statistics=False)
+            return whole()
+
+    def backward(self, batch: Any, loss: Loss | None, scale: Any) -> Tensor:
+        """Forward and backward of one micro-batch; the loss (detached)."""
+        opt = self.optimizer or self.tuned.optimizer()
+        if getattr(opt, "zeroth_order", False):
+            raise ConfigError(f"{self.tuned.recipe} evaluates the loss and makes no gradient: "
+                              "use tuned.step(batch, loss)")
+
+        def whole() -> Tensor:
+            value = self.loss(batch, loss)
+            self._finite(value)
+            if not value.requires_grad:
+                raise CheckError("the loss depends on nothing that trains: what was chosen is no "
+                                 "part of the computation of this batch; check targets")
+            (value if isinstance(scale, float) and scale == 1 else value * scale).backward()
+            return value.detach()
+
+        return self.around(whole, lambda: self.loss(batch, loss))
+
+    def _passed(self) -> None:
+        """Raises ConfigError when an update comes whose passes the recipe could not surround."""
+        acts = self.timeline.around()
+        if acts and not self.passes:
+            names = [n for n, h in self.timeline.handlers if h in acts]
+            raise ConfigError(
+                f"{' and '.join(names)} acts around the forward and backward, which this loop made "
+                "by itself: call tuned.backward(batch, loss) instead of loss.backward() (or "
+                "tuned.step, burnish.fit). Nothing was updated")
+        self.passes = 0

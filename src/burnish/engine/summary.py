@@ -36,7 +36,7 @@ def summary(tuned: Tuned) -> dict[str, Any]:
     total = sum(p.numel() for p in tuned.model.parameters())
     return {"recipe": str(tuned.recipe), "parts": parts,
             "trainable": sum(r["trainable"] for r in parts.values()), "parameters": total,
-            "notes": [*tuned.anatomy.notes, *tuned._active.notes]}
+            "notes": [*tuned.anatomy.notes, *tuned.active.notes]}
 
 
 def table(s: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
         if next(tuned.parameters(), None) is None:
             raise CheckError(f"nothing trains with {parsed}: add a part that trains something, "
                              f"e.g. full + {parsed} or lora(rank=8) + {parsed}")
-        tuned.say_projected()
+        tuned.steps.say_projected()
         if example is not None:
             check(tuned, example)
         tuned.undo = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,62 +11,37 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks.update.step import compose
 from ..core.anatomy import Anatomy
 from ..core.call import off
-from ..core.draw import drawn
 from ..core.errors import ConfigError
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
+from ..core.site import Place
 from ..core.stage import Stage
-from .adapters import (
-    Adapter,
-    bring,
-    check_mix,
-    check_name,
-    check_rows,
-    check_storage,
-    check_train,
-    file_names,
-    known,
-    moved_buffers,
-    original,
-    still_there,
-)
-from .attach import Attacher
+from .adapters import Adapter, Adapters, still_there
+from .around import Probe, probe
 from .base import Base
 from .buffers import Buffers
-from .entries import switch
-from .leave import give_back, take_out
-from .looking import Looking
+from .leave import give_back
+from .looking import branches, terms, weight
 from .observe import Batches
 from .originals import Originals
+from .owners import disown, own
+from .persample import sample_norms
 from .resize import resize_term
-from .room import Evaluating
-from .slot import slot_of, slots
+from .room import allowing
+from .slot import slot_of
 from .stages import run
 from .state import State
-from .step import Stepping, forward
+from .step import Loss, Steps
 from .summary import summary, table
-from .swap import ATTR
 from .undo import Transaction, all_or_nothing, to_the_end
 
 DEFAULT = "default"
 T = TypeVar("T")
 
-#: tuned model -> its handle, without keeping either alive
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuned]] = weakref.WeakKeyDictionary()
-
-
-def tuned_of(model: nn.Module) -> Tuned | None:
-    """The handle of a tuned model (a trainer's callback is given the model alone)."""
-    handle = _OWNERS.get(model)
-    tuned = handle() if handle is not None else None
-    return tuned if tuned is not None and tuned.gone is None else None
-
-
-class Tuned(Stepping, Looking, Evaluating):
+class Tuned:
     """A model with a recipe joined to it. Made by :func:`burnish.tune` and :func:`burnish.load`.
 
     model: the same module that was given, changed in place.
@@ -85,20 +59,18 @@ class Tuned(Stepping, Looking, Evaluating):
         self.undo: Transaction | None = undo          # the change that is being made
         self.anatomy = Anatomy.of(model)
         self.calibration = Batches(calibration)
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters = Adapters(self)
+        self.steps = Steps(self)
         self.state = State()
         self.originals = Originals()
         self.buffers = Buffers(model)
-        self.current_optimizer: torch.optim.Optimizer | None = None
         self.total_steps: int | None = None
         self.base_lines: dict[str, str] = {}          # fingerprints of the originals, once read
         self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._timeline: Timeline | None = None
-        self._checked = False
         self.merged: Any = None                       # what unmerge needs (engine/merge.py)
         undo.later(lambda: self._close("never joined to its model: tuning it was refused or "
                                        "interrupted"))
-        _OWNERS[model] = weakref.ref(self)
+        own(model, self)
         for p in model.parameters():
             p.requires_grad_(False)
         self.state.fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
@@ -106,29 +78,29 @@ class Tuned(Stepping, Looking, Evaluating):
 
     def recorded(self) -> list[Any]:
         """Whose attributes a change may touch, beside the model's modules (see undo.py)."""
-        return [self.state, self.state.tape, self.anatomy, *self.adapters.values()]
+        return [self.state, self.state.tape, self.anatomy, self.steps, *self.adapters.values()]
 
     @all_or_nothing
     def change(self, body: Callable[[], T]) -> T:
         """``body()``, done whole or not at all; it notes what it overwrites in ``self.undo``."""
         return body()
 
-    def _here(self) -> None:
+    def check_here(self) -> None:
         if self.gone is not None:
             raise ConfigError(self.gone)
 
-    def _plain(self) -> None:
+    def check_plain(self) -> None:
         """Still joined to its model, and not merged into it."""
-        self._here()
+        self.check_here()
         if self.merged is not None:
             raise ConfigError("the update is merged into the weights; call tuned.unmerge() first")
 
-    def _ready(self) -> None:
+    def check_ready(self) -> None:
         """What was added is there to be used."""
-        self._plain()
+        self.check_plain()
         still_there(self)
 
-    # -- recipes -------------------------------------------------------------------------------
+    # -- recipes (see adapters.py) -------------------------------------------------------------
     @all_or_nothing
     def add(self, name: str, recipe: str | Method | Iterable[str | Method], *, targets: Any = None,
             head: bool | str = False, seed: int = 0, calibration: Iterable[Any] | None = None,
@@ -140,43 +112,8 @@ class Tuned(Stepping, Looking, Evaluating):
 
         Raises RecipeError, TargetError; the model is left as it was when anything is refused.
         """
-        self._plain()
-        check_name(name, self.adapters)
-        parsed = parse(recipe)
-        check_storage(parsed, self.adapters)
-        compose([m.optimizer() for m in parsed if "optimizer" in m.axes()],
-                [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
-        train_head = self.anatomy.head_kind == "classification" if head == "auto" else bool(head)
-        adapter = Adapter(name, parsed, targets, train_head, seed, self.originals,
-                          filled=self.filled)
-        adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
-        batches = self.calibration if calibration is None else Batches(calibration)
-        base = self.disabled if self.adapters else contextlib.nullcontext
-        attacher = Attacher(self.model, self.anatomy, self.state, adapter,
-                            self.undo, (batches, self._run, base))
-        known = set(self.originals)
-        self.undo.later(lambda: [self.originals.forget(*k) for k in set(self.originals) - known])
-        with drawn(seed):
-            attacher.attach(parsed)
-        if train_head:
-            self._train_head(adapter, attacher)
-        adapter.notes = attacher.notes
-        adapter.parts = [(path, part.key) for path, _, slot in slots(self.model)
-                         for part in slot.parts if part.adapter == name]
-        self.adapters[name] = adapter
-        for key, p in adapter.selected.items():
-            path, _, leaf = key.rpartition(".")
-            self.originals.put(path, leaf, p)
-        if len(self.adapters) == 1:
-            self.use(name)
-        else:                                    # it starts from the base's values, not another's
-            adapter.away = {k: original(self, k).to(p.device, copy=True)
-                            for k, p in adapter.selected.items()}
-            self._set_trainable()
-
-    def _run(self, batch: Any, loss: bool = False) -> Any:
-        """One batch through the model, for a data pass."""
-        return self.loss(batch) if loss else forward(self.model, batch)
+        self.check_plain()
+        self.adapters.add(name, parse(recipe), targets, head, seed, calibration, settled)
 
     @all_or_nothing
     def remove(self, name: str) -> None:
@@ -187,22 +124,8 @@ class Tuned(Stepping, Looking, Evaluating):
 
         Raises ConfigError for an unknown name, and for the only adapter (then :meth:`detach`).
         """
-        self._plain()
-        known(self, name)
-        if len(self.adapters) == 1:
-            raise ConfigError(f"{name!r} is the only adapter; tuned.detach() gives back the base")
-        active = {n for n, _ in self.state.active} | set(self.state.rows or ())
-        if name in active:
-            self.use(next(n for n in self.adapters if n != name))
-        take_out(self, name)
-        self._set_trainable()
-        self._checked = False
-
-    def _train_head(self, adapter: Adapter, attacher: Attacher) -> None:
-        for path in self.anatomy.head:
-            for leaf, p in self.model.get_submodule(path).named_parameters():
-                if f".{ATTR}." not in f".{leaf}." and p.is_floating_point():
-                    adapter.select(attacher.names[id(p)], p)
+        self.check_plain()
+        self.adapters.remove(name)
 
     @all_or_nothing
     def use(self, which: str | Mapping[str, float] | Sequence[str | None],
@@ -217,63 +140,20 @@ class Tuned(Stepping, Looking, Evaluating):
         In a merged model, adapters that change single entries (shira) are exchanged in place: the
         old entries come back, the new ones are written. Others are refused there (ConfigError).
         """
-        self._here() if self.merged is not None else self._ready()
-        names = [which] if isinstance(which, str) else list(which)
-        for n in names:
-            if n is not None:
-                known(self, n)
-        if not names:
-            raise ConfigError(f"use({which!r}) names no adapter (there is "
-                              f"{', '.join(self.adapters)}); to run the base: tuned.disabled()")
-        if isinstance(which, str):
-            weights, rows = {which: 1.0}, None
-        elif isinstance(which, Mapping):
-            weights, rows = {n: float(w) for n, w in which.items()}, None
-            check_mix(self, weights)
-        else:
-            weights, rows = {}, tuple(which)
-            check_rows(self, rows)
-        alone = next(iter(weights)) if list(weights.values()) == [1.0] else None
-        if self.merged is not None:
-            self._plain() if rows is not None or train is not None else switch(self, weights)
-        elif train is not None and train != alone:
-            check_train(self, weights, train)
-        if self.merged is None:
-            bring(self, weights)
-        self.state.use(tuple(weights.items()), rows)
-        self.state.training = alone if train is None else train
-        if self.merged is None:
-            self._set_trainable()
-        self._checked = False
-
-    def _set_trainable(self) -> None:
-        """What is active alone trains, or what `use` was told; else several are for use."""
-        name = self.state.training
-        for adapter in self.adapters.values():
-            for p in adapter.selected.values():
-                p.requires_grad_(False)
-        if name is not None:
-            adapter = self.adapters[name]
-            for key, p in adapter.selected.items():
-                p.requires_grad_(True)
-                p.burnish_decay = adapter.decay[key]
-        for _, _, slot in slots(self.model):
-            for own, box in slot.named_children():
-                if own in self.adapters:
-                    for p in box.parameters():
-                        p.requires_grad_(own == name and not getattr(p, "burnish_frozen", False))
+        self.check_here() if self.merged is not None else self.check_ready()
+        self.adapters.use(which, train)
 
     # -- what trains ---------------------------------------------------------------------------
     @property
     def recipe(self) -> Recipe:
         """The recipe that trains (of the active adapter)."""
-        self._here()
-        return self._active.recipe
+        self.check_here()
+        return self.active.recipe
 
     @property
-    def _active(self) -> Adapter:
-        names = [n for n, _ in self.state.active] or list(self.adapters)
-        return self.adapters[self.state.training or names[0]]
+    def active(self) -> Adapter:
+        """The adapter that trains; where none does, the first in use."""
+        return self.adapters.active
 
     @property
     def training(self) -> str | None:
@@ -293,7 +173,7 @@ class Tuned(Stepping, Looking, Evaluating):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of everything that trains."""
-        self._here()
+        self.check_here()
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -302,13 +182,145 @@ class Tuned(Stepping, Looking, Evaluating):
 
     def summary(self) -> dict[str, Any]:
         """Per part: tensors, trainable parameters, bytes. ``print(tuned)`` shows it as a table."""
-        self._here()
+        self.check_here()
         return summary(self)
 
     def __repr__(self) -> str:
         if self.gone is not None:
             return f"Tuned(of a {type(self.model).__name__}; {self.gone.partition(';')[0]})"
         return table(summary(self))
+
+    def terms(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
+        """(place name, term) of every term of a class in an adapter (default: the active one)."""
+        self.check_here()
+        return terms(self.model, kind, self.adapters.known(name).name)
+
+    def branches(self, kind: type, name: str | None = None) -> Iterator[tuple[str, Any]]:
+        """(path, module) of every branch of a class in an adapter (default: the active one)."""
+        self.check_here()
+        return branches(self.model, kind, self.adapters.known(name).name)
+
+    def weight(self, place: Place) -> Tensor:
+        """The (out, in) view of what stands at a place, decoded where a storage holds it."""
+        return weight(self.model, place)
+
+    # -- training (see step.py) ----------------------------------------------------------------
+    @contextlib.contextmanager
+    def given(self, **keys: Any) -> Iterator[None]:
+        """Inside, in this thread, every call has these keys of context (``task=2``), as if the
+        batch had brought them: for ``generate`` and loops that pass inputs alone.
+
+        Raises ConfigError for a key that no part of a recipe reads.
+        """
+        with self.state.reading(keys):
+            yield
+
+    def optimizer(self, lr: float = 1e-3, *, scaler: Any = None, **kw: Any
+                  ) -> torch.optim.Optimizer:
+        """The optimizer the recipe names (AdamW if it names none), with the recipe's events.
+
+        Objectives, schedules, budgets and masks of the recipe hang on its ``step()``, so any
+        loop that calls it runs the recipe right. `kw` goes to the innermost rule (betas, eps,
+        weight_decay).
+
+        accumulation: backward passes per update; a step inside backward must know, and objectives
+        that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
+        max_grad_norm: all gradients of an update together are cut to this norm, objectives
+        included; a step inside backward learns it in a further forward and backward
+        (``tuned.step`` and ``tuned.backward`` make it). Raises RecipeError where it cannot act.
+        """
+        return self.steps.make(lr, scaler=scaler, **kw)
+
+    @property
+    def current_optimizer(self) -> Any:
+        """The optimizer that was made last, or None."""
+        return self.steps.optimizer
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the run stands. ConfigError before there is an optimizer."""
+        return self.steps.timeline
+
+    def check_gradients(self) -> None:
+        """Every tensor that should train has a finite gradient, or CheckError names those
+        without (a silent no-op is the worst way to fail)."""
+        self.steps.check_gradients()
+
+    def step(self, batch: Any, loss: Loss | None = None) -> Tensor:
+        """One whole training step, right for every recipe; returns the loss (detached).
+
+        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
+        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
+        themselves when they are a scalar.
+
+        Raises BurnishError when the loss is not finite: nothing has been updated then.
+        """
+        self.check_plain()
+        return self.steps.step(batch, loss)
+
+    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
+        """``whole()``, with what the recipe does around it.
+
+        For loops that make their own passes. whole: forward and backward of one micro-batch,
+        gradients added to ``.grad``; it may be called several times and must mean the same each
+        time. alone: its loss without a backward. Both return the loss.
+        """
+        return self.steps.around(whole, alone)
+
+    def backward(self, batch: Any, loss: Loss | None = None, *,
+                 scale: Any = 1.0) -> Tensor:
+        """Forward and backward of one micro-batch, right for every recipe that makes gradients;
+        they are added to ``.grad``. Returns the loss (detached)::
+
+            for batch in micro_batches:
+                tuned.backward(batch, loss, scale=1 / len(micro_batches))
+            opt.step()
+            opt.zero_grad()
+
+        scale: what the loss is multiplied by on its way back: a share, or ``scaler.get_scale()``
+        times one. Raises BurnishError for a loss that is not finite, ConfigError beside an
+        optimizer that makes no gradient.
+        """
+        self.check_plain()
+        return self.steps.backward(batch, loss, scale)
+
+    def probe(self, batch: Any, loss: Loss | None = None, *,
+              grads: bool = True, statistics: bool = False) -> Probe:
+        """The loss of a batch, and the gradients of what trains, without a trace: no event, no
+        update, no optimizer state; ``.grad`` holds what it held, random generators stand where
+        they stood (the next pass on this batch draws the same dropout), running statistics have
+        not moved unless `statistics`. The model runs in the mode it is in.
+
+        grads: False runs a forward alone. Beside a step inside backward all gradients exist at
+        once meanwhile. Takes the memory of a step's forward and backward, plus what ``.grad``
+        holds, plus the running statistics.
+        """
+        self.check_plain()
+
+        def whole() -> Tensor:
+            value = self.loss(batch, loss)
+            if grads and value.requires_grad:
+                value.backward()
+            return value
+
+        return probe(self, whole, grads, statistics)
+
+    def loss(self, batch: Any, loss: Loss | None = None) -> Tensor:
+        """The task's loss on a batch (see :meth:`step`). Going backward it takes the recipe's
+        objectives along, at its own scale."""
+        self.check_here()
+        return self.steps.loss(batch, loss)
+
+    def sample_norms(self, batch: Any, loss: Loss | None = None) -> Tensor:
+        """(B,): the norm of each sample's own gradient, over everything that trains.
+
+        A sample's gradient is its part of the batch's mean loss, times B; the model runs in
+        evaluation mode (dropout off). Terms on linears need no gradient for it (the ghost norm).
+        Nothing is updated, and no ``.grad`` is touched.
+        """
+        self.check_plain()
+        trained = [p for _, p in self.named_parameters()]
+        return sample_norms(self.model, trained, batch, lambda b: self.loss(b, loss))
 
     # -- switching off, out and in -------------------------------------------------------------
     @contextlib.contextmanager
@@ -317,8 +329,22 @@ class Tuned(Stepping, Looking, Evaluating):
         base weights that train and buffers that move answer with the values they had. Nothing is
         written, so it may stand between a forward and its backward (distillation, a penalty
         against the base)."""
-        self._ready()
+        self.check_ready()
         with off(self.state, Base(self.model, self.originals, self.buffers)):
+            yield
+
+    @contextlib.contextmanager
+    def cached(self, limit: int | str) -> Iterator[None]:
+        """Inside, evaluation (``eval()`` and no gradients) may keep so many bytes of what it makes
+        of weights and updates: ``with tuned.cached("4GB"): model.generate(...)``. Outside it is
+        64 MiB. Keeping all of it takes the bytes of the weights that an update without a cheap
+        path on tokens (snell, shira, bone), a convolution or attention's projection touches.
+
+        Answers have the same bits with and without. It holds for all threads. Raises ConfigError
+        for what is no size.
+        """
+        self.check_ready()
+        with allowing(self.state.room, limit):
             yield
 
     def detach(self) -> nn.Module:
@@ -341,23 +367,19 @@ class Tuned(Stepping, Looking, Evaluating):
 
     def _close(self, why: str) -> None:
         """This handle is of no more use, and neither is an optimizer it has made."""
-        self.let_go()
+        self.steps.let_go()
         self.state.room.clear()
         self.gone = why
-        if tuned_of(self.model) is None:
-            _OWNERS.pop(self.model, None)
+        disown(self.model)
         self.adapters.clear()
         self.originals.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tuned:
         """A handle of a copy of the model; it makes its own optimizer."""
         twin = memo[id(self)] = object.__new__(type(self))
-        own = {k: v for k, v in vars(self).items()
-               if k not in ("current_optimizer", "_timeline", "_objectives")}
-        twin.current_optimizer = twin._timeline = twin._objectives = None
-        vars(twin).update({k: copy.deepcopy(v, memo) for k, v in own.items()})
+        vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items()})
         if twin.gone is None:
-            _OWNERS[twin.model] = weakref.ref(twin)
+            own(twin.model, twin)
         return twin
 
     def __reduce__(self) -> Any:
@@ -374,7 +396,7 @@ class Tuned(Stepping, Looking, Evaluating):
         """
         from .merge import merge
 
-        self._here()
+        self.check_here()
         if self.merged is None:
             still_there(self)
         return merge(self)
@@ -382,7 +404,7 @@ class Tuned(Stepping, Looking, Evaluating):
     def unmerge(self) -> None:
         """Undo :meth:`merge`, bit for bit: the weights come back from where they waited and the
         update stands beside them again."""
-        self._here()
+        self.check_here()
         if self.merged is None:
             raise ConfigError("nothing is merged: call merge() first")
         to_the_end(self._unmerge)
@@ -413,7 +435,7 @@ class Tuned(Stepping, Looking, Evaluating):
         """
         from ..formats.written import save
 
-        self._ready()
+        self.check_ready()
         return save(self, Path(folder), whole=whole, **extra)
 
     def resize(self, term: Any, keep: Tensor | Mapping[str, Tensor] | None = None,
@@ -427,22 +449,11 @@ class Tuned(Stepping, Looking, Evaluating):
         ConfigError for a term without a rank axis, RecipeError where the optimizer's state has
         lost the shape (codes, projections); nothing is changed then.
         """
-        self._plain()
+        self.check_plain()
         resize_term(self, term, keep, fresh)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What an adapter is: its own tensors, the base tensors it trains and the buffers of the
         base it has moved, by name."""
-        self._ready()
-        adapter = known(self, name) if name else self._active
-        name = adapter.name
-        out: dict[str, Tensor] = {}
-        mark = f"{ATTR}.{name}."
-        for key, value in self.model.state_dict(keep_vars=True).items():
-            if f".{mark}" in f".{key}":
-                out[key] = value.detach()
-        values = {**adapter.values(), **moved_buffers(self, name)}
-        for key, written in file_names(self, name).items():
-            if key in values:
-                out[written] = values[key]
-        return out
+        self.check_ready()
+        return self.adapters.tensors(name)

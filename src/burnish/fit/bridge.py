@@ -80,7 +80,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
 
 def _owner(model: Any) -> Tuned:
-    from ..engine.tuned import tuned_of
+    from ..engine.owners import tuned_of
 
     while hasattr(model, "module"):  # DDP and its like
         model = model.module

@@ -89,7 +89,7 @@ class Trainer(transformers.Trainer):
         """Nothing of the update stays: a later stage has an optimizer of its own."""
         self.optimizer = self.lr_scheduler = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
-        self.tuned.let_go()
+        self.tuned.steps.let_go()
         self.accelerator.free_memory()
         gc.collect()                            # trainers hold themselves in circles
 
@@ -148,7 +148,7 @@ class Trainer(transformers.Trainer):
         """Forward and backward of one micro-batch, and what the recipe does around them. Probes
         are each process's own; only the pass itself is shared between processes."""
         def whole() -> torch.Tensor:
-            shared = not self.tuned._still or self.args.world_size == 1
+            shared = not self.tuned.steps.still or self.args.world_size == 1
             with contextlib.nullcontext() if shared else self.accelerator.no_sync(model):
                 return super(Trainer, self).training_step(model, dict(inputs), items)
 

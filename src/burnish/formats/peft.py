@@ -29,7 +29,7 @@ from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make, parse
 from ..core.site import Place
 from ..core.targets import match
-from ..engine.adapters import known, moved_buffers
+from ..engine.adapters import moved_buffers
 from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
@@ -58,9 +58,9 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
 
     Raises FormatError naming what PEFT has no form for.
     """
-    tuned._ready()
+    tuned.check_ready()
     if name is not None:
-        known(tuned, name)
+        tuned.adapters.known(name)
     weights = {name: 1.0} if name else dict(tuned.state.active)
     if not weights:
         raise FormatError("per-sample adapters are several; name the one to export")

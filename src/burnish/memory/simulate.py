@@ -412,9 +412,9 @@ class _Snapshot:
         self.named = {n: p.detach().clone() for n, p in model.named_parameters()
                       if p.requires_grad or id(p) in held or ".burnish." in f".{n}."}
         self.tensors += [(p, self.named[n]) for n, p in model.named_parameters() if n in self.named]
-        self.optimizer, self.timeline = opt, tuned._timeline
+        self.optimizer, self.timeline = opt, tuned.steps._timeline
         self.state = copy.deepcopy(opt.state_dict()) if opt is not None else None
-        self.events = copy.deepcopy(tuned._timeline.state()) if tuned._timeline else None
+        self.events = copy.deepcopy(self.timeline.state()) if self.timeline else None
         self.rng = torch.get_rng_state(), random.getstate()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
@@ -429,11 +429,11 @@ class _Snapshot:
         with torch.no_grad():
             for t, value in self.tensors:
                 t.copy_(value)
-        tuned.current_optimizer, tuned._timeline = self.optimizer, self.timeline
+        tuned.steps.optimizer, tuned.steps._timeline = self.optimizer, self.timeline
         if self.state is not None:
             self.optimizer.load_state_dict(self.state)
         if self.events is not None:
-            tuned._timeline.load(self.events)
+            tuned.steps._timeline.load(self.events)
         torch.set_rng_state(self.rng[0])
         random.setstate(self.rng[1])
         if self.cuda is not None:
