@@ -127,7 +127,7 @@ def test_the_first_adapter_is_active_and_stays_while_the_second_trains(qwen, dat
 
     class Look(watch.Stop):
         def on_step_end(self, args, state, control, model=None, **kw):
-            from burnish.engine.tuned import tuned_of
+            from burnish.engine.owners import tuned_of
 
             tuned = tuned_of(model)
             seen.append((tuned.training, dict(tuned.state.active),

@@ -13,8 +13,8 @@ from torch import nn
 import burnish
 from burnish.core.errors import CheckError, ConfigError
 from burnish.engine import originals
+from burnish.engine.owners import tuned_of
 from burnish.engine.slot import slots
-from burnish.engine.tuned import tuned_of
 from burnish.testing.models import tiny
 
 

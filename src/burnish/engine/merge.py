@@ -135,6 +135,8 @@ def _take_back(tuned: Tuned, undo: Undo) -> None:
 def unmerge(tuned: Tuned) -> None:
     """See :meth:`burnish.Tuned.unmerge`. Can be done twice."""
     undo = tuned.merged
+    if undo is None:
+        return
     while undo.first:
         undo.first[-1]()
         undo.first.pop()

@@ -25,6 +25,7 @@ from .base import Base
 from .buffers import Buffers
 from .leave import give_back
 from .looking import branches, terms, weight
+from .merge import merge, unmerge
 from .observe import Batches
 from .originals import Originals
 from .owners import disown, own
@@ -359,8 +360,7 @@ class Tuned:
         return self.model
 
     def _leave(self) -> None:
-        if self.merged is not None:
-            self._unmerge()
+        unmerge(self)
         give_back(self)
         self._close("detached: the model is its base again; burnish.tune(model, recipe) or "
                     "burnish.load(model, folder) joins a recipe to it anew")
@@ -394,8 +394,6 @@ class Tuned:
         Raises CheckError with the reason when a part of the recipe has no form as a weight.
         :meth:`unmerge` brings everything back, bit for bit.
         """
-        from .merge import merge
-
         self.check_here()
         if self.merged is None:
             still_there(self)
@@ -407,13 +405,7 @@ class Tuned:
         self.check_here()
         if self.merged is None:
             raise ConfigError("nothing is merged: call merge() first")
-        to_the_end(self._unmerge)
-
-    def _unmerge(self) -> None:
-        from .merge import unmerge
-
-        if self.merged is not None:
-            unmerge(self)
+        to_the_end(lambda: unmerge(self))
 
     def shrink(self, ragged: bool = False) -> nn.Module:
         """:meth:`merge`, then take out what was switched off (heads, channels): a smaller dense
