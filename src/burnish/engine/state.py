@@ -104,6 +104,18 @@ class State:
                                       f"batch, or call inside tuned.given({key}=...)")
         return kw, call
 
+    @contextmanager
+    def reading(self, keys: dict[str, Any]) -> Iterator[None]:
+        """Inside, in this thread, every call has these keys of context. ConfigError for one that
+        no part of a recipe reads."""
+        read = {k for adapter in self.context.values() for k in adapter}
+        for key in keys:
+            if key not in read:
+                raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
+                                  f"read {', '.join(sorted(read)) or 'nothing'})")
+        with giving(self, keys):
+            yield
+
 
 @dataclass
 class Part:
@@ -125,15 +137,3 @@ def valid(module: nn.Module, args: tuple, kw: dict) -> Tensor | None:
     """The (batch, tokens) attention mask the model is called with."""
     mask = kw.get("attention_mask") if not args else named(module, args, kw).get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    @contextmanager
-    def reading(self, keys: dict[str, Any]) -> Iterator[None]:
-        """Inside, in this thread, every call has these keys of context. ConfigError for one that
-        no part of a recipe reads."""
-        read = {k for adapter in self.context.values() for k in adapter}
-        for key in keys:
-            if key not in read:
-                raise ConfigError(f"no part of the recipe reads {key!r}{nearest(key, read)} (parts "
-                                  f"read {', '.join(sorted(read)) or 'nothing'})")
-        with giving(self, keys):
-            yield

@@ -227,8 +227,7 @@ class Tuned:
         accumulation: backward passes per update; a step inside backward must know, and objectives
         that cannot see the loss.  scaler: the loop's GradScaler, for the same two.
         max_grad_norm: all gradients of an update together are cut to this norm, objectives
-        included; a step inside backward learns it in a further forward and backward
-        (``tuned.step`` and ``tuned.backward`` make it). Raises RecipeError where it cannot act.
+        included; a step inside backward takes another pass for it. RecipeError where it cannot act.
         """
         return self.steps.make(lr, scaler=scaler, **kw)
 
