@@ -145,7 +145,8 @@ class Rung(Listener):
         own = dict(zip(BIASES, box.get(bias, (None, None)), strict=True))
         given |= {k: v for k, v in own.items() if k in given}
         _second_cache(given.values(), self.side)
-        out = self.side(**{**given, first: u})
+        del given[first]
+        out = self.side(u, **given)              # by position: checkpointing looks there alone
         if BIASES[0] in given:                       # made by the first, handed on by the others
             box[bias] = (*out[1:3], None)[:2]
         return out[0] if isinstance(out, tuple) else out
