@@ -23,6 +23,8 @@ from burnish.blocks.weight.sparse import SparseDelta
 from burnish.blocks.weight.term import Term
 from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.call import context
+from burnish.testing import stir
+from burnish.testing.models import tiny
 
 # findings 3.10: one token through two layers made a delta that had not changed again and again
 D = 16
@@ -312,8 +314,6 @@ def test_another_parameter_over_the_same_memory_is_another_tensor():
 
 
 def test_an_update_of_some_rows_beside_one_of_all_is_watched_too():
-    from burnish.testing.models import tiny
-
     net, inputs = tiny("gpt2")
     torch.manual_seed(0)
     tuned = burnish.tune(net, "lora(rank=2, targets='q') + snell(rank=4, targets='qkv')")
@@ -508,3 +508,12 @@ def test_a_copy_and_a_pickle_have_nothing_kept(tmp_path):
     with torch.no_grad():
         assert torch.equal(twin(batch()), want)
         assert torch.equal(copy.deepcopy(tuned.model)(batch()), want)
+
+
+def test_backward_of_an_evaluating_model_keeps_nothing():
+    """It makes weights again without a graph, which is no evaluation."""
+    net, batch = tiny("mha")
+    net.eval()
+    tuned = stir(burnish.tune(net, "lora(rank=2)"))
+    tuned.loss(batch).backward()
+    assert not tuned.state.room.held

@@ -70,6 +70,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def backward_runs() -> bool:
+    """Is this thread inside a backward?"""
+    return torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def as_required(tensors: Sequence[Tensor], flags: Sequence[bool]) -> Iterator[None]:
     """Tensors require gradients inside as they did in forward (adapters may have been switched)."""

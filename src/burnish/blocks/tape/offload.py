@@ -32,10 +32,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Variable
 
 from . import spool
-from .functions import storage_of, version_of
+from .functions import backward_runs, storage_of, version_of
 from .notes import Kept, View
 from .roles import Role
-from .saved import Policy, backward_runs
+from .saved import Policy
 from .spool import Spool
 
 #: bytes below which moving costs more than it saves

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
 from . import replay, roles, unread
-from .functions import storage_of, transformed, version_of
+from .functions import backward_runs, storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
 from .watched import Watched
@@ -95,11 +95,6 @@ class _Here(threading.local):
         self.waiting: dict[Any, Any] = {}        # states between parts that are run one by one
         self.apart: dict[Any, Any] = {}          # what an encoder run by itself left a decoder
         self.opened: Any = None                  # weak reference to the call opened last
-
-
-def backward_runs() -> bool:
-    """Is this thread inside a backward?"""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _counted() -> bool:

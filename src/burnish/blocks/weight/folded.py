@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ...core.call import overheard
-from ..tape.functions import storage_of, transformed, version_of
+from ..tape.functions import backward_runs, storage_of, transformed, version_of
 
 if TYPE_CHECKING:
     from .provided import Weighted
@@ -184,7 +184,8 @@ class Fold:
 
     def now(self, ops: Sequence[Weighted], like: Tensor) -> Made:
         """The values that hold now, for an input like this."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() \
+        if torch.is_grad_enabled() or backward_runs() \
+                or torch.compiler.is_compiling() or transformed() \
                 or any(_trains(t) for op in ops for t in op.all) or _several():
             return NOTHING
         key: Any = like.dtype
