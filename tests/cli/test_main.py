@@ -145,8 +145,8 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 
 SURFACE = {
     "fit": "data json memory model output recipe",
-    "predict": "base given inputs json run tokens",
-    "evaluate": "base batch data image json label run split text",
+    "predict": "base cache given inputs json run tokens",
+    "evaluate": "base batch cache data image json label run split text",
     "demo": "json memory output",
     "plan": "batch device dtype json length memory model prefer targets",
     "simulate": "batch device dtype json length model picture recipe targets tasks",

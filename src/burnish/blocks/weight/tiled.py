@@ -174,10 +174,10 @@ class KernelDelta(Dropping):
         return torch.cat(parts)
 
     # -- panels -----------------------------------------------------------------------------------
-    @torch.no_grad()
     def let_go(self, state: _State) -> None:
         state.panel = None
 
+    @torch.no_grad()
     def tile(self, i0: int, i1: int, state: _State) -> Tensor:
         ready = state.panel is not None          # the quantile pass has made K already
         panel = state.panel[i0:i1] if ready else self.A.new_empty(i1 - i0, self.out)
