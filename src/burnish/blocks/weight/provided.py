@@ -220,15 +220,16 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
 def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """``x W'^T + b`` for any function of W: W' is formed again in backward, never kept."""
+    made, dtype = op.made(x), x.dtype            # what waits for backward holds x by `again` alone
+
     def whole() -> Tensor:
-        return op.dense(op.base() if weight is None else weight).to(x.dtype)
+        return op.dense(op.base() if weight is None else weight).to(dtype)
 
     def product(x: Tensor) -> Tensor:
         size = made.small("entries", lambda: op.base().numel()) if made is not NOTHING else 0
         W = made.large("weight", size * x.element_size(), whole)
         return F.linear(x, whole() if W is None else W)
 
-    made = op.made(x)
     y = again(product, x, (*op.theta(), *(op.held() if weight is None else (weight,))))
     return y if bias is None else y + bias.to(y.dtype)
 
