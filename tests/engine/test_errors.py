@@ -83,8 +83,8 @@ def test_targets_that_match_nothing(target, words):
 
 def test_a_kind_without_a_form_is_named():
     net, _ = tiny("llama", tie_word_embeddings=False)
-    with pytest.raises(burnish.TargetError, match="dora has no form for model.embed_tokens.weight"):
-        burnish.tune(net, "dora(rank=2)", targets="embed_tokens")
+    with pytest.raises(burnish.TargetError, match="oft has no form for model.embed_tokens.weight"):
+        burnish.tune(net, "oft(block=4)", targets="embed_tokens")
 
 
 @pytest.mark.parametrize("recipe, words", [
