@@ -39,7 +39,7 @@ for a, b in zip(x, y):
     batch = a[mine], b[mine]
     def whole():
         from contextlib import nullcontext
-        with shared.no_sync() if tuned._still else nullcontext():
+        with shared.no_sync() if tuned.steps.still else nullcontext():
             loss = mse(shared(batch[0]), batch)
             loss.backward()
         return loss.detach()
