@@ -2,8 +2,8 @@
 
 Backward needs what operations keep, not what they give. In a pre-norm block the last linear's
 result is added to the stream, and nothing after it keeps anything: a run that only serves
-backward may leave that product out, a third of the matrix work of a transformer's block. Its
-result is then filled with NaN, which nobody reads.
+backward may leave that product out: 22 (Llama) to 33 % (ViT) of the block's matrix work. Its result
+is then filled with NaN, which nobody reads.
 
 Whether it is so is looked at, not assumed. A block's first run in backward is whole, and the tape
 watches what is kept behind the last product; only where nothing was (weights apart) do later runs
