@@ -186,3 +186,54 @@ def test_dropout_is_on_the_input_of_the_experts(p):
     torch.manual_seed(1)
     b = tuned.model(**batch).logits
     assert torch.equal(a, b) == (p == 0)
+
+
+def phi3():
+    """A gated MLP whose first two matrices are one linear: rows 0 to 47 gate, 48 to 95 up."""
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=48, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, max_position_embeddings=32, original_max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("targets, named", [("gate", {0}), ("up", {1}), ("gate,up", {0, 1}),
+                                            ("gate_up", {0, 1}), (None, {0, 1})])
+def test_a_part_of_a_fused_linear_is_that_part(targets, named):
+    """What targets name gets y + s sum_n w_n B_n A_n x; the other rows are the base's."""
+    net = phi3().double()
+    fused = net.model.layers[0].mlp.gate_up_proj
+    x = torch.randn(3, 5, 32, dtype=torch.float64)
+    base = fused(x).detach()
+    tuned = burnish.tune(net, "loramoe(experts=2, rank=2, alpha=6, balance=0)", head=False,
+                         targets=targets)
+    net.double()
+    experts = parts(tuned)
+    assert {p.rpartition(".")[2] for p in experts} == \
+        ({"gate_up_proj"} if targets else {"gate_up_proj", "down_proj"})
+    m = experts["model.layers.0.mlp.gate_up_proj"]
+    with torch.no_grad():
+        m.B.normal_(0, 0.3)
+        w = torch.softmax(x @ m.router.T, -1)
+        update = 3 * sum(w[..., n:n + 1] * (x @ m.A[n].T @ m.B[n].T) for n in range(2))
+        want = base.clone()
+        want[..., 48 * min(named):48 * max(named) + 48] += update
+        torch.testing.assert_close(fused(x), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("balance, numbers", [(0.0, 1), (0.1, 2)])
+def test_what_waits_for_backward_is_what_it_says(balance, numbers, kept):
+    """Per token and expert `rank` numbers and a weight, two where the balance rides on it."""
+    found = []
+    for experts in (2, 6):
+        net, batch = tiny("bert", batch=8)
+        batch["input_ids"] = batch["input_ids"].repeat(1, 4)          # few samples beside tokens
+        tuned = burnish.tune(net, f"loramoe(rank=3, experts={experts}, balance={balance})",
+                             targets="fc1", head=False)
+        found.append(kept(tuned, {**batch, "sample_type": torch.tensor([0, 1] * 4)}))
+        assert tuned.recipe.named("loramoe").per_token(None) == experts * (3 + numbers)
+    tokens, layers = batch["input_ids"].numel(), 2
+    more = (found[1] - found[0]) / (tokens * layers * 4)
+    assert more == pytest.approx(4 * (3 + numbers), rel=0.02)

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 Rows = tuple[tuple[int, int], ...] | None
 
 
-def at_place(place: Place, named: list[Place]) -> bool:
-    """Do the named places include this linear, or rows of it?"""
-    return any(n.path == place.path and n.param == place.param for n in named)
-
-
 def linears(anatomy: Anatomy, method: Any, places: list[Place]
             ) -> Iterator[tuple[Place, Rows, int]]:
     """(a place, its runs of rows, its outputs) for every linear inside a block among `places`. One

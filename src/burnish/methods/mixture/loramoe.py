@@ -11,7 +11,7 @@ from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.needs import mlp_linears
 from ...core.site import Branch, Place
-from ._linears import at_place, linears
+from ._linears import linears
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -37,7 +37,8 @@ class LoraMoe(Method):
     experts a second time where the balance rides on them; N rank + N with ``balance=0``).
     Not mergeable: the update depends on the token. No weight decay.
     Defaults are those of the authors' script but for pull and balance, which it leaves at 0: here
-    the paper's 0.1. `targets` narrows it to some of the MLP's linears.
+    the paper's 0.1. `targets` narrows it to some of the MLP's linears, or to a part of a fused one
+    ("up" of gate_up).
     """
 
     paper: ClassVar[str] = ("LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World "
@@ -64,7 +65,8 @@ class LoraMoe(Method):
         if self.experts < 2 or self.experts % 2:
             raise RecipeError(f"loramoe(experts={self.experts}): the experts are two halves; "
                               "expected an even number")
-        places = narrowed(anatomy, self, mlp_linears(anatomy), at_place)
+        sites = [s for p in mlp_linears(anatomy) for s in (p, *anatomy.slices(p))]
+        places = narrowed(anatomy, self, sites, lambda s, named: s in named)
         for place, rows, out in linears(anatomy, self, places):
             yield Branch(place.path, DenseChains(
                 place.inp, out, self.experts, self.rank, scale=self.alpha / self.rank,
