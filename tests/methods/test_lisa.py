@@ -11,6 +11,7 @@ from torch import nn
 
 from burnish.blocks.update.step import compose
 from burnish.core.errors import RecipeError
+from burnish.core.events import Timeline
 from burnish.core.recipe import parse
 
 L, D = 6, 16
@@ -197,9 +198,52 @@ def test_the_live_take_the_steps_of_plain_adam(leave):                          
                             for k in range(2, 12)), "some block has left and returned"
 
 
-def test_more_layers_than_blocks_is_refused():
-    with pytest.raises(RecipeError, match="layers=7.*6 repeated blocks"):
-        attach("lisa(layers=7)", Body())
+@pytest.mark.parametrize("layers", [7, -1])
+def test_more_layers_than_blocks_is_refused(layers):
+    with pytest.raises(RecipeError, match=f"layers={layers}.*6 repeated blocks"):
+        attach(f"lisa(layers={layers})", Body())
+
+
+def furnished():
+    """A block with an adapter beside its weight and a table of whole numbers, and a bias that is
+    read outside, too, under a name that comes later."""
+    model = Body()
+    first = model.layers[0]
+    first.burnish = nn.ParameterDict({"A": nn.Parameter(torch.ones(2, D))})
+    first.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    model.beside = nn.Linear(D, D)
+    model.beside.bias = first.bias
+    return model
+
+
+def test_only_the_base_s_own_real_numbers_are_its_business():
+    model = furnished()
+    anatomy = SimpleNamespace(model=model, blocks=[SimpleNamespace(path="layers.0")])
+    chosen = {s.name for s in parse("lisa(layers=0)")[0].select(anatomy)}
+    own = {n for n, p in Body().named_parameters()} | {"beside.weight"}
+    assert chosen == own
+
+
+def test_an_adapter_and_what_is_shared_with_the_outside_stay_live():
+    model = furnished()
+    control, _ = attach("lisa(layers=0, every=1)", model)
+    control.step_begin(0)
+    first = model.layers[0]
+    assert first.burnish["A"].requires_grad and first.bias.requires_grad
+    assert not first.weight.requires_grad and not first.table.requires_grad
+    assert not model.layers[1].bias.requires_grad
+
+
+def test_whoever_names_no_phase_finds_the_draw_made():
+    model, seen = Body(), []
+    control, _ = attach("lisa(layers=2, every=1)", model)
+
+    class Looks:
+        def step_begin(self, step):
+            seen.append(sum(layer.weight.requires_grad for layer in model.layers))
+
+    Timeline([("looks", Looks()), ("lisa", control)]).emit("step_begin", 0)
+    assert seen == [2]
 
 
 def test_its_settings_are_the_authors():

@@ -23,9 +23,10 @@ inside backward frees each gradient at once. An optimizer that makes no gradient
 and a recipe whose parts need it is refused (`words.py`).
 
 A handler is any object; its methods named like the events are called. Phases order handlers of
-one event (`phase`, default 50, small first), then the order written in the recipe. Everything
-hangs on the optimizer, so a recipe does the same in anybody's loop: `step_begin` fires when the
-previous update is done (and before the first forward), the rest around `optimizer.step()`.
+one event (`phase`, default 50, small first; `EARLY`, `LATE`), then the order written in the
+recipe. Everything hangs on the optimizer, so a recipe does the same in anybody's loop: `step_begin`
+fires when the previous update is done (and before the first forward), the rest around
+`optimizer.step()`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from typing import Any
 
 EVENTS = ("start", "step_begin", "around_step", "rehearse", "before_update", "tensor_updated",
           "after_update", "step_end", "finish")
+
+#: phases: before all who name none, for what others must find decided; and after (or inside) them
+EARLY, LATE = 10, 80
 
 
 class Timeline:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...blocks.choose.reach import costs, relieved, within
 from ...blocks.update.live import TrainableSchedule
 from ...core.errors import ConfigError, RecipeError
+from ...core.events import EARLY
 from ...core.method import Method, setting
 from ...core.processes import processes
 from ...core.site import Selection
@@ -71,7 +72,7 @@ class Greentrainer(Method):
 class Chosen:
     """Early, so that other handlers see what is live."""
 
-    phase: ClassVar[int] = 10
+    phase: ClassVar[int] = EARLY
 
     def __init__(self, method: Greentrainer, tuned: Tuned):
         self.method, self.model = method, tuned.model

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...blocks.update.live import Draw, TrainableSchedule
 from ...core.errors import RecipeError
+from ...core.events import EARLY
 from ...core.method import Method, setting
 from ...core.site import Selection
 
@@ -70,7 +71,7 @@ class LiveBlocks:
     """Asks the schedule before every step; early, so that other handlers see what is live."""
 
     schedule: TrainableSchedule
-    phase: ClassVar[int] = 10
+    phase: ClassVar[int] = EARLY
 
     def step_begin(self, step: int) -> None:
         self.schedule.update(step)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...blocks.update.elsewhere import ascent, elsewhere
 from ...core.errors import CheckError, RecipeError
+from ...core.events import LATE
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Sam(Method):
 class Sharpness:
     """Late, so that whatever else stands around a pass has chosen what trains."""
 
-    phase: ClassVar[int] = 80
+    phase: ClassVar[int] = LATE
 
     def __init__(self, method: Sam):
         self.method, self.looked = method, False
