@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -66,6 +67,40 @@ def test_steps_are_the_equations(shape, settings):
                                atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (7,)])
+def test_gradients_of_the_floor_s_size_are_damped_by_it(shape):
+    """1e-30 stands beside G^2, so a gradient of 1e-15 steps by 1 / sqrt(2) and not by 1."""
+    W = torch.zeros(shape, dtype=torch.float64)
+    p, _ = ours("full + adafactor", W, [torch.full(shape, 1e-15, dtype=torch.float64)], 1.0)
+    torch.testing.assert_close(p.detach(), torch.full_like(W, -(0.5**0.5)), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7,)])
+def test_what_is_kept_are_the_means_of_the_equations(shape):
+    """The row means, the column means and, of a vector, V itself: what a checkpoint carries."""
+    Gs = gradients(shape, 4)
+    _, opt = ours("full + adafactor", torch.zeros(shape, dtype=torch.float64), Gs, 0.01)
+    (state,) = opt.state.values()
+    R = C = V = 0.0
+    for t, G in enumerate(Gs, 1):
+        b, S = 1 - t**-0.8, G**2 + 1e-30
+        V = b * V + (1 - b) * S
+        if len(shape) == 2:
+            R, C = b * R + (1 - b) * S.mean(1), b * C + (1 - b) * S.mean(0)
+    want = {"row": R, "col": C} if len(shape) == 2 else {"exp_avg_sq": V}
+    for name, value in want.items():
+        torch.testing.assert_close(state[name].view(value.shape), value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size, factor", [(1e-5, 1e-3), (1.5e-3, 1.5e-3), (0.5, 0.5)])
+def test_a_step_relative_to_the_weight_has_a_floor(size, factor):
+    """Equal gradients are U = 1, so the step is lr max(1e-3, RMS(W))."""
+    W = torch.full((6, 9), size, dtype=torch.float64)
+    p, _ = ours("full + adafactor(scale_parameter=True)", W, [torch.ones_like(W)], 0.1)
+    torch.testing.assert_close(W - p.detach(), torch.full_like(W, 0.1 * factor), rtol=1e-9,
+                               atol=0)
+
+
 def test_a_rank_one_square_is_reproduced_exactly():
     g = torch.Generator().manual_seed(0)
     G = torch.outer(torch.randn(6, generator=g, dtype=torch.float64),
@@ -81,6 +116,19 @@ def test_state_is_m_plus_n(beta1, more):
     (state,) = opt.state.values()
     held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor))
     assert held == 4 * (6 + 9 + more * 54)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("shape, few", [((6, 9), 15), ((4, 3, 2, 2), 16), ((7,), 7), ((1, 5), 6)])
+def test_the_bytes_it_tells_are_held(shape, few, beta1, dtype):
+    """m + n of a matrix, every entry of a vector, one mean more with beta1; never below fp32."""
+    recipe = f"full + adafactor(beta1={beta1})"
+    want = (few + (math.prod(shape) if beta1 else 0)) * max(4, dtype.itemsize)
+    assert parse(recipe)[1].state_bytes(shape, dtype.itemsize) == want
+    _, opt = ours(recipe, torch.zeros(shape, dtype=dtype), [torch.ones(shape, dtype=dtype)], 0.1)
+    (state,) = opt.state.values()
+    assert sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor)) == want
 
 
 def test_a_convolution_is_seen_as_out_by_rest():

@@ -19,11 +19,11 @@ class Factored(Whole):
 
     name: ClassVar[str] = "adafactor"
 
-    decay_rate: float = 0.8
-    clip: float = 1.0
-    beta1: float = 0.0
-    scale_parameter: bool = False
-    weight_decay: float = 0.0
+    decay_rate: float
+    clip: float
+    beta1: float
+    scale_parameter: bool
+    weight_decay: float
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         held = {"row": shape[:1], "col": shape[1:]} if len(shape) == 2 else {"exp_avg_sq": shape}
@@ -80,7 +80,7 @@ class Adafactor(Method):
     def optimizer(self) -> Inner:
         return Inner(rule=Factored(
             decay_rate=self.decay_rate, clip=self.clip, beta1=self.beta1,
-            scale_parameter=self.scale_parameter, weight_decay=self.weight_decay), name="adafactor")
+            scale_parameter=self.scale_parameter, weight_decay=self.weight_decay))
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""
