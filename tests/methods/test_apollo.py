@@ -34,7 +34,7 @@ def projection(m, n, rank, turn):
     return basis.left, basis.right
 
 
-def reference(W, Gs, rank, every, scale, by, front, lr, wd=0.0):
+def reference(W, Gs, rank, every, scale, by, front, lr, wd=0.0, limit=1.01):
     """The equations of the paper, dense, in fp64: no panels, no classes."""
     m, n = W.shape
     M = V = None
@@ -53,8 +53,8 @@ def reference(W, Gs, rank, every, scale, by, front, lr, wd=0.0):
             U = G * (N.norm(dim=1) / (R.norm(dim=1) + 1e-8))[:, None]
         if front:
             U = U * math.sqrt(scale)
-        if last is not None:
-            U = U / (max(float(U.norm()) / (float(last) + 1e-8), 1.01) / 1.01)
+        if last is not None and limit:
+            U = U / (max(float(U.norm()) / (float(last) + 1e-8), limit) / limit)
         last = U.norm()
         if not front:
             U = U * math.sqrt(scale)
@@ -84,6 +84,60 @@ def test_steps_are_the_equations(m, n, settings):
     want = reference(W, Gs, settings["rank"], 3, settings["scale"], settings["by"],
                      settings.get("scale_front", False), 0.01, 0.1)
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_what_nobody_set_is_the_paper_s(every):
+    """Scale 1, channels, limit 1.01, betas 0.9 and 0.999, eps 1e-6, no decay."""
+    W = torch.randn(12, 20, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    Gs = [g * 1e-4 for g in gradients(12, 20, 7)]               # small enough for eps to be seen
+    p, _ = ours(f"full + apollo(rank=3, every={every})", W, Gs, 0.01)
+    want = reference(W, Gs, 3, every, 1.0, "channel", False, 0.01)
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.01, 1.1])
+def test_growth_is_cut_to_the_limit_asked_for(limit):
+    """Equal gradients, whose m / sqrt(v) grows by a third at the second step; 0 cuts nothing."""
+    W, Gs = torch.zeros(12, 20, dtype=torch.float64), gradients(12, 20, 1) * 4
+    p, _ = ours(f"full + apollo(rank=3, limit={limit})", W, Gs, 0.01)
+    want = reference(W, Gs, 3, 9, 1.0, "channel", False, 0.01, limit=limit)
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "reverse_std"])
+@pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
+def test_the_moments_lie_on_the_side_asked_for(m, n, side):
+    """P on the left leaves (r, n), on the right (m, r), reversed the short side."""
+    _, opt = ours(f"full + apollo(rank=3, proj_type={side!r})",
+                  torch.zeros(m, n, dtype=torch.float64), gradients(m, n, 1), 0.01)
+    (state,) = opt.state.values()
+    want = {"left": 3 * n, "right": 3 * m, "reverse_std": 3 * min(m, n)}[side]
+    assert state["exp_avg"].numel() == state["exp_avg_sq"].numel() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_bytes_it_tells_are_two_moments_of_the_image(dtype):
+    told = parse("apollo(rank=4)")[0].state_bytes
+    assert told((12, 20), dtype.itemsize) == 2 * 4 * 20 * max(4, dtype.itemsize)
+    assert told((20, 12), dtype.itemsize) == 2 * 4 * 20 * max(4, dtype.itemsize)
+    assert told((7,), dtype.itemsize) == 2 * 7 * max(4, dtype.itemsize)        # Adam's
+
+
+def test_targets_choose_what_is_projected():
+    ps = [(f"blocks.0.{n}", nn.Parameter(torch.zeros(12, 20, dtype=torch.float64)))
+          for n in ("w", "v")]
+    opt = compose([m.optimizer() for m in parse("full + apollo(rank=3, targets='v')")], ps, 0.01)
+    for _, p in ps:
+        p.grad = gradients(12, 20, 1)[0]
+    opt.step()
+    w, v = (opt.state[p]["exp_avg"].numel() for _, p in ps)
+    assert (w, v) == (12 * 20, 3 * 20)
+
+
+def test_it_cannot_share_the_subspace():
+    with pytest.raises(burnish.RecipeError, match="apollo and galore|galore and apollo"):
+        parse("full + apollo + galore")
 
 
 def test_the_update_has_the_rank_of_the_gradient():
