@@ -103,6 +103,143 @@ def test_something_trains_even_where_nothing_fits():
     assert within(listed, {"a": -1.0, "b": 0.0, "c": -1.0}, 100.0) == {"b"}
 
 
+# -- the whole equation -------------------------------------------------------------------------
+def chain(sizes):
+    """Linears without a bias, so that every FLOP can be counted by hand."""
+    layers = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b, bias=False), nn.Tanh()]
+    net = nn.Sequential(*layers[:-1]).double()
+    g = torch.Generator().manual_seed(3)
+    return net, (torch.randn(5, sizes[0], generator=g).double(),
+                 torch.randn(5, sizes[-1], generator=g).double())
+
+
+def by_hand(sizes, worth, rho, n=5):
+    """(the best choice among all, T_bp): 2 n in out of each product, for n rows; the deepest
+    layer hands no gradient on."""
+    products = [2 * n * a * b for a, b in itertools.pairwise(sizes)][::-1]
+    names = [f"{2 * k}.weight" for k in range(len(products))][::-1]
+    listed = [Cost(name, products[k - 1] if k else 0, own)
+              for k, (name, own) in enumerate(zip(names, products, strict=True))]
+    T_fp, T_bp = sum(products), sum(products) + sum(products[:-1])
+    share = max(0.05, rho * (1 + T_fp / T_bp) - T_fp / T_bp)
+    fits = [set(c) for k in range(1, len(names) + 1) for c in itertools.combinations(names, k)
+            if price(listed, c) <= share * T_bp]
+    return max(fits, key=lambda c: sum(worth[name] for name in c))
+
+
+def told(monkeypatch, worth):
+    monkeypatch.setattr(greentrainer, "relieved", lambda step, tensors: dict(worth))
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.62, 0.7, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_trains_is_the_best_of_all_within_the_budget(rho, seed, monkeypatch):
+    sizes, draw = (6, 8, 5, 7, 3), random.Random(seed)
+    net, batch = chain(sizes)
+    worth = {n: draw.uniform(0.2, 1) for n, _ in net.named_parameters()}
+    told(monkeypatch, worth)
+    tuned = burnish.tune(net, f"greentrainer(budget={rho}) + sgd", head=False)
+    tuned.optimizer(LR)
+    tuned.step(batch, mse)
+    assert live(tuned) == by_hand(sizes, worth, rho)
+
+
+def test_a_budget_below_the_forward_leaves_a_twentieth_of_backward(monkeypatch):
+    """Of 8,820 FLOPs 441: the last two take 280, the third from the end 810 with its way."""
+    sizes = (24, 30, 2, 7, 1)
+    net, batch = chain(sizes)
+    worth = {"0.weight": 9.0, "2.weight": 5.0, "4.weight": 1.0, "6.weight": 1.0}
+    told(monkeypatch, worth)
+    tuned = burnish.tune(net, "greentrainer(budget=0.1) + sgd", head=False)
+    tuned.optimizer(LR)
+    tuned.step(batch, mse)
+    assert live(tuned) == {"4.weight", "6.weight"} == by_hand(sizes, worth, 0.1)
+
+
+def test_only_a_rehearsed_choice_is_the_largest_and_only_once(monkeypatch):
+    sizes = (6, 8, 5, 7, 3)
+    net, batch = chain(sizes)
+    worth = {"0.weight": 0.1, "2.weight": 0.1, "4.weight": 0.1, "6.weight": 1.0}
+    entries = {n: p.numel() for n, p in net.named_parameters()}
+    told(monkeypatch, worth)
+    tuned = burnish.tune(net, "greentrainer(budget=0.7, every=1) + sgd", head=False)
+    tuned.optimizer(LR)
+    best, largest = by_hand(sizes, worth, 0.7), by_hand(sizes, entries, 0.7)
+    assert best != largest
+    seen = []
+    for rehearsed in (False, True, False):
+        if rehearsed:
+            handler(tuned).rehearse(0)
+        tuned.step(batch, mse)
+        seen.append(live(tuned))
+    assert seen == [best, largest, best]
+
+
+def test_a_resumed_run_goes_on_with_its_choice_and_chooses_when_it_is_time(monkeypatch):
+    sizes = (6, 8, 5, 7, 3)
+    early = {"0.weight": 0.1, "2.weight": 0.1, "4.weight": 1.0, "6.weight": 0.1}
+    late = {"0.weight": 0.1, "2.weight": 1.0, "4.weight": 0.1, "6.weight": 0.1}
+    net, batch = chain(sizes)
+    told(monkeypatch, early)
+    tuned = burnish.tune(net, "greentrainer(budget=0.7, every=3) + sgd", head=False)
+    tuned.optimizer(LR)
+    for _ in range(2):
+        tuned.step(batch, mse)
+    state = tuned.timeline.state()
+
+    net, batch = chain(sizes)
+    told(monkeypatch, late)
+    again = burnish.tune(net, "greentrainer(budget=0.7, every=3) + sgd", head=False)
+    again.optimizer(LR)
+    again.timeline.load(state)
+    seen = [live(again)]
+    for _ in range(2):
+        again.step(batch, mse)
+        seen.append(live(again))
+    first, then = by_hand(sizes, early, 0.7), by_hand(sizes, late, 0.7)
+    assert first != then and seen == [first, first, then]
+
+
+def test_a_choice_takes_a_forward_and_two_passes():
+    net, batches = start()
+    passes = {"forward": 0, "backward": 0}
+
+    def count(word):
+        passes[word] += 1
+
+    def loss(out, batch):
+        value = mse(out, batch)
+        if value.requires_grad:
+            value.register_hook(lambda g: count("backward"))
+        return value
+
+    net.register_forward_hook(lambda *_: count("forward"))
+    tuned = burnish.tune(net, "greentrainer(budget=1.0) + sgd", head=False)
+    tuned.optimizer(LR)
+    tuned.step(batches[0], loss)
+    assert passes == {"forward": 4, "backward": 3}                # and the step's own
+    tuned.step(batches[1], loss)
+    assert passes == {"forward": 5, "backward": 4}
+
+
+def test_whole_numbers_are_left_alone():
+    net, batches = start()
+    net.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    tuned = burnish.tune(net, "greentrainer(budget=1.0) + sgd", head=False)
+    tuned.optimizer(LR)
+    tuned.step(batches[0], mse)
+    assert not net.table.requires_grad and "table" not in live(tuned)
+
+
+def test_it_stands_outside_of_whatever_else_surrounds_a_pass():
+    for text in ("greentrainer + sam", "sam + greentrainer"):
+        tuned = burnish.tune(start()[0], text, head=False)
+        tuned.optimizer(LR)
+        assert tuned.timeline.around()[0] is handler(tuned)
+
+
 # -- what things cost ----------------------------------------------------------------------------
 def test_costs_are_the_products_of_the_layers():
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.LayerNorm(8),
