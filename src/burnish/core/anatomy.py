@@ -67,6 +67,7 @@ class Anatomy:
     embeddings: modules that turn inputs into states (token embeddings, patch projections).
     final_norm: the norm after the last block; final_norms: the same per stack.
     aliases: tied parameter -> the name under which it is a place.
+    asking: parameters that asked for a gradient when the model was read, by name.
     notes: what was guessed or left out.
     asked: the targets of the recipe that is being joined, and who has used them.
     """
@@ -84,6 +85,7 @@ class Anatomy:
     heads: int | None = None
     kv_heads: int | None = None
     aliases: dict[str, str] = field(default_factory=dict)
+    asking: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
 
@@ -158,7 +160,9 @@ class _Reader:
         places = [replace(p, role=found.roles[p]) for p in found.places]
         blocks = [self._sites(i, b, places, norms) for i, b in enumerate(blocks)]
         out = Anatomy(self.model, places, blocks, head, kind, norms=norms,
-                      aliases=found.aliases, notes=[*self.notes, *found.notes])
+                      aliases=found.aliases, notes=[*self.notes, *found.notes],
+                      asking=tuple(n for n, p in self.model.named_parameters()
+                                   if p.requires_grad and ".burnish." not in f".{n}"))
         out.embeddings = tuple(dict.fromkeys(
             p.path for p in places if p.role in ("embed", "patch") and p.block is None))
         self._numbers(out)

@@ -70,6 +70,8 @@ class Method:
     exact: the gradients are those of the loss; False: estimates of them, by design.
     fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
     model's mode (no dropout, no moving statistics).
+    takes_head: ``head="auto"`` trains a classification-like head beside it; False: it says itself
+    all that trains of the model.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
     (``testing/checks/common.py``).
     quality: prior used by the planner comes from measured data, never from here.
@@ -80,6 +82,7 @@ class Method:
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    takes_head: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
     )

@@ -271,7 +271,8 @@ class Adapters(dict[str, Adapter]):
         compose([m.optimizer() for m in recipe if "optimizer" in m.axes()],
                 [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
         tuned, originals = self.tuned, self.tuned.originals
-        train_head = tuned.anatomy.head_kind == "classification" if head == "auto" else bool(head)
+        train_head = bool(head) if head != "auto" else (
+            tuned.anatomy.head_kind == "classification" and all(p.takes_head for p in recipe))
         adapter = Adapter(name, recipe, targets, train_head, seed, originals, filled=tuned.filled)
         adapter.settled = {part: dict(places) for part, places in (settled or {}).items()}
         batches = tuned.calibration if calibration is None else Batches(calibration)

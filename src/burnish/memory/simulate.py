@@ -234,6 +234,7 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
     where = device or next(p.device.type for p in tuned.model.parameters())
     return MemoryReport.of(
         ledger, since=since, device=torch.device(where).type, label=label, recipe=str(tuned.recipe),
+        notes=[*ledger.notes, *tuned.active.notes],
         trainable=sum(p.numel() for p in tuned.parameters()),
         adapter_bytes=sum(t.numel() * t.element_size() for t in tuned.tensors().values()))
 
