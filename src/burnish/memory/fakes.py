@@ -151,14 +151,19 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
 def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
     """Asked for the bias gradient, the CPU makes the weight's too, whether it is wanted or not."""
     *rest, mask = args
-    if g.device.type == "cpu":
-        mask = [mask[0], mask[1] or mask[2], mask[2]]
+    mask = [mask[0], mask[1] or mask[2], mask[2]]
     return torch.ops.aten.convolution_backward.default(g, x, weight, *rest, mask)
 
 
 KERNELS: dict[Any, Any] = {
     torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
-    torch.ops.aten.convolution_backward.default: _convolution_backward,
 }
 if hasattr(torch.ops.aten, "_grouped_mm"):
     KERNELS[torch.ops.aten._grouped_mm.default] = _grouped_mm
+
+
+def kernels(kind: str) -> dict[Any, Any]:
+    """What stands for an operator's fake version, on tensors of this device type."""
+    if kind != "cpu":
+        return KERNELS
+    return {**KERNELS, torch.ops.aten.convolution_backward.default: _convolution_backward}

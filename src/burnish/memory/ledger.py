@@ -29,14 +29,12 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .devices import INSIDE, PRODUCTS, scratch, workspace
 from .machine import machine
-from .operators import SCRATCH, aliases, called_by_engine, cost, leaves, mutates
+from .operators import aliases, called_by_engine, cost, leaves, mutates
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
 PHASES = ("load", "forward", "loss", "backward", "update")
-
-#: blocks the allocator hands out, by device type; the rest are exact
-ROUNDING = {"cuda": 512}
 
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -91,7 +89,7 @@ class Ledger(TorchDispatchMode):
         self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
-        self.machine: str | None = None       # whose speed `seconds` are; default each tensor's
+        self.machine: str | None = None       # whose kernels and speed count; default each tensor's
         self._alive: dict[int, _Watch] = {}
         self._paths: dict[int, str] = {}
         self._owners: dict[int, str] = {}
@@ -107,6 +105,7 @@ class Ledger(TorchDispatchMode):
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
         self._closed = False
+        self._unopened = {False, True}        # libraries of products: forward's thread, backward's
 
     # -- entering and leaving ---------------------------------------------------------------
     def __enter__(self) -> Ledger:
@@ -181,8 +180,12 @@ class Ledger(TorchDispatchMode):
                         birth=0 if found else self.now)
         if func is _ADD:
             self._note_sum(args, kwargs)
-        elif func.overloadpacket in SCRATCH and args[0].device.type == "cpu":
-            self.transient(SCRATCH[func.overloadpacket](args, out), "cpu")
+        elif func.overloadpacket in INSIDE:
+            here = args[0].device.type
+            if (takes := scratch(func, self.machine or here)) is not None:
+                self.transient(takes(args, out), here)
+        elif self._unopened and func.overloadpacket in PRODUCTS:
+            self._open_library(args[0].device.type)
         if self.count:
             self._count(func, args, kwargs, out, phase)
         return out
@@ -201,6 +204,14 @@ class Ledger(TorchDispatchMode):
         entry = Entry(nbytes, self.now, self._module(phase), phase, "temporary", device)
         entry.death = self.now + 1
         self.entries.append(entry)
+
+    def _open_library(self, here: str) -> None:
+        """A thread's first product gives its library a workspace, for good."""
+        thread = torch._C._current_graph_task_id() != -1
+        if thread in self._unopened:
+            self._unopened.remove(thread)
+            if nbytes := workspace(self.machine or here):
+                self.entries.append(Entry(nbytes, self.now, "", self._phase(), "temporary", here))
 
     def reset_counts(self) -> None:
         """Count operations and traffic from here on."""

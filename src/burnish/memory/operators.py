@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -28,19 +27,6 @@ FLOPS.setdefault(
         g.shape, q.shape, k.shape, v.shape),
 )
 
-
-def _convolution(args: tuple, out: Tensor) -> int:
-    """oneDNN reorders weights and result into blocks, but for 1 x 1 kernels."""
-    return out.nbytes + args[1].nbytes if math.prod(args[1].shape[2:]) > 1 else 0
-
-
-def _convolution_backward(args: tuple, out: Any) -> int:
-    g, x, w = args[:3]
-    return g.nbytes + x.nbytes + w.nbytes if math.prod(w.shape[2:]) > 1 else 0
-
-
-#: memory a CPU kernel takes and gives back inside itself, where it is the size of an activation
-SCRATCH = {_aten.convolution: _convolution, _aten.convolution_backward: _convolution_backward}
 
 
 @cache

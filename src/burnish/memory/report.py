@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import FormatError
-from .ledger import CATEGORIES, ROUNDING, Ledger
+from .caching import replay
+from .devices import device as facts_of
+from .ledger import CATEGORIES, Ledger
 from .units import format_bytes, parse_bytes
 
 __all__ = ["MemoryReport", "format_bytes", "parse_bytes"]
@@ -30,6 +32,8 @@ class MemoryReport:
         every high point is kept.
     phases: (phase, first event) in the order they ran, over the same step.
     peak_at: (phase, module) of the moment of the peak.
+    allocator: what the device's allocator would say of the whole run, in bytes: ``allocated``, and
+        on CUDA ``active`` and ``reserved`` (caching.py).
     other_devices: peak bytes elsewhere (offloaded tensors), by device type.
     flops, traffic, seconds: floating-point operations, bytes read and written, and the time a
         round machine would take for both (machine.py), of one step by phase (only when counted).
@@ -44,6 +48,7 @@ class MemoryReport:
     peak_at: tuple[str, str]
     phases: list[tuple[str, int]] = field(default_factory=list)
     device: str = "cpu"
+    allocator: dict[str, int] = field(default_factory=dict)
     other_devices: dict[str, int] = field(default_factory=dict)
     source: str = "simulated"
     recipe: str = ""
@@ -71,7 +76,7 @@ class MemoryReport:
         length = ledger.now + 2
         deltas = {c: np.zeros(length, dtype=np.int64) for c in CATEGORIES}
         others: dict[str, np.ndarray] = {}
-        block = ROUNDING.get(label or device, 1)
+        block = facts_of(label or device).block
         for e, category, birth, death in lives:
             if e.device == device:
                 size = -(-e.bytes // block) * block
@@ -99,6 +104,7 @@ class MemoryReport:
             phases=phases,
             peak_at=(last.phase, last.module) if last else ("load", ""),
             device=label or device,
+            allocator=_allocator(lives, device, label, int(total.max()) if len(total) else 0),
             other_devices={d: int(np.cumsum(v).max()) for d, v in others.items()},
             flops=dict(ledger.flops) if ledger.count else {},
             traffic=dict(ledger.traffic) if ledger.count else {},
@@ -127,6 +133,9 @@ class MemoryReport:
             lines += ["", "  largest modules at the peak"]
             width = max(len(m) for m, _ in top)
             lines += [f"  {m:<{width}}  {format_bytes(b):>10}" for m, b in top]
+        if len(self.allocator) > 1:
+            lines += ["", "  " + ", ".join(f"{k} {format_bytes(b)}"
+                                           for k, b in self.allocator.items())]
         for d, b in self.other_devices.items():
             lines.append(f"  on {d}: {format_bytes(b)}")
         if self.stages:
@@ -164,6 +173,14 @@ class MemoryReport:
         from .picture import draw
 
         return draw(self, Path(path))
+
+
+def _allocator(lives: list[Any], device: str, label: str | None, peak: int) -> dict[str, int]:
+    """The figures of the device's allocator over the whole run."""
+    if not facts_of(label or device).caches:
+        return {"allocated": peak}
+    return asdict(replay((e.bytes, birth, death) for e, _, birth, death in lives
+                         if e.device == device))
 
 
 def _busiest(lives: list[Any]) -> str:

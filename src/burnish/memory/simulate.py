@@ -30,7 +30,8 @@ from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
 from ..core.stage import label as name_of
-from .fakes import KERNELS, blank_batch, fake_copy, fakes_move, from_config
+from .devices import kernels_of
+from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
@@ -55,8 +56,10 @@ class FakeLedger(Ledger):
     computed only from tensors of known value is computed on those values too.
     """
 
-    def __init__(self, model: nn.Module | None = None, **kw: Any):
+    def __init__(self, model: nn.Module | None = None, kind: str = "cpu", **kw: Any):
         super().__init__(model, **kw)
+        self.machine = kind
+        self.kernels = kernels(kind)
         self.values: dict[int, Tensor] = {}
 
     def knows(self, fake: Tensor, value: Tensor) -> None:
@@ -72,7 +75,7 @@ class FakeLedger(Ledger):
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((args, kwargs.get("out"))):
                     t.__dict__.pop("_burnish_value", None)
-            return KERNELS.get(func, func)(*args, **kwargs)
+            return self.kernels.get(func, func)(*args, **kwargs)
         if func is _ITEM:
             with _no_modes():
                 return values[0][0].item()
@@ -154,12 +157,12 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     from ..engine.tuned import DEFAULT
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)     # tables that blocks hold are real
-    ledger = FakeLedger(count=count)
     kind = torch.device(device).type
-    ledger.machine = kind
+    ledger = FakeLedger(kind=kind, count=count)
     here = device if kind == "cpu" or _usable(kind) else "cpu"
     with (random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
-          quick_noise(ledger), quick_strips(ledger), quiet()):
+          quick_noise(ledger), quick_strips(ledger), quiet(),
+          kernels_of(kind if here == "cpu" else "cpu")):
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:
@@ -194,8 +197,9 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                                   f"{reason}") from error
     report.batch = label
     if here != device:
-        report.notes.append(f"no {kind} here: counted with the CPU's kernels in {kind}'s blocks; "
-                            "the device's context and library workspaces come on top")
+        report.notes.append(f"no {kind} here: counted with the CPU's kernels, but for those that "
+                            f"memory/devices.py declares for {kind}; the device's context comes on "
+                            "top")
     return report, [name_of(stages, n) for n in range(len(stages))]
 
 
