@@ -68,7 +68,7 @@ class Meft(Method):
                                   "rounding allows", other=(1,))
 
     def __post_init__(self) -> None:
-        if self.bottleneck < 1 or (self.anchors or 0) < 0:
+        if self.bottleneck < 1 or self.anchors is not None and self.anchors < 0:
             raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): 1 or "
                               "more, and 0 or more, are expected")
 
@@ -95,21 +95,20 @@ class Meft(Method):
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         for b in reversible_blocks(self, anatomy, self.layers):
-            yield Branch(b.path, self._adapter(b.hidden_size or anatomy.hidden_size))
+            yield Branch(b.path, self._adapter(anatomy))
 
-    def _adapter(self, d: int) -> Bottleneck:
-        return Bottleneck(d, self.bottleneck, act=self.act, init="bert")
+    def _adapter(self, anatomy: Anatomy) -> Bottleneck:
+        return Bottleneck(anatomy.hidden_size, self.bottleneck, act=self.act, init="bert")
 
     def activations(self, anatomy: Anatomy) -> Segment:
         blocks = reversible_blocks(self, anatomy, self.layers)
-        d = blocks[0].hidden_size or anatomy.hidden_size
         scales = self.scales()
 
         def run(i: int, attacher: Any) -> Reversible:
             above = len(blocks) - 1 - i
             read = self.variant == 2 or above > 0
             return Reversible(attacher.state, attacher.adapter.name, i, above, scales,
-                              self._adapter(d) if read else None, anchors=self.anchors,
+                              self._adapter(anatomy) if read else None, anchors=self.anchors,
                               block_first=self.variant == 1, fixed=self.streams == "fixed"
                               ).to(attacher.device(blocks[i].path))
 
