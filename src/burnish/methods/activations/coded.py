@@ -77,14 +77,15 @@ class Steps:
     def __init__(self, tuned: Tuned):
         self.tuned = tuned
 
+    @property
+    def policy(self) -> Any:                     # the tape's own: taking an adapter out renews it
+        return self.tuned.state.tape.policy
+
     def step_begin(self, step: int) -> None:
-        policy = self.tuned.state.tape.policy
-        if isinstance(policy, Policy):
-            policy.begin(step)
+        self.policy.begin(step)
 
     def state_dict(self) -> dict[str, int]:
-        policy = self.tuned.state.tape.policy
-        return {"step": policy.step if isinstance(policy, Policy) else 0}
+        return {"step": self.policy.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step_begin(state["step"])
