@@ -201,6 +201,13 @@ LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "albe
 #: lists inside a block, never lists of blocks
 NOT_BLOCKS = re.compile(r"experts|heads|downsampl|upsampl|mlps$|projections$|predictor", re.I)
 
+# -- norms -------------------------------------------------------------------------------------
+#: the norm of what the MLP reads, in blocks that also normalise what a sub-layer gives
+BEFORE_MLP = re.compile(r"(^|_)pre_(feedforward|ffn|ff|mlp|expert)(_|$)")
+#: the norm of what a sub-layer gives, before its residual (``post_attention_layernorm`` is this in
+#: some and the one before the MLP in others)
+BEHIND = re.compile(r"(^|_)post_(feedforward|ffn|ff|mlp|expert|self_attn|operator)(_|$)")
+
 # -- ends --------------------------------------------------------------------------------------
 #: top-level names under which a task head lives in models that do not say it themselves
 HEADS = ("classifier", "head", "heads", "fc", "lm_head", "score", "logits", "classification_head",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ...core import families
 from ...core.asked import narrowed
 from ...core.errors import RecipeError
 from ...core.site import Selection
@@ -98,10 +99,8 @@ def post_norm(anatomy: Anatomy, block: Block) -> str | None:
 
 def outer_norms(block: Block) -> list[str]:
     """Norms of the residual stream: those inside attention (of queries and keys) left out."""
-    inside = tuple(f"{m}." for m in (block.attn, block.cross, block.mixer, block.mlp)
-                   if m and m != block.path)
-    named = [n for n in block.norms if not n.startswith(inside)] if inside else list(block.norms)
-    return [n for n in block.norms if n in named or _ends_attention(block, n)]
+    inside = tuple(f"{m}." for m in (block.attn, block.cross, block.mixer, block.mlp) if m)
+    return [n for n in block.norms if not n.startswith(inside) or _ends_attention(block, n)]
 
 
 def _ends_attention(block: Block, norm: str) -> bool:
@@ -117,16 +116,17 @@ def mlp_norm(anatomy: Anatomy, block: Block) -> str | None:
     if block.mixer is None:
         raise RecipeError(f"{block.path} mixes no tokens before its MLP, so there is no residual "
                           "stream between the two; tap='norm' reads what the MLP reads")
-    mine = outer_norms(block)
-    before = [n for n in mine if "pre_feedforward" in n or "pre_ffn" in n]
-    after = [n for n in mine if "post_feedforward" in n or "post_ffn" in n]
-    left = [n for n in mine if n not in after]
+    mine = [(n, n.rpartition(".")[2]) for n in outer_norms(block)]
+    before = [n for n, leaf in mine if families.BEFORE_MLP.search(leaf)]
+    left = [n for n, leaf in mine if not families.BEHIND.search(leaf)]
     if before:
         return before[0]
-    if len(left) == 1 and block.mixer is not None:
+    if len(left) > 1:
+        return left[-1]
+    if len(left) == len(mine) == 1:
         raise RecipeError(f"{block.path} has one norm for attention and MLP together; tap='norm' "
                           "reads what the MLP reads")
-    return left[-1] if left else None
+    return None
 
 
 def module(anatomy: Anatomy, path: str) -> nn.Module:
