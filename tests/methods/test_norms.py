@@ -88,6 +88,8 @@ def test_a_model_without_affine_norms_is_refused(model):
 def test_a_norm_that_is_the_whole_model():
     tuned = burnish.tune(nn.LayerNorm(4), "norms", head=False)
     assert {n for n, _ in tuned.named_parameters()} == {"weight", "bias"}
+    tuned = burnish.tune(nn.LayerNorm(4), "norms(targets='weight')", head=False)
+    assert [n for n, _ in tuned.named_parameters()] == ["weight"]
 
 
 def test_what_a_norm_holds_besides_its_own_tensors_stays():
