@@ -118,6 +118,63 @@ def test_none_takes_the_segment_of_the_blocks_it_finds(blocks, segments):       
     assert len(answer.paths) == blocks and len(answer.paths) - len(answer.joined) == segments
 
 
+class Unnamed(nn.Module):
+    """A block whose matrices have names that say nothing: of width D, as what reads it is."""
+
+    def __init__(self, width=D, table=False):
+        super().__init__()
+        self.one, self.two = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.table = nn.Embedding(50 * D, 50 * D) if table else None
+
+    def forward(self, x):
+        return x + self.two(torch.tanh(self.one(x)))
+
+
+class Normal(nn.Module):
+    """A block without any matrix: all it keeps is its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(D), nn.Tanh()
+
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+def segments(blocks):
+    """How many there are with every=None."""
+    torch.manual_seed(0)
+    net = Tower(0)
+    net.blocks = nn.ModuleList(blocks)
+    net.head = nn.Linear(D, 2) if type(blocks[0]) is not Normal else nn.Identity()
+    answer = Checkpoint(every=None).activations(Anatomy.of(net))
+    assert len(answer.paths) == len(blocks)
+    return len(answer.paths) - len(answer.joined)
+
+
+def cheapest(blocks, f):
+    s = min(range(1, blocks + 1), key=lambda n: math.ceil(blocks / n) + n * f)
+    return math.ceil(blocks / s)
+
+
+def test_what_a_block_keeps_is_told_by_its_matrices_alone():                    # findings 3.9
+    """Whatever they are called; a table that is looked up keeps nothing of full width."""
+    assert segments([Unnamed() for _ in range(60)]) == cheapest(60, 6) == 20
+    assert segments([Unnamed(table=True) for _ in range(60)]) == 20
+    assert segments([Normal() for _ in range(64)]) == cheapest(64, 1) == 8
+
+
+def test_each_stack_has_the_segments_of_its_own_width():                       # findings 3.9
+    """The inner width over that of the stack, not of the model's last one."""
+    net = nn.ModuleDict({"first": Tower(60), "second": Tower(60)})
+    for block in net["first"].blocks:
+        block.fc1, block.fc2 = nn.Linear(4 * D, 16 * D), nn.Linear(16 * D, 4 * D)
+    answer = Checkpoint(every=None).activations(Anatomy.of(net))
+    for stack in net:
+        firsts = [p for p in answer.paths if p.startswith(stack) and p not in answer.joined]
+        assert len(firsts) == cheapest(60, 6) == 20
+
+
 def test_two_stacks_share_no_segment():
     net, _ = tiny("t5")
     anatomy = Anatomy.of(net)

@@ -75,7 +75,6 @@ def least(blocks: int, stored: float) -> int:
 def _stored(anatomy: Anatomy, block: Block) -> float:
     """f: hidden states that a block keeps when it runs stored. A block keeps its input and what
     its matrices make, which attention and activations read; the rest is made again from these."""
-    made = [p.out for p in anatomy.places if p.path.startswith(f"{block.path}.")
-            and p.kind != "embedding"]
     width = block.hidden_size or anatomy.hidden_size
-    return 1 + sum(made) / width if width else 10
+    return 1 + sum(p.out / width for p in anatomy.places
+                   if p.path.startswith(f"{block.path}.") and p.kind != "embedding")
