@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.linalg import svd
+from burnish.blocks.linalg import over_tokens, svd
 
 
 def matrix(m, n, fall, seed=0):
@@ -67,3 +67,26 @@ def test_nothing_is_drawn_and_the_same_matrix_has_the_same_answer(dtype):
     torch.manual_seed(2)
     for a, b in zip(first, svd(M, 3), strict=True):
         assert a.dtype == dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n, out, r", [(7, 5, 2), (7, 2, 5), (7, 5, 5), (1, 3, 1), (0, 3, 2)])
+def test_a_sum_over_tokens_is_g_transposed_h_whichever_is_narrower(n, out, r):
+    g, h = torch.randn(n, out, dtype=torch.float64), torch.randn(n, r, dtype=torch.float64)
+    want = torch.einsum("no,nr->or", g, h)
+    torch.testing.assert_close(over_tokens(g, h), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("out, r", [(5, 2), (2, 5)])
+def test_the_narrower_matrix_comes_first(out, r):
+    """With 8 columns or fewer the other order costs a CPU many times as much."""
+    order = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                order.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        over_tokens(torch.randn(7, out), torch.randn(7, r))
+    assert order == [2]

@@ -1,4 +1,5 @@
-"""Decompositions that are the same for the same matrix, whatever was drawn before."""
+"""Products in the order that costs least, and decompositions that are the same for the same
+matrix, whatever was drawn before."""
 
 from __future__ import annotations
 
@@ -7,6 +8,16 @@ from torch import Tensor
 
 #: passes of the subspace iteration, and directions beyond those asked for
 PASSES, BESIDES = 4, 8
+
+
+def over_tokens(g_NO: Tensor, h_NR: Tensor) -> Tensor:
+    """``g^T h`` (O, R), a sum over tokens, written with the narrower matrix first.
+
+    The same numbers either way; but with 8 columns or fewer in h, ``g.t() @ h`` takes a CPU's
+    library 9 times as long as ``h.t() @ g`` (N = 6304, O = 3072), a third of the frozen product
+    beside it.
+    """
+    return (h_NR.t() @ g_NO).t() if h_NR.shape[1] <= g_NO.shape[1] else g_NO.t() @ h_NR
 
 
 def svd(M: Tensor, k: int, passes: int = PASSES) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
+from ..linalg import over_tokens
 from ..tape.cast import autocast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
@@ -177,7 +178,7 @@ class _Pair(torch.autograd.Function):
         dB = db = dA = da = dh = ds = None
         v = _again(u.detach(), ctx.p, ctx.state) if need_B or need_s else None
         if need_B:
-            dB = (g2.t() @ v).mul_(scale).to(of_B)
+            dB = over_tokens(g2, v).mul_(scale).to(of_B)
         if need_b:
             db = g2.sum(0).mul_(scale).to(of_b)
         if B is None:

@@ -307,6 +307,8 @@ class Tape(TorchFunctionMode):
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
         unread.kept(t)
+        if type(self.policy) is Policy and unread.first_in_backward():
+            return self.policy.pack(t)
         return self._packed(t, roles.role_of(t) if self.policy.roles else None)
 
     def _packed(self, t: Tensor, role: Role | None) -> Any:

@@ -94,6 +94,14 @@ def kept(t: Tensor) -> None:
         run.read = True
 
 
+def first_in_backward() -> bool:
+    """Is what is being kept the input of a product that is left out? Its backward comes first of
+    all, so the input itself is kept: made again it would be there just as early."""
+    run = _here.run
+    return run is not None and run.leave and run.watched and run.depth == 1 \
+        and run.products == run.last
+
+
 def begin() -> bool:
     """A linear product begins: may its result be left out? Products inside it are its own affair,
     until :func:`end`."""

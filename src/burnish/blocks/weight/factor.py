@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Place
+from ..linalg import over_tokens
 from ..tape.replay import Mask
 from .persample import product_norms
 from .provided import Term
@@ -91,7 +92,7 @@ class Chain(Term):
         h_NR, mask = kept
         s = self.scale * scale
         A, B = self.A.to(g_NO.dtype), self.B.to(g_NO.dtype)
-        dB = None if h_NR is None else (g_NO.t() @ h_NR).mul_(s).to(self.B.dtype)
+        dB = None if h_NR is None else over_tokens(g_NO, h_NR).mul_(s).to(self.B.dtype)
         gB_NR = (g_NO @ B).mul_(s)
         dA = None
         if self.A.requires_grad:
@@ -109,7 +110,7 @@ class Chain(Term):
         h_NR, mask = kept
         if mask is None:
             return None
-        return ((g_NO.t() @ h_NR) * self.B).sum(-1).mul_(self.scale * scale)
+        return (over_tokens(g_NO, h_NR) * self.B).sum(-1).mul_(self.scale * scale)
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
         return (self.B @ self.A[..., i0:i1]).mul_(self.scale)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Place
+from ..linalg import over_tokens
 from ..tape.replay import Mask
 from .provided import Term
 
@@ -80,7 +81,7 @@ class Shards(Term):
         h_NR, mask = kept
         if mask is None:
             return None
-        return ((g_NO.t() @ h_NR) * self._matrix().t()).sum(-1).mul_(scale)
+        return (over_tokens(g_NO, h_NR) * self._matrix().t()).sum(-1).mul_(scale)
 
     def _spread(self, dx_NI: Tensor, back: Tensor) -> Tensor:
         """Every shard of an input takes the same part; the last may be cut short."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
+from ..linalg import over_tokens
 from ..update.objective import OnWeights
 from .provided import Term
 
@@ -74,7 +75,7 @@ class Triplets(Term):
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
         (h_NR,) = kept
         s, like, e = self.scale * scale, self.P.dtype, self.diagonal()
-        gh_OR = (g_NO.t() @ h_NR).mul_(s).to(like)
+        gh_OR = over_tokens(g_NO, h_NR).mul_(s).to(like)
         dP, dE = gh_OR * e, (gh_OR * self.P).sum(0)[: self.E.numel()]
         back_NR = (g_NO @ (self.P * e).to(g_NO.dtype)).mul_(s)
         if dx_NI is not None:
