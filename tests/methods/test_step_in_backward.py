@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import burnish
+from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 from burnish.testing.models import tiny
 
@@ -64,6 +65,18 @@ def test_it_is_a_site_and_not_a_rule():
     with pytest.raises(burnish.BurnishError, match="step_in_backward|backward"):
         net(**batch).loss.backward()                         # nobody stepped in between
     assert opt.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_bytes_it_tells_are_held_beside_adamw(dtype):
+    """Two moments, in fp32 or, of fp64 weights, in fp64."""
+    p = torch.nn.Parameter(torch.ones(3, 5, dtype=dtype))
+    opt = compose([m.optimizer() for m in parse("step_in_backward")], [("w", p)], 1e-3)
+    p.sum().backward()
+    opt.step()
+    held = sum(v.nbytes for v in opt.state[p].values() if isinstance(v, torch.Tensor) and v.dim())
+    assert parse("step_in_backward")[0].state_bytes((3, 5), dtype.itemsize) == held == \
+        2 * 15 * max(4, dtype.itemsize)
 
 
 class Net(torch.nn.Module):

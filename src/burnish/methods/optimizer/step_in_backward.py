@@ -45,8 +45,8 @@ class StepInBackward(Method):
         return ("the step site",)
 
     def optimizer(self) -> InBackward:
-        return InBackward(name="step_in_backward", clip_value=self.clip_value)
+        return InBackward(clip_value=self.clip_value)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""
-        return 8 * math.prod(shape)
+        return 2 * max(itemsize, 4) * math.prod(shape)
