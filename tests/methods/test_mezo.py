@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.blocks.update.named import load_named_state, named_state
-from burnish.blocks.update.noise import CounterNoise, ScalarLog
+from burnish.blocks.update.noise import CounterNoise, PortableNoise, ScalarLog
 from burnish.blocks.update.rules import Lion
 from burnish.blocks.update.step import InBackward, Rounding, Subspace, compose
 from burnish.blocks.update.subspace import SubspaceMap
@@ -131,6 +131,21 @@ def test_six_steps_are_the_formula():                                           
         for n, p in model.named_parameters():
             torch.testing.assert_close(p.detach(), want[n], rtol=0, atol=1e-8)
     assert len(opt.log.scalars) == 12 and len(set(opt.log.seeds)) == 12
+
+
+@pytest.mark.parametrize("word, stream", [("device", CounterNoise), ("portable", PortableNoise)])
+def test_z_is_drawn_from_the_stream_asked_for(word, stream):
+    """Losses 1e-3 and -1e-3 at eps 1e-3 are g = 1; with lr 1 the step is z itself."""
+    p = nn.Parameter(torch.zeros(40))
+    opt = build(f"mezo(noise={word!r})", [("w", p)], lr=1.0)
+    losses = iter([1e-3, -1e-3])
+    opt.step(lambda: next(losses))
+    z = stream(opt.log.seeds[0], "w").normal(40)
+    torch.testing.assert_close(p.detach(), -z, rtol=1e-6, atol=1e-7)
+
+
+def test_it_keeps_nothing_beside_a_weight():
+    assert parse("mezo")[0].state_bytes((6, 9), 4) == 0
 
 
 def test_it_descends_without_gradients():

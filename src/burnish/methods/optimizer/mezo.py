@@ -44,7 +44,7 @@ class Mezo(Method):
 
     def optimizer(self) -> ZerothOrder:
         return ZerothOrder(eps=self.eps, queries=self.queries, mode=self.mode, noise=self.noise,
-                           weight_decay=self.weight_decay, name="mezo")
+                           weight_decay=self.weight_decay)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""
