@@ -105,6 +105,18 @@ def test_growth_is_cut_to_the_limit_asked_for(limit):
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("front", [False, True])
+def test_where_the_scale_stands_is_seen_beside_the_limiter_s_floor(front):
+    """A factor commutes with the limiter but for the 1e-8 beside the last norm: below it, the two
+    orders take different steps, each its own equation's."""
+    W = torch.zeros(12, 20, dtype=torch.float64)
+    Gs = [g * 1e-11 * 2.0**k for k, g in enumerate(gradients(12, 20, 1) * 4)]
+    p, _ = ours(f"full + apollo(rank=3, scale=1e4, scale_front={front})", W, Gs, 0.01)
+    want, other = (reference(W, Gs, 3, 9, 1e4, "channel", f, 0.01) for f in (front, not front))
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=0)
+    assert (want - other).norm() > 0.1 * want.norm()
+
+
 @pytest.mark.parametrize("side", ["left", "right", "reverse_std"])
 @pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
 def test_the_moments_lie_on_the_side_asked_for(m, n, side):

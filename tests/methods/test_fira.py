@@ -23,9 +23,11 @@ def gradients(m, n, steps, seed=0):
             for k in range(steps)]
 
 
-def reference(W, Gs, rank, every, alpha, lr, literal=False, limit=1.01, residual=True):
+def reference(W, Gs, rank, every, alpha, lr, literal=False, limit=1.01, residual=True,
+              side="std"):
     """The equations of the paper, dense, in fp64; numpy-like torch, nothing of ours."""
     m, n = W.shape
+    left = {"std": m < n, "reverse_std": m >= n, "left": True, "right": False}[side]
     M = V = last = P = Q = None
     norms = []
     for t, G in enumerate(Gs, 1):
@@ -34,20 +36,20 @@ def reference(W, Gs, rank, every, alpha, lr, literal=False, limit=1.01, residual
             P, Q = U[:, :rank], Vh[:rank]                       # largest entries positive
             P = P * P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
             Q = Q * Q.gather(1, Q.abs().argmax(1, keepdim=True)).sign()
-        R = P.T @ G if m < n else G @ Q.T
+        R = P.T @ G if left else G @ Q.T
 
         def back(X, P=P, Q=Q):
-            return P @ X if m < n else X @ Q
+            return P @ X if left else X @ Q
 
         M = (1 - B1) * R if M is None else B1 * M + (1 - B1) * R
         V = (1 - B2) * R**2 if V is None else B2 * V + (1 - B2) * R**2
         N = M / (V.sqrt() + EPS)
-        if m < n:
+        if left:
             phi = (N.norm(dim=0) / (R.norm(dim=0) + 1e-8))[None, :]
         else:
             phi = (N.norm(dim=1) / (R.norm(dim=1) + 1e-8))[:, None]
         S = phi * (G - (alpha if literal else 1.0) * back(R))
-        if last is not None:
+        if last is not None and limit:
             S = S / (max(float(S.norm()) / (last + 1e-8), limit) / limit)
         last = float(S.norm())
         norms.append(last)
@@ -77,6 +79,50 @@ def test_steps_are_the_equations(m, n, literal):
     p, _ = ours(f"full + fira(rank=3, every=3, scale=0.25, literal={literal})", W, Gs, 0.01)
     want, _ = reference(W, Gs, 3, 3, 0.25, 0.01, literal)
     torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
+def test_what_nobody_set_is_the_paper_s(m, n):
+    """Alpha 0.25, limit 1.01, eps 1e-6, no decay, the orthogonal residual."""
+    W, Gs = start(m, n), [g * 1e-4 for g in gradients(m, n, 5)]     # eps is seen
+    p, _ = ours("full + fira(rank=3, every=3)", W, Gs, 0.01)
+    want, _ = reference(W, Gs, 3, 3, 0.25, 0.01)
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.01, 1.1])
+def test_growth_is_cut_to_the_limit_asked_for(limit):
+    """Equal gradients, whose m / sqrt(v) grows by a third at the second step; 0 cuts nothing."""
+    W, Gs = start(12, 20), gradients(12, 20, 1) * 4
+    p, _ = ours(f"full + fira(rank=3, limit={limit})", W, Gs, 0.01)
+    want, _ = reference(W, Gs, 3, 9, 0.25, 0.01, limit=limit)
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "reverse_std"])
+@pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
+def test_the_factor_sits_on_the_side_asked_for(m, n, side):
+    W, Gs = start(m, n), gradients(m, n, 4)
+    p, _ = ours(f"full + fira(rank=3, every=2, proj_type={side!r})", W, Gs, 0.01)
+    want, _ = reference(W, Gs, 3, 2, 0.25, 0.01, side=side)
+    torch.testing.assert_close(p.detach(), want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_bytes_it_tells_are_the_factor_and_two_moments(dtype):
+    told, size = parse("fira(rank=4)")[0].state_bytes, dtype.itemsize
+    assert told((12, 20), size) == 12 * 4 * size + 2 * 4 * 20 * max(4, size)
+    assert told((7,), size) == 2 * 7 * max(4, size)                            # Adam's
+
+
+def test_targets_choose_what_is_projected():
+    ps = [(f"blocks.0.{n}", nn.Parameter(start(12, 20))) for n in ("w", "v")]
+    opt = compose([m.optimizer() for m in parse("full + fira(rank=3, targets='v')")], ps, 0.01)
+    for _, p in ps:
+        p.grad = gradients(12, 20, 1)[0]
+    opt.step()
+    w, v = (opt.state[p]["exp_avg"].numel() for _, p in ps)
+    assert (w, v) == (12 * 20, 3 * 20)
 
 
 def test_full_rank_leaves_nothing_over_and_is_galore():
@@ -137,6 +183,11 @@ def test_with_eight_bit_moments_and_on_a_model():
 def test_it_cannot_share_the_subspace():
     with pytest.raises(burnish.RecipeError, match="fira and galore|galore and fira"):
         parse("full + fira + galore")
+
+
+def test_what_it_refuses_it_refuses_by_its_name():
+    with pytest.raises(burnish.RecipeError, match="^fira: every is at least 1, got 0"):
+        parse("full + fira(every=0)")[1].optimizer()
 
 
 def test_its_settings_are_the_authors():

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from burnish.blocks.update.rules import SGD
 from burnish.blocks.update.step import Inner, Subspace, block_matrices, compose
 from burnish.blocks.update.subspace import SubspaceMap
+from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 
 F64 = torch.float64
@@ -65,6 +66,47 @@ def test_the_equations(m, n, proj):
     path, _, _ = run(spec, W, grads, 1e-2, weight_decay=0.1)
     want = reference(W, grads, 1e-2, 3, 3, 0.25, proj, wd=0.1)
     torch.testing.assert_close(path[-1], want, rtol=1e-8, atol=1e-10)
+
+
+def test_what_nobody_set_is_the_paper_s():
+    """Alpha 0.25, eps 1e-6, betas 0.9 and 0.999, no decay."""
+    W, = gradients(12, 20, 1, seed=1)
+    grads = [g * 1e-4 for g in gradients(12, 20, 5)]                # eps is seen
+    path, _, _ = run(answers("galore(rank=3)"), W, grads, 1e-2)
+    torch.testing.assert_close(path[-1], reference(W, grads, 1e-2, 3, 200, 0.25), rtol=1e-8,
+                               atol=1e-12)
+
+
+def test_a_sketched_basis_is_orthonormal_and_nearly_as_good_as_the_exact_one():
+    """On singular values that fall slowly the sketch (rank + 8 columns, two power iterations)
+    finds another span than the exact decomposition, which holds nearly as much of G."""
+    W, (G,) = torch.zeros(80, 120, dtype=F64), gradients(80, 120, 1)
+    best = torch.linalg.svdvals(G)[:3].square().sum()
+    held = {}
+    for svd in ("exact", "randomized"):
+        _, opt, p = run(answers(f"galore(rank=3, svd={svd!r})"), W, [G], 1e-2)
+        P = opt.state[p]["projector.left"]
+        torch.testing.assert_close(P.t() @ P, torch.eye(3, dtype=F64), rtol=0, atol=1e-10)
+        held[svd] = float((P.t() @ G).square().sum() / best)
+    assert held["exact"] == pytest.approx(1.0, rel=1e-10)
+    assert 0.8 < held["randomized"] < 1 - 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
+def test_the_bytes_it_tells_are_the_factor_and_two_moments(dtype):
+    told, size = parse("galore(rank=4)")[0].state_bytes, dtype.itemsize
+    assert told((12, 20), size) == 12 * 4 * size + 2 * 4 * 20 * max(4, size)
+    assert told((7,), size) == 2 * 7 * max(4, size)                            # Adam's
+
+
+def test_targets_choose_what_is_projected():
+    ps = [(f"layers.0.{n}", nn.Parameter(gradients(12, 20, 1)[0])) for n in ("w", "v")]
+    opt = compose(answers("galore(rank=3, targets='v')"), ps, 1e-2)
+    for _, p in ps:
+        p.grad = gradients(12, 20, 1)[0]
+    opt.step()
+    w, v = (opt.state[p]["exp_avg"].numel() for _, p in ps)
+    assert (w, v) == (12 * 20, 3 * 20)
 
 
 @pytest.mark.parametrize("m, n", [(16, 24), (24, 16), (16, 16)])
@@ -308,6 +350,11 @@ def test_the_state_of_a_7b_model():
     assert weights == 2 * 6_738_415_616
     assert state == pytest.approx(5.70e9, rel=0.002)
     assert (weights + state) / 2**30 == pytest.approx(17.86, abs=0.01)
+
+
+def test_what_it_refuses_it_refuses_by_its_name():
+    with pytest.raises(RecipeError, match="^galore: every is at least 1, got 0"):
+        answers("galore(every=0)")
 
 
 def test_its_settings_are_the_authors():

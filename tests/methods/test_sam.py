@@ -214,6 +214,18 @@ def test_a_step_below_every_spacing_is_an_error():
         tuned.step(batches[0], mse)
 
 
+def test_only_the_first_pass_is_asked_whether_it_moves_a_weight():
+    """Weights may grow out of the radius' reach in a long run; that ends nothing."""
+    net, batches = start(torch.bfloat16, norm=False)
+    tuned = burnish.tune(net, "full + sam(radius=0.3) + sgd", head=True)
+    tuned.optimizer(1e-3)
+    tuned.step(batches[0], mse)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(512.0)                               # a spacing of 4
+    assert torch.isfinite(tuned.step(batches[1], mse))
+
+
 def test_a_loop_that_makes_its_own_backward_is_refused_before_anything_moves():
     net, batches = start()
     tuned = burnish.tune(net, "full + sam", head=True)
