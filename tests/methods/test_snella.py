@@ -361,6 +361,12 @@ def test_the_dense_form_has_no_budget_and_needs_no_gradients():            # fin
     assert parse("snella(s=0, s_target=0, targets='q') + snella(targets='v')")
 
 
+def test_a_budget_is_refused_beside_steps_that_make_no_gradient():
+    """Importance is |theta dtheta|: without a gradient nothing could compete."""
+    with pytest.raises(RecipeError, match="mezo and snella cannot be joined.*gradient"):
+        parse("snella + mezo")
+
+
 @pytest.mark.parametrize("given", ["metric='mag'", "rounds=3", "warmup=0.1", "cooldown=0.1"])
 def test_what_a_budget_reads_is_refused_where_there_is_none(given):        # findings 3.9
     with pytest.raises(RecipeError, match=f"every entry lives, so {given.partition('=')[0]} has"):
