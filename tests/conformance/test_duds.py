@@ -264,6 +264,7 @@ DUDS = {
     dud("d_wrong_scale", WrongScale): {*REFERENCE, "merges_and_unmerges"},
     dud("d_disagrees", ForwardAndBackwardDisagree): REFERENCE,
     dud("d_saves_twice", SavesTwice): {"keeps_what_it_says"},
+    dud("d_says_one_number_more", per_token=lambda self, p: self.rank + 1): {"keeps_what_it_says"},
     dud("d_counts_wrong", count=lambda self, p: 4 * (p.out + p.inp) + 1): {"declared_count"},
     dud("d_folds_half", FoldsHalf): {"merges_and_unmerges"},
     dud("d_bumped", Bumped): {"identity_at_the_start"},

@@ -38,7 +38,8 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
     """Between forward and backward a delta, or the experts of a linear, keep what stock autograd
     keeps for a weight that trains (that is frozen, with ``keeps_input = False``), and
-    `per_token(place)` numbers per token more; nothing of the weight's size."""
+    `per_token(place)` numbers per token more; nothing of the weight's size. Of a delta the numbers
+    per token are exact: what does not grow with the tokens falls out between two batches."""
     cls = method_of(name)
     if not {"delta", "mixture"} & set(cls.axes()):
         return Skip("adds to no weight")
@@ -64,17 +65,29 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
             return Skip("stock autograd has no form for a frozen layer without a bias to compare")
         else:
             owner.bias.requires_grad_(True)                # gradients pass, nothing is kept
-    rows = _rows(base, batch.bare, places)
-    stock = _kept(base, batch.bare, lambda: base(**batch.bare).loss)
-    ours = _kept(tuned.model, batch, lambda: tuned.loss(batch))
     settled = tuned.adapters["default"].settled.get(name, {})
     taken = inspect.signature(method.per_token).parameters
-    said = sum(4 * rows[p.path] * method.per_token(p, **{
-        k: v for k, v in settled.get(p.name, {}).items() if k in taken}) for p in places)
+    numbers = {p: method.per_token(p, **{k: v for k, v in settled.get(p.name, {}).items()
+                                         if k in taken}) for p in places}
+
+    def bytes_of(batch: Any) -> tuple[int, int, int]:
+        """What is kept, what stock autograd keeps, what is said to be more."""
+        rows = _rows(base, batch.bare, places)
+        return (_kept(tuned.model, batch, lambda: tuned.loss(batch)),
+                _kept(base, batch.bare, lambda: base(**batch.bare).loss),
+                sum(4 * rows[p.path] * n for p, n in numbers.items()))
+
+    ours, stock, said = bytes_of(batch)
     few = sum(16 * p.out for p in places)              # thresholds, norms of rows
     assert abs(ours - stock - said) <= few + 0.01 * stock, \
         (f"keeps {ours:,} bytes; stock autograd {stock:,}, and {said:,} more are said "
          f"(+- {few:,})")
+    if "delta" in cls.axes():                          # experts keep sums per sample besides
+        half = bytes_of(fresh(model, torch.float32, text, batch=SAMPLES // 2)[1])
+        more, stock, said = (a - b for a, b in zip((ours, stock, said), half, strict=True))
+        assert more == stock + said, \
+            (f"{SAMPLES // 2} samples more keep {more:,} bytes more; stock autograd {stock:,}, "
+             f"and {said:,} are said")
     return None
 
 
