@@ -21,7 +21,8 @@ BELOW = {
     "formats": {"core", "blocks", "engine", "memory", "methods"},
     "fit": {"core", "blocks", "engine", "memory", "formats", "methods"},
     "testing": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
-    "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
+    "reproductions": {"core", "memory"},
+    "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "reproductions"},
 }
 
 
