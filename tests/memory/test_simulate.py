@@ -270,3 +270,23 @@ def test_what_waits_on_disk_comes_back_once_for_all_its_readers(name):
     measured = measure(burnish.tune(model, recipe), batch)
     assert promised.peak_bytes == measured.peak_bytes
     assert promised.by_category == measured.by_category
+
+
+@pytest.mark.parametrize("recipe", ["nf4 + lora", "nf4(double_quant=False) + lora"])
+def test_originals_that_wait_on_disk_are_no_weights(recipe):
+    """Of matrices above a mebibyte nothing but their codes is in memory, as in the real run."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(3)))
+    batch, loss = (torch.zeros(2, 1024),), (lambda out, batch: out.square().mean())
+    promised = simulate(model, recipe, batch, targets="0,1", head=False, loss=loss)
+    assert promised.by_category["weights"] < 4 * 1024 * 1024 * 1.4       # one in fp32, two in codes
+    measured = measure(burnish.tune(model, recipe, targets="0,1", head=False), batch, loss)
+    assert promised.by_category["weights"] == measured.by_category["weights"]
+
+
+def test_what_waits_in_host_memory_is_not_on_an_accelerator():
+    """Small originals wait on the host; the device holds the codes and what is beside them."""
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    batch, loss = (torch.zeros(2, 256),), (lambda out, batch: out.square().mean())
+    there = simulate(model, "nf4 + lora", batch, targets="0,1", head=False, loss=loss,
+                     device="cuda")
+    assert there.by_category["weights"] < 4 * 256 * 256 * 1.5

@@ -63,7 +63,7 @@ class Originals:
     def get(self, path: str, param: str) -> Tensor:
         """The value, on the host; `home` says where it came from."""
         held = self.kept[path, param]
-        if isinstance(held, Tensor) and not (isinstance(held, FakeTensor) and _large(held)):
+        if isinstance(held, Tensor) and not on_disk(held):
             return held
         _, shape, dtype = self.about[path, param]
         file = held if isinstance(held, Path) else None
@@ -109,6 +109,11 @@ class Originals:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def on_disk(held: Tensor) -> bool:
+    """Is it a fake tensor's stand-in for a file?"""
+    return isinstance(held, FakeTensor) and _large(held)
 
 
 def _large(t: Tensor) -> bool:

@@ -30,6 +30,7 @@ from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
 from ..core.stage import label as name_of
+from ..engine.originals import on_disk
 from .devices import kernels_of
 from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels
 from .ledger import Ledger
@@ -261,9 +262,12 @@ def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> Me
 
 
 def _watch_originals(tuned: Any, ledger: Ledger) -> None:
-    """Copies of small base tensors that wait in host memory so that detach is exact."""
-    ledger.watch("weights", {f"{path}.{name}": kept for (path, name), kept
-                             in tuned.originals.kept.items() if isinstance(kept, Tensor)})
+    """Copies of small base tensors that wait in host memory so that detach is exact. Large ones
+    wait on disk, whatever stands for them here; and the host is not the device asked for."""
+    if ledger.machine in (None, "cpu"):
+        ledger.watch("weights", {f"{path}.{name}": kept for (path, name), kept
+                                 in tuned.originals.kept.items()
+                                 if isinstance(kept, Tensor) and not on_disk(kept)})
 
 
 def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:
