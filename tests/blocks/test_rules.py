@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.update.rules import SGD, AdamW, Lion, Rule
+from burnish.blocks.update.rules import SGD, AdamW, Lion, Rule, Whole, accumulator
 
 
 def gradients(n=40, steps=7):
@@ -66,3 +66,87 @@ def test_sgd_with_momentum(nesterov):
                     strict=True):
         b = 0.9 * b + g
         torch.testing.assert_close(u, g + 0.9 * b if nesterov else b, rtol=1e-12, atol=0)
+
+
+def test_sgd_without_momentum_is_the_gradient_and_keeps_nothing():
+    assert not SGD().states and all(
+        torch.equal(u, g) for u, g in zip(follow(SGD(), gradients()), gradients(), strict=True))
+
+
+def together(rule, steps):
+    """Several tensors at once, step by step: (directions, their gradients left as they were)."""
+    states = {s: [torch.zeros(n, dtype=torch.float64) for n in (5, 8)] for s in rule.states}
+    for t in range(1, steps + 1):
+        gs = [gradients(n, steps)[t - 1] for n in (5, 8)]
+        out = rule.directions([g.clone() for g in gs], states, t, rule.hyper())
+        given = [g.clone() for g in gs]
+        twin = {s: [v.clone() for v in vs] for s, vs in states.items()}
+        rule.directions(given, twin, t, rule.hyper())
+        assert all(torch.equal(a, b) for a, b in zip(given, gs, strict=True))
+        yield t, gs, [u.clone() for u in out]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_adamw_of_several_tensors_is_the_equation_of_each(first):
+    b1, b2, eps = 0.8, 0.95, 1e-2
+    m, v = [0.0, 0.0], [0.0, 0.0]
+    for t, gs, us in together(AdamW(betas=(b1, b2), eps=eps, eps_first=first), 4):
+        for k, (g, u) in enumerate(zip(gs, us, strict=True)):
+            m[k], v[k] = b1 * m[k] + (1 - b1) * g, b2 * v[k] + (1 - b2) * g**2
+            c1, c2 = 1 - b1**t, (1 - b2**t) ** 0.5
+            want = c2 / c1 * m[k] / (v[k].sqrt() + eps) if first else \
+                (m[k] / c1) / (v[k].sqrt() / c2 + eps)
+            torch.testing.assert_close(u, want, rtol=1e-11, atol=1e-13)
+
+
+def test_lion_of_several_tensors_is_the_sign_of_each():
+    m = [torch.zeros(5, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)]
+    for _, gs, us in together(Lion(betas=(0.8, 0.95)), 5):
+        for k, (g, u) in enumerate(zip(gs, us, strict=True)):
+            assert torch.equal(u, torch.sign(0.8 * m[k] + 0.2 * g))
+            m[k] = 0.95 * m[k] + 0.05 * g
+
+
+@pytest.mark.parametrize("rule", [AdamW(), AdamW(eps_first=True), SGD(), SGD(momentum=0.9)])
+def test_a_direction_is_written_over_the_gradient_it_was_given(rule):
+    """A step takes no memory beside its scratch."""
+    g = gradients()[0]
+    state = rule.init(g)
+    assert rule.direction(g, state, 1, rule.hyper()).data_ptr() == g.data_ptr()
+
+
+def test_what_can_be_taken_out_of_a_direction_is_its_correction():
+    for t in (1, 2, 9):
+        want = (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+        rule = AdamW(eps_first=True)
+        assert rule.correction(t, rule.hyper()) == pytest.approx(want, rel=1e-12)
+        assert AdamW().correction(t, AdamW().hyper()) == 1.0
+
+
+def test_what_nobody_set_is_the_papers_and_what_may_be_negative_is_said():
+    assert AdamW().hyper() == {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01,
+                               "eps_first": False}
+    assert Lion().hyper() == {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    assert SGD().hyper() == {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    assert AdamW().states == {"exp_avg": True, "exp_avg_sq": False}
+    assert Lion().states == {"exp_avg": True}
+    assert SGD(momentum=0.5).states == {"momentum_buffer": True}
+    assert AdamW.decoupled and Lion.decoupled and Whole.decoupled and not SGD.decoupled
+
+
+def test_only_fp64_is_stepped_in_fp64():
+    assert accumulator(torch.float64) == torch.float64
+    assert {accumulator(d) for d in (torch.float32, torch.bfloat16, torch.float16)} == \
+        {torch.float32}
+    state = AdamW().init(torch.ones(3, dtype=torch.float64))
+    assert all(s.dtype == torch.float64 for s in state.values())
+
+
+def test_a_rule_of_whole_tensors_names_the_states_of_vectors_and_matrices():
+    class Both(Whole):
+        def shapes(self, shape):
+            return {"v": shape} if len(shape) == 1 else {"row": shape[:1], "m": shape}
+
+    assert Both().states == {"v": True, "row": True, "m": True}
+    with pytest.raises(TypeError, match="whole steps whole tensors"):
+        Both().direction(torch.ones(3), {}, 1, {})

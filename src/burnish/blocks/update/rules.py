@@ -178,7 +178,8 @@ class SGD(_Hyper):
 class Whole(_Hyper):
     """A rule that looks at a whole tensor at once (factored moments, norms): answer two questions.
 
-    shapes: the shape of the gradient -> the shape of each state, by name.
+    shapes: the shape of the gradient -> the shape of each state, by name; which names there are
+        depends on the number of its dimensions alone.
     update: (G, W, state, t, group) -> u, with G a matrix (first dimension in memory, rest), or a
         vector for one-dimensional tensors, W the weight in the same form (not to be changed), both
         in the accumulation dtype; ``W <- W - lr u`` follows. G may be overwritten.
