@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks.update.noise import CounterNoise
-from burnish.blocks.update.subspace import SubspaceMap, in_memory_order, matrix, panels, rotate
+from burnish.blocks.update.subspace import (
+    Basis,
+    SubspaceMap,
+    in_memory_order,
+    matrix,
+    panels,
+    rotate,
+)
 from burnish.core.errors import RecipeError
 
 NOISE = CounterNoise(0, "w/subspace")
@@ -38,6 +47,182 @@ def test_down_and_up_are_the_truncated_svd(m, n, side):
                     "full": r * (m + n)}[side]
     if side == "std":
         assert R.numel() == c * r
+
+
+class Made(TorchDispatchMode):
+    """Entries of the tensors that are made (views of what was there left out), and by which."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.there = {t.untyped_storage()._cdata for t in there}
+        self.sizes, self.calls = [0], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append(func.overloadpacket.__name__)
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.there:
+                self.sizes.append(t.numel())
+        return out
+
+
+def positive(vectors, along):
+    """Each with its largest entry positive."""
+    return vectors * vectors.gather(along, vectors.abs().argmax(along, keepdim=True)).sign()
+
+
+@pytest.mark.parametrize("kind", ["svd", "randomized"])
+@pytest.mark.parametrize("m, n", [(20, 30), (30, 20)])
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+@pytest.mark.parametrize("r", [11, 12])
+def test_a_wide_gap_is_decomposed_or_sketched(kind, m, n, side, r):
+    """Exactly; or by r + 8 random columns, two power iterations and the decomposition of what they
+    span, unless that is no smaller than the matrix."""
+    G, turn = gradient(m, n), 3
+    basis = SubspaceMap(rank=r, kind=kind, side=side).basis(G, NOISE, turn, F64)
+    if kind == "svd" or r + 8 >= 20:
+        U, _, Vh = torch.linalg.svd(G)
+    else:
+        Y = torch.linalg.qr(G @ NOISE.normal(n * (r + 8), turn=turn).view(n, r + 8).double())[0]
+        for _ in range(2):
+            Y = torch.linalg.qr(G @ torch.linalg.qr(G.t() @ Y)[0])[0]
+        U, _, Vh = torch.linalg.svd(Y.t() @ G)
+        U = Y @ U
+    wanted = {"left": positive(U[:, :r], 0), "right": positive(Vh[:r], 1)}
+    named = basis.tensors()
+    assert set(named) == ({"left", "right"} if side == "full" else {side})
+    for name, factor in named.items():
+        torch.testing.assert_close(factor, wanted[name], rtol=0, atol=1e-8)
+        assert factor.is_contiguous()
+
+
+@pytest.mark.parametrize("kind, side, m, n, most", [
+    ("svd", "left", 20, 60, 20 * 20), ("svd", "right", 60, 20, 20 * 20),
+    ("svd", "full", 20, 60, 20 * 60), ("randomized", "left", 20, 60, 42 * 16),
+    ("randomized", "full", 20, 60, 42 * 16)])
+def test_a_refresh_makes_no_more_than_its_factors_need(kind, side, m, n, most):
+    """On the short side nothing of the gradient's size; never a square of the long one. (A sketch
+    is 60 x 11, drawn in runs of 16.)"""
+    G = gradient(m, n)
+    with Made(G) as made:
+        SubspaceMap(rank=3, kind=kind, side=side).basis(G, NOISE, 0, F64)
+    assert max(made.sizes) <= most
+
+
+def test_without_values_the_decomposition_is_still_made():
+    with FakeTensorMode():
+        G = torch.empty(20, 60)
+        old = Basis(torch.empty(20, 3), None, None, 60)
+        with Made(G) as made:
+            SubspaceMap(rank=3).basis(G, NOISE, 1, torch.float32, old)
+    assert any("svd" in name for name in made.calls)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-12])
+def test_large_and_small_gradients_are_as_good_as_any(size):
+    """The square of 1e30 is no number of fp32."""
+    old = SubspaceMap(rank=3).basis(gradient(10, 14).float(), NOISE, 0, torch.float32)
+    G = gradient(10, 14, 6)
+    got = SubspaceMap(rank=3).basis((G * size).float(), NOISE, 1, torch.float32, old).left
+    want = positive(torch.linalg.svd(G)[0][:, :3], 0)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+@pytest.mark.parametrize("m, n", [(10, 14), (14, 10)])
+def test_a_first_gradient_of_nothing_gives_the_first_axes(side, m, n):
+    named = SubspaceMap(rank=3, side=side).basis(torch.zeros(m, n, dtype=F64), NOISE, 0,
+                                                 F64).tensors()
+    wanted = {"left": torch.eye(m, 3, dtype=F64), "right": torch.eye(n, 3, dtype=F64).t()}
+    assert set(named) == ({"left", "right"} if side == "full" else {side})
+    assert all(torch.equal(factor, wanted[name]) for name, factor in named.items())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_gaussian_factor_is_the_drawn_numbers_over_the_root_of_the_rank(side):
+    long = {"left": 6, "right": 9}[side]
+    named = SubspaceMap(rank=4, kind="gaussian", side=side).basis(
+        gradient(6, 9), NOISE, 5, torch.bfloat16).tensors()
+    z = NOISE.normal(4 * long, turn=5).double() / 2
+    assert set(named) == {side}
+    torch.testing.assert_close(named[side], z.view(6, 4) if side == "left" else z.view(4, 9),
+                               rtol=1e-6, atol=0)
+
+
+def test_a_gaussian_factor_is_no_wider_than_the_short_side():
+    left = SubspaceMap(rank=99, kind="gaussian").basis(gradient(6, 9), NOISE, 5, F64).left
+    torch.testing.assert_close(left, NOISE.normal(36, turn=5).double().view(6, 6) / 6**0.5,
+                               rtol=1e-6, atol=0)
+
+
+SIDES = {"std": (True, False), "reverse_std": (False, True), "left": (True, False),
+         "right": (False, True), "full": (True, True)}                        # of a wide matrix
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("m, n", [(8, 20), (20, 8), (8, 8)])
+@pytest.mark.parametrize("rank, r", [(1, 1), (3, 3), (99, 8)])
+def test_shapes_and_bytes_are_those_of_the_sides(side, m, n, rank, r):
+    left, right = SIDES[side]
+    if m >= n and "std" in side:
+        left, right = right, left
+    how = SubspaceMap(rank=rank, side=side)
+    assert how.sides(m, n) == (left, right) and how.stores()
+    assert how.shape(m, n) == (r if left else m, r if right else n)
+    assert how.bytes(m, n, 2) == 2 * r * ((m if left else 0) + (n if right else 0))
+    if side != "full":
+        drawn = SubspaceMap(rank=rank, kind="gaussian", side=side)
+        assert drawn.shape(m, n) == how.shape(m, n) and drawn.bytes(m, n, 2) == 0
+
+
+@pytest.mark.parametrize("rank, r", [(10, 10), (99, 20)])
+def test_columns_are_clamped_to_the_width_alone(rank, r):
+    how, G = SubspaceMap(rank=rank, kind="columns"), gradient(6, 20)
+    assert how.sides(6, 20) == (False, True)
+    assert how.shape(6, 20) == (6, r) and how.bytes(6, 20, 2) == 4 * r
+    first, again, other = (how.basis(G, NOISE, t, F64).columns for t in (0, 0, 1))
+    assert torch.equal(first, again) and first.numel() == r
+    assert torch.equal(first, first.sort().values) and first.dtype == torch.int32
+    assert torch.equal(first, other) == (r == 20)
+
+
+@pytest.mark.parametrize("rows, width, numel, want", [
+    (10, 4, 12, [(0, 3), (3, 6), (6, 9), (9, 10)]), (3, 10, 4, [(0, 1), (1, 2), (2, 3)]),
+    (6, 1, 3, [(0, 3), (3, 6)]), (4, 0, 3, [(0, 3), (3, 4)]), (0, 5, 9, [])])
+def test_panels_cover_all_rows_and_are_at_least_one_high(rows, width, numel, want):
+    assert list(panels(rows, width, numel)) == want
+
+
+def test_low_precision_is_widened_four_million_entries_at_a_time():
+    G = torch.zeros(8, 1 << 20, dtype=torch.bfloat16)
+    basis = Basis(None, torch.zeros(1, 1 << 20), None, 1 << 20)
+    with Made(G) as made:
+        basis.down(G)
+    assert max(made.sizes) == 1 << 22
+
+
+def test_a_gradient_of_the_factors_type_is_projected_in_one_product():
+    G = gradient(40, 24)
+    basis = SubspaceMap(rank=4, side="left").basis(G, NOISE, 0, F64)
+    with Made(G) as made:
+        basis.down(G, numel=70)
+    assert len([c for c in made.calls if "mm" in c]) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+@pytest.mark.parametrize("squared", [False, True])
+def test_rotation_is_the_product_of_the_factors(side, squared):
+    """P_new^T P_old M on the left, M Q_old Q_new^T on the right; entries squared for V."""
+    how = SubspaceMap(rank=4, side=side)
+    old, new = (how.basis(gradient(10, 14, k), NOISE, k, F64) for k in (1, 2))
+    M = gradient(*how.shape(10, 14), 3).abs()
+    want, power = M, 2 if squared else 1
+    if side != "right":
+        want = (new.left.t() @ old.left) ** power @ want
+    if side != "left":
+        want = want @ (old.right @ new.right.t()) ** power
+    got = rotate(M, old, new, squared=True) if squared else rotate(M, old, new)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 def test_full_rank_loses_nothing_and_larger_ranks_are_clamped():

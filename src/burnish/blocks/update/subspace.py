@@ -170,7 +170,7 @@ class SubspaceMap:
         if not _usable(G_mn):                        # nothing to learn from: no new basis
             if old is not None:
                 return old
-            eye = torch.eye(max(m, n), r, dtype=wide, device=G_mn.device)
+            eye = torch.eye(max(m, n), r, device=G_mn.device)
             P, Q = (eye[:m] if left else None), (eye[:n].t() if right else None)
         else:
             P, Q = self._span(G_mn.to(wide), r, noise, turn, left, right)
@@ -186,9 +186,9 @@ class SubspaceMap:
         k = r + 8
         if self.kind == "svd" or k >= min(m, n):
             if left and not right and m < n:         # the short side: its factor is all we make
-                return torch.linalg.svd(_triangle(G.t()).t(), full_matrices=False)[0][:, :r], None
+                return torch.linalg.svd(_triangle(G.t()).t())[0][:, :r], None
             if right and not left and n < m:
-                return None, torch.linalg.svd(_triangle(G), full_matrices=False)[2][:r]
+                return None, torch.linalg.svd(_triangle(G))[2][:r]
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
             return (U[:, :r] if left else None), (Vh[:r] if right else None)
         sketch = noise.normal(n * k, turn=turn, device=G.device).view(n, k).to(G.dtype)
@@ -216,7 +216,8 @@ def _usable(G: Tensor) -> bool:
 
 
 def _triangle(tall: Tensor) -> Tensor:
-    """R of ``tall = Q R``: it has the right singular vectors of `tall`, and Q is never formed."""
+    """R of ``tall = Q R``, square: it has the right singular vectors of `tall`, and Q is never
+    formed."""
     return torch.linalg.qr(tall, mode="r")[1]
 
 
