@@ -15,7 +15,7 @@ from .anatomy import Anatomy
 from .errors import BurnishError
 from .groups import groups
 from .method import Method
-from .outputs import declared
+from .outputs import declared, vocabulary_head
 from .site import Place
 from .targets import match
 
@@ -86,6 +86,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "biases": ("biases", lambda a: any(n.endswith("bias") for n, _ in
                                        a.model.named_parameters())),
     "head": ("a task head", lambda a: bool(a.head)),
+    "vocabulary": ("a linear head over a vocabulary", lambda a: vocabulary_head(a) is not None),
     "logits": ("logits among its outputs", _logits),
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),

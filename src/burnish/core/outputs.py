@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
 
 
 def declared(model: nn.Module) -> frozenset[str] | None:
@@ -24,6 +28,25 @@ def next_token(model: nn.Module) -> bool:
     writes = getattr(model, "can_generate", lambda: False)()
     apart = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return bool(writes and not apart and not any("Masked" in k.__name__ for k in _kinds(model)))
+
+
+def vocabulary_head(anatomy: Anatomy) -> str | None:
+    """Path of the linear whose outputs are logits of a vocabulary: the one that a model names as
+    its output embeddings, else one in the head with as many outputs as an embedding has rows; None
+    where there is none, or it computes something else than ``x W^T + b``."""
+    model = anatomy.model
+    try:
+        said = getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):    # asked of a model that has none
+        said = None
+    words = {p.inp for p in anatomy.places if p.kind == "embedding"}
+    found = next((n for n, m in model.named_modules() if m is said), None) if said is not None \
+        else next((p.path for p in anatomy.places if anatomy.head_kind == "lm"
+                   and anatomy.in_head(p) and p.out in words), None)
+    if found is None:
+        return None
+    kind = base_class(model.get_submodule(found))
+    return found if issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward else None
 
 
 def base_class(model: nn.Module) -> type[nn.Module]:

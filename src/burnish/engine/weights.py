@@ -38,6 +38,7 @@ class Weights(nn.Module):
     parts: list[Part]
     providers: dict[str, str]
     absorbed: list[Part]
+    reads: set[tuple[str, str]]
     _plans: tuple[int, dict[Any, Any]]
 
     def module_of(self, part: Part) -> nn.Module:
@@ -78,6 +79,29 @@ class Weights(nn.Module):
     def _matrix(self, module: nn.Module, param: str) -> Tensor:
         w = self._stored(module, param)
         return w.t() if is_conv1d(module) else w
+
+    def together(self, active: Any = None) -> str:
+        """Why the rows that this module is given must run as one, or "". active: the adapters that
+        count; None: all."""
+        mine = [p for p in self.parts if p.place or p.branch]
+        if active is not None:
+            mine = [p for p in mine if dict(active).get(p.adapter)]
+        for part in mine:
+            made = self.module_of(part)
+            if part.branch is not None:
+                return f"{part.key} adds to its hidden state"
+            if getattr(made, "dropout", 0) or getattr(made, "drop_path", 0):
+                return f"{part.key} drops at random there, once for all rows"
+        if mine and self.state.context:
+            return f"{mine[0].key} may read keys of the batch there"
+        return "another part reads it" if self.reads else ""
+
+    def product(self, module: nn.Module, active: Any) -> tuple[Tensor, Tensor | None] | None:
+        """(weight, bias) where ``x W^T + b`` is all that a linear does, its weight decoded where it
+        is held in another form; None where something is added."""
+        if any(self._planned(module, active)):
+            return None
+        return self._stored(module, "weight"), module.bias
 
     # -- running ------------------------------------------------------------------------------
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:

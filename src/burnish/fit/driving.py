@@ -66,3 +66,25 @@ def go_on_by(scheduler: Any, kept: dict[str, Any]) -> None:
     for group, base, rate in zip(scheduler.optimizer.param_groups, fresh, rates, strict=True):
         group["initial_lr"], group["lr"] = base, rate
     scheduler._last_lr = rates
+
+
+class Smoothed:
+    """The smoothed loss of transformers through ``cross_entropy``, which needs no log-probabilities
+    of the whole vocabulary beside the logits, or no logits (blocks/tape/unmade.py)."""
+
+    ignore_index = -100
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+
+    def __call__(self, model_output: Any, labels: torch.Tensor, shift_labels: bool = False,
+                 num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        total = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum",
+            ignore_index=self.ignore_index, label_smoothing=self.epsilon)
+        items = (labels != self.ignore_index).sum() if num_items_in_batch is None \
+            else torch.as_tensor(num_items_in_batch, device=total.device)
+        return total / items

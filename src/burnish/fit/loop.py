@@ -30,7 +30,7 @@ from ..formats import safe
 from ..formats.adapter import put
 from . import checkpoint, state
 from .checkpoint import is_owed
-from .driving import Driven, Shuffled, go_on_by
+from .driving import Driven, Shuffled, Smoothed, go_on_by
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
 from .tasks import Task
@@ -60,6 +60,8 @@ class Trainer(transformers.Trainer):
                          compute_metrics=self._figures,
                          preprocess_logits_for_metrics=_answers(task), **kw)
         self.pop_callback(PrinterCallback)
+        if self.label_smoother is not None:
+            self.label_smoother = Smoothed(self.label_smoother.epsilon)
 
     def seconds(self) -> float:
         """Spent on this run so far, in earlier stages and sessions too."""

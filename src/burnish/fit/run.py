@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import CheckError, ConfigError
+from ..core.errors import CheckError, ConfigError, RecipeError
 from ..core.keys import Read, keys_of
 from ..core.recipe import parse
 from ..engine.tune import tune
@@ -24,6 +24,7 @@ from ..formats import claim, safe, staged, written
 from ..formats.model_files import PROCESSOR
 from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap
 from ..memory.allocator import reset_peak, resident
+from ..memory.usual import CHUNKED, usual
 from . import checkpoint
 from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
@@ -193,8 +194,16 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
                 best.accumulate * int(args.get("gradient_accumulation_steps", 1))
             examples = {"": task.call(task.example(size), plain)[0]}
     else:
-        recipe = DEFAULT_RECIPE if recipe is None else recipe
-        promise = promised(module, recipe, memory, batch, loss, own, say, batches)
+        asked = parse(DEFAULT_RECIPE if recipe is None else recipe)
+        recipe = usual(module)(asked)
+        try:
+            promise = promised(module, recipe, memory, batch, loss, own, say, batches)
+        except RecipeError as e:
+            if recipe == asked:
+                raise
+            say(f"note: {CHUNKED} is left out: {e}")
+            recipe = asked
+            promise = promised(module, recipe, memory, batch, loss, own, say, batches)
 
     if promise is not None and not plain:
         looked_at = [t.example(int(args.get("per_device_eval_batch_size", size)), "validation")

@@ -26,6 +26,7 @@ from .fakes import from_config
 from .report import MemoryReport
 from .simulate import _dtype, simulate
 from .units import format_bytes, parse_bytes
+from .usual import usual
 
 #: what a device takes before the first tensor (context, libraries), and what is lost to
 #: fragmentation, as a share of the peak; by device type
@@ -181,6 +182,9 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
                      {"dtype": dtype, "targets": targets, "head": head, "loss": loss,
                       "tasks": tasks})
     families = [[str(parse(c))] for c in candidates] if candidates is not None else shipped()
+    if candidates is None:                    # as fit will train it
+        given = usual(model)
+        families = [[str(given(r)) for r in family] for family in families]
     for family in families:
         search.family(family, thorough=prefer == "memory")
     reasons = set(search.refused.values())

@@ -38,6 +38,7 @@ from . import replay, roles, unread
 from .functions import backward_runs, storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
+from .unmade import Logits
 from .watched import Watched
 
 
@@ -176,6 +177,8 @@ class Tape(TorchFunctionMode):
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():            # the compiler decides what is kept
+            return func(*args, **kwargs)
+        if types and any(t is Logits for t in types):        # they answer for themselves
             return func(*args, **kwargs)
         intercept = self._here.intercept
         if intercept and func in intercept:

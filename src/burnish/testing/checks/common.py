@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -109,7 +110,16 @@ def fresh(model: str, dtype: torch.dtype = torch.float32, text: str = "", **kw: 
     net, batch = tiny(split(model)[0], **kw)
     if dtype == torch.float64 and hasattr(net, "set_experts_implementation"):
         net.set_experts_implementation("eager")      # the grouped product has no float64 form
+    if dtype == torch.float64 and \
+            getattr(getattr(net, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
+        net.loss_function = next_word_loss           # transformers' own rounds to float32
     return net.to(dtype), cast(keyed(batch, text), dtype)
+
+
+def next_word_loss(logits: Tensor, labels: Tensor, vocab_size: int, **kw: Any) -> Tensor:
+    """What a language model of transformers is trained with, in the precision of the logits."""
+    wanted = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    return F.cross_entropy(logits.view(-1, vocab_size), wanted.reshape(-1))
 
 
 def keyed(batch: Mapping[str, Any], text: Any) -> Batch:
