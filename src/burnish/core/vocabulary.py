@@ -59,6 +59,7 @@ VOCABULARY: dict[str, str] = {
     "mask": "how entries are chosen",
     "mode": "one of two ways of working",
     "norm": "which norm a term takes",
+    "on": "False leaves the part out, to compare",
     "seed": "of what is drawn",
     "share": "one tensor for all",
     "threshold": "size below which nothing is done",

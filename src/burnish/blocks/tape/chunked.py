@@ -207,12 +207,15 @@ class _Job:
                     z.new_ones(()) if total is None else total.reciprocal()
                 rows[start:stop] = self.rows_(z, which, r, any(wanted))
                 if any(wanted) and (part := through.back(z)) is not None:
-                    dx[which] = part
+                    dx[which] = part.to(dx.dtype)
         if self.shard is not None and dx is not None:
             dx = self.shard.all(dx.to(_wide(dx.dtype)), "SUM").to(dx.dtype)
-        if not n and self.reduction == "mean":
-            total = rows.new_zeros(())
-        return _Made(rows, places, total, [dx, *through.grads])
+        grads = [dx, *through.grads]
+        if not n:                                    # nothing counts, as torch has it
+            total = rows.new_zeros(()) if self.reduction == "mean" else None
+            grads = [torch.zeros_like(t) if w else None
+                     for t, w in zip((x, *self.head.reads), wanted, strict=True)]
+        return _Made(rows, places, total, grads)
 
     def rows_(self, z: Tensor, which: Any, r: Tensor, grads: bool) -> Tensor:
         """l_n of a chunk; z becomes its gradient, where there are to be some. r: () or (rows,)."""

@@ -1,4 +1,4 @@
-"""Around a vocabulary's head: its logits wait until somebody reads them (unmade.py)."""
+"""Around a vocabulary's head: its logits wait until somebody reads them (forms.py)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ...core.call import Call, call_of, resume
 from ..state.prompts import Listener
 from .chunked import Head
+from .forms import logits
 from .functions import transformed
-from .unmade import logits
 
 
 class Rows(Listener):
     """Listens to a linear head while its adapter is active. chunk: rows that are made at once.
 
-    made, taken: runs under a graph whose logits waited, and how many of them a loss took by chunks.
+    made, taken: since the last update, runs whose logits waited, and losses that took chunks.
     """
 
     def __init__(self, state: Any, adapter: str, slot: Any, chunk: int):
@@ -58,12 +58,11 @@ class Rows(Listener):
         borrowed = (p for m in module.modules() for p in getattr(m, "borrowed", ()))
         held = [*module.parameters(), *module.buffers(), *borrowed]
         head = Head(run, tuple(t for t in held if t.requires_grad), stock, dtype or x.dtype)
-        if torch.is_grad_enabled():
-            self.made += 1
+        self.made += 1
         return logits(x, head, module.out_features, chunk=self.chunk, held=held, used=self._used)
 
     def _used(self) -> None:
-        self.taken += torch.is_grad_enabled()
+        self.taken += 1
 
 
 def _cast(x: Tensor) -> torch.dtype | None:
@@ -74,13 +73,13 @@ def _cast(x: Tensor) -> torch.dtype | None:
 
 
 class Said:
-    """Says once, at an update, that the passes before it read all logits: nothing was saved."""
+    """Says once, after an update, that the passes before it read all logits: nothing was saved."""
 
     def __init__(self, model: nn.Module, name: str):
         self.rows = [m for m in model.modules() if isinstance(m, Rows)]
         self.name, self.said = name, False
 
-    def before_update(self, step: int) -> None:
+    def after_update(self, step: int) -> None:
         if not self.said and not any(r.taken for r in self.rows):
             self.said = True
             how = "whole logits were read by something else than F.cross_entropy" \

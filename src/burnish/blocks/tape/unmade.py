@@ -14,20 +14,52 @@ function) reads whole logits, and their gradient reaches the hidden state and th
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
-from . import chunked
 from .chunked import Head
 from .notes import Seen
+
+
+def each_name(names: str) -> Iterator[Any]:
+    for name in names.split():
+        for home in (torch, Tensor):
+            if (f := getattr(home, name, None)) is not None:
+                yield f
+
+
+#: function of torch -> what unmade logits answer to it, or NotImplemented (forms.py)
+FOLLOWED: dict[Any, Callable[..., Any]] = {}
+
+#: those whose arguments may change places
+EITHER = frozenset(each_name("add __add__ __radd__ mul multiply __mul__ __rmul__"))
+
+#: what shape and kind answer, without a number of it
+FACTS = frozenset(
+    getattr(Tensor, n).__get__ for n in (
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda",
+        "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "nbytes",
+        "itemsize")) | frozenset(each_name(
+            "size dim ndimension numel nelement is_floating_point is_complex is_contiguous "
+            "element_size get_device __len__ is_inference"))
+
+
+def takes(follow: Callable[..., Any], args: tuple, kwargs: dict) -> bool:
+    """Is there no argument that it knows nothing of?"""
+    try:
+        inspect.signature(follow).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 class Step(NamedTuple):
@@ -43,12 +75,13 @@ class Step(NamedTuple):
     widens: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """One run of a head, to come.
 
     whole: gives all of it.  seen: what it reads, as it was.  used: told when a loss has taken it
-    by chunks.  family: every form of the result that is alive.
+    by chunks.  family: every form of the result that is alive.  stale: an optimizer has stepped
+    what it reads (a fused step leaves no mark on a tensor).
     """
 
     head: Head
@@ -57,14 +90,35 @@ class Source:
     seen: Seen
     used: Callable[[], None]
     family: list[weakref.ref[Logits]]
+    stale: bool = False
+
+    def wait(self) -> None:
+        """Hear of the steps of optimizers."""
+        if self.head.reads:
+            _waiting.add(self)
 
     def check(self) -> None:
         """RuntimeError when the head, or its input, is not what it was when the model ran."""
-        if not self.seen.intact:
+        if self.stale or not self.seen.intact:
             raise RuntimeError(
                 "these logits have not been made yet, and their head or its input has changed "
                 "since the forward (by an update?): read them before that, run the forward again, "
                 "or have them whole with chunked_loss(on=False)")
+
+
+#: those whose head trains
+_waiting: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Some optimizer has made a step."""
+    waiting = list(_waiting)
+    moved = {id(p) for g in optimizer.param_groups for p in g["params"]} if waiting else ()
+    for source in waiting:
+        source.stale |= any(id(t) in moved for t in source.head.reads)
+
+
+register_optimizer_step_post_hook(_stepped)
 
 
 @dataclass(frozen=True)
@@ -99,23 +153,7 @@ class Form:
                        keeps=head.keeps or steps[-1].keeps)
 
 
-def logits(x: Tensor, head: Head, width: int, *, chunk: int = chunked.CHUNK,
-           held: Sequence[Tensor] = (), used: Callable[[], None] = lambda: None) -> Logits:
-    """What ``head.run`` would make of x (..., in): (..., width).
-
-    held: what the head reads; once it has changed, logits that are not made yet raise.
-    used: called when a loss takes them by chunks.
-    """
-    source = Source(head, chunk, lambda: head.run(x), Seen([x, *held]), used, [])
-    form = Form(source, None, _same, (), torch.is_grad_enabled())
-    return _new(form, x, head.dtype or x.dtype, width)
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
-
-
-def _new(form: Form, x: Tensor, dtype: torch.dtype, width: int) -> Logits:
+def new(form: Form, x: Tensor, dtype: torch.dtype, width: int) -> Logits:
     made = _Node.apply(form, x, dtype, width, *form.head.reads)
     form.source.family.append(weakref.ref(made))
     return made
@@ -160,7 +198,7 @@ class _Opened(torch.autograd.Function):
 
 
 class Logits(Tensor):
-    """(..., V) logits that are made when somebody reads them. Made by :func:`logits`."""
+    """(..., V) logits that are made when somebody reads them. Made by ``forms.logits``."""
 
     form: Form
     x: Tensor | None                                 # (..., in): its rows, until it is made
@@ -174,14 +212,17 @@ class Logits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else kwargs.get("input")
+        given = args
+        if func in EITHER and len(args) == 2 and not isinstance(args[0], Logits):
+            given = (args[1], args[0])               # a bias + logits
+        first = given[0] if given else kwargs.get("input")
         if isinstance(first, Logits) and first.dense is None:
-            if func in _FACTS:
+            if func in FACTS:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            follow = _FOLLOWED.get(func)
-            if follow is not None and first.own:
-                found = follow(*args, **kwargs)
+            follow = FOLLOWED.get(func)
+            if follow is not None and first.own and takes(follow, given, kwargs):
+                found = follow(*given, **kwargs)
                 if found is not NotImplemented:
                     return found
         args, kwargs = pytree.tree_map_only(Logits, Logits.whole, (args, kwargs))
@@ -232,205 +273,3 @@ class Logits(Tensor):
                 return self.dense.detach()
             self.form.source.check()
             return self.form.head.run(self.x.detach())       # type: ignore[union-attr]
-
-
-# -- forms that need no logits --------------------------------------------------------------------
-def _rows(z: Logits, change: Callable[[Tensor], Tensor], x: Tensor) -> Logits:
-    """Other rows: x is the hidden state of these."""
-    form = Form(z.form.source, z, change, z.form.steps, z.form.grad and torch.is_grad_enabled())
-    return _new(form, x, z.dtype, z.shape[-1])
-
-
-def _each(z: Logits, step: Step) -> Logits:
-    """Something done to each number."""
-    steps = (*z.form.steps, step)
-    form = Form(z.form.source, z, step.apply, steps, z.form.grad and torch.is_grad_enabled())
-    return _new(form, z.x, step.dtype, z.shape[-1])
-
-
-def _view(z: Logits, *size: Any) -> Any:
-    shape = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
-    width = z.shape[-1]
-    if not shape or not all(isinstance(n, int) for n in shape) or shape[-1] not in (width, -1) \
-            or width == 1:
-        return NotImplemented
-    lead = list(shape[:-1])
-    rows = z.numel() // width
-    known = 1
-    for n in lead:
-        known *= 1 if n == -1 else n
-    if shape[-1] == -1 and (lead.count(-1) or known != rows) or not known or rows % known:
-        return NotImplemented                        # torch says what is wrong with it
-    if -1 not in lead and known != rows:
-        return NotImplemented
-    return _rows(z, lambda t: t.reshape(*lead, width), z.x.reshape(*lead, z.x.shape[-1]))
-
-
-def _flatten(z: Logits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if not -z.dim() <= end_dim % z.dim() < z.dim() - 1:
-        return NotImplemented
-    return _rows(z, lambda t: t.flatten(start_dim, end_dim), z.x.flatten(start_dim, end_dim))
-
-
-def _getitem(z: Logits, index: Any) -> Any:
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if not all(p is Ellipsis or p is None or isinstance(p, int | slice) or isinstance(p, Tensor)
-               and not isinstance(p, Logits) for p in parts):
-        return NotImplemented
-    takes = [p.dim() if isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8)
-             else 0 if p is None or p is Ellipsis else 1 for p in parts]
-    dots = [i for i, p in enumerate(parts) if p is Ellipsis]
-    if dots:
-        at = dots[0]
-        parts[at:at + 1] = [slice(None)] * (z.dim() - sum(takes))
-    if len(dots) > 1 or bool(dots) and sum(takes) > z.dim():
-        return NotImplemented
-    if dots or sum(takes) == z.dim():
-        if not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
-            return NotImplemented
-        parts.pop()
-    elif sum(takes) > z.dim():
-        return NotImplemented
-    where = tuple(parts)
-    return _rows(z, lambda t: t[where], z.x[where])
-
-
-def _unbind(z: Logits, dim: int = 0) -> Any:
-    if dim != 0 or z.dim() < 2:
-        return NotImplemented
-    return tuple(_getitem(z, i) for i in range(z.shape[0]))
-
-
-def _iterate(z: Logits) -> Any:
-    found = _unbind(z)
-    return found if found is NotImplemented else iter(found)
-
-
-def _detach(z: Logits) -> Logits:
-    with torch.no_grad():
-        return _rows(z, Tensor.detach, z.x.detach())
-
-
-def _contiguous(z: Logits) -> Logits:
-    return z
-
-
-def _cast(z: Logits, dtype: torch.dtype) -> Any:
-    if dtype == z.dtype:
-        return z
-    if not dtype.is_floating_point:
-        return NotImplemented
-    widens = dtype == torch.float32 and z.dtype in (torch.float16, torch.bfloat16)
-    return _each(z, Step(lambda t: t.to(dtype), dtype, widens=widens))
-
-
-def _to(z: Logits, *args: Any, **kw: Any) -> Any:
-    if kw.pop("copy", False) or len(args) == 1 and isinstance(args[0], Tensor):
-        return NotImplemented
-    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kw)
-    if layout is not None or device is not None and device != z.device:
-        return NotImplemented
-    return z if dtype is None else _cast(z, dtype)
-
-
-def _casts(dtype: torch.dtype) -> Callable[..., Any]:
-    return lambda z: _cast(z, dtype)
-
-
-def _number(v: Any) -> bool:
-    return isinstance(v, int | float) or \
-        isinstance(v, Tensor) and not v.dim() and not v.requires_grad and v.is_floating_point()
-
-
-def _mul(z: Logits, other: Any) -> Any:
-    return _each(z, Step(lambda t: t * other, z.dtype)) if _number(other) else NotImplemented
-
-
-def _div(z: Logits, other: Any) -> Any:
-    return _each(z, Step(lambda t: t / other, z.dtype)) if _number(other) else NotImplemented
-
-
-def _tanh(z: Logits) -> Logits:
-    return _each(z, Step(torch.tanh, z.dtype, keeps=True))
-
-
-def _add(z: Logits, other: Any) -> Any:
-    """A bias: one number for each word."""
-    width = z.shape[-1]
-    if not isinstance(other, Tensor) or isinstance(other, Logits) or not other.dim() or \
-            other.shape[-1] != width or other.numel() != width or other.dim() > z.dim() or \
-            not other.is_floating_point():
-        return NotImplemented
-    bias, dtype = other.reshape(width), torch.promote_types(z.dtype, other.dtype)
-    return _each(z, Step(lambda t: t + bias, dtype, (bias,) if bias.requires_grad else ()))
-
-
-# -- readers that take a chunk at a time ----------------------------------------------------------
-def _cross_entropy(input: Logits, target: Any, weight: Tensor | None = None,
-                   size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
-                   reduction: str = "mean", label_smoothing: float = 0.0) -> Any:
-    shape = input.shape
-    if input.dim() != 2 or not shape[0] or size_average is not None or reduce is not None \
-            or not isinstance(target, Tensor) or target.requires_grad \
-            or reduction not in ("mean", "sum", "none") or weight is not None \
-            and (weight.requires_grad or weight.shape != shape[1:]) \
-            or target.shape != (shape if target.is_floating_point() else shape[:1]):
-        return NotImplemented                        # torch can do it, or says why it cannot
-    source = input.form.source
-    source.check()
-    source.used()
-    return chunked.cross_entropy(
-        input.x, input.form.head, target, weight, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing, chunk=source.chunk, dtype=input.dtype)
-
-
-def _logsumexp(input: Logits, dim: Any, keepdim: bool = False) -> Any:
-    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    if dim not in (-1, input.dim() - 1) or keepdim:
-        return NotImplemented
-    input.form.source.check()
-    x = input.x
-    made = chunked.logsumexp(x.reshape(-1, x.shape[-1]), input.form.head,
-                             chunk=input.form.source.chunk, dtype=input.dtype)
-    return made.view(input.shape[:-1])
-
-
-def _argmax(input: Logits, dim: Any = None, keepdim: bool = False) -> Any:
-    if dim not in (-1, input.dim() - 1) or keepdim or not input.x.numel():
-        return NotImplemented
-    input.form.source.check()
-    x = input.x.detach()
-    made = chunked.argmax(x.reshape(-1, x.shape[-1]), input.form.head,
-                          chunk=input.form.source.chunk)
-    return made.view(input.shape[:-1])
-
-
-def _each_name(names: str) -> Iterator[Any]:
-    for name in names.split():
-        for home in (torch, Tensor):
-            if (f := getattr(home, name, None)) is not None:
-                yield f
-
-
-_FOLLOWED: dict[Any, Callable[..., Any]] = {
-    f: follow for names, follow in (
-        ("view reshape", _view), ("flatten", _flatten), ("__getitem__", _getitem),
-        ("unbind", _unbind), ("__iter__", _iterate), ("detach", _detach),
-        ("contiguous", _contiguous), ("to", _to), ("float", _casts(torch.float32)),
-        ("double", _casts(torch.float64)), ("half", _casts(torch.float16)),
-        ("bfloat16", _casts(torch.bfloat16)), ("mul multiply __mul__ __rmul__", _mul),
-        ("div divide true_divide __truediv__", _div), ("tanh", _tanh),
-        ("add __add__ __radd__", _add),
-        ("logsumexp", _logsumexp), ("argmax", _argmax)) for f in _each_name(names)}
-_FOLLOWED[F.cross_entropy] = _cross_entropy
-for _name in ("float", "double", "half", "bfloat16"):    # of torch they are dtypes
-    _FOLLOWED.pop(getattr(torch, _name), None)
-
-#: what shape and kind answer, without a number of it
-_FACTS = frozenset(
-    getattr(Tensor, n).__get__ for n in (
-        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda",
-        "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "nbytes",
-        "itemsize")) | frozenset(_each_name(
-            "size dim ndimension numel nelement is_floating_point is_complex is_contiguous "
-            "element_size get_device __len__ is_inference"))
