@@ -269,6 +269,18 @@ def test_words_before_learned_positions(beside):                               #
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_words_before_an_encoder_decoder():                                    # findings 3.9
+    """Both stacks read the words: keys and values of each of its attentions for them."""
+    words = torch.tensor([[5, 9, 33, 5]])
+    tuned, base = tuned_on("t5", "prefix(length=4, init='activations', ids=[5, 9, 33])", None)
+    banks = {n.partition(".burnish")[0]: m for n, m in tuned.model.named_modules()
+             if isinstance(m, KeysValues)}
+    want = keys_and_values(base, banks, {"input_ids": words, "decoder_input_ids": words})
+    assert len(banks) == len(want) == 6
+    for path, bank in banks.items():
+        torch.testing.assert_close(bank.made().double(), want[path][:, 0], rtol=1e-5, atol=1e-6)
+
+
 def keys_and_values(base, paths, batch):
     """What the projections of these attentions return: path -> (2, B, T, H h)."""
     seen = {}
@@ -387,7 +399,8 @@ def test_the_start_leaves_no_trace():                                          #
     ("llama", "prefix(init='activations', ids=[-1])", "ids from 0 to 63"),
     ("vit", "prefix(init='activations', ids=[1])", "reads no token ids"),
     ("clip", "prefix(init='activations', ids=[1])", "token ids alone"),
-    ("gpt2", "prefix(length=500, init='activations', ids=[1])", "token ids alone"),
+    ("gpt2", "prefix(length=500, init='activations', ids=[1])",
+     r"does not run on these token ids alone \(index out of range in self\); leave them out"),
 ])
 def test_starts_that_cannot_be(model, recipe, why):                            # findings 3.9
     with pytest.raises(burnish.RecipeError, match=why):

@@ -34,7 +34,8 @@ def _reads_text(a: Anatomy, stack: str, *names: str) -> bool:
 
 
 def _ladder(a: Anatomy) -> bool:
-    return ((len(a.stacks()) == 1 or a.encoder_decoder() is not None)
+    alone = len(a.stacks()) == 1 and not any(b.cross for b in a.blocks)
+    return ((alone or a.encoder_decoder() is not None)
             and all(b.attn for b in a.blocks) and len({b.hidden_size for b in a.blocks}) == 1)
 
 

@@ -87,9 +87,10 @@ class Attacher(Protocol):
     def slot(self, path: str) -> Any:
         """The slot of a module, made on first use."""
 
-    def rehearse(self, part: Method, enough: Callable[[], bool], batch: Any = None) -> bool:
-        """Run the base over calibration samples until `enough()`, or over this batch; False where
-        no values are wanted."""
+    def rehearse(self, part: Method, enough: Callable[[], bool] = lambda: False,
+                 batch: Any = None) -> bool:
+        """Run the base over calibration samples until `enough()` (default: all), or over this
+        batch; False where no values are wanted."""
 
     def informed(self, part: Method, places: Sequence[Place]
                  ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:

@@ -159,11 +159,11 @@ class Attacher:
         """The slot of a module, made on first use (for blocks that install themselves)."""
         return slot_of(self.model.get_submodule(path), self.state, path)
 
-    def rehearse(self, part: Method, enough: Callable[[], bool],
+    def rehearse(self, part: Method, enough: Callable[[], bool] = lambda: False,
                  batch: Any = None) -> bool:
-        """Run the base as it was found, one calibration sample after another until `enough()`, or
-        this batch; whoever looks on has put his hooks before. False, and nothing runs, where values
-        come from a file or the model has none."""
+        """Run the base as it was found, one calibration sample after another until `enough()`
+        (default: all), or this batch; whoever looks on has put his hooks before. False, and nothing
+        runs, where values come from a file or the model has none."""
         if self._blank(part):
             return False
         batches, run, base = self.data

@@ -24,7 +24,7 @@ def embedding_stacks(anatomy: Anatomy) -> dict[str, str]:
 def above(anatomy: Anatomy, stack: str, *names: str) -> str | None:
     """The innermost module above a stack whose forward takes these arguments."""
     parts = stack.split(".")
-    for n in range(len(parts), -1, -1):
+    for n in reversed(range(len(parts))):
         path = ".".join(parts[:n])
         if accepts(anatomy.model.get_submodule(path), *names):
             return path
@@ -61,7 +61,7 @@ def read_words(attacher: Any, part: Any, method: Any) -> bool:
             batch["decoder_input_ids"] = text
         if rotary(model) and accepts(model, "position_ids"):
             batch["position_ids"] = torch.arange(-length, 0, device=text.device).unsqueeze(0)
-        return attacher.rehearse(part, lambda: True, batch)
+        return attacher.rehearse(part, batch=batch)
     except RecipeError:
         raise
     except Exception as e:
@@ -85,7 +85,7 @@ def key_width(anatomy: Anatomy, number: int, block: Block, prefix: str) -> int:
     for place in mine:
         for p in (place, *anatomy.slices(place)):
             if p.role == f"{prefix}k":
-                return p.out if p.rows is None else p.rows[1] - p.rows[0]
+                return p.out
     fused = next((p for p in mine if p.role == f"{prefix}qkv"), None)
     if fused is not None and block.heads and block.kv_heads:
         return fused.out * block.kv_heads // (block.heads + 2 * block.kv_heads)

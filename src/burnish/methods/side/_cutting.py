@@ -83,13 +83,13 @@ def prune(scores: Scores, block: Block, side: nn.Module, keep: Tensor, encoded: 
     head and is taken whole, from the first block of the stack.
     """
     cutter = Cutter(scores, block, side, R)
-    sets = [keep, cutter.attention("", keep, keep)]
+    sets = [keep, then := cutter.attention("", keep, keep)]
     if block.cross is not None:
-        sets.append(cutter.attention("cross_", sets[-1], encoded))
-    sets.append(cutter.mlp(sets[-1]))
+        sets.append(then := cutter.attention("cross_", then, encoded))
+    sets.append(then := cutter.mlp(then))
     cutter.norms(sets)
     cutter.tables(first)
-    return sets[-1]
+    return then
 
 
 class Cutter:
@@ -112,13 +112,12 @@ class Cutter:
         if not self._has(q, k, v, o):
             return keep
         (rows_q, rows_k), (rows_v, columns_o) = self._heads(q, k, v)
-        read = keep if read is None else read
         for role, rows, columns in ((q, rows_q, keep), (k, rows_k, read), (v, rows_v, read)):
             self.fill(role, rows, columns)
         then = slicing.largest(self._rows(o), self.places[o].out // self.R)
         self.fill(o, then, columns_o)
         if not cross:
-            self._head_norms(rows_q, rows_k)
+            self._head_norms(rows_q)
         return then
 
     def mlp(self, keep: Tensor) -> Tensor:
@@ -153,9 +152,10 @@ class Cutter:
             rows_q = slicing.every(width, self.R, heads)
             rows_v = slicing.largest_per_head(self._rows(v), kv, n)
         else:
-            shared = self._score(q).abs().unflatten(0, (kv, group, width)).sum(1).flatten(0, 1)
-            rows_k = rows_v = slicing.largest_per_head(
-                slicing.row_importance(shared, self._score(k), self._score(v)), kv, n)
+            Q, K, V = (self._score(r).abs().float() for r in (q, k, v))
+            joint = torch.einsum("kgwi,kwi,kwi->kw", Q.unflatten(0, (kv, group, width)),
+                                 K.unflatten(0, (kv, width)), V.unflatten(0, (kv, width)))
+            rows_k = rows_v = slicing.largest_per_head(joint, kv, n)
             rows_q = _repeated(rows_k, kv, group, width)
         return (rows_q, rows_k), (rows_v, _repeated(rows_v, kv, group, width))
 
@@ -175,7 +175,8 @@ class Cutter:
         """Norms of the residual stream: before, behind, or around every sub-layer. sets: the
         channels before the first and behind each."""
         outer, layers = outer_norms(self.block), len(sets) - 1
-        if post_norm(self.anatomy, self.block):
+        ends = len(outer) == layers and "post_feedforward" in outer[-1]         # OLMo2
+        if ends or post_norm(self.anatomy, self.block):
             found = sets[1:]
         elif len(outer) == 2 * layers:
             found = [s for pair in zip(sets, sets[1:], strict=False) for s in pair]
@@ -184,14 +185,15 @@ class Cutter:
         for path, keep in zip(outer, found, strict=False):
             self._norm(path, keep)
 
-    def _head_norms(self, rows_q: Tensor, rows_k: Tensor) -> None:
-        """Norms of queries and keys, one scale for all heads: positions must agree, as rotary
-        ones do; else they start at their class's values."""
-        for path in self.block.norms:
+    def _head_norms(self, rows: Tensor) -> None:
+        """Norms of queries and keys, scales of one head for all (Qwen3) or of every head (OLMo2).
+        Positions must agree between heads, as rotary ones do; else they start as their class does.
+        """
+        for path in self.block.norms if rotary(self.anatomy.model) else ():
             leaf = path.rpartition(".")[2]
-            if ("q_norm" in leaf or "k_norm" in leaf) and rotary(self.anatomy.model):
-                rows = rows_q if "q_norm" in leaf else rows_k
-                self._norm(path, rows[: self.places["q"].out // self.block.heads // self.R])
+            if "q_norm" in leaf or "k_norm" in leaf:
+                scale = self.anatomy.model.get_submodule(path).weight
+                self._norm(path, rows[: len(scale) // self.R])
 
     def _norm(self, path: str, keep: Tensor) -> None:
         source = self.anatomy.model.get_submodule(path)

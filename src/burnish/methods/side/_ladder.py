@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ...blocks.state.sideblocks import TABLE, Plain, shrunk
+from ...blocks.state.sideblocks import Plain, shrunk
 from ...blocks.state.taps import Crown, Foot, Rung, Still
 from ...blocks.weight import slicing
 from ...core.errors import RecipeError
@@ -82,24 +82,26 @@ class Ladder:
         return d
 
     def _still(self, attacher: Any, part: Method) -> None:
-        """The backbone drops nothing, run as a whole or (encoder, decoder) in parts."""
-        model, head, name = attacher.model, attacher.anatomy.head, attacher.adapter.name
-        stems = {b[0].stack.split(".")[0] for b, _ in self.stacks if "." in b[0].stack}
-        inside = [x for p, x in model.named_modules() if p and "burnish" not in p.split(".")
-                  and not any(p == h or p.startswith(f"{h}.") for h in head)
-                  and (not stems or p.split(".")[0] in stems)]
-        Still(attacher.state, name, inside).listen(attacher.slot(""), part.name)
-        for blocks, _ in self.stacks if len(self.stacks) > 1 else ():
-            top = blocks[0].stack.rpartition(".")[0]
-            mine = [x for p, x in model.named_modules() if f"{p}.".startswith(f"{top}.")
-                    and "burnish" not in p.split(".")]
+        """The backbone drops nothing, run as a whole or in parts (without the head; an encoder)."""
+        name, stacks = attacher.adapter.name, [b[0].stack.split(".") for b, _ in self.stacks]
+        above = {p for names in stacks for p in _prefixes(names[:-1])}
+        stems = {names[0] for names in stacks if len(names) > 1}
+        heads = [next(p for p in _prefixes(h.split(".")) if p not in above)
+                 for h in attacher.anatomy.head]         # with what stands beside it: its dropout
+        inside = {p: x for p, x in attacher.model.named_modules()
+                  if p and "burnish" not in p.split(".")
+                  and not any(f"{p}.".startswith(f"{h}.") for h in heads)
+                  and (not stems or p.split(".")[0] in stems)}
+        Still(attacher.state, name, list(inside.values())).listen(attacher.slot(""), part.name)
+        for top in sorted(above):
+            mine = [x for p, x in inside.items() if f"{p}.".startswith(f"{top}.")]
             Still(attacher.state, name, mine, part=True).listen(attacher.slot(top), part.name)
 
     def _backbone_is_frozen(self, attacher: Any, part: Method) -> None:
         """What trains may stand behind the blocks (the last norm, the head), nowhere else."""
         anatomy, name = attacher.anatomy, attacher.adapter.name
         end = anatomy.final_norms.get(self.stacks[-1][0][0].stack)
-        behind = tuple(f"{p}." for p in (*anatomy.head, *([end] if end else ())))
+        behind = tuple(f"{p}." for p in (*anatomy.head, end) if p)
         own = [n for n, p in attacher.model.named_parameters()
                if f".burnish.{name}." in f".{n}" and p.requires_grad]
         for n in (*own, *attacher.adapter.selected):
@@ -111,23 +113,21 @@ class Ladder:
     def _side(self, attacher: Any, blocks: list[Block], i: int, s: int, table: bool) -> nn.Module:
         m, model, block = self.method, attacher.model, blocks[i]
         self._heads_fit(model, block, s)
-        shares = any(getattr(x, TABLE, False)
-                     for x in model.get_submodule(blocks[0].path).modules())
         made = shrunk(model.get_submodule(block.path), getattr(model, "config", None),
-                      m.reduction, i, len(blocks), table and shares)
+                      m.reduction, i, len(blocks), table)
         if made is not None:
             for x in made.modules():
                 if hasattr(model, "_init_weights"):
                     model._init_weights(x)
             return made
-        fc1 = [p for p in attacher.anatomy.places if p.path in block.mlp_in[:1]]
-        if not block.heads or not fc1 or block.cross:
+        inner = next((p.inp for p in attacher.anatomy.places if p.path == block.mlp_out), None)
+        if not block.heads or inner is None or block.cross:
             raise RecipeError(f"lst: {block.path} is no transformer block a side block could be "
                               "modelled on")
         note = (f"lst: {type(model.get_submodule(block.path)).__name__} cannot be built from a "
                 "config; plain pre-norm blocks stand beside it")
         attacher.notes += [note] if note not in attacher.notes else []
-        return Plain(s, block.heads, m.narrow(fc1[0].out, "the inner width"))
+        return Plain(s, block.heads, m.narrow(inner, "the inner width"))
 
     def _heads_fit(self, model: nn.Module, block: Block, s: int) -> None:
         heads, R = block.heads, self.method.reduction
@@ -142,3 +142,8 @@ class Ladder:
             raise RecipeError(f"lst(reduction={R}): heads of width {s // heads} cannot "
                               "be rotated; rotary positions need an even width, so a smaller "
                               "reduction")
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """The paths of a module and of those above it, the outermost first."""
+    return [".".join(names[: n + 1]) for n in range(len(names))]

@@ -70,12 +70,15 @@ class Lst(Method):
         stacks = anatomy.stacks()
         if not stacks:
             raise RecipeError("lst: no repeated blocks were found in this model")
-        if len(stacks) > 1 and not (pair := anatomy.encoder_decoder()):
+        pair = anatomy.encoder_decoder()
+        if pair is None and len(stacks) > 1:
             raise RecipeError(f"lst: this model has several stacks of blocks "
                               f"({', '.join(stacks)}); a ladder stands beside one, or beside an "
                               "encoder and its decoder")
-        names = pair if len(stacks) > 1 else tuple(stacks)
-        return Ladder(self, tuple((stacks[n], self._kept(stacks[n])) for n in names))
+        if pair is None and any(b.cross for b in anatomy.blocks):
+            raise RecipeError(f"lst: the blocks of {next(iter(stacks))} attend to an encoder that "
+                              "is no part of this model, so the side blocks could not")
+        return Ladder(self, tuple((stacks[n], self._kept(stacks[n])) for n in pair or stacks))
 
     def _kept(self, blocks: list[Block]) -> frozenset[int]:
         asked = range(len(blocks)) if self.layers is None else self.layers
