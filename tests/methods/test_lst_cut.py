@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import burnish
 from burnish.blocks.state.taps import Crown, Foot, Rung
@@ -182,6 +185,95 @@ def test_any_reduction_of_a_fused_weight_takes_the_same_rows_of_its_bias(reducti
     n = 8 // reduction
     rows = heads_of([top(joint[h], n) for h in range(4)], 8)
     assert torch.equal(small.bias, torch.cat([b[rows] for b in large.bias.split(32)]))
+
+
+# -- blocks of a class of one's own ----------------------------------------------------------------
+class Layer(nn.Module):
+    """Pre-norm; norms of queries and keys over one head or all; names that say what they do, or
+    none that are known."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, told = config.hidden_size, config.told
+        self.heads, self.shape = config.num_attention_heads, (-1, config.num_attention_heads)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attn = nn.Module()
+        self.attn.num_heads = self.heads
+        self.attn.q, self.attn.k, self.attn.v = (nn.Linear(d, d) for _ in range(3))
+        wide = d if config.wide else d // self.heads
+        self.attn.q_norm, self.attn.k_norm = nn.RMSNorm(wide), nn.RMSNorm(wide)
+        self.names = ("o", "fc1", "fc2") if told else ("ending", "opening", "closing")
+        for n, i, o in zip(self.names, (d, d, config.intermediate_size),
+                           (d, config.intermediate_size, d), strict=True):
+            (self.attn if n in ("o", "ending") else self).add_module(n, nn.Linear(i, o))
+
+    def forward(self, x):
+        a, h = self.attn, self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)) for f in (a.q, a.k, a.v))
+        if len(a.q_norm.weight) == q.shape[-1]:
+            q, k = a.q_norm(q), a.k_norm(k)
+        else:
+            q, k = (n(t.flatten(-2)).view_as(t) for n, t in ((a.q_norm, q), (a.k_norm, k)))
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        x = x + a.get_submodule(self.names[0])(y.transpose(1, 2).flatten(-2))
+        return x + self.get_submodule(self.names[2])(
+            self.get_submodule(self.names[1])(self.norm2(x)).relu())
+
+
+class Own(nn.Module):
+    """A transformer without positions, built from a config."""
+
+    def __init__(self, wide=True, told=True):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=32, num_attention_heads=4, intermediate_size=64,
+                                      wide=wide, told=told)
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(Layer(self.config) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def own(**kw):
+    torch.manual_seed(0)
+    net = Own(**kw)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape))
+    return net, copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_norms_of_queries_and_keys_without_rotary_positions(wide):
+    """A scale for every row goes with its row; a head's that all share has no rows all agree on."""
+    net, large = own(wide=wide)
+    tuned = burnish.tune(net, "lst(reduction=4)", head=False)
+    for side, block in zip(sides(tuned), large.layers, strict=True):
+        rows, *_ = attention(lambda n, b=block: b.attn.get_submodule(n).weight.detach(), "qkv", 4,
+                             rotary=False)
+        for name in ("q_norm", "k_norm"):
+            small = side.attn.get_submodule(name).weight
+            want = block.attn.get_submodule(name).weight[rows] if wide else torch.ones(2)
+            assert torch.equal(small, want), name
+    net(torch.arange(8).view(2, 4)).sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters())
+
+
+def test_blocks_whose_names_say_nothing_have_the_models_width_and_start_as_their_class():
+    net, large = own(told=False)
+    tuned = burnish.tune(net, "lst(reduction=4)", head=False)
+    keep = top(large.embed.weight.abs().sum(0), 8)
+    for side, block in zip(sides(tuned), large.layers, strict=True):
+        assert side.opening.weight.shape == (16, 8)
+        assert torch.equal(side.norm1.weight, block.norm1.weight[keep])
+        assert torch.equal(side.norm2.weight, block.norm2.weight[keep])
+    net(torch.arange(8).view(2, 4)).sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters())
 
 
 # -- squared gradients ----------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Cutter:
         then = slicing.largest(self._rows(o), self.places[o].out // self.R)
         self.fill(o, then, columns_o)
         if not cross:
-            self._head_norms(rows_q)
+            self._head_norms(rows_q, rows_k)
         return then
 
     def mlp(self, keep: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Cutter:
         """Norms of the residual stream: before, behind, or around every sub-layer. sets: the
         channels before the first and behind each."""
         outer, layers = outer_norms(self.block), len(sets) - 1
-        ends = len(outer) == layers and "post_feedforward" in outer[-1]         # OLMo2
+        ends = len(outer) == layers and any("post_feedforward" in n for n in outer)     # OLMo2
         if ends or post_norm(self.anatomy, self.block):
             found = sets[1:]
         elif len(outer) == 2 * layers:
@@ -185,15 +185,17 @@ class Cutter:
         for path, keep in zip(outer, found, strict=False):
             self._norm(path, keep)
 
-    def _head_norms(self, rows: Tensor) -> None:
-        """Norms of queries and keys, scales of one head for all (Qwen3) or of every head (OLMo2).
-        Positions must agree between heads, as rotary ones do; else they start as their class does.
-        """
-        for path in self.block.norms if rotary(self.anatomy.model) else ():
+    def _head_norms(self, rows_q: Tensor, rows_k: Tensor) -> None:
+        """Norms of queries and keys. A scale for every row (OLMo2) goes with it; those of one head
+        that all share (Qwen3) go with its rows where heads agree on them, as rotary ones do, and
+        else start as their class does."""
+        for path in self.block.norms:
             leaf = path.rpartition(".")[2]
-            if "q_norm" in leaf or "k_norm" in leaf:
-                scale = self.anatomy.model.get_submodule(path).weight
-                self._norm(path, rows[: len(scale) // self.R])
+            for name, rows in (("q_norm", rows_q), ("k_norm", rows_k)):
+                if name in leaf:
+                    n = len(self.anatomy.model.get_submodule(path).weight) // self.R
+                    if n == len(rows) or rotary(self.anatomy.model):
+                        self._norm(path, rows[:n])
 
     def _norm(self, path: str, keep: Tensor) -> None:
         source = self.anatomy.model.get_submodule(path)
