@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """``y = w x / rms(x)`` in elementary operations; `single`: computed in fp32."""
+    """``y = w x / rms(x)`` in elementary operations; `single`: computed in fp32; `back`: rounded
+    before the weight, not after it."""
 
-    def __init__(self, width: int, single: bool):
+    def __init__(self, width: int, single: bool, back: bool = False):
         super().__init__()
-        self.weight, self.single = nn.Parameter(torch.empty(width)), single
+        self.weight, self.single, self.back = nn.Parameter(torch.empty(width)), single, back
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         if self.single:
             x = x.float()
         normal = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+        if self.back:
+            return normal.to(dtype) * self.weight
         return (normal * (self.weight.float() if self.single else self.weight)).to(dtype)
 
 
@@ -166,8 +169,9 @@ class Decoder(nn.Module):
 
     words, width, layers, heads, inner; groups (key-value heads; default heads), head_size (default
     width / heads); rotary: share of a head that is turned; table: dtype of its cosines; norm:
-    "rms", "rms32" (in fp32), "layer"; gated, act; bias, qkv_bias, head_bias; parallel,
-    shared_norm; tied.
+    "rms", "rms32" (in fp32), "rms32_back" (rounded before its weight), "layer"; gated, act; bias,
+    qkv_bias, head_bias; parallel, shared_norm; tied.
+    shift: what is cut for the next word, "logits" (a copy) or "labels".
     chunk: tokens of the head and of the loss at once; single: logits become fp32; held: they live
     until the next batch's.
     lora: rank, dropout, on (q, k, v, o, mlp, head).
@@ -175,8 +179,8 @@ class Decoder(nn.Module):
 
     BASE = {"groups": None, "head_size": None, "rotary": 1.0, "table": "float32", "norm": "rms",
             "gated": True, "act": "silu", "bias": False, "qkv_bias": False, "head_bias": False,
-            "parallel": False, "shared_norm": False, "tied": False, "chunk": 0, "single": False,
-            "held": False, "lora": None, "length": 0}
+            "parallel": False, "shared_norm": False, "tied": False, "shift": "logits", "chunk": 0,
+            "single": False, "held": False, "lora": None, "length": 0}
 
     def __init__(self, **shape: Any):
         super().__init__()
@@ -212,8 +216,12 @@ class Decoder(nn.Module):
             logits = [part.float() for part in logits]
         if c["held"]:                         # by a name of the loop, until the next ones are there
             self.logits = logits
-        logits[-1] = logits[-1][..., :-1, :]
-        wanted = labels[..., 1:].split(step, 1)
+        if c["shift"] == "logits":
+            logits[-1] = logits[-1][..., :-1, :]
+            labels = labels[..., 1:]
+        else:
+            labels = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], -100)), -1)
+        wanted = labels.split(step, 1)
         if not c["chunk"]:
             return F.cross_entropy(logits[0].reshape(-1, c["words"]), wanted[0].reshape(-1))
         losses = [F.cross_entropy(a.reshape(-1, c["words"]), b.reshape(-1), reduction="none")
@@ -223,7 +231,7 @@ class Decoder(nn.Module):
 
 def _norm(c: dict[str, Any]) -> nn.Module:
     return nn.LayerNorm(c["width"]) if c["norm"] == "layer" else Norm(
-        c["width"], c["norm"] == "rms32")
+        c["width"], c["norm"].startswith("rms32"), c["norm"].endswith("back"))
 
 
 def _linear(inp: int, out: int, bias: bool, lora: dict[str, Any] | None) -> Any:
