@@ -105,7 +105,8 @@ def made(**shape) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("shape", [{}, {"shift": "labels", "norm": "rms32_back"}, {"groups": 2, "norm": "rms32", "tied": True}, {
+@pytest.mark.parametrize("shape", [{}, {"shift": "labels", "norm": "rms32_back"}, {
+    "groups": 2, "norm": "rms32", "tied": True}, {
     "norm": "layer", "gated": False, "act": "gelu", "bias": True, "head_bias": True,
     "parallel": True, "shared_norm": True, "rotary": 0.5}])
 def test_pieces_of_the_head_give_the_same_loss(shape):

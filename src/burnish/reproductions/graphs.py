@@ -226,7 +226,8 @@ class Decoder(nn.Module):
             return F.cross_entropy(logits[0].reshape(-1, c["words"]), wanted[0].reshape(-1))
         losses = [F.cross_entropy(a.reshape(-1, c["words"]), b.reshape(-1), reduction="none")
                   for a, b in zip(logits, wanted, strict=True)]
-        return torch.cat(losses).mean()
+        each = torch.cat(losses)
+        return each.mean() if c["shift"] == "logits" else each.sum() / (labels != -100).sum()
 
 
 def _norm(c: dict[str, Any]) -> nn.Module:
