@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..core.architecture import architecture
 from ..core.errors import ConfigError, nearest
-from ..core.reading import plain
 
 
 def config(target: str) -> Any:
@@ -36,18 +36,14 @@ def config(target: str) -> Any:
 
 
 def model(target: str, dtype: str | None = None) -> Any:
-    """The model of a folder or a hub name with its weights, as its first architecture."""
+    """The model of a folder or a hub name with its weights, as what its config stands for."""
     transformers = needs_transformers("models")
     from ..formats.model_files import check_weights, loading
 
     found = config(target)
-    names = getattr(found, "architectures", None) or []
-    known = (getattr(transformers, str(n), None) for n in names)
-    cls: Any = next((c for c in known if isinstance(c, type)
-                     and issubclass(c, transformers.PreTrainedModel)), None)
-    if cls is None:
-        raise ConfigError(f"{target} names no architecture that transformers has "
-                          f"({plain(', '.join(map(str, names))) or 'its config lists none'})")
+    cls: Any = architecture(found)
+    if not issubclass(cls, transformers.PreTrainedModel):
+        raise ConfigError(f"{target} names {cls.__name__}, which is no model of transformers")
     with loading(target, "the weights of"):
         check_weights(target, lambda: cls(found))
         try:

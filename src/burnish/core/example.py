@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
+from .architecture import architecture
 from .draw import drawn
 from .errors import ConfigError
 
@@ -82,7 +83,9 @@ def _pair(batch: Any) -> tuple[int, int]:
 
 
 def _architecture(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [""])[0]
+    """The class a config stands for; "" for what is no transformers config."""
+    return (getattr(config, "architectures", None) or [""])[0] or (
+        architecture(config).__name__ if hasattr(config, "model_type") else "")
 
 
 def _part(config: Any, name: str) -> Any:

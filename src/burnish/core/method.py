@@ -178,6 +178,12 @@ class Method:
         """The keys of `context` that these settings read; all of them unless a method says so."""
         return self.context
 
+    def repeats(self) -> int | None:
+        """After how many blocks of a stack what this part does to a block begins again: 1, the same
+        for each; None, it depends on the block's place among them or on how many there are. A
+        simulation of a deep model that runs a few of its blocks goes by it."""
+        return 1
+
     def finished(self) -> Method:
         """What a file says in place of this part once training is over; a module it has added gives
         the tensors for that by its own ``finished()``. This part itself, unless it says more."""

@@ -16,27 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ..core.errors import ConfigError
+from ..core.architecture import architecture
 from ..core.example import example_batch
 
 
 def from_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
-    """The config's first architecture on the meta device, in training mode."""
-    import transformers
+    """The model that the config stands for (core/architecture.py), on meta, in training mode."""
     from transformers import initialization
 
-    names = list(getattr(config, "architectures", None) or [])
-    cls: Any
-    if names:
-        cls = getattr(transformers, names[0], None)
-        if cls is None:
-            raise ConfigError(f"transformers {transformers.__version__} has no {names[0]} (first "
-                              "of the config's architectures); pass the model itself on meta")
-    elif type(config) in transformers.MODEL_MAPPING:
-        cls = transformers.MODEL_MAPPING[type(config)]
-    else:
-        raise ConfigError(f"{type(config).__name__} names no architecture; set "
-                          "config.architectures, e.g. ['ViTForImageClassification']")
+    cls = architecture(config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     with torch.device("meta"), safe():

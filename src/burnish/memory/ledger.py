@@ -354,11 +354,15 @@ class Ledger(TorchDispatchMode):
         if aliases(func) and not mutates(func):
             return
         phase = phase or self._phase()
-        operations, moved, itemsize, where, crosses = cost(func, args, kwargs or {}, out)
+        operations, moved, itemsize, where, crosses = self.cost(func, args, kwargs or {}, out)
         self.flops[phase] += operations
         self.traffic[phase] += moved
         speed = machine(self.machine or where)
         self.seconds[phase] += speed.seconds(operations, moved, itemsize, crosses)
+
+    def cost(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """As operators.cost; a subclass may know it already."""
+        return cost(func, args, kwargs, out)
 
     # -- read afterwards --------------------------------------------------------------------------
     def category(self, entry: Entry) -> str:
@@ -378,11 +382,6 @@ class Ledger(TorchDispatchMode):
             if entry.death is None or entry.death > end + 1:
                 return "optimizer"
         return "temporary"
-
-    def born_last(self, event: int) -> Entry | None:
-        """The entry whose birth led to the state at `event`."""
-        born = [e for e in self.entries if e.birth <= event]
-        return max(born, key=lambda e: e.birth, default=None)
 
     def lived(self, since: int = 0) -> Iterator[tuple[Entry, str, int, int]]:
         """(entry, category, first event, one past the last event) from event `since` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import FormatError
+<<<<<<< HEAD
 from .caching import replay
 from .devices import device as facts_of
 from .ledger import CATEGORIES, Ledger
+=======
+from .ledger import CATEGORIES, Ledger
+from .stream import Reading, Stream
+>>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
 from .units import format_bytes, parse_bytes
 
 __all__ = ["MemoryReport", "format_bytes", "parse_bytes"]
@@ -71,6 +77,7 @@ class MemoryReport:
         since: the event at which the last step began. device: whose memory is reported (default:
         the accelerator's, if there is one). label: the device type it stands for.
         """
+<<<<<<< HEAD
         lives = list(ledger.lived())
         device = device or _busiest(lives)
         length = ledger.now + 2
@@ -87,18 +94,23 @@ class MemoryReport:
                 there[birth] += e.bytes
                 there[death] -= e.bytes
         curves = {c: np.cumsum(d)[: ledger.now + 1] for c, d in deltas.items()}
+=======
+        return cls.read(Stream.of(ledger, since=since, device=device, label=label,
+                                  **{"notes": [], **facts}))
+
+    @classmethod
+    def read(cls, stream: Stream, path: Callable[[str, int], str] | None = None) -> MemoryReport:
+        """What a stream says. path: how the modules of its signs are called (:class:`Reading`)."""
+        facts = {k: v for k, v in stream.facts.items() if k not in ("device", "label")}
+        told = Reading(stream, path)
+        curves = told.curves()
+>>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
         total = np.sum(list(curves.values()), axis=0)
         at = int(np.argmax(total)) if len(total) else 0
-        modules: dict[str, int] = {}
-        for e, _, birth, death in lives:
-            if birth <= at < death and e.device == device:
-                owner = e.module.partition(".burnish")[0]   # added parts count as it
-                modules[owner] = modules.get(owner, 0) + -(-e.bytes // block) * block
-        phases = [(p, n) for p, n in ledger.phases if n >= since] or [("load", 0)]
-        last = ledger.born_last(at)
         return cls(
             peak_bytes=int(total[at]) if len(total) else 0,
             by_category={c: int(curves[c][at]) for c in CATEGORIES},
+<<<<<<< HEAD
             by_module=dict(sorted(modules.items(), key=lambda kv: -kv[1])),
             timeline=_thin(curves, total, since),
             phases=phases,
@@ -110,6 +122,15 @@ class MemoryReport:
             traffic=dict(ledger.traffic) if ledger.count else {},
             seconds=dict(ledger.seconds) if ledger.count else {},
             **{"notes": [*ledger.notes], **facts},
+=======
+            by_module=told.modules(at),
+            timeline=_thin(curves, total, told.since()),
+            phases=told.phases() or [("load", 0)],
+            peak_at=told.last_born(at),
+            device=stream.facts["label"] or stream.facts["device"],
+            other_devices=told.elsewhere(),
+            **stream.costs, **stream.counts, **facts,
+>>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
         )
 
     # -- for people ---------------------------------------------------------------------------
@@ -175,6 +196,7 @@ class MemoryReport:
         return draw(self, Path(path))
 
 
+<<<<<<< HEAD
 def _allocator(lives: list[Any], device: str, label: str | None, peak: int) -> dict[str, int]:
     """The figures of the device's allocator over the whole run."""
     if not facts_of(label or device).caches:
@@ -192,6 +214,8 @@ def _busiest(lives: list[Any]) -> str:
     return max(held, key=lambda d: (d != "cpu", held[d]), default="cpu")
 
 
+=======
+>>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
 def _thin(curves: dict[str, np.ndarray], total: np.ndarray, since: int
           ) -> list[tuple[int, dict[str, int]]]:
     """At most POINTS moments from `since` on: the highest of each stretch, first and last."""

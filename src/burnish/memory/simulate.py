@@ -32,11 +32,14 @@ from ..core.recipe import Recipe, parse
 from ..core.stage import label as name_of
 from ..engine.originals import on_disk
 from .devices import kernels_of
+from .extend import Shallows, extended
 from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels
 from .ledger import Ledger
 from .operators import leaves
+from .remembered import Note, answer
 from .report import MemoryReport
 from .shortcuts import quick_noise, quick_strips, quiet, tables_forgotten, values_are_known
+from .stream import Stream
 
 #: values are followed through tensors up to this many entries
 FOLLOWED = 1 << 18
@@ -62,12 +65,22 @@ class FakeLedger(Ledger):
         self.machine = kind
         self.kernels = kernels(kind)
         self.values: dict[int, Tensor] = {}
+        self.note: Note | None = None         # of the operator that ran last
 
     def knows(self, fake: Tensor, value: Tensor) -> None:
         """Give a fake tensor its value. The attribute dies with the fake."""
         fake._burnish_value = value           # type: ignore[attr-defined]
 
+    def cost(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        note = self.note
+        if note is None:
+            return super().cost(func, args, kwargs, out)
+        if note.cost is None:
+            note.cost = super().cost(func, args, kwargs, out)
+        return note.cost
+
     def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.note = None
         if any(isinstance(a, torch.UntypedStorage) for a in args):
             args[0].__dict__.pop("_burnish_value", None)      # its storage has no bytes to know
             return _uncached(func, args, kwargs)
@@ -76,7 +89,8 @@ class FakeLedger(Ledger):
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((args, kwargs.get("out"))):
                     t.__dict__.pop("_burnish_value", None)
-            return self.kernels.get(func, func)(*args, **kwargs)
+            out, self.note = answer(func, args, kwargs, self.kernels.get(func, func))
+            return out
         if func is _ITEM:
             with _no_modes():
                 return values[0][0].item()
@@ -101,7 +115,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              targets: Any = None, head: bool | str = "auto", lr: float = 1e-3, steps: int = 2,
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
              count: bool = False, evaluate: bool = False,
-             tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None) -> MemoryReport:
+             tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
+             whole: bool = False, shallows: Shallows | None = None) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -122,6 +137,9 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         model has it where nobody says.
     tasks: data sets that a recipe in stages is trained on, one after the other: how many, or name
         -> batch. Of several stages the dearest is told; ``stages`` of the report has all peaks.
+    whole: run every block. Otherwise a run of equal blocks is simulated at three depths, which
+        prove what any other depth gives (extend.py); where they do not, it is run whole as well.
+    shallows: the copies with fewer blocks, for whoever simulates a model many times.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -132,14 +150,21 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         model = from_config(model, dtype)
     batches = dict(tasks) if isinstance(tasks, Mapping) else {
         f"task{n + 1}": batch for n in range(tasks)}
+    settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
+                    loss=loss, count=count, evaluate=evaluate, cached=cached)
+    if not whole:
+        shallows = shallows or Shallows(model)
     reports: list[MemoryReport] = []
     names: list[str] = []
     while not reports or len(reports) < len(names):       # each stage on a model of its own
-        report, names = _simulated(
-            model, parts, batch, batches, len(reports), dtype=dtype, targets=targets, head=head,
-            lr=lr, steps=steps, device=device, loss=loss, count=count, evaluate=evaluate,
-            cached=cached)
-        reports.append(report)
+        def run(model: nn.Module, **words: Any) -> Stream:
+            nonlocal names
+            stream, names = _simulated(model, parts, batch, batches, len(reports), **settings,
+                                       **words)
+            return stream
+
+        report = extended(shallows, parts, targets, run) if shallows and not whole else None
+        reports.append(report or MemoryReport.read(run(model)))
     dearest = max(reports, key=lambda r: r.peak_bytes)
     if len(reports) > 1:
         dearest.stage = names[reports.index(dearest)]
@@ -149,8 +174,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
-               device: str, loss: Any, count: bool, evaluate: bool, cached: int | str | None
-               ) -> tuple[MemoryReport, list[str]]:
+               device: str, loss: Any, count: bool, evaluate: bool, cached: int | str | None,
+               **words: Any) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
     from ..engine.stages import begin, stages_of
@@ -180,13 +205,14 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                     if s.data not in (None, first):
                         example, label = faked(s.data)
                     begin(tuned, s, calibration=[example])
-                words = stages[stage].optimizer if stages else {}
-                tuned.optimizer(**{"lr": lr, **words})
+                said = stages[stage].optimizer if stages else {}
+                tuned.optimizer(**{"lr": lr, **said})
                 ledger.model = tuned.model
                 if cached is not None:
                     tuned.state.room.limit = size(cached)
-                report = _look(tuned, ledger, example, here, kind) if evaluate else _drive(
-                    tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind)
+                stream = _look(tuned, ledger, example, here, kind, **words) if evaluate else \
+                    _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind,
+                           **words)
         except (DataDependentOutputException, DynamicOutputShapeException,
                 UnsupportedOperatorException) as error:
             raise SimulationError(
@@ -196,12 +222,12 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
             reason = str(error).strip().splitlines()[0]
             raise SimulationError(f"a step of {type(model).__name__} with {parts} fails: "
                                   f"{reason}") from error
-    report.batch = label
+    notes = list(stream.facts["notes"])
     if here != device:
-        report.notes.append(f"no {kind} here: counted with the CPU's kernels, but for those that "
-                            f"memory/devices.py declares for {kind}; the device's context comes on "
-                            "top")
-    return report, [name_of(stages, n) for n in range(len(stages))]
+        notes.append(f"no {kind} here: counted with the CPU's kernels, but for those that "
+                     f"memory/devices.py declares for {kind}; the device's context comes on top")
+    told = stream.with_facts(batch=label, notes=notes)
+    return told, [name_of(stages, n) for n in range(len(stages))]
 
 
 def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,
@@ -214,14 +240,14 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     keep = _Snapshot(tuned) if restore else contextlib.nullcontext()
     with keep:
         ledger = Ledger(tuned.model, count=count)
-        report = _drive(tuned, ledger, batch, loss, steps, None)
+        report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None))
     report.source = "measured"
     report.batch = _label(batch)
     return report
 
 
 def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
-           device: str | None, label: str | None = None) -> MemoryReport:
+           device: str | None, label: str | None = None, **words: Any) -> Stream:
     if tuned.current_optimizer is not None:
         ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
@@ -237,14 +263,14 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
                 ledger.reset_counts()
             tuned.step(batch, loss) if loss is not None else tuned.step(batch)
     where = device or next(p.device.type for p in tuned.model.parameters())
-    return MemoryReport.of(
-        ledger, since=since, device=torch.device(where).type, label=label, recipe=str(tuned.recipe),
-        notes=[*ledger.notes, *tuned.active.notes],
-        trainable=sum(p.numel() for p in tuned.parameters()),
-        adapter_bytes=sum(t.numel() * t.element_size() for t in tuned.tensors().values()))
+    counts = {"trainable": sum(p.numel() for p in tuned.parameters()),
+              "adapter_bytes": sum(t.numel() * t.element_size() for t in tuned.tensors().values())}
+    return Stream.of(ledger, since=since, device=torch.device(where).type, label=label,
+                     recipe=str(tuned.recipe), counts=counts, notes=tuned.active.notes, **words)
 
 
-def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> MemoryReport:
+def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str, **words: Any
+          ) -> Stream:
     """Evaluation: no gradients, no tape, no update. Twice where it keeps something: then all of
     that is there from the beginning."""
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
@@ -257,8 +283,8 @@ def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str) -> Me
             if not tuned.state.room.held:
                 break
             ledger.watch("weights", tuned.state.room.tensors())
-    return MemoryReport.of(ledger, device=torch.device(device).type, label=label,
-                           recipe=str(tuned.recipe))
+    return Stream.of(ledger, device=torch.device(device).type, label=label,
+                     recipe=str(tuned.recipe), **words)
 
 
 def _watch_originals(tuned: Any, ledger: Ledger) -> None:

@@ -51,6 +51,9 @@ class Checkpoint(Method):
             raise RecipeError(f"checkpoint(every={self.every}, mode='selective'): a block that "
                               "keeps what it makes has no use for a segment; leave one of them out")
 
+    def repeats(self) -> int | None:
+        return self.every
+
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 

@@ -72,6 +72,9 @@ class Meft(Method):
             raise RecipeError(f"meft(bottleneck={self.bottleneck}, anchors={self.anchors}): 1 or "
                               "more, and 0 or more, are expected")
 
+    def repeats(self) -> int | None:
+        return None if self.layers or self.anchors is None else max(1, self.anchors)
+
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 
@@ -82,12 +85,10 @@ class Meft(Method):
         lam = usual[0] if self.lam is None else self.lam
         beta = usual[1] if self.beta is None else self.beta
         if not (lam > 0 and beta > 0):
-            raise RecipeError(f"meft(lam={lam}, beta={beta}): both must be above 0, or no input "
-                              "could be taken from an output")
+            raise RecipeError(f"meft(lam={lam}, beta={beta}): both must be above 0 to be inverted")
         if self.streams == "fixed":
             if self.anchors is not None:
-                raise RecipeError("meft(streams='fixed'): what is inverted exactly needs no "
-                                  "anchors")
+                raise RecipeError("meft(streams='fixed'): exact inversion needs no anchors")
             if not {lam, beta} <= {1.0, 1 / 2, 1 / 4, 1 / 16, 1 / 256}:
                 raise RecipeError(f"meft(streams='fixed', lam={lam}, beta={beta}): factors are 1, "
                                   "1/2, 1/4, 1/16 or 1/256, so that whole bits are dropped")

@@ -57,6 +57,9 @@ class Greentrainer(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the schedule of live blocks",)
 
+    def repeats(self) -> int | None:
+        return None
+
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for name, p in anatomy.model.named_parameters():
             if p.is_floating_point() and ".burnish." not in f".{name}":

@@ -43,6 +43,9 @@ class Lisa(Method):
 
     relies_on: ClassVar[tuple[str, ...]] = ("schedule",)
 
+    def repeats(self) -> int | None:
+        return None
+
     def claims(self) -> tuple[str, ...]:
         return ("the schedule of live blocks",)
 

@@ -68,6 +68,9 @@ class Loraprune(Method):
         if self.every < 1 or min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
             raise RecipeError("loraprune: every >= 1 and warmup + cooldown <= 1 are expected")
 
+    def repeats(self) -> int | None:
+        return None if self.spare else 1
+
     def claims(self) -> tuple[str, ...]:
         return ("the units of attention and MLP",)
 

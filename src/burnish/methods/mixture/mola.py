@@ -51,6 +51,9 @@ class Mola(Method):
     dropout: float = setting(0.05, "dropout on the input of A", alias=("lora_dropout",))
     balance: float = setting(1e-3, "weight of the balance loss")
 
+    def repeats(self) -> int | None:
+        return 1 if len(set(self.allocation.split("-"))) == 1 else None
+
     def experts(self, block: int, blocks: int) -> int:
         """Experts per linear in one block."""
         try:

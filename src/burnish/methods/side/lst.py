@@ -58,6 +58,9 @@ class Lst(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 
+    def repeats(self) -> int | None:
+        return None if self.layers else 1
+
     def observe(self, place: Place) -> SquaredGradient | None:
         return SquaredGradient(place.out, place.inp) if self.init == "fisher" else None
 
