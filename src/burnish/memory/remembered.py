@@ -54,7 +54,7 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., An
     try:
         if not _is_steady(func):
             raise _Odd
-        key = func, _key(args, tensors), _key(kwargs, tensors) if kwargs else ()
+        key = func, run, _key(args, tensors), _key(kwargs, tensors) if kwargs else ()
         note = _notes.get(key)
     except (_Odd, TypeError):
         return run(*args, **kwargs), None

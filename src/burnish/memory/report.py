@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import FormatError
-<<<<<<< HEAD
 from .caching import replay
-from .devices import device as facts_of
-from .ledger import CATEGORIES, Ledger
-=======
 from .ledger import CATEGORIES, Ledger
 from .stream import Reading, Stream
->>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
 from .units import format_bytes, parse_bytes
 
 __all__ = ["MemoryReport", "format_bytes", "parse_bytes"]
@@ -77,24 +72,6 @@ class MemoryReport:
         since: the event at which the last step began. device: whose memory is reported (default:
         the accelerator's, if there is one). label: the device type it stands for.
         """
-<<<<<<< HEAD
-        lives = list(ledger.lived())
-        device = device or _busiest(lives)
-        length = ledger.now + 2
-        deltas = {c: np.zeros(length, dtype=np.int64) for c in CATEGORIES}
-        others: dict[str, np.ndarray] = {}
-        block = facts_of(label or device).block
-        for e, category, birth, death in lives:
-            if e.device == device:
-                size = -(-e.bytes // block) * block
-                deltas[category][birth] += size
-                deltas[category][death] -= size
-            else:
-                there = others.setdefault(e.device, np.zeros(length, dtype=np.int64))
-                there[birth] += e.bytes
-                there[death] -= e.bytes
-        curves = {c: np.cumsum(d)[: ledger.now + 1] for c, d in deltas.items()}
-=======
         return cls.read(Stream.of(ledger, since=since, device=device, label=label,
                                   **{"notes": [], **facts}))
 
@@ -104,33 +81,19 @@ class MemoryReport:
         facts = {k: v for k, v in stream.facts.items() if k not in ("device", "label")}
         told = Reading(stream, path)
         curves = told.curves()
->>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
         total = np.sum(list(curves.values()), axis=0)
         at = int(np.argmax(total)) if len(total) else 0
         return cls(
             peak_bytes=int(total[at]) if len(total) else 0,
             by_category={c: int(curves[c][at]) for c in CATEGORIES},
-<<<<<<< HEAD
-            by_module=dict(sorted(modules.items(), key=lambda kv: -kv[1])),
-            timeline=_thin(curves, total, since),
-            phases=phases,
-            peak_at=(last.phase, last.module) if last else ("load", ""),
-            device=label or device,
-            allocator=_allocator(lives, device, label, int(total.max()) if len(total) else 0),
-            other_devices={d: int(np.cumsum(v).max()) for d, v in others.items()},
-            flops=dict(ledger.flops) if ledger.count else {},
-            traffic=dict(ledger.traffic) if ledger.count else {},
-            seconds=dict(ledger.seconds) if ledger.count else {},
-            **{"notes": [*ledger.notes], **facts},
-=======
             by_module=told.modules(at),
             timeline=_thin(curves, total, told.since()),
             phases=told.phases() or [("load", 0)],
             peak_at=told.last_born(at),
             device=stream.facts["label"] or stream.facts["device"],
+            allocator=_allocator(told, int(total.max()) if len(total) else 0),
             other_devices=told.elsewhere(),
             **stream.costs, **stream.counts, **facts,
->>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
         )
 
     # -- for people ---------------------------------------------------------------------------
@@ -196,26 +159,13 @@ class MemoryReport:
         return draw(self, Path(path))
 
 
-<<<<<<< HEAD
-def _allocator(lives: list[Any], device: str, label: str | None, peak: int) -> dict[str, int]:
+def _allocator(told: Reading, peak: int) -> dict[str, int]:
     """The figures of the device's allocator over the whole run."""
-    if not facts_of(label or device).caches:
+    if not told.facts.caches:
         return {"allocated": peak}
-    return asdict(replay((e.bytes, birth, death) for e, _, birth, death in lives
-                         if e.device == device))
+    return asdict(replay(told.lives()))
 
 
-def _busiest(lives: list[Any]) -> str:
-    """The device type that computes: the accelerator, where anything at all lives on one."""
-    held: dict[str, int] = {}
-    for e, *_ in lives:
-        held[e.device] = held.get(e.device, 0) + e.bytes
-    held.pop("meta", None)
-    return max(held, key=lambda d: (d != "cpu", held[d]), default="cpu")
-
-
-=======
->>>>>>> 7376404 (A deep model is simulated by a few of its blocks where its text follows from theirs; a bare config has its head)
 def _thin(curves: dict[str, np.ndarray], total: np.ndarray, since: int
           ) -> list[tuple[int, dict[str, int]]]:
     """At most POINTS moments from `since` on: the highest of each stretch, first and last."""

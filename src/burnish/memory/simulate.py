@@ -9,9 +9,7 @@ reading of two runs of one body.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -39,6 +37,7 @@ from .operators import leaves
 from .remembered import Note, answer
 from .report import MemoryReport
 from .shortcuts import quick_noise, quick_strips, quiet, tables_forgotten, values_are_known
+from .snapshot import Snapshot
 from .stream import Stream
 
 #: values are followed through tensors up to this many entries
@@ -64,7 +63,6 @@ class FakeLedger(Ledger):
         super().__init__(model, **kw)
         self.machine = kind
         self.kernels = kernels(kind)
-        self.values: dict[int, Tensor] = {}
         self.note: Note | None = None         # of the operator that ran last
 
     def knows(self, fake: Tensor, value: Tensor) -> None:
@@ -237,7 +235,7 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     restore: put trained tensors, buffers, optimizer state and random state back as they were
         (gradients are cleared); the copies kept for that are not part of the reading.
     """
-    keep = _Snapshot(tuned) if restore else contextlib.nullcontext()
+    keep = Snapshot(tuned) if restore else contextlib.nullcontext()
     with keep:
         ledger = Ledger(tuned.model, count=count)
         report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None))
@@ -429,47 +427,3 @@ def _no_modes() -> Iterator[None]:
 
     with _disable_current_modes():
         yield
-
-
-# -- putting back ---------------------------------------------------------------------------------
-class _Snapshot:
-    """Everything a step changes, kept and put back."""
-
-    def __init__(self, tuned: Any):
-        self.tuned = tuned
-
-    def __enter__(self) -> None:
-        tuned, model = self.tuned, self.tuned.model
-        opt = tuned.current_optimizer
-        held = {id(p) for g in opt.param_groups for p in g["params"]} if opt is not None else set()
-        self.flags = [(p, p.requires_grad) for p in model.parameters()]
-        self.tensors = [(t, t.detach().clone()) for t in model.buffers()]
-        self.named = {n: p.detach().clone() for n, p in model.named_parameters()
-                      if p.requires_grad or id(p) in held or ".burnish." in f".{n}."}
-        self.tensors += [(p, self.named[n]) for n, p in model.named_parameters() if n in self.named]
-        self.optimizer, self.timeline = opt, tuned.steps._timeline
-        self.state = copy.deepcopy(opt.state_dict()) if opt is not None else None
-        self.events = copy.deepcopy(self.timeline.state()) if self.timeline else None
-        self.rng = torch.get_rng_state(), random.getstate()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def __exit__(self, *exc: Any) -> None:
-        from ..engine.resize import follow
-
-        tuned = self.tuned
-        follow(tuned, self.named)                    # ranks that changed meanwhile
-        for p, flag in self.flags:
-            p.requires_grad_(flag)
-            p.grad = None
-        with torch.no_grad():
-            for t, value in self.tensors:
-                t.copy_(value)
-        tuned.steps.optimizer, tuned.steps._timeline = self.optimizer, self.timeline
-        if self.state is not None:
-            self.optimizer.load_state_dict(self.state)
-        if self.events is not None:
-            tuned.steps._timeline.load(self.events)
-        torch.set_rng_state(self.rng[0])
-        random.setstate(self.rng[1])
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)

@@ -11,13 +11,14 @@ the number stands beside it (its round), so that the texts of two depths have si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .ledger import CATEGORIES, ROUNDING
+from .devices import device as facts_of
+from .ledger import CATEGORIES
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -29,7 +30,11 @@ Label = Callable[[str], tuple[str, int]]
 
 
 class Sign(NamedTuple):
-    """One thing that happens. A tick begins the next event; `phase` of PHASE is what begins."""
+    """One thing that happens. A tick begins the next event; `phase` of PHASE is what begins.
+
+    nth: of a death, which of those alive that were born by the same sign: counted from the first,
+        or (-1, -2...) from the last where that is nearer. Only where an allocator is replayed.
+    """
 
     kind: int
     bytes: int = 0
@@ -37,6 +42,7 @@ class Sign(NamedTuple):
     module: str = ""
     phase: str = ""
     device: str = ""
+    nth: int = 0
 
 
 class Signs:
@@ -82,11 +88,19 @@ class Stream:
         device = device or _busiest(lives)
         births: list[list[tuple[int, int]]] = [[] for _ in range(ledger.now + 2)]
         deaths: list[list[tuple[int, int]]] = [[] for _ in range(ledger.now + 2)]
-        for e, category, birth, death in lives:
+        told_apart = facts_of(label or device).caches
+        born: list[list[tuple[int, int, int]]] = [[] for _ in births]
+        for n, (e, category, birth, death) in enumerate(lives):
             path, turn = split(e.module)
             sign = Sign(BIRTH, e.bytes, category, path, e.phase, e.device)
             births[birth].append((alphabet.number(sign), turn))
-            deaths[death].append((alphabet.number(sign._replace(kind=DEATH)), turn))
+            if told_apart:
+                born[birth].append((alphabet.number(sign), turn, n))
+                deaths[death].append((n, turn))
+            else:
+                deaths[death].append((alphabet.number(sign._replace(kind=DEATH)), turn))
+        if told_apart:
+            deaths = _apart(alphabet, born, deaths)
         begins = [(n, Sign(PHASE, phase=p)) for p, n in ledger.phases] + [(since, Sign(SINCE))]
         marks: dict[int, list[tuple[int, int]]] = {}
         for n, sign in begins:
@@ -120,7 +134,8 @@ class Reading:
         devices = sorted({s.device for s in known if s.device})
         where = {d: n for n, d in enumerate(devices)} | {"": -1}
         which = {c: n for n, c in enumerate(CATEGORIES)} | {"": -1}
-        block = ROUNDING.get(stream.facts["label"] or stream.facts["device"], 1)
+        self.facts = facts_of(stream.facts["label"] or stream.facts["device"])
+        block = self.facts.block
         sizes = [-(-s.bytes // block) * block if s.device == stream.facts["device"] else s.bytes
                  for s in known]
         self.kinds = kinds[stream.signs]
@@ -174,6 +189,28 @@ class Reading:
         sign = self.stream.alphabet.known[self.stream.signs[first]]
         return sign.phase, self.path(sign.module, int(self.stream.rounds[first]))
 
+    def lives(self) -> Iterator[tuple[int, int, int]]:
+        """(bytes, first event, one past the last) of what lived here, in the order of births; what
+        stays ends one past the last event."""
+        known = self.stream.alphabet.known
+        numbers = {s: n for n, s in enumerate(known)}
+        begun = {n: numbers[s._replace(kind=BIRTH, nth=0)] for n, s in enumerate(known)
+                 if s.kind == DEATH}
+        alive: dict[tuple[int, int], list[int]] = {}
+        out: list[tuple[int, int, int]] = []
+        at = np.flatnonzero((self.change != 0) & (self.devices == self.here))
+        for number, turn, event in zip(self.stream.signs[at].tolist(),
+                                       self.stream.rounds[at].tolist(),
+                                       self.events[at].tolist(), strict=True):
+            sign = known[number]
+            if sign.kind == BIRTH:
+                alive.setdefault((number, turn), []).append(len(out))
+                out.append((sign.bytes, event, self.length))
+            else:
+                n = alive[begun[number], turn].pop(sign.nth)
+                out[n] = (*out[n][:2], event)
+        return iter(out)
+
     def since(self) -> int:
         return int(self.events[self.kinds == SINCE][0])
 
@@ -182,6 +219,28 @@ class Reading:
         at = np.flatnonzero(self.kinds == PHASE)
         found = [(known[self.stream.signs[n]].phase, int(self.events[n])) for n in at]
         return [(p, n) for p, n in found if n >= since]
+
+
+def _apart(alphabet: Signs, born: list[list[tuple[int, int, int]]],
+           deaths: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Deaths (of the n-th thing) as signs that say which of those alive and alike it was."""
+    alive: dict[tuple[int, int], list[int]] = {}
+    signs: dict[int, int] = {}
+    out: list[list[tuple[int, int]]] = []
+    for begins, ends in zip(born, deaths, strict=True):
+        for number, turn, n in begins:
+            alive.setdefault((number, turn), []).append(n)
+            signs[n] = number
+        told = []
+        for n, turn in ends:
+            alike = alive[signs[n], turn]
+            at = alike.index(n)
+            nth = at if at <= len(alike) - 1 - at else at - len(alike)
+            del alike[at]
+            told.append((alphabet.number(alphabet.known[signs[n]]._replace(kind=DEATH, nth=nth)),
+                         turn))
+        out.append(told)
+    return out
 
 
 def _once(split: Label) -> Label:
