@@ -248,3 +248,12 @@ def test_layers_told_by_a_config_belong_to_the_look_of_a_block():
     model.config.told = [0, 0, 0, 1, 1, 1]
     assert all(s.rounds == 3 for s in stacks_of(model))
     assert depth._pattern(list("abababab")) == (0, 2, 4, 0)
+
+
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "full"])
+def test_the_allocator_is_replayed_alike(recipe):
+    made = config("llama", 8)
+    whole = simulate(made, recipe, (2, 12), count=True, device="cuda", whole=True)
+    ours = simulate(made, recipe, (2, 12), count=True, device="cuda")
+    agree(ours, whole)
+    assert ours.allocator["reserved"] >= ours.peak_bytes
