@@ -333,6 +333,47 @@ def test_numbers_are_rounded_where_the_model_rounds_them():
     assert abs(float(got.detach() - flat(c, c.dense).detach())) > 1e-5
 
 
+MASK = torch.tensor([True, False])
+SHAPED = {
+    "view": lambda z: z.view(-1, V), "view of a list": lambda z: z.view([T, B, V]),
+    "a row": lambda z: z.view(B, T, 1, V)[0, 2], "open last": lambda z: z.view(2, 5, -1),
+    "open last, other rows": lambda z: z.view(-1, 1, V), "all in one": lambda z: z.reshape(-1),
+    "half a row": lambda z: z.reshape(5, -1), "flatten": lambda z: z.flatten(),
+    "flatten words": lambda z: z.flatten(1), "flatten tokens": lambda z: z.flatten(0, 1),
+    "flatten by end": lambda z: z.flatten(end_dim=1), "dots": lambda z: z[..., 1:, :],
+    "dots first": lambda z: z[0, ..., :], "only dots": lambda z: z[...],
+    "words": lambda z: z[..., 1:], "words behind": lambda z: z[:, :, 1:],
+    "all words": lambda z: z[:, 1:, :], "a mask": lambda z: z[MASK],
+    "mask, token": lambda z: z[MASK, 1], "dots twice": lambda z: z[..., 0, ...],
+    "mask, words": lambda z: z[MASK, 1, 2:], "mask, all": lambda z: z[MASK, 1, :],
+    "picked": lambda z: z[torch.tensor([1, 1, 0])], "axis": lambda z: z[None, :, None, 0],
+    "two masks": lambda z: z[z.new_ones(B, T) > 0], "unbind": lambda z: z.unbind(0)[1],
+    "unbind tokens": lambda z: z.unbind(1)[1], "unbind by name": lambda z: z.unbind(dim=0)[0],
+    "one row, unbound": lambda z: z[0, 0].unbind()[3], "iterated": lambda z: list(z)[1],
+    "to like": lambda z: z.to(torch.ones(1, dtype=torch.float32)),
+    "to a copy": lambda z: z.to(torch.float32, copy=True),
+    "to whole numbers": lambda z: z.to(torch.int32),
+    "to rows": lambda z: z.to(memory_format=torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("way", SHAPED)
+def test_a_form_has_its_shape_before_it_is_made_and_its_numbers_after(way):
+    c = Case()
+    got, want = SHAPED[way](c.waiting()), SHAPED[way](c.dense)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert torch.equal(got.detach() + 0, want.detach())
+
+
+def test_a_cast_that_only_widens_leaves_the_product_alone():
+    c = Case(torch.bfloat16)
+    got = flat(c, c.waiting().float())
+    assert not c.sizes                               # the plain product, not the head's own run
+    torch.testing.assert_close(got, flat(c, c.dense.float()))
+    torch.testing.assert_close(flat(c, c.waiting().double()), flat(c, c.dense.double()),
+                               rtol=1e-12, atol=0)
+
+
 def test_wrong_calls_fail_as_on_whole_logits():
     c = Case()
     for wrong in (lambda z: z.view(-1, V + 1), lambda z: z.view(3, 7, V), lambda z: z[5],

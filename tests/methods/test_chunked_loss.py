@@ -271,6 +271,28 @@ def test_a_head_that_changed_before_its_logits_were_read_is_an_error():
         out.logits.softmax(-1)
 
 
+def test_a_frozen_head_that_is_written_to_counts_as_changed():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "lora(rank=2) + chunked_loss")
+    out = tuned.model(**batch)
+    with torch.no_grad():
+        net.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="head or its input has changed"):
+        out.logits.softmax(-1)
+
+
+def test_a_head_of_another_precision_than_its_input_fails_as_without_it():
+    torch.manual_seed(0)
+    for more in ("", " + chunked_loss"):
+        net = Written()
+        net.head.to(torch.bfloat16)
+        tuned = burnish.tune(net, "lora(rank=2, targets='body.0')" + more)
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.cross_entropy(tuned.model(torch.arange(4)[None])[0], torch.arange(4))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert isinstance(tuned.model(torch.arange(4)[None]), Logits) == bool(more)
+
+
 def test_under_torch_func_logits_are_whole():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "lora(rank=2) + chunked_loss")

@@ -182,6 +182,10 @@ class _Job:
         mine = (at >= 0) & (at < width)
         return mine, at * mine
 
+    def wide(self, x: Tensor) -> torch.dtype:
+        """In which l_n and what weighs it are held."""
+        return torch.promote_types(_wide(x.dtype), self.dtype)
+
     # -- all rows -------------------------------------------------------------------------------
     def run(self, x: Tensor, wanted: Sequence[bool], by: Tensor | None = None) -> _Made:
         """wanted: of x and of each of the head's reads, is a gradient asked for? by: what weighs
@@ -192,7 +196,7 @@ class _Job:
             stock = self.head.stock()
             through: Any = _General(self.head, wanted) if stock is None else \
                 _Stock(self.head, stock, wanted, self.chunk)
-            rows = x.new_empty(n, dtype=_wide(x.dtype))
+            rows = x.new_empty(n, dtype=self.wide(x))
             dx = None
             if wanted[0]:
                 dx = torch.empty_like(x) if places is None else torch.zeros_like(x)
@@ -417,6 +421,6 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *reads = ctx.saved_tensors
-        made = ctx.job.run(x, ctx.needs_input_grad[1:], g.to(_wide(x.dtype)))
+        made = ctx.job.run(x, ctx.needs_input_grad[1:], g.to(ctx.job.wide(x)))
         return None, *[None if d is None else d.to(t.dtype)
                        for d, t in zip(made.grads, (x, *reads), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,60 +49,49 @@ def _each(z: Logits, step: Step) -> Logits:
 
 def _view(z: Logits, *size: Any) -> Any:
     shape = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
-    width = z.shape[-1]
-    if not shape or not all(isinstance(n, int) for n in shape) or shape[-1] not in (width, -1) \
-            or width == 1:
+    if not all(isinstance(n, int) for n in shape):
         return NotImplemented
-    lead = list(shape[:-1])
-    rows = z.numel() // width
-    known = 1
-    for n in lead:
-        known *= 1 if n == -1 else n
-    if shape[-1] == -1 and (lead.count(-1) or known != rows) or not known or rows % known:
-        return NotImplemented                        # torch says what is wrong with it
-    if -1 not in lead and known != rows:
+    *lead, last = shape
+    width = z.shape[-1]
+    if last != width and (last != -1 or math.prod(lead) * width != z.numel()):
         return NotImplemented
     return _rows(z, lambda t: t.reshape(*lead, width), z.x.reshape(*lead, z.x.shape[-1]))
 
 
 def _flatten(z: Logits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if not -z.dim() <= end_dim % z.dim() < z.dim() - 1:
+    if end_dim % z.dim() == z.dim() - 1:
         return NotImplemented
     return _rows(z, lambda t: t.flatten(start_dim, end_dim), z.x.flatten(start_dim, end_dim))
 
 
 def _getitem(z: Logits, index: Any) -> Any:
     parts = list(index) if isinstance(index, tuple) else [index]
-    if not all(p is Ellipsis or p is None or isinstance(p, int | slice) or isinstance(p, Tensor)
-               and not isinstance(p, Logits) for p in parts):
+    if not all(p is Ellipsis or p is None or isinstance(p, int | slice | Tensor) for p in parts):
         return NotImplemented
-    takes = [p.dim() if isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8)
-             else 0 if p is None or p is Ellipsis else 1 for p in parts]
+    takes = sum(_takes(p) for p in parts)
     dots = [i for i, p in enumerate(parts) if p is Ellipsis]
-    if dots:
-        at = dots[0]
-        parts[at:at + 1] = [slice(None)] * (z.dim() - sum(takes))
-    if len(dots) > 1 or bool(dots) and sum(takes) > z.dim():
-        return NotImplemented
-    if dots or sum(takes) == z.dim():
-        if not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
-            return NotImplemented
-        parts.pop()
-    elif sum(takes) > z.dim():
-        return NotImplemented
+    for at in dots[:1]:
+        parts[at:at + 1] = [slice(None)] * (z.dim() - takes)
+        takes = z.dim()
+    if len(dots) > 1 or takes > z.dim():
+        return NotImplemented                        # torch says what is wrong with it
+    if takes == z.dim() and not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
+        return NotImplemented                        # some words
     where = tuple(parts)
     return _rows(z, lambda t: t[where], z.x[where])
+
+
+def _takes(part: Any) -> int:
+    """How many axes an entry of an index stands for."""
+    if part is None or part is Ellipsis:
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
 
 
 def _unbind(z: Logits, dim: int = 0) -> Any:
     if dim != 0 or z.dim() < 2:
         return NotImplemented
     return tuple(_getitem(z, i) for i in range(z.shape[0]))
-
-
-def _iterate(z: Logits) -> Any:
-    found = _unbind(z)
-    return found if found is NotImplemented else iter(found)
 
 
 def _detach(z: Logits) -> Logits:
@@ -206,7 +196,7 @@ def _argmax(input: Logits, dim: Any = None, keepdim: bool = False) -> Any:
 FOLLOWED.update({
     f: follow for names, follow in (
         ("view reshape", _view), ("flatten", _flatten), ("__getitem__", _getitem),
-        ("unbind", _unbind), ("__iter__", _iterate), ("detach", _detach),
+        ("unbind", _unbind), ("detach", _detach),
         ("contiguous", _contiguous), ("to", _to), ("float", _casts(torch.float32)),
         ("double", _casts(torch.float64)), ("half", _casts(torch.float16)),
         ("bfloat16", _casts(torch.bfloat16)), ("mul multiply __mul__ __rmul__", _mul),

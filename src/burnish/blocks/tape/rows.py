@@ -37,10 +37,10 @@ class Rows(Listener):
         return self._waiting(module, call, given[0], here)
 
     def _acts(self, module: nn.Module, here: Call, x: Tensor) -> bool:
-        if here.off or here.rows is not None or not dict(here.active).get(self.adapter):
-            return False
         stored = module._parameters.get("weight")
-        return not (transformed() or self.state.tape.others() or self.slot.together(here.active)
+        return not (here.off or here.rows is not None or not dict(here.active).get(self.adapter)
+                    or transformed() or self.state.tape.others()
+                    or self.slot.together(here.active)
                     or stored is not None and _cast(x) is None and stored.dtype != x.dtype)
 
     def _waiting(self, module: nn.Module, call: Callable[..., Any], x: Tensor, here: Call
