@@ -91,6 +91,13 @@ def test_targets_narrow_it():
         burnish.tune(model, "as_is(targets='k')")
 
 
+def test_the_role_of_a_matrix_means_its_weight_and_not_its_bias():
+    model, _ = tiny("vit")
+    tuned = burnish.tune(model, "as_is(targets='q')")
+    assert [n for n, _ in tuned.named_parameters()] == \
+        [f"vit.layers.{i}.attention.q_proj.weight" for i in range(2)]
+
+
 def test_a_model_in_which_nothing_asks_is_refused():
     model, _ = tiny("llama")
     with pytest.raises(RecipeError, match="nothing in this model asks for a gradient"):
