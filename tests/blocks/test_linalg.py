@@ -90,3 +90,43 @@ def test_the_narrower_matrix_comes_first(out, r):
     with Watch():
         over_tokens(torch.randn(7, out), torch.randn(7, r))
     assert order == [2]
+
+
+class Decomposed(torch.utils._python_dispatch.TorchDispatchMode):
+    """Shapes of the matrices that a singular value decomposition is asked of."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._linalg_svd.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_sketch_is_taken_past_four_times_the_rank_and_its_eight_directions(k):
+    small = 4 * (k + 8)
+    for m, want in ((small, (small, 90)), (small + 1, (k + 8, 90))):
+        with Decomposed() as seen:
+            svd(matrix(m, 90, 0.9), k)
+        assert seen.shapes == [want]
+
+
+@pytest.mark.parametrize("m, n", [(20, 300), (300, 20), (60, 300), (300, 60)])
+def test_what_it_gives_holds_no_square_of_the_longer_side(m, n):
+    """Views are given: behind them lie the numbers of one thin form, not of a full one."""
+    for t in svd(matrix(m, n, 0.9), 2):
+        assert t.untyped_storage().nbytes() <= 8 * m * n
+
+
+def test_the_sketch_is_the_same_under_another_default_precision():
+    M = matrix(200, 150, 0.95)
+    first = svd(M, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = svd(M, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -29,7 +29,7 @@ class Panels:
 
     def ranges(self) -> list[tuple[int, int]]:
         """The runs of inputs, one after the other."""
-        whole = any(not t.tiled and not hasattr(t, "cheap_tile") for t, _ in self.terms)
+        whole = any(not t.tiled and not t.cheap_tile for t, _ in self.terms)
         step = self.inp if whole else max(1, min(self.inp, PANEL // max(1, self.out)))
         return [(i0, min(self.inp, i0 + step)) for i0 in range(0, self.inp, step)]
 

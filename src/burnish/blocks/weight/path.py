@@ -26,7 +26,6 @@ class Path(Term):
     """
 
     tokenwise = True
-    cheap_tile = False
     inp: int
 
     @property

@@ -43,6 +43,8 @@ class Term(nn.Module):
 
     tokenwise: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
+    #: may a tokenwise update be asked for panel by panel (:meth:`tile` never makes all of it)?
+    cheap_tile: ClassVar[bool] = False
 
     @property
     def borrowed(self) -> tuple[Tensor, ...]:

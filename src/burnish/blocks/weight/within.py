@@ -21,8 +21,7 @@ class Within(Term):
         self.__dict__["term"] = term                 # it belongs to the module's slot
         self.rows, self.out = slice(*rows), out
         self.tokenwise, self.tiled = term.tokenwise, term.tiled
-        if hasattr(term, "cheap_tile"):
-            self.cheap_tile = True
+        self.cheap_tile = term.cheap_tile
 
     def theta(self) -> tuple[Tensor, ...]:
         return self.term.theta()
