@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reaches a network
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["BURNISH_CACHE"] = tempfile.mkdtemp(prefix="burnish-tests-")   # nobody's own cache
 
 import pytest
 import torch

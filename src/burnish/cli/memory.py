@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,16 +66,41 @@ def plan(
     dtype: Dtype = None,
     targets: Targets = None,
     device: Device = "cpu",
+    cache: Annotated[bool, typer.Option(help="Keep reports on disk, and use those that are "
+                                             "there.")] = True,
     json: Json = False,
 ) -> None:
     """Ranked recipes that fit the memory you have. Exit code 3 when none does."""
     import burnish
 
-    plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
-                         prefer=prefer, dtype=dtype, targets=targets, device=device)
+    with _bar() as progress:
+        plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
+                             prefer=prefer, dtype=dtype, targets=targets, device=device,
+                             cache=cache, progress=progress)
     emit(json, plans, str(plans))
     if not len(plans):
         raise NoPlanError(f"no recipe fits {memory} for {model}")
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on the terminal while it lasts; nothing where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    width = 30
+
+    def show(done: int, total: int) -> None:
+        full = width * done // max(total, 1)
+        sys.stderr.write(f"\r[{'#' * full}{' ' * (width - full)}] {done} of {total} ways of "
+                         "training")
+        sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 @app.command()

@@ -10,7 +10,6 @@ batch stays) until it does.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,16 +21,12 @@ from torch import Tensor, nn
 
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
-from .fakes import from_config
+from .cache import Reports
 from .report import MemoryReport
-from .simulate import _dtype, simulate
+from .search import Family, Found, Progress, Search
+from .simulate import _dtype
 from .units import format_bytes, parse_bytes
 from .usual import usual
-
-#: what a device takes before the first tensor (context, libraries), and what is lost to
-#: fragmentation, as a share of the peak; by device type
-OVERHEAD = {"cuda": 600 * 2**20}
-SLACK = {"cuda": 0.05}
 
 PREFERENCES = ("quality", "speed", "memory", "size")
 
@@ -83,6 +78,7 @@ class Plans:
 
     fits: what fits, best first. over: what does not, least memory first.
     refused: recipe -> why it could not be simulated on this model.
+    looked: how many recipes were looked at.
     """
 
     budget: int
@@ -93,6 +89,7 @@ class Plans:
     over: list[Plan]
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    looked: int = 0
 
     @property
     def best(self) -> Plan | None:
@@ -120,6 +117,7 @@ class Plans:
         return {"budget": self.budget, "batch": self.batch, "prefer": self.prefer,
                 "device": self.device, "fits": [p.to_dict() for p in self.fits],
                 "over": [p.to_dict() for p in self.over], "refused": self.refused,
+                "looked": self.looked,
                 "missing_bytes": self.missing_bytes, "notes": self.notes}
 
     def json(self, indent: int | None = None) -> str:
@@ -154,18 +152,23 @@ class Plans:
 
 def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | None = None,
          candidates: Iterable[str] | None = None, *, dtype: Any = None, targets: Any = None,
-         head: bool | str = "auto", device: str = "cpu", loss: Any = None, tasks: int = 0) -> Plans:
+         head: bool | str = "auto", device: str = "cpu", loss: Any = None, tasks: int = 0,
+         cache: bool = True, workers: int | None = None,
+         progress: Progress | None = None) -> Plans:
     """Recipes that train `model` within `memory`, ranked.
 
     model: a module or a transformers config, as for :func:`burnish.simulate`.
     memory: the budget, as text (:func:`parse_bytes`) or bytes. On CPU it is for the step's tensors
         (the process itself takes about 0.4 GB more); on an accelerator the device's context and a
-        share for fragmentation are taken off (:data:`OVERHEAD`, :data:`SLACK`).
+        share for fragmentation are taken off (search.py: OVERHEAD, SLACK).
     batch: samples, (samples, tokens) or a batch of tensors: the effective batch of an update. It
         may be halved and accumulated to fit.
     prefer: "quality" (default), then "speed", "memory" or "size" (of the adapter file).
     candidates: expressions to consider instead of the shipped list; each is one plan, with no
-        variants added.
+        variants added; `lean` beside its twin is one row.
+    cache: keep the reports on disk (cache.py) and use those that are there. Only for a config.
+    workers: processes; None: as many as pay, 1: this one alone.
+    progress: called with (families done, of how many).
     tasks: as for :func:`burnish.simulate`; a recipe in stages needs what its dearest stage does.
 
     Nothing fitting is no error: ``fits`` is empty, ``cheapest`` and ``missing_bytes`` say how far
@@ -176,21 +179,26 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     if prefer not in PREFERENCES:
         raise ConfigError(f"prefer={prefer!r}: expected one of {', '.join(PREFERENCES)}"
                           f"{nearest(prefer, PREFERENCES)}")
-    if not isinstance(model, nn.Module):
-        model = from_config(model, _dtype(dtype))
-    search = _Search(model, budget, batch, device,
-                     {"dtype": dtype, "targets": targets, "head": head, "loss": loss,
-                      "tasks": tasks})
-    families = [[str(parse(c))] for c in candidates] if candidates is not None else shipped()
-    if candidates is None:                    # as fit will train it
-        given = usual(model)
-        families = [[str(given(r)) for r in family] for family in families]
-    for family in families:
-        search.family(family, thorough=prefer == "memory")
-    reasons = set(search.refused.values())
-    if not search.plans and len(reasons) == 1:
-        raise ConfigError(reasons.pop())      # the call is wrong, not the candidates
-    return search.result(prefer)
+    samples = _samples(batch)
+    if samples < 1:
+        raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
+    settings = {"dtype": _dtype(dtype), "targets": targets, "head": head, "loss": loss,
+                "tasks": tasks}
+    kind = torch.device(device).type
+    named = isinstance(batch, int | tuple) and not any(isinstance(n, Tensor) for n in _seq(batch))
+    search = Search(model, budget, samples, lambda n: _part(batch, n), kind, settings,
+                    _kept(model, settings, kind) if cache and named else None)
+    if candidates is not None:
+        families = [[str(parse(c))] for c in candidates]
+    else:                                     # as fit will train it
+        given = usual(search.shallows().model)
+        families = [[str(given(r)) for r in family] for family in shipped()]
+        search.unit = str(given("full"))
+    return _ranked(search, search.all(families, prefer == "memory", workers, progress), prefer)
+
+
+def _seq(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
 
 
 def shipped() -> list[list[str]]:
@@ -204,113 +212,74 @@ def _name(part: str) -> str:
     return part.strip().partition("(")[0]
 
 
-class _Search:
-    """Simulates what is needed and no more."""
+def _ranked(search: Search, families: list[Family], prefer: str) -> Plans:
+    refused = {r: why for family in families for r, why in family.refused.items()}
+    reasons = set(refused.values())
+    found = [f for family in families for f in family.found]
+    if not found and len(reasons) == 1:
+        raise ConfigError(reasons.pop())      # the call is wrong, not the candidates
+    unit = _whole_step(search, found) if found else 1.0
+    plans = _one_row_each([_plan(search, f, unit) for f in found])
+    keys = {
+        "quality": lambda p: (-round(p.quality, 3), p.time, p.needs),
+        "speed": lambda p: (p.time, -p.quality, p.needs),
+        "memory": lambda p: (p.needs, -p.quality, p.time),
+        "size": lambda p: (p.adapter_bytes, -p.quality, p.time),
+    }
+    fits = sorted((p for p in plans if p.needs <= search.budget), key=keys[prefer])
+    over = sorted((p for p in plans if p.needs > search.budget), key=lambda p: p.needs)
+    notes = []
+    if any(p.source.startswith("no measured") for p in plans):
+        notes.append("recipes without measured quality are ranked at the mean of those with")
+    return Plans(search.budget, search.samples, prefer, search.device, fits, over, refused, notes,
+                 looked=len({f.recipe for f in found} | set(refused)))
 
-    def __init__(self, model: nn.Module, budget: int, batch: Any, device: str,
-                 settings: dict[str, Any]):
-        self.model, self.budget, self.batch, self.settings = model, budget, batch, settings
-        self.device = torch.device(device).type
-        self.samples = _samples(batch)
-        if self.samples < 1:
-            raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
-        self.plans: list[Plan] = []
-        self.refused: dict[str, str] = {}
-        self.baseline: float | None = None
-        self.reports: dict[tuple[str, int], MemoryReport] = {}
 
-    def family(self, recipes: list[str], thorough: bool) -> None:
-        """Variants of one way of training, fastest first."""
-        for k, recipe in enumerate(recipes):
-            try:
-                found = self._largest(recipe)
-            except BurnishError as error:
-                self.refused[recipe] = str(error)
-                continue
-            self.plans.append(found)
-            fits = found.needs <= self.budget
-            if fits and found.accumulate == 1 and not thorough:
-                return                        # the rest of the family is slower and no better
-            if not fits and k < len(recipes) - 2 and not self._hopeful(recipes[-1]):
-                return
+def _plan(search: Search, found: Found, unit: float) -> Plan:
+    accumulate = -(-search.samples // found.samples)
+    quality, source = quality_of(found.recipe)
+    return Plan(found.recipe, found.report, found.samples, accumulate, found.needs, quality, source,
+                _seconds(found.report, accumulate) / unit)
 
-    def _hopeful(self, leanest: str) -> bool:
-        """Does a family's leanest variant fit with one sample? If not, none does."""
-        try:
-            least = self._at(leanest, 1)
-        except BurnishError:
-            return True
-        if least.needs > self.budget:
-            self.plans.append(least)
-        return least.needs <= self.budget
 
-    def _largest(self, recipe: str) -> Plan:
-        """The plan with the largest part of the batch that fits, else that with one sample."""
-        levels = [self.samples]               # halving, rounded up so that the parts cover it
-        while levels[-1] > 1:
-            levels.append(-(-levels[-1] // 2))
-        found = self._at(recipe, levels[0])
-        k = 0
-        while found.needs > self.budget and k < len(levels) - 1:
-            k = max(k + 1, self._guess(found, levels, k))
-            smaller = self._at(recipe, levels[k])
-            if smaller.needs > found.needs:   # a smaller batch does not help
-                return found
-            found = smaller
-        return found
+def _seconds(report: MemoryReport, accumulate: int) -> float:
+    """Of one update on the round machine of machine.py."""
+    update = report.seconds.get("update", 0.0)
+    return (sum(report.seconds.values()) - update) * accumulate + update
 
-    def _guess(self, known: Plan, levels: list[int], k: int) -> int:
-        """The first level that should fit: what stays whatever the batch, and a share per sample.
-        Generous (a level is simulated before it is believed), so that no larger one is missed."""
-        parts = known.report.by_category
-        stays = parts["weights"] + parts["optimizer"] + parts["gradients"]
-        grows = (known.needs - stays) / levels[k]
-        return next((j for j in range(k + 1, len(levels))
-                     if stays + grows * levels[j] <= 1.02 * self.budget), len(levels) - 1)
 
-    def _at(self, recipe: str, samples: int) -> Plan:
-        report = self._report(recipe, samples)
-        accumulate = -(-self.samples // samples)
-        seconds = report.seconds
-        update = seconds.get("update", 0.0)
-        time = (sum(seconds.values()) - update) * accumulate + update
-        quality, source = quality_of(recipe)
-        return Plan(recipe, report, samples, accumulate, self._needs(report), quality, source,
-                    time / self._full())
+def _whole_step(search: Search, found: list[Found]) -> float:
+    """Seconds of full fine-tuning with the whole batch: the unit of time. Where a model cannot be
+    trained whole, the slowest of what was found."""
+    try:
+        return _seconds(search.report(search.unit, search.samples), 1)
+    except BurnishError:
+        return max(_seconds(f.report, 1) for f in found)
 
-    def _report(self, recipe: str, samples: int) -> MemoryReport:
-        key = recipe, samples
-        if key not in self.reports:
-            self.reports[key] = simulate(
-                self.model, recipe, _part(self.batch, samples), device=self.device, count=True,
-                **self.settings)
-        return self.reports[key]
 
-    def _full(self) -> float:
-        """Seconds of full fine-tuning with the whole batch: the unit of time."""
-        if self.baseline is None:
-            self.baseline = sum(self._report("full", self.samples).seconds.values())
-        return self.baseline
+def _one_row_each(plans: list[Plan]) -> list[Plan]:
+    """Recipes that say the same twice (`lean` is on by default) are one row, the shortest."""
+    rows: dict[tuple[str, int], Plan] = {}
+    for p in plans:
+        key = _said_once(p.recipe), p.batch
+        if key not in rows or len(p.recipe) < len(rows[key].recipe):
+            rows[key] = p
+    return list(rows.values())
 
-    def _needs(self, report: MemoryReport) -> int:
-        slack = SLACK.get(self.device, 0.0)
-        return math.ceil(report.peak_bytes * (1 + slack)) + OVERHEAD.get(self.device, 0)
 
-    def result(self, prefer: str) -> Plans:
-        keys = {
-            "quality": lambda p: (-round(p.quality, 3), p.time, p.needs),
-            "speed": lambda p: (p.time, -p.quality, p.needs),
-            "memory": lambda p: (p.needs, -p.quality, p.time),
-            "size": lambda p: (p.adapter_bytes, -p.quality, p.time),
-        }
-        fits = sorted((p for p in self.plans if p.needs <= self.budget), key=keys[prefer])
-        over = sorted((p for p in self.plans if p.needs > self.budget), key=lambda p: p.needs)
-        notes = []
-        unknown = sorted({p.source for p in self.plans if p.source.startswith("no measured")})
-        if unknown:
-            notes.append("recipes without measured quality are ranked at the mean of those with")
-        return Plans(self.budget, self.samples, prefer, self.device, fits, over, self.refused,
-                     notes)
+def _said_once(recipe: str) -> str:
+    """The recipe without parts that change nothing."""
+    parts = [str(m) for m in parse(recipe) if not (m.name == "lean" and not m.changed())]
+    return " + ".join(sorted(parts)) or "full"
+
+
+def _kept(model: Any, settings: dict[str, Any], device: str) -> Reports | None:
+    """Where reports of this question are kept; None for what a file cannot name."""
+    if isinstance(model, nn.Module) or settings["loss"] is not None \
+            or isinstance(settings["tasks"], Mapping) or not hasattr(model, "to_dict"):
+        return None
+    return Reports({"config": model.to_dict(), "class": type(model).__name__, "device": device,
+                    **{k: str(v) for k, v in settings.items()}})
 
 
 # -- quality ------------------------------------------------------------------------------------
