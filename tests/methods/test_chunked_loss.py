@@ -329,3 +329,24 @@ def test_memory_grows_by_one_chunk_of_logits_in_the_promise_and_in_the_run(dtype
     assert per == pytest.approx(each, abs=0.1)
     plain = simulate(model, "lora(rank=2) + checkpoint", batch).peak_bytes
     assert plain - peaks[128] > 8 * 4 * 127 * words - 128 * words * each
+
+
+@pytest.mark.parametrize("part", ["chunked_loss", "offload(to='disk')"])
+def test_what_only_decides_what_is_kept_is_no_part_of_a_file_for_others_nor_of_a_merge(
+        part, tmp_path):
+    net, batch = tiny("llama")
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, f"lora(rank=2) + {part}")
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.05)
+        want = tuned.model(**batch).logits + 0
+    burnish.export_peft(tuned, tmp_path / "peft")
+    tuned.save(tmp_path / "own")
+    other = burnish.load(copy.deepcopy(base), tmp_path / "own")
+    theirs = burnish.load_peft(base, tmp_path / "peft")
+    merged = tuned.merge()
+    with torch.no_grad():
+        for model in (other.model, theirs.model, merged):
+            torch.testing.assert_close(model(**batch).logits + 0, want, rtol=1e-4, atol=1e-5)
+    assert type(merged(**batch).logits) is torch.Tensor

@@ -44,8 +44,10 @@ PROBE = "probe"
 
 
 def _settings(recipe: str) -> list[int]:
-    return [v for m in parse(recipe) for v in m.settings().values()
-            if isinstance(v, int) and not isinstance(v, bool)]
+    """Whole numbers of the parts that may make tensors: what only decides what is kept for backward
+    (a threshold in bytes) makes none."""
+    return [v for m in parse(recipe) if not set(m.axes()) <= {"activations", "controller"}
+            for v in m.settings().values() if isinstance(v, int) and not isinstance(v, bool)]
 
 
 def _made(model: nn.Module, entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

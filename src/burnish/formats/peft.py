@@ -23,7 +23,6 @@ from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
 from ..blocks.weight.shards import Shards
-from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, TargetError, nearest
 from ..core.recipe import make, parse
@@ -38,7 +37,7 @@ from . import peft_files
 from .card import code
 from .fingerprint import check_tied
 from .peft_files import Lora, PeftFolder
-from .peft_types import as_miss, as_own, check_plain
+from .peft_types import as_miss, as_own, check_plain, counts
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
@@ -121,7 +120,7 @@ Settings = tuple[tuple[str, Any], ...]
 def _parts(slot: Slot, path: str, weights: dict[str, float]) -> _Parts:
     out: _Parts = []
     for part in slot.parts:
-        if part.adapter not in weights or isinstance(slot.module_of(part), Shared):
+        if part.adapter not in weights or not counts(slot.module_of(part)):
             continue
         if part.place is None:
             raise FormatError(f"{part.key} at {path or 'the root'} computes on hidden states; PEFT "

@@ -55,6 +55,12 @@ def as_miss(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
         what.blocks = {p: t.D.detach() for p, t in found.items()}
 
 
+def counts(made: nn.Module) -> bool:
+    """Does it add something of its own: no store of tensors that places share, nor what only
+    decides what is kept for backward?"""
+    return not isinstance(made, Shared) and getattr(made, "changes", True)
+
+
 def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool = False) -> None:
     """The adapter as a PEFT type of its own when it is nothing else: LoKr, OFT or VeRA.
 
@@ -63,7 +69,7 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
     found: list[tuple[str, nn.Module, Part, Term]] = []
     for path, module, slot in slots(tuned.model):
         mine = [p for p in slot.parts if p.adapter in weights
-                and not isinstance(slot.module_of(p), Shared)]
+                and counts(slot.module_of(p))]
         for part in mine:
             term = slot.module_of(part)
             if len(mine) > 1 or part.place is None or part.place.param != "weight" \

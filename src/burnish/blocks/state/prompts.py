@@ -44,6 +44,9 @@ class Listener(nn.Module):
     """
 
     what = "a prompt"
+    #: does the module compute something else with it? One that only decides what is kept, and
+    #: when, is no part of the function, so files for others leave it out
+    changes = True
 
     def __init__(self, state: Any, adapter: str):
         super().__init__()

@@ -22,6 +22,8 @@ class Rows(Listener):
     made, taken: since the last update, runs whose logits waited, and losses that took chunks.
     """
 
+    changes = False
+
     def __init__(self, state: Any, adapter: str, slot: Any, chunk: int):
         super().__init__(state, adapter)
         self.__dict__["slot"] = slot                 # it owns this module

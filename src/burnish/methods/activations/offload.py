@@ -82,6 +82,8 @@ class OffloadSwitch:
 class Begins(Listener):
     """Tells the policy that a block begins."""
 
+    changes = False
+
     def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         self.state.tape.policy.enter()
         return call(*args, **kw)
