@@ -31,7 +31,7 @@ class Scored(Term):
             step = max(1, self.panel // g_NO.shape[1])
             for i in range(0, x_NI.shape[1], step):
                 j = min(i + step, x_NI.shape[1])
-                self._add(i, j, g_NO.t() @ x_NI[:, i:j])
+                self._add(i, j, (g_NO.t() @ x_NI[:, i:j]).mul_(scale))
         return super().backward_(g_NO, x_NI, kept, dx_NI, scale)
 
     def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
