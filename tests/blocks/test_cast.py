@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -112,7 +114,6 @@ def test_the_shares_of_the_readers_are_summed_in_the_activations_precision():
 
 def test_nothing_of_a_cast_outlives_the_forward():
     import gc
-    import weakref
 
     tuned = burnish.tune(Attention(), "lora(rank=2, targets='q,k,v')")
     seen = []
@@ -131,3 +132,18 @@ def test_a_cast_is_twice_differentiable():
     (g,) = torch.autograd.grad(y.float().pow(3).sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.sum(), x)
     torch.testing.assert_close(h, 6 * x.detach(), rtol=0.02, atol=0.02)
+
+
+def test_a_cast_goes_with_its_activation_while_the_call_goes_on():
+    """At once, without a collection; an earlier activation that goes takes no later cast along."""
+    call = Call()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), resume(call):
+        first, x = torch.randn(3), torch.randn(3)
+        autocast(first)
+        once = autocast(x)
+        del first
+        assert autocast(x).data_ptr() == once.data_ptr()
+        (last,) = call.box.values()
+        made = weakref.ref(last.made)
+        del last, x, once
+        assert made() is None and not call.box

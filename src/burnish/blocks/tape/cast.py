@@ -45,13 +45,8 @@ class _Last:
     def __init__(self, box: dict[Any, Any], x: Tensor, dtype: torch.dtype):
         self.made = x.detach().to(dtype)
         self.versions = version_of(x), version_of(self.made)
-        here = weakref.ref(self)
-
-        def gone(_: Any) -> None:
-            if box.get(_KEY) is here():
-                box.pop(_KEY, None)
-
-        self.of = weakref.ref(x, gone)
+        # told only while this is the last cast: the reference goes with it
+        self.of = weakref.ref(x, lambda _: box.pop(_KEY, None))
 
     def intact(self, x: Tensor, dtype: torch.dtype) -> bool:
         return self.made.dtype == dtype and \
