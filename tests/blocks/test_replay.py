@@ -90,3 +90,53 @@ def test_dropout_is_the_stock_one_twice_differentiable():
         into += [y, g, *torch.autograd.grad(g.pow(2).sum(), x)]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("module", [
+    types.SimpleNamespace(is_available=lambda: True),
+    types.SimpleNamespace(is_available=lambda: False, get_rng_state=lambda d: torch.zeros(1))])
+def test_a_generator_is_asked_where_there_is_one_and_it_works(module, monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda d: module)
+    (state,) = replay.rng_state("xpu:0")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def cast_here():
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return kind, torch.is_autocast_cache_enabled()
+
+
+def test_what_autocast_is_here_is_told_of_a_device_that_has_one():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replay.autocast_state("meta") == ("cpu", True, torch.bfloat16)
+        assert replay.autocast_state("cpu") == ("cpu", True, torch.bfloat16)
+    assert replay.autocast_state("xpu:0")[:2] == ("xpu", False)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_cast_that_was_is_on_again_and_caches_only_when_told(cache):
+    with torch.autocast("cpu", torch.bfloat16):
+        on = replay.autocast_state("cpu")
+        with replay.autocast(on):                    # the user's own goes on, cache and all
+            assert cast_here() == (torch.bfloat16, True)
+    off = replay.autocast_state("cpu")
+    with replay.autocast(on, cache) if cache else replay.autocast(on):
+        assert cast_here() == (torch.bfloat16, cache)
+    with torch.autocast("cpu", torch.bfloat16), replay.autocast(off):
+        assert cast_here() == (None, False)
+
+
+def test_a_mask_is_drawn_as_dropout_draws_it_and_again_on_any_layout():
+    x, g = torch.randn(5, 6, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64).t()
+    for first in (x, torch.randn(6, 5, dtype=torch.float64).t(), torch.randn(5, 12)[:, ::2]):
+        torch.manual_seed(4)
+        want = F.dropout(first, 0.4, True)
+        torch.manual_seed(4)
+        mask = replay.Mask(first, 0.4)
+        assert torch.equal(mask.first(first), want)
+        for t in (g, g.contiguous(), torch.ones(5, 12)[:, ::2]):
+            torch.rand(3)
+            here = torch.get_rng_state()
+            got = mask(t)
+            torch.testing.assert_close(got, t * (want != 0) / 0.6)
+            assert got.dtype == t.dtype and torch.equal(torch.get_rng_state(), here)
