@@ -140,3 +140,15 @@ def test_a_mask_is_drawn_as_dropout_draws_it_and_again_on_any_layout():
             got = mask(t)
             torch.testing.assert_close(got, t * (want != 0) / 0.6)
             assert got.dtype == t.dtype and torch.equal(torch.get_rng_state(), here)
+
+
+def test_dropout_under_a_transform_is_the_stock_one():
+    """Where a function of its own, which no transform knows, could not stand."""
+    x, drawn = torch.randn(3, 40), []
+    for fn in (lambda t: replay.dropout(t, 0.4), lambda t: F.dropout(t, 0.4, True)):
+        torch.manual_seed(2)
+        y = torch.func.vmap(fn, randomness="different")(x)
+        drawn.append((y, torch.func.grad(lambda t, fn=fn: fn(t).pow(2).sum())(x)))
+    assert 0 < (drawn[0][0] == 0).sum() < x.numel()
+    for a, b in zip(*drawn, strict=True):
+        assert torch.equal(a, b)
