@@ -84,6 +84,7 @@ def test_a_run_of_unknown_length_shrinks_nothing():
     s.tensor_updated(rows["a"].w, torch.ones(2))
     s.after_update(50)
     assert rows["a"].w.tolist() == [1.0, 2.0]
+    assert s.budget(0) == s.budget(50) == 2
 
 
 def grow(rows, **kw):

@@ -71,9 +71,11 @@ class Shrinking:
         self.total = total
 
     def budget(self, step: int) -> int:
-        """Components alive over all terms."""
+        """Components alive over all terms; in a run of unknown length nothing falls."""
         f, n = self.falling, len(self.terms)
-        return int(Falling(f.start * n, f.end * n, f.warmup, f.cooldown).at(step, self.total or 0))
+        if self.total is None:
+            return int(f.start * n)
+        return int(Falling(f.start * n, f.end * n, f.warmup, f.cooldown).at(step, self.total))
 
     def tensor_updated(self, p: nn.Parameter, grad: Tensor) -> None:
         if (smoothed := self._of.get(p)) is not None:
