@@ -78,13 +78,14 @@ def test_the_best_of_all_terms_stay_and_the_rest_goes_for_good():
 
 
 def test_a_run_of_unknown_length_shrinks_nothing():
-    rows = {"a": Row(1.0, 2.0)}
+    rows = {"a": Row(1.0, 2.0), "b": Row(3.0, 4.0)}
     s = Shrinking(rows, resize, Falling(2, 1, 0.0, 0.0), 1, lambda w: w, rest)
     s.start(None)
-    s.tensor_updated(rows["a"].w, torch.ones(2))
+    for row in rows.values():
+        s.tensor_updated(row.w, torch.ones(2))
     s.after_update(50)
     assert rows["a"].w.tolist() == [1.0, 2.0]
-    assert s.budget(0) == s.budget(50) == 2
+    assert s.budget(0) == s.budget(50) == 2 * 2
 
 
 def grow(rows, **kw):
