@@ -13,7 +13,7 @@ from torch import nn
 
 from burnish.core.recipe import parse
 from burnish.memory import depth, extend, simulate
-from burnish.memory.deeper import Rule, _insertions
+from burnish.memory.deeper import Rule, _insertions, _numbers, _telling
 from burnish.memory.depth import Paths, Stack, shallow, stacks_of
 from burnish.memory.fakes import from_config
 from burnish.memory.stream import Signs, Stream
@@ -80,7 +80,8 @@ def agree(ours, whole):
 
 
 QUICK = [("llama", 7, "lora(rank=2)"), ("llama", 7, "full + checkpoint"),
-         ("every second", 8, "lora(rank=2)"), ("vit", 5, "linear_probe")]
+         ("every second", 8, "lora(rank=2)"), ("vit", 5, "linear_probe"),
+         ("llama", 7, "full + galore(rank=4)"), ("mixtral", 7, "vera(rank=4)")]
 MANY = [(f, n, r) for f, n in (("llama", 11), ("mixtral", 8), ("sliding", 12),
                                ("every second", 10), ("vit", 12), ("gpt2", 9), ("t5", 7),
                                ("mamba", 6))
@@ -106,6 +107,23 @@ def check(family, blocks, recipe, outcomes):
 def test_the_extended_report_is_the_whole_one(family, blocks, recipe, outcomes):
     check(family, blocks, recipe, outcomes)
     assert outcomes == [True]
+
+
+def test_numbers_in_notes_are_those_of_the_whole_model(outcomes):
+    """Seven matrices a block; the path named is of the first block in every depth."""
+    said = simulate(config("llama", 7), "full + galore(rank=4)", batch("llama"))
+    assert outcomes == [True]
+    (note,) = said.notes
+    assert note.startswith("galore projects 49 of 66 trained tensors to rank 4: model.layers.0.")
+    assert note.endswith(" and 46 more")
+
+
+def test_a_number_in_a_path_or_a_fraction_is_no_count():
+    facts = {"notes": ["h.0.fc2 x2 0.5 of 84, 3. (10 x 64)"], "device": "cpu"}
+    assert _numbers(facts) == [84, 3, 10, 64]
+    assert _telling(facts, [1, 2, 3, 4]) == {"notes": ["h.0.fc2 x2 0.5 of 1, 2. (3 x 4)"],
+                                             "device": "cpu"}
+    assert _telling({"device": "cpu"}, []) == {"device": "cpu"}
 
 
 @pytest.mark.slow

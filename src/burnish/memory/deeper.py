@@ -14,8 +14,10 @@ among all, a segment every so many blocks), there is no rule, and the whole mode
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,8 @@ from .stream import Stream
 _ROUNDING = 1e-9
 #: how far ahead an insertion is compared before it is believed, and how often one is looked for
 _AHEAD, _INSERTIONS = 4096, 4096
+#: a number that a note tells; one inside a module's path is part of its name
+_NUMBER = re.compile(r"(?<![\w.])\d+(?!\w|\.\d)")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Loop:
 @dataclass(frozen=True)
 class Rule:
     """base: the stream with `rounds` of each stack. loops: per stack. slopes: how the round of each
-    sign of the base changes with one round more of its own stack. counts, costs: per stack, what
-    one round more adds."""
+    sign of the base changes with one round more of its own stack. counts, costs, notes: per stack,
+    what one round more adds (to the numbers that notes tell)."""
 
     base: Stream
     rounds: tuple[int, ...]
@@ -53,6 +57,7 @@ class Rule:
     slopes: np.ndarray
     counts: tuple[dict[str, int], ...]
     costs: tuple[dict[str, dict[str, float]], ...]
+    notes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, base: Stream, rounds: tuple[int, ...], longer: Sequence[Stream], paths: Paths
@@ -77,7 +82,10 @@ class Rule:
         counts = tuple({k: v - base.counts[k] for k, v in o.counts.items()} for o in longer)
         costs = tuple({f: {p: v - base.costs[f][p] for p, v in phases.items()}
                        for f, phases in o.costs.items()} for o in longer)
-        return cls(base, rounds, tuple(loops), slopes, counts, costs)
+        told = _numbers(base.facts)
+        notes = tuple(tuple(b - a for a, b in zip(told, _numbers(o.facts), strict=True))
+                      for o in longer)
+        return cls(base, rounds, tuple(loops), slopes, counts, costs, notes)
 
     def at(self, rounds: Sequence[int], paths: Paths) -> Stream:
         """The stream of the same model with so many rounds of each stack."""
@@ -103,21 +111,38 @@ class Rule:
                   for k, v in base.counts.items()}
         costs = {f: {p: v + sum(m * c[f][p] for m, c in zip(more, self.costs, strict=True))
                      for p, v in phases.items()} for f, phases in base.costs.items()}
+        told = [v + sum(m * s for m, s in zip(more, slopes, strict=True)) for v, *slopes in
+                zip(_numbers(base.facts), *self.notes, strict=True)]
         return Stream(base.alphabet, np.concatenate(signs), np.concatenate(turns), costs, counts,
-                      base.facts)
+                      _telling(base.facts, told))
 
     def proves(self, stream: Stream, rounds: Sequence[int], paths: Paths) -> bool:
         """Is `stream`, simulated with `rounds`, what the rule says, in every sign and sum?"""
         said = self.at(rounds, paths)
         return (np.array_equal(said.signs, stream.signs)
                 and np.array_equal(said.rounds, stream.rounds)
-                and said.counts == stream.counts and _same_facts(said, stream)
+                and said.counts == stream.counts and said.facts == stream.facts
+                and said.costs.keys() == stream.costs.keys()
                 and all(math.isclose(v, stream.costs[f][p], rel_tol=_ROUNDING, abs_tol=1e-30)
                         for f, phases in said.costs.items() for p, v in phases.items()))
 
 
 def _same_facts(a: Stream, b: Stream) -> bool:
-    return a.facts == b.facts and a.costs.keys() == b.costs.keys()
+    """Do both say the same, but for the numbers in their notes?"""
+    return a.costs.keys() == b.costs.keys() and \
+        _telling(a.facts, [0] * len(_numbers(a.facts))) == \
+        _telling(b.facts, [0] * len(_numbers(b.facts)))
+
+
+def _numbers(facts: dict[str, Any]) -> list[int]:
+    return [int(n) for note in facts.get("notes", ()) for n in _NUMBER.findall(note)]
+
+
+def _telling(facts: dict[str, Any], numbers: Iterable[int]) -> dict[str, Any]:
+    """The same facts with other numbers in their notes."""
+    it = iter(numbers)
+    notes = [_NUMBER.sub(lambda m: str(next(it)), note) for note in facts.get("notes", ())]
+    return {**facts, "notes": notes} if "notes" in facts else facts
 
 
 def _loop(longer: Stream, at: int, start: int, length: int) -> Loop:
