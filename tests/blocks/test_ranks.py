@@ -108,6 +108,16 @@ def test_who_matters_most_gains_until_its_most_and_then_the_others():
     assert 0 < float(rows["b"].w[1:].detach().abs().max()) < 0.1
 
 
+def test_growth_is_counted_from_the_end_of_the_warmup():
+    rows = {"a": Row(1.0)}
+    r = grow(rows, goal=3, warmup=1)
+    ranks = []
+    for step in range(4):
+        r.after_update(step)
+        ranks.append(rows["a"].rank)
+    assert ranks == [2, 2, 3, 3]
+
+
 def test_what_is_gained_is_drawn_from_label_name_and_step():
     made = []
     for label in ("rows", "rows", "others"):
@@ -123,6 +133,8 @@ def test_a_run_that_ends_before_anything_could_grow_is_refused():
     with pytest.raises(RecipeError, match="grows from update 9 on, and the run has 8: nothing "
                                           "would grow; try warmup=1, every=1"):
         grow({"a": Row(1.0)}, warmup=9).start(8)
+    with pytest.raises(RecipeError, match="nothing would grow"):
+        grow({"a": Row(1.0)}, warmup=9, goal=2).start(8)       # one component left is to be given
     grow({"a": Row(1.0)}, warmup=8).start(8)
     grow({"a": Row(1.0)}, warmup=9).start(None)
     grow({"a": Row(1.0)}, warmup=9, goal=1).start(8)
