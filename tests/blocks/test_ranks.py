@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.blocks.choose.ranks import Falling, Rising, Shrinking
+from burnish.blocks.update.noise import fold
 from burnish.core.errors import RecipeError
 
 
@@ -110,12 +112,25 @@ def test_who_matters_most_gains_until_its_most_and_then_the_others():
 
 def test_growth_is_counted_from_the_end_of_the_warmup():
     rows = {"a": Row(1.0)}
-    r = grow(rows, goal=3, warmup=1)
+    r = grow(rows, goal=3, warmup=1, every=3)
     ranks = []
-    for step in range(4):
+    for step in range(5):
+        rows["a"].score = 3.0
         r.after_update(step)
         ranks.append(rows["a"].rank)
-    assert ranks == [2, 2, 3, 3]
+        assert step > 3 or rows["a"].score == 0.0, "the next update counts from nothing"
+        assert rows["a"].scoring == (step < 3), "the last component is waited for"
+    assert ranks == [2, 2, 2, 3, 3]
+
+
+def test_in_a_simulation_nobody_matters_most_and_the_ranks_still_grow():
+    with FakeTensorMode():
+        rows = {"a": Row(1.0), "b": Row(1.0)}
+        r = grow(rows, goal=3, warmup=1, every=1)
+        for row in rows.values():
+            row.score = torch.ones(())
+        r.after_update(0)
+    assert (rows["a"].rank, rows["b"].rank) == (2, 1)
 
 
 def test_what_is_gained_is_drawn_from_label_name_and_step():
@@ -127,6 +142,8 @@ def test_what_is_gained_is_drawn_from_label_name_and_step():
         r.rise(7)
         made.append(rows["a"].w.detach().clone())
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    g = torch.Generator().manual_seed(fold("rows", "a", 7) >> 1)
+    assert torch.equal(made[0][1:], (0.02 * torch.randn(1, generator=g)).double())
 
 
 def test_a_run_that_ends_before_anything_could_grow_is_refused():
@@ -136,6 +153,9 @@ def test_a_run_that_ends_before_anything_could_grow_is_refused():
     with pytest.raises(RecipeError, match="nothing would grow"):
         grow({"a": Row(1.0)}, warmup=9, goal=2).start(8)       # one component left is to be given
     grow({"a": Row(1.0)}, warmup=8).start(8)
+    grow({"a": Row(1.0)}, warmup=0).start(1)
+    with pytest.raises(RecipeError, match="from update 1 on, and the run has 0"):
+        grow({"a": Row(1.0)}, warmup=0).start(0)
     grow({"a": Row(1.0)}, warmup=9).start(None)
     grow({"a": Row(1.0)}, warmup=9, goal=1).start(8)
 

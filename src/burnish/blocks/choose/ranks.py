@@ -198,7 +198,7 @@ class Rising:
             self._listen()
 
     def _gain(self, name: str, n: int, step: int) -> None:
-        g = torch.Generator().manual_seed(fold(self.label, name, step) % 2**63)
+        g = torch.Generator().manual_seed(fold(self.label, name, step) >> 1)
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g) * 0.02
