@@ -138,6 +138,7 @@ def test_what_is_gained_is_drawn_from_label_name_and_step():
     for label in ("rows", "rows", "others"):
         rows = {"a": Row(1.0)}
         r = grow(rows, label=label, goal=2)
+        assert rows["a"].scoring, "one component is to be given"
         r.scores["a"].update(torch.ones(1))
         r.rise(7)
         made.append(rows["a"].w.detach().clone())
