@@ -167,12 +167,13 @@ def test_what_is_asked_for_while_it_is_written_comes_from_memory(policy, monkeyp
     over, put, get, slow = threading.Event(), spool.put, spool.get, []
     stack, x = blocks(2), given()
     want = gradients(run(stack, x), x, stack)
-    starts = []
+    starts, begun = [], threading.Event()
 
     def write(file, view, at):
         starts.append(at)
         if len(starts) == 4:                         # x, tanh, the mask, what was dropped
             slow.append(at)
+            begun.set()
             over.wait(LIMIT)
         return put(file, view, at)
 
@@ -182,7 +183,9 @@ def test_what_is_asked_for_while_it_is_written_comes_from_memory(policy, monkeyp
 
     monkeypatch.setattr(spool, "put", write)
     monkeypatch.setattr(spool, "get", read)
-    got = gradients(run(stack, x, Tape(False, policy)), x, stack)
+    out = run(stack, x, Tape(False, policy))
+    assert begun.wait(LIMIT)
+    got = gradients(out, x, stack)
     assert not over.is_set() and slow
     over.set()
     same(want, got)

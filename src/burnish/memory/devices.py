@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
 MiB = 1 << 20
@@ -76,6 +77,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *g: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         wanted = weight is not None and ctx.needs_input_grad[2]

@@ -193,6 +193,7 @@ class _Opened(torch.autograd.Function):
         return t.values_now()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
 

@@ -40,8 +40,13 @@ def resize(p: nn.Parameter, dim: int, keep: Tensor | None = None, fresh: Tensor 
         flat = value.dim() == 1 and len(old) > 1
         moved[key] = follow(value).reshape(-1) if flat else follow(value)
     grad = None if p.grad is None else follow(p.grad)
+    made = resized(p.detach(), dim, keep, fresh).contiguous()
     p.grad = None
-    p.data = resized(p.detach(), dim, keep, fresh).contiguous()
+    # a graph that is still alive (a loss somebody holds) keeps the parameter's place in graphs, and
+    # that place its old shape; another dtype in between makes it a new one
+    p.data = made.new_empty(0, dtype=torch.float32 if made.dtype != torch.float32
+                            else torch.float64)
+    p.data = made
     p.grad = grad
     state.update(moved)
     shapes: dict[nn.Parameter, torch.Size] = getattr(optimizer, "burnish_shapes", {})
