@@ -350,3 +350,20 @@ def test_what_only_decides_what_is_kept_is_no_part_of_a_file_for_others_nor_of_a
         for model in (other.model, theirs.model, merged):
             torch.testing.assert_close(model(**batch).logits + 0, want, rtol=1e-4, atol=1e-5)
     assert type(merged(**batch).logits) is torch.Tensor
+
+
+def test_a_compiled_model_runs_uncompiled_and_says_why():
+    net, batch = tiny("llama")
+    burnish.tune(net, "lora(rank=2) + chunked_loss", targets="q,v")
+    with pytest.warns(UserWarning, match="uncompiled, since the loss takes the head's logits"):
+        torch.compile(net, backend="eager")(**batch)
+
+
+def test_left_out_it_has_nothing_to_say():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "lora(rank=2) + chunked_loss(on=False)", targets="q,v")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            tuned.step(batch)
+    assert not isinstance(net(**batch).logits, Logits)
