@@ -38,7 +38,8 @@ class ChunkedLoss(Method):
     else's checkpointing logits are whole. What adds to hidden states at the head, drops there, or
     reads keys of the batch there is refused.
 
-    The default of language models under ``burnish.fit``; ``chunked_loss(on=False)`` leaves it out.
+    The default of language models under ``burnish.fit`` and ``burnish.plan``;
+    ``chunked_loss(on=False)`` leaves it out.
     """
 
     paper: ClassVar[str] = ("the gradient in forward: Liger Kernel (2024), arXiv:2410.10989; "
