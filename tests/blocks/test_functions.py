@@ -272,7 +272,8 @@ TWICE = {"_Cast": "test_cast.py::test_a_cast_is_twice_differentiable",
          "_Straight": "test_a_straight_gradient_is_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
          "Ride": "test_a_term_that_rides_is_twice_differentiable",
-         "_Notice": "test_a_term_that_rides_is_twice_differentiable"}
+         "_Notice": "test_a_term_that_rides_is_twice_differentiable",
+         "_Elementwise": "test_activations.py::test_it_is_twice_differentiable"}
 
 
 def test_a_backward_that_cannot_be_differentiated_says_so():                  # findings 1.7

@@ -17,6 +17,8 @@ _aten = torch.ops.aten
 
 # the CPU's fused attention is not in torch's own table
 FLOPS = dict(flop_registry)
+if (_onednn := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not None:
+    FLOPS[_onednn] = lambda x, w, *a, out_val=None, **kw: 2 * x.numel() * w.shape[0]
 FLOPS.setdefault(
     _aten._scaled_dot_product_flash_attention_for_cpu,
     lambda q, k, v, *a, out_val=None, **kw: sdpa_flop_count(q.shape, k.shape, v.shape),

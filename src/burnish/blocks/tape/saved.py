@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
-from . import replay, roles, unread
+from . import activations, replay, roles, unread
 from .functions import backward_runs, storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
@@ -212,7 +212,10 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if watched.cheap == "dropout":
             return self._dropout(func, args, kwargs)
-        out = func(*args, **kwargs)
+        if func in activations.KNOWN and not changed and not self.others():
+            out = activations.run(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if (isinstance(out, Tensor) and out.requires_grad and not changed
                 and watched.cheap(out, args)):
             self.note(out, func, args, kwargs,

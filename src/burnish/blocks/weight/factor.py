@@ -8,7 +8,7 @@ numbers for B's; with A frozen it keeps R numbers per token and no x at all.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core.site import Place
 from ..linalg import over_tokens
+from ..matmul import linear, mm
 from ..tape.replay import Mask
 from .persample import product_norms
 from .provided import Term
@@ -83,21 +84,26 @@ class Chain(Term):
         if self.dropout and self.training:
             mask = Mask(x_NI, self.dropout)
             x_NI = mask.first(x_NI)
-        h_NR = x_NI @ self.A.t().to(x_NI.dtype)
+        h_NR = linear(x_NI, self.A.to(x_NI.dtype))
         y_NO.addmm_(h_NR.to(y_NO.dtype), self.B.t().to(y_NO.dtype), alpha=self.scale * scale)
         return (h_NR if self.B.requires_grad else None, mask)
 
-    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+    def by_strips(self, kept: tuple[object, ...]) -> bool:
+        if type(self).backward_ is not Chain.backward_:
+            return super().by_strips(kept)
+        return kept[1] is None or not self.keeps_input
+
+    def backward_(self, g_NO: Tensor, x_NI: Any, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
         h_NR, mask = kept
         s = self.scale * scale
         A, B = self.A.to(g_NO.dtype), self.B.to(g_NO.dtype)
         dB = None if h_NR is None else over_tokens(g_NO, h_NR).mul_(s).to(self.B.dtype)
-        gB_NR = (g_NO @ B).mul_(s)
+        gB_NR = mm(g_NO, B).mul_(s)
         dA = None
         if self.A.requires_grad:
             x = x_NI if mask is None else mask(x_NI)
-            dA = (gB_NR.t() @ x).to(self.A.dtype)
+            dA = over_tokens(x, gB_NR).t().to(self.A.dtype)
         if dx_NI is not None:
             if mask is None:
                 dx_NI.addmm_(gB_NR, A)

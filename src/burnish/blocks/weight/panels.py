@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..matmul import linear, mm
 from .term import Term
 
 #: entries of one panel; a matrix up to this size is a single panel (16 MiB in fp32)
@@ -82,7 +83,7 @@ def product(x2: Tensor, pieces: Iterable[Piece], bias: Tensor | None) -> Tensor:
     y: Tensor | None = None
     for i0, i1, panel in pieces:
         if i1 - i0 == x2.shape[1]:
-            return F.linear(x2, panel, bias)
+            return linear(x2, panel, bias)
         if y is None:
             y = x2.new_empty(x2.shape[0], panel.shape[0])
             torch.mm(x2[:, i0:i1], panel.t(), out=y)
@@ -111,11 +112,11 @@ def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list
                  need_x: bool, keeps: list[bool]) -> Tensor | None:
     """dx = g V, and the pull of every tiled term from its panel of g^T x."""
     if not V.terms:
-        return g2 @ V.weight if need_x else None
+        return mm(g2, V.weight) if need_x else None
     half = g2.element_size() < 4                 # as in product_beside: two products
     dx = None
     if need_x:
-        dx = g2 @ V.weight if half else g2.new_empty(g2.shape[0], V.inp)
+        dx = g2 @ V.weight if half else None
     for i0, i1 in V.ranges():
         total: Tensor | None = None
         G = None
@@ -136,5 +137,9 @@ def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list
         panel = V.weight[..., i0:i1]
         total = total.add_(panel) if total.dtype == panel.dtype else \
             (total + panel).to(panel.dtype)
-        torch.mm(g2, total, out=dx) if i1 - i0 == V.inp else dx[:, i0:i1].copy_(g2 @ total)
+        if i1 - i0 == V.inp:
+            return mm(g2, total)
+        if dx is None:
+            dx = g2.new_empty(g2.shape[0], V.inp)
+        dx[:, i0:i1].copy_(g2 @ total)
     return dx

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current
+from .. import matmul
 from ..tape import unread
+from ..tape.activations import strips
 from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
@@ -317,7 +319,7 @@ def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
     elif half and (wide or op.tiled):
         y2 = product_beside(x2, base.value, pieces, early, wide)
     else:
-        y2 = product(x2, pieces, early) if op.tiled else F.linear(x2, base.value, early)
+        y2 = product(x2, pieces, early) if op.tiled else matmul.linear(x2, base.value, early)
     if states:                                  # used once: what they held for that is gone
         made.keep("states", states)
     kept = [t.forward_(x2, y2, s) for t, s in op.token]
@@ -366,10 +368,13 @@ class _Linear(torch.autograd.Function):
         ctx.keeps = [t.keeps_input for t, _ in op.tiled], panels
         ctx.weight = stored.dtype, stored.shape
         keep_x = op.keeps_input or ctx.needs_input_grad[1]
+        ctx.by_strips = ctx.seen is not None and op.wrap is None and not any(ctx.keeps[0]) \
+            and not ctx.needs_input_grad[1] \
+            and all(t.by_strips(part) for (t, _), part in zip(op.token, kept, strict=True))
         tensors = [x if keep_x else None, stored if keep_w else None]
         ctx.layout = []
         for part in kept:
-            ctx.layout.append([len(tensors) + i if isinstance(p, Tensor) else p
+            ctx.layout.append([len(tensors) - 2 + i if isinstance(p, Tensor) else p
                                for i, p in enumerate(part)])
             ctx.layout[-1] = [(True, v) if isinstance(p, Tensor) else (False, p)
                               for v, p in zip(ctx.layout[-1], part, strict=True)]
@@ -391,12 +396,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def pulled(ctx: Any, op: Weighted, g: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        x, stored = saved[0], saved[1]
+        x, stored, *saved = _opened(ctx)
         kept = [tuple(saved[v] if isT else v for isT, v in part) for part in ctx.layout]
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         g2 = g.reshape(-1, g.shape[-1])
-        x2 = None if x is None else x.reshape(-1, x.shape[-1])
+        x2 = x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) else x
         keeps, panels = ctx.keeps
         if need_x or panels:
             W = op.base() if stored is None else stored
@@ -425,7 +429,15 @@ class _Linear(torch.autograd.Function):
             grads[id(t)] = t.backward_(g2, x2, part, dx, s)
         dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
         flat = [p for t in op.all for p in grads[id(t)]]
-        return (None if dx is None else dx.view(ctx.shape)), dW, db, None, None, *flat
+        return (None if dx is None else shaped(dx, ctx.shape)), dW, db, None, None, *flat
+
+
+def _opened(ctx: Any) -> Sequence[Any]:
+    """What was kept; the input strip by strip where that will do."""
+    if ctx.by_strips and (raw := getattr(ctx, "_raw_saved_tensors", None)) is not None \
+            and (x := strips(raw[0].data)) is not None:
+        return x, *[r.unpack() for r in raw[1:]]
+    return ctx.saved_tensors
 
 
 def _gained(t: Tensor, f: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ class Term(nn.Module):
         """Add this term's part into `dx_NI` in place; return one gradient per ``theta()``."""
         raise NotImplementedError
 
+    def by_strips(self, kept: tuple[Any, ...]) -> bool:
+        """Does :meth:`backward_` take its x as :class:`~burnish.blocks.tape.activations.Strips`
+        too? kept: what :meth:`forward_` gave."""
+        return not self.keeps_input
+
     def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[Any, ...], scale: float
               ) -> Tensor | None:
         """``sum_n g_no (scale Delta x)_no`` per output, the term's part in the gradient of a gain
