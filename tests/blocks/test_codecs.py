@@ -73,6 +73,71 @@ def test_the_quick_way_to_the_nearest_entry_is_the_search(bits, signed):
     assert torch.equal(tables.nearest(x), torch.bucketize(x, mid).to(torch.uint8))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("lifted", [True, False])
+def test_the_quick_way_between_two_entries_is_the_search(bits, signed, lifted):
+    """Bit for bit: at entries, beside them, at zeros of both signs, at the least number."""
+    e = torch.tensor(dynamic_map(bits, signed), dtype=torch.float32)
+    g = torch.Generator().manual_seed(bits)
+    near = torch.cat([e, (e[1:] + e[:-1]) / 2])
+    x = torch.cat([torch.rand(30_000, generator=g), 10 ** (-9 * torch.rand(30_000, generator=g)),
+                   torch.tensor([0.0, 1.0, 1e-45, 1e-38, 0.9999]), near.abs(),
+                   torch.nextafter(near.abs(), torch.tensor(2.0)).clamp(max=1.0),
+                   torch.nextafter(near.abs(), torch.tensor(0.0))])
+    x = torch.cat([x, -x]) if signed else x
+    noise = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
+    noise[::3], noise[1::3] = 0, 65535
+    low = (torch.bucketize(x, e, right=True) - 1).clamp(min=0)
+    width = torch.cat([e.diff(), torch.tensor([math.inf])])[low]
+    up = (noise + 0.5) / 65536 * width < x - e[low]
+    want = low + up
+    if lifted and not signed:
+        want[(want == 0) & (x > 0)] = 1
+    got = _tables(bits, signed, x).between(x, noise, up_from_zero=lifted and not signed)
+    assert torch.equal(got.long(), want)
+
+
+@pytest.mark.parametrize("make", [Block8, Block4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_block_that_was_not_finite_says_so_and_its_neighbours_are_as_they_were(make, signed, bad):
+    c = make()
+    n = 3 * c.block
+    x = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 0.1
+    held = []
+    for broken in (False, True):
+        y = x.clone()
+        if broken:
+            y[c.block + 5] = bad
+        parts = c.empty(n, signed, CPU)
+        c.write(parts, 0, n, y, CounterNoise(0, "m"), 1)
+        held.append(c.read(parts, 0, n).view(3, -1))
+    assert not held[1][1].isfinite().any()
+    assert torch.equal(held[0][[0, 2]], held[1][[0, 2]])
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_several_tensors_at_once_are_each_by_itself(name, stochastic):
+    c = codec(name)
+    spans = [(0, 512), (1024, 2048), (256, 300 if c.block > 1 else 301)]
+    g = torch.Generator().manual_seed(3)
+    streams = [CounterNoise(0, k) for k in "abc"] if stochastic else None
+    alone = [c.empty(2048, True, CPU) for _ in spans]
+    both = [c.empty(2048, True, CPU) for _ in spans]
+    xs = [torch.randn(hi - lo, generator=g) for lo, hi in spans]
+    for i, (lo, hi) in enumerate(spans):
+        c.write(alone[i], lo, hi, xs[i], streams and streams[i], 4)
+    flat = torch.cat(xs)
+    c.save(both, spans, list(flat.split([len(x) for x in xs])), flat, streams, 4)
+    for a, b in zip(alone, both, strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    values, _ = c.load(both, spans)
+    for value, a, (lo, hi) in zip(values, alone, spans, strict=True):
+        assert torch.equal(value, c.read(a, lo, hi)) and value.abs().sum() > 0
+
+
 def test_the_error_bound_of_eight_bits():
     """Within the top decade entries lie 0.9/64 (signed) apart: half of that, relative to absmax."""
     x = torch.linspace(-1, 1, 256 * 20)
@@ -143,7 +208,23 @@ def test_stochastic_rounding_keeps_what_bf16_can_hold_and_guards_the_ends():
                          torch.finfo(torch.float32).min])
     got = stochastic_bf16(ends, bits[:5])
     assert got[0] == math.inf and got[1] == -math.inf and got[2].isnan()
-    assert got[3:].isfinite().all()
+    assert torch.equal(got[3:].float(), torch.tensor([1.0, -1.0]) * torch.finfo(torch.bfloat16).max)
+    loud = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert stochastic_bf16(loud, bits[:3]).isnan().all()   # a carry ends no NaN, a cut makes no inf
+
+
+@pytest.mark.parametrize("bits", [0, 1, 32768, 65535])
+def test_stochastic_rounding_is_an_addition_below_and_a_cut(bits):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=g) * 10 ** (80 * torch.rand(20_000, generator=g) - 44)
+    raw = x.view(torch.int32).long() & 0xFFFFFFFF
+    want = ((raw + bits) & 0xFFFF0000).to(torch.int64)
+    want = torch.where(want > 0x7FFFFFFF, want - (1 << 32), want).to(torch.int32)
+    want = want.view(torch.float32)
+    want = torch.where(want.isfinite() & (raw & 0x7F800000 < 0x7F800000), want, math.nan)
+    got = stochastic_bf16(x, torch.full(x.shape, bits, dtype=torch.int32)).float()
+    fine = want.isfinite()
+    assert torch.equal(got[fine], want[fine]) and fine.float().mean() > 0.9
 
 
 def test_a_bf16_second_moment_moves_only_with_stochastic_rounding():

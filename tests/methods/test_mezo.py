@@ -280,6 +280,9 @@ def test_replay_is_bit_for_bit(recipe, dtype):
     assert same(weights(model), weights(fresh))
     with pytest.raises(FormatError, match="queries"):
         build("mezo(queries=3)", fresh.named_parameters(), 1.0).replay(log)
+    del log.header["stream"]                         # written before streams had a number
+    with pytest.raises(FormatError, match="stream=None"):
+        build(recipe, fresh.named_parameters(), 1.0).replay(log)
 
 
 def test_the_log_is_small():

@@ -7,6 +7,11 @@ time, so a step never holds more of the decoded state than the slice it works on
     x = codec.read(parts, lo, hi)                  # fp32; a view of the state where it is fp32
     codec.write(parts, lo, hi, x)                  # back to codes
 
+and the slices of several tensors at once, as one flat tensor that is worked on by few kernels::
+
+    values, flat = codec.load([parts, ...], [(lo, hi), ...])
+    codec.save([parts, ...], [(lo, hi), ...], values, flat, [noise, ...], turn)
+
 ``Block8`` and ``Block4`` follow *8-bit Optimizers via Block-wise Quantization* (Dettmers et al.,
 2021): values are divided by their block's largest magnitude and stored as the nearest entry of a
 dynamic map, whose entries are a sign, a run of zeros that divides by ten each, and a linear
@@ -25,9 +30,10 @@ entry of the block: 3e-7 of its largest with 8 bits and 3e-3 with 4, where secon
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +44,8 @@ from ...core.errors import RecipeError, nearest
 from .noise import CounterNoise
 
 Parts = dict[str, Tensor]
+Spans = Sequence[tuple[int, int]]
+Streams = Sequence[CounterNoise]
 
 
 @lru_cache(maxsize=8)
@@ -57,21 +65,52 @@ def dynamic_map(bits: int, signed: bool) -> tuple[float, ...]:
 
 
 class Codec(Protocol):
-    """See the module. `lo` and `hi` are multiples of `block` (`hi` may be the end)."""
+    """See the module. `lo` and `hi` are multiples of `block` (`hi` may be the end; of several spans
+    only the last one's)."""
 
     block: int
-    view: ClassVar[bool]              # `read` is a view: changed in place, not written back
+    view: ClassVar[bool]              # `load` gives views: changed in place, not saved again
 
     def empty(self, n: int, signed: bool, device: torch.device) -> Parts: ...
+    def load(self, parts: Sequence[Parts], spans: Spans) -> tuple[list[Tensor], Tensor | None]: ...
+    def save(self, parts: Sequence[Parts], spans: Spans, values: list[Tensor], flat: Tensor | None,
+             noise: Streams | None = None, turn: int = 0) -> None: ...
     def read(self, parts: Parts, lo: int, hi: int) -> Tensor: ...
     def write(self, parts: Parts, lo: int, hi: int, x: Tensor,
               noise: CounterNoise | None = None, turn: int = 0) -> None: ...
     def bytes(self, n: int) -> int: ...
 
 
+class _One:
+    """One slice of one tensor: the list of one."""
+
+    def read(self: Any, parts: Parts, lo: int, hi: int) -> Tensor:
+        return self.load([parts], [(lo, hi)])[0][0]
+
+    def write(self: Any, parts: Parts, lo: int, hi: int, x: Tensor,
+              noise: CounterNoise | None = None, turn: int = 0) -> None:
+        self.save([parts], [(lo, hi)], [x], x, None if noise is None else [noise], turn)
+
+
+def split(flat: Tensor, spans: Spans) -> list[Tensor]:
+    """Views of a flat tensor, one per span."""
+    return [flat] if len(spans) == 1 else list(flat.split([hi - lo for lo, hi in spans]))
+
+
+def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
+    return [flat] if len(pieces) == 1 else list(flat.split([p.numel() for p in pieces]))
+
+
+def halves(noise: Streams, spans: Spans, turn: int, device: torch.device) -> Tensor:
+    """Uniform 16-bit integers for several spans, flat."""
+    drawn = [s.bits16(hi - lo, lo, turn=turn, device=device)
+             for s, (lo, hi) in zip(noise, spans, strict=True)]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+
 @dataclass(frozen=True)
-class Plain:
-    """The state as it is: fp32 (fp64 beside fp64 weights). `read` is a view."""
+class Plain(_One):
+    """The state as it is: fp32 (fp64 beside fp64 weights). `load` gives views."""
 
     view: ClassVar[bool] = True
 
@@ -81,19 +120,19 @@ class Plain:
     def empty(self, n: int, signed: bool, device: torch.device) -> Parts:
         return {"": torch.zeros(n, dtype=self.dtype, device=device)}
 
-    def read(self, parts: Parts, lo: int, hi: int) -> Tensor:
-        return parts[""].view(-1)[lo:hi]
+    def load(self, parts: Sequence[Parts], spans: Spans) -> tuple[list[Tensor], Tensor | None]:
+        return [p[""].view(-1)[lo:hi] for p, (lo, hi) in zip(parts, spans, strict=True)], None
 
-    def write(self, parts: Parts, lo: int, hi: int, x: Tensor,
-              noise: CounterNoise | None = None, turn: int = 0) -> None:
-        parts[""].view(-1)[lo:hi].copy_(x)
+    def save(self, parts: Sequence[Parts], spans: Spans, values: list[Tensor], flat: Tensor | None,
+             noise: Streams | None = None, turn: int = 0) -> None:
+        torch._foreach_copy_(self.load(parts, spans)[0], values)
 
     def bytes(self, n: int) -> int:
         return n * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Bf16:
+class Bf16(_One):
     """bf16 state. Stochastic rounding by default: with nearest rounding a second moment whose
     decay is 0.999 never moves, because its changes are smaller than half a spacing."""
 
@@ -105,21 +144,29 @@ class Bf16:
     def empty(self, n: int, signed: bool, device: torch.device) -> Parts:
         return {"": torch.zeros(n, dtype=torch.bfloat16, device=device)}
 
-    def read(self, parts: Parts, lo: int, hi: int) -> Tensor:
-        return parts[""].view(-1)[lo:hi].float()
+    def load(self, parts: Sequence[Parts], spans: Spans) -> tuple[list[Tensor], Tensor | None]:
+        stored = _stored(parts, "", spans)
+        flat = torch.empty(sum(s.numel() for s in stored), device=stored[0].device)
+        values = split(flat, spans)
+        torch._foreach_copy_(values, stored)
+        return values, flat
 
-    def write(self, parts: Parts, lo: int, hi: int, x: Tensor,
-              noise: CounterNoise | None = None, turn: int = 0) -> None:
+    def save(self, parts: Sequence[Parts], spans: Spans, values: list[Tensor], flat: Tensor | None,
+             noise: Streams | None = None, turn: int = 0) -> None:
         if self.stochastic and noise is not None:
-            x = stochastic_bf16(x, noise.bits16(hi - lo, lo, turn=turn, device=x.device))
-        parts[""].view(-1)[lo:hi].copy_(x)
+            values = split(stochastic_bf16(flat, halves(noise, spans, turn, flat.device)), spans)
+        torch._foreach_copy_(_stored(parts, "", spans), values)
 
     def bytes(self, n: int) -> int:
         return 2 * n
 
 
+def _stored(parts: Sequence[Parts], name: str, spans: Spans) -> list[Tensor]:
+    return [p[name].view(-1)[lo:hi] for p, (lo, hi) in zip(parts, spans, strict=True)]
+
+
 @dataclass(frozen=True)
-class Block:
+class Block(_One):
     """Block-wise dynamic quantisation; the last block may be short.
 
     up_from_zero: an unsigned value that is not zero never gets the code of zero. A second moment
@@ -138,32 +185,57 @@ class Block:
         name = "codes" if signed else "ucodes"
         return {name: self._pack(codes), "absmax": torch.zeros(-(-n // self.block), device=device)}
 
-    def read(self, parts: Parts, lo: int, hi: int) -> Tensor:
-        name, signed = self._name(parts)
-        scale = parts["absmax"][lo // self.block : -(-hi // self.block)]
-        codes = self._unpack(parts[name], lo, hi)
+    def load(self, parts: Sequence[Parts], spans: Spans) -> tuple[list[Tensor], Tensor | None]:
+        name, signed = self._name(parts[0])
+        stored, scales = self._stored(parts, name, spans)
+        scale = scales[0] if len(scales) == 1 else torch.cat(scales)
+        codes = self._unpack(stored[0] if len(stored) == 1 else torch.cat(stored))
+        if (n := sum(hi - lo for lo, hi in spans)) < codes.numel():    # half of a last byte
+            codes = codes[:n]
         x = _tables(self.bits, signed, scale).entries.index_select(0, codes.int())
-        return x.mul_(scale.repeat_interleave(self.block, output_size=len(scale) * self.block)
-                      [: hi - lo])
+        self._by_block(torch.mul, x, scale, x)
+        return split(x, spans), x
 
-    def write(self, parts: Parts, lo: int, hi: int, x: Tensor,
-              noise: CounterNoise | None = None, turn: int = 0) -> None:
-        name, signed = self._name(parts)
-        rows = F.pad(x.float(), (0, -(hi - lo) % self.block)).view(-1, self.block)
-        scale = rows.abs().amax(1)
-        parts["absmax"][lo // self.block : -(-hi // self.block)] = scale
-        rows = rows / torch.where(scale > 0, scale, 1.0)[:, None]
-        tables, flat = _tables(self.bits, signed, scale), rows.view(-1)[: hi - lo]
+    def save(self, parts: Sequence[Parts], spans: Spans, values: list[Tensor], flat: Tensor | None,
+             noise: Streams | None = None, turn: int = 0) -> None:
+        name, signed = self._name(parts[0])
+        stored, scales = self._stored(parts, name, spans)
+        x = flat.float()
+        whole = x.numel() // self.block * self.block
+        tops = [x[:whole].view(-1, self.block).abs().amax(1)] if whole else []
+        if whole < x.numel():
+            tops.append(x[whole:].abs().amax(0, keepdim=True))
+        scale = tops[0] if len(tops) == 1 else torch.cat(tops)
+        torch._foreach_copy_(scales, _like(scale, scales))
+        x = self._by_block(torch.div, x, torch.where(scale > 0, scale, 1.0), torch.empty_like(x))
+        tables = _tables(self.bits, signed, scale)
         if noise is None:
-            codes = tables.nearest(flat)
+            codes = tables.nearest(x)
+            if self.up_from_zero and not signed:
+                codes += (codes == 0) & (x > 0)
         else:
-            codes = tables.between(flat, noise.bits16(hi - lo, lo, turn=turn, device=x.device))
-        if self.up_from_zero and not signed:
-            codes += (codes == 0) & (flat > 0)
-        if self.bits == 8:
-            parts[name][lo:hi] = codes
-        else:
-            parts[name][lo // 2 : -(-hi // 2)] = self._pack(codes)
+            bits = halves(noise, spans, turn, x.device)
+            codes = tables.between(x, bits, up_from_zero=self.up_from_zero and not signed)
+        codes = self._pack(codes)
+        torch._foreach_copy_(stored, _like(codes, stored))
+
+    def _stored(self, parts: Sequence[Parts], name: str, spans: Spans
+                ) -> tuple[list[Tensor], list[Tensor]]:
+        """Slices of (codes, largest magnitudes)."""
+        per, block = 8 // self.bits, self.block
+        both = list(zip(parts, spans, strict=True))
+        return ([p[name][lo // per : -(-hi // per)] for p, (lo, hi) in both],
+                [p["absmax"][lo // block : -(-hi // block)] for p, (lo, hi) in both])
+
+    def _by_block(self, op: Callable[..., Tensor], x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """x op the scale of its block; the last block may be short."""
+        whole = x.numel() // self.block
+        end = whole * self.block
+        if whole:
+            op(x[:end].view(whole, -1), scale[:whole, None], out=out[:end].view(whole, -1))
+        if end < x.numel():
+            op(x[end:], scale[whole:], out=out[end:])
+        return out
 
     def bytes(self, n: int) -> int:
         return -(-n * self.bits // 8) + 4 * -(-n // self.block)
@@ -176,14 +248,16 @@ class Block:
         """4 bits: element 2i in the low half of byte i."""
         if self.bits == 8:
             return codes
-        pairs = F.pad(codes, (0, len(codes) % 2)).view(-1, 2)
-        return pairs[:, 0] | (pairs[:, 1] << 4)
+        if codes.numel() % 2:
+            codes = F.pad(codes, (0, 1))
+        pairs = codes.view(torch.int16)                # low byte: the first of the two
+        return (pairs | pairs >> 4).to(torch.uint8)
 
-    def _unpack(self, stored: Tensor, lo: int, hi: int) -> Tensor:
+    def _unpack(self, b: Tensor) -> Tensor:
         if self.bits == 8:
-            return stored[lo:hi]
-        b = stored[lo // 2 : -(-hi // 2)]
-        return torch.stack((b & 15, b >> 4), -1).view(-1)[: hi - lo]
+            return b
+        pairs = b.to(torch.int16)
+        return (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def Block8() -> Block:  # noqa: N802 -- named like the classes beside it
@@ -219,46 +293,62 @@ def codec(name: str) -> Codec:
     return CODECS[name]
 
 
+#: the largest finite number of bf16
+_TOP = float(torch.finfo(torch.bfloat16).max)
+
+
 def stochastic_bf16(x: Tensor, bits: Tensor) -> Tensor:
     """fp32 to bf16 with E[result] = x, given uniform 16-bit integers (int32).
 
     The integer is added to the bits that bf16 drops, which are then cut off. Infinities and NaN
     pass; a finite value whose carry would reach infinity is cut instead.
     """
-    raw = x.contiguous().view(torch.int32)
-    up = ((raw + bits) & -65536).view(torch.float32)
-    cut = (raw & -65536).view(torch.float32)
-    up = torch.where(torch.isfinite(up), up, cut)
-    return torch.where(torch.isfinite(x), up, x).to(torch.bfloat16)
+    up = torch.add(x.contiguous().view(torch.int32), bits).bitwise_and_(-65536).view(torch.float32)
+    # 2^-40 of x is below half a spacing of any result, so only infinities and NaN come through it
+    return up.clamp_(-_TOP, _TOP).add_(x, alpha=2.0**-40).to(torch.bfloat16)
 
 
 class _Tables(NamedTuple):
-    """A map on one device, and the way to its nearest entry without a search.
+    """A map on one device, and the way to a code without a search.
 
-    coarse: for the upper 16 bits of an fp32 number, the entry nearest to the lower end of the
-    numbers that share them. Entries lie so far apart that at most one midpoint falls among those,
-    so one comparison with the next midpoint decides (a binary search takes ten times as long).
+    coarse, floor: for the upper 16 bits of an fp32 number, the entry nearest to the lower end of
+    the numbers that share them; and one more than the last entry not above that end. Entries lie so
+    far apart that at most one of them, and one midpoint, falls among those, so one comparison with
+    the next decides (a binary search takes ten times as long).
+    next: the entries, and infinity.  widths: 2^-16 of the way from each entry to the next; lifted:
+    0 from entry 0, where then nothing stays that is above it.
     """
 
     entries: Tensor
     middles: Tensor
     coarse: Tensor
+    floor: Tensor
+    next: Tensor
+    widths: Tensor
+    lifted: Tensor
 
     def nearest(self, x: Tensor) -> Tensor:
         """uint8 codes of a flat fp32 tensor with values in [-1, 1]."""
         code = self.coarse.index_select(0, (x.view(torch.int32) >> 16) & 0xFFFF)
         return code.add_(x > self.middles.index_select(0, code.int()))
 
+    def between(self, x: Tensor, bits: Tensor, up_from_zero: bool = False) -> Tensor:
+        """uint8 codes with E[entry] = x, given uniform 16-bit integers: between an entry e and the
+        next, w above it, the upper one where ``(bits + 1/2) / 2^16 w < x - e``.
 
-    def between(self, x: Tensor, bits: Tensor) -> Tensor:
-        """uint8 codes with E[entry] = x, given uniform 16-bit integers."""
-        code = self.nearest(x).int()
-        low = code.sub_((self.entries.index_select(0, code) > x).int()).clamp_(min=0)
-        high = (low + 1).clamp_(max=len(self.entries) - 1)
-        floor = self.entries.index_select(0, low)
-        width = self.entries.index_select(0, high).sub_(floor).clamp_(min=1e-30)
-        up = bits.to(x.dtype).add_(0.5).div_(1 << 16).mul_(width) < x - floor
-        return torch.where(up, high, low).to(torch.uint8)
+        A comparison is the sign bit of a difference: -1 or 0, in a third of the time.
+        """
+        low = self.floor.index_select(0, (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF))
+        low += _below(x - self.next.index_select(0, low))
+        share = (self.lifted if up_from_zero else self.widths).index_select(0, low)
+        share *= bits.to(x.dtype).add_(0.5)
+        low -= _below(share.sub_(x - self.next.index_select(0, low)))
+        return low.clamp_(max=self.entries.numel() - 1).to(torch.uint8)
+
+
+def _below(x: Tensor) -> Tensor:
+    """-1 where x < 0, else 0."""
+    return x.view(torch.int32) >> 31
 
 
 _TABLES: dict[tuple[int, bool, torch.device], _Tables] = {}
@@ -288,4 +378,10 @@ def _made(bits: int, signed: bool, device: torch.device) -> _Tables:
     low_end = torch.where(high < 1 << 15, high, high + 1)      # below zero: the larger magnitude
     lowest = (low_end << 16).view(torch.float32)
     coarse = torch.bucketize(lowest, middles[:-1]).to(torch.uint8)
-    return _Tables(entries, middles, coarse)
+    first = torch.where(high < 1 << 15, high << 16, (high << 16) | 0xFFFF).view(torch.float32)
+    floor = torch.bucketize(first, entries, right=True, out_int32=True)
+    after = torch.cat((entries, inf))
+    widths = torch.cat((after.diff(), inf)) / (1 << 16)
+    lifted = widths.clone()
+    lifted[0] = 0.0
+    return _Tables(entries, middles, coarse, floor.clamp_(1, len(entries)), after, widths, lifted)

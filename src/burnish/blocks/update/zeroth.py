@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
 from ...core.processes import processes
-from .noise import STREAMS, ScalarLog, as_fp32, fold
+from .noise import STREAM, STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
 from .precise import HALF, Evaluation, widened
-from .scratch import SLICE, Callers, Evaluate, Scratch, perturbed
+from .scratch import Callers, Evaluate, Scratch, perturbed, strip
 from .step import Plan
 from .subspace import in_memory_order
 
@@ -125,7 +125,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.log = ScalarLog(header={
             "method": spec.name, "queries": spec.queries, "rounding": self._rounding,
             "weight_decay": [g["weight_decay"] for g in self.param_groups], "seed": seed,
-            "noise": spec.noise if spec.noise == "portable" else self._device()})
+            "noise": spec.noise if spec.noise == "portable" else self._device(), "stream": STREAM})
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """What is live: a schedule may have put the others to rest."""
@@ -279,18 +279,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     self.state[p] = state
                 keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
                 stream, low = self.noise(seed, name), self.noise(seed, f"{name}/round")
-                for lo in range(0, p.numel(), SLICE):
-                    hi = min(lo + SLICE, p.numel())
+                size = strip(p.device)
+                for lo in range(0, p.numel(), size):
+                    hi = min(lo + size, p.numel())
                     x = numerics.read(w, state, lo, hi)
                     if keep != 1.0:
                         x.mul_(keep)
                     z = stream.normal(hi - lo, lo, device=p.device)
-                    x.sub_(z.to(x.dtype).mul_(lr * g))
+                    x.add_(z.to(x.dtype), alpha=-lr * g)
                     numerics.write(w, state, lo, hi, x, low, index)
 
     def replay(self, log: ScalarLog) -> None:
         """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
-        for key in ("queries", "rounding", "weight_decay", "noise"):
+        for key in ("queries", "rounding", "weight_decay", "noise", "stream"):
             if log.header.get(key) != self.log.header[key]:
                 raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
                                   f"optimizer has {self.log.header[key]!r}")
