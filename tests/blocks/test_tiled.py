@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks.weight import panels, tiled
 from burnish.blocks.weight.factor import Chain
@@ -236,3 +237,33 @@ def peak_bytes(entries, end):
     for event in sorted(change):
         alive.append(alive[-1] + change[event])
     return max(alive)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_device_is_given_few_operations_and_asked_for_nothing(mixed):          # findings 3.10
+    """Each is a launch: K is made for two histograms and once for the panels, in long strips. A
+    tensor on meta has no value: whatever asks for one raises."""
+    term = kernel(4096, 4096, rank=16, mixed=mixed).float().to("meta")
+    W, x = torch.empty(4096, 4096, device="meta"), torch.empty(512, 4096, device="meta")
+    for p in term.parameters():
+        p.requires_grad_()
+    with Operations() as forward:
+        y = linear(x.requires_grad_(), Weighted(lambda: W, [(term, 1.0)]), None)
+    with Operations() as backward:
+        y.backward(torch.empty_like(y))
+    strips = 4096 * 4096 // tiled.LONG_STRIP
+    assert forward.names.count("_cdist_forward") == 3 * 2 * strips
+    assert backward.names.count("_cdist_forward") == 2 * strips
+    assert len(forward.names) < 1300 and len(backward.names) < 1600
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

@@ -5,9 +5,8 @@ a small sample brackets the wanted rank, one pass counts what lies below the bra
 what lies inside, and the exact entry is picked from the few collected. When the bracket missed
 (it says so by counting) the next one lies beside it; the result is always exact.
 
-On accelerators, where asking for a count stalls the queue, three histogram passes over the bit
-pattern (11 + 11 + 10 bits) give the same entry without a sync: positive floats sort like their
-bits.
+On accelerators, where asking for a count stalls the queue, two histogram passes over the bit
+pattern (16 + 15 bits) give the same entries without a sync: positive floats sort like their bits.
 """
 
 from __future__ import annotations
@@ -26,28 +25,33 @@ SAMPLE = 1 << 14
 EDGE = 32
 #: entries the bracket may hold
 HELD = 1 << 21
+#: bits of a non-negative fp32 that the first histogram counts by, and those left for the second
+HIGH, LOW = 16, 15
 
 
-def quantile(stream: Stream, n: int, s: float, sample: Tensor) -> Tensor:
+def quantile(stream: Stream, n: int, s: float, sample: Callable[[], Tensor], like: Tensor
+             ) -> Tensor:
     """The s-quantile (linear interpolation) of n non-negative values, as a 0-d tensor.
 
     stream: gives the values again, in panels, as often as it is called.
-    sample: some of the values, for the bracket; any sample is right, a fair one is fast.
+    sample: makes some of the values, where a bracket is looked for; any sample is right, a fair
+    one is fast. like: a tensor of their dtype, where they are.
     """
     position = s * (n - 1)
     k = min(int(math.floor(position)), n - 1)
     fraction = position - k
-    low, high = order_statistics(stream, n, k, sample)
+    low, high = order_statistics(stream, n, k, sample, like)
     return low if fraction == 0 else torch.lerp(low, high, fraction)
 
 
-def order_statistics(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Tensor, Tensor]:
+def order_statistics(stream: Stream, n: int, k: int, sample: Callable[[], Tensor], like: Tensor
+                     ) -> tuple[Tensor, Tensor]:
     """Entries k and k+1 (from 0, ascending; the last one twice at the end)."""
-    if isinstance(sample, FakeTensor):
-        return _traced(stream, n, sample)
-    if sample.device.type != "cpu" and sample.dtype == torch.float32:
+    if like.device.type != "cpu" and like.dtype == torch.float32:
         return radix(stream, n, k)
-    return bracket(stream, n, k, sample)
+    if isinstance(like, FakeTensor):
+        return _traced(stream, n, sample())
+    return bracket(stream, n, k, sample())
 
 
 def bracket(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,31 +94,40 @@ def bracket(stream: Stream, n: int, k: int, sample: Tensor) -> tuple[Tensor, Ten
 
 
 def radix(stream: Stream, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Three histogram passes over fp32 bit patterns; no value ever reaches the host."""
-    out = []
-    for rank in (k, min(k + 1, n - 1)):
-        prefix = bits_done = None
-        left: Tensor | None = None
-        for shift, width in ((21, 11), (10, 11), (0, 10)):
-            counts: Tensor | None = None
-            for panel in stream():
-                bits = panel.flatten().view(torch.int32)
-                if counts is None:
-                    counts = torch.zeros(1 << width, dtype=torch.int64, device=panel.device)
-                digit = (bits >> shift) & ((1 << width) - 1)
-                one = torch.ones_like(digit, dtype=torch.int64)
-                if prefix is not None:
-                    one = ((bits >> (shift + width)) == prefix).to(torch.int64)
-                counts.scatter_add_(0, digit.to(torch.int64), one)
-            left = torch.full((), rank, dtype=torch.int64, device=counts.device) \
-                if left is None else left
-            running = counts.cumsum(0)
-            digit = (running <= left).sum()
-            left = left - torch.where(digit > 0, running[(digit - 1).clamp(min=0)], 0)
-            bits_done = digit if prefix is None else (prefix.to(torch.int64) << width) + digit
-            prefix = bits_done.to(torch.int32)
-        out.append(prefix.view(torch.float32))
-    return out[0], out[1]
+    """Two histogram passes over fp32 bit patterns, of their high and of their low bits, for both
+    ranks at once; no value ever reaches the host."""
+    ranks = (k, min(k + 1, n - 1))
+    counts = _counted(stream, lambda bits: [(bits >> LOW, None)], 1 << HIGH)
+    found = [_digit(counts[0], rank) for rank in ranks]
+    counts = _counted(stream, lambda bits: [(bits & ((1 << LOW) - 1), (bits >> LOW) == high)
+                                            for high, _ in found], 1 << LOW)
+    low = [_digit(c, left)[0] for c, (_, left) in zip(counts, found, strict=True)]
+    first, second = (((high << LOW) + digit).to(torch.int32).view(torch.float32)
+                     for (high, _), digit in zip(found, low, strict=True))
+    return first, second
+
+
+def _counted(stream: Stream, digits: Callable[[Tensor], list[tuple[Tensor, Tensor | None]]],
+             size: int) -> list[Tensor]:
+    """How often each digit occurs, of what is not left out: a histogram for each pair that
+    `digits` makes of some bit patterns (digits, which of them count)."""
+    counts: list[Tensor] = []
+    for panel in stream():
+        for j, (digit, which) in enumerate(digits(panel.flatten().view(torch.int32))):
+            if j == len(counts):
+                counts.append(torch.zeros(size, dtype=torch.int64, device=panel.device))
+            one = torch.ones_like(digit, dtype=torch.int64) if which is None else which.long()
+            counts[j].scatter_add_(0, digit.long(), one)
+    return counts
+
+
+def _digit(counts: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(the digit of the entry of this rank, its rank among those with that digit)."""
+    running = counts.cumsum(0)
+    digit = (running <= rank).sum()
+    # (indexed by a tensor of one number, `running` would ask the device for it)
+    before = running.gather(0, (digit - 1).clamp(min=0).unsqueeze(0)).squeeze(0)
+    return digit, rank - torch.where(digit > 0, before, 0)
 
 
 def _traced(stream: Stream, n: int, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
 from ..linalg import over_tokens
-from ..tape.cast import autocast
+from ..tape.cast import autocast, uncast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
 from ..tape.roles import reading
@@ -150,7 +150,7 @@ class _Pair(torch.autograd.Function):
         s = scale if isinstance(scale, Tensor) else None
         ctx.scale = None if s is not None else scale
         ctx.state = rng_state(h.device) if p else None
-        with torch.autocast(h.device.type, enabled=False):
+        with uncast(h):
             h2 = h.reshape(-1, h.shape[-1])
             z = F.linear(h2, A.to(h.dtype), None if a is None else a.to(h.dtype))
             u = ACTIVATIONS[act](z)

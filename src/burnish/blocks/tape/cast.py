@@ -8,6 +8,7 @@ they are summed in the precision of the activation, as in stock torch.
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +20,25 @@ from .functions import transformed, version_of
 _KEY = "the last cast"
 
 
+def casting(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives tensors where x is; None: it is off, or knows no such device
+    (meta)."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def uncast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, operations where x is keep their tensors' own precision."""
+    return nullcontext() if casting(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype of the autocast that is on here, or as it is."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() \
-            or x.dtype == torch.float64:
+    dtype = casting(x)
+    if dtype is None or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    dtype = torch.get_autocast_dtype(kind)
     call = current()
     if x.dtype == dtype or call is None or transformed():
         return x.to(dtype)

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ...core.errors import ConfigError, nearest
+from .cast import uncast
 
 CHUNK = 256
 
@@ -192,7 +193,7 @@ class _Job:
         each row's; None: what the reduction says."""
         places = self.places()
         n = len(x) if places is None else len(places)
-        with torch.autocast(x.device.type, enabled=False), _kept_as_it_is():
+        with uncast(x), _kept_as_it_is():
             stock = self.head.stock()
             through: Any = _General(self.head, wanted) if stock is None else \
                 _Stock(self.head, stock, wanted, self.chunk)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.call import Call, call_of, resume
 from ..state.prompts import Listener
+from .cast import casting
 from .chunked import Head
 from .forms import logits
 from .functions import transformed
@@ -69,9 +70,7 @@ class Rows(Listener):
 
 def _cast(x: Tensor) -> torch.dtype | None:
     """What autocast makes of the product just now; None where there is none."""
-    kind = x.device.type
-    on = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if on else None
+    return casting(x) if x.dtype != torch.float64 else None
 
 
 class Said:

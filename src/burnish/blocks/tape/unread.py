@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .cast import casting
 from .roles import is_weight
 
 
@@ -137,7 +138,7 @@ def linear(func: Any, args: tuple, kwargs: dict) -> Tensor:
     if _here.run is None:
         return func(*args, **kwargs)
     x, weight, bias = _bound(*args, **kwargs)
-    if begin() and type(x) is Tensor and not torch.is_autocast_enabled(x.device.type):
+    if begin() and type(x) is Tensor and casting(x) is None:
         out = _Linear.apply(x, weight, bias)
     else:
         out = func(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current, resume
+from ..tape import cast
 from ..tape.roles import reading
 
 
@@ -19,7 +20,7 @@ def uncast(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn(ctx, tensor, ...)` in the tensors' own precision: autocast has had its say before."""
     @functools.wraps(fn)
     def run(ctx: Any, tensor: Tensor, *rest: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
+        with cast.uncast(tensor):
             return fn(ctx, tensor, *rest)
     return run
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ...core.call import context
 from ...core.errors import RecipeError
-from ..tape.cast import autocast
+from ..tape.cast import autocast, uncast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import Mask
 from ..update.objective import Riding
@@ -49,7 +49,7 @@ class Product(torch.autograd.Function):
 
 
 def _product(x: Tensor, W: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with uncast(x):
         y = F.linear(x.reshape(-1, x.shape[-1]).to(_wide(x)), W.to(_wide(x)))
         return shaped(y, (*x.shape[:-1], W.shape[0]))
 
@@ -67,7 +67,7 @@ class Weighed(torch.autograd.Function):
         ctx.scale = scale
         ctx.mask = Mask(x.reshape(-1, x.shape[-1]), p) if p else None
         ctx.A = A.shape, A.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with uncast(x):
             y, z = _weighed(x, gates, A, B, scale, p)
         ctx.save_for_backward(x, gates, z, A if ctx.needs_input_grad[0] else None, B)
         return shaped(y, (*x.shape[:-1], B.shape[1]))

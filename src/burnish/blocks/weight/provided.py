@@ -22,9 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from ...core.call import current
 from .. import matmul
-from ..tape import unread
+from ..tape import cast, unread
 from ..tape.activations import strips
-from ..tape.cast import autocast
 from ..tape.functions import as_required, shaped, transformed
 from ..tape.notes import Seen
 from ..tape.roles import reading
@@ -199,7 +198,7 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
 
     weight: pass the stored (out, in) parameter itself when it trains too, else None.
     """
-    given, x = x, autocast(x)
+    given, x = x, cast.autocast(x)
     if plainly(op.theta()):
         return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
@@ -346,7 +345,7 @@ def _size(op: Weighted, base: _Base, x2: Tensor, made: Made) -> int:
 
 def _alone(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The forward where no graph is wanted."""
-    with torch.autocast(x.device.type, enabled=False):
+    with cast.uncast(x):
         y = _run(x, op, bias, weight, op.made(x)).y
     return shaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1]))
 

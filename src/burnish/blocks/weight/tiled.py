@@ -29,8 +29,10 @@ from .dropped import Dropping
 from .panels import PANEL
 
 COEFFICIENT = 0.1
-#: entries of a strip: its dozen temporaries fit the second-level cache
+#: entries of a strip: on a CPU its dozen temporaries fit the second-level cache; elsewhere it is
+#: what keeps a device busy, since every operation of a strip is a launch
 STRIP = 1 << 17
+LONG_STRIP = 1 << 20
 
 
 class _State:
@@ -79,7 +81,8 @@ class KernelDelta(Dropping):
     # Strips are (n, out): one row per input feature, so softmax and sums run along memory, and a
     # strip with all its temporaries stays in cache. Panels are (out, n) views of runs of strips.
     def _strips(self, i0: int, i1: int) -> Iterator[tuple[int, int]]:
-        step = max(1, STRIP // self.out)
+        strip = STRIP if self.A.device.type == "cpu" else LONG_STRIP
+        step = max(1, strip // self.out)
         for a in range(i0, i1, step):
             yield a, min(i1, a + step)
 
@@ -154,7 +157,8 @@ class KernelDelta(Dropping):
             for a, b in self._strips(0, self.inp):
                 yield kept[a:b].abs() if kept is not None else self._kernel(a, b).abs_()
 
-        tau = quantile.quantile(stream, self.out * self.inp, self.sparsity, self._sample(kept))
+        tau = quantile.quantile(stream, self.out * self.inp, self.sparsity,
+                                lambda: self._sample(kept), self.A)
         return _State(tau, kept)
 
     def _sample(self, kept: Tensor | None) -> Tensor:
