@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "tune": "engine.tune", "Tuned": "engine.tuned", "load": "formats.adapter",
+    "shard": "engine.sharded",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
     "fit": "fit", "TrainerCallback": "fit",
     "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, parse
     from .core.registry import catalogue as methods
     from .core.registry import register
+    from .engine.sharded import shard
     from .engine.tune import tune
     from .engine.tuned import Tuned
     from .fit.bridge import TrainerCallback

@@ -11,10 +11,10 @@ import pytest
 import burnish
 
 NAMES = {
-    "tune", "Tuned", "load", "simulate", "measure", "plan", "fit", "TrainerCallback", "methods",
-    "export_peft", "load_peft", "MemoryReport", "Method", "setting", "register", "Recipe", "parse",
-    "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError", "FormatError",
-    "NoPlanError", "CheckError", "MemoryExceeded", "__version__",
+    "tune", "Tuned", "load", "shard", "simulate", "measure", "plan", "fit", "TrainerCallback",
+    "methods", "export_peft", "load_peft", "MemoryReport", "Method", "setting", "register",
+    "Recipe", "parse", "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",
+    "FormatError", "NoPlanError", "CheckError", "MemoryExceeded", "__version__",
 }
 
 

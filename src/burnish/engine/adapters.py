@@ -27,6 +27,7 @@ from .leave import take_out
 from .observe import Batches
 from .planned import make_plan
 from .slot import Slot, slots
+from .spread import refuse
 from .step import forward
 from .swap import ATTR
 
@@ -266,6 +267,7 @@ class Adapters(dict[str, Adapter]):
     def add(self, name: str, recipe: Recipe, targets: Any, head: bool | str, seed: int,
             calibration: Iterable[Any] | None, settled: Mapping[str, Any] | None) -> None:
         """Join another recipe; in use if it is the first."""
+        refuse(self.tuned, "another adapter")
         check_name(name, self)
         check_storage(recipe, self)
         compose([m.optimizer() for m in recipe if "optimizer" in m.axes()],
@@ -306,6 +308,7 @@ class Adapters(dict[str, Adapter]):
     def remove(self, name: str) -> None:
         """Take one out; where it was in use, the first of the others is."""
         self.known(name)
+        refuse(self.tuned, "taking an adapter out")
         if len(self) == 1:
             raise ConfigError(f"{name!r} is the only adapter; tuned.detach() gives back the base")
         active = {n for n, _ in self.tuned.state.active} | set(self.tuned.state.rows or ())
@@ -325,6 +328,8 @@ class Adapters(dict[str, Adapter]):
             train: str | None = None) -> None:
         """Choose what is active, and what of it trains."""
         tuned = self.tuned
+        if any(a.selected for a in self.values()):
+            refuse(tuned, "exchanging weights of the base")
         names = [which] if isinstance(which, str) else list(which)
         for n in names:
             if n is not None:

@@ -17,6 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from ..core.errors import CheckError
+from ..core.processes import anywhere, here
 from .swap import ATTR
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ def check_gradients(tuned: Tuned) -> None:
     missing = [n for n, p in tuned.named_parameters() if p.grad is None]
     _reached(tuned, missing, "no gradient after the first step", len(held))
     bad = [n for n, p in tuned.named_parameters()
-           if p.grad is not None and not isinstance(p.grad, FakeTensor) and not _finite(p.grad)]
+           if p.grad is not None and not isinstance(p.grad, FakeTensor)
+           and not _finite(here(p.grad))]
+    shards = tuned.state.shards
+    if shards is not None and anywhere(bool(bad), shards.average.group) and not bad:
+        raise CheckError("another process has a gradient that is not finite in the first step")
     if bad:
         raise CheckError(_unreached(bad, "a gradient that is not finite in the first step"))
 

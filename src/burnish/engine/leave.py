@@ -10,6 +10,7 @@ from torch import nn
 
 from .attach import Attacher
 from .slot import slots
+from .spread import refuse
 from .swap import unprovide, unswap
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 def give_back(tuned: Tuned) -> None:
     """Put the base back into the model. Can be done twice."""
+    refuse(tuned, "giving back the base")
     for path, module, slot in slots(tuned.model):
         for param, child in list(slot.providers.items()):
             unprovide(module, param, _stored(tuned, path, param, slot._modules[child]))

@@ -20,6 +20,7 @@ from .entries import Written, plan_of, put_back, write
 from .layout import as_stored
 from .originals import Originals
 from .slot import Slot, slots
+from .spread import refuse
 from .swap import ATTR, refill, unswap
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def why_not(tuned: Tuned) -> str | None:
 @torch.no_grad()
 def merge(tuned: Tuned) -> nn.Module:
     """See :meth:`burnish.Tuned.merge`."""
+    refuse(tuned, "a merge")
     if tuned.merged is not None:
         raise ConfigError("merged already; unmerge() brings the adapters back")
     if (reason := why_not(tuned)) is not None:

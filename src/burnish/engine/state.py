@@ -38,6 +38,7 @@ class State:
     context: dict[str, dict[str, Read]] = field(default_factory=dict)
     fused: bool = False                              # some of torch's layers read past modules
     by_sample: bool = False                          # a term draws once for each sample
+    shards: Any = None                               # see sharded.py
     off_here: int = 0                                # how many stand in `disabled` just now
 
     def use(self, active: tuple[tuple[str, float], ...],

@@ -17,11 +17,12 @@ from ..blocks.update.step import Plan, block_matrices, compose, plan_of
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
-from ..core.processes import processes
+from ..core.processes import anywhere, processes
 from ..core.words import honours, why
 from .around import Pass, probe
 from .check import check_gradients
 from .objectives import Objectives
+from .spread import check_own, watch
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -80,6 +81,7 @@ class Steps:
             raise ConfigError(f"{plan.names['step site']} steps each tensor before {processes()} "
                               "processes have shared its gradient, so that they would train "
                               "different weights; use one process, or step after backward")
+        watch(self.tuned)
         late = not plan.in_backward and not any(hasattr(a, "build") for a in answers)
         # behind the objectives, which add to gradients when they are complete
         self._clip_norm = check_norm(kw.pop("max_grad_norm", None)) if late else 0.0
@@ -196,6 +198,7 @@ class Steps:
         """Every tensor that should train has a finite gradient, or CheckError names those
         without (a silent no-op is the worst way to fail)."""
         self.tuned.check_ready()
+        check_own(self.tuned)
         check_gradients(self.tuned)
         self.checked = True
 
@@ -234,9 +237,13 @@ class Steps:
         return value
 
     def _finite(self, value: Tensor) -> None:
-        if isinstance(value, FakeTensor) or math.isfinite(float(value.detach())):
+        if isinstance(value, FakeTensor):
             return
-        raise BurnishError(f"the loss is {float(value.detach())} at step {self.timeline.step}; "
+        bad, shards = not math.isfinite(float(value.detach())), self.tuned.state.shards
+        if not (anywhere(bad, shards.average.group) if shards is not None else bad):
+            return
+        found = float(value.detach()) if bad else "not finite in another process"
+        raise BurnishError(f"the loss is {found} at step {self.timeline.step}; "
                            "nothing was updated: the weights are those of the step before")
 
     # -- passes (see around.py) ------------------------------------------------------------------

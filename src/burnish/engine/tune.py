@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.errors import CheckError, ConfigError
 from ..core.method import Method
+from ..core.processes import is_sharded
 from ..core.recipe import Recipe, parse
 from .check import check
 from .swap import ATTR
@@ -62,6 +63,11 @@ def check_model(model: Any) -> None:
                           "adapter, or tuned.detach() first")
     if next(model.parameters(), None) is None:
         raise ConfigError(f"{type(model).__name__} has no parameters to tune")
+    parted = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
+    if parted is not None:
+        raise ConfigError(f"{parted} is sharded already (a tensor-parallel plan, or FSDP2), and a "
+                          "recipe is joined to whole weights: load the model without tp_plan, "
+                          "tune it, and then call burnish.shard(tuned)")
     on_meta = next((n for n, p in model.named_parameters() if p.device.type == "meta"), None)
     if on_meta is not None:
         raise ConfigError(f"{on_meta} is on the meta device and has no values; load the weights "

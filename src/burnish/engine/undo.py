@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.processes import assign, here
 from .originals import Originals
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Transaction:
         """
         if value is None:
             key = ("", str(len(self.backs)))
+            tensor = here(tensor)                # each process its own part
             self.values.put(*key, tensor)
             value = functools.partial(self.values.get, *key)
         self.later(functools.partial(_put, tensor, value))
@@ -87,9 +89,8 @@ class _Attributes:
                 container.extend(held)
 
 
-@torch.no_grad()
 def _put(tensor: Tensor, value: Callable[[], Tensor]) -> None:
-    tensor.copy_(value())
+    assign(tensor, value())
 
 
 def all_or_nothing(change: F) -> F:

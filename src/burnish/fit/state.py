@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import FormatError, nearest
+from ..core.processes import alike, gathered, is_sharded
 from ..core.reading import plain, reading
 from ..formats import safe
 
@@ -112,7 +113,8 @@ def load_tree(folder: Path, name: str) -> Any:
 # -- the optimizer, by name -----------------------------------------------------------------------
 def optimizer_state(optimizer: torch.optim.Optimizer,
                     named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    """The optimizer's state dict with parameter names in place of its numbers."""
+    """The optimizer's state dict with parameter names in place of its numbers. What is sharded is
+    gathered: then every process has to ask, and each has all of it."""
     names = {id(p): n for n, p in named}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     by_number = [names.get(id(p)) for p in held]
@@ -123,7 +125,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer,
     groups = [{**{k: v for k, v in g.items() if k != "params"},
                "params": [by_number[i] for i in g["params"]]} for g in state["param_groups"]]
     rest = {k: v for k, v in state.items() if k not in ("state", "param_groups")}
-    return {"state": {_named(k, by_number): v for k, v in state["state"].items()},
+    return {"state": {_named(k, by_number): _whole(v) for k, v in state["state"].items()},
             "groups": groups, "rest": rest}
 
 
@@ -150,13 +152,14 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer,
                           f"side only{nearest(extra, held)}")
     number = {n: i for i, n in enumerate(held)}
     devices = {n: p.device for n, p in named}
+    sharded = {n: p for n, p in named if is_sharded(p)}
     # counts live on the host, except where a fused or captured step reads them on the device
     beside = {names[id(p)] for g in optimizer.param_groups for p in g["params"]
               if g.get("fused") or g.get("capturable")}
-    state = {number.get(k, k): _to(v, devices.get(k), k in beside)
+    state = {number.get(k, k): _parts(_to(v, devices.get(k), k in beside), sharded.get(k))
              for k, v in kept["state"].items()}
-    groups = [{**{k: v for k, v in g.items() if k != "params"},
-               "params": [number[n] for n in g["params"]]} for g in kept["groups"]]
+    groups = [_group(kept["groups"], [names[id(p)] for p in g["params"]], number)
+              for g in optimizer.param_groups]
     whole = {"state": state, "param_groups": groups, **kept["rest"]}
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         optimizer.load_state_dict(whole)
@@ -169,8 +172,36 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer,
         group.update({k: v for k, v in saved.items() if k != "params"})
 
 
+def _group(kept: list[dict[str, Any]], held: list[str], number: Mapping[str, int]
+           ) -> dict[str, Any]:
+    """The settings that were kept for these parameters. Groups follow what is sharded too, so they
+    are found by name."""
+    mine = [{k: v for k, v in g.items() if k not in ("params", "param_names")}
+            for g in kept if set(held) & set(g["params"])]
+    if any(other != mine[0] for other in mine[1:]):
+        raise FormatError(f"the optimizer state was kept with other groups: {held[0]!r} and others "
+                          "of its group had settings of their own")
+    return {**(mine[0] if mine else {}), "params": [number[n] for n in held]}
+
+
 def _named(key: Any, names: list[str | None]) -> Any:
     return names[key] if isinstance(key, int) and key < len(names) else key
+
+
+def _whole(value: Any) -> Any:
+    """The state of one parameter with all of every tensor."""
+    if isinstance(value, Tensor):
+        return gathered(value)
+    return {k: _whole(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _parts(value: Any, p: nn.Parameter | None) -> Any:
+    """What is as large as a sharded parameter, sharded as it is."""
+    if p is None:
+        return value
+    if isinstance(value, Tensor):
+        return alike(value, p) if value.shape == p.shape else value
+    return {k: _parts(v, p) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _to(value: Any, device: torch.device | None, scalars: bool) -> Any:

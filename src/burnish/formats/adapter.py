@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import FormatError
+from ..core.processes import assign
 from ..core.reading import reading
 from ..core.recipe import parse
 from ..engine.adapters import Adapter, file_names
@@ -121,7 +122,7 @@ def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
             path, _, leaf = key.rpartition(".")
             waits = fresh and (path, leaf) in tuned.originals
             tuned.undo.keep(here, partial(tuned.originals.get, path, leaf) if waits else None)
-            here.copy_(tensors[key])
+            assign(here, tensors[key])
 
 
 def _starts(tuned: Tuned) -> set[str]:

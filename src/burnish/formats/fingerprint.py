@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.errors import FormatError
+from ..core.processes import here
 
 _PIECE = 1 << 24
 _cache: Any = WeakIdKeyDictionary()
@@ -44,11 +45,17 @@ def fingerprint(model: nn.Module, taken: Mapping[str, str] | None = None,
     taken: lines recorded earlier by :func:`line`, for parameters whose original is gone (held in
     another form) or about to change. whole: names whose content does not count.
     """
-    lines = dict(_lines(model, whole, cached=True))
+    lines = dict(_lines(model, whole, taken or {}))
     for name, text in (taken or {}).items():
         lines[name] = _no_content(text) if name in whole else text
     total = hashlib.sha256("\n".join(f"{n} {lines[n]}" for n in sorted(lines)).encode())
     return Fingerprint(total.hexdigest(), {n: _short(lines[n]) for n in sorted(lines)})
+
+
+def lines(model: nn.Module, whole: Container[str], taken: Container[str]) -> dict[str, str]:
+    """The lines of those parameters of a base that are not in `taken`."""
+    params = {n for n, _ in model.named_parameters()}
+    return {n: text for n, text in _lines(model, whole, taken) if n in params}
 
 
 def first_difference(recorded: Mapping[str, str], model: nn.Module,
@@ -85,6 +92,7 @@ def check_tied(there: Mapping[str, Tensor], values: Mapping[str, Tensor], where:
         t = there.get(name)
         if t is None or t.device.type == "meta" or not t.numel():
             continue
+        t = here(t)
         key = (t.device, t.data_ptr(), t.shape, t.stride())
         first = seen.setdefault(key, name)
         if first != name and not torch.equal(values[first], value):
@@ -134,16 +142,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield full, b
 
 
-def _lines(model: nn.Module, whole: Container[str], cached: bool) -> Iterator[tuple[str, str]]:
+def _lines(model: nn.Module, whole: Container[str], taken: Container[str]
+           ) -> Iterator[tuple[str, str]]:
     """Hashing lets go of the interpreter, so parameters are hashed side by side."""
-    items = list(_tensors(model))
+    items = [(n, t) for n, t in _tensors(model) if n not in taken]
 
     def of(item: tuple[str, Tensor]) -> tuple[str, str]:
         name, t = item
         if name in whole or not isinstance(t, nn.Parameter):
             return name, _shape(t)
         key = (t._version, t.data_ptr(), t.dtype)
-        if cached and (hit := _cache.get(t)) and hit[0] == key:
+        if (hit := _cache.get(t)) and hit[0] == key:
             return name, hit[1]
         text = line(t)
         _cache[t] = (key, text)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..core.outputs import base_class
+from ..core.processes import first, gathered, wait
 from ..core.recipe import Recipe
 from ..engine.swap import ATTR
 from . import fingerprint, folder
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
 def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
          card: str | None = None, base: str | None = None, whole: bool = False) -> Path:
     """Write every adapter of `tuned`. base: name or folder of the base; default what the model
-    says of itself (``name_or_path``). whole: what serves training alone too."""
+    says of itself (``name_or_path``). whole: what serves training alone too.
+
+    Of a sharded model every process asks, since all give their parts; the first one writes.
+    """
+    tensors = contents(tuned, whole)
+    if tuned.state.shards is not None and not first():
+        wait()
+        return path
     recipe = _recipe(tuned.recipe, whole)
     config = {
         "recipe": str(recipe),
@@ -36,14 +45,18 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
                          "head": a.head, "seed": a.seed, "settled": a.settled}
                      for n, a in tuned.adapters.items()},
     }
-    return folder.write_adapter(path, contents(tuned, whole), config, card=card, run=run)
+    made = folder.write_adapter(path, tensors, config, card=card, run=run)
+    if tuned.state.shards is not None:
+        wait()
+    return made
 
 
 def contents(tuned: Tuned, whole: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file by name; unless `whole`, of what answers alone."""
+    """The tensors of a file by name; unless `whole`, of what answers alone. Those of which each
+    process holds a part are gathered, so that every process has to ask."""
     tensors: dict[str, Tensor] = {}
     for name in tuned.adapters:
-        tensors |= tuned.tensors(name)
+        tensors |= {k: gathered(t) for k, t in tuned.tensors(name).items()}
     for path, module in () if whole else tuned.model.named_modules():
         if f".{ATTR}." in f".{path}" and hasattr(module, "finished"):
             tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{path}.")}
@@ -53,6 +66,13 @@ def contents(tuned: Tuned, whole: bool = False) -> dict[str, Tensor]:
 
 def _recipe(recipe: Recipe, whole: bool) -> Recipe:
     return recipe if whole else Recipe(m.finished() for m in recipe)
+
+
+def read_base(tuned: Tuned) -> None:
+    """Read the base's lines now, for files to come: its weights are about to be sharded."""
+    if first():
+        trained = {n for a in tuned.adapters.values() for n in a.selected}
+        tuned.base_lines |= fingerprint.lines(tuned.model, trained, tuned.base_lines)
 
 
 def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
@@ -70,5 +90,5 @@ def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
 def _name_of(model: nn.Module) -> str:
     name = getattr(model, "name_or_path", "") or getattr(
         getattr(model, "config", None), "_name_or_path", "")
-    return name or type(model).__name__
+    return name or base_class(model).__name__
 

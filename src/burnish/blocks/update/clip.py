@@ -14,19 +14,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import BurnishError, ConfigError
+from ...core.processes import gathered, is_sharded
 
 
 def clip_norm_(optimizer: torch.optim.Optimizer, norm: float) -> None:
     """The gradients of an update, which are all there, cut to a norm; 0: none."""
     if norm:
         scale = getattr(optimizer, "grad_scale", None)       # a fused step unscales by itself
-        torch.nn.utils.clip_grad_norm_(
-            [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None],
-            norm if scale is None else norm * float(scale))
+        cut_together_([p for g in optimizer.param_groups for p in g["params"]
+                       if p.grad is not None], norm if scale is None else norm * float(scale))
+
+
+def cut_together_(params: list[nn.Parameter], norm: float) -> Tensor:
+    """Cut the gradients of `params` to a norm, of all together; returns what it was. Parts of
+    sharded tensors count with the parts that other processes hold."""
+    kinds = [[p for p in params if is_sharded(p) is k] for k in (False, True)]
+    if not kinds[1]:
+        return torch.nn.utils.clip_grad_norm_(params, norm)
+    found = [gathered(torch.nn.utils.get_total_norm([p.grad for p in ps])) for ps in kinds if ps]
+    total = torch.linalg.vector_norm(torch.stack(found))
+    for ps in kinds:
+        torch.nn.utils.clip_grads_with_norm_(ps, norm, total)
+    return total
 
 
 class Clip:

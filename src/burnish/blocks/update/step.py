@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
+from ...core.processes import is_sharded
 from ...core.words import honours, why
 from .clip import check_norm, clip_norm_
 from .codecs import Plain, codec
@@ -377,14 +378,16 @@ def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None
 
 def param_groups(named: Sequence[tuple[str, nn.Parameter]], lr: float,
                  weight_decay: float) -> list[dict[str, Any]]:
-    """One group per (``burnish_lr``, ``burnish_decay``) met; tied parameters enter once."""
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    """One group per (``burnish_lr``, ``burnish_decay``) met; tied parameters enter once. Sharded
+    tensors stand apart from whole ones: no kernel takes both at once."""
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     seen: set[int] = set()
     for name, p in named:
         if id(p) in seen:
             continue
         seen.add(id(p))
-        key = (float(getattr(p, "burnish_lr", 1.0)), bool(getattr(p, "burnish_decay", True)))
+        key = (float(getattr(p, "burnish_lr", 1.0)), bool(getattr(p, "burnish_decay", True)),
+               is_sharded(p))
         group = groups.setdefault(key, {"params": [], "lr": lr * key[0],
                                         "weight_decay": weight_decay if key[1] else 0.0})
         group["params"].append((name, p))

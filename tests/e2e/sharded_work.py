@@ -1,0 +1,105 @@
+"""What each of several processes runs (test_sharded.py starts them), and one runs alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+
+import burnish
+from burnish.fit import state
+
+
+def model(kind="llama", blocks=2, **kw):
+    import transformers as t
+    torch.manual_seed(0)
+    size = dict(vocab_size=40, hidden_size=16, num_hidden_layers=blocks, num_attention_heads=2,
+                intermediate_size=24, max_position_embeddings=32, **kw)
+    if kind == "llama":
+        made = t.LlamaForCausalLM(t.LlamaConfig(num_key_value_heads=1, **size))
+    else:
+        made = t.BertForSequenceClassification(t.BertConfig(
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **size))
+    return made.double()
+
+
+def batches():
+    ids = torch.randint(0, 40, (4, 4, 6), generator=torch.Generator().manual_seed(1))
+    return [dict(input_ids=b) for b in ids]
+
+
+def loss_of(out, batch):
+    """In the model's own precision: the next token, or a class that the first one tells."""
+    ids = batch["input_ids"]
+    if out.logits.dim() == 3:
+        return cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return cross_entropy(out.logits, ids[:, 0] % 2)
+
+
+def train(tuned, steps, rank=0, world=1, norm=0.0, kept=None, micro=1):
+    """(losses of the whole batches, the optimizer)."""
+    tuned.total_steps = 4
+    opt = tuned.optimizer(1e-2, max_grad_norm=norm)
+    if kept is not None:
+        state.load_optimizer_state(opt, list(tuned.model.named_parameters()), kept)
+    losses = []
+    for batch in batches()[steps]:
+        opt.zero_grad()
+        found = []
+        for k in range(micro):
+            part = {n: v.chunk(world * micro)[k * world + rank] for n, v in batch.items()}
+            found.append(tuned.backward(part, loss_of, scale=1 / micro))
+        opt.step()
+        loss = torch.stack(found).mean()
+        if world > 1:
+            torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / world)
+    return losses, opt
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    said = {}
+    for name, job in json.loads(sys.argv[1]).items():
+        kind, out = job.get("kind", "llama"), Path(job["out"])
+        made = model(kind, job.get("blocks", 2))
+        try:
+            if "load" in job:
+                tuned = burnish.load(made, job["load"])
+            else:
+                if rank:                             # all start from the first one's values
+                    torch.manual_seed(9)
+                tuned = burnish.tune(made, job["recipe"], seed=rank if job.get("drawn") else 0)
+            burnish.shard(tuned, offload=job.get("offload", False))
+        except burnish.BurnishError as e:
+            said[name] = str(e)
+            continue
+        sharded = sum(hasattr(p, "full_tensor") for p in made.parameters())
+        tuned.save(out / "start")
+        kept = state.load_tree(Path(job["load"]), "optimizer") if "load" in job else None
+        losses, opt = train(tuned, slice(*job.get("steps", [0, 3])), rank, world,
+                            job.get("norm", 0.0), kept, job.get("micro", 1))
+        tuned.save(out / "end", whole=True)
+        tree = state.optimizer_state(opt, list(made.named_parameters()))
+        if rank == 0:
+            state.save_tree(tree, out / "end", "optimizer")
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in made.parameters())
+        refused = {}
+        for what in job.get("refused", []):
+            try:
+                eval(what, {"tuned": tuned, "burnish": burnish})
+                refused[what] = "done"
+            except burnish.BurnishError as e:
+                refused[what] = str(e)
+        said[name] = dict(losses=losses, sharded=sharded, held=held, refused=refused)
+    print("\n" + json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()
