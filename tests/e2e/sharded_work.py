@@ -98,7 +98,9 @@ def main():
             except burnish.BurnishError as e:
                 refused[what] = str(e)
         said[name] = dict(losses=losses, sharded=sharded, held=held, refused=refused)
-    print("\n" + json.dumps(said))
+    print("\n" + json.dumps(said), flush=True)
+    dist.barrier()                               # one that left first would take its store along
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
