@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.update.rules import SGD, AdamW, Lion, Rule, Whole, accumulator
+from burnish.blocks.update.rules import SGD, AdamW, Lion, Rule, Whole, accumulator, move
 
 
 def gradients(n=40, steps=7):
@@ -73,38 +73,62 @@ def test_sgd_without_momentum_is_the_gradient_and_keeps_nothing():
         torch.equal(u, g) for u, g in zip(follow(SGD(), gradients()), gradients(), strict=True))
 
 
-def together(rule, steps):
-    """Several tensors at once, step by step: (directions, their gradients left as they were)."""
+def together(rule, steps, lr=0.25, decay=0.0):
+    """Several tensors moved at once, step by step: (t, gradients, weights before, weights after).
+    The gradients are left as they were."""
+    xs = [gradients(n, steps)[0].clone() for n in (5, 8)]
     states = {s: [torch.zeros(n, dtype=torch.float64) for n in (5, 8)] for s in rule.states}
     for t in range(1, steps + 1):
         gs = [gradients(n, steps)[t - 1] for n in (5, 8)]
-        out = rule.directions([g.clone() for g in gs], states, t, rule.hyper())
-        given = [g.clone() for g in gs]
-        twin = {s: [v.clone() for v in vs] for s, vs in states.items()}
-        rule.directions(given, twin, t, rule.hyper())
+        given, before = [g.clone() for g in gs], [x.clone() for x in xs]
+        move(rule, xs, given, states, t, rule.hyper(), lr, decay)
         assert all(torch.equal(a, b) for a, b in zip(given, gs, strict=True))
-        yield t, gs, [u.clone() for u in out]
+        yield t, gs, before, [x.clone() for x in xs]
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_adamw_of_several_tensors_is_the_equation_of_each(first):
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_of_several_tensors_is_the_equation_of_each(first, fused, monkeypatch):
+    if not fused:                                      # a device without torch's fused kernels
+        monkeypatch.setattr("burnish.blocks.update.rules.FUSED", frozenset())
     b1, b2, eps = 0.8, 0.95, 1e-2
     m, v = [0.0, 0.0], [0.0, 0.0]
-    for t, gs, us in together(AdamW(betas=(b1, b2), eps=eps, eps_first=first), 4):
-        for k, (g, u) in enumerate(zip(gs, us, strict=True)):
+    rule = AdamW(betas=(b1, b2), eps=eps, eps_first=first)
+    for t, gs, before, after in together(rule, 4, 0.25, 0.1):
+        for k, g in enumerate(gs):
             m[k], v[k] = b1 * m[k] + (1 - b1) * g, b2 * v[k] + (1 - b2) * g**2
             c1, c2 = 1 - b1**t, (1 - b2**t) ** 0.5
-            want = c2 / c1 * m[k] / (v[k].sqrt() + eps) if first else \
+            u = c2 / c1 * m[k] / (v[k].sqrt() + eps) if first else \
                 (m[k] / c1) / (v[k].sqrt() / c2 + eps)
-            torch.testing.assert_close(u, want, rtol=1e-11, atol=1e-13)
+            want = before[k] * (1 - 0.25 * 0.1) - 0.25 * u
+            torch.testing.assert_close(after[k], want, rtol=1e-11, atol=1e-13)
 
 
-def test_lion_of_several_tensors_is_the_sign_of_each():
+@pytest.mark.parametrize("fused", [True, False])
+def test_lion_of_several_tensors_is_the_sign_of_each(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr("burnish.blocks.update.rules.FUSED", frozenset())
     m = [torch.zeros(5, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)]
-    for _, gs, us in together(Lion(betas=(0.8, 0.95)), 5):
-        for k, (g, u) in enumerate(zip(gs, us, strict=True)):
-            assert torch.equal(u, torch.sign(0.8 * m[k] + 0.2 * g))
+    for _, gs, before, after in together(Lion(betas=(0.8, 0.95)), 5, 0.25, 0.1):
+        for k, g in enumerate(gs):
+            want = before[k] * (1 - 0.25 * 0.1) - 0.25 * torch.sign(0.8 * m[k] + 0.2 * g)
+            torch.testing.assert_close(after[k], want, rtol=1e-14, atol=1e-15)
             m[k] = 0.95 * m[k] + 0.05 * g
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_of_several_tensors_adds_the_decay_to_each_gradient(fused, momentum, nesterov,
+                                                                monkeypatch):
+    if not fused:
+        monkeypatch.setattr("burnish.blocks.update.rules.FUSED", frozenset())
+    b = [0.0, 0.0]
+    for _, gs, before, after in together(SGD(momentum=momentum, nesterov=nesterov), 4, 0.25, 0.1):
+        for k, g in enumerate(gs):
+            g = g + 0.1 * before[k]
+            b[k] = momentum * b[k] + g
+            want = before[k] - 0.25 * (g + momentum * b[k] if nesterov else b[k])
+            torch.testing.assert_close(after[k], want, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("rule", [AdamW(), AdamW(eps_first=True), SGD(), SGD(momentum=0.9)])

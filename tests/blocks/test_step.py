@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -217,6 +218,68 @@ def test_a_projected_step_in_slices_is_the_step(words, monkeypatch):
     whole, parts = in_slices(words, torch.float64, monkeypatch)
     for n in whole:
         torch.testing.assert_close(parts[n], whole[n], rtol=1e-10, atol=1e-12, msg=n)
+
+
+def small_tensors(dtype):
+    g = torch.Generator().manual_seed(0)
+    sizes = [(8, 768), (768, 8), (64, 64), (5000,), (1,), (33, 7), (3, 3), (96, 64), (4096,), (17,)]
+    return [(f"t{i}", nn.Parameter(torch.randn(s, generator=g).mul_(0.1).to(dtype)))
+            for i, s in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Signs:
+    """A rule that knows slices one by one, and nothing else."""
+
+    name, states, decoupled = "signs", {"count": False}, True
+
+    def hyper(self):
+        return {"weight_decay": 0.1}
+
+    def direction(self, g, state, t, group):
+        state["count"].add_(g.abs())
+        return g.sign_().mul_(state["count"])
+
+
+@pytest.mark.parametrize("words", [*SENTENCES, "signs", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_small_tensors_together_are_each_by_itself_bit_for_bit(words, dtype, monkeypatch):
+    answers = {"signs": [Signs()], "sgd": [SGD(momentum=0.9, weight_decay=0.1),
+                                           Rounding(kind="kahan")]}.get(words) or SENTENCES[words]
+    runs, bunches = [], []
+    step = Composed._step_bunch
+    monkeypatch.setattr(Composed, "_step_bunch", lambda self, group, found, *a: (
+        bunches.append(len(found)), step(self, group, found, *a)))
+    for together in (True, False):
+        named = small_tensors(dtype)
+        named[2][1].burnish_lr = 3.0
+        opt = compose(answers, named, 1e-2, seed=4)
+        if not together:
+            monkeypatch.setattr(Composed, "_together", lambda self: set())
+        for t in range(3):
+            g = torch.Generator().manual_seed(t)
+            for i, (_, p) in enumerate(named):
+                p.grad = None if (t, i) == (1, 3) else torch.randn(p.shape, generator=g).to(dtype)
+            opt.step()
+        runs.append({n: p for n, p in named} | {
+            f"{n}.{k}": v for n, p in named for k, v in opt.state[p].items()
+            if isinstance(v, torch.Tensor)})
+    assert runs[0].keys() == runs[1].keys() and same(*runs)
+    assert max(bunches) > 2 or LOW in answers
+
+
+@pytest.mark.parametrize("words", [w for w in SENTENCES if LOW not in SENTENCES[w]])
+def test_no_temporary_grows_with_the_number_of_tensors(words, monkeypatch):
+    size = 1 << 14
+    monkeypatch.setattr(Composed, "_slice", staticmethod(lambda device: size))
+    named = [(f"t{i}", nn.Parameter(torch.randn(4096).bfloat16())) for i in range(64)]
+    opt = compose(SENTENCES[words], named, 1e-3)
+    for _, p in named:
+        p.grad = torch.randn(4096).bfloat16()
+    opt.step()
+    with Allocations() as seen:
+        opt.step()
+    assert 0 < seen.largest <= 4 * size < 64 * 4096 * 2
 
 
 @pytest.mark.parametrize("answers", [[Inner(rule=AdamW(), state="8bit")], [LOW], [Lion()]])

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.errors import RecipeError, nearest
-from .noise import CounterNoise
+from .noise import CounterNoise, halves
 
 Parts = dict[str, Tensor]
 Spans = Sequence[tuple[int, int]]
@@ -101,13 +101,6 @@ def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
     return [flat] if len(pieces) == 1 else list(flat.split([p.numel() for p in pieces]))
 
 
-def halves(noise: Streams, spans: Spans, turn: int, device: torch.device) -> Tensor:
-    """Uniform 16-bit integers for several spans, flat."""
-    drawn = [s.bits16(hi - lo, lo, turn=turn, device=device)
-             for s, (lo, hi) in zip(noise, spans, strict=True)]
-    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-
-
 @dataclass(frozen=True)
 class Plain(_One):
     """The state as it is: fp32 (fp64 beside fp64 weights). `load` gives views."""
@@ -121,7 +114,7 @@ class Plain(_One):
         return {"": torch.zeros(n, dtype=self.dtype, device=device)}
 
     def load(self, parts: Sequence[Parts], spans: Spans) -> tuple[list[Tensor], Tensor | None]:
-        return [p[""].view(-1)[lo:hi] for p, (lo, hi) in zip(parts, spans, strict=True)], None
+        return _stored(parts, "", spans), None
 
     def save(self, parts: Sequence[Parts], spans: Spans, values: list[Tensor], flat: Tensor | None,
              noise: Streams | None = None, turn: int = 0) -> None:
@@ -162,7 +155,9 @@ class Bf16(_One):
 
 
 def _stored(parts: Sequence[Parts], name: str, spans: Spans) -> list[Tensor]:
-    return [p[name].view(-1)[lo:hi] for p, (lo, hi) in zip(parts, spans, strict=True)]
+    flat = [p[name].view(-1) for p in parts]
+    return [x if hi - lo == x.numel() else x[lo:hi]
+            for x, (lo, hi) in zip(flat, spans, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ micro-batches add up to the projection of their sum, so a projected gradient acc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...core.errors import ConfigError, FormatError, RecipeError
 from . import named
 from .clip import Clip
-from .codecs import SMALL, Block, Codec, Parts, Plain
+from .codecs import SMALL, Block, Codec, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
 from .plan import Plan, check_shape
@@ -33,9 +33,8 @@ from .residual import Rows
 from .residual import Seen as Beside
 from .rules import Whole, accumulator
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
+from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep
 from .transform import Seen
-
-State = dict[str, Any]
 
 
 class Composed(torch.optim.Optimizer):
@@ -96,43 +95,41 @@ class Composed(torch.optim.Optimizer):
 
     def _together(self) -> set[nn.Parameter]:
         """Step small dense tensors in bunches of one slice's size, with a handful of kernels for
-        all; returns what was stepped. The arithmetic is that of :meth:`_dense_step`."""
-        rule, done = self.plan.rule, set[nn.Parameter]()
-        if self.in_backward or self.plan.transforms or not hasattr(rule, "directions") \
-                or not rule.decoupled \
-                or not isinstance(self.plan.codec, Plain):
+        all; returns what was stepped. Bit for bit what :meth:`_dense_step` does."""
+        done = set[nn.Parameter]()
+        if self.in_backward or self.plan.transforms or isinstance(self.plan.rule, Whole):
             return done
-        bunches: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        bunches: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor, int, str, State]]] = {}
         for k, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is None or p.grad.is_sparse or self._projected(p) \
-                        or p.dtype != accumulator(p.dtype) or not _same_layout(p, p.grad):
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                g, n = p.grad, p.numel()
+                if g is None or n > self._slice(p.device) or g.is_sparse or self._projected(p) \
+                        or not (p.is_contiguous() and g.is_contiguous()):
                     continue
-                step = self.state[p].get("step", 0) if p in self.state else 0
-                key = (k, p.device, p.dtype, step)
-                if p.numel() <= self._slice(p.device) // 4:
-                    bunches.setdefault(key, []).append(p)
-        for (k, device, _, step), tensors in bunches.items():
-            for bunch in _cut(tensors, self._slice(device)):
-                if len(bunch) > 1:
-                    self._step_bunch(self.param_groups[k], bunch, step + 1)
-                    done.update(bunch)
+                state = self.state[p]
+                key = k, p.device, p.dtype, g.dtype, state.get("step", 0), self._codec(p, n)
+                bunches.setdefault(key, []).append((p, g, n, name, state))
+        for (k, device, *_, step, codec), found in bunches.items():
+            for lo, hi in cut([n for _, _, n, _, _ in found], self._slice(device), codec.block):
+                self._step_bunch(self.param_groups[k], found[lo:hi], codec, step + 1)
+            done.update(p for p, *_ in found)
         return done
 
-    def _step_bunch(self, group: dict[str, Any], bunch: list[nn.Parameter], t: int) -> None:
-        for p in bunch:
-            state = self.state[p]
-            check_shape(self._where[p][1], p, state, self.burnish_shapes)
-            self.burnish_shapes.setdefault(p, p.shape)
+    def _step_bunch(self, group: dict[str, Any],
+                    found: list[tuple[nn.Parameter, Tensor, int, str, State]], codec: Codec,
+                    t: int) -> None:
+        ws = [p.detach().view(-1) for p, *_ in found]
+        for w, (p, _, n, name, state) in zip(ws, found, strict=True):
+            check_shape(name, p, state, self.burnish_shapes)
+            if "step" not in state:
+                self.burnish_shapes.setdefault(p, p.shape)
+            self._allocate(state, codec, n, w.device, p.shape)
+            self._numerics.prepare(w, state)
             state["step"] = t
-            self._allocate(state, Plain(accumulator(p.dtype)), p.numel(), p.device, tuple(p.shape))
-        states = {s: [self.state[p][s].view(-1) for p in bunch] for s in self.plan.rule.states}
-        ws = [p.detach().view(-1) for p in bunch]
-        us = self.plan.rule.directions([p.grad.view(-1) for p in bunch], states, t, group)
-        lr, decay = group["lr"], group["weight_decay"]
-        if decay:
-            torch._foreach_mul_(ws, 1 - lr * decay)
-        torch._foreach_add_(ws, us, alpha=-lr)
+        sweep(self.plan.rule, codec, self._numerics, Bunch(
+            [name for *_, name, _ in found], [state for *_, state in found],
+            [(0, n) for _, _, n, _, _ in found], ws, [g.view(-1) for _, g, *_ in found]),
+            t, group, self.seed)
 
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
@@ -202,17 +199,9 @@ class Composed(torch.optim.Optimizer):
         codec = self._codec(p, p.numel())
         self._allocate(state, codec, p.numel(), p.device, tuple(p.shape))
         self._numerics.prepare(w, state)
-        lr, decay = group["lr"], group["weight_decay"]
         for lo, hi in self._slices(p.numel(), p.device):
-            g = g_flat[lo:hi].to(accumulator(p.dtype), copy=True)
-            x = self._numerics.read(w, state, lo, hi)
-            if decay and not rule.decoupled:
-                g.add_(x, alpha=decay)
-            u = self._direct(name, state, codec, t, group, lo, hi, g)
-            if decay and rule.decoupled:
-                x.mul_(1 - lr * decay)
-            x.add_(u, alpha=-lr)
-            self._numerics.write(w, state, lo, hi, x, CounterNoise(self.seed, f"{name}/round"), t)
+            sweep(rule, codec, self._numerics, Bunch([name], [state], [(lo, hi)], [w[lo:hi]],
+                                                     [g_flat[lo:hi]]), t, group, self.seed)
 
     def _whole_step(self, p: nn.Parameter, grad: Tensor) -> None:
         """A rule that needs the tensor at once: one more temporary of its size than slices take."""
@@ -233,16 +222,6 @@ class Composed(torch.optim.Optimizer):
         x.add_(u.reshape(-1), alpha=-group["lr"])
         self._numerics.write(w, state, 0, p.numel(), x, CounterNoise(self.seed, f"{name}/round"), t)
 
-    def _direct(self, name: str, state: State, codec: Codec, t: int, group: Mapping[str, Any],
-                lo: int, hi: int, g: Tensor) -> Tensor:
-        """Direction of one slice; the state's slice goes out of and back into its codec."""
-        parts = {s: _parts(state, s) for s in self.plan.rule.states}
-        values = {s: codec.read(parts[s], lo, hi) for s in parts}
-        u = self.plan.rule.direction(g, values, t, group)
-        for s, value in () if codec.view else values.items():
-            codec.write(parts[s], lo, hi, value, CounterNoise(self.seed, f"{name}/{s}"), t)
-        return u
-
     # -- one projected matrix -------------------------------------------------------------
     def _basis(self, p: nn.Parameter, G: Tensor) -> Basis:
         """The current basis, refreshed first if its time has come."""
@@ -257,7 +236,7 @@ class Composed(torch.optim.Optimizer):
                 self._move_moments(p, sub.map.basis(G, noise, turn - 1, dtype), basis)
             return basis
         old = None
-        if stored := _parts(state, "projector"):
+        if stored := state_parts(state, "projector"):
             old = Basis(stored.get("left"), stored.get("right"), stored.get("columns"),
                         G.shape[1], accumulator(p.dtype))
             if not due or "folded" in state:
@@ -276,7 +255,7 @@ class Composed(torch.optim.Optimizer):
         shape = self.plan.subspace.map.shape(m, n)
         codec, name = self._codec(p, shape[0] * shape[1]), self._where[p][1]
         for s, signed in self.plan.rule.states.items():
-            if parts := _parts(state, s):
+            if parts := state_parts(state, s):
                 M = codec.read(parts, 0, shape[0] * shape[1]).view(shape)
                 M = torch.zeros_like(M) if how == "reset" else rotate(M, old, new, not signed)
                 codec.write(parts, 0, M.numel(), M.reshape(-1),
@@ -310,7 +289,9 @@ class Composed(torch.optim.Optimizer):
         norms = torch.linalg.vector_norm(R, dim=axis) if beside is not None else None
         flat = R.view(-1)
         for lo, hi in self._slices(R.numel(), p.device):
-            u = self._direct(name, state, codec, t, group, lo, hi, flat[lo:hi])
+            u = torch.zeros_like(flat[lo:hi])
+            moved(self.plan.rule, codec, Bunch([name], [state], [(lo, hi)], [], []), [u],
+                  [flat[lo:hi]], t, group, self.seed, -1.0, 0.0)
             flat[lo:hi].copy_(u)
         rows: Rows | None = None
         if beside is not None:
@@ -340,13 +321,13 @@ class Composed(torch.optim.Optimizer):
     def _allocate(self, state: State, codec: Codec, n: int, device: torch.device,
                   shape: tuple[int, ...]) -> None:
         for s, signed in self.plan.rule.states.items():
-            if not _parts(state, s):
+            if not state_parts(state, s):
                 for part, tensor in codec.empty(n, signed, device).items():
                     state[f"{s}.{part}" if part else s] = tensor if part else tensor.view(shape)
 
     @staticmethod
     def _slice(device: torch.device) -> int:
-        return 1 << (20 if device.type == "cpu" else 23)
+        return strip(device)
 
     def _slices(self, n: int, device: torch.device) -> Any:
         size = self._slice(device)
@@ -387,32 +368,6 @@ class Composed(torch.optim.Optimizer):
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
-
-
-def _same_layout(p: Tensor, grad: Tensor) -> bool:
-    """Flat views of both run in the same order, without a copy."""
-    return p.is_contiguous() and grad.is_contiguous()
-
-
-def _cut(tensors: list[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
-    """Runs of about `size` elements."""
-    bunch: list[nn.Parameter] = []
-    held = 0
-    for p in tensors:
-        if bunch and held + p.numel() > size:
-            yield bunch
-            bunch, held = [], 0
-        bunch.append(p)
-        held += p.numel()
-    if bunch:
-        yield bunch
-
-
-def _parts(state: State, name: str) -> Parts:
-    """The tensors of one state: {"": tensor}, or {"codes": ..., "absmax": ...}."""
-    if name in state:
-        return {"": state[name]}
-    return {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
 
 
 def _hook(optimizer: Composed, p: nn.Parameter) -> Any:

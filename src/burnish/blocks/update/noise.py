@@ -113,7 +113,7 @@ class CounterNoise:
                device: torch.device | str | None = None) -> Tensor:
         """Elements offset .. offset + n of z ~ N(0, 1), fp32. `turn` is a step of the stream."""
         out = torch.empty(n, device=device)
-        self._seeded("normal", out, offset, turn, torch.Tensor.normal_)
+        self._seeded("normal", out, offset, turn, torch.Tensor.normal_, torch.Generator(out.device))
         return out
 
     def bits16(self, n: int, offset: int = 0, *, turn: int = 0,
@@ -125,18 +125,20 @@ class CounterNoise:
         """
         first, stop = offset // 4, -(-(offset + n) // 4)
         words = torch.empty(stop - first, dtype=torch.int64, device=device)
-        self._seeded("words", words, first, turn, _any_word)
+        self._words(words, first, turn, torch.Generator(words.device))
         lanes = words.view(torch.int16)[offset - 4 * first : offset - 4 * first + n]
         return lanes.to(torch.int32).add_(1 << 15)
 
+    def _words(self, out: Tensor, first: int, turn: int, generator: torch.Generator) -> None:
+        self._seeded("words", out, first, turn, _any_word, generator)
+
     def _seeded(self, kind: str, out: Tensor, offset: int, turn: int,
-                draw: Callable[..., Tensor]) -> None:
+                draw: Callable[..., Tensor], generator: torch.Generator) -> None:
         """Fill `out` with elements of a stream, panel by panel."""
         if isinstance(out, FakeTensor) or out.is_meta:
             return                                   # a simulation has no values
         n, cpu = out.numel(), out.device.type == "cpu"
         size = _CPU_PANEL if cpu else _DEVICE_PANEL
-        generator = torch.Generator(out.device)
         for panel in range(offset // size, -(-(offset + n) // size)):
             first = panel * size
             lo, hi = max(first, offset), min(first + size, offset + n)
@@ -150,6 +152,23 @@ class CounterNoise:
             draw(drawn, generator=generator)
             if not exact:
                 here.copy_(drawn[lo - first : hi - first])
+
+
+def halves(streams: Sequence[CounterNoise], spans: Sequence[tuple[int, int]], turn: int,
+           device: torch.device) -> Tensor:
+    """``bits16`` of a span of each stream, one behind another, at little more than a seed each."""
+    if len(spans) == 1 or any(lo % 4 or hi % 4 for lo, hi in spans) \
+            or any(type(s) is not CounterNoise for s in streams):
+        drawn = [s.bits16(hi - lo, lo, turn=turn, device=device)
+                 for s, (lo, hi) in zip(streams, spans, strict=True)]
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+    words = torch.empty(sum(hi - lo for lo, hi in spans) // 4, dtype=torch.int64, device=device)
+    generator, at = torch.Generator(words.device), 0
+    for s, (lo, hi) in zip(streams, spans, strict=True):
+        end = at + (hi - lo) // 4
+        s._words(words[at:end], lo // 4, turn, generator)
+        at = end
+    return words.view(torch.int16).to(torch.int32).add_(1 << 15)
 
 
 def _any_word(out: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,78 +1,123 @@
-"""How the fp32 result of a step becomes the stored weight, one slice at a time.
+"""How the result of a step becomes the stored weight, slice by slice, several at once.
 
-``read`` gives the slice in the dtype of the step (a view where the weight already has it), the
-step changes it in place, ``write`` rounds it once. The state each kind needs lives in the
-optimizer's state under the names below.
+``load`` gives slices in the dtype of the step (views where the weights have it, else parts of one
+flat copy), the step changes them in place, ``save`` rounds them once. The state each kind needs
+lies in the optimizer's state under the name it has in ``kept``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-from .codecs import stochastic_bf16
-from .noise import CounterNoise
+from .codecs import Spans, Streams, split, stochastic_bf16
+from .noise import CounterNoise, halves
 from .rules import accumulator
+
+States = Sequence[dict[str, Any]]
+
+
+def widened(slices: Sequence[Tensor], spans: Spans) -> tuple[list[Tensor], Tensor | None]:
+    """The slices in the dtype of a step: themselves, or parts of one flat copy, given as well."""
+    wide = accumulator(slices[0].dtype)
+    if slices[0].dtype == wide:
+        return list(slices), None
+    n = sum(hi - lo for lo, hi in spans)
+    flat = torch.empty(n, dtype=wide, device=slices[0].device)
+    out = split(flat, spans)
+    torch._foreach_copy_(out, list(slices))
+    return out, flat
 
 
 class Numerics:
     """Round to nearest: what `copy_` does."""
 
-    def prepare(self, w: Tensor, state: dict[str, Tensor]) -> None:
+    kept: ClassVar[str] = ""
+
+    def prepare(self, w: Tensor, state: dict[str, Any]) -> None:
         """Make the state on first use. `w` is flat, in memory order."""
 
-    def read(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int) -> Tensor:
-        return w[lo:hi].to(accumulator(w.dtype))
+    def load(self, ws: list[Tensor], states: States, spans: Spans
+             ) -> tuple[list[Tensor], Tensor | None]:
+        """(slices to step, the flat tensor they are parts of)."""
+        return widened(ws, spans)
 
-    def write(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int, x: Tensor,
+    def save(self, ws: list[Tensor], states: States, spans: Spans, xs: list[Tensor],
+             flat: Tensor | None, noise: Callable[[], Streams], turn: int) -> None:
+        if xs[0].dtype != ws[0].dtype:               # the same dtype was changed in place
+            torch._foreach_copy_(ws, xs)
+
+    def read(self, w: Tensor, state: dict[str, Any], lo: int, hi: int) -> Tensor:
+        """One slice of one tensor."""
+        return self.load([w[lo:hi]], [state], [(lo, hi)])[0][0]
+
+    def write(self, w: Tensor, state: dict[str, Any], lo: int, hi: int, x: Tensor,
               noise: CounterNoise, turn: int) -> None:
-        if x.dtype != w.dtype:                       # the same dtype was changed in place
-            w[lo:hi].copy_(x)
+        self.save([w[lo:hi]], [state], [(lo, hi)], [x], x, lambda: [noise], turn)
+
+    def own(self, states: States, spans: Spans) -> list[Tensor] | None:
+        """Slices of the state of this kind; None where the weights need none."""
+        if self.kept not in states[0]:
+            return None
+        return [s[self.kept][lo:hi] for s, (lo, hi) in zip(states, spans, strict=True)]
 
 
 class Stochastic(Numerics):
     """bf16 weights: add uniform low bits, cut. Other dtypes: to nearest."""
 
-    def write(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int, x: Tensor,
-              noise: CounterNoise, turn: int) -> None:
-        if w.dtype == torch.bfloat16:
-            bits = noise.bits16(hi - lo, lo, turn=turn, device=x.device)
-            w[lo:hi].copy_(stochastic_bf16(x, bits))
+    def save(self, ws: list[Tensor], states: States, spans: Spans, xs: list[Tensor],
+             flat: Tensor | None, noise: Callable[[], Streams], turn: int) -> None:
+        if ws[0].dtype == torch.bfloat16 and flat is not None:
+            flat = stochastic_bf16(flat, halves(noise(), spans, turn, flat.device))
+            torch._foreach_copy_(ws, split(flat, spans))
         else:
-            super().write(w, state, lo, hi, x, noise, turn)
+            super().save(ws, states, spans, xs, flat, noise, turn)
 
 
 class Master(Numerics):
     """A full fp32 copy takes the step; the weight is its image."""
 
-    def prepare(self, w: Tensor, state: dict[str, Tensor]) -> None:
+    kept: ClassVar[str] = "master"
+
+    def prepare(self, w: Tensor, state: dict[str, Any]) -> None:
         if w.dtype != accumulator(w.dtype) and "master" not in state:
             state["master"] = w.to(accumulator(w.dtype))
 
-    def read(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int) -> Tensor:
-        return state.get("master", w)[lo:hi]
+    def load(self, ws: list[Tensor], states: States, spans: Spans
+             ) -> tuple[list[Tensor], Tensor | None]:
+        return self.own(states, spans) or ws, None
 
 
 class Kahan(Numerics):
     """Weight plus compensation: y = rn(d + c), t = rn(w + y), c <- rn(y - (t - w)), w <- t."""
 
-    def prepare(self, w: Tensor, state: dict[str, Tensor]) -> None:
+    kept: ClassVar[str] = "compensation"
+
+    def prepare(self, w: Tensor, state: dict[str, Any]) -> None:
         if w.dtype != accumulator(w.dtype) and "compensation" not in state:
             state["compensation"] = torch.zeros_like(w)
 
-    def read(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int) -> Tensor:
-        x = super().read(w, state, lo, hi)
-        return x.add_(state["compensation"][lo:hi]) if "compensation" in state else x
+    def load(self, ws: list[Tensor], states: States, spans: Spans
+             ) -> tuple[list[Tensor], Tensor | None]:
+        xs, flat = widened(ws, spans)
+        if cs := self.own(states, spans):
+            torch._foreach_add_(xs, cs)
+        return xs, flat
 
-    def write(self, w: Tensor, state: dict[str, Tensor], lo: int, hi: int, x: Tensor,
-              noise: CounterNoise, turn: int) -> None:
-        if "compensation" not in state:
-            return super().write(w, state, lo, hi, x, noise, turn)
-        here = w[lo:hi]
-        old = here.to(x.dtype)
-        y = x.sub_(old).to(w.dtype).to(x.dtype)
-        here.copy_(old + y)
-        state["compensation"][lo:hi].copy_(y.sub_(here.to(x.dtype)).add_(old))
+    def save(self, ws: list[Tensor], states: States, spans: Spans, xs: list[Tensor],
+             flat: Tensor | None, noise: Callable[[], Streams], turn: int) -> None:
+        cs = self.own(states, spans)
+        if cs is None or flat is None:
+            return super().save(ws, states, spans, xs, flat, noise, turn)
+        old = widened(ws, spans)[1]
+        y = flat.copy_(flat.sub_(old).to(ws[0].dtype))
+        torch._foreach_copy_(ws, split(old + y, spans))
+        y.sub_(widened(ws, spans)[1].sub_(old))
+        torch._foreach_copy_(cs, xs)
+        return None
 
 
 NUMERICS: dict[str, Numerics] = {"nearest": Numerics(), "stochastic": Stochastic(),

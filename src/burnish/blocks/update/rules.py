@@ -7,9 +7,15 @@ temporaries small.
 
     u = rule.direction(g, state, t, group)        then        W <- W - lr * u
 
-``g`` is fp32 scratch that the rule may overwrite, ``state`` holds the slice of each named state and
-is changed in place, ``t`` counts from 1 and is a Python int (nothing here reads a tensor's value,
-so steps run on fake tensors), ``group`` is the optimizer's param group with the hyperparameters.
+``g`` is scratch in the dtype of the step, which the rule may overwrite, ``state`` holds the slice
+of each named state and is changed in place, ``t`` counts from 1 and is a Python int (nothing here
+reads a tensor's value, so steps run on fake tensors), ``group`` is the optimizer's param group with
+the hyperparameters.
+
+That is all a rule needs. One that also has ``move`` takes the whole step, decay included, of
+several slices with a few kernels for all; the rules here do, most of them in one pass::
+
+    rule.move(xs, gs, states, t, group, lr, decay)     # xs and states in place, gs as they are
 """
 
 from __future__ import annotations
@@ -48,6 +54,27 @@ class _Hyper:
         """Zero states in the accumulation dtype of `like` (fp32, or fp64 for fp64)."""
         return {k: torch.zeros_like(like, dtype=accumulator(like.dtype))
                 for k in self.states}  # type: ignore[attr-defined]
+
+
+#: device types whose fused kernels torch ships
+FUSED = frozenset(("cpu", "cuda", "mps", "xpu", "hpu"))
+
+
+def move(rule: Rule, xs: list[Tensor], gs: list[Tensor], states: Mapping[str, list[Tensor]],
+         t: int, group: Mapping[str, Any], lr: float, decay: float) -> None:
+    """``x <- (1 - lr decay) x - lr u`` for every slice (where the rule has it so, ``decay x`` is
+    added to g instead): all at once where the rule can, else one by one by its direction."""
+    if hasattr(rule, "move") and xs[0].device.type in FUSED:
+        return rule.move(xs, gs, states, t, group, lr, decay)
+    for i, x in enumerate(xs):
+        g = gs[i].clone()
+        if decay and not rule.decoupled:
+            g.add_(x, alpha=decay)
+        u = rule.direction(g, {s: states[s][i] for s in states}, t, group)
+        if decay and rule.decoupled:
+            x.mul_(1 - lr * decay)
+        x.add_(u, alpha=-lr)
+    return None
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -94,25 +121,15 @@ class AdamW(_Hyper):
         b1, b2 = group["betas"]
         return math.sqrt(1 - b2**t) / (1 - b1**t) if group["eps_first"] else 1.0
 
-    def directions(self, gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
-                   group: Mapping[str, Any]) -> list[Tensor]:
-        """The same for several tensors; `gs` is left as it is."""
+    def move(self, xs: list[Tensor], gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
+             group: Mapping[str, Any], lr: float, decay: float) -> None:
+        """Torch's fused kernel: one pass. With eps_first it is given eps / sqrt(1 - b2^t)."""
         b1, b2 = group["betas"]
-        ms, vs = states["exp_avg"], states["exp_avg_sq"]
-        torch._foreach_lerp_(ms, gs, 1 - b1)
-        torch._foreach_mul_(vs, b2)
-        torch._foreach_addcmul_(vs, gs, gs, value=1 - b2)
-        c1, c2 = 1 - b1**t, math.sqrt(1 - b2**t)
-        us = torch._foreach_sqrt(vs)
-        if not group["eps_first"]:
-            torch._foreach_div_(us, c2)
-        torch._foreach_add_(us, group["eps"])
-        made = torch._foreach_div(ms, us)
-        if group["eps_first"]:
-            torch._foreach_mul_(made, c2 / c1)
-        else:
-            torch._foreach_div_(made, c1)
-        return list(made)
+        eps = group["eps"] / (math.sqrt(1 - b2**t) if group["eps_first"] else 1.0)
+        step = torch.full((), float(t), dtype=torch.float32, device=xs[0].device)
+        torch._fused_adamw_(xs, gs, states["exp_avg"], states["exp_avg_sq"], [], [step] * len(xs),
+                            lr=lr, beta1=b1, beta2=b2, weight_decay=decay, eps=eps,
+                            amsgrad=False, maximize=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +154,17 @@ class Lion(_Hyper):
         m.lerp_(g, 1 - b2)
         return u
 
-    def directions(self, gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
-                   group: Mapping[str, Any]) -> list[Tensor]:
-        """The same for several tensors; `gs` is left as it is."""
+    def move(self, xs: list[Tensor], gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
+             group: Mapping[str, Any], lr: float, decay: float) -> None:
+        """Four passes over what lies in cache; one temporary of the slices' size."""
         b1, b2 = group["betas"]
         ms = states["exp_avg"]
-        us = list(torch._foreach_lerp(gs, ms, b1))
+        us = torch._foreach_lerp(gs, ms, b1)
         torch._foreach_sign_(us)
         torch._foreach_lerp_(ms, gs, 1 - b2)
-        return us
+        if decay:
+            torch._foreach_mul_(xs, 1 - lr * decay)
+        torch._foreach_add_(xs, us, alpha=-lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +192,15 @@ class SGD(_Hyper):
             return g
         b = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
         return g.add_(b, alpha=group["momentum"]) if group["nesterov"] else g.copy_(b)
+
+    def move(self, xs: list[Tensor], gs: list[Tensor], states: Mapping[str, list[Tensor]], t: int,
+             group: Mapping[str, Any], lr: float, decay: float) -> None:
+        """Torch's fused kernel: one pass."""
+        buffers = states.get("momentum_buffer", [])
+        torch._fused_sgd_(xs, gs, buffers, lr=lr, weight_decay=decay, dampening=0.0,
+                          momentum=group["momentum"] if buffers else 0.0,
+                          nesterov=bool(buffers) and group["nesterov"], maximize=False,
+                          is_first_step=False)
 
 
 class Whole(_Hyper):

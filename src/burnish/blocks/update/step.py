@@ -31,7 +31,7 @@ from .clip import check_norm, clip_norm_
 from .codecs import Plain, codec
 from .plan import ROUNDINGS, Plan, RoundingKind, check_shape
 from .residual import Residual, Scaled, residual
-from .rules import SGD, AdamW, Rule, Whole
+from .rules import FUSED, SGD, AdamW, Rule, Whole
 from .subspace import AtRefresh, SubspaceMap
 
 #: a weight of a repeated block has a number in its path; embeddings and biases are not projected
@@ -413,13 +413,9 @@ def _name(answer: Any) -> str:
     return answer.name or answer.rule.name
 
 
-#: device types whose fused kernels torch ships
-_FUSED = {"cpu", "cuda", "mps", "xpu", "hpu"}
-
-
 def _native(rule: Rule, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
     """Torch's own optimizer where it computes the same."""
-    fused = all(p.device.type in _FUSED for g in groups for _, p in g["params"])
+    fused = all(p.device.type in FUSED for g in groups for _, p in g["params"])
     hyper = rule.hyper()
     hyper.pop("weight_decay", None)
     if isinstance(rule, AdamW) and not hyper.pop("eps_first"):
