@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import burnish
+from burnish.blocks.update.composed import Composed
 from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 from burnish.testing.models import tiny
@@ -19,6 +22,21 @@ def gradients(shape, steps, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g, dtype=torch.float64) * 10.0**(k % 3 - 1)
             for k in range(steps)]
+
+
+class Allocations(TorchDispatchMode):
+    """The largest new storage, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs))
+               if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in old:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
 
 
 def rms(x):
@@ -57,7 +75,12 @@ def ours(recipe, W, Gs, lr):
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7,)])
 @pytest.mark.parametrize("settings", [{}, {"beta1": 0.9}, {"scaled": True}, {"wd": 0.1},
                                       {"c": 0.6, "d": 0.5}])
-def test_steps_are_the_equations(shape, settings):
+@pytest.mark.parametrize("strip", [None, 20])
+def test_steps_are_the_equations(shape, settings, strip, monkeypatch):
+    """Whole, and some rows at a time."""
+    if strip:
+        monkeypatch.setattr(Composed, "_slice", staticmethod(lambda device: strip))
+        monkeypatch.setattr("burnish.methods.optimizer.adafactor.strip", lambda device: strip // 2)
     words = {"c": "decay_rate", "d": "clip", "scaled": "scale_parameter", "wd": "weight_decay"}
     text = ", ".join(f"{words.get(k, k)}={v}" for k, v in settings.items())
     W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -65,6 +88,23 @@ def test_steps_are_the_equations(shape, settings):
     p, _ = ours(f"full + adafactor({text})", W, Gs, 0.03)
     torch.testing.assert_close(p.detach(), reference(W, Gs, 0.03, **settings), rtol=1e-9,
                                atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["adafactor", "adafactor + master_weights",
+                                    "adafactor(beta1=0.9, scale_parameter=True) + kahan"])
+def test_a_half_precision_gradient_is_left_as_it_came_and_none_is_widened_whole(recipe,
+                                                                               monkeypatch):
+    for where in ("methods.optimizer.adafactor.strip", "blocks.update.composed.strip"):
+        monkeypatch.setattr(f"burnish.{where}", lambda device: 2048)
+    p = nn.Parameter(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16())
+    opt = compose([m.optimizer() for m in parse(recipe)], [("w", p)], 1e-3)
+    G = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    p.grad = G.clone()
+    opt.step()
+    with Allocations() as seen:
+        opt.step()
+    assert torch.equal(p.grad, G)
+    assert 0 < seen.largest <= 4 * 2048 < p.numel()
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (7,)])

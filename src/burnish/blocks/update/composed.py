@@ -29,9 +29,8 @@ from .codecs import SMALL, Block, Codec, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
 from .plan import Plan, check_shape
-from .residual import Rows
 from .residual import Seen as Beside
-from .rules import Whole, accumulator
+from .rules import Rows, Whole, accumulator
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
 from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep
 from .transform import Seen
@@ -204,23 +203,28 @@ class Composed(torch.optim.Optimizer):
                                                      [g_flat[lo:hi]]), t, group, self.seed)
 
     def _whole_step(self, p: nn.Parameter, grad: Tensor) -> None:
-        """A rule that needs the tensor at once: one more temporary of its size than slices take."""
+        """A rule that reads the tensor at once; the weight is stepped some rows at a time."""
         (group, name), state, rule = self._where[p], self.state[p], self.plan.rule
-        wide = accumulator(p.dtype)
         state["step"] = t = state.get("step", 0) + 1
         w = in_memory_order(p.detach())[0].reshape(-1)
         shape = tuple(matrix(p.detach()).shape) if p.dim() > 1 else (p.numel(),)
         for key, size in rule.shapes(shape).items():
             if key not in state:
-                state[key] = torch.zeros(size, dtype=wide, device=p.device)
+                state[key] = torch.zeros(size, dtype=accumulator(p.dtype), device=p.device)
         self._numerics.prepare(w, state)
-        x = self._numerics.read(w, state, 0, p.numel())
-        G = in_memory_order(grad, like=p)[0].reshape(shape).to(wide, copy=True)
-        u = rule.update(G, x.view(shape), state, t, group)
-        if group["weight_decay"]:
-            x.mul_(1 - group["lr"] * group["weight_decay"])
-        x.add_(u.reshape(-1), alpha=-group["lr"])
-        self._numerics.write(w, state, 0, p.numel(), x, CounterNoise(self.seed, f"{name}/round"), t)
+        width = p.numel() // max(1, shape[0])
+
+        def weight(lo: int, hi: int) -> Tensor:
+            return self._numerics.read(w, state, lo * width, hi * width).view(-1, *shape[1:])
+
+        rows = rule.rows(in_memory_order(grad, like=p)[0].reshape(shape), weight, state, t, group)
+        noise = CounterNoise(self.seed, f"{name}/round")
+        for lo, hi in panels(shape[0], width, self._slice(p.device)):
+            x = weight(lo, hi)
+            if group["weight_decay"]:
+                x.mul_(1 - group["lr"] * group["weight_decay"])
+            x.add_(rows(lo, hi), alpha=-group["lr"])
+            self._numerics.write(w, state, lo * width, hi * width, x.view(-1), noise, t)
 
     # -- one projected matrix -------------------------------------------------------------
     def _basis(self, p: nn.Parameter, G: Tensor) -> Basis:

@@ -12,16 +12,14 @@ state, under names that it lists in ``states``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .rules import Rows
 from .subspace import Basis, panels
-
-Rows = Callable[[int, int], Tensor]
 
 
 @dataclass

@@ -21,7 +21,7 @@ several slices with a few kernels for all; the rules here do, most of them in on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -203,6 +203,9 @@ class SGD(_Hyper):
                           is_first_step=False)
 
 
+Rows = Callable[[int, int], Tensor]
+
+
 class Whole(_Hyper):
     """A rule that looks at a whole tensor at once (factored moments, norms): answer two questions.
 
@@ -211,6 +214,8 @@ class Whole(_Hyper):
     update: (G, W, state, t, group) -> u, with G a matrix (first dimension in memory, rest), or a
         vector for one-dimensional tensors, W the weight in the same form (not to be changed), both
         in the accumulation dtype; ``W <- W - lr u`` follows. G may be overwritten.
+
+    A rule that need not hold u whole answers ``rows`` instead of ``update``.
     """
 
     name: ClassVar[str] = "whole"
@@ -222,6 +227,16 @@ class Whole(_Hyper):
     def update(self, G: Tensor, W: Tensor, state: Mapping[str, Tensor], t: int,
                group: Mapping[str, Any]) -> Tensor:
         raise NotImplementedError
+
+    def rows(self, G: Tensor, weight: Rows, state: Mapping[str, Tensor], t: int,
+             group: Mapping[str, Any]) -> Rows:
+        """(lo, hi) -> those rows of u, in the accumulation dtype and read only. Each row is asked
+        for once, in order, and W is stepped behind it.
+
+        G: the gradient as it came, not to be changed.  weight: (lo, hi) -> those rows of W.
+        """
+        u = self.update(G.to(accumulator(G.dtype), copy=True), weight(0, len(G)), state, t, group)
+        return lambda lo, hi: u[lo:hi]
 
     @property
     def states(self) -> Mapping[str, bool]:

@@ -22,7 +22,7 @@ Evaluate = AbstractContextManager[Any]
 
 def strip(device: torch.device) -> int:
     """Elements perturbed at a time: what stays in a core's cache, and whole panels of noise."""
-    return 1 << (16 if device.type == "cpu" else 20)
+    return 1 << (18 if device.type == "cpu" else 20)
 
 
 def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
