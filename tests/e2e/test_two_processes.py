@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +17,18 @@ from burnish.fit import checkpoint
 from burnish.formats import safe
 
 CALL = """
-import sys, torch, burnish
+import json, sys, torch, burnish
 torch.set_num_threads(1)
-burnish.fit(sys.argv[1], "digits", "lora(rank=4)", output=sys.argv[2], max_steps=4,
-            batch_size=int(sys.argv[3]), save_steps=2, eval_steps=2, lr=1e-2, report=False,
-            test=False, measure=False, quiet=True, seed=5)
+model, output, recipe, size, more = sys.argv[1:]
+try:
+    burnish.fit(model, "digits", recipe, output=output, max_steps=4, batch_size=int(size),
+                save_steps=2, eval_steps=2, lr=1e-2, report=False, test=False, measure=False,
+                quiet=True, seed=5, **json.loads(more))
+except burnish.BurnishError as e:
+    sys.exit(f"{type(e).__name__}: {e}")
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -29,30 +38,99 @@ def port():
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
-def test_two_processes_end_in_the_weights_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
     from transformers import ViTConfig, ViTForImageClassification
 
     from burnish.fit.pictures import Picture
     torch.manual_seed(0)
-    model = tmp_path / "vit"
+    model = tmp_path_factory.mktemp("models") / "vit"
     ViTForImageClassification(ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         image_size=8, patch_size=4, num_channels=1, num_labels=10)).save_pretrained(model)
     Picture(8, 8, (0.5,), (0.5,)).save_pretrained(model)
+    return model
 
+
+def run(processes, model, output, recipe, size, start=None, env=(), **more):
+    """One run in so many processes, going on from a checkpoint of another; the last words of
+    each."""
+    if start is not None:
+        shutil.copytree(start, output / start.name)
+        more["resume"] = True
     source = str(Path(__file__).resolve().parents[2] / "src")
-    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    many = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
-    both = [subprocess.Popen([sys.executable, "-c", CALL, model, tmp_path / "two", "4"],
-                             env={**many, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    assert [p.wait(300) for p in both] == [0, 0]
-    subprocess.run([sys.executable, "-c", CALL, model, tmp_path / "one", "8"], env=env, check=True)
+    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **dict(env)}
+    call = [sys.executable, "-c", CALL, model, output, recipe, str(size), json.dumps(more)]
+    if processes == 1:
+        each = [env]
+    else:
+        many = {**env, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port())}
+        each = [{**many, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    runs = [subprocess.Popen(call, env=e, stderr=subprocess.PIPE, text=True) for e in each]
+    said = [r.communicate(timeout=300)[1] for r in runs]
+    if any(r.returncode for r in runs):
+        return [s.strip().splitlines()[-1] for s in said]
+    return [""] * processes
 
-    one, two = (safe.load_file(tmp_path / n / "adapter_model.safetensors")
-                for n in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
+
+def same(one, two, file="adapter_model.safetensors"):
+    a, b = (safe.load_file(folder / file) for folder in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_end_in_the_weights_of_one(vit, tmp_path):
+    assert run(2, vit, tmp_path / "two", "lora(rank=4)", 4) == ["", ""]
+    assert run(1, vit, tmp_path / "one", "lora(rank=4)", 8) == [""]
+    same(tmp_path / "one", tmp_path / "two")
     newest = checkpoint.all_in(tmp_path / "two")[-1]
     assert {"rng-0.json", "rng-1.json"} <= {p.name for p in newest.iterdir()}
+
+
+@pytest.mark.slow
+def test_shares_of_a_model_end_in_its_weights_and_either_goes_on_from_the_other(vit, tmp_path):
+    """FSDP2 in two processes, one process, and each from the other's checkpoint of half way:
+    the same weights and moments, whole in every file."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert run(2, vit, two, "full", 4, shard="fsdp2", shard_offload=True) == ["", ""]
+    assert run(1, vit, one, "full", 8) == [""]
+    same(one, two)
+    back, on = tmp_path / "back", tmp_path / "on"
+    assert run(1, vit, back, "full", 8, start=two / "checkpoint-2") == [""]
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}     # as accelerate launch says it
+    assert run(2, vit, on, "full", 4, start=one / "checkpoint-2", env=asked) == ["", ""]
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        for other in (two, back, on):
+            same(one / "checkpoint-4", other / "checkpoint-4", file)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one_with_as_many_rows_an_update(vit, tmp_path):
+    one = tmp_path / "one"
+    assert run(1, vit, one, "lora(rank=4)", 8) == [""]
+    assert run(2, vit, tmp_path / "on", "lora(rank=4)", 4, start=one / "checkpoint-2") == ["", ""]
+    same(one / "checkpoint-4", tmp_path / "on" / "checkpoint-4")
+    said = run(2, vit, tmp_path / "more", "lora(rank=4)", 8, start=one / "checkpoint-2")
+    assert all("its rows is 8, this run's is 16" in s for s in said)
+
+
+def test_shares_are_refused_where_nobody_else_holds_the_rest():
+    import burnish
+    with pytest.raises(burnish.ConfigError, match="there is one: start several with torchrun"):
+        burnish.fit("nowhere", "digits", shard="fsdp2")
+    with pytest.raises(burnish.ConfigError, match="did you mean 'fsdp2'"):
+        burnish.fit("nowhere", "digits", shard="fsdp")
+    with pytest.raises(burnish.ConfigError, match="give both"):
+        burnish.fit("nowhere", "digits", shard_offload=True)
+    with pytest.raises(burnish.ConfigError, match="shard='fsdp2' shards the model"):
+        burnish.fit("nowhere", "digits", fsdp="full_shard")
+
+
+def test_the_first_fsdp_is_refused(monkeypatch):
+    import burnish
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(burnish.ConfigError, match="fsdp_version: 2"):
+        burnish.fit("nowhere", "digits")

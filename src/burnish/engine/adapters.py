@@ -27,7 +27,7 @@ from .leave import take_out
 from .observe import Batches
 from .planned import make_plan
 from .slot import Slot, slots
-from .spread import refuse
+from .spread import let_go, refuse
 from .step import forward
 from .swap import ATTR
 
@@ -210,6 +210,7 @@ def still_there(tuned: Tuned) -> None:
 
     A parameter that was replaced by one of the same shape takes its place. Raises ConfigError.
     """
+    let_go(tuned)
     advice = "call tuned.detach() before a model is changed, and tune it again"
     found = {}
     for adapter in tuned.adapters.values():

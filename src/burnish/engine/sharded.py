@@ -20,7 +20,7 @@ from ..blocks.tape.segment import Segment
 from ..blocks.update.step import compose, plan_of
 from ..core.errors import ConfigError, RecipeError
 from ..core.processes import processes
-from .spread import Average, Shards
+from .spread import Average, Shards, let_go
 from .stages import stages_of
 from .swap import ATTR
 
@@ -162,3 +162,5 @@ def _spread(tuned: Tuned, stay: set[nn.Parameter], mesh: Any, offload: bool) -> 
     for block in tuned.anatomy.blocks:
         fully_shard(tuned.model.get_submodule(block.path), **kw)
     fully_shard(tuned.model, **kw)
+    # what stands outside the blocks stays gathered for a backward; where none comes, it is let go
+    tuned.model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else let_go(tuned))

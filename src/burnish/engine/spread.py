@@ -29,6 +29,16 @@ class Shards:
         self.mesh, self.offload, self.average = mesh, offload, average
 
 
+def let_go(tuned: Tuned) -> None:
+    """The model's parameters are the shares again, where a forward has left them gathered."""
+    if tuned.state.shards is not None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for m in tuned.model.modules():
+            if isinstance(m, FSDPModule):
+                m.reshard()
+
+
 def refuse(tuned: Tuned, what: str) -> None:
     """ConfigError for what needs the whole model, where it is sharded."""
     if tuned.state.shards is not None:

@@ -55,7 +55,8 @@ ELSEWHERE = {
     "label_names": "columns are chosen by text=, label= and image=",
     "push_to_hub": "upload the finished folder",
     "torch_compile": "compile the model before, or use the recipe",
-    "deepspeed": "sharding goes through accelerate's FSDP2",
+    "deepspeed": "shard='fsdp2' shards the model",
+    "fsdp": "shard='fsdp2' shards the model", "fsdp_config": "shard='fsdp2' shards the model",
     "save_only_model": "a checkpoint always holds all it takes to resume",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
     "do_train": "fit always trains", "do_eval": "give a validation split, or validation=0",
@@ -76,6 +77,8 @@ class Options:
     tensorboard: also write TensorBoard files.
     test: also evaluate the test split at the end (default: when there is one).
     quiet: print nothing.  report: write report.html.  measure: measure a step at the end.
+    shard: "ddp" (what several processes do where nothing is said) or "fsdp2": each holds a share of
+        the base (:func:`burnish.shard`).  shard_offload: the shares wait on the host.
     dtype: of the loaded weights; None takes what the model's config says.
     trust_remote_code: let code that comes with a model run.  callbacks: more of transformers' own.
     """
@@ -99,6 +102,8 @@ class Options:
     quiet: bool = False
     report: bool = True
     measure: bool = True
+    shard: str | None = None
+    shard_offload: bool = False
     dtype: Any = None
     trust_remote_code: bool = False
     callbacks: list[Any] = field(default_factory=list)

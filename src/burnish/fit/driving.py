@@ -57,6 +57,10 @@ def go_on_by(scheduler: Any, kept: dict[str, Any]) -> None:
     first step at the old end's rate, which is nought.
     """
     fresh = list(getattr(scheduler, "base_lrs", ()))
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        own = scheduler.lr_lambdas               # one a group; other shares, other groups
+        if len(kept.get("lr_lambdas", own)) != len(own):
+            kept = {**kept, "lr_lambdas": [None] * len(own)}
     scheduler.load_state_dict(kept)
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return

@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ..core.errors import BurnishError, FormatError
+from ..core.processes import anywhere, here
 from ..engine.tuned import Tuned
 from ..formats import safe
 from ..formats.adapter import put
@@ -56,6 +57,8 @@ class Trainer(transformers.Trainer):
         self._resumed: tuple[list[float], bool] | None = None
         self._rng: dict[str, Any] | None = None
         self._began, self._earlier = time.perf_counter(), past.seconds
+        if tuned.state.shards is not None:       # nothing is left to wrap
+            tuned.model._is_accelerate_prepared = True
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
                          preprocess_logits_for_metrics=_answers(task), **kw)
@@ -193,7 +196,7 @@ class Trainer(transformers.Trainer):
     def _must_be_finite(self, value: torch.Tensor, what: str) -> None:
         """Stops before anything is updated, and keeps the state of the step before."""
         value = value.detach()
-        if math.isfinite(float(value)):
+        if not self._anywhere(not math.isfinite(float(value))):
             return
         step = self.step
         kept = self._keep_last()
@@ -201,6 +204,19 @@ class Trainer(transformers.Trainer):
             f"the {what} is {float(value)} at step {step + 1} (epoch {self.state.epoch or 0:.2f}); "
             f"nothing was updated: the state after step {step} is kept in {kept}; try a smaller "
             "learning rate, or look at the rows of that step")
+
+    def _anywhere(self, true: bool) -> bool:
+        """In any process: what stops one stops all."""
+        return anywhere(true) if self.args.world_size > 1 else true
+
+    def _rows(self) -> int:
+        """Rows of an update, over all processes and micro-batches."""
+        return self.args.train_batch_size * self.args.world_size \
+            * self.args.gradient_accumulation_steps
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.tuned.state.shards is None:      # shares are where they should be
+            super()._move_model_to_device(model, device)
 
     def _keep_last(self) -> str:
         folder = self._folder()
@@ -259,9 +275,11 @@ class Trainer(transformers.Trainer):
 
     def _write(self, folder: Path, rng: dict[str, Any] | None) -> None:
         """One whole checkpoint, or none. rng: generators as they were; None takes them now."""
-        bad = [n for n, p in self.tuned.named_parameters() if not bool(p.detach().isfinite().all())]
-        if bad:
-            raise BurnishError(f"{bad[0]} is not finite after step {self.step}; "
+        bad = [n for n, p in self.tuned.named_parameters()
+               if not bool(here(p).detach().isfinite().all())]
+        if self._anywhere(bool(bad)):
+            what = bad[0] if bad else "what another process trains"
+            raise BurnishError(f"{what} is not finite after step {self.step}; "
                                "nothing was saved, the checkpoints before it are untouched")
         optimizer = self.tuned.current_optimizer
         rank, scaler = self.args.process_index, self.accelerator.scaler
@@ -269,15 +287,17 @@ class Trainer(transformers.Trainer):
         with checkpoint.writing(folder) if self.args.should_save else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
             state.save_tree(rng or state.random_state(), hidden, f"rng-{rank}")
+            if self.args.should_save or self.tuned.state.shards is not None:
+                self.tuned.save(hidden, whole=True)          # those who have shares give them
+                kept = state.optimizer_state(optimizer, self._named())
             if self.args.should_save:
-                self.tuned.save(hidden, whole=True)
-                state.save_tree(state.optimizer_state(optimizer, self._named()), hidden,
-                                "optimizer")
+                state.save_tree(kept, hidden, "optimizer")
                 state.save_tree({
                     "scheduler": self.lr_scheduler.state_dict(),
                     "timeline": self.tuned.timeline.state(),
                     "data": self.fingerprint, "recipe": str(self.tuned.recipe),
                     "seed": self.args.seed, "processes": self.args.world_size,
+                    "rows": self._rows(),
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
                     "scaler": scaler.state_dict() if scaler is not None else None,
@@ -304,8 +324,11 @@ class Trainer(transformers.Trainer):
         """The adapter and the model's buffers, strictly: names and shapes must agree."""
         folder = Path(resume_from_checkpoint)
         kept = state.load_tree(folder, "loop")
+        # the order of rows does not know how many processes share the rows of an update
+        shared = "rows" if "rows" in kept else "processes"
         for what, now in (("recipe", str(self.tuned.recipe)), ("data", self.fingerprint),
-                          ("seed", self.args.seed), ("processes", self.args.world_size)):
+                          ("seed", self.args.seed),
+                          (shared, self._rows() if shared == "rows" else self.args.world_size)):
             if kept[what] != now:
                 raise FormatError(f"{folder} belongs to another run: its {what} is {kept[what]!r}, "
                                   f"this run's is {now!r}")
@@ -343,8 +366,9 @@ class Trainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            rank = self.args.process_index
-            state.set_random_state(state.load_tree(Path(checkpoint), f"rng-{rank}"))
+            kept = state.load_tree(Path(checkpoint), "loop")
+            state.go_on_drawing(Path(checkpoint), self.args.process_index, kept["processes"],
+                                self.args.world_size, self.args.seed + self.step)
 
     def go_on(self) -> None:
         """Running sums as they were, and the evaluation that a killed run still owed."""
@@ -372,7 +396,7 @@ class Trainer(transformers.Trainer):
         put(self.tuned, safe.load_file(folder / "adapter_model.safetensors"), str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.args.should_save:
+        if self.args.should_save or self.tuned.state.shards is not None:
             self.tuned.save(Path(output_dir or self.args.output_dir))
 
 

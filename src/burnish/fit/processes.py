@@ -1,9 +1,51 @@
-"""How many processes this run was meant to have."""
+"""How many processes this run was meant to have, and what each holds."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ..engine.tuned import Tuned
+    from .arguments import Options
+
+#: how a model may stand in several processes
+SHARDS = ("ddp", "fsdp2")
+
+
+def settle(own: Options) -> None:
+    """What `shard` and the environment of ``accelerate launch`` ask for, in `own`.
+
+    Raises ConfigError for an unknown word, for FSDP of the first kind, and for shares of a model
+    that one process would have alone.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError("accelerate's configuration asks for FSDP 1, which rebuilds "
+                              "parameters; set fsdp_version: 2 (--fsdp_version 2)")
+        os.environ["ACCELERATE_USE_FSDP"] = "false"      # the recipe decides what stays whole
+        own.shard = own.shard or "fsdp2"
+        own.shard_offload |= os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    if own.shard not in (None, *SHARDS):
+        raise ConfigError(f"shard={own.shard!r}: expected {' or '.join(SHARDS)}"
+                          f"{nearest(str(own.shard), SHARDS)}")
+    if own.shard == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ConfigError("shard='fsdp2' spreads the model over processes, and there is one: start "
+                          "several with torchrun --nproc-per-node 2 -m burnish fit ..., or burnish "
+                          "fit --launch 2 ...")
+    if own.shard_offload and own.shard != "fsdp2":
+        raise ConfigError("shard_offload keeps the shares of shard='fsdp2' on the host; give both")
+
+
+def spread(tuned: Tuned, own: Options) -> None:
+    """Give each process its share, where that was asked for and is not done yet."""
+    if own.shard == "fsdp2" and tuned.state.shards is None:
+        from ..engine.sharded import shard
+
+        shard(tuned, offload=own.shard_offload)
 
 
 def alone(parent: int | None = None) -> str | None:

@@ -30,7 +30,7 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .places import check_local, check_served
-from .processes import alone
+from .processes import alone, settle, spread
 from .promise import (
     choose,
     evaluation,
@@ -96,6 +96,7 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     current step with a checkpoint, as KeyboardInterrupt.
     """
     own, args, lora = sort_out(training)
+    settle(own)
     recipe = recipe_of(recipe, lora)
     tasks = tasks_of(data)
     check_tasks(tasks, None if recipe is None else parse(recipe))
@@ -279,6 +280,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             if trainer is not None:
                 trainer.let_go()
             leg.begin(tuned, calibration)
+            spread(tuned, own)
             hyper, settings, keep = training_arguments(tuned, leg.task.data, output, own,
                                                        leg.arguments(args), leg.stage)
             with transformers_errors():
@@ -330,6 +332,9 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
     if trainer.args.should_save:
         finish(run, task, own)
         say(str(run))
+    elif tuned.state.shards is not None:        # all give their parts, to be written and read again
+        tuned.save(output)
+        written.contents(tuned)
     return run
 
 

@@ -226,6 +226,18 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def go_on_drawing(folder: Path, rank: int, before: int, now: int, seed: int) -> None:
+    """This process's generators as they were; where other processes had them, new ones, the same
+    each time."""
+    if before == now:
+        set_random_state(load_tree(folder, f"rng-{rank}"))
+        return
+    own = seed * 1009 + rank
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     with reading("the random state of a checkpoint"):
         random.setstate(state["python"])
