@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 import burnish
@@ -61,6 +62,40 @@ def train(tuned, steps, rank=0, world=1, norm=0.0, kept=None, micro=1):
     return losses, opt
 
 
+def said_by(call):
+    try:
+        return f"done: {call()}"
+    except burnish.BurnishError as e:
+        return str(e)
+
+
+def plan_first():
+    """A tensor-parallel plan, as transformers lays one over a model."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    made = model()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(made.model.layers[0].mlp, mesh, {"gate_proj": ColwiseParallel()})
+    return burnish.tune(made, "lora(rank=2)")
+
+
+def shares_first():
+    made = model()
+    fully_shard(made)
+    return burnish.tune(made, "lora(rank=2)")
+
+
+def shares_of_others():
+    """fully_shard, where burnish.shard was meant: what was added is in shares too."""
+    tuned = burnish.tune(model(), "lora(rank=2)")
+    fully_shard(tuned.model)
+    return tuned.optimizer(1e-3)
+
+
+def statistics():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    return burnish.shard(burnish.tune(net, "lora(rank=2)", targets="0"))
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -98,6 +133,7 @@ def main():
             except burnish.BurnishError as e:
                 refused[what] = str(e)
         said[name] = dict(losses=losses, sharded=sharded, held=held, refused=refused)
+    said["foreign"] = [said_by(f) for f in (plan_first, shares_first, shares_of_others, statistics)]
     print("\n" + json.dumps(said), flush=True)
     dist.barrier()                               # one that left first would take its store along
     dist.destroy_process_group()

@@ -85,6 +85,8 @@ REFUSED = {
     "full + sam": "sam reads whole tensors",
     "lisa": "lisa reads whole tensors",
 }
+FOREIGN = ("sharded already (a tensor-parallel plan, or FSDP2)", "sharded already",
+           "call burnish.shard(tuned) in place of fully_shard", "keeps running statistics")
 GUARDS = {"tuned.merge()": "a merge needs all of its weights",
           "tuned.detach()": "giving back the base needs",
           "tuned.add('more', 'lora')": "another adapter needs",
@@ -122,6 +124,9 @@ def test_two_processes_with_shares_of_the_base_learn_what_one_does(tmp_path):
         assert all(words in each[recipe] for each in said), recipe
     for call, words in GUARDS.items():
         assert all(words in each["lora"]["refused"][call] for each in said), call
+    for each in said:
+        for text, words in zip(each["foreign"], FOREIGN, strict=True):
+            assert words in text
 
     straight = alone("full", tmp_path / "straight", (0, 4))
     assert said[0]["on"]["losses"] == pytest.approx(straight[2:], rel=1e-7), "1 -> 2"

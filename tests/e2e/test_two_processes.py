@@ -59,7 +59,8 @@ def run(processes, model, output, recipe, size, start=None, env=(), **more):
         shutil.copytree(start, output / start.name)
         more["resume"] = True
     source = str(Path(__file__).resolve().parents[2] / "src")
-    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **dict(env)}
+    env = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1",
+           "PYTHONFAULTHANDLER": "1", **dict(env)}
     call = [sys.executable, "-c", CALL, model, output, recipe, str(size), json.dumps(more)]
     if processes == 1:
         each = [env]
@@ -70,7 +71,8 @@ def run(processes, model, output, recipe, size, start=None, env=(), **more):
     runs = [subprocess.Popen(call, env=e, stderr=subprocess.PIPE, text=True) for e in each]
     said = [r.communicate(timeout=300)[1] for r in runs]
     if any(r.returncode for r in runs):
-        return [s.strip().splitlines()[-1] for s in said]
+        return [(f"ended with {r.returncode}\n" + s.strip()).splitlines()[-1]
+                for r, s in zip(runs, said, strict=True)]
     return [""] * processes
 
 

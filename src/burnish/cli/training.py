@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import BurnishError, ConfigError, nearest
-from . import config
+from . import config, launching
 from .app import Json, app
 from .flags import flags
 from .screen import emit, table
@@ -40,6 +40,9 @@ def fit(
     memory: Annotated[str | None, typer.Option(help="What you have; picks a recipe that fits.")
                       ] = None,
     output: Annotated[str | None, typer.Option(help="The folder to write.")] = None,
+    launch: Annotated[int | None, typer.Option(
+        help="Start so many processes that train together, by torchrun, whose command is shown; "
+             "with --shard fsdp2 each holds a share of the model.")] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune: burnish fit [CONFIG] [--KEY VALUE ...]
@@ -52,6 +55,13 @@ def fit(
     from ..fit.readings import AmbiguousError
 
     words = list(ctx.args)
+    if launch is not None:
+        named = [("model", model), *(("data", d) for d in data or []), ("recipe", recipe),
+                 ("memory", memory), ("output", output)]
+        words += [w for name, v in named if v is not None for w in (f"--{name}", v)]
+        if code := launching.launch(launch, [*words, *(["--json"] if json else [])], not json):
+            raise typer.Exit(code)
+        return
     settings = config.read(words.pop(0)) if words and not words[0].startswith("--") else {}
     settings |= config.overrides(words)
     for old, new in ALSO.items():
