@@ -56,6 +56,9 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
         say(f"note: no promise of memory, {e}")
         return None
     of = f" of stage {promise.stage}, the dearest," if promise.stage else ""
+    if own.shard == "fsdp2":
+        say("note: the promise is of the whole model in one process, and nothing is measured; with "
+            "shard='fsdp2' each holds a share of the base")
     say(f"promise: a training step{of} of batch {promise.batch} peaks at "
         f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:

@@ -308,8 +308,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                     f"stopped after step {trainer.step}; go on with resume=True "
                     f"(checkpoint-{trainer.step} in {output} is whole)")
             past = trainer.over()
-            if own.measure and (leg.name == promise.stage if promise and promise.stage
-                                else leg is legs[-1]):
+            dearest = promise.stage if promise and promise.stage else legs[-1].name
+            if own.measure and tuned.state.shards is None and leg.name == dearest:
                 past.truth = _measure(tuned, example, tasks, task, trainer.args.device).to_dict()
             leg.end(tuned)
     assert trainer is not None

@@ -235,6 +235,9 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     restore: put trained tensors, buffers, optimizer state and random state back as they were
         (gradients are cleared); the copies kept for that are not part of the reading.
     """
+    if tuned.state.shards is not None:
+        raise ConfigError("the ledger counts whole tensors, and this model is in shares "
+                          "(burnish.shard): measure the whole model in one process")
     keep = Snapshot(tuned) if restore else contextlib.nullcontext()
     with keep:
         ledger = Ledger(tuned.model, count=count)
