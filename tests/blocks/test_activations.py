@@ -104,6 +104,10 @@ def test_it_is_twice_differentiable():
 
 
 def test_parameters_in_place_and_graphs_kept_are_stock():
+    x = torch.randn(4)
+    assert torch.equal(torch.func.grad(lambda x: lean(F.gelu, x).sum())(x),
+                       torch.func.grad(lambda x: F.gelu(x).sum())(x))
+    assert torch.equal(lean(lambda x: F.gelu(input=x), x), F.gelu(x))
     p = nn.Parameter(torch.randn(4))
     assert torch.equal(torch.autograd.grad(lean(F.gelu, p).sum(), p)[0],
                        torch.autograd.grad(F.gelu(p).sum(), p)[0])
@@ -126,10 +130,10 @@ class Mlp(nn.Module):
         return x + self.down(self.act(self.up(x)))
 
 
-def mlp(act=F.gelu, width=32):
+def mlp(act=F.gelu, width=32, level=1):
     torch.manual_seed(0)
     model = nn.Sequential(Mlp(act, width), nn.Linear(8, 2)).double()
-    burnish.tune(model, "lora(rank=3)")
+    burnish.tune(model, f"lora(rank=3) + lean(level={level})")
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p)
@@ -153,10 +157,18 @@ def made(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("act", [F.gelu, F.silu, lambda x: F.gelu(x, approximate="tanh")])
-def test_strips_give_the_gradients_of_the_whole(act, monkeypatch):
+def test_a_strip_stays_in_the_cache_of_a_cpu_and_is_worth_a_launch_elsewhere():
+    assert activations.STRIP == {"cpu": (8 << 20) // 4}
+    assert activations.LONG_STRIP == (64 << 20) // 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("act, level", [
+    (F.gelu, 1), (F.silu, 1), (lambda x: F.gelu(x, approximate="tanh"), 1), (F.gelu, 2),
+    (F.relu, 2)])
+def test_strips_give_the_gradients_of_the_whole(act, level, monkeypatch):
     x = torch.randn(2, 11, 8, dtype=torch.float64)
-    model = mlp(act)
+    model = mlp(act, level=level)
     whole = gradients(model, x)
     monkeypatch.setitem(activations.STRIP, "cpu", 32 * 5)
     rows = made(monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks.tape.offload import Offload
 from burnish.blocks.tape.saved import Tape
@@ -109,6 +111,117 @@ def test_kept_units_per_block(gated, stock, lean):
     # norm statistics and the attention's log-sum-exp come on top
     assert stock <= before / unit < stock + 0.5
     assert lean <= after / unit < lean + 0.5
+
+
+@pytest.mark.parametrize("gated, level, kept", [(False, 2, 6), (False, 3, 3), (True, 2, 6),
+                                                (True, 3, 3)])
+def test_kept_units_per_block_where_products_are_made_again(gated, level, kept):
+    """x, q, k, v, the attention's answer and the sum behind it; without q, k, v."""
+    block = Block(gated)
+    x = torch.randn(1, N, D, dtype=torch.float64, requires_grad=True)
+    _, after = kept_bytes(block, x, Tape(level=level))
+    assert kept <= after / (N * D * 8) < kept + 0.5
+
+
+@pytest.mark.parametrize("level", [2, 3])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
+def test_gradients_are_bit_equal_where_products_are_made_again(gated, p, level):
+    block = Block(gated, p)
+    x = torch.randn(1, N, D, dtype=torch.float64)
+    y0, g0 = gradients(block, x)
+    y1, g1 = gradients(block, x, Tape(level=level))
+    assert torch.equal(y0, y1)
+    for a, b in zip(g0, g1, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_product_is_made_again_from_one_that_takes_a_product():
+    """Linears and activations alone: every other one is kept, and each runs at most twice."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(D, D, dtype=torch.float64) for _ in range(6))
+
+    def stack(x):
+        for layer in layers:
+            x = F.gelu(layer(x))
+        return x
+
+    x = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        want = stack(x)
+    tape = Tape(level=3)
+    with tape.recording():
+        y = stack(x)
+    with Ran() as ran:
+        got = torch.autograd.grad(y.sum(), [x, *layers.parameters()])
+    assert torch.equal(y, want)
+    assert ran.names.count("addmm") == 3
+    for a, b in zip(got, torch.autograd.grad(stack(x).sum(), [x, *layers.parameters()]),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+class Ran(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_relu_keeps_its_input_only_where_that_is_made_again():
+    lin = nn.Linear(D, M, dtype=torch.float64)
+    x = torch.randn(N, D, dtype=torch.float64)
+
+    def block(x):
+        return (F.relu(lin(F.layer_norm(x, (D,)))) ** 2).sum()
+
+    stock = torch.autograd.grad(block(x), lin.weight)[0]
+    for level in (1, 2):
+        tape = Tape(level=level)
+        with tape.recording():
+            y = block(x)
+        with Ran() as ran:
+            assert torch.equal(torch.autograd.grad(y, lin.weight)[0], stock)
+        assert ran.names.count("addmm") == level - 1
+
+
+def test_a_scale_and_a_norm_leave_a_product_where_it_is():
+    """They read it, but it is no activation: at level 2 it is kept, at level 3 made again."""
+    lin = nn.Linear(D, D, dtype=torch.float64)
+    x = torch.randn(N, D, dtype=torch.float64)
+    for reader in (lambda h: (h * 0.5).square(), lambda h: F.layer_norm(h, (D,)),
+                   lambda h: h.softmax(-1) @ h.t()):
+        for level, times in ((2, 0), (3, 1)):
+            with Tape(level=level).recording():
+                y = reader(lin(x)).sum()
+            with Ran() as ran:
+                y.backward()
+            if level == 2 and "square" in reader.__code__.co_names:
+                continue                                  # (the square reads what the scale made)
+            assert ran.names.count("addmm") == times, (reader, level)
+
+
+def test_a_weight_changed_before_a_product_is_made_again_is_an_error():
+    lin = nn.Linear(D, M, dtype=torch.float64)
+    x = torch.randn(N, D, dtype=torch.float64)
+    with Tape(level=2).recording():
+        y = F.gelu(lin(x)).sum()
+    with torch.no_grad():
+        lin.bias.add_(1)
+    with pytest.raises(RuntimeError, match="in place|inplace"):
+        y.backward()
+
+
+def test_a_tape_that_is_copied_or_pickled_has_its_level():
+    import pickle
+
+    tape = Tape(level=3)
+    assert copy.deepcopy(tape).level == pickle.loads(pickle.dumps(tape)).level == 3
 
 
 def test_dropout_keeps_no_mask():

@@ -76,7 +76,9 @@ def take_out(tuned: Tuned, name: str) -> None:
                              if not isinstance(x, nn.Module) or id(x) in alive]
         slot.reads &= {r for r in state.readers if r[0] == path}
         slot.mode = None
-    state.tape.lean, state.tape.policy, state.tape.beside = True, type(state.tape)().policy, ""
+    fresh = type(state.tape)()
+    for word in ("lean", "level", "policy", "beside"):
+        setattr(state.tape, word, getattr(fresh, word))
     for other in tuned.adapters.values():        # the modes of those that stay
         Attacher(model, tuned.anatomy, state, other, tuned.undo).modes(other.recipe)
     for key in gone.selected:                    # it has its content again, as all of the base

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.tape.replay import replay, rng_state
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.dropped import drops
 from ..blocks.weight.folded import NOTHING
@@ -108,7 +109,7 @@ class Weights(nn.Module):
         if self.providers and is_linear(module, forward):
             op = Weighted(functools.partial(self._matrix, module, "weight"), [],
                           held=functools.partial(self._held, module, "weight"))
-            return linear(first_of(args, kw), op, module.bias)
+            return self._product(first_of(args, kw), op, module.bias)
         with ExitStack() as stack:
             for param in self.providers:
                 make = functools.partial(self._stored, module, param)
@@ -120,7 +121,8 @@ class Weights(nn.Module):
         place, op = groups[0]
         if is_linear(module, forward) and all(p.param == "weight" for p, _ in groups):
             if len(groups) == 1 and place.rows is None:
-                return linear(first_of(args, kw), op, module.bias, self._trained(module, place))
+                return self._product(first_of(args, kw), op, module.bias,
+                                     self._trained(module, place))
             if place.rows is not None and all(p.rows for p, _ in groups):
                 return self._sliced(module, groups, first_of(args, kw))
         if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward \
@@ -147,6 +149,24 @@ class Weights(nn.Module):
     def _trained(self, module: nn.Module, place: Place) -> Tensor | None:
         own = None if place.param in self.providers else module._parameters.get(place.param)
         return place.view(own) if own is not None and own.requires_grad else None
+
+    def _product(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None = None
+                 ) -> Tensor:
+        """``x V^T + b``, noted where the tape makes products again."""
+        tape = self.state.tape
+        if torch.compiler.is_compiling() or not tape.products:
+            return linear(x, op, bias, weight)
+        states = rng_state(x.device) if any(drops(t) for t in op.all) else None
+        y = linear(x, op, bias, weight)
+        call, own = current(), (weight, bias)
+
+        def again(x: Tensor) -> Tensor:
+            with resume(call), nullcontext() if states is None else replay(x.device, states):
+                return linear(x, op, bias, weight)
+
+        tape.note(y, again, (x,), {}, [*op.reads(True, True, True),
+                                       *[t for t in own if t is not None]], product=True)
+        return y
 
     def _sliced(self, module: nn.Module, groups: list, x: Tensor) -> Tensor:
         """A fused linear: each tuned run of rows is its own product, the rest stays stock."""

@@ -13,12 +13,12 @@ one small buffer, and never stands whole (:class:`Strips`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .functions import transformed
 from .notes import Kept, Note
@@ -37,13 +37,18 @@ class _Known(NamedTuple):
     back: Callable[..., Tensor]
 
 
+def _relu_backward(g: Tensor, x: Tensor, **into: Tensor) -> Tensor:
+    return _aten.threshold_backward(g, x, 0, **into)
+
+
 KNOWN: dict[Any, _Known] = {F.gelu: _Known(_aten.gelu, _aten.gelu_backward),
-                            F.silu: _Known(_aten.silu, _aten.silu_backward)}
+                            F.silu: _Known(_aten.silu, _aten.silu_backward),
+                            F.relu: _Known(_aten.relu, _relu_backward)}
 
 
 def run(func: Any, args: tuple, kwargs: dict) -> Tensor:
     """``func(*args, **kwargs)`` for one that is :data:`KNOWN`: the same numbers, forth and back."""
-    if _MINE is None or len(args) != 1 or transformed() or type(args[0]) is nn.Parameter:
+    if _MINE is None or len(args) != 1 or transformed():
         return func(*args, **kwargs)
     return _Elementwise.apply(args[0], func, _asked(kwargs))
 
@@ -128,13 +133,29 @@ def strips(kept: Any) -> Strips | None:
         return None
     entry = kept.entry
     if entry.fn not in KNOWN or entry.left != 1 or entry.value is not None \
-            or len(entry.args) != 1 or type(entry.args[0]) is not Kept:
+            or len(entry.args) != 1 or (shape := _shape(entry.args[0])) != entry.shape[:3]:
         return None
-    x = entry.args[0].tensor
-    tokens = STRIP.get(x.device.type, LONG_STRIP) // x.shape[-1] if x.dim() else 0
-    if not 0 < tokens < x.numel() // x.shape[-1] or not x.is_contiguous() \
-            or x.dtype is not entry.shape[0]:
+    _, size, stride = shape
+    tokens = STRIP.get(entry.autocast[0], LONG_STRIP) // size[-1] if size and size[-1] else 0
+    if not 0 < tokens < size.numel() // size[-1] or not _in_order(size, stride):
         return None
     x = entry.args[0].open().detach()
-    entry.release()
-    return Strips(x.view(-1, x.shape[-1]), entry.fn, entry.kwargs, tokens)
+    return Strips(x.view(-1, size[-1]), entry.fn, entry.kwargs, tokens)
+
+
+def _shape(kept: Any) -> Any:
+    """(dtype, sizes, strides) of what was kept, where that can be told without opening it."""
+    if type(kept) is Note:
+        return kept.entry.shape[:3] if kept.view is None else None
+    return (kept.tensor.dtype, kept.tensor.size(), kept.tensor.stride()) if type(kept) is Kept \
+        else None
+
+
+def _in_order(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Do numbers of these sizes and strides lie one after the other?"""
+    step = 1
+    for n, s in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1 and s != step:
+            return False
+        step *= n
+    return True

@@ -110,21 +110,22 @@ _NOTHING = Seen()
 class Entry:
     """How to make one tensor again: an operation on arguments, packed once somebody asks.
 
-    out: the tensor, weakly (the tape sets it). seen: versions of the tensors among the arguments,
-    None once one is about to change. reads: tensors that `fn` looks up by itself.
+    out: the tensor, or what it is a view of, weakly (the tape sets it). seen: versions of the
+    tensors among the arguments, None once one is about to change. reads: tensors that `fn` looks
+    up by itself.
     """
 
     __slots__ = ("fn", "args", "kwargs", "out", "version", "seen", "reads", "shape", "depth",
                  "autocast", "readers", "left", "value", "changed", "settled", "linear",
-                 "approximate", "__weakref__")
+                 "approximate", "products", "wanted", "__weakref__")
 
     out: Any
-    shape: tuple[Any, ...]
 
     def __init__(self, fn: Recompute, args: tuple, kwargs: dict, out: Tensor, depth: int = 0,
                  reads: Iterable[Tensor] = ()):
         self.fn, self.args, self.kwargs, self.depth = fn, args, kwargs, depth
         self.version = version_of(out)
+        self.shape = out.dtype, out.size(), out.stride(), out.storage_offset()
         self.seen: tuple[int, ...] | None = tuple([version_of(t) for t in self.tensors()])
         self.reads = Seen(reads) if reads else _NOTHING
         self.autocast = replay.autocast_state(out.device)
@@ -132,6 +133,8 @@ class Entry:
         self.value: Tensor | None = None
         self.settled = False
         self.linear = self.approximate = False       # see Tape.note
+        self.products = 0                            # on the way from what is kept to this
+        self.wanted = True                           # False: only if an activation reads it
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, before they are packed."""
@@ -159,8 +162,7 @@ class Entry:
             if not self.linear or role != "linear input":
                 role = None
             self.approximate = self.approximate or role is not None
-            self.settled, out = True, self.out()
-            self.shape = out.dtype, out.size(), out.stride(), out.storage_offset()
+            self.settled = True
             self.args = tuple(tape.argument(a, role) for a in self.args)
             self.kwargs = {k: tape.argument(v, role) for k, v in self.kwargs.items()}
         return True
@@ -178,6 +180,8 @@ class Entry:
         if out is None or version_of(out) != self.version or storage_of(out) == storage:
             out = self._run()
             out = out.clone() if storage_of(out) == storage else out
+        elif out.size() != self.shape[1]:            # what stands for a view of it
+            out = out.detach().as_strided(*self.shape[1:])
         self._forget(())
         self.fn, self.args = _as_it_is, (tape.policy.pack(out),)
         tape.stands_on(self, storage_of(out))

@@ -39,7 +39,7 @@ from .functions import backward_runs, storage_of, transformed, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
 from .unmade import Logits
-from .watched import Watched
+from .watched import ACTIVATIONS, PRODUCTS, Watched, always
 
 
 def _nothing() -> None:
@@ -108,15 +108,19 @@ class Tape(TorchFunctionMode):
     """Watches one forward of a model. Also the one place where functions are intercepted.
 
     lean: note cheap outputs instead of keeping them.
+    level: which products of linears are noted as well: 1 none, 2 those that an activation or a gate
+    reads, 3 all.
     policy: what happens to the tensors that are kept.
     beside: why a forward that is compiled would keep something else than promised, or "".
     intercept: function -> replacement ``f(func, args, kwargs) -> result`` (prefix attention), in
     the thread that sets it.
     """
 
-    def __init__(self, lean: bool = True, policy: Policy | None = None, beside: str = ""):
+    def __init__(self, lean: bool = True, policy: Policy | None = None, beside: str = "",
+                 level: int = 1):
         super().__init__()
         self.lean, self.policy, self.beside = lean, policy or Policy(), beside
+        self.level = level
         if self.policy.outer and not hasattr(self.policy, "inner"):
             self.policy.inner = Policy()
         self._here = _Here()
@@ -197,7 +201,10 @@ class Tape(TorchFunctionMode):
 
     def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func is F.linear:
-            return unread.linear(func, args, kwargs)
+            out = unread.linear(func, args, kwargs)
+            if self.products and out.requires_grad:
+                self.note(out, func, args, kwargs, product=True)
+            return out
         if not self.lean and not self.policy.moves:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
@@ -208,19 +215,38 @@ class Tape(TorchFunctionMode):
             changed = watched.changes(args, kwargs)
             if changed:
                 self._changing(changed)
-        if watched.cheap is None or not self.lean or not torch.is_grad_enabled():
+        cheap = watched.cheap
+        if cheap is None and self.level > 1 and func is F.relu:
+            cheap = always                           # its input is a product that is made again
+        if cheap is None or not self.lean or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if watched.cheap == "dropout":
+        if cheap == "dropout":
             return self._dropout(func, args, kwargs)
+        if self.level > 1:
+            self._read(func, args)
         if func in activations.KNOWN and not changed and not self.others():
             out = activations.run(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         if (isinstance(out, Tensor) and out.requires_grad and not changed
-                and watched.cheap(out, args)):
+                and cheap(out, args)):
             self.note(out, func, args, kwargs,
                       linear=self.policy.roles and roles.name_of(func) in roles.LINEAR)
         return out
+
+    @property
+    def products(self) -> bool:
+        """Are products of linears noted just now?"""
+        return self.lean and self.level > 1 and torch.is_grad_enabled() and not self.others()
+
+    def _read(self, func: Any, args: tuple) -> None:
+        """An activation or a gate reads these: the products among them are worth making again."""
+        name, read = roles.name_of(func), [t for t in args if isinstance(t, Tensor)]
+        gate = name in PRODUCTS and sum(t.requires_grad for t in read) > 1
+        if gate or name == "relu" or name in ACTIVATIONS:
+            for t in read:
+                if (entry := self._find(t)) is not None:
+                    entry.wanted = True
 
     def _changing(self, tensors: list[Tensor]) -> None:
         """These are about to be changed: notes about them end, notes on them become tensors."""
@@ -250,12 +276,14 @@ class Tape(TorchFunctionMode):
         return out
 
     def note(self, out: Tensor, fn: Recompute, args: tuple, kwargs: dict,
-             reads: Iterable[Tensor] = (), linear: bool = False, approximate: bool = False) -> None:
+             reads: Iterable[Tensor] = (), linear: bool = False, approximate: bool = False,
+             product: bool = False) -> None:
         """Remember that ``fn(*args)`` makes `out`, for as long as `out` lives.
 
         reads: tensors that `fn` reads besides its arguments (weights); changed later, they raise.
         linear: `fn` is linear in each argument, so for a reader to whom a code of `out` would do a
-        code of the arguments does. approximate: it makes such a code.
+        code of the arguments does. approximate: it makes such a code. product: it is the product
+        of a linear; none is made again from what takes another one to make.
         """
         storage = storage_of(out)
         if storage is None or type(out) is not Tensor and hasattr(out, "__tensor_flatten__") \
@@ -263,20 +291,25 @@ class Tape(TorchFunctionMode):
             return                                  # a wrapper, or a view of something larger
         entry = Entry(fn, args, kwargs, out, reads=reads)
         entry.linear, entry.approximate = linear, approximate
+        entry.products, entry.wanted = int(product), not product or self.level > 2
         known, stands = self._known, [storage_of(t) for t in entry.tensors()]
         if storage in stands:
             return                                  # a view or a cast that did nothing
         for key in stands:
             if key in known:
-                entry.depth = max(entry.depth, known[key][1].depth + 1)
-        if entry.depth > DEPTH:
+                below = known[key][1]
+                entry.depth = max(entry.depth, below.depth + 1)
+                if below.wanted:                     # (else it is kept)
+                    entry.products = max(entry.products, below.products + product)
+        if entry.depth > DEPTH or entry.products > 1:
             return
 
         def forget(ref: Any, key: int = storage) -> None:
             if known.get(key, (None,))[0] is ref:
                 del known[key]
 
-        entry.out = weakref.ref(out, forget)
+        # a view may go while others of the same memory stay: what they all are views of does not
+        entry.out = weakref.ref(out._base if out._is_view() else out, forget)
         known[storage] = (entry.out, entry)
         for key in stands:
             self.stands_on(entry, key)
@@ -319,7 +352,8 @@ class Tape(TorchFunctionMode):
 
     def _packed(self, t: Tensor, role: Role | None) -> Any:
         entry = self._find(t) if self.lean else None
-        if entry is None or not entry.settle(self, role) or entry.approximate and role is None:
+        if entry is None or not entry.wanted or not entry.settle(self, role) \
+                or entry.approximate and role is None:
             return self.policy.pack(t, role)
         return Note(entry, t)
 
@@ -375,9 +409,9 @@ class Tape(TorchFunctionMode):
         here.stands = {k: refs for k, refs in living.items() if refs}
 
     def __deepcopy__(self, memo: dict) -> Tape:
-        new = type(self)(self.lean, copy.deepcopy(self.policy, memo), self.beside)
+        new = type(self)(self.lean, copy.deepcopy(self.policy, memo), self.beside, self.level)
         memo[id(self)] = new
         return new
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.lean, self.policy, self.beside)
+        return type(self), (self.lean, self.policy, self.beside, self.level)

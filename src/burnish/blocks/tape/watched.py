@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def _always(out: Tensor, args: tuple) -> bool:
+def always(out: Tensor, args: tuple) -> bool:
     return True
 
 
@@ -26,13 +26,16 @@ def _widening(out: Tensor, args: tuple) -> bool:
         and args[0].element_size() <= out.element_size()
 
 
+#: whose backward keeps its input
+NORMS = ("layer_norm", "rms_norm", "group_norm")
+ACTIVATIONS = ("gelu", "silu", "mish", "hardswish", "softplus", "leaky_relu", "elu", "selu", "pow",
+               "square")
+PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply", "addcmul")
 #: name of a function -> may its output be made again? (output, arguments) -> bool
 CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
-    # operations whose backward keeps their input
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "gelu", "silu", "mish", "hardswish",
-                     "softplus", "leaky_relu", "elu", "selu", "pow", "square"), _always),
+    **dict.fromkeys((*NORMS, *ACTIVATIONS), always),
     # products keep both factors as soon as both carry gradients; else a note costs no more
-    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply", "addcmul"), _always),
+    **dict.fromkeys(PRODUCTS, always),
     **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
 }
 
