@@ -199,3 +199,27 @@ def test_what_the_product_left_out_reads_is_not_made_again():
         counts.append(seen.count)
         assert all(torch.equal(got[n], want[n]) for n in want)
     assert counts == [9, 6, 6]
+
+
+def test_what_the_product_left_out_reads_comes_in_strips_where_it_is_large(monkeypatch):
+    """Whole, it would stand beside its own gradient."""
+    from burnish.blocks.tape import activations
+
+    monkeypatch.setitem(activations.STRIP, "cpu", 40)
+    rows, was = [], activations.Strips.__iter__
+
+    def iterate(self):
+        rows.append(self.shape)
+        return was(self)
+
+    monkeypatch.setattr(activations.Strips, "__iter__", iterate)
+    tuned = stir(burnish.tune(stack(), "lora(rank=2) + checkpoint", head=False))
+    plain = stir(burnish.tune(stack(), "lora(rank=2)", head=False))
+    x = torch.randn(4, 8, dtype=torch.float64)
+    want = gradients(plain, x)
+    rows.clear()
+    for _ in range(3):
+        got = gradients(tuned, x)
+        for n in want:
+            torch.testing.assert_close(got[n], want[n], rtol=1e-12, atol=1e-12)
+    assert len(rows) == 9                                # three blocks, each time

@@ -346,9 +346,16 @@ class Tape(TorchFunctionMode):
     # -- saving -------------------------------------------------------------------------------
     def pack(self, t: Tensor) -> Any:
         unread.kept(t)
-        if type(self.policy) is Policy and unread.first_in_backward():
+        if type(self.policy) is Policy and unread.first_in_backward() \
+                and not self._comes_in_strips(t):
             return self.policy.pack(t)
         return self._packed(t, roles.role_of(t) if self.policy.roles else None)
+
+    def _comes_in_strips(self, t: Tensor) -> bool:
+        """Is it what an activation gave, and large? It is not kept whole beside its gradient."""
+        entry = self._find(t) if self.lean else None
+        return entry is not None and entry.fn in activations.KNOWN \
+            and t.numel() > activations.STRIP.get(t.device.type, activations.LONG_STRIP)
 
     def _packed(self, t: Tensor, role: Role | None) -> Any:
         entry = self._find(t) if self.lean else None
