@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..blocks.tape import disk
 
 #: bytes of one tensor above which it waits on disk
-IN_MEMORY = 1 << 20
+IN_MEMORY = 1 << 16
 
 
 class About(NamedTuple):
@@ -35,7 +35,8 @@ class Originals:
     """(module path, parameter) -> the value it had. Written once, before the first change."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], Tensor | Path] = {}
+        #: None: a file, in a simulation
+        self.kept: dict[tuple[str, str], Tensor | Path | None] = {}
         self.about: dict[tuple[str, str], About] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count()
@@ -46,8 +47,10 @@ class Originals:
             return
         value = value.detach()
         self.about[key] = About(value.device, value.shape, value.dtype)
-        if value.device.type == "meta" or isinstance(value, FakeTensor) and _large(value):
+        if value.device.type == "meta":
             self.kept[key] = value                   # no bytes to keep
+        elif isinstance(value, FakeTensor) and _large(value):
+            self.kept[key] = None
         elif not _large(value):
             self.kept[key] = value.to("cpu", copy=True)
         else:
@@ -63,11 +66,15 @@ class Originals:
     def get(self, path: str, param: str) -> Tensor:
         """The value, on the host; `home` says where it came from."""
         held = self.kept[path, param]
-        if isinstance(held, Tensor) and not on_disk(held):
+        if isinstance(held, Tensor):
             return held
         _, shape, dtype = self.about[path, param]
-        file = held if isinstance(held, Path) else None
-        return disk.read(file, shape.numel() * dtype.itemsize).view(dtype).view(shape)
+        return disk.read(held, shape.numel() * dtype.itemsize).view(dtype).view(shape)
+
+    def blank(self, path: str, param: str) -> Tensor:
+        """Its shape and dtype, on the meta device."""
+        _, shape, dtype = self.about[path, param]
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def home(self, path: str, param: str) -> torch.device:
         """The device the value came from."""
@@ -93,7 +100,7 @@ class Originals:
         twin = memo[id(self)] = type(self)()
         twin.about = dict(self.about)
         for key, held in self.kept.items():
-            if isinstance(held, Tensor):
+            if not isinstance(held, Path):
                 twin.kept[key] = held            # never written to
                 continue
             file = twin._new_file()
@@ -109,11 +116,6 @@ class Originals:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-
-
-def on_disk(held: Tensor) -> bool:
-    """Is it a fake tensor's stand-in for a file?"""
-    return isinstance(held, FakeTensor) and _large(held)
 
 
 def _large(t: Tensor) -> bool:

@@ -29,6 +29,7 @@ from ..core.processes import anywhere, here
 from ..engine.tuned import Tuned
 from ..formats import safe
 from ..formats.adapter import put
+from ..formats.folder import finite
 from . import checkpoint, state
 from .checkpoint import is_owed
 from .driving import Driven, Shuffled, Smoothed, go_on_by
@@ -275,8 +276,7 @@ class Trainer(transformers.Trainer):
 
     def _write(self, folder: Path, rng: dict[str, Any] | None) -> None:
         """One whole checkpoint, or none. rng: generators as they were; None takes them now."""
-        bad = [n for n, p in self.tuned.named_parameters()
-               if not bool(here(p).detach().isfinite().all())]
+        bad = [n for n, p in self.tuned.named_parameters() if not finite(here(p))]
         if self._anywhere(bool(bad)):
             what = bad[0] if bad else "what another process trains"
             raise BurnishError(f"{what} is not finite after step {self.step}; "

@@ -404,9 +404,10 @@ def finish(run: Run, task: Task, own: Options) -> None:
 
 def reread(tuned: Tuned, folder: Path) -> None:
     """What was written is what was trained, bit for bit; raises CheckError otherwise."""
-    kept = safe.load_file(folder / "adapter_model.safetensors")
+    kept = safe.Tensors(folder / "adapter_model.safetensors")      # one at a time
     for name, value in written.contents(tuned).items():
-        if name not in kept or not torch.equal(kept[name], value.cpu()):
+        found = kept.get(name)
+        if found is None or not torch.equal(found, value.cpu()):
             raise CheckError(f"{folder}: {name} was not written as it was trained")
 
 

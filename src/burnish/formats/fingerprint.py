@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.errors import FormatError
@@ -104,7 +105,7 @@ def line(tensor: Tensor, content: bool = True) -> str:
     """``dtype[shape] sha256`` of one tensor; without the hash where it has no values."""
     t = tensor.detach()
     t = t.full_tensor() if hasattr(t, "full_tensor") else t
-    if not content or t.device.type == "meta" or type(t).__name__ == "FakeTensor":
+    if not content or t.device.type == "meta" or isinstance(t, FakeTensor):
         return _shape(t)
     digest = hashlib.sha256()
     flat = t.contiguous().view(-1).view(torch.uint8) if t.numel() else t.new_empty(0)
@@ -149,7 +150,7 @@ def _lines(model: nn.Module, whole: Container[str], taken: Container[str]
 
     def of(item: tuple[str, Tensor]) -> tuple[str, str]:
         name, t = item
-        if name in whole or not isinstance(t, nn.Parameter):
+        if name in whole or not isinstance(t, nn.Parameter) or isinstance(t, FakeTensor):
             return name, _shape(t)
         key = (t._version, t.data_ptr(), t.dtype)
         if (hit := _cache.get(t)) and hit[0] == key:

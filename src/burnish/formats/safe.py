@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as _write
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.errors import BurnishError, FormatError
 from ..core.reading import LARGEST, parse_json, plain, read_text, regular
@@ -93,27 +94,41 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path,
     Names of one and the same tensor are stored once and recorded as aliases; a sharded tensor is
     gathered first (every process must call).
     """
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        t = tensor.detach()
-        t = t.full_tensor() if hasattr(t, "full_tensor") else t
-        key = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype)
-        if t.numel() and key in seen:
-            aliases[name] = seen[key]
-            continue
-        seen[key] = name
-        t = t.contiguous()
-        owner = t.untyped_storage().data_ptr()
-        stored[name] = t.clone() if owner in storages else t      # another view of one storage
-        storages.add(owner)
+    stored, aliases = laid_out(tensors)
     meta = {"format": "pt", **(metadata or {})}
     if aliases:
         meta[_ALIASES] = json.dumps(aliases, sort_keys=True)
     with atomic(path) as temp:
         _write(stored, str(temp), metadata=meta)
+
+
+def laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors as a file holds them: contiguous, each with a storage of its own; further names of
+    one and the same tensor)."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[Any] = set()
+    for name, tensor in tensors.items():
+        t = tensor.detach()
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        key = (t.device, _begins(t), t.shape, t.stride(), t.dtype)
+        if t.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        t = t.contiguous()
+        owner = _begins(t, whole=True)
+        stored[name] = t.clone() if owner in storages else t      # another view of one storage
+        storages.add(owner)
+    return stored, aliases
+
+
+def _begins(t: Tensor, whole: bool = False) -> Any:
+    """Where its bytes begin, or with `whole` those of its storage; of a fake one, what says it."""
+    if isinstance(t, FakeTensor):
+        return (t.untyped_storage()._cdata, 0 if whole else t.storage_offset())
+    return t.untyped_storage().data_ptr() if whole else t.data_ptr()
 
 
 def load_file(path: str | Path, device: str | torch.device = "cpu",

@@ -12,7 +12,7 @@ from ..core.outputs import base_class
 from ..core.processes import first, gathered, wait
 from ..core.recipe import Recipe
 from ..engine.swap import ATTR
-from . import fingerprint, folder
+from . import fingerprint, folder, safe
 
 if TYPE_CHECKING:
     from ..engine.tuned import Tuned
@@ -51,6 +51,14 @@ def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
     return made
 
 
+def rehearse(tuned: Tuned) -> None:
+    """Everything that :func:`save` makes in memory, and no file."""
+    _fingerprint(tuned)
+    tensors = contents(tuned)
+    all(map(folder.finite, tensors.values()))
+    safe.laid_out(tensors)
+
+
 def contents(tuned: Tuned, whole: bool = False) -> dict[str, Tensor]:
     """The tensors of a file by name; unless `whole`, of what answers alone. Those of which each
     process holds a part are gathered, so that every process has to ask."""
@@ -82,8 +90,10 @@ def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
     for path, param in tuned.originals:
         name = f"{path}.{param}" if path else param
         if name not in taken:
-            taken[name] = fingerprint.line(tuned.originals.get(path, param),
-                                           content=name not in trained)
+            if name in trained:                  # its content does not count: it is not read
+                taken[name] = fingerprint.line(tuned.originals.blank(path, param))
+            else:
+                taken[name] = fingerprint.line(tuned.originals.get(path, param))
     return fingerprint.fingerprint(tuned.model, taken, whole=trained)
 
 

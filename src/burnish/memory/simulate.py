@@ -28,8 +28,8 @@ from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
 from ..core.stage import label as name_of
-from ..engine.originals import on_disk
 from .devices import kernels_of
+from .during import MOMENTS, joined, look, watch_originals
 from .extend import Shallows, extended
 from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels
 from .ledger import Ledger
@@ -114,7 +114,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
              count: bool = False, evaluate: bool = False,
              tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
-             whole: bool = False, shallows: Shallows | None = None) -> MemoryReport:
+             whole: bool = False, shallows: Shallows | None = None, during: str = "train"
+             ) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -129,8 +130,11 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     steps: steps driven; from the second on optimizer state is there.
     loss: as for ``tuned.step``.
     count: also count floating-point operations and bytes moved.
-    evaluate: the forward alone instead, in evaluation mode and without gradients; what an optimizer
-        holds meanwhile comes on top.
+    during: the moment looked at (during.py): "train", a step; "load", joining the recipe to the
+        model as it was loaded; "evaluate", the forward alone, in evaluation mode and without
+        gradients; "save"; "merge". What an optimizer holds meanwhile comes on top of the last
+        three.
+    evaluate: the same as ``during="evaluate"``.
     cached: bytes that evaluation may keep of what it makes, as for ``tuned.cached``; None: as a
         model has it where nobody says.
     tasks: data sets that a recipe in stages is trained on, one after the other: how many, or name
@@ -143,13 +147,17 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     on values; everything :func:`burnish.tune` raises.
     """
     dtype = _dtype(dtype)
+    if during not in MOMENTS:
+        raise ConfigError(f"during={during!r}: expected one of {', '.join(MOMENTS)}"
+                          f"{nearest(during, MOMENTS)}")
+    during = "evaluate" if evaluate else during
     parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
     batches = dict(tasks) if isinstance(tasks, Mapping) else {
         f"task{n + 1}": batch for n in range(tasks)}
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
-                    loss=loss, count=count, evaluate=evaluate, cached=cached)
+                    loss=loss, count=count, during=during, cached=cached)
     if not whole:
         shallows = shallows or Shallows(model)
     reports: list[MemoryReport] = []
@@ -172,7 +180,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
-               device: str, loss: Any, count: bool, evaluate: bool, cached: int | str | None,
+               device: str, loss: Any, count: bool, during: str, cached: int | str | None,
                **words: Any) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
@@ -196,8 +204,13 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
 
                 first = next(iter(tasks), None)
                 example, label = faked(first)
-                tuned = tune(twin, parts, targets=targets, head=head, calibration=[example],
-                             name=first or DEFAULT)
+
+                def join() -> Any:
+                    return tune(twin, parts, targets=targets, head=head, calibration=[example],
+                                name=first or DEFAULT)
+
+                ledger.model = twin
+                tuned = joined(join, ledger) if during == "load" else join()
                 stages = stages_of(tuned, list(tasks))
                 for s in stages[: stage + 1]:
                     if s.data not in (None, first):
@@ -208,9 +221,13 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                 ledger.model = tuned.model
                 if cached is not None:
                     tuned.state.room.limit = size(cached)
-                stream = _look(tuned, ledger, example, here, kind, **words) if evaluate else \
-                    _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here, kind,
-                           **words)
+                if during == "train":
+                    stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
+                                    kind, **words)
+                else:
+                    look(during, tuned, ledger, example)
+                    stream = Stream.of(ledger, device=torch.device(here).type, label=kind,
+                                       recipe=str(tuned.recipe), **words)
         except (DataDependentOutputException, DynamicOutputShapeException,
                 UnsupportedOperatorException) as error:
             raise SimulationError(
@@ -254,7 +271,7 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
     since = 0
     with ledger:
-        _watch_originals(tuned, ledger)
+        watch_originals(tuned, ledger)
         if tuned.current_optimizer is None:
             tuned.optimizer()
         for step in range(steps):
@@ -268,33 +285,6 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
               "adapter_bytes": sum(t.numel() * t.element_size() for t in tuned.tensors().values())}
     return Stream.of(ledger, since=since, device=torch.device(where).type, label=label,
                      recipe=str(tuned.recipe), counts=counts, notes=tuned.active.notes, **words)
-
-
-def _look(tuned: Any, ledger: Ledger, batch: Any, device: str, label: str, **words: Any
-          ) -> Stream:
-    """Evaluation: no gradients, no tape, no update. Twice where it keeps something: then all of
-    that is there from the beginning."""
-    ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
-    tuned.model.eval()
-    with ledger, torch.no_grad():
-        _watch_originals(tuned, ledger)
-        for _ in range(2):
-            out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
-            del out
-            if not tuned.state.room.held:
-                break
-            ledger.watch("weights", tuned.state.room.tensors())
-    return Stream.of(ledger, device=torch.device(device).type, label=label,
-                     recipe=str(tuned.recipe), **words)
-
-
-def _watch_originals(tuned: Any, ledger: Ledger) -> None:
-    """Copies of small base tensors that wait in host memory so that detach is exact. Large ones
-    wait on disk, whatever stands for them here; and the host is not the device asked for."""
-    if ledger.machine in (None, "cpu"):
-        ledger.watch("weights", {f"{path}.{name}": kept for (path, name), kept
-                                 in tuned.originals.kept.items()
-                                 if isinstance(kept, Tensor) and not on_disk(kept)})
 
 
 def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:

@@ -131,16 +131,19 @@ class Nf4Tensor:
         flat, n = out.view(-1), self.shape.numel()
         pairs = _table("pairs", self.codes)
         for i in _pieces(n, self.codes):
-            m = min(PIECE, n - i)
-            bytes_ = self.codes[i // 2 : (i + m + 1) // 2]
-            w = pairs.index_select(0, bytes_.int()).view(torch.float32)
-            a = self.scales(i // BLOCK, -(-(i + m) // BLOCK))
-            whole = m // BLOCK * BLOCK
-            w[:whole].view(-1, BLOCK).mul_(a[: whole // BLOCK, None])
-            if whole < m:
-                w[whole:m].mul_(a[-1])
-            flat[i : i + m].copy_(w[:m])
+            self._decode_piece(i, flat[i : i + PIECE], pairs)
         return out
+
+    def _decode_piece(self, i: int, out: Tensor, pairs: Tensor) -> None:
+        m = len(out)
+        bytes_ = self.codes[i // 2 : (i + m + 1) // 2]
+        w = pairs.index_select(0, bytes_.int()).view(torch.float32)
+        a = self.scales(i // BLOCK, -(-(i + m) // BLOCK))
+        whole = m // BLOCK * BLOCK
+        w[:whole].view(-1, BLOCK).mul_(a[: whole // BLOCK, None])
+        if whole < m:
+            w[whole:m].mul_(a[-1])
+        out.copy_(w[:m])
 
 
 def nf4_encode(w: Tensor, double_quant: bool = True) -> Nf4Tensor:
@@ -155,25 +158,32 @@ def nf4_encode(w: Tensor, double_quant: bool = True) -> Nf4Tensor:
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=w.device)
     for i in _pieces(n, w):
-        m = min(PIECE, n - i)
-        x = flat[i : i + m].float()
-        if pad := -m % BLOCK:
-            x = torch.nn.functional.pad(x, (0, pad))
-        x = x.view(-1, BLOCK)
-        a = x.abs().amax(1)
-        absmax[i // BLOCK : i // BLOCK + len(a)] = a
-        x = x / a.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-        for border in _BORDERS:             # on a CPU twice as fast as a binary search
-            index += x > border
-        index = index.view(-1, 2)
-        packed = index[:, 0].bitwise_left_shift_(4).bitwise_or_(index[:, 1])
-        codes[i // 2 : (i + m + 1) // 2] = packed[: (m + 1) // 2]
-    if not is_fake(absmax) and not absmax.isfinite().all():
+        _encode_piece(flat[i : i + PIECE], codes[i // 2 :], absmax[i // BLOCK :])
+    whole = absmax.isfinite().all()
+    if not is_fake(absmax) and not whole:
         raise ConfigError("nf4: the weight holds inf or nan, which no code stands for")
     if not double_quant:
         return Nf4Tensor(codes, absmax, None, None, w.shape, w.dtype)
     return Nf4Tensor(codes, *_encode_absmax(absmax), w.shape, w.dtype)
+
+
+def _encode_piece(x: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """Into the beginnings of `codes` and `absmax`. What it makes on the way is gone at its end, so
+    no two pieces are in memory together."""
+    m = len(x)
+    x = x.float()
+    if pad := -m % BLOCK:
+        x = torch.nn.functional.pad(x, (0, pad))
+    x = x.view(-1, BLOCK)
+    a = x.abs().amax(1)
+    absmax[: len(a)] = a
+    x = x / a.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for border in _BORDERS:                 # on a CPU twice as fast as a binary search
+        index += x > border
+    index = index.view(-1, 2)
+    packed = index[:, 0].bitwise_left_shift_(4).bitwise_or_(index[:, 1])
+    codes[: (m + 1) // 2] = packed[: (m + 1) // 2]
 
 
 def _encode_absmax(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
