@@ -188,7 +188,7 @@ def test_one_adapter_per_sample_in_other_modules(model, recipe):
 def test_per_sample_lists_must_fit_the_batch():
     tuned, batch = pair("lora(rank=4)")
     tuned.use(["default", "other"])
-    with pytest.raises(RecipeError, match="names 2 adapters for a batch of 3"):
+    with pytest.raises(RecipeError, match="2 adapters are named for a batch of 3"):
         tuned.model(**batch)
 
 

@@ -40,6 +40,22 @@ def test_a_llama_compiles_whole():
         assert not torch.allclose(fast(**batch).logits, want)
 
 
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "nf4 + lora(rank=2)",
+                                    *(pytest.param(r, marks=pytest.mark.slow)
+                                      for r in ("lora(rank=2) + checkpoint", "dora(rank=2)",
+                                                "full"))])
+def test_a_model_that_is_first_compiled_without_gradients(recipe):
+    """Serving: no pass with a graph has come before."""
+    torch._dynamo.reset()
+    net, batch = tiny("llama")
+    tuned = stir(burnish.tune(net.eval(), recipe))
+    fast = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**batch).logits, tuned.model(**batch).logits)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(**batch).logits, tuned.model(**batch).logits)
+
+
 def test_what_cannot_enter_a_graph_runs_uncompiled_and_says_so():
     with pytest.warns(UserWarning, match="this model runs uncompiled, since parts of the recipe"):
         agrees("prefix(length=2)", "vit", "eager")

@@ -97,6 +97,7 @@ class _Here(threading.local):
         self.calls: list[Call] = []
         self.off: list[tuple[Any, Any]] = []         # (owner, its base) switched off here
         self.given: list[tuple[Any, dict[str, Any]]] = []     # (owner, keys) beside any batch
+        self.rows: list[tuple[Any, tuple[tuple[str | None, ...], int]]] = []
 
 
 _here = _Here()
@@ -161,6 +162,26 @@ def giving(owner: Any, keys: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         _here.given.pop()
+
+
+def rows_given(owner: Any) -> tuple[tuple[str | None, ...], int] | None:
+    """(the adapter of each sample, copies of a sample that may follow each other) that
+    :func:`by_rows` says for this model in this thread; None where it says nothing."""
+    return next((given for who, given in reversed(_here.rows) if who is owner), None)
+
+
+@contextmanager
+def by_rows(owner: Any, rows: tuple[str | None, ...], copies: int) -> Iterator[None]:
+    """Calls of this model that open inside, in this thread, have an adapter for each sample."""
+    _here.rows.append((owner, (rows, copies)))
+    with _counting:
+        owner.rows_here += 1                         # compiled graphs watch it
+    try:
+        yield
+    finally:
+        _here.rows.pop()
+        with _counting:
+            owner.rows_here -= 1
 
 
 @contextmanager

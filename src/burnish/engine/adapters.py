@@ -8,7 +8,7 @@ adapters wait beside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.update.step import compose
-from ..core.call import Call
+from ..core.call import Call, by_rows
 from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
@@ -359,6 +359,42 @@ class Adapters(dict[str, Adapter]):
         if not merged:
             self.set_trainable()
         tuned.steps.checked = False
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str | None], copies: int = 1) -> Iterator[None]:
+        """Inside, in this thread, each sample of a batch has its own adapter; None: the base.
+
+            with tuned.adapters.rows(["french", None, "law"]):
+                model.generate(**batch)
+
+        What :meth:`use` has chosen stays for everybody else. Low-rank updates of linears run
+        together, whatever their ranks: one product with the weight for all samples. Other updates
+        run adapter by adapter.
+
+        copies: so many samples of a batch that follow each other are one sample's (num_beams or
+        num_return_sequences of ``generate``); a batch with one of each is taken too.
+
+        Raises ConfigError for names that are unknown, for adapters that cannot differ from sample
+        to sample (base weights they train, running statistics, prompts), and where what is in use
+        has changed the base that all samples share. A call of another batch size: RecipeError.
+        """
+        tuned = self.tuned
+        tuned.check_ready()
+        if isinstance(names, str) or not names:
+            raise ConfigError(f"rows({names!r}): expected a list with an adapter's name, or None, "
+                              "for each sample")
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise ConfigError(f"copies={copies!r}: expected a whole number from 1")
+        for n in names:
+            if n is not None:
+                self.known(n)
+        check_rows(tuned, tuple(names))
+        for name in dict(tuned.state.active):
+            if changed := {**self[name].selected, **moved_buffers(tuned, name)}:
+                raise ConfigError(f"{name!r}, which is in use, has changed {next(iter(changed))}; "
+                                  "tuned.use([...]) puts the base's values back first")
+        with by_rows(tuned.state, tuple(names), copies):
+            yield
 
     def set_trainable(self) -> None:
         """What is active alone trains, or what `use` was told; else several are for use."""

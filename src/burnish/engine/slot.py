@@ -24,7 +24,7 @@ from ..core.call import Call, again, call_of, resume
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 from .layout import is_linear
-from .rows import check_rows, split
+from .rows import TOGETHER, add_grouped, check_rows, rows_of, split
 from .state import Part, State
 from .swap import ATTR, tuned_class
 from .weights import Weights, first_of
@@ -47,6 +47,7 @@ class Slot(Weights):
         self.reads: set[tuple[str, str]] = set()     # taps other slots want from here
         self.listeners: list[Callable[..., Any]] = []  # around the forward, outermost first
         self._plans: tuple[int, dict[Any, Any]] = (-1, {})     # of one version, by what is active
+        self._rows: tuple[int, dict[Any, Any]] = (-1, {})      # the same by the batch's adapters
 
     # -- building -----------------------------------------------------------------------------
     def add(self, adapter: str, key: str, module: nn.Module, place: Place | None = None,
@@ -128,7 +129,7 @@ class Slot(Weights):
         if self.root:
             kw, call = state.take(module, kw, call)
         if self.root and call.rows is not None:
-            check_rows(call.rows, args, kw)
+            check_rows(state, call.rows, args, kw)
         with again(call, state.loose(self.root)), state.tape.recording():
             out = self.run(module, forward, args, kw)
         return state.riding.end(args, kw, out) if self.root and not call.off else out
@@ -148,7 +149,7 @@ class Slot(Weights):
 
     def _graphable(self, module: nn.Module, forward: Callable[..., Any]) -> bool:
         state = self.state
-        if state.off_here or state.rows is not None or self.listeners or self.reads \
+        if state.off_here or state.by_rows or self.listeners or self.reads \
                 or self.mode not in (None, "checkpoint"):
             return False
         if not any(p.place for p in self.parts) and not self.providers:
@@ -159,22 +160,34 @@ class Slot(Weights):
         call = call_of(self.state)
         if call.off:
             return self._base(module, forward, args, kw)
-        if call.rows is not None and any(p.adapter in call.rows and (p.place or p.branch)
-                                         for p in self.parts):
+        if call.rows is not None:
             return self._per_sample(module, forward, call, args, kw)
         return self._active(module, forward, call, args, kw)
 
     def _per_sample(self, module: nn.Module, forward: Callable[..., Any], call: Call,
                     args: tuple, kw: dict) -> Any:
-        """Each sample through its own adapter: the batch is split, run and put together."""
+        """Each sample through its own adapter: together where they are chains on a linear, else
+        the batch is split, run and put together."""
+        plan = rows_of(self, module, forward, call.rows)
+        keys = plan.now
+
         def run(name: str | None, a: tuple, k: dict, valid: Any, given: dict) -> Any:
-            active = () if name is None else ((name, 1.0),)
-            own = replace(call, active=active, rows=None, valid=valid, given=given,
-                          samples=(sum(r == name for r in call.rows),))
+            n = keys.count(name)
+            if name == TOGETHER:
+                y = self._base(module, forward, a, k)
+                return add_grouped(plan.grouped, first_of(a, k), y, n)
+            own = replace(call, active=() if name is None else ((name, 1.0),), rows=None,
+                          valid=valid, given=given,
+                          samples=tuple(s // len(keys) * n for s in call.samples
+                                        if not s % len(keys)))
             with resume(own):
                 return self._active(module, forward, own, a, k)
 
-        return split(call.rows, run, args, kw, call.valid, dict(call.given))
+        if not any(keys):                            # nothing here for any of them
+            return self._active(module, forward, call, args, kw)
+        if keys.count(TOGETHER) == len(keys):
+            return run(TOGETHER, args, kw, call.valid, {})
+        return split(keys, run, args, kw, call.valid, dict(call.given))
 
     def _active(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
                 kw: dict) -> Any:

@@ -14,7 +14,7 @@ from ..blocks.state.prompts import accepts, named
 from ..blocks.tape.saved import Tape
 from ..blocks.update.objective import Riding
 from ..blocks.weight.folded import Room
-from ..core.call import Call, given_to, giving, switched_off
+from ..core.call import Call, given_to, giving, rows_given, switched_off
 from ..core.errors import ConfigError, RecipeError, nearest
 from ..core.keys import Read
 from ..core.site import Branch, Place
@@ -40,6 +40,7 @@ class State:
     by_sample: bool = False                          # a term draws once for each sample
     shards: Any = None                               # see sharded.py
     off_here: int = 0                                # how many stand in `disabled` just now
+    rows_here: int = 0                               # and how many in `adapters.rows`
 
     def use(self, active: tuple[tuple[str, float], ...],
             rows: tuple[str | None, ...] | None = None) -> None:
@@ -60,9 +61,14 @@ class State:
         return switched_off(self)[0]
 
     @property
+    def by_rows(self) -> bool:
+        """Has each sample its own adapter, here or in another thread?"""
+        return self.rows is not None or self.rows_here > 0
+
+    @property
     def beside(self) -> str:
         """Why a compiled graph may not begin at the root, or "" if it may."""
-        if self.rows is not None:
+        if self.by_rows:
             return "each sample has its own adapter"
         if self.fused:                               # without the tape's mode they take a fast path
             return "torch's encoder layers read weights past the modules that hold them"
@@ -79,7 +85,9 @@ class State:
         """A new call: what is active now, for good, and what the module is called with."""
         off, base = switched_off(self)
         self.room.opens(self.version, not (torch.is_grad_enabled() or module.training))
-        return Call(self, self.active, self.rows, off, base, self.version,
+        given = rows_given(self)
+        active, rows = (self.active, self.rows) if given is None else ((), given[0])
+        return Call(self, active, rows, off, base, self.version,
                     samples=samples(args, kw), valid=valid(module, args, kw), given=given_to(self))
 
     def take(self, module: nn.Module, kw: dict, call: Call) -> tuple[dict, Call]:

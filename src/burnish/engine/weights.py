@@ -41,6 +41,7 @@ class Weights(nn.Module):
     absorbed: list[Part]
     reads: set[tuple[str, str]]
     _plans: tuple[int, dict[Any, Any]]
+    _rows: tuple[int, dict[Any, Any]]
 
     def module_of(self, part: Part) -> nn.Module:
         return self._modules[part.adapter][part.key]

@@ -59,6 +59,9 @@ class Chain(Term):
         """(rank, in) and (out, rank), whose product is the update."""
         return self.A, self.B * self.scale
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.factors()
+
     @property
     def keeps_input(self) -> bool:
         return self.A.requires_grad

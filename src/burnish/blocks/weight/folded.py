@@ -184,8 +184,8 @@ class Fold:
 
     def now(self, ops: Sequence[Weighted], like: Tensor) -> Made:
         """The values that hold now, for an input like this."""
-        if torch.is_grad_enabled() or backward_runs() \
-                or torch.compiler.is_compiling() or transformed() \
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or backward_runs() \
+                or transformed() \
                 or any(_trains(t) for op in ops for t in op.all) or _several():
             return NOTHING
         key: Any = like.dtype

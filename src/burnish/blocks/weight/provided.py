@@ -207,8 +207,9 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
         return _remade(x, op, bias, weight)
     op = op.run(given)
     theta = op.theta()
-    if torch.compiler.is_compiling():
-        return _Linear.apply(x, weight, bias, op, False, *theta)
+    if torch.compiler.is_compiling():            # (a graph cannot hold the function without grad)
+        return _Linear.apply(x, weight, bias, op, False, *theta) if torch.is_grad_enabled() else \
+            _alone(x, op, bias, weight)
     left = unread.begin()
     if torch.is_grad_enabled():
         with reading((x,)):

@@ -64,6 +64,8 @@ def _table(name: str, like: Tensor) -> Tensor:
     home = _real if mode is None else mode.__dict__.setdefault("_burnish_constants", {})
     key = (name, like.device)
     if key not in home:
+        if torch.compiler.is_compiling():        # a first run; a graph has the numbers in it then
+            return torch.tensor(_values(name), device=like.device)
         with _disable_current_modes():           # no part of the step: nobody counts it
             made = torch.tensor(_values(name), device=like.device)
             home[key] = made if mode is None else mode.from_tensor(made)

@@ -75,6 +75,12 @@ class LessStart(Chain):
             return self.scale * (self.B @ self.A)
         return self.scale * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if self.folded:
+            return self.factors()
+        return (torch.cat([self.A, self.A - self.A0]),
+                torch.cat([self.B - self.B0, self.B0], 1) * self.scale)
+
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         if self.folded:
             return super().forward_(x_NI, y_NO, scale)

@@ -59,6 +59,11 @@ class Term(nn.Module):
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""
         raise NotImplementedError
 
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of shapes (r, in) and (out, r) where the update is ``B A`` with a small r, scale
+        and all, made of this term's own tensors and numbers; None where it is anything else."""
+        return None
+
     def entries(self) -> tuple[Tensor, Tensor] | None:
         """(positions, values) where the update is k entries of the matrix read row by row, in
         ascending order and each once; None where it is anything else."""

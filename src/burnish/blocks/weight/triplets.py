@@ -65,6 +65,9 @@ class Triplets(Term):
     def dense(self) -> Tensor:
         return self.scale * (self.P * self.diagonal()) @ self.Q
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.Q, self.scale * (self.P * self.diagonal())
+
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
         h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
         y_NO.addmm_(h_NR.to(y_NO.dtype), (self.P * self.diagonal()).t().to(y_NO.dtype),
