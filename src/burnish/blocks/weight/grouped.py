@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tape.cast import autocast
+from ..tape.cast import autocast, uncast
 from ..tape.functions import transformed
 from .folded import Kept, Room
 from .term import Term
@@ -79,7 +79,7 @@ class Grouped:
     def add(self, x_SMI: Tensor, y_SMO: Tensor) -> Tensor:
         """y with what is added; in place where no graph is wanted. Nothing here may train."""
         x = autocast(x_SMI)
-        with torch.autocast(x.device.type, enabled=False):
+        with uncast(x):
             if torch.is_grad_enabled() or transformed():
                 return self._beside(x, y_SMO)
             out = y_SMO if self.columns is None else y_SMO[..., slice(*self.columns)]
