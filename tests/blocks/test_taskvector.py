@@ -80,17 +80,18 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_more_than_a_piece_is_allocated():
-    base = {f"w{i}": torch.zeros(1 << 16) for i in range(4)}
+    piece, whole = 1 << 17, 1 << 18                          # larger than a histogram, 2^16
+    base = {f"w{i}": torch.zeros(whole) for i in range(4)}
     tuned = {n: torch.rand_like(t) for n, t in base.items()}
     tv = TaskVector(base, tuned)
     with Largest() as seen:
-        threshold(lambda: tv.pieces(1 << 12), tv.numel, 0.3)
-        for _ in combine(base, [tv, tv], lambda taus, *_: taus.sum(0), piece=1 << 12):
+        threshold(lambda: tv.pieces(piece), tv.numel, 0.3)
+        for _ in combine(base, [tv, tv], lambda taus, *_: taus.sum(0), piece=piece // 2):
             pass
-    assert seen.entries == 1 << 16                           # one output tensor, nothing larger
+    assert seen.entries == whole                             # one output tensor, nothing larger
     with Largest() as seen:
-        threshold(lambda: tv.pieces(1 << 12), tv.numel, 0.3)
-    assert seen.entries == 1 << 12
+        threshold(lambda: tv.pieces(piece), tv.numel, 0.3)
+    assert seen.entries == piece
 
 
 # -- what is merged -------------------------------------------------------------------------

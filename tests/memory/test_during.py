@@ -10,7 +10,8 @@ import burnish
 from burnish.core.errors import ConfigError
 from burnish.formats.folder import finite
 from burnish.memory import Ledger, MemoryReport, measure, simulate
-from burnish.memory.during import MOMENTS, evaluated, peaks, watching
+from burnish.memory.during import MOMENTS, evaluated, watching
+from burnish.memory.moments import peaks
 from burnish.testing.models import tiny
 
 RECIPES = ["full", "lora(rank=2)", "nf4 + lora(rank=2)", "dora(rank=2)", "bf16 + lora(rank=2)"]

@@ -93,9 +93,11 @@ MANY = [(f, n, r) for f, n in (("llama", 11), ("mixtral", 8), ("sliding", 12),
 
 #: what is simulated whole: too shallow here for its period, or not what a rule of insertions says
 WHOLE = {("sliding", "lora(rank=2) + checkpoint(every=2)"), ("sliding", "mezo + lora(rank=2)"),
-         ("gpt2", "full + galore(rank=4)"), ("t5", "lora(rank=2) + checkpoint(every=2)"),
-         ("mamba", "lora(rank=2) + checkpoint(every=2)"), ("mamba", "full + galore(rank=4)"),
-         ("mamba", "lst(reduction=4)"),
+         ("t5", "lora(rank=2) + checkpoint(every=2)"), ("mamba", "lst(reduction=4)"),
+         ("mamba", "lora(rank=2) + checkpoint(every=2)"),
+         # small tensors step together, as many as fit a strip: not so many per block
+         *((f, "lora(rank=2) + adam8bit") for f in ("llama", "mixtral", "sliding", "every second",
+                                                    "vit", "gpt2", "t5", "mamba")),
          *((f, "nf4 + lora(rank=2) + checkpoint") for f in ("vit", "gpt2", "t5", "mamba"))}
 
 

@@ -74,7 +74,7 @@ def ours(recipe, W, Gs, lr):
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7,)])
 @pytest.mark.parametrize("settings", [{}, {"beta1": 0.9}, {"scaled": True}, {"wd": 0.1},
-                                      {"c": 0.6, "d": 0.5}])
+                                      {"c": 0.6, "d": 0.5}, {"beta1": 0.9, "scaled": True}])
 @pytest.mark.parametrize("strip", [None, 20])
 def test_steps_are_the_equations(shape, settings, strip, monkeypatch):
     """Whole, and some rows at a time."""
@@ -113,6 +113,13 @@ def test_gradients_of_the_floor_s_size_are_damped_by_it(shape):
     W = torch.zeros(shape, dtype=torch.float64)
     p, _ = ours("full + adafactor", W, [torch.full(shape, 1e-15, dtype=torch.float64)], 1.0)
     torch.testing.assert_close(p.detach(), torch.full_like(W, -(0.5**0.5)), rtol=1e-9, atol=0)
+
+
+def test_rows_of_the_floor_s_size_keep_the_floor_once():
+    G = torch.full((4, 3), 1e-15, dtype=torch.float64) * torch.arange(1.0, 5.0)[:, None]
+    W = torch.zeros(4, 3, dtype=torch.float64)
+    p, _ = ours("full + adafactor(clip=100)", W, [G], 1.0)
+    torch.testing.assert_close(p.detach(), reference(W, [G], 1.0, d=100.0), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7,)])

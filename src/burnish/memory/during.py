@@ -23,37 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CheckError
 from .ledger import Ledger
 from .report import MemoryReport
 
 MOMENTS = ("load", "train", "evaluate", "save", "merge")
-
-
-def peaks(model: Any, recipe: Any = None, batch: Any = 1, *, evaluation: Any = None,
-          **settings: Any) -> dict[str, MemoryReport]:
-    """moment -> what it takes, in the order of MOMENTS; without "merge" where the recipe has no
-    form as plain weights.
-
-    evaluation: the batch of an evaluation, where it is not `batch`. settings: as for
-    :func:`burnish.simulate`, which says what is raised.
-    """
-    from .extend import Shallows
-    from .fakes import from_config
-    from .simulate import _dtype, simulate
-
-    if not isinstance(model, nn.Module):
-        model = from_config(model, _dtype(settings.get("dtype")))
-    settings.setdefault("shallows", Shallows(model))
-    out = {}
-    for moment in MOMENTS:
-        shape = evaluation if moment == "evaluate" and evaluation is not None else batch
-        try:
-            out[moment] = simulate(model, recipe, shape, during=moment, **settings)
-        except CheckError:
-            if moment != "merge":
-                raise
-    return out
 
 
 @contextlib.contextmanager
