@@ -3,25 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks import matmul
-
-
-class Seen(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+from burnish.testing.ran import Ran
 
 
 def ran(fn):
-    with Seen() as seen:
+    with Ran() as seen:
         out = fn()
     return out, "_linear_pointwise" in seen.names
 

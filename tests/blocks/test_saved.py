@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks.tape.offload import Offload
 from burnish.blocks.tape.saved import Tape
+from burnish.testing.ran import Ran
 
 D, M, N = 32, 128, 64
 
@@ -159,18 +159,6 @@ def test_no_product_is_made_again_from_one_that_takes_a_product():
     for a, b in zip(got, torch.autograd.grad(stack(x).sum(), [x, *layers.parameters()]),
                     strict=True):
         assert torch.equal(a, b)
-
-
-class Ran(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_relu_keeps_its_input_only_where_that_is_made_again():

@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from burnish.blocks.update.composed import Composed
 from burnish.blocks.update.named import load_named_state, named_state
@@ -29,6 +27,7 @@ from burnish.blocks.update.step import (
 )
 from burnish.blocks.update.subspace import Basis, SubspaceMap
 from burnish.core.errors import ConfigError, FormatError, RecipeError
+from burnish.testing.ran import Allocations
 
 LOW = Subspace(map=SubspaceMap(rank=4), every=3, where=lambda name, p: p.dim() > 1, name="galore")
 
@@ -545,21 +544,6 @@ def test_targets_of_a_subspace():
 
 
 # -- temporaries ----------------------------------------------------------------------------
-class Allocations(TorchDispatchMode):
-    """The largest new storage, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs))
-               if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in old:
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return out
-
-
 @pytest.mark.parametrize("words", SENTENCES)
 def test_no_temporary_grows_with_the_tensor(words, monkeypatch):
     size, m, n = 1 << 16, 1024, 1024                 # a slice is no less than a panel of noise

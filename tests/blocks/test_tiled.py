@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.blocks.weight import panels, tiled
 from burnish.blocks.weight.factor import Chain
@@ -12,6 +11,7 @@ from burnish.blocks.weight.provided import Weighted, linear
 from burnish.blocks.weight.tiled import KernelDelta
 from burnish.core.site import Place
 from burnish.memory.ledger import Ledger
+from burnish.testing.ran import Ran
 
 OUT, IN, N = 24, 20, 7
 
@@ -247,23 +247,11 @@ def test_a_device_is_given_few_operations_and_asked_for_nothing(mixed):         
     W, x = torch.empty(4096, 4096, device="meta"), torch.empty(512, 4096, device="meta")
     for p in term.parameters():
         p.requires_grad_()
-    with Operations() as forward:
+    with Ran() as forward:
         y = linear(x.requires_grad_(), Weighted(lambda: W, [(term, 1.0)]), None)
-    with Operations() as backward:
+    with Ran() as backward:
         y.backward(torch.empty_like(y))
     strips = 4096 * 4096 // tiled.LONG_STRIP
     assert forward.names.count("_cdist_forward") == 3 * 2 * strips
     assert backward.names.count("_cdist_forward") == 2 * strips
     assert len(forward.names) < 1300 and len(backward.names) < 1600
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))

@@ -8,35 +8,19 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import burnish
 from burnish.blocks.update.composed import Composed
 from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 from burnish.testing.models import tiny
+from burnish.testing.ran import Allocations
 
 
 def gradients(shape, steps, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=g, dtype=torch.float64) * 10.0**(k % 3 - 1)
             for k in range(steps)]
-
-
-class Allocations(TorchDispatchMode):
-    """The largest new storage, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs))
-               if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in old:
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return out
 
 
 def rms(x):

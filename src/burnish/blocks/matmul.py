@@ -50,7 +50,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    """Is this a product that oneDNN does, with no copy of an argument larger than the result?"""
+    """Is this a product that oneDNN does, without copying more than the smaller argument?"""
     return (x.dim() == 2 and x.shape[0] * weight.numel() >= LEAST
             and x.dtype is weight.dtype is torch.float32
             and x.device.type == weight.device.type == "cpu"

@@ -155,18 +155,19 @@ class Weights(nn.Module):
                  ) -> Tensor:
         """``x V^T + b``, noted where the tape makes products again."""
         tape = self.state.tape
-        if torch.compiler.is_compiling() or not tape.products:
+        if torch.compiler.is_compiling() or not tape.notes_products:
             return linear(x, op, bias, weight)
         states = rng_state(x.device) if any(drops(t) for t in op.all) else None
         y = linear(x, op, bias, weight)
-        call, own = current(), (weight, bias)
+        call = current()
 
         def again(x: Tensor) -> Tensor:
             with resume(call), nullcontext() if states is None else replay(x.device, states):
                 return linear(x, op, bias, weight)
 
         tape.note(y, again, (x,), {}, [*op.reads(True, True, True),
-                                       *[t for t in own if t is not None]], product=True)
+                                       *[t for t in (weight, bias) if t is not None]],
+                  product=True)
         return y
 
     def _sliced(self, module: nn.Module, groups: list, x: Tensor) -> Tensor:

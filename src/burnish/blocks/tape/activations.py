@@ -29,6 +29,11 @@ STRIP = {"cpu": 1 << 21}
 LONG_STRIP = 1 << 24
 
 
+def strip(kind: str) -> int:
+    """Elements of a strip on a kind of device."""
+    return STRIP.get(kind, LONG_STRIP)
+
+
 class _Known(NamedTuple):
     """An elementwise function by its operators. forth(x, **kwargs, out=y); back(g, x, **kwargs),
     which takes ``grad_input=dx`` where memory is given."""
@@ -136,7 +141,7 @@ def strips(kept: Any) -> Strips | None:
             or len(entry.args) != 1 or (shape := _shape(entry.args[0])) != entry.shape[:3]:
         return None
     _, size, stride = shape
-    tokens = STRIP.get(entry.autocast[0], LONG_STRIP) // size[-1] if size and size[-1] else 0
+    tokens = strip(entry.autocast[0]) // size[-1] if size and size[-1] else 0
     if not 0 < tokens < size.numel() // size[-1] or not _in_order(size, stride):
         return None
     x = entry.args[0].open().detach()

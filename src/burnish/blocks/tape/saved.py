@@ -202,7 +202,7 @@ class Tape(TorchFunctionMode):
     def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func is F.linear:
             out = unread.linear(func, args, kwargs)
-            if self.products and out.requires_grad:
+            if self.notes_products and out.requires_grad:
                 self.note(out, func, args, kwargs, product=True)
             return out
         if not self.lean and not self.policy.moves:
@@ -235,7 +235,7 @@ class Tape(TorchFunctionMode):
         return out
 
     @property
-    def products(self) -> bool:
+    def notes_products(self) -> bool:
         """Are products of linears noted just now?"""
         return self.lean and self.level > 1 and torch.is_grad_enabled() and not self.others()
 
@@ -355,7 +355,7 @@ class Tape(TorchFunctionMode):
         """Is it what an activation gave, and large? It is not kept whole beside its gradient."""
         entry = self._find(t) if self.lean else None
         return entry is not None and entry.fn in activations.KNOWN \
-            and t.numel() > activations.STRIP.get(t.device.type, activations.LONG_STRIP)
+            and t.numel() > activations.strip(t.device.type)
 
     def _packed(self, t: Tensor, role: Role | None) -> Any:
         entry = self._find(t) if self.lean else None

@@ -2,10 +2,10 @@
 
     load states (codec) and weights (rounding) -> move (rule) -> save both
 
-What is worked on is flat and stays in cache, so a strip takes as many kernels as one tensor does
-and as many trips to memory as the arithmetic needs. Its temporaries are flat tensors of at most
-:func:`strip` elements of four bytes, whatever the sizes and the number of the tensors: none for
-fp32 AdamW and SGD, one for `lion`, at most four with weights of half precision, ten with coded
+What is worked on is flat and stays in the last cache, so a strip takes as many kernels as one
+tensor does and as many trips to memory as the arithmetic needs. Its temporaries are flat tensors of
+at most :func:`strip` elements of four bytes, whatever the sizes and the number of the tensors: none
+for fp32 AdamW and SGD, one for `lion`, at most four with weights of half precision, ten with coded
 states.
 """
 
@@ -27,8 +27,7 @@ State = dict[str, Any]
 
 
 def strip(device: torch.device) -> int:
-    """Elements worked on at a time: buffers of 1 MiB on a CPU, where the last cache holds them and
-    what Python does per strip is a tenth of the time."""
+    """Elements worked on at a time: buffers of 1 MiB on a CPU, which its last cache holds."""
     return 1 << (18 if device.type == "cpu" else 23)
 
 

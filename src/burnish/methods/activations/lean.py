@@ -24,7 +24,7 @@ class Lean(Method):
 
         1   none
         2   results of linears that an activation or a gate reads: a pre-norm block keeps 6 units
-            for one product of 4 d^2 more per token (a third of its forward's MLP; half of SwiGLU's)
+            for products of 4 d^2 more per token (half of its MLP's; of SwiGLU's two in three)
         3   results of linears that anything reads (q, k and v without rotary embeddings as well):
             3 units, for 7 d^2
 
