@@ -167,9 +167,11 @@ class Runner:
             return
         from burnish.testing import choose
         from burnish.testing import conformance as c
+        from burnish.testing.checks.common import refusal
 
         for name in self.cells:
-            model = choose.models_for(name, all=False)[-1]
+            models = choose.models_for(name, all=False)[::-1]
+            model = next((m for m in models if refusal(name, m) is None), models[0])
             every = {f"{name}-{model}-{f.__name__}": f for f in (*c.CHECKS, *c.ONCE)}
             for word in sorted(every, key=self.order):
                 began = time.monotonic()

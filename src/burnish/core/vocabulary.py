@@ -63,4 +63,5 @@ VOCABULARY: dict[str, str] = {
     "seed": "of what is drawn",
     "share": "one tensor for all",
     "threshold": "size below which nothing is done",
+    "tucker": "kernels of a convolution by a core of their own",
 }

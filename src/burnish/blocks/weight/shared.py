@@ -17,15 +17,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Seeded:
-    """A frozen tensor that its seed makes again: U(-1/sqrt(n), 1/sqrt(n)), n its last dimension."""
+    """A frozen tensor that its seed makes again: U(-1/sqrt(n), 1/sqrt(n)), n its last dimension.
+
+    unit: with a standard deviation of one instead. share: of the entries that are not zero; below
+    one they are +1 or -1 before that.
+    """
 
     shape: tuple[int, ...]
+    unit: bool = False
+    share: float = 1.0
 
     def draw(self, seed: int, name: str) -> Tensor:
         g = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         t = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         bound = 1 / math.sqrt(self.shape[-1])
-        return t.uniform_(-bound, bound, generator=g)
+        t.uniform_(-bound, bound, generator=g)
+        if self.share < 1:                       # the outer parts of the interval
+            edge = bound * (1 - self.share)
+            t = (t > edge).float() - (t < -edge).float()
+        return t.div_(t.std()) if self.unit else t
 
 
 class Shared(nn.Module):
