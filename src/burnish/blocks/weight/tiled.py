@@ -21,17 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.site import Place
 from ..choose import quantile
+from .distance import Distances, on_host
 from .dropped import Dropping
 from .panels import PANEL
 
 COEFFICIENT = 0.1
-#: entries of a strip: on a CPU its dozen temporaries fit the second-level cache; elsewhere it is
-#: what keeps a device busy, since every operation of a strip is a launch
-STRIP = 1 << 17
+#: entries of a strip: on a CPU half a dozen buffers of it stay in cache, and its work is large
+#: beside what calling an operator costs; elsewhere it is what keeps a device busy, since every
+#: operation of a strip is a launch
+STRIP = 1 << 18
 LONG_STRIP = 1 << 20
 
 
@@ -69,6 +70,7 @@ class KernelDelta(Dropping):
             self.gamma = nn.Parameter(torch.ones(()))
             self.beta = nn.Parameter(torch.zeros(()))
         self.sparsity = float(sparsity)
+        self._near = quantile.Near()
 
     # the sparsity a controller has set is part of the adapter
     def get_extra_state(self) -> Tensor:
@@ -81,45 +83,49 @@ class KernelDelta(Dropping):
     # Strips are (n, out): one row per input feature, so softmax and sums run along memory, and a
     # strip with all its temporaries stays in cache. Panels are (out, n) views of runs of strips.
     def _strips(self, i0: int, i1: int) -> Iterator[tuple[int, int]]:
-        strip = STRIP if self.A.device.type == "cpu" else LONG_STRIP
-        step = max(1, strip // self.out)
+        step = self._rows(i0, i1)
         for a in range(i0, i1, step):
             yield a, min(i1, a + step)
 
-    def _distances(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """d_1, d_2 of a strip, by direct differences: the Gram form cancels."""
-        def d(h: int) -> Tensor:
-            return torch.cdist(self.A[h, a:b], self.B[h], p=self.norm_p,
-                               compute_mode="donot_use_mm_for_euclid_dist")
-        return d(0), d(1)
+    def _distances(self, i0: int, i1: int, buffers: int = 1) -> Distances:
+        """Of all strips of these input features."""
+        return Distances(self.A, self.B, self.norm_p, self._rows(i0, i1), buffers)
 
-    def _kernel(self, a: int, b: int) -> Tensor:
-        """K of a strip."""
-        d1, d2 = self._distances(a, b)
-        return self._mix(d1.sub_(d2).mul_(COEFFICIENT))[0]
+    def _rows(self, i0: int, i1: int) -> int:
+        """Of the longest strip."""
+        strip = STRIP if self.A.device.type == "cpu" else LONG_STRIP
+        return min(i1 - i0, max(1, strip // self.out))
 
-    def _mix(self, D: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _kernel(self, d: Distances, a: int, b: int, into: Tensor | None = None) -> Tensor:
+        """K of a strip, by default in the first buffer of `d`."""
+        into = d.buffer(0, b - a) if into is None else into
+        d1, d2 = d.of(a, b)
+        D = torch.sub(d1, d2, out=d1).mul_(COEFFICIENT)
+        return self._mix(D, d2, into)[0]
+
+    def _mix(self, D: Tensor, S: Tensor, K: Tensor) -> tuple[Tensor, Tensor | None]:
+        """K and the softmax, written into these two."""
         if not self.mixed:
-            return D, None
+            return K.copy_(D), None
         alpha, gamma, beta = self._scalars()
-        S = torch.softmax(D / gamma, dim=1)
+        S = torch.softmax(torch.div(D, gamma, out=K), dim=1, out=S)
         if isinstance(alpha, float):                 # one vectorised pass
-            return torch.add(D, S, alpha=alpha).add_(beta), S
-        return torch.addcmul(beta, S, alpha).add_(D), S
+            return torch.add(D, S, alpha=alpha, out=K).add_(beta), S
+        return torch.addcmul(beta, S, alpha, out=K).add_(D), S
 
     def _scalars(self) -> tuple[Any, Any, Any]:
         """alpha, gamma, beta: numbers where reading them stalls nothing, else tensors."""
         own = (self.alpha, self.gamma, self.beta)
-        return tuple(float(p.detach()) for p in own) if _on_host(self.alpha) else own
+        return tuple(float(p.detach()) for p in own) if on_host(self.alpha) else own
 
-    def _gate(self, K: Tensor, tau: Tensor | None) -> Tensor | None:
+    def _gate(self, K: Tensor, tau: Tensor | None, into: Tensor | None = None) -> Tensor | None:
         """The constant factor: |K| on survivors, 0 elsewhere; None where it is 1."""
         if self.magnitude == "linear":
             return None if tau is None else (K.abs() > tau).to(K.dtype)
-        gate = K.abs()
+        gate = torch.abs(K, out=into)
         if tau is None:
             return gate
-        if _on_host(tau):
+        if on_host(tau):
             return torch.nn.functional.threshold_(gate, float(tau), 0.0)
         return gate.mul_(gate > tau)
 
@@ -150,15 +156,19 @@ class KernelDelta(Dropping):
         whole = self.out * self.inp <= PANEL
         kept = self.A.new_empty(self.inp, self.out) if whole else None
         if kept is not None:
+            d = self._distances(0, self.inp)
             for a, b in self._strips(0, self.inp):
-                kept[a:b] = self._kernel(a, b)
+                self._kernel(d, a, b, kept[a:b])
+            del d
 
         def stream() -> Iterator[Tensor]:
+            d = None if kept is not None else self._distances(0, self.inp)
             for a, b in self._strips(0, self.inp):
-                yield kept[a:b].abs() if kept is not None else self._kernel(a, b).abs_()
+                yield kept[a:b].abs() if d is None else self._kernel(d, a, b).abs_()
 
+        near = self._near if on_host(self.A) else None       # it moves little from step to step
         tau = quantile.quantile(stream, self.out * self.inp, self.sparsity,
-                                lambda: self._sample(kept), self.A)
+                                lambda: self._sample(kept), self.A, near)
         return _State(tau, kept)
 
     def _sample(self, kept: Tensor | None) -> Tensor:
@@ -170,11 +180,11 @@ class KernelDelta(Dropping):
             return kept.flatten()[::stride].abs()
         rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, self.inp // 16))
         step = max(1, rows * self.out // quantile.SAMPLE)
-        parts = []
+        parts, d = [], self._distances(0, 1)
         for j in range(rows):
             i = j * (self.inp - 1) // max(1, rows - 1)
             start = int(j * 0.6180339887498949 % 1.0 * step)
-            parts.append(self._kernel(i, i + 1)[0][start::step].abs())
+            parts.append(self._kernel(d, i, i + 1)[0][start::step].abs())
         return torch.cat(parts)
 
     # -- panels -----------------------------------------------------------------------------------
@@ -187,14 +197,15 @@ class KernelDelta(Dropping):
         panel = state.panel[i0:i1] if ready else self.A.new_empty(i1 - i0, self.out)
         if i1 == self.inp:
             state.panel = None                   # and nobody asks for it again
+        d = None if ready else self._distances(i0, i1)
+        spare = self.A.new_empty(self._rows(i0, i1), self.out) if d is None else d.buffer(0, i1)
         for a, b in self._strips(i0, i1):
-            here = panel[a - i0 : b - i0]
-            K = here if ready else self._kernel(a, b)
-            gate = self._gate(K, state.tau)
+            K = panel[a - i0 : b - i0]
+            if d is not None:
+                self._kernel(d, a, b, K)
+            gate = self._gate(K, state.tau, spare[: b - a])
             if gate is not None:
-                torch.mul(K, gate, out=here)
-            elif not ready:
-                here.copy_(K)
+                K.mul_(gate)
         return panel.t()
 
     @torch.no_grad()
@@ -206,63 +217,48 @@ class KernelDelta(Dropping):
             grads[0], grads[1] = torch.zeros_like(self.A), torch.zeros_like(self.B)
             if self.mixed:
                 grads[2:5] = [torch.zeros_like(p) for p in (self.alpha, self.gamma, self.beta)]
-        ends = [torch.cat([self.B[h], torch.ones_like(self.B[h, :, :1])], 1) for h in (0, 1)]
+        d = self._distances(i0, i1, 4)
         for a, b in self._strips(i0, i1):
-            d1, d2 = self._distances(a, b)
-            D = (d1 - d2).mul_(COEFFICIENT)
-            K, S = self._mix(D)
-            gate = self._gate(K, state.tau)
-            dK = Gt[a - i0 : b - i0].clone() if gate is None else Gt[a - i0 : b - i0] * gate
-            if S is not None:
-                weighed = S * dK
-                p = weighed.sum(1, keepdim=True)
-                grads[2] += p.sum()
-                grads[4] += dK.sum()
-                weighed.sub_(S.mul_(p))                     # softmax's own gradient
-                grads[3] -= (self.alpha / self.gamma**2) * (weighed.flatten() @ D.flatten())
-                dK.add_(weighed.mul_(self.alpha / self.gamma))
-            self._add_factors(grads[0], grads[1], a, b, dK, (d1, d2), ends)
-            torch.mul(K, gate, out=panel[a - i0 : b - i0]) if gate is not None else \
-                panel[a - i0 : b - i0].copy_(K)
+            D, S, dK, spare = (d.buffer(k, b - a) for k in (0, 1, 2, 3))
+            ds, K = d.of(a, b), panel[a - i0 : b - i0]
+            torch.sub(*ds, out=D).mul_(COEFFICIENT)
+            mixed = self._mix(D, S, K)[1] is not None
+            gate = self._gate(K, state.tau, spare)
+            if gate is None:
+                dK.copy_(Gt[a - i0 : b - i0])
+            else:
+                torch.mul(Gt[a - i0 : b - i0], gate, out=dK)
+                K.mul_(gate)
+            if mixed:
+                self._pull_mixed(grads, D, S, dK, spare)
+            d.pull(grads[0], a, b, dK, ds, COEFFICIENT)
+        d.finish(grads[1])
         return panel.t()
 
-    def _add_factors(self, dA: Tensor, dB: Tensor, a: int, b: int, dD: Tensor,
-                     d: tuple[Tensor, Tensor], ends: list[Tensor]) -> None:
-        """dA, dB through both distances; the gradient of a zero distance is zero.
+    def _pull_mixed(self, grads: list[Tensor | None], D: Tensor, S: Tensor, dK: Tensor,
+                    spare: Tensor) -> None:
+        """Gradients of the scalars of a strip; dK becomes dD. S and `spare` are used up."""
+        alpha, gamma, _ = self._scalars()
+        weighed = torch.mul(S, dK, out=spare)
+        p = weighed.sum(1, keepdim=True)
+        grads[2] += p.sum()
+        grads[4] += dK.sum()
+        weighed.sub_(S.mul_(p))                             # softmax's own gradient
+        grads[3] -= (alpha / gamma**2) * (weighed.flatten() @ D.flatten())
+        if isinstance(alpha, float):
+            dK.add_(weighed, alpha=alpha / gamma)
+        else:
+            dK.add_(weighed.mul_(alpha / gamma))
 
-        R = c dD / d: ``dA += rowsum(R) A - R B`` and ``dB += colsum(R) B - R^T A``; a column of
-        ones on the factors gives product and sum in one pass.
-        """
-        q = self.A.shape[2]
-        for h, c in ((0, COEFFICIENT), (1, -COEFFICIENT)):
-            A, B = self.A[h, a:b], self.B[h]
-            if self.norm_p == 2.0:
-                if not _on_host(dD) or float(d[h].amin()) == 0:
-                    d[h].masked_fill_(d[h] == 0, math.inf)
-                R = dD / d[h]
-                right = R @ ends[h]
-                left = R.t() @ torch.cat([A, torch.ones_like(A[:, :1])], 1)
-                dA[h, a:b].add_(right[:, q:] * A - right[:, :q], alpha=c)
-                dB[h].add_(left[:, q:] * B - left[:, :q], alpha=c)
-            else:
-                with torch.enable_grad():
-                    x, y = A.detach().requires_grad_(), B.detach().requires_grad_()
-                    gx, gy = torch.autograd.grad(torch.cdist(x, y, p=self.norm_p), (x, y), dD * c)
-                dA[h, a:b] += gx
-                dB[h] += gy
-
+    @torch.no_grad()
     def nnz(self) -> int:
         """Entries of the update that are not zero now."""
         tau = self.prepare().tau
         if tau is None:
             return self.out * self.inp
-        return sum(int((self._kernel(a, b).abs_() > tau).sum())
+        d = self._distances(0, self.inp)
+        return sum(int((self._kernel(d, a, b).abs_() > tau).sum())
                    for a, b in self._strips(0, self.inp))
 
     def stats(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity}
-
-
-def _on_host(t: Tensor) -> bool:
-    """Its value may be read without stalling a device (and it has one)."""
-    return t.device.type == "cpu" and not isinstance(t, FakeTensor)
