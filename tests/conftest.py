@@ -15,6 +15,13 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    """Every process of a run has one seed (burnish/testing/changed.py)."""
+    from burnish.testing import changed
+
+    os.environ["BURNISH_SEED"] = str(changed.seed())
+
+
 def pytest_collection_modifyitems(config, items):
     """``SHARD=3/8``: the third of eight parts of what was collected."""
     from burnish.testing.choose import rank, shard
@@ -34,7 +41,13 @@ def pytest_terminal_summary(terminalreporter):
     idle = Counter(check for results in told for check, state in results
                    if state == "not applicable")
     if states:
+        from burnish.testing import changed
+
+        new = sorted(changed.methods())
         terminalreporter.write_sep("-", "conformance")
+        terminalreporter.write_line(
+            f"BURNISH_SEED={changed.seed()}, changed since {(changed.since() or 'ever')[:10]}: "
+            + (", ".join(new[:12]) + f" and {len(new) - 12} more" * (len(new) > 12) or "none"))
         terminalreporter.write_line(", ".join(f"{n} {s}" for s, n in sorted(states.items())))
         terminalreporter.write_line("nothing to look at: " + ", ".join(
             f"{check} {n}" for check, n in idle.most_common()))

@@ -239,3 +239,21 @@ def test_inside_somebody_else_s_checkpointing_each_block_stands_alone():
                                               use_reentrant=False)
         results.append(torch.autograd.grad(y.square().sum(), [x, *blocks.parameters()]))
     same(*results)
+
+
+@pytest.mark.parametrize("when", ["during the forward", "before backward"])
+def test_blocks_run_again_in_the_mode_they_ran_in(when):
+    """A mode that holds for the forward only, as that of a fixed body, and one that a loop changes
+    before backward."""
+    x = torch.randn(2, N, D, dtype=torch.float64)
+    blocks = stack(p=0.5)
+    blocks.train(when == "before backward")
+    torch.manual_seed(3)
+    want = torch.autograd.grad(run(blocks, x).square().sum(), list(blocks.parameters()))
+    torch.manual_seed(3)
+    loss = run(blocks, x, every=2).square().sum()
+    blocks.train(when == "during the forward")
+    got = torch.autograd.grad(loss, list(blocks.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(b.training == (when == "during the forward") for b in blocks)

@@ -1,4 +1,4 @@
-"""A partner from every axis for every method: each pair works or is refused with a reason."""
+"""Every axis beside every axis: each pair works or is refused with a reason (testing/pairs.py)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import torch
 import burnish
 from burnish.core import registry
 from burnish.testing import choose, conformance
+from burnish.testing import pairs as chosen
 from burnish.testing.checks.common import keyed
 from burnish.testing.models import tiny
 
 METHODS = conformance.methods()
 TEXT = {name: conformance.recipe(name).rpartition(" + ")[2] for name in METHODS}
-PAIRS = choose.pairs(METHODS)
-ROWS = choose.covering(PAIRS, TEXT, size=2 if choose.everything() else 4)
+ALL = choose.everything()
+ROWS = chosen.covering(chosen.pairs(METHODS), TEXT, size=2 if ALL else 4,
+                       rows=None if ALL else chosen.RECIPES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_pairs(row):
@@ -33,7 +37,7 @@ def works(names, model) -> bool:
     """Trains, or refuses with a reason and leaves nothing behind (False)."""
     net, batch = tiny(model)
     recipe = " + ".join(TEXT[n] for n in names)
-    if choose.joinable(recipe):
+    if chosen.joinable(recipe):
         batch = keyed(batch, recipe)
     try:
         tuned = burnish.tune(net, recipe, calibration=[batch])
@@ -61,18 +65,27 @@ def works(names, model) -> bool:
     return True
 
 
-def test_every_method_meets_a_partner_of_every_axis():
-    shown = {p for row in choose.covering(choose.pairs(METHODS, all=False), TEXT)
-             for p in itertools.combinations(row, 2)}
+@pytest.mark.parametrize("new", [[], ["lora"], ["galore", "vpt", "snella"]], ids=str)
+def test_a_run_shows_every_axis_beside_every_axis_and_changed_methods_beside_all(new):
+    rows = chosen.covering(chosen.pairs(METHODS, False, 5, new), TEXT, rows=chosen.RECIPES)
+    shown = {p for row in rows for p in itertools.combinations(row, 2)}
     axes = {n: registry.find(n).axes()[0] for n in METHODS}
-    for name in METHODS:
-        met = {axes[b if a == name else a] for a, b in shown if name in (a, b)}
-        alone = [a for a in {*axes.values()} if [n for n in METHODS if axes[n] == a] == [name]]
-        assert met >= {*axes.values()} - set(alone), name
+    met = {frozenset((axes[a], axes[b])) for a, b in shown}
+    homes = chosen.by_axis(METHODS)
+    assert met >= {frozenset(p) for p in itertools.combinations(homes, 2)}
+    for name in new:
+        mine = {axes[b if a == name else a] for a, b in shown if name in (a, b)}
+        assert mine >= {a for a, some in homes.items() if some != [name]}, name
+    assert len(rows) <= chosen.RECIPES                     # whatever the catalogue's size
+
+
+def test_another_seed_shows_other_pairs():
+    one, two = (set(chosen.pairs(METHODS, False, seed, ())) for seed in (1, 2))
+    assert len(one & two) < len(one) / 2
 
 
 def test_the_whole_product_is_every_pair_in_both_orders():
-    every = choose.pairs(METHODS, all=True)
+    every = chosen.pairs(METHODS, all=True)
     assert len(set(every)) == len(METHODS) * (len(METHODS) - 1)
 
 

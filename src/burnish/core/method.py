@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 
+#: how a method was held against its source: read and written down; its test computes the equation
+#: again, in float64 and without burnish; its test meets figures that the source prints
+TIERS = ("from the text", "checked against an independent equation",
+         "checked against the paper's numbers")
+
+
 def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = (),
             other: Sequence[Any] = (), beside: Mapping[str, Any] = MappingProxyType({}),
             unseen: str = "") -> Any:
@@ -74,6 +80,9 @@ class Method:
     all that trains of the model.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
     (``testing/checks/common.py``).
+    excused: checks of the conformance suite that it is excused from, each with the reason and the
+    test that holds it instead: ``{"loss_falls": "..."}``, or ``{"loss_falls on mlp": "..."}``.
+    tier: how what is written here was held against the source, one of :data:`TIERS`.
     quality: prior used by the planner comes from measured data, never from here.
     """
 
@@ -96,6 +105,8 @@ class Method:
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    excused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    tier: ClassVar[str] = "from the text"
     #: name in a recipe; set by the registry from the file name
     name: ClassVar[str] = ""
 

@@ -1,25 +1,28 @@
-"""Which cells of methods x models x pairs a run looks at, so that its time follows the catalogue.
+"""Which cells of methods x checks x models a run looks at, so that its time follows the catalogue
+by a small share only.
 
-Everything is chosen by a digest of names, the same on every machine. A new method moves no other's
-models; of the pairs it takes the place of a partner where its digest is the lower one, and moves no
-other. ``BURNISH_ALL=1`` takes the whole product instead, and ``SHARD=3/8`` the third of eight parts
-of it.
+A run has a seed (testing/changed.py). Of each method it looks at every check once, each on another
+small model: check k on model k + seed + a digest of the method's name, counted round. So one run
+shows a method on nearly every model by some check, as many seeds as there are models show it on
+each by all, and over the catalogue every check meets every structure (:data:`STRUCTURES`) each
+time. Methods that have changed share `CHANGED` further cells: a few are shown whole. A new method
+moves no other's cells. ``BURNISH_ALL=1`` takes the whole product instead, and ``SHARD=3/8`` the
+third of eight parts of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from ..core import registry
 from ..core.anatomy import Anatomy
-from ..core.axes import AXES
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import ConfigError
 from ..core.needs import lacks
-from ..core.recipe import parse
+from . import changed
 from .models import NAMES, tiny
 
 #: one model of each is taken: pictures, text, plain torch modules
@@ -28,6 +31,25 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("bert", "roberta", "gpt2", "llama", "mixtral", "qwen_moe", "t5", "mamba", "whisper"),
     ("encoder", "mha", "cnn", "mlp"),
 )
+#: what tells models apart where methods are concerned: the structure and the models that have it
+STRUCTURES: dict[str, tuple[str, ...]] = {
+    "one weight for q, k and v": ("timm_qkv", "gpt2", "encoder", "mha"),
+    "weights stored (in, out)": ("gpt2",),
+    "a tied head": ("gpt2", "t5", "whisper"),
+    "convolutions": ("cnn", "convnext"),
+    "encoder and decoder": ("t5", "whisper"),
+    "experts": ("mixtral", "qwen_moe"),
+    "fewer heads for k and v": ("llama", "mixtral", "qwen_moe"),
+    "a scan": ("mamba",),
+    "windows": ("swin",),
+    "two towers": ("clip",),
+    "plain blocks": ("vit", "deit", "bert", "roberta"),
+    "no blocks": ("mlp", "cnn", "mha"),
+}
+#: the models, neighbours unlike each other: checks that follow each other look at other structures
+ROUND: tuple[str, ...] = (
+    "vit", "gpt2", "mixtral", "cnn", "t5", "timm_qkv", "mamba", "bert", "clip", "encoder", "llama",
+    "swin", "mlp", "whisper", "deit", "convnext", "qwen_moe", "mha", "roberta")
 #: (kind of place, model, targets): what the default targets of most models leave out
 PLACES: tuple[tuple[str, str, str], ...] = (
     ("linear", "mlp", "layers.0"), ("conv1d", "gpt2", "c_proj"), ("conv", "cnn", "conv"),
@@ -41,6 +63,12 @@ IN_BLOCKS = {"mlp/layers.0": "vit/fc1"}
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("linear", "timm_qkv", "q,v"), ("conv1d", "gpt2", "q,v"), ("mha", "encoder", "q,v"),
 )
+#: settings of a method that one run shows to act
+SETTINGS = 2
+#: further cells that the changed methods of a run share: seven of them whole, more of them in part
+CHANGED = 3000
+#: methods at which suites that go through the catalogue look in one run, besides changed ones
+WINDOW = 32
 
 
 def everything() -> bool:
@@ -70,9 +98,14 @@ def anatomy(model: str) -> Anatomy:
     return Anatomy.of(tiny(model, meta=True)[0])
 
 
+@cache
+def _applies(cls: type, model: str) -> bool:
+    return lacks(cls, anatomy(model)) is None
+
+
 def applies(method: str, model: str) -> bool:
     """By what the method's file says of itself."""
-    return lacks(registry.find(method), anatomy(model)) is None
+    return _applies(registry.find(method), model)
 
 
 def models_for(method: str, all: bool | None = None) -> tuple[str, ...]:
@@ -96,58 +129,79 @@ def kinds_on(model: str) -> set[str]:
     return {p.kind for p in places} | ({"fused"} if any(a.slices(p) for p in places) else set())
 
 
-# -- pairs ----------------------------------------------------------------------------------------
-def joinable(recipe: str) -> bool:
-    """The parts may stand in one recipe (a model may still refuse it)."""
-    try:
-        parse(recipe)
-    except BurnishError:
-        return False
-    return True
+# -- cells ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One check of one method on one small model, by their names."""
+
+    method: str
+    check: str
+    model: str
 
 
-def pairs(names: Sequence[str], all: bool | None = None) -> list[tuple[str, str]]:
-    """Ordered pairs to look at: every method with one partner from every axis, in the order and
-    with the partner that the digest says; or every pair in both orders."""
-    if everything() if all is None else all:
-        return list(itertools.permutations(names, 2))
-    by_axis = {a: [n for n in names if registry.find(n).axes()[0] == a] for a in AXES}
-    out: dict[tuple[str, str], None] = {}
-    for name in names:
-        for there in by_axis.values():
-            others = sorted((o for o in there if o != name), key=lambda o: rank(name, o))
-            for other in others[:1]:
-                a, b = sorted((name, other), key=lambda n: rank(n, name, other))
-                if (b, a) not in out:
-                    out[a, b] = None
-    return list(out)
+def diagonal(method: str, live: Sequence[str], seed: int, breadth: int = 1) -> list[Cell]:
+    """Every check that has something to look at (`live`, by name), on `breadth` models each that
+    the method applies to: neighbours on the :data:`ROUND`, from a place that the seed moves."""
+    fit = [m for m in ROUND if applies(method, m)]
+    start = seed + rank(method)
+    return [Cell(method, check, fit[(start + k + step) % len(fit)])
+            for k, check in enumerate(live) for step in range(min(breadth, len(fit)))]
 
 
-def covering(wanted: Iterable[tuple[str, str]], text: dict[str, str], size: int = 4
-             ) -> list[tuple[str, ...]]:
-    """Rows of up to `size` parts such that every wanted pair stands in one of them, in its order.
+def gaps(cells: Iterable[Cell], live: dict[str, Sequence[str]], seed: int) -> list[Cell]:
+    """A cell for every (check, structure) that these show nowhere, though a method could."""
+    shown = {(c.check, c.model) for c in cells}
+    checks = dict.fromkeys(check for some in live.values() for check in some)
+    out = []
+    for check in checks:
+        for structure, models in STRUCTURES.items():
+            if any((check, m) in shown for m in models):
+                continue
+            could = [(n, m) for n in live if check in live[n] for m in models if applies(n, m)]
+            if could:
+                name, model = min(could, key=lambda c: rank(str(seed), check, structure, *c))
+                out.append(Cell(name, check, model))
+                shown.add((check, model))
+    return out
 
-    Parts that cannot stand together make a row of two. text: name -> how it is written.
-    """
-    left = dict.fromkeys(wanted)
-    after: dict[str, list[str]] = {}
-    for a, b in left:
-        after.setdefault(a, []).append(b)
-    rows = []
-    while left:
-        a, b = next(iter(left))
-        row = [a, b]
-        if joinable(" + ".join(text[n] for n in row)):
-            while len(row) < size:
-                gain = {c: sum((x, c) in left for x in row)
-                        for x in row for c in after.get(x, ()) if c not in row}
-                for c in sorted(gain, key=lambda c: (-gain[c], rank(*row, c))):
-                    if gain[c] and joinable(" + ".join(text[n] for n in (*row, c))):
-                        row.append(c)
-                        break
-                else:
-                    break
-        for x, y in itertools.combinations(row, 2):
-            left.pop((x, y), None)
-        rows.append(tuple(row))
-    return rows
+
+def cells(live: dict[str, Sequence[str]], seed: int | None = None,
+          new: Collection[str] | None = None) -> list[Cell]:
+    """What one run looks at. live: method -> names of the checks that look at it; new: the methods
+    that have changed, which share :data:`CHANGED` further cells."""
+    seed = changed.seed() if seed is None else seed
+    new = {n for n in (changed.methods() if new is None else new) if n in live}
+    deep = breadth(live, new)
+    out = [c for n, checks in live.items()
+           for c in diagonal(n, checks, seed, deep if n in new else 1)]
+    return sorted({*out, *gaps(out, live, seed)})
+
+
+def breadth(live: dict[str, Sequence[str]], new: Collection[str]) -> int:
+    """Models on which each check of a changed method is shown."""
+    per = sum(len(live[n]) for n in new)
+    return 1 + CHANGED // per if per else 1
+
+
+def visited(names: Sequence[str], seed: int | None = None, new: Collection[str] | None = None
+            ) -> list[str]:
+    """The methods at which a suite that goes through the catalogue looks in one run: all that have
+    changed, as many as there is room for, and :data:`WINDOW` others, which the seed moves on."""
+    if everything() or len(names) <= WINDOW:
+        return list(names)
+    seed = changed.seed() if seed is None else seed
+    order = sorted(names, key=rank)
+    start = seed * WINDOW % len(order)
+    turn = (order[start:] + order[:start])[:WINDOW]
+    first = [n for n in sorted(names, key=lambda n: rank(str(seed), n))
+             if n in (changed.methods() if new is None else new)][:WINDOW]
+    return [n for n in names if n in {*turn, *first}]
+
+
+def some(method: str, things: Sequence[str], count: int, seed: int | None = None) -> list[str]:
+    """So many of a method's things (its settings): all of a changed one's or of a whole product,
+    the others' in turn."""
+    if everything() or method in changed.methods() or len(things) <= count:
+        return list(things)
+    start = (changed.seed() if seed is None else seed) * count + rank(method)
+    return [things[(start + i) % len(things)] for i in range(count)]

@@ -10,65 +10,37 @@ or from a shell: ``burnish conformance my_method``. Every check takes a method's
 of a small model (burnish.testing.models.NAMES, or ``"gpt2/q,v"`` with targets), compares with the
 untouched model or with a reference and raises AssertionError with what is wrong. Where it has
 nothing to look at it returns a :class:`Skip` with the reason, which is counted. What a method is
-excused from stands in ``exclusions.toml`` with the reason; an excused check that passes fails.
+excused from stands in its file, as `excused` with the reason; an excused check that passes fails.
+Which cells a run of our own suite looks at is said in choose.py.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from functools import wraps
 
 from ..core import registry
-from ..core.errors import ConfigError, nearest
+from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.method import Method
-from . import checks, choose
+from . import changed, checks, choose
 from .checks import CHECKS, ONCE, Skip
-from .checks.common import SMALL, TRAINS, Check, make, part, recipe, refusal, stir, widen
+from .checks.common import SMALL, TRAINS, Check, idle, make, part, recipe, refusal, stir, widen
+from .checks.reference import every_kind_of_place
+from .checks.settings import every_setting_acts, own
 from .models import NAMES
 
-__all__ = ["CHECKS", "ONCE", "SMALL", "TRAINS", "Check", "Exclusion", "Report",
-           "Result", "Skip", "check", "checks", "exclusions", "make", "methods", "one", "part",
-           "recipe", "refusal", "run", "stir", "widen"]
+__all__ = ["CHECKS", "ONCE", "SMALL", "TRAINS", "Check", "Report", "Result", "Skip", "check",
+           "checks", "excuse", "live", "look", "make", "methods", "once", "one", "part", "recipe",
+           "refusal", "run", "stir", "widen"]
 
 
-@dataclass(frozen=True)
-class Exclusion:
-    """A check that a method (glob) is excused from on a model (glob), and why."""
-
-    check: str
-    method: str
-    model: str
-    reason: str
-
-    def covers(self, check: str, method: str, model: str) -> bool:
-        return self.check == check and fnmatch.fnmatchcase(method, self.method) \
-            and fnmatch.fnmatchcase(model, self.model)
-
-
-@lru_cache(maxsize=1)
-def exclusions() -> tuple[Exclusion, ...]:
-    """The one file of what is excused."""
-    return read((Path(__file__).parent / "exclusions.toml").read_text("utf-8"))
-
-
-def read(text: str) -> tuple[Exclusion, ...]:
-    """Exclusions as they are written. What a method's settings need to be shown is a fact of its
-    own file: ConfigError for any other table."""
-    try:
-        import tomllib
-    except ImportError:                                     # Python 3.10
-        import tomli as tomllib
-    told = tomllib.loads(text)
-    if strange := sorted(set(told) - {"exclusion"}):
-        raise ConfigError(f"exclusions.toml has {', '.join(f'[{k}]' for k in strange)}: what "
-                          "settings need to be shown stands in the method's file, as "
-                          "setting(..., other=, beside=, unseen=) and `small`")
-    return tuple(Exclusion(e["check"], e.get("method", "*"), e.get("model", "*"), e["reason"])
-                 for e in told.get("exclusion", ()))
+def excuse(check: str, method: str, model: str) -> str | None:
+    """Why the method is excused from a check on this model, or None: its file says ``excused =
+    {"check": reason}``, or ``{"check on model": reason}``."""
+    told = registry.find(method).excused
+    return told.get(check, told.get(f"{check} on {model}"))
 
 
 @dataclass(frozen=True)
@@ -110,20 +82,53 @@ def methods() -> list[str]:
 def one(check: Check, name: str, model: str) -> Result:
     """One check of one method on one model, as a result instead of an exception."""
     word = check.__name__
-    excused = next((e for e in exclusions() if e.covers(word, name, model)), None)
+    excused = excuse(word, name, model)
     try:
         said = check(name, model)
     except Exception as e:
         if excused is not None:
-            return Result(word, name, model, "excluded", excused.reason)
+            return Result(word, name, model, "excluded", excused)
+        if isinstance(e, BurnishError) and (reason := refusal(name, model)) is not None:
+            return Result(word, name, model, "not applicable", reason)
         what = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
         return Result(word, name, model, "fail", what or "assertion failed")
     if isinstance(said, Skip):
         return Result(word, name, model, "not applicable", said.reason)
     if excused is not None:
-        return Result(word, name, model, "fail", "passes although it is excused in "
-                      f"exclusions.toml ({excused.reason}): take the exclusion away")
+        return Result(word, name, model, "fail", "passes although its file excuses it "
+                      f"({excused}): take the excuse away")
     return Result(word, name, model, "pass")
+
+
+# -- what one run of our own suite looks at -------------------------------------------------------
+def live(names: Iterable[str]) -> dict[str, Sequence[str]]:
+    """Method -> names of the checks that look at it, by what its file says of itself."""
+    return {n: [c.__name__ for c in CHECKS if idle(c, n) is None] for n in names}
+
+
+def look(cells: Iterable[choose.Cell]) -> Report:
+    """The results of some cells."""
+    named = {c.__name__: c for c in CHECKS}
+    return Report([one(named[c.check], c.method, c.model) for c in cells])
+
+
+def once(name: str) -> list[Check]:
+    """The checks that stand beside the cells: whole for a changed method and in a whole product;
+    for the others every kind of place by two checks, and a few of the settings, in turn."""
+    if choose.everything() or name in changed.methods():
+        return list(ONCE)
+    turn = changed.seed() + choose.rank(name)
+    few = choose.some(name, [f.name for f in own(name)], choose.SETTINGS)
+
+    @wraps(every_kind_of_place)
+    def places(name: str, model: str) -> Skip | None:
+        return every_kind_of_place(name, model, turn)
+
+    @wraps(every_setting_acts)
+    def settings(name: str, model: str) -> Skip | None:
+        return every_setting_acts(name, model, few)
+
+    return [places, settings]
 
 
 def run(name: str | type[Method], models: Iterable[str] | None = None,

@@ -16,8 +16,8 @@ backward has made again and did not use (it never reached a block) goes when tha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,6 +110,7 @@ class Run:
         self.stretch, self.index, self.below = stretch, stretch.size, stretch.top()
         self.fn, self.recording, self.answers = fn, recording, answers
         self.context = current()                  # backward runs it again in this call
+        self.modes: list[bool] = []
         self.out_spec: Any = None
         self.out_leaves: list[Any] = []
 
@@ -142,7 +143,7 @@ class Run:
             random = nullcontext() if ctx.rng is None else replay.replay(ctx.devices, ctx.rng)
             answered = nullcontext() if self.answers is None else \
                 self.answers.second(inputs, list(kept))
-            with again(self.context), torch.enable_grad(), random, \
+            with again(self.context), torch.enable_grad(), random, self._as_it_was(), \
                     replay.autocast(ctx.autocast, cache=True), self.recording(), answered:
                 return self.on(inputs)
 
@@ -150,8 +151,23 @@ class Run:
         out = run() if whole else unread.repeated(self.block, self.products, run)
         return inputs, [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
 
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Inside, the block's modules train or evaluate as they did in the first run: a mode may
+        hold for the forward only, or be changed before backward."""
+        other = [(m, m.training) for m, was in zip(self.block.modules(), self.modes, strict=False)
+                 if m.training != was]
+        for m, now in other:
+            m.training = not now
+        try:
+            yield
+        finally:
+            for m, now in other:
+                m.training = now
+
     def first(self, tensors: Sequence[Tensor]) -> Any:
         """The block, run for the first time, without a graph."""
+        self.modes = [m.training for m in self.block.modules()]
         with again(self.context), unread.running(unread.Run()) as counted, \
                 nullcontext() if self.answers is None else self.answers.first(tensors):
             out = self.on(tensors)

@@ -35,6 +35,9 @@ class Lean(Method):
     """
 
     paper: ClassVar[str] = "burnish; see blocks/tape/saved.py"
+    excused: ClassVar[dict[str, str]] = {
+        "beside_a_partner_it_acts on mlp":
+            "a ReLU keeps its output, which the next linear reads: there is nothing to leave out"}
 
     on: bool = setting(True, "False keeps what autograd keeps")
     level: Literal[1, 2, 3] = setting(1, "which products of linears are made again: none, those "

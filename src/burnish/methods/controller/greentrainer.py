@@ -44,6 +44,10 @@ class Greentrainer(Method):
 
     paper: ClassVar[str] = ("Towards Green AI in Fine-tuning Large Language Models via Adaptive "
                             "Backpropagation, ICLR 2024")
+    excused: ClassVar[dict[str, str]] = {
+        "exactly_what_trains_moves":
+            "what is never worth its share of backward is never chosen; "
+            "tests/methods/test_greentrainer.py shows that exactly what is chosen moves"}
     relies_on: ClassVar[tuple[str, ...]] = ("around_step", "schedule")
 
     budget: float = setting(0.5, "rho, share of the FLOPs of a full step, in (0, 1]")

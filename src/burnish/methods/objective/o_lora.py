@@ -47,6 +47,10 @@ class OLora(Method):
 
     paper: ClassVar[str] = ("Orthogonal Subspace Learning for Language Model Continual Learning "
                             "(2023), arXiv:2310.14152")
+    excused: ClassVar[dict[str, str]] = {
+        "beside_a_partner_it_acts":
+            "its term is against adapters learnt before, and a fresh model has none; "
+            "tests/methods/test_o_lora.py"}
 
     weight: float = setting(0.5, "lambda_1, of the overlap", alias=("lamda_1",), unseen=_ALONE)
     norm: Literal["squared", "absolute"] = setting("squared", "of the entries of A_i A^T",

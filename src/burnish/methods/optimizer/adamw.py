@@ -24,6 +24,10 @@ class AdamW(Method):
     """
 
     paper: ClassVar[str] = "Decoupled Weight Decay Regularization, ICLR 2019"
+    excused: ClassVar[dict[str, str]] = {
+        "beside_a_partner_it_acts":
+            "it is what a recipe without an optimizer takes; tests/methods/test_adamw.py compares "
+            "with torch"}
 
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments")
     eps: float = setting(1e-8, "added to the root of the second moment")

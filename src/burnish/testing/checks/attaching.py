@@ -24,14 +24,40 @@ from .common import (
     ready,
     recipe,
     stir,
+    where,
     widen,
 )
 
 
+def _not_the_base(name: str) -> Skip | None:
+    return None if method_of(name).identity else \
+        Skip("does not claim to start as the pre-trained function")
+
+
+def _no_count(name: str) -> Skip | None:
+    cls = method_of(name)
+    if "delta" not in cls.axes():
+        return Skip("no delta: its own test file holds its count")
+    return None if hasattr(cls, "count") else Skip("declares no count")
+
+
+def _trains_nothing(name: str) -> Skip | None:
+    return None if TRAINS & set(method_of(name).axes()) else \
+        Skip("trains nothing itself; `beside_a_partner_it_acts` looks at it")
+
+
+def _stored(name: str) -> Skip | None:
+    return Skip("the base is the stored form then") if "storage" in axes_of(recipe(name)) else None
+
+
+def _selects(name: str) -> Skip | None:
+    return Skip("a selection's own test names what it selects") \
+        if partner(name) or {"select", "side"} & set(method_of(name).axes()) else None
+
+
+@where(_not_the_base)
 def identity_at_the_start(name: str, model: str) -> Skip | None:
     """Step 0 is the pre-trained function where the method says so."""
-    if not method_of(name).identity:
-        return Skip("does not claim to start as the pre-trained function")
     tuned, batch, base = make(name, model, train=False)
     widen(tuned)
     with torch.no_grad():
@@ -40,16 +66,12 @@ def identity_at_the_start(name: str, model: str) -> Skip | None:
     return None
 
 
+@where(_no_count)
 def declared_count(name: str, model: str) -> Skip | None:
     """`count(place)` is what a delta trains there; one that needs to know what was settled there,
     or the tensors its places share, takes them by name."""
-    cls = method_of(name)
-    if "delta" not in cls.axes():
-        return Skip("no delta: its own test file holds its count")
-    if not hasattr(cls, "count"):
-        return Skip("declares no count")
     tuned, _, _ = make(name, model, torch.float32)
-    method = tuned.recipe.named(name)
+    method: Any = tuned.recipe.named(name)
     settled = tuned.adapters["default"].settled.get(name, {})
     shared = tuned.model._modules[ATTR]._modules.get("default", {})
     common = {"shared": shared[f"{name}_shared"]} if f"{name}_shared" in shared else {}
@@ -70,10 +92,9 @@ def declared_count(name: str, model: str) -> Skip | None:
     return None
 
 
+@where(_trains_nothing)
 def it_acts(name: str, model: str) -> Skip | None:
     """With its tensors moved, the model's outputs are no longer the base's."""
-    if not TRAINS & set(method_of(name).axes()):
-        return Skip("trains nothing itself; `beside_a_partner_it_acts` looks at it")
     tuned, batch, base = make(name, model, train=False)
     widen(tuned)
     stir(tuned)
@@ -129,10 +150,9 @@ def copies_and_pickles(name: str, model: str) -> Skip | None:
     return None
 
 
+@where(_stored)
 def switches_off(name: str, model: str) -> Skip | None:
     """Inside `disabled()` the model answers as the base."""
-    if "storage" in axes_of(recipe(name)):
-        return Skip("the base is the stored form then")
     tuned, batch, base = make(name, model, torch.float32, train=False)
     stir(tuned)
     with torch.no_grad(), tuned.disabled():
@@ -140,11 +160,9 @@ def switches_off(name: str, model: str) -> Skip | None:
     return None
 
 
+@where(_selects)
 def only_it_trains(name: str, model: str) -> Skip | None:
     """Without the head, exactly what the parts add or select asks for gradients."""
-    axes = set(method_of(name).axes())
-    if partner(name) or {"select", "side"} & axes:
-        return Skip("a selection's own test names what it selects")
     tuned, _, _ = make(name, model, torch.float32)
     for n, p in tuned.model.named_parameters():
         assert not p.requires_grad or f".{ATTR}." in f".{n}", f"{n} of the base trains"

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -53,6 +53,24 @@ class Batch(dict[str, Any]):
 
 
 Check = Callable[[str, str], "Skip | None"]
+
+
+def where(lack: Callable[[str], Skip | None]) -> Callable[[Check], Check]:
+    """A check that has nothing to look at where `lack(method name)` says so, whatever the model:
+    :func:`idle` asks for it without running anything."""
+    def deco(check: Check) -> Check:
+        @wraps(check)
+        def asked(name: str, model: str) -> Skip | None:
+            return lack(name) or check(name, model)
+        asked.lack = lack                                   # type: ignore[attr-defined]
+        return asked
+    return deco
+
+
+def idle(check: Check, name: str) -> Skip | None:
+    """Why a check looks at nothing of this method on any model, by what its file says of itself."""
+    lack = getattr(check, "lack", None)
+    return None if lack is None else lack(name)
 
 
 # -- recipes --------------------------------------------------------------------------------------

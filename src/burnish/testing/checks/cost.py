@@ -11,7 +11,7 @@ from torch import nn
 
 from ...core.recipe import parse
 from ...engine.slot import slots
-from .common import Skip, fresh, join, make, method_of, ready, recipe
+from .common import Skip, fresh, join, make, method_of, ready, recipe, where
 
 #: samples of the batch: tokens must outweigh what is kept per output
 SAMPLES = 16
@@ -35,16 +35,28 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
     return None
 
 
+def _says_nothing_kept(name: str) -> Skip | None:
+    cls = method_of(name)
+    if not {"delta", "mixture"} & set(cls.axes()):
+        return Skip("adds to no weight")
+    return None if hasattr(cls, "per_token") else Skip("declares no per_token(place)")
+
+
+def _says_no_state(name: str) -> Skip | None:
+    cls = method_of(name)
+    if "optimizer" not in cls.axes():
+        return Skip("no optimizer")
+    return None if hasattr(cls, "state_bytes") else \
+        Skip("declares no state_bytes(shape, itemsize)")
+
+
+@where(_says_nothing_kept)
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
     """Between forward and backward a delta, or the experts of a linear, keep what stock autograd
     keeps for a weight that trains (that is frozen, with ``keeps_input = False``), and
     `per_token(place)` numbers per token more; nothing of the weight's size. Of a delta the numbers
     per token are exact: what does not grow with the tokens falls out between two batches."""
     cls = method_of(name)
-    if not {"delta", "mixture"} & set(cls.axes()):
-        return Skip("adds to no weight")
-    if not hasattr(cls, "per_token"):
-        return Skip("declares no per_token(place)")
     text = f"{recipe(name)} + lean(on=False)"
     tuned, batch, base = make(name, model, torch.float32, text=text, batch=SAMPLES)
     method = tuned.recipe.named(name)
@@ -144,13 +156,9 @@ class _Two(nn.Module):
         return x.square().mean()
 
 
+@where(_says_no_state)
 def holds_the_state_it_says(name: str, model: str) -> Skip | None:
     """After a step, state of `state_bytes(shape, itemsize)` bytes per tensor, in fp32 and bf16."""
-    cls = method_of(name)
-    if "optimizer" not in cls.axes():
-        return Skip("no optimizer")
-    if not hasattr(cls, "state_bytes"):
-        return Skip("declares no state_bytes(shape, itemsize)")
     method: Any = parse(recipe(name)).named(name)
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)

@@ -30,6 +30,7 @@ from .common import (
     recipe,
     refusal,
     stir,
+    where,
     widen,
 )
 
@@ -38,22 +39,43 @@ BF16_LOSS, BF16_GRADIENT = 0.02, 0.15
 ESTIMATES = Skip("its gradients are estimates by design: its own test file shows of what")
 
 
+def _estimates(name: str) -> Skip | None:
+    return None if method_of(name).exact else ESTIMATES
+
+
+def _no_weights(name: str) -> Skip | None:
+    return _estimates(name) or (None if axes_of(recipe(name)) <= DENSE else Skip(
+        "changes hidden states, not weights: its own test file holds the reference"))
+
+
+def _no_dropping_weights(name: str) -> Skip | None:
+    return _no_weights(name) or (Skip("its body is a fixed function in evaluation mode: it does "
+                                      "not drop") if method_of(name).fixed else None)
+
+
+def _drops(name: str) -> list[str]:
+    """The settings that are a dropout."""
+    return [f.name for f in fields(method_of(name))
+            if "drop" in f.name and isinstance(f.default, float)]
+
+
+def _no_dropout(name: str) -> Skip | None:
+    return None if _drops(name) else Skip("has no dropout")
+
+
+@where(_no_weights)
 def equals_the_untouched_model(name: str, model: str) -> Skip | None:
     """Loss and all gradients are those of the untouched model on dense weights."""
     return _equals(name, model, 0.0)
 
 
+@where(_no_dropping_weights)
 def equals_the_untouched_model_under_dropout(name: str, model: str) -> Skip | None:
     """The same where the model itself drops: the same masks, drawn once and drawn again alike."""
     return _equals(name, model, 0.2)
 
 
 def _equals(name: str, model: str, dropout: float) -> Skip | None:
-    text = recipe(name)
-    if not method_of(name).exact:
-        return ESTIMATES
-    if not axes_of(text) <= DENSE:
-        return Skip("changes hidden states, not weights: its own test file holds the reference")
     tuned, batch, base = make(name, model, dropout=dropout)
     widen(tuned)
     stir(tuned)
@@ -73,11 +95,10 @@ def _equals(name: str, model: str, dropout: float) -> Skip | None:
     return None
 
 
+@where(_estimates)
 def bf16_is_near_fp32(name: str, model: str) -> Skip | None:
     """Loss and gradient of a bf16 base, within stated bounds of the fp32 one's. What was read from
     data in one is given to the other: a bf16 base shows other data."""
-    if not method_of(name).exact:
-        return ESTIMATES
     ends: list[tuple[float, dict[str, Tensor]]] = []
     settled: dict[str, Any] = {}
     start: dict[str, Tensor] = {}
@@ -104,11 +125,13 @@ def bf16_is_near_fp32(name: str, model: str) -> Skip | None:
     return None
 
 
+@where(_estimates)
 def two_forwards_before_one_backward(name: str, model: str) -> Skip | None:
     """The gradient of a sum of two losses is the sum of their gradients."""
     return _two(name, model, recipe(name))
 
 
+@where(_estimates)
 def two_forwards_under_checkpoint(name: str, model: str) -> Skip | None:
     """The same where blocks run again in backward."""
     return _checkpointed(name, model, lambda text: _two(name, model, text))
@@ -128,8 +151,6 @@ def _checkpointed(name: str, model: str, check: Any) -> Skip | None:
 
 
 def _two(name: str, model: str, text: str) -> Skip | None:
-    if not method_of(name).exact:
-        return ESTIMATES
     tuned, first, _ = make(name, model, text=text)
     second = fresh(model, torch.float64, text, seed=1, batch=3)[1]
     widen(tuned)
@@ -151,11 +172,9 @@ def _gradients(tuned: Any, loss: Any) -> dict[str, Tensor]:
             for n, p in tuned.named_parameters()}
 
 
+@where(_estimates)
 def checkpointing_changes_nothing(name: str, model: str) -> Skip | None:
     """The same gradients with `+ checkpoint`, the model's own dropout included."""
-    if not method_of(name).exact:
-        return ESTIMATES
-
     def check(text: str) -> None:
         grads = []
         for one in (recipe(name), text):
@@ -169,6 +188,7 @@ def checkpointing_changes_nothing(name: str, model: str) -> Skip | None:
 
 
 # -- dropout of the method itself -----------------------------------------------------------------
+@where(_no_dropout)
 def its_dropout_acts(name: str, model: str) -> Skip | None:
     """In training it changes outputs from draw to draw; in evaluation it is not there."""
     def check(tuned: Any, batch: Any, plain: Any, word: str) -> None:
@@ -188,17 +208,14 @@ def its_dropout_acts(name: str, model: str) -> Skip | None:
     return _dropped(name, model, check)
 
 
+@where(_no_dropout)
 def its_dropout_is_differentiated(name: str, model: str) -> Skip | None:
     """The gradient is that of what was computed: backward sees the masks of forward."""
     return _dropped(name, model, lambda tuned, batch, *_: _is_its_own_gradient(tuned, batch))
 
 
 def _dropped(name: str, model: str, check: Any) -> Skip | None:
-    words = [f.name for f in fields(method_of(name))
-             if "drop" in f.name and isinstance(f.default, float)]
-    if not words:
-        return Skip("has no dropout")
-    for word in words:
+    for word in _drops(name):
         try:
             tuned, batch, _ = make(name, model, text=recipe(name, **{word: 0.5}))
             widen(tuned)
@@ -216,7 +233,7 @@ def _dropped(name: str, model: str, check: Any) -> Skip | None:
     return None
 
 
-def _is_its_own_gradient(tuned: Any, batch: Any, h: float = 1e-5) -> None:
+def _is_its_own_gradient(tuned: Any, batch: Any, h: float = 1e-6) -> None:
     """<gradient, d> is the slope of the loss along d, under one seed; terms of the recipe that
     follow the loss backward are part of both. The slope is the median over five steps: a router
     that sends a token elsewhere makes the loss jump within one of them."""
@@ -264,15 +281,18 @@ class _NothingNarrower(TorchFunctionMode):
 
 
 # -- once per method ------------------------------------------------------------------------------
-def every_kind_of_place(name: str, model: str) -> Skip | None:
-    """On each kind of place and on fused rows: dense reference, count, start, merge, dropout."""
+def every_kind_of_place(name: str, model: str, turn: int | None = None) -> Skip | None:
+    """On each kind of place and on fused rows: dense reference, count, start, merge, dropout. With
+    a number, the reference and one of the others at each, another one for another number."""
     from .attaching import declared_count, identity_at_the_start
     from .weights import merges_and_unmerges
 
     cls = method_of(name)
     if "delta" not in cls.axes():
         return Skip("no delta")
-    for kind, net, targets in (*PLACES, *ROWS):
+    others = (identity_at_the_start, declared_count, two_forwards_before_one_backward,
+              merges_and_unmerges, its_dropout_acts)
+    for i, (kind, net, targets) in enumerate((*PLACES, *ROWS)):
         cell = f"{net}/{targets}"
         if kind not in cls.kinds:
             try:
@@ -284,8 +304,8 @@ def every_kind_of_place(name: str, model: str) -> Skip | None:
         cell = cell if applies(name, net) else IN_BLOCKS.get(cell, cell)
         if "does not divide" in (refusal(name, cell) or ""):
             cell = OTHERWISE.get(cell, cell)
-        for check in (identity_at_the_start, declared_count, equals_the_untouched_model,
-                      two_forwards_before_one_backward, merges_and_unmerges, its_dropout_acts):
+        few = others if turn is None else (others[(turn + i) % len(others)],)
+        for check in (equals_the_untouched_model, *few):
             try:
                 check(name, cell)
             except Exception as e:

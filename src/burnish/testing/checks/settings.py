@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import Field, fields
 from typing import Any
 
@@ -25,10 +25,11 @@ def own(name: str) -> list[Field[Any]]:
     return [f for f in fields(method_of(name)) if f.name not in common]
 
 
-def every_setting_acts(name: str, model: str) -> Skip | None:
-    """Another value of each setting gives another run, or is refused with a reason, on this model
-    or on another that the method is shown on; one that is called `unseen` gives none."""
-    mine = own(name)
+def every_setting_acts(name: str, model: str, only: Collection[str] | None = None) -> Skip | None:
+    """Another value of each setting (of those in `only`) gives another run, or is refused with a
+    reason, on this model or on another that the method is shown on; one that is called `unseen`
+    gives none."""
+    mine = [f for f in own(name) if only is None or f.name in only]
     said = [why for f in mine if (why := at_fault(name, f, model)) is not None]
     assert not said, "; ".join(said)
     return None if mine else Skip("has no settings")

@@ -26,6 +26,7 @@ from .common import (
     ready,
     recipe,
     stir,
+    where,
 )
 
 #: updates of a run in which schedules and budgets act from start to end
@@ -76,10 +77,17 @@ def exactly_what_trains_moves(name: str, model: str) -> Skip | None:
     return None
 
 
+def _trains_itself(name: str) -> Skip | None:
+    return None if partner(name) else Skip("trains something itself; `it_acts` looks at it")
+
+
+def _no_schedule(name: str) -> Skip | None:
+    return None if "controller" in method_of(name).axes() else Skip("has no schedule")
+
+
+@where(_trains_itself)
 def beside_a_partner_it_acts(name: str, model: str) -> Skip | None:
     """A part that trains nothing itself changes weights, outputs or bytes of what does."""
-    if not partner(name):
-        return Skip("trains something itself; `it_acts` looks at it")
     without, with_it = partner(name), recipe(name)
     if name == "lean":
         without += " + lean(on=False)"            # it is on without being named
@@ -140,10 +148,9 @@ def _waiting(model: str, text: str) -> tuple[int, int]:
     return alive, measure(tuned, batch).peak_bytes
 
 
+@where(_no_schedule)
 def a_known_length_acts(name: str, model: str) -> Skip | None:
     """A budget or schedule runs differently once `total_steps` is set."""
-    if "controller" not in method_of(name).axes():
-        return Skip("has no schedule")
     ends = []
     for total in (None, STEPS):
         tuned, batch, _ = make(name, model, torch.float32)
@@ -152,6 +159,7 @@ def a_known_length_acts(name: str, model: str) -> Skip | None:
             return Skip("its handlers ask for no length")
         tuned.total_steps = total
         ends.append([float(tuned.step(batch)) for _ in range(STEPS)])
+        ends[-1].append(float(tuned.loss(batch).detach()))           # the last update counts too
     assert ends[0] != ends[1], "the run is the same with and without total_steps"
     return None
 

@@ -40,6 +40,11 @@ class Snell(Method):
     """
 
     paper: ClassVar[str] = "Expanding Sparse Tuning for Low Memory Usage (2024), arXiv:2411.01800"
+    excused: ClassVar[dict[str, str]] = {
+        "its_dropout_is_differentiated":
+            "one factor of the update is a constant of the gradient by definition, so it is no "
+            "derivative of the loss; tests/blocks/test_dropped.py holds the reference under the "
+            "same masks"}
     identity: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -50,6 +50,11 @@ class Snella(Method):
 
     paper: ClassVar[str] = ("Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for "
                             "Vision Models (2025)")
+    excused: ClassVar[dict[str, str]] = {
+        "its_dropout_is_differentiated":
+            "one factor of the update is a constant of the gradient by definition, so it is no "
+            "derivative of the loss; tests/blocks/test_dropped.py holds the reference under the "
+            "same masks"}
     identity: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
