@@ -252,3 +252,16 @@ def test_a_batch_of_another_size_is_refused():
             answer(tuned, inputs)
     with tuned.adapters.rows(["a", None], 3):
         answer(tuned, inputs)
+
+
+def test_a_base_weight_that_its_owner_lets_train_gets_the_gradient_of_all_samples():
+    linear = torch.nn.Linear(6, 5).double()
+    net = torch.nn.Sequential(linear)
+    tuned = burnish.tune(net, "lora(rank=2)", targets="0", head=False, name="a")
+    tuned.add("b", "lora(rank=2)", targets="0")
+    for p in net.parameters():
+        p.requires_grad_(p is linear.weight)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with tuned.adapters.rows(["a", None, "b"]):
+        net(x).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(5, 6))

@@ -174,7 +174,7 @@ class Slot(Weights):
         def run(name: str | None, a: tuple, k: dict, valid: Any, given: dict) -> Any:
             n = keys.count(name)
             if name == TOGETHER:
-                y = self._base(module, forward, a, k)
+                y = self._plain(module, first_of(a, k))
                 return add_grouped(plan.grouped, first_of(a, k), y, n)
             own = replace(call, active=() if name is None else ((name, 1.0),), rows=None,
                           valid=valid, given=given,

@@ -108,14 +108,20 @@ class Weights(nn.Module):
     # -- running ------------------------------------------------------------------------------
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         if self.providers and is_linear(module, forward):
-            op = Weighted(functools.partial(self._matrix, module, "weight"), [],
-                          held=functools.partial(self._held, module, "weight"))
-            return self._product(first_of(args, kw), op, module.bias)
+            return self._plain(module, first_of(args, kw))
         with ExitStack() as stack:
             for param in self.providers:
                 make = functools.partial(self._stored, module, param)
                 stack.enter_context(self._noted(module, param, make, self._held(module, param)))
             return forward(module, *args, **kw)
+
+    def _plain(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A linear's own product, by the road that one with something added takes."""
+        op = Weighted(functools.partial(self._matrix, module, "weight"), [],
+                      held=functools.partial(self._held, module, "weight"))
+        own = None if self.providers else module._parameters.get("weight")
+        trained = own is not None and own.requires_grad
+        return self._product(x, op, module.bias, self._matrix(module, "weight") if trained else None)
 
     def _weighted(self, module: nn.Module, forward: Callable[..., Any], groups: list,
                   args: tuple, kw: dict) -> Any:
