@@ -121,7 +121,8 @@ class Weights(nn.Module):
                       held=functools.partial(self._held, module, "weight"))
         own = None if self.providers else module._parameters.get("weight")
         trained = own is not None and own.requires_grad
-        return self._product(x, op, module.bias, self._matrix(module, "weight") if trained else None)
+        weight = self._matrix(module, "weight") if trained else None
+        return self._product(x, op, module.bias, weight)
 
     def _weighted(self, module: nn.Module, forward: Callable[..., Any], groups: list,
                   args: tuple, kw: dict) -> Any:
