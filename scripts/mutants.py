@@ -9,9 +9,9 @@ keyword, a condition turned, a reduction exchanged, a function that returns noth
 a copy of the package; the tests of the file must fail, and a run past its limit of time or memory
 has failed. A method's tests are tests/methods/test_NAME.py and its conformance cell on a small
 model; a block's are tests/blocks/test_NAME.py and the tests of the methods that import it. Further
-ones, and mutants that are no other program with the reason, stand in mutants.toml. The tests that
-killed most run first. Prints a line for each survivor, a table and a last line that reads alike
-on every machine, "mutants: 52 files, 3104 mutants, 3080 killed, 24 equivalent, 0 live"; exit code
+ones stand in mutants.toml, mutants that are no other program in equivalent/NAME.toml with the
+reason. The tests that killed most run first. Prints a line for each survivor, a table and a last
+line that reads alike on every machine, "mutants: 52 files, 3104 mutants, 3080 killed, 24 equivalent, 0 live"; exit code
 1 when any lives. `--all` takes every method and the files they share, a night's work on one
 machine; SHARD=3/8 the third of eight parts of it.
 """
@@ -71,7 +71,12 @@ class Tally:
 
 
 def declared() -> dict:
-    return tomllib.loads((ROOT / "scripts/mutants.toml").read_text("utf-8"))
+    told = tomllib.loads((ROOT / "scripts/mutants.toml").read_text("utf-8"))
+    folder = ROOT / "scripts/equivalent"
+    told["equivalent"] = {f.relative_to(folder).with_suffix("").as_posix():
+                          tomllib.loads(f.read_text("utf-8"))
+                          for f in sorted(folder.rglob("*.toml"))}
+    return told
 
 
 def subject(name: str) -> Subject:
@@ -221,7 +226,7 @@ def main() -> int:
     for of in map(subject, given.names):
         every = list(mutants(of.file.read_text("utf-8")))
         if stale := set(of.equivalent) - {m.name for m in every}:
-            sys.exit(f"mutants.toml: {of.name} has no mutant {sorted(stale)}")
+            sys.exit(f"equivalent/{of.name}.toml: {of.name} has no mutant {sorted(stale)}")
         work.append((of, [m for m in every if lines is None or m.line in lines]))
     work += named() if given.named else []
     if given.list:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 import burnish
 from burnish.core import registry
 from burnish.engine.slot import slots
-from burnish.testing import conformance
+from burnish.testing import choose, conformance
 from burnish.testing.checks.common import keyed, logits
 from burnish.testing.models import tiny
 
-METHODS = sorted(n for n in registry.names(extra=False) if conformance.TRAINS & set(
-    registry.find(n).axes()) or "storage" in registry.find(n).axes())
+METHODS = choose.visited(sorted(n for n in registry.names(extra=False) if conformance.TRAINS & set(
+    registry.find(n).axes()) or "storage" in registry.find(n).axes()))
 
 
 def flipped(real, name):
