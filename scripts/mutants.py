@@ -11,7 +11,8 @@ has failed. A method's tests are tests/methods/test_NAME.py and its conformance 
 model; a block's are tests/blocks/test_NAME.py and the tests of the methods that import it. Further
 ones stand in mutants.toml, mutants that are no other program in equivalent/NAME.toml with the
 reason. The tests that killed most run first. Prints a line for each survivor, a table and a last
-line that reads alike on every machine, "mutants: 52 files, 3104 mutants, 3080 killed, 24 equivalent, 0 live"; exit code
+line that reads alike on every machine, "mutants: 52 files, 3104 mutants, 3080 killed, 24
+equivalent, 0 live"; exit code
 1 when any lives. `--all` takes every method and the files they share, a night's work on one
 machine; SHARD=3/8 the third of eight parts of it.
 """

@@ -167,3 +167,15 @@ def test_the_commands_and_their_options_are_these():
     found = {name: " ".join(sorted(p.name for p in c.params if p.name != "help"))
              for name, c in command().commands.items()}
     assert found == SURFACE
+
+
+def test_the_catalogue_says_how_each_method_was_held_against_its_source(capsys):
+    from burnish.cli import main
+
+    assert main(["methods", "vera"]) == 0
+    assert "checked against the paper's numbers" in capsys.readouterr().out
+    assert main(["methods"]) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert "from the text, " in last and "checked against an independent equation, " in last
+    assert main(["methods", "norms", "--json"]) == 0
+    assert '"tier": "from the text"' in capsys.readouterr().out

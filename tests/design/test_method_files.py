@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 
 from burnish.core import registry
 from burnish.core.axes import AXES
-from burnish.core.method import Method
+from burnish.core.method import TIERS, Method
 from burnish.core.recipe import parse
 
 FOLDER = Path(registry.__file__).resolve().parents[1] / "methods"
 FILES = sorted(f for f in FOLDER.glob("*/**/*.py") if not f.stem.startswith("_"))
 NAMES = [f.stem for f in FILES]
+TESTS = {t.stem: t.read_text()
+         for t in (Path(__file__).resolve().parents[1] / "methods").glob("test_*.py")}
 
 
 def test_names_are_unique_and_folders_are_axes():
@@ -43,6 +46,18 @@ def test_a_method_explains_itself(file):
     own = [f for f in fields(cls) if f.name not in inherited]
     assert not [f.name for f in own if not f.metadata.get("help")], "settings without a meaning"
     assert text.strip()
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_method_says_how_it_was_held_against_its_source(file):
+    """What is called checked has a test of its own name, or is named by one, that computes in
+    float64 or counts what the source prints."""
+    cls = registry.find(file.stem)
+    assert cls.tier in TIERS
+    if cls.tier != TIERS[0]:
+        said = TESTS.get(f"test_{file.stem}") or "".join(
+            text for text in TESTS.values() if re.search(rf"\b{file.stem}\b", text))
+        assert re.search(r"float64|\.double\(|count", said)
 
 
 @pytest.mark.parametrize("name", sorted(registry.presets()))

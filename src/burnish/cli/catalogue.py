@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import MISSING, fields
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from ..core.axes import AXES
 from ..core.errors import CheckError, ConfigError, nearest
+from ..core.method import TIERS
 from .app import Json, app
 from .screen import emit, table
 
@@ -35,8 +37,8 @@ def methods(
     else:
         entries = [e for e in registry.catalogue() if axis is None or axis in e.axes]
         shown = {} if axis else presets
-        data = {"methods": [{"name": e.name, "axes": e.axes, "summary": e.summary}
-                            for e in entries], "presets": shown}
+        data = {"methods": [{"name": e.name, "axes": e.axes, "summary": e.summary,
+                             "tier": e.cls.tier} for e in entries], "presets": shown}
         emit(json, data, _listing(entries, shown))
 
 
@@ -48,7 +50,8 @@ def facts(entry: Any) -> dict[str, Any]:
                  "type": str(f.type), "help": f.metadata.get("help", "")} for f in fields(cls)]
     return {"name": entry.name, "axes": entry.axes, "summary": entry.summary,
             "doc": inspect.getdoc(cls) or "", "settings": settings, "paper": cls.paper,
-            "identity": cls.identity, "merges": cls.merges, "kinds": sorted(cls.kinds)}
+            "tier": cls.tier, "identity": cls.identity, "merges": cls.merges,
+            "kinds": sorted(cls.kinds)}
 
 
 def page(entry: Any) -> str:
@@ -61,7 +64,7 @@ def page(entry: Any) -> str:
              ("merges into plain weights", "yes" if d["merges"] else "no")]
     if {"delta", "storage"} & set(d["axes"]):
         known.append(("applies to", ", ".join(d["kinds"])))
-    known.append(("source", d["paper"]))
+    known += [("source", d["paper"]), ("written", d["tier"])]
     width = max(len(k) for k, _ in known)
     return "\n".join([d["doc"], "", table(("setting", "default", "meaning"), rows), "",
                       *(f"{k:<{width}}  {v}" for k, v in known)])
@@ -78,8 +81,10 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
     if presets:
         lines += ["presets: named combinations",
                   *(f"  {n:<{width}}  {r}" for n, r in sorted(presets.items())), ""]
-    return "\n".join([*lines, f"{len(entries)} methods; `burnish methods NAME` tells all about "
-                              "one"])
+    held = Counter(e.cls.tier for e in entries)
+    return "\n".join([*lines, f"{len(entries)} methods: "
+                      + ", ".join(f"{held[t]} {t}" for t in TIERS if held[t])
+                      + "; `burnish methods NAME` tells all about one"])
 
 
 OPTIONAL = {"fit": ("transformers", "accelerate", "datasets", "torchmetrics", "matplotlib"),

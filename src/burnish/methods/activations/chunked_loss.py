@@ -44,6 +44,7 @@ class ChunkedLoss(Method):
 
     paper: ClassVar[str] = ("the gradient in forward: Liger Kernel (2024), arXiv:2410.10989; "
                             "blocks/tape/chunked.py")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"vocabulary"})
 
     chunk: int = setting(CHUNK, "tokens whose logits exist at once", other=(1,))

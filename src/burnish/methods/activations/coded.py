@@ -44,6 +44,7 @@ class Coded(Method):
 
     paper: ClassVar[str] = ("Few-Bit Backward (2022), arXiv:2202.00441; ActNN (2021), "
                             "arXiv:2104.14129; Mesa (2021), arXiv:2111.11124")
+    tier: ClassVar[str] = "checked against an independent equation"
     exact: ClassVar[bool] = False
 
     bits: Literal[0, 1, 2, 4, 8] = setting(4, "bits of linear inputs")

@@ -52,6 +52,7 @@ class Meft(Method):
 
     paper: ClassVar[str] = ("Make Pre-trained Model Reversible: From Parameter to Memory Efficient "
                             "Fine-Tuning (2023), arXiv:2306.00477")
+    tier: ClassVar[str] = "checked against an independent equation"
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"one width"})

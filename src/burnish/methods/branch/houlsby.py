@@ -30,6 +30,7 @@ class Houlsby(Method):
 
     paper: ClassVar[str] = ("Parameter-Efficient Transfer Learning for NLP (2019), "
                             "arXiv:1902.00751")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

@@ -38,6 +38,7 @@ class HyperFormer(Method):
 
     paper: ClassVar[str] = ("Parameter-efficient Multi-task Fine-tuning for Transformers via "
                             "Shared Hypernetworks (2021), arXiv:2106.04489")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     context: ClassVar[Mapping[str, Key]] = {"task": Key("one task id per sample", below="tasks")}
     identity: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class Ia3(Method):
 
     paper: ClassVar[str] = ("Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than "
                             "In-Context Learning (2022), arXiv:2205.05638")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"scalable states"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 

@@ -32,6 +32,7 @@ class Parallel(Method):
 
     paper: ClassVar[str] = ("Towards a Unified View of Parameter-Efficient Transfer Learning "
                             "(2022), arXiv:2110.04366")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     merges: ClassVar[bool] = False
 

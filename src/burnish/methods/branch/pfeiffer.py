@@ -31,6 +31,7 @@ class Pfeiffer(Method):
     """
 
     paper: ClassVar[str] = "AdapterFusion (2021), arXiv:2005.00247"
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

@@ -38,6 +38,7 @@ class Ssf(Method):
     """
 
     paper: ClassVar[str] = "Scaling & Shifting Your Features (2022), arXiv:2210.08823"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     init: Literal["identity", "author"] = setting("identity", "start of gamma and beta")
 

@@ -44,6 +44,7 @@ class Greentrainer(Method):
 
     paper: ClassVar[str] = ("Towards Green AI in Fine-tuning Large Language Models via Adaptive "
                             "Backpropagation, ICLR 2024")
+    tier: ClassVar[str] = "checked against an independent equation"
     excused: ClassVar[dict[str, str]] = {
         "exactly_what_trains_moves":
             "what is never worth its share of backward is never chosen; "

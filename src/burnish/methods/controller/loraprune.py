@@ -43,6 +43,7 @@ class Loraprune(Method):
 
     paper: ClassVar[str] = ("LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient "
                             "Fine-Tuning (2023), arXiv:2305.18403")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs: ClassVar[frozenset[str]] = frozenset({"units"})
     relies_on: ClassVar[tuple[str, ...]] = ("gradients",)

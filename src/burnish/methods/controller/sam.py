@@ -48,6 +48,7 @@ class Sam(Method):
     paper: ClassVar[str] = ("Sharpness-Aware Minimization for Efficiently Improving "
                             "Generalization, ICLR 2021; ASAM: Adaptive Sharpness-Aware "
                             "Minimization, ICML 2021")
+    tier: ClassVar[str] = "checked against an independent equation"
     relies_on: ClassVar[tuple[str, ...]] = ("around_step",)
 
     radius: float = setting(0.05, "rho, how far away the gradient is taken")

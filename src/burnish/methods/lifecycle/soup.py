@@ -86,6 +86,7 @@ class Soup(Method):
     """
 
     paper = "Model soups (2022), arXiv:2203.05482"
+    tier = "checked against an independent equation"
 
     kind: Literal["greedy", "uniform", "learned"] = setting("greedy",
                                                             "which models enter, and how")

@@ -61,6 +61,7 @@ class TaskArithmetic(Method):
     """
 
     paper = "Editing Models with Task Arithmetic (2023), arXiv:2212.04089"
+    tier = "checked against an independent equation"
 
     scale: float = setting(0.4, "lambda, shared by all tasks")
 

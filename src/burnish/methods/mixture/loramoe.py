@@ -43,6 +43,7 @@ class LoraMoe(Method):
 
     paper: ClassVar[str] = ("LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World "
                             "Knowledge in Language Model Alignment (2023), arXiv:2312.09979")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"mlp linears"})
     context: ClassVar[Mapping[str, Key]] = {
         "sample_type": Key("1 for world knowledge, 0 for other tasks", training=True)}

@@ -38,6 +38,7 @@ class Mola(Method):
     """
 
     paper: ClassVar[str] = "MoLA: Higher Layers Need More LoRA Experts (2024), arXiv:2402.08562"
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     merges: ClassVar[bool] = False
     relies_on: ClassVar[tuple[str, ...]] = ("objective",)

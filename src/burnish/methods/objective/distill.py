@@ -51,6 +51,7 @@ class Distill(Method):
 
     paper: ClassVar[str] = ("Distilling the Knowledge in a Neural Network (2015), "
                             "arXiv:1503.02531; Learning without Forgetting, ECCV 2016")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     sees_run: ClassVar[bool] = True
 

@@ -40,6 +40,7 @@ class L2Sp(Method):
     """
 
     paper: ClassVar[str] = "Explicit Inductive Bias for Transfer Learning (2018), arXiv:1802.01483"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     alpha: float = setting(0.1, "strength on weights the base had, and on updates")
     beta: float = setting(0.01, "strength on the head")

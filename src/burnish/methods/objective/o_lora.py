@@ -47,6 +47,7 @@ class OLora(Method):
 
     paper: ClassVar[str] = ("Orthogonal Subspace Learning for Language Model Continual Learning "
                             "(2023), arXiv:2310.14152")
+    tier: ClassVar[str] = "checked against an independent equation"
     excused: ClassVar[dict[str, str]] = {
         "beside_a_partner_it_acts":
             "its term is against adapters learnt before, and a fresh model has none; "

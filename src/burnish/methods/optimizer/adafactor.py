@@ -89,6 +89,7 @@ class Adafactor(Method):
 
     paper: ClassVar[str] = ("Adafactor: Adaptive Learning Rates with Sublinear Memory Cost (2018), "
                             "arXiv:1804.04235")
+    tier: ClassVar[str] = "checked against an independent equation"
 
     decay_rate: float = setting(0.8, "c, how fast the moments come to rest")
     clip: float = setting(1.0, "d, the root mean square an update is cut to")

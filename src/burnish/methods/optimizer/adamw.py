@@ -24,6 +24,7 @@ class AdamW(Method):
     """
 
     paper: ClassVar[str] = "Decoupled Weight Decay Regularization, ICLR 2019"
+    tier: ClassVar[str] = "checked against an independent equation"
     excused: ClassVar[dict[str, str]] = {
         "beside_a_partner_it_acts":
             "it is what a recipe without an optimizer takes; tests/methods/test_adamw.py compares "

@@ -32,6 +32,7 @@ class Apollo(Method):
 
     paper: ClassVar[str] = ("APOLLO: SGD-like Memory, AdamW-level Performance (2024), "
                             "arXiv:2412.05270")
+    tier: ClassVar[str] = "checked against an independent equation"
 
     rank: int = setting(256, "rank of the projection; a quarter of the width is published",
                         alias=("r",))

@@ -30,6 +30,7 @@ class Fira(Method):
 
     paper: ClassVar[str] = ("Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank "
                             "Constraint? (2024), arXiv:2410.01623")
+    tier: ClassVar[str] = "checked against an independent equation"
 
     rank: int = setting(128, "rank of the subspace", alias=("r",))
     every: int = setting(200, "updates between two singular value decompositions",

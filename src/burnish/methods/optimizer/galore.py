@@ -36,6 +36,7 @@ class Galore(Method):
 
     paper: ClassVar[str] = ("GaLore: Memory-Efficient LLM Training by Gradient Low-Rank "
                             "Projection, ICML 2024")
+    tier: ClassVar[str] = "checked against the paper's numbers"
 
     rank: int = setting(128, "rank of the subspace", alias=("r",))
     every: int = setting(200, "updates between two projections' singular value "

@@ -21,6 +21,7 @@ class Kahan(Method):
     """
 
     paper: ClassVar[str] = "Revisiting BFloat16 Training, 2020"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     def claims(self) -> tuple[str, ...]:
         return ("the rounding of the weights",)

@@ -24,6 +24,7 @@ class Lion(Method):
     """
 
     paper: ClassVar[str] = "Symbolic Discovery of Optimization Algorithms, NeurIPS 2023"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     betas: tuple[float, float] = setting((0.9, 0.99), "of the step, of the momentum; "
                                          "(0.95, 0.98) if a language model is unstable")

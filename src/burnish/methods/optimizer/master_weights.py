@@ -18,6 +18,7 @@ class MasterWeights(Method):
     """
 
     paper: ClassVar[str] = "Mixed Precision Training, ICLR 2018"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     def claims(self) -> tuple[str, ...]:
         return ("the rounding of the weights",)

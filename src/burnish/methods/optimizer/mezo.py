@@ -31,6 +31,7 @@ class Mezo(Method):
     """
 
     paper: ClassVar[str] = "Fine-Tuning Language Models with Just Forward Passes, NeurIPS 2023"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     eps: float = setting(1e-3, "radius of the probe; 1e-2 with LoRA, 1e-1 with prefixes")
     queries: int = setting(1, "probes averaged per update, two forwards each")

@@ -22,6 +22,7 @@ class SGD(Method):
     """
 
     paper: ClassVar[str] = "A Stochastic Approximation Method, 1951"
+    tier: ClassVar[str] = "checked against an independent equation"
 
     small: ClassVar[dict[str, float]] = {"momentum": 0.9}
 

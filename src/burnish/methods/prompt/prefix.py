@@ -45,6 +45,7 @@ class Prefix(Method):
 
     paper: ClassVar[str] = ("Prefix-Tuning (2021), arXiv:2101.00190; P-Tuning v2 (2022), "
                             "arXiv:2110.07602")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

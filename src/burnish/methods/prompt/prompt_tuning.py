@@ -40,6 +40,7 @@ class PromptTuning(Method):
 
     paper: ClassVar[str] = ("The Power of Scale for Parameter-Efficient Prompt Tuning (2021), "
                             "arXiv:2104.08691")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Vpt(Method):
     """
 
     paper: ClassVar[str] = "Visual Prompt Tuning (2022), arXiv:2203.12119"
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"states"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

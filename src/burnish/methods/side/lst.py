@@ -44,6 +44,7 @@ class Lst(Method):
 
     paper: ClassVar[str] = ("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer "
                             "Learning (2022), arXiv:2206.06522")
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"ladder"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False

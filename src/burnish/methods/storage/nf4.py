@@ -26,6 +26,7 @@ class Nf4(Method):
     """
 
     paper = "QLoRA: Efficient Finetuning of Quantized LLMs, 2023"
+    tier = "checked against an independent equation"
     identity = False
     kinds = frozenset({"linear", "conv1d", "experts"})
 

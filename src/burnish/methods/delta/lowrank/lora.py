@@ -35,6 +35,7 @@ class Lora(Method):
 
     paper: ClassVar[str] = ("LoRA (2021), arXiv:2106.09685; rsLoRA (2023), arXiv:2312.03732; "
                             "LoRA+ (2024), arXiv:2402.12354; LoRA-FA (2023), arXiv:2308.03303")
+    tier: ClassVar[str] = "checked against the paper's numbers"
 
     rank: int = setting(8, "rank of the update", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))

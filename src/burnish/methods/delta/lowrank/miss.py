@@ -24,6 +24,7 @@ class Miss(Method):
     """
 
     paper: ClassVar[str] = "MiSS / DiSHA / Bone (2024), arXiv:2409.15371"
+    tier: ClassVar[str] = "checked against an independent equation"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -26,6 +26,7 @@ class Boft(Method):
 
     paper: ClassVar[str] = ("Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization "
                             "(2023), arXiv:2311.06243")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     block: int = setting(8, "b, inputs that turn together", alias=("boft_block_size",), other=(4,))

@@ -43,6 +43,7 @@ class Bone(Method):
 
     paper: ClassVar[str] = ("Bone: Block-Affine Adaptation of Large Language Models (2024), "
                             "arXiv:2409.15371")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "mha"})
 
     rank: int = setting(64, "side of a block", alias=("r",))

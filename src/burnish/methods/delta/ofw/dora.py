@@ -37,6 +37,7 @@ class Dora(Method):
     """
 
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation (2024), arXiv:2402.09353"
+    tier: ClassVar[str] = "checked against the paper's numbers"
     excused: ClassVar[dict[str, str]] = {
         "its_dropout_is_differentiated":
             "the row norms are constants of the gradient by definition, so it is no derivative of "

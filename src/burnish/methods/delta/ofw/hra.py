@@ -32,6 +32,7 @@ class Hra(Method):
 
     paper: ClassVar[str] = ("Bridging The Gap between Low-rank and Orthogonal Adaptation via "
                             "Householder Reflection Adaptation (2024), arXiv:2405.17484")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "reflections, an even number", alias=("r",), other=(2,))

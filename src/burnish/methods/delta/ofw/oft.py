@@ -30,6 +30,7 @@ class Oft(Method):
 
     paper: ClassVar[str] = ("Controlling Text-to-Image Diffusion by Orthogonal Finetuning (2023), "
                             "arXiv:2306.07280")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     small: ClassVar[dict[str, int]] = {"block": 8}
 

@@ -51,6 +51,7 @@ class Adalora(Method):
     """
 
     paper: ClassVar[str] = "Adaptive Budget Allocation for PEFT (2023), arXiv:2303.10512"
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     relies_on: ClassVar[tuple[str, ...]] = ("gradient", "resize")
 

@@ -74,6 +74,7 @@ class Fact(Method):
 
     paper: ClassVar[str] = ("FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer "
                             "(2023), arXiv:2212.03145")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "mha"})
     needs: ClassVar[frozenset[str]] = frozenset({"tiles"})
 

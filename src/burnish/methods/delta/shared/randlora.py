@@ -68,6 +68,7 @@ class Randlora(Method):
 
     paper: ClassVar[str] = ("RandLoRA: Full-rank parameter-efficient fine-tuning of large models "
                             "(2025), arXiv:2502.00987")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     small: ClassVar[dict[str, float]] = {"alpha": 8.0}

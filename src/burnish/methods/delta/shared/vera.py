@@ -51,6 +51,7 @@ class Vera(Method):
     """
 
     paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation (2023), arXiv:2310.11454"
+    tier: ClassVar[str] = "checked against the paper's numbers"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -41,6 +41,7 @@ class Shira(Method):
     """
 
     paper: ClassVar[str] = "Sparse High Rank Adapters (2024), arXiv:2406.13175"
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(32, "sets the budget k = rank (in + out)", alias=("r",))

@@ -40,6 +40,7 @@ class Snell(Method):
     """
 
     paper: ClassVar[str] = "Expanding Sparse Tuning for Low Memory Usage (2024), arXiv:2411.01800"
+    tier: ClassVar[str] = "checked against an independent equation"
     excused: ClassVar[dict[str, str]] = {
         "its_dropout_is_differentiated":
             "one factor of the update is a constant of the gradient by definition, so it is no "

@@ -50,6 +50,7 @@ class Snella(Method):
 
     paper: ClassVar[str] = ("Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for "
                             "Vision Models (2025)")
+    tier: ClassVar[str] = "checked against an independent equation"
     excused: ClassVar[dict[str, str]] = {
         "its_dropout_is_differentiated":
             "one factor of the update is a constant of the gradient by definition, so it is no "

@@ -61,6 +61,7 @@ class Corda(Starting):
 
     paper: ClassVar[str] = ("CorDA: Context-Oriented Decomposition Adaptation of Large Language "
                             "Models (2024), arXiv:2406.05223")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     rank: int = setting(128, "components that train", alias=("r",))

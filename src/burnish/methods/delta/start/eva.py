@@ -50,6 +50,7 @@ class Eva(Method):
 
     paper: ClassVar[str] = ("One Initialization to Rule them All: Fine-tuning via Explained "
                             "Variance Adaptation (2024), arXiv:2410.07170")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     rank: int = setting(16, "mean rank: the budget is rank x matrices", alias=("r",))

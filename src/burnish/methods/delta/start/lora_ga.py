@@ -36,6 +36,7 @@ class LoraGa(Starting):
 
     paper: ClassVar[str] = ("LoRA-GA: Low-Rank Adaptation with Gradient Approximation (2024), "
                             "arXiv:2407.05000")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "rank of the update", alias=("r",))

@@ -27,6 +27,7 @@ class Olora(Starting):
 
     paper: ClassVar[str] = ("OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models "
                             "(2024), arXiv:2406.01775")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(32, "columns that span what trains", alias=("r",))

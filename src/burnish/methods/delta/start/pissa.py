@@ -31,6 +31,7 @@ class Pissa(Starting):
     """
 
     paper: ClassVar[str] = "PiSSA (2024), arXiv:2404.02948"
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "principal directions that train", alias=("r",))

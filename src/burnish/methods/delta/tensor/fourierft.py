@@ -28,6 +28,7 @@ class Fourierft(Method):
 
     paper: ClassVar[str] = ("Parameter-Efficient Fine-Tuning with Discrete Fourier Transform "
                             "(2024), arXiv:2405.03003")
+    tier: ClassVar[str] = "checked against an independent equation"
     identity: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     small: ClassVar[dict[str, float]] = {"n": 40, "alpha": 8.0}

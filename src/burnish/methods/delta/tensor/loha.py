@@ -26,6 +26,7 @@ class Loha(Method):
     paper: ClassVar[str] = ("FedPara: Low-Rank Hadamard Product for Communication-Efficient "
                             "Federated Learning (2021), arXiv:2108.06098; LyCORIS (2023), "
                             "arXiv:2309.14859")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "rank of either product", alias=("r",))

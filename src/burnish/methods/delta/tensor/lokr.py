@@ -32,6 +32,7 @@ class Lokr(Method):
     paper: ClassVar[str] = ("Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to "
                             "Model Evaluation (2023), arXiv:2309.14859; KronA (2022), "
                             "arXiv:2212.10650")
+    tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "rank of B", alias=("r",))
