@@ -1,0 +1,1 @@
+"""Updates between factors of the weight's own decomposition."""

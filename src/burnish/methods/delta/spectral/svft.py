@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ....blocks.choose.masks import drawn
+from ....blocks.weight.between import Between, Patterned
+from ....core.errors import RecipeError
+from ....core.method import Method, setting
+from ....core.site import Place, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svft(Method):
+    """SVFT: a sparse matrix between the singular vectors of a weight trains.
+
+    ``W = U S V^T``, ``W' = U (S + M) V^T``, M (m, m), m = min(out, in), zero but for a pattern:
+    "plain" (the diagonal), "banded" (the diagonal and `band` neighbours on either side of it),
+    "random" (the diagonal and as many others as banded has, drawn from `seed`). (The authors' top-k
+    pattern picks pairs u_i, v_j that point the same way, which a matrix that is not square does not
+    say; it is not offered.) Realised as ``W + U M V^T``: the base is left alone.
+
+    Start: M = 0: the pre-trained function exactly. Trains m, or m (2 band + 1) - band (band + 1).
+    Kept for backward: x V (m numbers per token), not x. The frozen factors take (in + out) m
+    numbers, more than W, in memory and in the file. Merges exactly. No weight decay.
+    """
+
+    paper: ClassVar[str] = ("SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors (2024), "
+                            "arXiv:2405.19597")
+    keeps_input: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+
+    pattern: Literal["plain", "banded", "random"] = setting("banded", "which entries of M train")
+    band: int = setting(2, "neighbours of the diagonal on either side", alias=("off_diag",),
+                        other=(1,))
+    seed: int = setting(0, "of the random pattern", beside={"pattern": "random"})
+
+    def __post_init__(self) -> None:
+        if self.band < 1:
+            raise RecipeError(f"svft: band={self.band}: expected at least 1; pattern='plain' is "
+                              "the diagonal alone")
+        dead = {"band": self.pattern == "plain", "seed": self.pattern != "random"}
+        if idle := [n for n, unread in dead.items() if unread and n in self.changed()]:
+            raise RecipeError(f"svft: {idle[0]} does nothing beside pattern={self.pattern!r}")
+
+    def index(self, place: Place) -> Tensor:
+        """Flat positions in M, ascending."""
+        m = self.width(place)
+        at = torch.arange(m)
+        if self.pattern == "random":
+            others = drawn(m * (m - 1), self.count(place) - m, self.seed, place.name)
+            rows, cols = others // (m - 1), others % (m - 1)
+            return torch.cat([at * (m + 1), rows * m + cols + (cols >= rows)]).sort().values
+        reach = min(self.band, m - 1) if self.pattern == "banded" else 0
+        lines = [at[max(0, -d) : m - max(0, d)] * (m + 1) + d for d in range(-reach, reach + 1)]
+        return torch.cat(lines).sort().values
+
+    @staticmethod
+    def width(place: Place) -> int:
+        """m."""
+        return min(place.out, place.inp)
+
+    def delta(self, site: Site) -> Between:
+        place = site.place
+        term = Patterned(place.out, place.inp, self.width(place), self.index(place))
+        return term.read(site, lambda W: torch.linalg.svd(W, full_matrices=False))
+
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward, and no input."""
+        return self.width(place)
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        m = self.width(place)
+        b = 0 if self.pattern == "plain" else min(self.band, m - 1)
+        return m * (2 * b + 1) - b * (b + 1)

@@ -1,0 +1,98 @@
+"""SVFT: a sparse matrix between the singular vectors of a weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import burnish
+from burnish.blocks.weight.between import Patterned
+from burnish.core.site import Place
+from burnish.testing.checks.cost import keeps_what_it_says
+from burnish.testing.models import tiny
+
+
+def made(settings="", inp=12, out=9):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inp, out)).double()
+    tuned = burnish.tune(model, f"svft({settings})", head=False, targets="0")
+    (_, term), = tuned.terms(Patterned)
+    term.double()
+    return model, tuned, term
+
+
+@pytest.mark.parametrize("settings", ["", "band=1", "pattern='plain'", "pattern='random'",
+                                      "band=40"])
+def test_outputs_and_gradients_are_those_of_the_equation(settings):
+    model, tuned, term = made(settings)
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    with torch.no_grad():
+        term.values.normal_()
+    M = torch.zeros(9, 9, dtype=torch.float64)
+    for at, v in zip(term.index.tolist(), term.values.detach().tolist(), strict=True):
+        M[at // 9, at % 9] = v
+    M.requires_grad_()
+    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
+    got, want = model(x), F.linear(x, U @ (torch.diag(S) + M) @ Vt, bias)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)       # vectors are held in fp32
+    g = torch.randn_like(want)
+    dx, dv = torch.autograd.grad(got, [x, term.values], g)
+    dx2, dM = torch.autograd.grad(want, [x, M], g)
+    torch.testing.assert_close(dx, dx2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dv, dM.flatten()[term.index], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-5, atol=1e-6)
+    assert tuned.recipe[0].count(Place("0", "weight", "linear", 9, 12)) == term.values.numel()
+
+
+def test_patterns():
+    def cells(settings):
+        index = made(settings)[2].index.tolist()
+        assert index == sorted(set(index))
+        return {(i // 9, i % 9) for i in index}
+
+    diagonal = {(i, i) for i in range(9)}
+    assert cells("pattern='plain'") == diagonal
+    assert cells("band=2") == {(i, j) for i in range(9) for j in range(9) if abs(i - j) <= 2}
+    assert cells("band=8") == cells("band=9") == {(i, j) for i in range(9) for j in range(9)}
+    drawn = cells("pattern='random'")
+    assert diagonal < drawn and len(drawn) == len(cells("band=2"))
+    assert drawn != cells("pattern='random', seed=1") and drawn == cells("pattern='random'")
+
+
+def test_counts():
+    def count(settings, out, inp):
+        return burnish.parse(f"svft({settings})")[0].count(Place("a", "weight", "linear", out, inp))
+
+    assert count("pattern='plain'", 768, 3072) == 768
+    assert count("band=2", 768, 768) == 5 * 768 - 6
+    assert count("band=1", 1, 5) == 1
+    (method,) = burnish.parse("svft")
+    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 9
+    assert type(method).keeps_input is False and keeps_what_it_says("svft", "vit") is None
+
+
+def test_the_start():
+    net, batch = tiny("vit")
+    net.eval()
+    want = net(**batch).logits
+    burnish.tune(net, "svft")
+    assert torch.equal(net(**batch).logits, want)
+    _, tuned, _ = made()
+    assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
+        == {0.0}
+
+
+@pytest.mark.parametrize("settings, what", [
+    ("band=0", "band=0"), ("pattern='plain', band=3", "band does nothing"),
+    ("seed=3", "seed does nothing"), ("pattern='plain', seed=3", "seed does nothing")])
+def test_what_does_nothing_is_refused(settings, what):
+    with pytest.raises(burnish.RecipeError, match=what):
+        burnish.parse(f"svft({settings})")
+
+
+def test_defaults():
+    assert burnish.parse("svft")[0].settings() == {"targets": None, "pattern": "banded", "band": 2,
+                                                   "seed": 0}
