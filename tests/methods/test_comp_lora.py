@@ -49,6 +49,7 @@ def test_principal_triplets_are_those_of_the_tuned_weight_too():
     W = model[0].weight.detach()
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     change = term.dense().double()
+    change = change.detach()
     assert float((U[:, :4].t() @ change).abs().max()) < 1e-5
     assert float((change @ Vt[:4].t()).abs().max()) < 1e-5
     torch.testing.assert_close((W + change) @ Vt[:4].t(), U[:, :4] * S[:4], rtol=0, atol=1e-5)

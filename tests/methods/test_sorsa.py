@@ -75,8 +75,11 @@ def test_the_penalty_keeps_factors_orthonormal():
         model, tuned, term = made(f"rank=3, ortho={ortho}")
         torch.manual_seed(3)
         x, y = torch.randn(64, 12).double(), torch.randn(64, 9).double()
+        opt = tuned.optimizer(lr=1e-2)
         for _ in range(60):
-            tuned.step((x, y), loss=lambda out, b: (out - b[1]).square().mean(), lr=1e-2)
+            tuned.loss((x, y), lambda out, b: (out - b[1]).square().mean()).backward()
+            opt.step()
+            opt.zero_grad()
         eye = torch.eye(3, dtype=torch.float64)
         return float((term.Q @ term.Q.t() - eye).norm().detach())
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import CheckError
 from ...core.site import Site
 from .path import Path
+from .start import decomposed
 
 
 class Between(Path):
@@ -43,21 +43,15 @@ class Between(Path):
     def read(self, site: Site, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Between:
         """Take (L, values, R) of the weight; shapes alone where the site is `blank`.
 
-        Raises CheckError where there is no decomposition or it is not finite.
+        Raises CheckError as :func:`~burnish.blocks.weight.start.decomposed` does.
         """
         self.to(site.weight.device)
         for p in self.parameters():
             p.burnish_decay = False
         if site.blank:
             return self
-        W, rank, where = site.weight.detach(), self.R.shape[0], site.place.name
-        try:
-            L, values, R = split(W.to(torch.promote_types(W.dtype, torch.float32)))
-        except torch.linalg.LinAlgError as e:
-            raise CheckError(f"the start at {where} has no decomposition: "
-                             f"{str(e).splitlines()[0]}") from e
-        if not all(bool(t.isfinite().all()) for t in (L, values, R)):
-            raise CheckError(f"the start at {where} is not finite: the weight holds inf or nan")
+        L, values, R = decomposed(site, split)
+        rank = self.R.shape[0]
         self.L.copy_(L[:, :rank])
         self.R.copy_(R[:rank])
         self.begin(values[:rank])

@@ -109,25 +109,35 @@ class LessStart(Chain):
 
 
 @torch.no_grad()
+def decomposed(site: Site, split: Callable[[Tensor], Any]) -> Any:
+    """What `split` makes of a site's weight, which it is given in fp32 at least: tensors, or None
+    among them.
+
+    Raises CheckError where there is no decomposition or it is not finite.
+    """
+    W, where = site.weight.detach(), site.place.name
+    try:
+        made = split(W.to(torch.promote_types(W.dtype, torch.float32)))
+    except torch.linalg.LinAlgError as e:
+        raise CheckError(f"the start at {where} has no decomposition: "
+                         f"{str(e).splitlines()[0]}") from e
+    if not all(bool(t.isfinite().all()) for t in made if t is not None):
+        raise CheckError(f"the start at {where} is not finite: the weight or what was read there "
+                         "holds inf or nan")
+    return made
+
+
+@torch.no_grad()
 def begin(term: T, site: Site, start: Start) -> T:
     """The term with the values of its start, and no weight decay on its factors; shapes alone
     where the site is `blank`.
 
-    Raises CheckError when the start is not finite or its decomposition does not converge.
+    Raises CheckError as :func:`decomposed` does.
     """
     term.A.burnish_decay = term.B.burnish_decay = False
     if site.blank:
         return term
-    W, where = site.weight.detach(), site.place.name
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    try:
-        A, B = start(W, site.seen, term.A.shape[-2], term.scale)
-    except torch.linalg.LinAlgError as e:
-        raise CheckError(f"the start at {where} has no decomposition: "
-                         f"{str(e).splitlines()[0]}") from e
-    if not all(bool(t.isfinite().all()) for t in (A, B) if t is not None):
-        raise CheckError(f"the start at {where} is not finite: the weight or what was read there "
-                         "holds inf or nan")
+    A, B = decomposed(site, lambda W: start(W, site.seen, term.A.shape[-2], term.scale))
     term.begin(A, B)
     term.A.burnish_decay = term.B.burnish_decay = False
     return term

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ....blocks.linalg import svd
 from ....blocks.weight.path import Path
-from ....core.errors import CheckError, RankError, RecipeError
+from ....blocks.weight.start import decomposed
+from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -70,11 +71,7 @@ class CompLora(Method):
                             f"{place.name} ({place.out} x {place.inp}): they have {most} together")
         term = Aside(place, self.rank, self.kept, self.alpha / self.rank).to(site.weight.device)
         if not site.blank:
-            W = site.weight.detach()
-            U, S, Vt = svd(W.to(torch.promote_types(W.dtype, torch.float32)), self.kept)
-            if not bool(S.isfinite().all()):
-                raise CheckError(f"{place.name} holds inf or nan: its principal directions cannot "
-                                 "be told")
+            U, _, Vt = decomposed(site, lambda W: svd(W, self.kept))
             term.U.copy_(U)
             term.V.copy_(Vt.t())
         return term

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from ....blocks.linalg import svd
 from ....blocks.update.objective import OnWeights
+from ....blocks.weight.start import decomposed
 from ....blocks.weight.triplets import crooked
 from ....blocks.weight.triplets_less import LessTriplets
-from ....core.errors import CheckError, RecipeError
+from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -53,11 +52,7 @@ class Sorsa(Method):
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         term = LessTriplets(place, self.rank, scale).to(site.weight.device)
         if not site.blank:
-            W = site.weight.detach()
-            U, S, Vt = svd(W.to(torch.promote_types(W.dtype, torch.float32)), self.rank)
-            if not bool(S.isfinite().all()):
-                raise CheckError(f"the start at {place.name} is not finite: the weight holds inf "
-                                 "or nan")
+            U, S, Vt = decomposed(site, lambda W: svd(W, self.rank))
             term.begin(U, S / scale, Vt)
         return term
 
