@@ -1,5 +1,6 @@
 """The loss by chunks as the default of language models: training, evaluation, promise and plan."""
 
+import importlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import burnish
 from burnish.blocks.tape.unmade import Logits
+from burnish.core.errors import RecipeError
 from burnish.fit.driving import Smoothed
 from burnish.memory import plan
 from burnish.memory.usual import usual
@@ -102,3 +104,35 @@ def test_a_plan_promises_what_fit_will_train():
     assert not any("chunked" in why for why in plans.refused.values())
     said = plan(net, "1GB", (2, 8), candidates=["lora(rank=2)"])
     assert [p.recipe for p in said.fits] == ["lora(rank=2)"]
+
+
+def test_a_plan_leaves_out_what_the_head_refuses_as_fit_does(monkeypatch):
+    """An update of the head itself that drops inputs: its rows cannot be taken by chunks."""
+    module = importlib.import_module("burnish.memory.plan")
+    asked = "lora(rank=2, dropout=0.1)"
+    monkeypatch.setattr(module, "shipped", lambda: [[asked], ["lora(rank=2)"]])
+    net, _ = tiny("llama")
+    for _ in range(2):                        # the second time from what is kept on disk
+        plans = plan(net.config, "1GB", (2, 8), targets="lm_head", workers=1)
+        assert {p.recipe for p in plans} == {asked, "lora(rank=2) + chunked_loss"}
+        assert plans.refused == {}
+
+
+def test_only_the_part_that_was_added_is_left_out():
+    given = usual(tiny("llama")[0])
+
+    def do(recipe):
+        if recipe.named("chunked_loss") is not None:
+            raise RecipeError("chunked_loss takes the rows of lm_head in chunks, and it cannot")
+        return len(recipe)
+
+    assert [str(v) for v in given.run("lora(rank=2)", do)[:2]] == ["lora(rank=2)", "1"]
+    assert "lm_head" in given.run("lora(rank=2)", do)[2]
+    with pytest.raises(RecipeError):          # asked for, so refused
+        given.run("lora(rank=2) + chunked_loss", do)
+
+    def other(recipe):
+        raise RecipeError("lora finds no blocks")
+
+    with pytest.raises(RecipeError, match="no blocks"):
+        given.run("lora(rank=2)", other)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import CheckError, ConfigError, RecipeError
+from ..core.errors import CheckError, ConfigError
 from ..core.keys import Read, keys_of
 from ..core.recipe import parse
 from ..engine.tune import tune
@@ -195,16 +195,11 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
                 best.accumulate * int(args.get("gradient_accumulation_steps", 1))
             examples = {"": task.call(task.example(size), plain)[0]}
     else:
-        asked = parse(DEFAULT_RECIPE if recipe is None else recipe)
-        recipe = usual(module)(asked)
-        try:
-            promise = promised(module, recipe, memory, batch, loss, own, say, batches)
-        except RecipeError as e:
-            if recipe == asked:
-                raise
-            say(f"note: {CHUNKED} is left out: {e}")
-            recipe = asked
-            promise = promised(module, recipe, memory, batch, loss, own, say, batches)
+        recipe, promise, why = usual(module).run(
+            DEFAULT_RECIPE if recipe is None else recipe,
+            lambda r: promised(module, r, memory, batch, loss, own, say, batches))
+        if why:
+            say(f"note: {CHUNKED} is left out: {why}")
 
     if promise is not None and not plain:
         looked_at = [t.example(int(args.get("per_device_eval_batch_size", size)), "validation")

@@ -191,9 +191,8 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     if candidates is not None:
         families = [[str(parse(c))] for c in candidates]
     else:                                     # as fit will train it
-        given = usual(search.shallows().model)
-        families = [[str(given(r)) for r in family] for family in shipped()]
-        search.unit = str(given("full"))
+        families = shipped()
+        search.usual = usual(search.shallows().model)
     return _ranked(search, search.all(families, prefer == "memory", workers, progress), prefer)
 
 
@@ -252,7 +251,8 @@ def _whole_step(search: Search, found: list[Found]) -> float:
     """Seconds of full fine-tuning with the whole batch: the unit of time. Where a model cannot be
     trained whole, the slowest of what was found."""
     try:
-        return _seconds(search.report(search.unit, search.samples), 1)
+        _, report, _ = search.usual.run("full", lambda r: search.report(str(r), search.samples))
+        return _seconds(report, 1)
     except BurnishError:
         return max(_seconds(f.report, 1) for f in found)
 

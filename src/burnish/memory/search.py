@@ -29,6 +29,7 @@ from .extend import Shallows, repeats
 from .fakes import from_config
 from .report import MemoryReport
 from .simulate import simulate
+from .usual import AS_SAID
 
 #: what a device takes before the first tensor (context, libraries), and what is lost to
 #: fragmentation, as a share of the peak; by device type
@@ -69,7 +70,7 @@ class Search:
         self.source, self.budget, self.samples, self.part = model, budget, samples, part
         self.device, self.settings, self.kept = device, settings, kept
         self.reports: dict[tuple[str, int], MemoryReport] = {}
-        self.unit = "full"                    # the recipe whose time is 1
+        self.usual = AS_SAID                  # what recipes are given
         self._shallows: Shallows | None = None
         self._looking_back = False
 
@@ -113,7 +114,7 @@ class Search:
         out = Family()
         for k, recipe in enumerate(recipes):
             try:
-                found = self.largest(recipe)
+                _, found, _ = self.usual.run(recipe, lambda r: self.largest(str(r)))
             except BurnishError as error:
                 out.refused[recipe] = str(error)
                 continue
@@ -129,7 +130,7 @@ class Search:
     def _hopeful(self, leanest: str, out: Family) -> bool:
         """Does a family's leanest variant fit with one sample? If not, none does."""
         try:
-            least = self.at(leanest, 1)
+            _, least, _ = self.usual.run(leanest, lambda r: self.at(str(r), 1))
         except BurnishError:
             return True
         if least.needs > self.budget:
