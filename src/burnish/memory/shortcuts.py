@@ -138,10 +138,7 @@ def quick_strips(ledger: Ledger) -> Iterator[None]:
         yield spans[1]
         more = max(0, _alive(ledger.entries[first:]) - left)
         share = (i1 - spans[1][1]) / (spans[1][1] - spans[1][0])
-        for name, parts in before.items():
-            column = getattr(ledger, name)
-            for (phase, now), was in zip(list(column.items()), parts, strict=True):
-                column[phase] = now + (now - was) * share
+        _again(ledger, before, share)
         filler = torch.empty(round(more * share), dtype=torch.uint8, device=self.A.device)
         del filler
 
@@ -150,6 +147,51 @@ def quick_strips(ledger: Ledger) -> Iterator[None]:
         yield
     finally:
         KernelDelta._strips = original        # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def quick_runs(ledger: Ledger) -> Iterator[None]:
+    """Panels of a product, and strips of an update, are of one size but for the last, and take the
+    same operators. The first two and the last are run; where the second leaves nothing behind, its
+    costs stand for those between, and none of them can be a higher moment than it was."""
+    from ..blocks.update import composed, subspace
+    from ..blocks.weight.panels import Panels
+
+    with contextlib.ExitStack() as undo:
+        for owner, name in ((Panels, "ranges"), (composed.Composed, "_slices"),
+                            (composed, "panels"), (subspace, "panels")):
+            original = getattr(owner, name)
+
+            def few(*args: Any, original: Any = original) -> Iterator[tuple[int, int]]:
+                return _ends(list(original(*args)), ledger)
+
+            setattr(owner, name, few)
+            undo.callback(setattr, owner, name, original)
+        yield
+
+
+def _ends(spans: list[tuple[int, int]], ledger: Ledger) -> Iterator[tuple[int, int]]:
+    """The first two and the last of many, all of them where the second is not like the next."""
+    if len(spans) < 4:
+        yield from spans
+        return
+    first = len(ledger.entries)
+    yield spans[0]
+    left, before = _alive(ledger.entries[first:]), _costs(ledger)
+    yield spans[1]
+    if _alive(ledger.entries[first:]) != left:
+        yield from spans[2:]
+        return
+    _again(ledger, before, len(spans) - 3)
+    yield spans[-1]
+
+
+def _again(ledger: Ledger, before: dict[str, tuple[float, ...]], times: float) -> None:
+    """What was counted since `before` is counted so many times more."""
+    for name, parts in before.items():
+        column = getattr(ledger, name)
+        for (phase, now), was in zip(list(column.items()), parts, strict=True):
+            column[phase] = now + (now - was) * times
 
 
 def _alive(entries: list[Entry]) -> int:

@@ -36,7 +36,14 @@ from .ledger import Ledger
 from .operators import leaves
 from .remembered import Note, answer
 from .report import MemoryReport
-from .shortcuts import quick_noise, quick_strips, quiet, tables_forgotten, values_are_known
+from .shortcuts import (
+    quick_noise,
+    quick_runs,
+    quick_strips,
+    quiet,
+    tables_forgotten,
+    values_are_known,
+)
 from .snapshot import Snapshot
 from .stream import Stream
 
@@ -193,7 +200,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     ledger = FakeLedger(kind=kind, count=count)
     here = device if kind == "cpu" or _usable(kind) else "cpu"
     with (random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
-          quick_noise(ledger), quick_strips(ledger), quiet(),
+          quick_noise(ledger), quick_strips(ledger), quick_runs(ledger), quiet(),
           kernels_of(kind if here == "cpu" else "cpu")):
         twin = fake_copy(model, mode, here, dtype)
         try:

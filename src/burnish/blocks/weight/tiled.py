@@ -179,13 +179,16 @@ class KernelDelta(Dropping):
                 stride += 1
             return kept.flatten()[::stride].abs()
         rows = min(self.inp, max(quantile.SAMPLE // self.out + 1, self.inp // 16))
-        step = max(1, rows * self.out // quantile.SAMPLE)
-        parts, d = [], self._distances(0, 1)
-        for j in range(rows):
-            i = j * (self.inp - 1) // max(1, rows - 1)
-            start = int(j * 0.6180339887498949 % 1.0 * step)
-            parts.append(self._kernel(d, i, i + 1)[0][start::step].abs())
-        return torch.cat(parts)
+        step = min(self.out, max(1, rows * self.out // quantile.SAMPLE))
+        j = torch.arange(rows, device=self.A.device)
+        start = (j * 0.6180339887498949 % 1.0 * step).long()
+        columns = start[:, None] + step * torch.arange(self.out // step, device=j.device)
+        sample = self.A.new_empty(columns.shape)
+        d = Distances(self.A[:, j * (self.inp - 1) // max(1, rows - 1)], self.B, self.norm_p,
+                      self._rows(0, rows), 1)
+        for a, b in self._strips(0, rows):
+            torch.gather(self._kernel(d, a, b), 1, columns[a:b], out=sample[a:b])
+        return sample.abs_().flatten()
 
     # -- panels -----------------------------------------------------------------------------------
     def let_go(self, state: _State) -> None:

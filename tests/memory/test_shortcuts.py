@@ -1,0 +1,39 @@
+"""What a simulation leaves out of a step changes nothing that a report says."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+from burnish.memory import simulate
+
+module = import_module("burnish.memory.simulate")
+
+
+@pytest.mark.parametrize("recipe", ["snella(rank=4)", "snell(rank=4)", "dora(rank=2)",
+                                    "full + adam8bit", "full + galore(rank=4)",
+                                    "full + galore(rank=4) + adam8bit"])
+def test_panels_and_strips_that_are_not_run_cost_what_the_second_did(recipe, monkeypatch):
+    """Many panels of which the last is narrower: the same peak, bytes and time."""
+    monkeypatch.setattr("burnish.blocks.update.composed.strip", lambda device: 64)
+    monkeypatch.setattr("burnish.blocks.weight.panels.PANEL", 3 * 24)
+    monkeypatch.setattr("burnish.blocks.weight.tiled.PANEL", 3 * 24)
+    model = nn.Sequential(nn.Linear(35, 24), nn.ReLU(), nn.Linear(24, 24), nn.Linear(24, 2))
+
+    def report():
+        return simulate(model, recipe, {"input": torch.zeros(5, 35)}, count=True, whole=True,
+                        loss=lambda out, _: out.sum())
+
+    quick = report()
+    monkeypatch.setattr(module, "quick_runs", lambda ledger: contextlib.nullcontext())
+    slow = report()
+    assert quick.peak_bytes == slow.peak_bytes
+    assert quick.by_category == slow.by_category and quick.by_module == slow.by_module
+    for figure in ("flops", "traffic", "seconds"):
+        for phase, value in getattr(slow, figure).items():
+            assert math.isclose(getattr(quick, figure)[phase], value, rel_tol=1e-9), figure
