@@ -30,7 +30,7 @@ $(DOCSTAMP): $(STAMP)
 demo: $(STAMP)  ## fine-tune a small vision transformer to real handwriting
 	$(BIN)/burnish demo
 
-test: $(STAMP)  ## the suite: every method on three models, beside every axis
+test: $(STAMP)  ## the suite: every check of every method, what changed on every model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-all: $(STAMP)  ## every method on every model, every pair in both orders; SHARD=3/8 a part

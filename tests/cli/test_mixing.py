@@ -107,6 +107,7 @@ def test_heads_of_another_size_stay_the_bases_and_are_named(capsys, models, tmp_
                            base["bert.pooler.dense.weight"])
 
 
+@pytest.mark.slow
 def test_no_more_than_one_tensor_of_the_result_is_in_memory(models, tmp_path, monkeypatch):
     """Tensors of the result that are alive together, counted as they are written."""
     import gc
