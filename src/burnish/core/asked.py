@@ -63,6 +63,15 @@ class Asked:
                               "leave them out, or give them to the part that is meant")
 
 
+def left_alone(method: Method, places: int, left: list[str]) -> list[str]:
+    """Notes about the weights that a part has left alone, of so many that it was to act on; an
+    error where it was told these and acts on none."""
+    if method.targets is not None and left and len(left) == places:
+        raise TargetError(f"{method.name}: targets {method.targets!r} name nothing that it acts "
+                          f"on; it leaves {left[0]}")
+    return [f"{method.name} leaves {why}" for why in left]
+
+
 def _text(recipe: Sequence[Method]) -> str:
     return " + ".join(p.name for p in recipe)
 

@@ -26,7 +26,7 @@ from .entries import switch
 from .leave import take_out
 from .observe import Batches
 from .planned import make_plan
-from .slot import Slot, slots
+from .slot import Slot, settle, slots
 from .spread import let_go, refuse
 from .step import forward
 from .swap import ATTR
@@ -88,6 +88,20 @@ def check_storage(recipe: Recipe, taken: dict[str, Adapter]) -> None:
         if taken and "storage" in part.axes():
             raise ConfigError(f"{part.name} changes the form of the weights that "
                               f"{', '.join(taken)} stand on; name it in the recipe given to tune")
+
+
+def check_kept(recipe: Recipe, taken: dict[str, Adapter]) -> None:
+    """What backward keeps is asked of the whole model, whichever adapter is in use: a part that
+    says so may come again, but not with other settings."""
+    said = {resource: (name, part) for name, adapter in taken.items() for part in adapter.recipe
+            if "activations" in part.axes() for resource in part.claims()}
+    for part in recipe:
+        for resource in part.claims() if "activations" in part.axes() else ():
+            name, there = said.get(resource, ("", part))
+            if there != part:
+                raise ConfigError(f"{part} asks for {resource}, which {name!r} has asked for with "
+                                  f"{there}; it is one for all adapters of a model: leave it out, "
+                                  "or say the same")
 
 
 def check_rows(tuned: Tuned, rows: tuple[str | None, ...]) -> None:
@@ -271,6 +285,7 @@ class Adapters(dict[str, Adapter]):
         refuse(self.tuned, "another adapter")
         check_name(name, self)
         check_storage(recipe, self)
+        check_kept(recipe, self)
         compose([m.optimizer() for m in recipe if "optimizer" in m.axes()],
                 [("probe", nn.Parameter(torch.zeros(1)))], lr=0.0)         # its laws, refused now
         tuned, originals = self.tuned, self.tuned.originals
@@ -398,6 +413,7 @@ class Adapters(dict[str, Adapter]):
 
     def set_trainable(self) -> None:
         """What is active alone trains, or what `use` was told; else several are for use."""
+        settle(self.tuned.model, self.tuned.state)
         name = self.tuned.state.training
         for adapter in self.values():
             for p in adapter.selected.values():

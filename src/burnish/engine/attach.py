@@ -15,7 +15,7 @@ from ..blocks.weight.dropped import Dropping
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..core.anatomy import Anatomy
-from ..core.asked import Asked, wanted
+from ..core.asked import Asked, left_alone, wanted
 from ..core.errors import RankError, RecipeError, TargetError
 from ..core.keys import keys_of
 from ..core.method import Method
@@ -307,7 +307,8 @@ class Attacher:
                                   "give them different targets or drop one")
 
     def _storage(self, part: Method) -> None:
-        for place, seen, settled in self.informed(part, self.places(part)):
+        places, left = self.places(part), list[str]()
+        for place, seen, settled in self.informed(part, places):
             if place.rows:
                 raise TargetError(f"{part.name} stores whole weights; {place.name} is a slice: "
                                   "target the fused weight")
@@ -316,12 +317,12 @@ class Attacher:
             if place.param in slot.providers:
                 raise RecipeError(f"two storages for {place.name}: it has one form already")
             if "." in place.param:
-                self.notes.append(f"{part.name} leaves {place.name} alone: its module reads "
-                                  "the weight past the child that owns it")
+                left.append(f"{place.name} alone: its module reads the weight past the child that "
+                            "owns it")
                 continue
             if self._elsewhere(module._parameters[place.param]):
-                self.notes.append(f"{part.name} leaves {place.name} alone: it is tied to another "
-                                  "weight, which would go on holding it whole")
+                left.append(f"{place.name} alone: it is tied to another weight, which would go on "
+                            "holding it whole")
                 continue
             stored = module._parameters[place.param]
             moved = stored.detach()
@@ -332,6 +333,7 @@ class Attacher:
                     moved = slot.module_of(p).fold_start(moved, place)
                 provider = part.storage(Site(place, moved, seen, settled))
             if provider is None:
+                left.append(f"{place.name} as it is")
                 continue
             for p in absorbed:
                 slot.module_of(p).absorbed()
@@ -345,6 +347,7 @@ class Attacher:
             restart(slot, module, place.param)
             self.replaced[f"{place.path}.{place.param}"] = part.name
             self.placed.setdefault(part.name, []).append(place)
+        self.notes += left_alone(part, len(places), left)
 
     def _elsewhere(self, parameter: nn.Parameter) -> bool:
         """Does the model hold this parameter under another name too?"""

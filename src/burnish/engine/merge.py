@@ -96,11 +96,11 @@ def _merged(module: nn.Module, slot: Slot, active: Any) -> dict[str, Tensor]:
         value = op.dense(view.to(wide)).to(view.dtype)
         # of a kernel held in another order (channels last) `view` is a copy
         view.copy_(value) if place.rows else target.copy_(as_stored(value, place, target))
-    for part, scale in (*before, *after):
+    for part, own, scale in (*before, *after):
         if scale != 1:
             raise CheckError(f"cannot merge: {part.key} is active at {scale}; a scaling folds "
                              "only whole")
-        slot.module_of(part).fold(module, out)
+        own.fold(module, out)
     return out
 
 

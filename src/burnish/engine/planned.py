@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 #: a place, the terms added there with their weights, and the functions of W
 Group = tuple[Place, list[tuple[Term, float]], list[Wrap]]
+#: ((place, its answer) of every weight, branches at the input, branches at the output): a branch
+#: is its part, its module and its weight
+Plan = tuple[list[Any], list[Any], list[Any]]
 
 
-def make_plan(slot: Weights, module: nn.Module, active: Any) -> tuple[list, list, list]:
-    """((place, its answer) of every weight, branches at the input, branches at the output).
+def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
+    """What runs in this module.
 
     Raises RecipeError for functions of W that cannot be active so.
     """
@@ -43,7 +46,7 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> tuple[list, list
         if part.branch is None and part.place is None:
             continue                                 # a listener: it wraps the run by itself
         if part.branch is not None:
-            (before if part.branch.at == "input" else after).append((part, scale))
+            (before if part.branch.at == "input" else after).append((part, made, scale))
             continue
         place = part.place
         _, terms, wraps = groups.setdefault((place.param, place.rows), (place, [], []))

@@ -24,6 +24,7 @@ from ..core.call import Call, again, call_of, resume
 from ..core.errors import RecipeError
 from ..core.site import Branch, Place
 from .layout import is_linear
+from .planned import Plan
 from .rows import TOGETHER, add_grouped, check_rows, rows_of, split
 from .state import Part, State
 from .swap import ATTR, tuned_class
@@ -47,6 +48,7 @@ class Slot(Weights):
         self.reads: set[tuple[str, str]] = set()     # taps other slots want from here
         self.listeners: list[Callable[..., Any]] = []  # around the forward, outermost first
         self._plans: tuple[int, dict[Any, Any]] = (-1, {})     # of one version, by what is active
+        self.now: Plan = ([], [], [])                # of what is active, while `state.ready`
         self._rows: tuple[int, dict[Any, Any]] = (-1, {})      # the same by the batch's adapters
 
     # -- building -----------------------------------------------------------------------------
@@ -65,7 +67,7 @@ class Slot(Weights):
         self.parts.append(Part(adapter, name, place, branch))
         if place is None and branch is None:
             self.state.listening.append(adapter)
-        self.state.version += 1
+        self.state.changed()
         return name
 
     def train(self, mode: bool = True) -> Slot:
@@ -77,7 +79,7 @@ class Slot(Weights):
         name = "provided_" + param.replace(".", "_")
         self.add_module(name, provider)
         self.providers[param] = name
-        self.state.version += 1
+        self.state.changed()
 
     def drop(self, adapter: str) -> None:
         self._modules.pop(adapter, None)
@@ -85,7 +87,7 @@ class Slot(Weights):
         self.absorbed = [p for p in self.absorbed if p.adapter != adapter]
         for names in self.state.readers.values():
             names[:] = [n for n in names if n != adapter]
-        self.state.version += 1
+        self.state.changed()
         self.state.gone[adapter] = self.state.version
         self.state.context.pop(adapter, None)
         self.state.listening[:] = [a for a in self.state.listening if a != adapter]
@@ -137,24 +139,26 @@ class Slot(Weights):
     def _traced(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         """In a graph that is compiled. The compiler decides what is kept, so there is no tape; the
         facts of the call are constants of the graph, which its guards watch. What a graph cannot
-        hold (listeners, taps, weights that stand in for others) runs as it is, beside it."""
+        hold (listeners, taps, weights that stand in for others) runs as it is, beside it.
+
+        Which adapter is active is no such fact: the graph reads the plan that stands in `now`, and
+        another of the same shapes there needs no other graph."""
         state = self.state
         why = state.beside if self.root else ""
-        if why or not self._graphable(module, forward):
+        plan = self.now if state.ready else self._planned(module, state.active)
+        if why or not self._graphable(module, forward, plan):
             return _beside(self, module, forward, args, kw, why)
-        call = Call(state, state.active, version=state.version)
+        call = Call(state)
         if self.mode == "checkpoint" and torch.is_grad_enabled():
-            return in_graph(lambda *a, **k: self._active(module, forward, call, a, k), args, kw)
-        return self._active(module, forward, call, args, kw)
+            return in_graph(lambda *a, **k: self._by(plan, module, forward, call, a, k), args, kw)
+        return self._by(plan, module, forward, call, args, kw)
 
-    def _graphable(self, module: nn.Module, forward: Callable[..., Any]) -> bool:
+    def _graphable(self, module: nn.Module, forward: Callable[..., Any], plan: Plan) -> bool:
         state = self.state
         if state.off_here or state.by_rows or self.listeners or self.reads \
                 or self.mode not in (None, "checkpoint"):
             return False
-        if not any(p.place for p in self.parts) and not self.providers:
-            return True
-        return is_linear(module, forward)
+        return not (plan[0] or self.providers) or is_linear(module, forward)
 
     def _inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         call = call_of(self.state)
@@ -191,24 +195,28 @@ class Slot(Weights):
 
     def _active(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
                 kw: dict) -> Any:
-        groups, before, after = self._planned(module, call.active)
+        return self._by(self._planned(module, call.active), module, forward, call, args, kw)
+
+    def _by(self, plan: Plan, module: nn.Module, forward: Callable[..., Any], call: Call,
+            args: tuple, kw: dict) -> Any:
+        groups, before, after = plan
         given = first_of(args, kw)
         self._tap("input", given, call)
-        for part, scale in before:
+        for part, own, scale in before:
             x = first_of(args, kw)
-            made = self._branch(part, scale, x, x)
+            made = _branch(part, own, scale, x, x)
             args, kw = ((made, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): made})
         out = self._weighted(module, forward, groups, args, kw) if groups else \
             self._base(module, forward, args, kw)
         if after:
             first = out[0] if isinstance(out, tuple) else out
-            for part, scale in after:
+            for part, own, scale in after:
                 path, what = part.branch.read
                 if path in ("", self.path):
                     seen = first if what == "output" else given
                 else:
                     seen = self._seen(path, what, part, call)
-                first = self._branch(part, scale, seen, first)
+                first = _branch(part, own, scale, seen, first)
             out = (first, *out[1:]) if isinstance(out, tuple) else first
         self._tap("output", out[0] if isinstance(out, tuple) else out, call)
         return out
@@ -232,11 +240,12 @@ class Slot(Weights):
             del call.box[path, what]
         return entry[0]
 
-    def _branch(self, part: Part, scale: float, seen: Tensor, h: Tensor) -> Tensor:
-        made = self.module_of(part)(seen)
-        if part.branch.compose == "replace":
-            return made if scale == 1 else h + scale * (made - h)
-        return h + (made if scale == 1 else scale * made)
+
+def _branch(part: Part, own: nn.Module, scale: float, seen: Tensor, h: Tensor) -> Tensor:
+    made = own(seen)
+    if part.branch.compose == "replace":
+        return made if scale == 1 else h + scale * (made - h)
+    return h + (made if scale == 1 else scale * made)
 
 
 @torch._dynamo.disable
@@ -255,6 +264,16 @@ def slot_of(module: nn.Module, state: State, path: str) -> Slot:
         if not hasattr(type(module), "_burnish_base"):   # one that only shows weights runs it too
             module.__class__ = tuned_class(type(module))
     return module._modules[ATTR]
+
+
+def settle(model: nn.Module, state: State) -> None:
+    """Let every slot hold the plan of what is active, for compiled graphs to read."""
+    try:
+        for _, module, slot in slots(model):
+            slot.now = slot._planned(module, state.active)
+    except RecipeError:                              # a forward will say so
+        return
+    state.ready = True
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

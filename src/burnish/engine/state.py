@@ -31,6 +31,7 @@ class State:
     rows: tuple[str | None, ...] | None = None      # one adapter per sample
     training: str | None = None                      # the active adapter that trains
     version: int = 0                                 # grows when `active` or the parts change
+    ready: bool = False                              # are `Slot.now` of what is active? (settle)
     readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
@@ -44,7 +45,12 @@ class State:
 
     def use(self, active: tuple[tuple[str, float], ...],
             rows: tuple[str | None, ...] | None = None) -> None:
-        self.active, self.rows, self.version = active, rows, self.version + 1
+        self.active, self.rows = active, rows
+        self.changed()
+
+    def changed(self) -> None:
+        """What runs where has changed."""
+        self.version, self.ready = self.version + 1, False
 
     def loose(self, root: bool) -> dict[Any, Any] | None:
         """States of this thread that one part of the model, run by itself, left for the next."""

@@ -26,7 +26,7 @@ from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Place
 from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
-from .planned import make_plan
+from .planned import Plan, make_plan
 from .starts import with_starts
 from .state import Part, State
 from .swap import expose
@@ -47,7 +47,7 @@ class Weights(nn.Module):
         return self._modules[part.adapter][part.key]
 
     # -- planning -----------------------------------------------------------------------------
-    def _planned(self, module: nn.Module, active: Any) -> tuple[list, list, list]:
+    def _planned(self, module: nn.Module, active: Any) -> Plan:
         version, made = self._plans
         if version != self.state.version:
             self._plans = version, made = self.state.version, {}

@@ -166,9 +166,13 @@ class Tape(TorchFunctionMode):
 
     def keep(self, policy: Policy) -> None:
         """Take a policy up: one that changes the form of what is kept stands before one that says
-        where it waits, in whatever order they come."""
+        where it waits, in whatever order they come. One of a kind that is there takes its place."""
         here = self.policy
-        if policy.outer:
+        if type(policy) is type(here):
+            if policy.outer:
+                policy.inner = here.inner
+            self.policy = policy
+        elif policy.outer:
             policy.inner, self.policy = here, policy
         elif here.outer:
             self.policy = copy.copy(here)            # a change that is undone leaves it as it was

@@ -108,7 +108,7 @@ def product_beside(x2: Tensor, weight: Tensor, pieces: Iterable[Piece], bias: Te
     return y
 
 
-def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list[Tensor | None]],
+def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: list[list[Tensor | None]],
                  need_x: bool, keeps: list[bool]) -> Tensor | None:
     """dx = g V, and the pull of every tiled term from its panel of g^T x."""
     if not V.terms:
@@ -122,9 +122,9 @@ def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: dict[int, list
         G = None
         if any(keeps):
             G = (x2[:, i0:i1].t() @ g2).t()
-        for (t, s), state, pulls in zip(V.terms, V.states, keeps, strict=True):
+        for (t, s), state, pulls, own in zip(V.terms, V.states, keeps, grads, strict=True):
             if pulls:
-                tile = t.pull(i0, i1, G if s == 1 else G * s, state, grads[id(t)])
+                tile = t.pull(i0, i1, G if s == 1 else G * s, state, own)
             else:
                 tile = t.tile(i0, i1, state)
             if need_x:

@@ -408,7 +408,8 @@ class _Linear(torch.autograd.Function):
         else:                                    # only its shape is asked
             W = g2.new_empty(()).expand(ctx.weight[1])
         db = g2.sum(0) if need_b else None
-        grads: dict[int, list[Tensor | None]] = {id(t): [None] * len(t.theta()) for t in op.all}
+        # by the order of op.all: an identity would bind a compiled graph to these very terms
+        grads: list[list[Tensor | None]] = [[None] * len(t.theta()) for t in op.all]
         if op.wrap is not None:
             if panels:
                 own = [t.gain_(g2, x2, part, s)
@@ -421,14 +422,15 @@ class _Linear(torch.autograd.Function):
                     df += 0 if d is None else d
                 for i0, i1 in V.ranges():
                     df += ((g2.t() @ x2[:, i0:i1]) * V.value(i0, i1)).sum(-1, dtype=df.dtype)
-                grads[id(op.wrap)] = op.wrap.pull_gains(df, ctx.wrap_kept)
+                grads[-1] = op.wrap.pull_gains(df, ctx.wrap_kept)
             g2 = _gained(g2, ctx.gain)
         V = Panels(W, op.tiled, ctx.states)
-        dx = product_back(g2, x2, V, grads, need_x, keeps)
-        for (t, s), part in zip(op.token, kept, strict=True):
-            grads[id(t)] = t.backward_(g2, x2, part, dx, s)
+        tiled = len(op.tiled)
+        dx = product_back(g2, x2, V, grads[:tiled], need_x, keeps)
+        for k, ((t, s), part) in enumerate(zip(op.token, kept, strict=True), tiled):
+            grads[k] = t.backward_(g2, x2, part, dx, s)
         dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
-        flat = [p for t in op.all for p in grads[id(t)]]
+        flat = [p for own in grads for p in own]
         return (None if dx is None else shaped(dx, ctx.shape)), dW, db, None, None, *flat
 
 
