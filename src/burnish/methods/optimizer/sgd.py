@@ -23,6 +23,9 @@ class SGD(Method):
 
     paper: ClassVar[str] = "A Stochastic Approximation Method, 1951"
     tier: ClassVar[str] = "checked against an independent equation"
+    excused: ClassVar[dict[str, str]] = {
+        "exactly_what_trains_moves on cnn": "a bias before a batch norm has no gradient but "
+        "rounding, which a plain step loses; tests/methods/test_sgd.py"}
 
     small: ClassVar[dict[str, float]] = {"momentum": 0.9}
 
