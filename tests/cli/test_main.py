@@ -148,7 +148,8 @@ SURFACE = {
     "predict": "base cache given inputs json run tokens",
     "evaluate": "base batch cache data image json label run split text",
     "demo": "json memory output",
-    "plan": "batch cache device dtype json length memory model prefer targets",
+    "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
+            "prefer rows smaller targets tokens",
     "simulate": "batch device dtype json length model picture recipe targets tasks",
     "compare": "batch device dtype json length model recipes targets tasks",
     "merge": "adapter base force json output tolerance",
@@ -157,7 +158,7 @@ SURFACE = {
     "soup": "batch data folders greedy json learned metric output rank split",
     "arithmetic": "expression json output rank",
     "methods": "axis json name",
-    "doctor": "json",
+    "doctor": "again json",
     "conformance": "json model name",
 }
 

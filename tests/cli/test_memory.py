@@ -66,3 +66,33 @@ def test_plan_ranks_what_fits(capsys, llama, monkeypatch):
     code, out, err = run(capsys, *argv, "--memory", "1kB")
     assert code == 3 and "nothing fits" in out and err.count("\n") == 1
     assert run(capsys, *argv, "--memory", "lots")[0] == 2
+
+
+def test_plan_counts_rows_and_knows_cards(capsys, llama, monkeypatch, tmp_path):
+    module = importlib.import_module("burnish.memory.plan")
+    monkeypatch.setattr(module, "shipped", lambda: [["lora(rank=2)"]])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(50)))
+    argv = ["plan", llama, "--gpu", "nvidia rtx4090", "--batch", "2", "--length", "16"]
+    code, out, _ = run(capsys, *argv, "--data", str(rows), "--epochs", "2", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["gpu"] == "RTX 4090 (24 GB)" and told["device"] == "cuda"
+    assert (told["rows"], told["updates"]) == (45, 46)      # fit sets a tenth aside
+    code, out, _ = run(capsys, *argv, "--rows", "52000", "--epochs", "3")
+    assert code == 0 and "52,000 rows x 3 epochs" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for wrong, says in ((["--epochs", "-1", "--rows", "5"], "--epochs"),
+                        (["--memory", "80GB"], "more than RTX 4090"),
+                        (["--data", str(rows), "--rows", "5"], "--data counts")):
+        code, _, err = run(capsys, *argv, *wrong)
+        assert code == 2 and says in err
+    code, _, err = run(capsys, "plan", llama)
+    assert code == 2 and "--gpu" in err
+
+
+def test_simulate_says_how_long_a_step_takes_and_by_whose_rates(capsys, llama):
+    argv = ["simulate", llama, "--length", "16"]
+    code, out, _ = run(capsys, *argv, "--json")
+    low, high = json.loads(out)["step_seconds"]
+    assert code == 0 and 0 < low < high and json.loads(out)["rates"]["source"]
+    assert "a step takes" in run(capsys, *argv)[1]

@@ -93,8 +93,16 @@ OPTIONAL = {"fit": ("transformers", "accelerate", "datasets", "torchmetrics", "m
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """What is installed, which devices there are, and one real training step here."""
+def doctor(
+    again: Annotated[bool, typer.Option("--again", help="Measure the rates once more; otherwise "
+                                        "what was measured is shown.")] = False,
+    json: Json = False,
+) -> None:
+    """What is installed, which devices there are and how fast, and one real training step here.
+
+    The rates (products, memory, launch of an operator) take a few seconds to measure and are kept
+    for `burnish plan` and `burnish simulate`.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -111,10 +119,15 @@ def doctor(json: Json = False) -> None:
     devices = [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i),
                 "free": torch.cuda.mem_get_info(i)[0], "total": torch.cuda.mem_get_info(i)[1]}
                for i in range(torch.cuda.device_count())]
+    from ..memory.doctor import measured
+
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    found_rates = [measured(kind, again) for kind in kinds]
     before, after = _step()
     data = {"python": platform.python_version(), "platform": platform.platform(),
             "packages": packages, "extras": extras, "threads": torch.get_num_threads(),
-            "devices": devices, "step": {"loss_before": before, "loss_after": after}}
+            "devices": devices, "rates": found_rates,
+            "step": {"loss_before": before, "loss_after": after}}
     emit(json, data, _diagnosis(data))
     if not after < before:
         raise CheckError(f"a training step did not lower the loss here ({before:.4g} before, "
@@ -149,6 +162,11 @@ def _diagnosis(d: dict[str, Any]) -> str:
         lines.append(f"  [{extra}] {state}")
     lines += [f"  {g['device']}: {g['name']}, {format_bytes(g['free'])} free of "
               f"{format_bytes(g['total'])}" for g in d["devices"]] or ["  no GPU: runs on the CPU"]
+    for r in d["rates"]:
+        lines.append(f"  {r['kind']}: {r['single'] / 1e12:.3g} TFLOP/s in fp32, "
+                     f"{r['half'] / 1e12:.3g} in 16 bits, {r['bandwidth'] / 1e9:.3g} GB/s, "
+                     f"{r['launch'] * 1e6:.3g} us an operator")
+        lines.append(f"    {r['name']}, measured on {r['date']}; --again does it once more")
     step = d["step"]
     lines.append(f"  training works: loss {step['loss_before']:.4g} -> {step['loss_after']:.4g}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import NoPlanError
+from ..core.errors import ConfigError, NoPlanError
 from . import target
 from .app import Json, app
 from .screen import emit, table
@@ -48,24 +48,48 @@ def simulate(
     """The peak memory of a training step, by category and module, without running it."""
     import burnish
 
+    from ..memory.rates import rates
+    from ..memory.table import wrapped
+
     report = burnish.simulate(target.config(model), recipe, _batch(batch, length), dtype=dtype,
-                              targets=targets, device=device, tasks=tasks)
+                              targets=targets, device=device, tasks=tasks, count=True)
     if picture is not None:
         report.picture(picture)
-    emit(json, report, str(report))
+    speed = rates(device)
+    low, high = speed.seconds(report)
+    emit(json, report.to_dict() | {"step_seconds": [low, high], "rates": speed.to_dict()},
+         "\n".join([str(report), *wrapped(f"  a step takes {low:.3g} to {high:.3g} s "
+                                          f"({speed.source})")]))
 
 
 @app.command()
 def plan(
     model: Model,
-    memory: Annotated[str, typer.Option(help="What you have, such as 8GB.")],
+    memory: Annotated[str | None, typer.Option(help="What you have, such as 8GB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The card you have, such as 'RTX 4090': memory, "
+                                                 "device and speed.")] = None,
     batch: Batch = 8,
     length: Length = None,
     prefer: Annotated[str | None, typer.Option(help="What to favour: quality, speed, memory or "
                                                     "size.")] = None,
     dtype: Dtype = None,
     targets: Targets = None,
-    device: Device = "cpu",
+    device: Annotated[str | None, typer.Option(help="The kind of device to count for: cpu (the "
+                                                    "default) or cuda.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The training data, whose rows are counted: "
+                                                   "the hours it takes.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the training data, in place of "
+                                                  "--data.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the training data, in place of "
+                                                    "--rows; needs --length.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="How often the data is seen; default "
+                                                      "once.")] = None,
+    limits: Annotated[bool, typer.Option("--limits", help="Also the largest batch and the "
+                                         "longest sequence of the first recipe.")] = False,
+    smaller: Annotated[bool, typer.Option("--smaller", help="Also what to give up first to fit "
+                                          "the next smaller card.")] = False,
+    fit_card: Annotated[str | None, typer.Option("--smaller-card", help="The same, for this "
+                                                 "card.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep reports on disk, and use those that are "
                                              "there.")] = True,
     json: Json = False,
@@ -73,13 +97,28 @@ def plan(
     """Ranked recipes that fit the memory you have. Exit code 3 when none does."""
     import burnish
 
+    if memory is None and gpu is None:
+        raise ConfigError("say what you have: --memory 8GB, or --gpu 'RTX 4090'")
+    if data is not None:
+        if rows is not None or tokens is not None:
+            raise ConfigError("--data counts the rows; leave --rows and --tokens out")
+        rows = _rows(data)
     with _bar() as progress:
         plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
-                             prefer=prefer, dtype=dtype, targets=targets, device=device,
-                             cache=cache, progress=progress)
+                             gpu=gpu, rows=rows, tokens=tokens, epochs=epochs, limits=limits,
+                             smaller=fit_card or smaller, prefer=prefer, dtype=dtype,
+                             targets=targets, device=device, cache=cache, progress=progress)
     emit(json, plans, str(plans))
     if not len(plans):
-        raise NoPlanError(f"no recipe fits {memory} for {model}")
+        raise NoPlanError(f"no recipe fits {memory or gpu} for {model}")
+
+
+def _rows(data: Path) -> int:
+    """Rows of the training split, as `fit` reads it; what it sets aside for validation is no part
+    of an epoch."""
+    from ..fit.data import read
+
+    return len(read(str(data)).train)
 
 
 @contextlib.contextmanager

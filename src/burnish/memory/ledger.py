@@ -34,6 +34,8 @@ from .machine import machine
 from .operators import aliases, called_by_engine, cost, leaves, mutates
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
+#: what a ledger adds up by phase where it counts
+COUNTS = ("flops", "half", "traffic", "swept", "launches", "seconds")
 PHASES = ("load", "forward", "loss", "backward", "update")
 
 _aten = torch.ops.aten
@@ -70,8 +72,9 @@ class Ledger(TorchDispatchMode):
     """Follow every storage while the ``with`` block runs.
 
     model: names modules, and whose parameters and buffers are ``weights``.
-    count: also add up floating-point operations (`flops`), bytes read and written (`traffic`) and
-        the time both would take (`seconds`, see machine.py) by phase, for the planner.
+    count: also add up by phase, for the planner: floating-point operations (`flops`), those of
+        them in 16 bits (`half`), bytes read and written (`traffic`), those of operators that are no
+        products (`swept`), operators (`launches`), and the time of all (`seconds`, machine.py).
 
     Everything that exists before the block and belongs to the step is passed to :meth:`watch`;
     the model's own tensors are watched on entry.
@@ -85,9 +88,7 @@ class Ledger(TorchDispatchMode):
         self.backward_starts: list[int] = []
         self.forward_starts: list[int] = []
         self.phases: list[tuple[str, int]] = []
-        self.flops: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.reset_counts()
         self.notes: list[str] = []
         self.machine: str | None = None       # whose kernels and speed count; default each tensor's
         self._alive: dict[int, _Watch] = {}
@@ -215,9 +216,12 @@ class Ledger(TorchDispatchMode):
 
     def reset_counts(self) -> None:
         """Count operations and traffic from here on."""
-        self.flops = dict.fromkeys(PHASES, 0.0)
-        self.traffic = dict.fromkeys(PHASES, 0.0)
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.flops: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.half: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.traffic: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.swept: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.launches: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def _enter(self, t: Tensor, module: str, phase: str, category: str | None,
                birth: int | None = None) -> None:
@@ -357,6 +361,11 @@ class Ledger(TorchDispatchMode):
         operations, moved, itemsize, where, crosses = self.cost(func, args, kwargs or {}, out)
         self.flops[phase] += operations
         self.traffic[phase] += moved
+        self.launches[phase] += 1
+        if not operations:
+            self.swept[phase] += moved
+        elif itemsize <= 2:
+            self.half[phase] += operations
         speed = machine(self.machine or where)
         self.seconds[phase] += speed.seconds(operations, moved, itemsize, crosses)
 

@@ -10,6 +10,7 @@ batch stays) until it does.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
+from .answers import answered, goal_of, place, training_of
 from .cache import Reports
+from .concessions import Step
+from .limits import Limit
+from .rates import Rates, rates
 from .report import MemoryReport
 from .search import Family, Found, Progress, Search
 from .simulate import _dtype
-from .units import format_bytes, parse_bytes
 from .usual import usual
 
 PREFERENCES = ("quality", "speed", "memory", "size")
@@ -39,6 +43,8 @@ class Plan:
     needs: bytes of the budget it takes (the peak, and the device's own share).
     quality: the prior of its head, in [0, 1]; source: where that comes from.
     time: of one update, relative to full fine-tuning of the whole batch (1.0).
+    seconds: (least, most) of one update, by the rates of the plans; hours: of the whole training,
+        where its rows were named. card: the smallest that holds it, on accelerators.
     """
 
     recipe: str
@@ -50,6 +56,9 @@ class Plan:
     source: str
     time: float
     notes: list[str] = field(default_factory=list)
+    seconds: tuple[float, float] = (0.0, 0.0)
+    hours: tuple[float, float] | None = None
+    card: str | None = None
 
     @property
     def trainable(self) -> int:
@@ -68,7 +77,8 @@ class Plan:
         report.pop("timeline")                # one curve per recipe is not what a plan is for
         return {"recipe": self.recipe, "batch": self.batch, "accumulate": self.accumulate,
                 "needs": self.needs, "peak_bytes": self.peak_bytes, "quality": self.quality,
-                "source": self.source, "time": self.time, "trainable": self.trainable,
+                "source": self.source, "time": self.time, "seconds": self.seconds,
+                "hours": self.hours, "card": self.card, "trainable": self.trainable,
                 "adapter_bytes": self.adapter_bytes, "notes": self.notes, "report": report}
 
 
@@ -78,7 +88,12 @@ class Plans:
 
     fits: what fits, best first. over: what does not, least memory first.
     refused: recipe -> why it could not be simulated on this model.
-    looked: how many recipes were looked at.
+    looked: how many recipes were looked at. shape: the batch, in words.
+    gpu: the card that was named. rates: what seconds and hours are made of, and where from.
+    rows, epochs, updates: of the training that was named.
+    limits: "largest batch ..." and "longest sequence ..." of the best plan, where asked for.
+    concessions: what to give up first, to fit `goal` (a smaller card), or the budget where nothing
+        fits it; held: does the best plan fit `goal` as it is?
     """
 
     budget: int
@@ -90,6 +105,16 @@ class Plans:
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     looked: int = 0
+    shape: str = ""
+    gpu: str | None = None
+    rates: Rates | None = None
+    rows: int | None = None
+    epochs: float = 1.0
+    updates: int | None = None
+    limits: dict[str, Limit] = field(default_factory=dict)
+    goal: str = ""
+    held: bool = False
+    concessions: list[Step] = field(default_factory=list)
 
     @property
     def best(self) -> Plan | None:
@@ -117,7 +142,12 @@ class Plans:
         return {"budget": self.budget, "batch": self.batch, "prefer": self.prefer,
                 "device": self.device, "fits": [p.to_dict() for p in self.fits],
                 "over": [p.to_dict() for p in self.over], "refused": self.refused,
-                "looked": self.looked,
+                "looked": self.looked, "shape": self.shape, "gpu": self.gpu,
+                "rates": None if self.rates is None else self.rates.to_dict(),
+                "rows": self.rows, "epochs": self.epochs, "updates": self.updates,
+                "limits": {k: v.to_dict() for k, v in self.limits.items()}, "goal": self.goal,
+                "held": self.held,
+                "concessions": [s.to_dict() for s in self.concessions],
                 "missing_bytes": self.missing_bytes, "notes": self.notes}
 
     def json(self, indent: int | None = None) -> str:
@@ -125,34 +155,19 @@ class Plans:
 
     def text(self, rows: int = 12) -> str:
         """A plain table of what fits, or of what comes closest and what is missing."""
-        budget = format_bytes(self.budget)
-        lines = [f"{len(self.fits)} recipes fit {budget} on {self.device} "
-                 f"(batch {self.batch}, by {self.prefer})"]
-        shown = self.fits or self.over
-        if not self.fits:
-            lines = [f"nothing fits {budget} on {self.device} (batch {self.batch})"]
-            if self.cheapest is not None:
-                lines.append(f"the cheapest, {self.cheapest.recipe}, needs "
-                             f"{format_bytes(self.cheapest.needs)}: "
-                             f"{format_bytes(self.missing_bytes)} more")
-        if shown:
-            lines += ["", *_table(shown[:rows], self.budget)]
-        if len(shown) > rows:
-            lines.append(f"... and {len(shown) - rows} more")
-        for why in dict.fromkeys(self.refused.values()):
-            first, *rest = (r for r, reason in self.refused.items() if reason == why)
-            lines.append(f"not possible here: {first}{f' and {len(rest)} more' if rest else ''}: "
-                         f"{why}")
-        lines += [f"note: {n}" for n in self.notes]
-        return "\n".join(lines)
+        from .table import text
+
+        return text(self, rows)
 
     def __str__(self) -> str:
         return self.text()
 
 
-def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | None = None,
-         candidates: Iterable[str] | None = None, *, dtype: Any = None, targets: Any = None,
-         head: bool | str = "auto", device: str = "cpu", loss: Any = None, tasks: int = 0,
+def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: str | None = None,
+         candidates: Iterable[str] | None = None, *, gpu: str | None = None,
+         rows: int | None = None, tokens: int | None = None, epochs: float | None = None,
+         limits: bool = False, smaller: bool | str = False, dtype: Any = None, targets: Any = None,
+         head: bool | str = "auto", device: str | None = None, loss: Any = None, tasks: int = 0,
          cache: bool = True, workers: int | None = None,
          progress: Progress | None = None) -> Plans:
     """Recipes that train `model` within `memory`, ranked.
@@ -160,7 +175,15 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     model: a module or a transformers config, as for :func:`burnish.simulate`.
     memory: the budget, as text (:func:`parse_bytes`) or bytes. On CPU it is for the step's tensors
         (the process itself takes about 0.4 GB more); on an accelerator the device's context and a
-        share for fragmentation are taken off (search.py: OVERHEAD, SLACK).
+        share for fragmentation are taken off (search.py: OVERHEAD, SLACK). None: what `gpu` shows,
+        else 8GB.
+    gpu: a card by name (gpus.py), for budget, device and rates; with `memory` a share of it.
+    rows, tokens, epochs: samples or tokens of the data, and how often they are seen (once): how
+        many hours each recipe takes, from counted operations and bytes (rates.py). Tokens need a
+        batch (samples, tokens); every sample is taken to be as long as the batch's.
+    limits: also look for the largest batch and the longest sequence of the best plan.
+    smaller: also say what to give up first for the next smaller card, or for the one named here.
+        Where nothing fits that is said in any case, for the budget.
     batch: samples, (samples, tokens) or a batch of tensors: the effective batch of an update. It
         may be halved and accumulated to fit.
     prefer: "quality" (default), then "speed", "memory" or "size" (of the adapter file).
@@ -172,9 +195,9 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     tasks: as for :func:`burnish.simulate`; a recipe in stages needs what its dearest stage does.
 
     Nothing fitting is no error: ``fits`` is empty, ``cheapest`` and ``missing_bytes`` say how far
-    it is. Raises ConfigError for a budget, batch or preference that makes no sense.
+    it is. Raises ConfigError for a budget, batch, card, data or preference that makes no sense.
     """
-    budget = parse_bytes(memory)
+    card, budget, device = place(memory, gpu, device)
     prefer = prefer or "quality"
     if prefer not in PREFERENCES:
         raise ConfigError(f"prefer={prefer!r}: expected one of {', '.join(PREFERENCES)}"
@@ -182,6 +205,8 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     samples = _samples(batch)
     if samples < 1:
         raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
+    training = training_of(batch, samples, rows, tokens, epochs)
+    goal = goal_of(smaller, card, budget)
     settings = {"dtype": _dtype(dtype), "targets": targets, "head": head, "loss": loss,
                 "tasks": tasks}
     kind = torch.device(device).type
@@ -193,7 +218,11 @@ def plan(model: Any, memory: str | int = "8GB", batch: Any = 8, prefer: str | No
     else:                                     # as fit will train it
         families = shipped()
         search.usual = usual(search.shallows().model)
-    return _ranked(search, search.all(families, prefer == "memory", workers, progress), prefer)
+    found = search.all(families, prefer == "memory", workers, progress)
+    plans = _ranked(search, found, prefer, rates(kind, card))
+    plans.gpu, plans.shape = card.label if card else None, _shape(batch, samples)
+    answered(plans, search, batch, training, limits, goal, lambda r: quality_of(r)[0])
+    return plans
 
 
 def _seq(batch: Any) -> tuple[Any, ...]:
@@ -211,14 +240,14 @@ def _name(part: str) -> str:
     return part.strip().partition("(")[0]
 
 
-def _ranked(search: Search, families: list[Family], prefer: str) -> Plans:
+def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates) -> Plans:
     refused = {r: why for family in families for r, why in family.refused.items()}
     reasons = set(refused.values())
     found = [f for family in families for f in family.found]
     if not found and len(reasons) == 1:
         raise ConfigError(reasons.pop())      # the call is wrong, not the candidates
-    unit = _whole_step(search, found) if found else 1.0
-    plans = _one_row_each([_plan(search, f, unit) for f in found])
+    unit = _whole_step(search, found, speed) if found else 1.0
+    plans = _one_row_each([_plan(search, f, unit, speed) for f in found])
     keys = {
         "quality": lambda p: (-round(p.quality, 3), p.time, p.needs),
         "speed": lambda p: (p.time, -p.quality, p.needs),
@@ -231,30 +260,33 @@ def _ranked(search: Search, families: list[Family], prefer: str) -> Plans:
     if any(p.source.startswith("no measured") for p in plans):
         notes.append("recipes without measured quality are ranked at the mean of those with")
     return Plans(search.budget, search.samples, prefer, search.device, fits, over, refused, notes,
-                 looked=len({f.recipe for f in found} | set(refused)))
+                 looked=len({f.recipe for f in found} | set(refused)), rates=speed)
 
 
-def _plan(search: Search, found: Found, unit: float) -> Plan:
+def _plan(search: Search, found: Found, unit: float, speed: Rates) -> Plan:
     accumulate = -(-search.samples // found.samples)
     quality, source = quality_of(found.recipe)
     return Plan(found.recipe, found.report, found.samples, accumulate, found.needs, quality, source,
-                _seconds(found.report, accumulate) / unit)
+                _seconds(found.report, accumulate, speed) / unit,
+                seconds=speed.seconds(found.report, accumulate))
 
 
-def _seconds(report: MemoryReport, accumulate: int) -> float:
-    """Of one update on the round machine of machine.py."""
+def _seconds(report: MemoryReport, accumulate: int, speed: Rates) -> float:
+    """Of one update: the middle of the range, or by the round machine of machine.py."""
+    if speed.known:
+        return math.prod(speed.seconds(report, accumulate)) ** 0.5
     update = report.seconds.get("update", 0.0)
     return (sum(report.seconds.values()) - update) * accumulate + update
 
 
-def _whole_step(search: Search, found: list[Found]) -> float:
+def _whole_step(search: Search, found: list[Found], speed: Rates) -> float:
     """Seconds of full fine-tuning with the whole batch: the unit of time. Where a model cannot be
     trained whole, the slowest of what was found."""
     try:
         _, report, _ = search.usual.run("full", lambda r: search.report(str(r), search.samples))
-        return _seconds(report, 1)
+        return _seconds(report, 1, speed)
     except BurnishError:
-        return max(_seconds(f.report, 1) for f in found)
+        return max(_seconds(f.report, 1, speed) for f in found)
 
 
 def _one_row_each(plans: list[Plan]) -> list[Plan]:
@@ -322,6 +354,11 @@ def _samples(batch: Any) -> int:
     return sizes[0]
 
 
+def _shape(batch: Any, samples: int) -> str:
+    numbers = batch if isinstance(batch, tuple) and all(isinstance(n, int) for n in batch) else ()
+    return " x ".join(map(str, numbers)) or str(samples)
+
+
 def _part(batch: Any, samples: int) -> Any:
     """The batch with its first `samples` samples."""
     if isinstance(batch, int):
@@ -336,19 +373,3 @@ def _part(batch: Any, samples: int) -> Any:
     if isinstance(batch, Mapping):
         return {k: cut(v) for k, v in batch.items()}
     return type(batch)(cut(v) for v in batch)
-
-
-# -- the table --------------------------------------------------------------------------------
-def _table(plans: list[Plan], budget: int) -> list[str]:
-    head = ("", "recipe", "batch", "peak", "of budget", "time", "quality", "trainable", "adapter")
-    rows = [head]
-    for n, p in enumerate(plans, 1):
-        batch = f"{p.batch} x {p.accumulate}" if p.accumulate > 1 else str(p.batch)
-        quality = "?" if p.source.startswith("no measured") else f"{p.quality:.2f}"
-        rows.append((str(n), p.recipe, batch, format_bytes(p.peak_bytes),
-                     f"{p.needs / budget:.0%}", f"{p.time:.2f}", quality, f"{p.trainable:,}",
-                     format_bytes(p.adapter_bytes)))
-    widths = [max(len(r[k]) for r in rows) for k in range(len(head))]
-    return ["  ".join(c.ljust(w) if k == 1 else c.rjust(w)
-                      for k, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
-            for r in rows]

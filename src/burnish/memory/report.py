@@ -36,8 +36,10 @@ class MemoryReport:
     allocator: what the device's allocator would say of the whole run, in bytes: ``allocated``, and
         on CUDA ``active`` and ``reserved`` (caching.py).
     other_devices: peak bytes elsewhere (offloaded tensors), by device type.
-    flops, traffic, seconds: floating-point operations, bytes read and written, and the time a
-        round machine would take for both (machine.py), of one step by phase (only when counted).
+    flops, half, traffic, swept, launches, seconds: of one step by phase, only when counted:
+        floating-point operations, those in 16 bits, bytes read and written, those of operators that
+        are no products, operators, and what a round machine would take for all (machine.py).
+        rates.py makes the time of a known machine of them.
     trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
     stage: which stage of a recipe in stages this is; stages: peak bytes of each.
     """
@@ -57,7 +59,10 @@ class MemoryReport:
     trainable: int = 0
     adapter_bytes: int = 0
     flops: dict[str, float] = field(default_factory=dict)
+    half: dict[str, float] = field(default_factory=dict)
     traffic: dict[str, float] = field(default_factory=dict)
+    swept: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stage: str = ""

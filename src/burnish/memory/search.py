@@ -82,6 +82,13 @@ class Search:
             self._shallows = Shallows(model)
         return self._shallows
 
+    def like(self, part: Callable[[int], Any]) -> Search:
+        """The same question for other batches."""
+        other = Search(self.source, self.budget, self.samples, part, self.device, self.settings,
+                       self.kept)
+        other.usual, other._shallows = self.usual, self.shallows()
+        return other
+
     def report(self, recipe: str, samples: int) -> MemoryReport:
         key = recipe, samples
         if key not in self.reports:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .ledger import Entry, Ledger
+from .ledger import COUNTS, Entry, Ledger
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def quick_noise(ledger: Ledger) -> Iterator[None]:
 
 def _costs(ledger: Ledger) -> dict[str, tuple[float, ...]]:
     return {name: tuple(getattr(ledger, name).values())
-            for name in ("flops", "traffic", "seconds")}
+            for name in COUNTS}
 
 
 def _highest(entries: list[Entry], now: int) -> int:

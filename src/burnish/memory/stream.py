@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .devices import device as facts_of
-from .ledger import CATEGORIES
+from .ledger import CATEGORIES, COUNTS
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -115,7 +115,7 @@ class Stream:
         if since > ledger.now:
             text += marks[since]
         both = np.array(text, dtype=np.int64).reshape(-1, 2)
-        costs = {n: dict(getattr(ledger, n)) for n in ("flops", "traffic", "seconds")}
+        costs = {n: dict(getattr(ledger, n)) for n in COUNTS}
         return cls(alphabet, both[:, 0].copy(), both[:, 1].copy(), costs if ledger.count else {},
                    dict(counts or {}), {**facts, "device": device, "label": label,
                                         "notes": [*ledger.notes, *facts.get("notes", ())]})
