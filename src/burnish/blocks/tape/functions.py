@@ -3,6 +3,7 @@
 * Its result may be changed in place, so it is no view (:func:`shaped`).
 * What it reads again in backward is as it was, or backward raises (:class:`~.notes.Seen`); who
   wants a gradient is decided in forward (:func:`as_required`), as autograd has it.
+* Inside, no tape watches (:class:`unwatched`): it says itself what it keeps.
 * Where it cannot be differentiated, twice or under ``torch.func``, it says so, or steps aside for
   plain functions (:func:`transformed`).
 """
@@ -68,6 +69,26 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class unwatched:
+    """Inside, the tape that watches this thread sees nothing, as in backward.
+
+    For functions of ours: what runs there is kept by nobody and changes nothing that others hold,
+    and a tape would be told of each shape that is read. Another mode that was entered after the
+    tape goes on watching, and the tape below it.
+    """
+
+    __slots__ = ("mode",)
+
+    def __enter__(self) -> None:
+        n = torch._C._len_torch_function_stack()
+        top = torch._C._get_function_stack_at(n - 1) if n else None
+        self.mode = torch._C._pop_torch_function_stack() if hasattr(top, "watches_for_us") else None
+
+    def __exit__(self, *_: object) -> None:
+        if self.mode is not None:
+            torch._C._push_on_torch_function_stack(self.mode)
 
 
 def backward_runs() -> bool:

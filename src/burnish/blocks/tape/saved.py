@@ -116,6 +116,9 @@ class Tape(TorchFunctionMode):
     the thread that sets it.
     """
 
+    #: functions of our own step out of its sight, see functions.py
+    watches_for_us = True
+
     def __init__(self, lean: bool = True, policy: Policy | None = None, beside: str = "",
                  level: int = 1):
         super().__init__()
@@ -183,10 +186,14 @@ class Tape(TorchFunctionMode):
     # -- watching -----------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
+        watched = self._watched.get(func)
+        if watched is not None and watched.idle and not kwargs and (
+                watched.read or not self.policy.roles and not self._here.intercept):
+            return func(*args)                       # most of what is asked: it has to be quick
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():            # the compiler decides what is kept
             return func(*args, **kwargs)
-        if types and any(t is Logits for t in types):        # they answer for themselves
+        if types and Logits in types:                # they answer for themselves
             return func(*args, **kwargs)
         intercept = self._here.intercept
         if intercept and func in intercept:

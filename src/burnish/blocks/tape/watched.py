@@ -47,9 +47,11 @@ _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 
 
 class Watched:
-    """What is known of one function. cheap: None, "dropout" or a condition (see CHEAP)."""
+    """What is known of one function. cheap: None, "dropout" or a condition (see CHEAP).
 
-    __slots__ = ("cheap", "changes_first", "switch", "may_change")
+    read: it reads a property of a tensor. idle: without keywords, no tape has anything to do."""
+
+    __slots__ = ("cheap", "changes_first", "switch", "may_change", "read", "idle")
 
     def __init__(self, func: Any):
         name = getattr(func, "__name__", "").split(".")[0]        # operators: add_.Tensor
@@ -58,6 +60,8 @@ class Watched:
             name.endswith("_") and not name.startswith("__") and name not in _HARMLESS)
         self.switch = _position(func)
         self.may_change = self.changes_first or self.switch is not None
+        self.read = name == "__get__"
+        self.idle = self.cheap is None and not self.may_change and func not in (F.linear, F.relu)
 
     def changes(self, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors this call writes into."""

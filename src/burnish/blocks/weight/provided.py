@@ -24,7 +24,7 @@ from ...core.call import current
 from .. import matmul
 from ..tape import cast, unread
 from ..tape.activations import strips
-from ..tape.functions import as_required, shaped, transformed
+from ..tape.functions import as_required, shaped, transformed, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
@@ -114,7 +114,12 @@ class Weighted:
     def effective(self, weight: Tensor) -> Tensor:
         """(out, in) weight with everything added, differentiable in theta, keeping nothing."""
         theta = self.theta()
-        return self.dense(weight) if plainly(theta) else _Effective.apply(weight, self, *theta)
+        if plainly(theta):
+            return self.dense(weight)
+        if torch.compiler.is_compiling():
+            return _Effective.apply(weight, self, *theta)
+        with unwatched():
+            return _Effective.apply(weight, self, *theta)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The same by the obvious route: the reference, and what merge writes."""
@@ -211,11 +216,12 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
         return _Linear.apply(x, weight, bias, op, False, *theta) if torch.is_grad_enabled() else \
             _alone(x, op, bias, weight)
     left = unread.begin()
-    if torch.is_grad_enabled():
-        with reading((x,)):
-            y = _Linear.apply(x, weight, bias, op, left, *theta)
-    else:
-        y = _alone(x, op, bias, weight)
+    with unwatched():
+        if torch.is_grad_enabled():
+            with reading((x,)):
+                y = _Linear.apply(x, weight, bias, op, left, *theta)
+        else:
+            y = _alone(x, op, bias, weight)
     unread.end()
     return y
 
