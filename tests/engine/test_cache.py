@@ -347,6 +347,16 @@ def test_large_values_stay_within_the_limit_and_answers_are_the_same():
         assert not room.held and room.used == 0 and room.limit == LIMIT
 
 
+def test_all_that_a_model_of_some_hundred_mebibytes_makes_is_kept_without_a_word():
+    """Both layers: with fewer kept, the others make their weight anew for every batch."""
+    model = nn.Sequential(nn.Linear(4096, 3072, bias=False), nn.Linear(3072, 4096, bias=False))
+    tuned = burnish.tune(model, "shira(rank=1)", targets="0,1", head=False)
+    tuned.model.eval()
+    with torch.no_grad():
+        model(torch.randn(2, 4096))
+    assert tuned.state.room.used == 2 * 4096 * 3072 * 4
+
+
 def test_a_limit_is_bytes_or_text_and_nothing_else():
     tuned = joined("snell(rank=4)")
     for text, size in (("1KiB", 1024), ("0", 0), (4096, 4096)):

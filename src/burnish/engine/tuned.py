@@ -337,7 +337,7 @@ class Tuned:
     def cached(self, limit: int | str) -> Iterator[None]:
         """Inside, evaluation (``eval()`` and no gradients) may keep so many bytes of what it makes
         of weights and updates: ``with tuned.cached("4GB"): model.generate(...)``. Outside it is
-        64 MiB. Keeping all of it takes the bytes of the weights that an update without a cheap
+        512 MiB. Keeping all of it takes the bytes of the weights that an update without a cheap
         path on tokens (snell, shira, bone), a convolution or attention's projection touches.
 
         Answers have the same bits with and without. It holds for all threads. Raises ConfigError

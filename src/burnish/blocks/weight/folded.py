@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from .provided import Weighted
 
 T = TypeVar("T")
-#: bytes of large values that a model keeps where nobody has said how many
-LIMIT = 64 << 20
+#: bytes of large values that a model keeps where nobody has said how many: all that a model of some
+#: hundred million parameters has, and never as much as a large one's weights
+LIMIT = 512 << 20
 _PLAIN = (int, float, str, bool, type(None))
 
 
