@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,14 @@ class unwatched:
     def __exit__(self, *_: object) -> None:
         if self.mode is not None:
             torch._C._push_on_torch_function_stack(self.mode)
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, :class:`unwatched`."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    with unwatched():
+        return function.apply(*args)
 
 
 def backward_runs() -> bool:

@@ -24,7 +24,7 @@ from ...core.call import current
 from .. import matmul
 from ..tape import cast, unread
 from ..tape.activations import strips
-from ..tape.functions import as_required, shaped, transformed, unwatched
+from ..tape.functions import applied, as_required, shaped, transformed, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
@@ -114,12 +114,7 @@ class Weighted:
     def effective(self, weight: Tensor) -> Tensor:
         """(out, in) weight with everything added, differentiable in theta, keeping nothing."""
         theta = self.theta()
-        if plainly(theta):
-            return self.dense(weight)
-        if torch.compiler.is_compiling():
-            return _Effective.apply(weight, self, *theta)
-        with unwatched():
-            return _Effective.apply(weight, self, *theta)
+        return self.dense(weight) if plainly(theta) else applied(_Effective, weight, self, *theta)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The same by the obvious route: the reference, and what merge writes."""
