@@ -82,6 +82,21 @@ def test_bits_per_weight(double_quant, bits):
     assert round(q.bits, 3) == (4.127 if double_quant else 4.5)
 
 
+def test_on_and_beside_every_border_the_lower_code_ends_with_it():
+    borders = torch.tensor([(a + b) / 2 for a, b in zip(NF4, NF4[1:], strict=False)])
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    x = torch.cat([borders, borders.nextafter(up), borders.nextafter(down),
+                   torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30]),
+                   torch.randn(1 << 16).tanh()])
+    w = torch.ones(-(-len(x) // 63), 64)
+    flat = torch.zeros(len(w) * 63)                          # each block's largest is its first, 1
+    flat[: len(x)] = x
+    w[:, 1:] = flat.view(-1, 63)
+    want = sum((w > b).long() for b in borders.tolist())
+    codes = nf4_encode(w, double_quant=False).codes.long()
+    assert torch.equal(torch.stack([codes >> 4, codes & 15], 1).view_as(want), want)
+
+
 def test_blocks_of_zeros_stay_zeros():
     for double_quant in (False, True):
         w = torch.randn(8, 64)

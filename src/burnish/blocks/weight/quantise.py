@@ -50,7 +50,13 @@ _BORDERS = midpoints(NF4)
 _real: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def _values(name: str) -> list[float] | list[int]:
+def _values(name: str) -> list[float] | list[int] | Tensor:
+    if name == "nf4_coarse":                    # upper 16 bits -> borders below all that have them
+        high = torch.arange(1 << 16, dtype=torch.int32)
+        least = torch.where(high < 1 << 15, high << 16, (high << 16) | 0xFFFF)
+        return torch.bucketize(least.view(torch.float32), torch.tensor(_BORDERS)).to(torch.uint8)
+    if name == "nf4_borders":
+        return [*_BORDERS, float("inf")]
     dynamic = dynamic_map(8, signed=True)
     if name == "pairs":                         # byte -> the fp32 bits of both its values
         return [struct.unpack("q", struct.pack("2f", a, b))[0] for a in NF4 for b in NF4]
@@ -65,9 +71,9 @@ def _table(name: str, like: Tensor) -> Tensor:
     key = (name, like.device)
     if key not in home:
         if torch.compiler.is_compiling():        # a first run; a graph has the numbers in it then
-            return torch.tensor(_values(name), device=like.device)
+            return torch.as_tensor(_values(name), device=like.device)
         with _disable_current_modes():           # no part of the step: nobody counts it
-            made = torch.tensor(_values(name), device=like.device)
+            made = torch.as_tensor(_values(name), device=like.device)
             home[key] = made if mode is None else mode.from_tensor(made)
     return home[key]
 
@@ -180,12 +186,17 @@ def _encode_piece(x: Tensor, codes: Tensor, absmax: Tensor) -> None:
     a = x.abs().amax(1)
     absmax[: len(a)] = a
     x = x / a.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    for border in _BORDERS:                 # on a CPU twice as fast as a binary search
-        index += x > border
+    # borders below it: at most one lies among the numbers that share their upper 16 bits, so a
+    # look-up and one comparison tell (a quarter of the time of a comparison with each)
+    index = _table("nf4_coarse", x).index_select(0, _upper(x.view(-1)))
+    index += x.view(-1) > _table("nf4_borders", x).index_select(0, index.int())
     index = index.view(-1, 2)
     packed = index[:, 0].bitwise_left_shift_(4).bitwise_or_(index[:, 1])
     codes[: (m + 1) // 2] = packed[: (m + 1) // 2]
+
+
+def _upper(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
 
 
 def _encode_absmax(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
