@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "tune": "engine.tune", "Tuned": "engine.tuned", "load": "formats.adapter",
+    "open_model": "formats.opened",
     "shard": "engine.sharded",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
     "fit": "fit", "TrainerCallback": "fit",
@@ -70,5 +71,6 @@ if TYPE_CHECKING:
     from .fit.bridge import TrainerCallback
     from .fit.run import fit
     from .formats.adapter import load
+    from .formats.opened import open_model
     from .formats.peft import export_peft, load_peft
     from .memory import MemoryReport, measure, plan, simulate

@@ -11,8 +11,9 @@ import pytest
 import burnish
 
 NAMES = {
-    "tune", "Tuned", "load", "shard", "simulate", "measure", "plan", "fit", "TrainerCallback",
-    "methods", "export_peft", "load_peft", "MemoryReport", "Method", "setting", "register",
+    "tune", "Tuned", "load", "open_model", "shard", "simulate", "measure", "plan", "fit",
+    "TrainerCallback", "methods", "export_peft", "load_peft", "MemoryReport", "Method", "setting",
+    "register",
     "Recipe", "parse", "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",
     "FormatError", "NoPlanError", "CheckError", "MemoryExceeded", "__version__",
 }

@@ -209,3 +209,10 @@ def check(parts: Sequence[Method]) -> None:
                 raise RecipeError(f"{part.name} and {owner[resource].name} cannot be joined: "
                                   f"{reason}; nearest recipe that works: {Recipe(rest)}")
     words.check(parts)
+
+
+def key_of(recipe: Recipe, part: Method) -> str:
+    """The part's name, numbered where the recipe has several of that name."""
+    same = [m for m in recipe if m.name == part.name]
+    n = next(i for i, m in enumerate(same) if m is part)
+    return f"{part.name}_{n + 1}" if n else part.name

@@ -21,13 +21,15 @@ from ..core.keys import keys_of
 from ..core.method import Method
 from ..core.needs import unmet
 from ..core.outputs import base_class
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, key_of
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
+from ..core.unread import let_go, read_all, source_of, values
 from .layout import no_dropout
 from .observe import Batches, Pass, as_found, no_data
 from .planned import make_plan
-from .slot import Slot, slot_of, slots
+from .refold import restart
+from .slot import slot_of, slots
 from .state import State
 from .swap import ATTR, refill, set_aside, swap_provided
 from .undo import Transaction
@@ -76,6 +78,8 @@ class Attacher:
         self.undo.later(lambda: (self.state.context.clear(), self.state.context.update(before)))
         if keys := keys_of(recipe):
             self.state.context[name] = keys
+        if any(self._runs(part) for part in recipe):
+            read_all(self.model)                 # the base runs whole, so it is in memory whole
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
         for part in recipe:
             if "delta" in part.axes():
@@ -85,6 +89,7 @@ class Attacher:
         for part in recipe:
             if "storage" in part.axes():
                 self._storage(part)
+        read_all(self.model)
         for part, selection in chosen:           # by now storage has said what it holds frozen
             self._select(part, selection.name, selection.decay)
         for part in recipe:
@@ -206,6 +211,10 @@ class Attacher:
         return self.adapter.filled or key_of(self.adapter.recipe, part) in self.adapter.settled \
             or isinstance(next(self.model.parameters(), None), FakeTensor)
 
+    def _runs(self, part: Method) -> bool:
+        """Does the part read data first, so that the base runs?"""
+        return type(part).observe is not Method.observe and not self._blank(part)
+
     def _key(self, part: Method) -> str:
         return key_of(self.adapter.recipe, part)
 
@@ -233,14 +242,17 @@ class Attacher:
                     "leave it out of targets")
             module = self._module(place)
             slot = slot_of(module, self.state, place.path)
-            weight = slot._place_view(module, place)
-            if not weight.is_floating_point():
-                raise TargetError(f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
-                                  "added to it; load the weights in a floating-point type")
             try:
-                with torch.no_grad():
+                with torch.no_grad(), values(_parameter(module, place)):
+                    weight = slot._place_view(module, place)
+                    device = weight.device
+                    if not weight.is_floating_point():
+                        raise TargetError(
+                            f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
+                            "added to it; load the weights in a floating-point type")
                     answer = part.delta(Site(place, weight, seen, settled, shared, blank,
                                              slot.beside(place), placed))
+                    del weight                       # one that was read for this is gone then
             except RankError as error:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
                     raise
@@ -258,7 +270,7 @@ class Attacher:
             for k, term in enumerate(answer):
                 if isinstance(term, Wrap):
                     self._one_wrap(part, place, slot)
-                term.to(weight.device)
+                term.to(device)
                 term.part = self._key(part)
                 if (said := getattr(term, "counted", None)) is not None:
                     kept = self.adapter.settled.setdefault(term.part, {})
@@ -325,22 +337,23 @@ class Attacher:
                             "holding it whole")
                 continue
             stored = module._parameters[place.param]
-            moved = stored.detach()
             absorbed = [p for p in slot.parts if p.place == place
                         and hasattr(slot.module_of(p), "fold_start")]
-            with torch.no_grad():
+            with torch.no_grad(), values(stored):
+                moved = stored.detach()
                 for p in absorbed:                   # a start that storage should absorb
                     moved = slot.module_of(p).fold_start(moved, place)
                 provider = part.storage(Site(place, moved, seen, settled))
-            if provider is None:
-                left.append(f"{place.name} as it is")
-                continue
+                del moved
+                if provider is None:
+                    left.append(f"{place.name} as it is")
+                    continue
+                self.adapter.originals.put(place.path, place.param, stored, source_of(stored))
+                self._empty(stored, place)
             for p in absorbed:
                 slot.module_of(p).absorbed()
             slot.absorbed += absorbed
             slot.stored_by[place.param] = self._key(part)
-            self.adapter.originals.put(place.path, place.param, stored)
-            self._empty(stored, place)
             set_aside(module, place.param)
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
@@ -358,6 +371,7 @@ class Attacher:
         """Let go of the values of a parameter whose original waits aside."""
         originals, home = self.adapter.originals, parameter.device
         self.undo.later(lambda: refill(parameter, originals.get(place.path, place.param).to(home)))
+        let_go(parameter)
         parameter.data = parameter.data.new_empty(0)
 
     def _select(self, part: Method, name: str, decay: bool) -> None:
@@ -395,48 +409,13 @@ class Attacher:
             ready(self)
 
 
+def _parameter(module: nn.Module, place: Place) -> nn.Parameter | None:
+    """The parameter of a place, where it has not got another form."""
+    *parents, leaf = place.param.split(".")
+    for name in parents:
+        module = module._modules[name]
+    return module._parameters.get(leaf)
+
+
 def _within(path: str, above: str) -> bool:
     return not above or path == above or path.startswith(f"{above}.")
-
-
-@torch.no_grad()
-def restart(slot: Slot, module: nn.Module, param: str) -> None:
-    """Functions of W that start from its values take those of its new form, with the starts it
-    has absorbed."""
-    for p in slot.parts:
-        wrap = slot.module_of(p)
-        if isinstance(wrap, Wrap) and p.place.param == param:
-            V = slot._modules[slot.providers[param]].weight()
-            V = p.place.view(V)
-            for q in slot.absorbed:
-                if q.place == p.place:
-                    V = V + slot.module_of(q).dense()
-            wrap.restart(V)
-
-
-@torch.no_grad()
-def refold(model: nn.Module, adapter: Adapter, undo: Transaction) -> None:
-    """Make the weights again that a storage of `adapter` holds without the starts of its terms;
-    those have taken other values since (from a file)."""
-    for path, module, slot in slots(model):
-        for param in {p.place.param for p in slot.absorbed if p.adapter == adapter.name}:
-            mine = [p for p in slot.absorbed if p.place.param == param]
-            name, old = slot.providers[param], slot._modules[slot.providers[param]]
-            key = slot.stored_by[param]
-            part = next(m for m in adapter.recipe if key_of(adapter.recipe, m) == key)
-            held = next(old.buffers())
-            moved = adapter.originals.get(path, param).to(held.device)
-            moved = moved.to(getattr(old, "dtype", moved.dtype))
-            for p in mine:
-                moved = slot.module_of(p).fold_start(moved, p.place)
-            place = mine[0].place
-            settled = adapter.settled.get(key, {}).get(place.name, {})
-            slot._modules[name] = part.storage(Site(place, moved, None, settled))
-            restart(slot, module, param)
-
-
-def key_of(recipe: Recipe, part: Method) -> str:
-    """The part's name, numbered where the recipe has several of that name."""
-    same = [m for m in recipe if m.name == part.name]
-    n = next(i for i, m in enumerate(same) if m is part)
-    return f"{part.name}_{n + 1}" if n else part.name

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.tape import disk
+from ..core.unread import Source
 
 #: bytes of one tensor above which it waits on disk
 IN_MEMORY = 1 << 16
@@ -35,13 +36,14 @@ class Originals:
     """(module path, parameter) -> the value it had. Written once, before the first change."""
 
     def __init__(self) -> None:
-        #: None: a file, in a simulation
-        self.kept: dict[tuple[str, str], Tensor | Path | None] = {}
+        #: None: a file, in a simulation. A source: the file that the model comes from
+        self.kept: dict[tuple[str, str], Tensor | Path | Source | None] = {}
         self.about: dict[tuple[str, str], About] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._serial = itertools.count()
 
-    def put(self, path: str, param: str, value: Tensor) -> None:
+    def put(self, path: str, param: str, value: Tensor, source: Source | None = None) -> None:
+        """source: where the value can be read again, so that nothing has to be kept of it."""
         key = (path, param)
         if key in self.kept:
             return
@@ -51,6 +53,8 @@ class Originals:
             self.kept[key] = value                   # no bytes to keep
         elif isinstance(value, FakeTensor) and _large(value):
             self.kept[key] = None
+        elif source is not None and _large(value):
+            self.kept[key] = source
         elif not _large(value):
             self.kept[key] = value.to("cpu", copy=True)
         else:
@@ -69,6 +73,8 @@ class Originals:
         if isinstance(held, Tensor):
             return held
         _, shape, dtype = self.about[path, param]
+        if held is not None and not isinstance(held, Path):
+            return held.read().to(dtype)
         return disk.read(held, shape.numel() * dtype.itemsize).view(dtype).view(shape)
 
     def blank(self, path: str, param: str) -> Tensor:

@@ -14,7 +14,7 @@ from ..core.processes import assign
 from ..core.reading import reading
 from ..core.recipe import parse
 from ..engine.adapters import Adapter, file_names
-from ..engine.attach import refold
+from ..engine.refold import refold
 from ..engine.resize import follow
 from ..engine.slot import slots
 from ..engine.swap import ATTR

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.errors import FormatError
 from ..core.processes import here
+from ..core.unread import values
 
 _PIECE = 1 << 24
 _cache: Any = WeakIdKeyDictionary()
@@ -103,10 +104,14 @@ def check_tied(there: Mapping[str, Tensor], values: Mapping[str, Tensor], where:
 
 def line(tensor: Tensor, content: bool = True) -> str:
     """``dtype[shape] sha256`` of one tensor; without the hash where it has no values."""
-    t = tensor.detach()
+    if not content or tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+        return _shape(tensor)
+    with values(tensor):
+        return _content(tensor.detach())
+
+
+def _content(t: Tensor) -> str:
     t = t.full_tensor() if hasattr(t, "full_tensor") else t
-    if not content or t.device.type == "meta" or isinstance(t, FakeTensor):
-        return _shape(t)
     digest = hashlib.sha256()
     flat = t.contiguous().view(-1).view(torch.uint8) if t.numel() else t.new_empty(0)
     for i in range(0, flat.numel(), _PIECE):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import Term, Wrap
 from ..core.errors import FormatError
-from ..engine.attach import key_of
+from ..core.recipe import key_of
 from ..engine.slot import Part, slots
 from ..engine.tuned import Tuned
 from ..methods.delta.lowrank.miss import Shards

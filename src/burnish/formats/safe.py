@@ -188,6 +188,25 @@ def header(path: str | Path) -> dict[str, tuple[int, ...]]:
         return shapes | {a: shapes[n] for a, n in aliases.items() if n in shapes}
 
 
+def layout(path: str | Path
+           ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...], int]], dict[str, str]]:
+    """(name -> dtype, shape, first byte in the file; aliases) of a safetensors file."""
+    with opened(path) as (f, aliases):               # which looks whether the header is sound
+        names = set(f.keys())
+    with open(path, "rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        told = json.loads(raw.read(size))
+    out = {}
+    for name in names:
+        slot = told[name]
+        if slot["dtype"] not in _DTYPES:
+            raise FormatError(f"{path}: {plain(name, 60)} holds {plain(slot['dtype'], 20)}, which "
+                              "cannot be read piece by piece")
+        out[name] = (_DTYPES[slot["dtype"]], tuple(slot["shape"]),
+                     8 + size + slot["data_offsets"][0])
+    return out, aliases
+
+
 class Tensors(Mapping[str, Tensor]):
     """A checkpoint on disk as a mapping: a tensor is read when it is asked for, and not kept.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ..core import unread
 from ..core.architecture import architecture
 from ..core.example import example_batch
 
@@ -43,13 +44,33 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, device: str | torch.device
                 continue
             keep.append(t)
             kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
-            fake = torch.empty_strided(t.shape, t.stride(), dtype=kind, device=device)
+            one = 0 in t.stride() and t.numel() > 1       # it stands for values still in a file
+            fake = torch.empty(t.shape, dtype=kind, device=device) if one else \
+                torch.empty_strided(t.shape, t.stride(), dtype=kind, device=device)
             if isinstance(t, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=t.requires_grad)
             memo[id(t)] = fake
     twin = copy.deepcopy(model, memo)
     del keep
     return twin
+
+
+class Waiting:
+    """The file of a fake parameter: memory comes of it and no values do."""
+
+    def __init__(self, like: Tensor):
+        self.shape, self.dtype = like.shape, like.dtype
+
+    def read(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+def unread_again(twin: nn.Module) -> None:
+    """Let the weights of a fake model wait in files, as those of the model it was made from."""
+    for p in twin.parameters():
+        if p.nbytes >= unread.WAITS:
+            unread.mark(p, Waiting(p))
+            p.data = unread.blank(p.shape, p.dtype, p.device)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

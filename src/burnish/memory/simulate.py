@@ -28,10 +28,11 @@ from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
 from ..core.stage import label as name_of
+from ..core.unread import is_unread
 from .devices import kernels_of
 from .during import MOMENTS, joined, look, watch_originals
 from .extend import Shallows, extended
-from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels
+from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels, unread_again
 from .ledger import Ledger
 from .operators import leaves
 from .remembered import Note, answer
@@ -138,9 +139,9 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     loss: as for ``tuned.step``.
     count: also count floating-point operations and bytes moved.
     during: the moment looked at (during.py): "train", a step; "load", joining the recipe to the
-        model as it was loaded; "evaluate", the forward alone, in evaluation mode and without
-        gradients; "save"; "merge". What an optimizer holds meanwhile comes on top of the last
-        three.
+        model as it was loaded, or opened (:func:`burnish.open_model`); "evaluate", the forward
+        alone, in evaluation mode and without gradients; "save"; "merge". What an optimizer holds
+        meanwhile comes on top of the last three.
     evaluate: the same as ``during="evaluate"``.
     cached: bytes that evaluation may keep of what it makes, as for ``tuned.cached``; None: as a
         model has it where nobody says.
@@ -164,7 +165,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     batches = dict(tasks) if isinstance(tasks, Mapping) else {
         f"task{n + 1}": batch for n in range(tasks)}
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
-                    loss=loss, count=count, during=during, cached=cached)
+                    loss=loss, count=count, during=during, cached=cached,
+                    unread=during == "load" and is_unread(model))
     if not whole:
         shallows = shallows or Shallows(model)
     reports: list[MemoryReport] = []
@@ -188,7 +190,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
-               **words: Any) -> tuple[Stream, list[str]]:
+               unread: bool, **words: Any) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
     from ..engine.stages import begin, stages_of
@@ -217,6 +219,8 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                                 name=first or DEFAULT)
 
                 ledger.model = twin
+                if unread:
+                    unread_again(twin)
                 tuned = joined(join, ledger) if during == "load" else join()
                 stages = stages_of(tuned, list(tasks))
                 for s in stages[: stage + 1]:

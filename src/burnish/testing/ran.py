@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -34,3 +35,30 @@ class Allocations(TorchDispatchMode):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in old:
                 self.largest = max(self.largest, t.untyped_storage().nbytes())
         return out
+
+
+class Living(TorchDispatchMode):
+    """The most bytes of new storages that were alive together, and how many still are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
+               if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in old \
+                    and key not in self._known:
+                storage = t.untyped_storage()
+                size = 0 if t.device.type == "meta" else storage.nbytes()
+                self._known[key] = weakref.finalize(storage, self._gone, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self._known.pop(key, None)

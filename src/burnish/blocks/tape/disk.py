@@ -20,11 +20,14 @@ def write(file: Path, t: Tensor) -> None:
         out.write(memoryview(flat.numpy()))          # no second copy in memory
 
 
-def read(file: Path | None, nbytes: int) -> Tensor:
-    """(nbytes,) uint8 on the host. In a simulation the memory comes and no bytes do."""
+def read(file: Path | None, nbytes: int, start: int = 0) -> Tensor:
+    """(nbytes,) uint8 on the host, from byte `start` of the file. In a simulation the memory comes
+    and no bytes do."""
     flat = torch.empty(nbytes, dtype=torch.uint8)
     if file is not None and not isinstance(flat, FakeTensor):
         with open(file, "rb") as source:
+            source.seek(start)
             if source.readinto(memoryview(flat.numpy())) != nbytes:
-                raise OSError(f"{file} holds less than the {nbytes:,} bytes written to it")
+                raise OSError(f"{file} holds less than the {nbytes:,} bytes expected at byte "
+                              f"{start:,}")
     return flat
