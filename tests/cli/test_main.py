@@ -65,7 +65,7 @@ def test_methods_for_people_and_for_programs(capsys):
     assert code == 0 and "lora" in text and "delta: what is added to this weight?" in text
     code, out, _ = run(capsys, "methods", "--json")
     data = json.loads(out)
-    assert {"name", "axes", "summary"} == set(data["methods"][0])
+    assert {"name", "axes", "summary", "tier"} == set(data["methods"][0])
     assert all(m["summary"] for m in data["methods"])
     code, out, _ = run(capsys, "methods", "--axis", "storage", "--json")
     assert all("storage" in m["axes"] for m in json.loads(out)["methods"])

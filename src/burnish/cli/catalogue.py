@@ -11,7 +11,6 @@ import typer
 
 from ..core.axes import AXES
 from ..core.errors import CheckError, ConfigError, nearest
-from ..core.method import TIERS
 from .app import Json, app
 from .screen import emit, table
 
@@ -81,6 +80,8 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
     if presets:
         lines += ["presets: named combinations",
                   *(f"  {n:<{width}}  {r}" for n, r in sorted(presets.items())), ""]
+    from ..core.method import TIERS
+
     held = Counter(e.cls.tier for e in entries)
     return "\n".join([*lines, f"{len(entries)} methods: "
                       + ", ".join(f"{held[t]} {t}" for t in TIERS if held[t])
