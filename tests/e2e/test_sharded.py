@@ -90,8 +90,7 @@ FOREIGN = ("sharded already (a tensor-parallel plan, or FSDP2)", "sharded alread
 GUARDS = {"tuned.merge()": "a merge needs all of its weights",
           "tuned.detach()": "giving back the base needs",
           "tuned.add('more', 'lora')": "another adapter needs",
-          "burnish.shard(tuned)": "sharded already",
-          "burnish.measure(tuned, {})": "this model is in shares"}
+          "burnish.shard(tuned)": "sharded already"}
 
 
 def jobs_of(table, folder, **kw):

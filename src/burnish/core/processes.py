@@ -7,6 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import ConfigError, nearest
+
+#: how a model may stand in several processes: whole in each, or in shares
+SHARDS = ("ddp", "fsdp2")
+
+
+def check_shard(name: str | None) -> None:
+    """ConfigError for a name that is none of :data:`SHARDS`."""
+    if name not in (None, *SHARDS):
+        raise ConfigError(f"shard={name!r}: expected {' or '.join(SHARDS)}"
+                          f"{nearest(str(name), SHARDS)}")
+
 
 def processes() -> int:
     """1 where nothing is distributed."""

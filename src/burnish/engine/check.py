@@ -63,7 +63,7 @@ def check_gradients(tuned: Tuned) -> None:
     missing = [n for n, p in tuned.named_parameters() if p.grad is None]
     _reached(tuned, missing, "no gradient after the first step", len(held))
     bad = [n for n, p in tuned.named_parameters()
-           if p.grad is not None and not isinstance(p.grad, FakeTensor)
+           if p.grad is not None and not isinstance(here(p.grad), FakeTensor)
            and not _finite(here(p.grad))]
     shards = tuned.state.shards
     if shards is not None and anywhere(bool(bad), shards.average.group) and not bad:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.tape.segment import Segment
 from ..blocks.update.step import compose, plan_of
@@ -61,7 +62,8 @@ def shard(tuned: Tuned, mesh: Any = None, *, offload: bool = False) -> Tuned:
         raise ConfigError(f"shard takes a mesh of one dimension, not {mesh.ndim}")
     from ..formats.written import read_base
 
-    read_base(tuned)                             # names and content of the base, while it is whole
+    if not any(isinstance(p, FakeTensor) for p in tuned.model.parameters()):
+        read_base(tuned)                         # names and content of the base, while it is whole
     stay = _stay(tuned)
     _alike(tuned, stay, mesh)
     _spread(tuned, set(stay.values()), mesh, offload)

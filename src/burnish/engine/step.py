@@ -55,7 +55,8 @@ class Steps:
 
     tuned: the handle it belongs to.  optimizer: the one that was made last.
     still: a pass is under way that sends no event.  passes: made through here since the last
-    update.  checked: every tensor has been seen to get a gradient.
+    update.  checked: every tensor has been seen to get a gradient.  through: what is called in the
+    model's place (DistributedDataParallel around it).
     """
 
     def __init__(self, tuned: Tuned):
@@ -65,6 +66,7 @@ class Steps:
         self._timeline: Timeline | None = None
         self._clip_norm = 0.0
         self.still, self.checked, self.passes = False, False, 0
+        self.through: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
         """That of a copy, which makes its own optimizer."""
@@ -227,7 +229,7 @@ class Steps:
         """The task's loss on a batch, objectives on its back."""
         riding = self.tuned.state.riding
         with riding.to_join(loss is not None):
-            out = forward(self.tuned.model, batch)
+            out = forward(self.through or self.tuned.model, batch)
         if loss is not None:
             return riding.join(loss(out, batch))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)

@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError
+from ..core.processes import check_shard
 
 if TYPE_CHECKING:
     from ..engine.tuned import Tuned
     from .arguments import Options
-
-#: how a model may stand in several processes
-SHARDS = ("ddp", "fsdp2")
 
 
 def settle(own: Options) -> None:
@@ -29,9 +27,7 @@ def settle(own: Options) -> None:
         os.environ["ACCELERATE_USE_FSDP"] = "false"      # the recipe decides what stays whole
         own.shard = own.shard or "fsdp2"
         own.shard_offload |= os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
-    if own.shard not in (None, *SHARDS):
-        raise ConfigError(f"shard={own.shard!r}: expected {' or '.join(SHARDS)}"
-                          f"{nearest(str(own.shard), SHARDS)}")
+    check_shard(own.shard)
     if own.shard == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ConfigError("shard='fsdp2' spreads the model over processes, and there is one: start "
                           "several with torchrun --nproc-per-node 2 -m burnish fit ..., or burnish "

@@ -20,6 +20,9 @@ products (``cuda/CublasHandlePool.cpp``)
     backward's): 8.125 MiB, on Hopper 32.
 convolutions on the CPU
     oneDNN reorders their tensors into buffers of its own.
+collectives on the CPU (gloo, ``torch/csrc/distributed/c10d/ProcessGroupGloo.cpp``)
+    a reduce-scatter is an all-reduce of a copy, an all-gather fills a buffer of its own first. NCCL
+    works in place.
 
 Not declared: what the memory-efficient kernel takes in backward, cuDNN's workspaces.
 """
@@ -65,6 +68,14 @@ def _flash_backward(args: tuple, out: Any) -> int:
     sums = 4 * b * heads * rows * (columns + 1)
     expanded = 2 * b * heads * k.shape[2] * _up(width, 8) * k.element_size()
     return sums + (expanded if k.shape[1] != heads else 0)
+
+
+def _reduce_scatter(args: tuple, out: Any) -> int:
+    return args[1].nbytes
+
+
+def _all_gather(args: tuple, out: Any) -> int:
+    return args[0].nbytes
 
 
 # -- kernels that keep other tensors --------------------------------------------------------------
@@ -167,9 +178,18 @@ class Device:
     composites: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
+#: what processes say to each other; nothing where torch was built without them
+COLLECTIVES = frozenset(getattr(torch.ops.c10d, name) for name in (
+    "allreduce_", "broadcast_", "barrier", "_allgather_base_", "_reduce_scatter_base_",
+    "allgather_", "reduce_scatter_", "gather_", "scatter_", "alltoall_", "alltoall_base_")
+    if torch.distributed.is_available())
+_GLOO = {packet: takes for packet in COLLECTIVES for name, takes in (
+    ("_reduce_scatter_base_", _reduce_scatter), ("_allgather_base_", _all_gather))
+    if packet.__name__ == name}
+
 DEVICES = {
     "cpu": Device(scratch={_aten.convolution: _convolution,
-                           _aten.convolution_backward: _convolution_backward}),
+                           _aten.convolution_backward: _convolution_backward, **_GLOO}),
     "cuda": Device(
         block=512, caches=True, workspace=8 * MiB + MiB // 8,
         scratch={_aten._scaled_dot_product_flash_attention_backward: _flash_backward},

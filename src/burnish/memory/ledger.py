@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .devices import INSIDE, PRODUCTS, scratch, workspace
 from .machine import machine
 from .operators import aliases, called_by_engine, cost, leaves, mutates
+from .together import Entry, Together, Watch
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporary")
 #: what a ledger adds up by phase where it counts
@@ -41,34 +42,9 @@ PHASES = ("load", "forward", "loss", "backward", "update")
 _aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _ADD = _aten.add.Tensor
-_LIFT = _aten.lift_fresh.default              # hands on a tensor just made from Python numbers
+LIFT = _aten.lift_fresh.default              # hands on a tensor just made from Python numbers
 
-class Entry:
-    """One storage's life. `category` is None until something says what the storage is."""
-
-    __slots__ = ("bytes", "birth", "death", "module", "phase", "category", "device")
-
-    def __init__(self, nbytes: int, birth: int, module: str, phase: str,
-                 category: str | None, device: str):
-        self.bytes, self.birth = nbytes, birth
-        self.death: int | None = None
-        self.module, self.phase, self.category, self.device = module, phase, category, device
-
-    def __repr__(self) -> str:
-        end = "" if self.death is None else self.death
-        return (f"{self.category or '?'} {self.bytes} B [{self.birth}, {end}) "
-                f"{self.phase} {self.module or '-'} {self.device}")
-
-
-class _Watch(weakref.ref):
-    """A weak reference to a storage that knows its entry."""
-
-    __slots__ = ("key", "entry")
-    key: int
-    entry: Entry
-
-
-class Ledger(TorchDispatchMode):
+class Ledger(Together, TorchDispatchMode):
     """Follow every storage while the ``with`` block runs.
 
     model: names modules, and whose parameters and buffers are ``weights``.
@@ -91,7 +67,7 @@ class Ledger(TorchDispatchMode):
         self.reset_counts()
         self.notes: list[str] = []
         self.machine: str | None = None       # whose kernels and speed count; default each tensor's
-        self._alive: dict[int, _Watch] = {}
+        self._alive: dict[int, Watch] = {}
         self._paths: dict[int, str] = {}
         self._owners: dict[int, str] = {}
         self._stack: list[str] = []
@@ -123,11 +99,13 @@ class Ledger(TorchDispatchMode):
             self.watch("weights", dict(self.model.named_parameters()))
             self.watch("weights", dict(self.model.named_buffers()))
             self._follow_gradients(self.model.parameters())
+        self._begin_together(self.model)
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
+        self._end_together()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -157,6 +135,8 @@ class Ledger(TorchDispatchMode):
                            kwargs: dict | None = None) -> Any:
         if func is _DEVICE and hasattr(args[0], "fake_device"):
             return args[0].fake_device        # asked a dozen times per operator under fake tensors
+        if self.shares and any(hasattr(t, "full_tensor") for t in types):
+            return NotImplemented             # what is done to this process's own part is seen
         out = self.call(func, args, kwargs or {})
         self.now += 1
         phase: str | None = None
@@ -174,7 +154,9 @@ class Ledger(TorchDispatchMode):
             if watch is not None:             # resized in place
                 watch.entry.death = self.now
                 del self._alive[watch.key]
-            found = watch is None and func is not _LIFT and aliases(func)
+            found = watch is None and func is not LIFT and aliases(func)
+            if found and self.now == self._collective + 1:
+                continue                      # what it made inside itself, as it is let go
             # a view of something nobody watched: it was there before
             self._enter(t, "" if found else module, "load" if found else str(phase),
                         "weights" if found else (watch.entry.category if watch else None),
@@ -187,6 +169,8 @@ class Ledger(TorchDispatchMode):
                 self.transient(takes(args, out), here)
         elif self._unopened and func.overloadpacket in PRODUCTS:
             self._open_library(args[0].device.type)
+        if self.together:
+            self._said(func, args)
         if self.count:
             self._count(func, args, kwargs, out, phase)
         return out
@@ -229,14 +213,14 @@ class Ledger(TorchDispatchMode):
         nbytes = storage.nbytes()
         if not nbytes:
             return
-        watch = _Watch(storage, self._died)
+        watch = Watch(storage, self._died)
         watch.key = storage._cdata
         watch.entry = Entry(nbytes, self.now if birth is None else birth, module, phase,
                             category, str(t.device.type))
         self._alive[watch.key] = watch
         self.entries.append(watch.entry)
 
-    def _died(self, watch: _Watch) -> None:
+    def _died(self, watch: Watch) -> None:
         if self._closed:
             return
         watch.entry.death = self.now + 1
@@ -287,6 +271,8 @@ class Ledger(TorchDispatchMode):
                 self._follow_gradients(self.model.parameters())
         parent = self._stack[-1] if self._stack else ""
         self._stack.append(self._paths.get(id(module), parent))
+        if self.shares:
+            self._gathered(module)
         self._mark(self._stack[-1])
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -329,12 +315,14 @@ class Ledger(TorchDispatchMode):
             for p in group["params"]:
                 if isinstance(p, Tensor) and p.grad is not None:
                     self._tag(p.grad, "gradients")
+                    self._wait_on_host([p.grad])
 
     def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._updating = max(0, self._updating - 1)
         self._idle = "update"
         for key, state in list(optimizer.state.items()):
             self._tag(state, "optimizer", self._owners.get(id(key)))
+            self._wait_on_host(state.values())
 
     # -- sums of gradients ------------------------------------------------------------------------
     def _note_sum(self, args: tuple, kwargs: dict | None) -> None:

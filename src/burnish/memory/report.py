@@ -14,6 +14,7 @@ from ..core.errors import FormatError
 from .caching import replay
 from .ledger import CATEGORIES, Ledger
 from .stream import Reading, Stream
+from .together import HOST
 from .units import format_bytes, parse_bytes
 
 __all__ = ["MemoryReport", "format_bytes", "parse_bytes"]
@@ -41,6 +42,8 @@ class MemoryReport:
         are no products, operators, and what a round machine would take for all (machine.py).
         rates.py makes the time of a known machine of them.
     trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
+    world_size: processes that train together, of which this is one; shard: how the model stands in
+        them ("ddp", "fsdp2"; None in one).
     stage: which stage of a recipe in stages this is; stages: peak bytes of each.
     """
 
@@ -65,6 +68,8 @@ class MemoryReport:
     launches: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    world_size: int = 1
+    shard: str | None = None
     stage: str = ""
     stages: dict[str, int] = field(default_factory=dict)
 
@@ -97,7 +102,7 @@ class MemoryReport:
             peak_at=told.last_born(at),
             device=stream.facts["label"] or stream.facts["device"],
             allocator=_allocator(told, int(total.max()) if len(total) else 0),
-            other_devices=told.elsewhere(),
+            other_devices={"cpu" if d == HOST else d: n for d, n in told.elsewhere().items()},
             **stream.costs, **stream.counts, **facts,
         )
 
@@ -109,6 +114,8 @@ class MemoryReport:
             head += f"  {self.recipe}"
         if self.batch:
             head += f"  batch {self.batch}"
+        if self.world_size > 1:
+            head += f"  in each of {self.world_size} processes ({self.shard})"
         where = self.peak_at[0] + (f" of {self.peak_at[1]}" if self.peak_at[1] else "")
         lines = [head, f"reached in {where}, on {self.device}", ""]
         width = max(len(c) for c in CATEGORIES)

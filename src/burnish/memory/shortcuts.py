@@ -61,6 +61,30 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def shapes_aside() -> Iterator[None]:
+    """What torch asks of fake tensors, to learn an operator's result on shares (DTensors) the first
+    time that it meets it, is no memory of the step."""
+    try:
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator as Propagator
+    except ImportError:                       # torch without distributed
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    original = Propagator._propagate_tensor_meta_non_cached
+
+    def asked(self: Any, *args: Any, **kw: Any) -> Any:
+        with _disable_current_modes():
+            return original(self, *args, **kw)
+
+    Propagator._propagate_tensor_meta_non_cached = asked     # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Propagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def quick_noise(ledger: Ledger) -> Iterator[None]:
     """A draw from the portable stream is a few hundred small operators per panel and the same ones
     every time. Each size is drawn once in full; after that its result, the highest moment inside it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,89 +32,27 @@ from ..core.unread import is_unread
 from .devices import kernels_of
 from .during import MOMENTS, joined, look, watch_originals
 from .extend import Shallows, extended
-from .fakes import blank_batch, fake_copy, fakes_move, from_config, kernels, unread_again
+from .fakes import blank_batch, fake_copy, fakes_move, from_config, unread_again
 from .ledger import Ledger
 from .operators import leaves
-from .remembered import Note, answer
 from .report import MemoryReport
 from .shortcuts import (
     quick_noise,
     quick_runs,
     quick_strips,
     quiet,
+    shapes_aside,
     tables_forgotten,
     values_are_known,
 )
 from .snapshot import Snapshot
 from .stream import Stream
-
-#: values are followed through tensors up to this many entries
-FOLLOWED = 1 << 18
-
-_ITEM = torch.ops.aten._local_scalar_dense.default
-_RANDOM = torch.Tag.nondeterministic_seeded
+from .values import FOLLOWED, FakeLedger, no_modes
+from .world import World, standing
 
 
 class SimulationError(BurnishError):
     """The step depends on values that only a real run has, or fails as a real one would."""
-
-
-class FakeLedger(Ledger):
-    """A ledger for fake tensors that also knows the values of ids, masks and positions.
-
-    Models branch on such values (is anything padded? are several sequences packed?), and the
-    branch decides which attention kernel runs, so a guess would be a wrong promise. Whatever is
-    computed only from tensors of known value is computed on those values too.
-    """
-
-    def __init__(self, model: nn.Module | None = None, kind: str = "cpu", **kw: Any):
-        super().__init__(model, **kw)
-        self.machine = kind
-        self.kernels = kernels(kind)
-        self.note: Note | None = None         # of the operator that ran last
-
-    def knows(self, fake: Tensor, value: Tensor) -> None:
-        """Give a fake tensor its value. The attribute dies with the fake."""
-        fake._burnish_value = value           # type: ignore[attr-defined]
-
-    def cost(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-        note = self.note
-        if note is None:
-            return super().cost(func, args, kwargs, out)
-        if note.cost is None:
-            note.cost = super().cost(func, args, kwargs, out)
-        return note.cost
-
-    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self.note = None
-        if any(isinstance(a, torch.UntypedStorage) for a in args):
-            args[0].__dict__.pop("_burnish_value", None)      # its storage has no bytes to know
-            return _uncached(func, args, kwargs)
-        values = _known(args, kwargs)
-        if values is None or _RANDOM in func.tags:
-            if func._schema.is_mutable:       # whatever was known of the target is old now
-                for t in leaves((args, kwargs.get("out"))):
-                    t.__dict__.pop("_burnish_value", None)
-            out, self.note = answer(func, args, kwargs, self.kernels.get(func, func))
-            return out
-        if func is _ITEM:
-            with _no_modes():
-                return values[0][0].item()
-        sized = True
-        try:
-            out = func(*args, **kwargs)
-        except DynamicOutputShapeException:   # the values say how large it is
-            sized = False
-        if not sized or all(t.numel() <= FOLLOWED for t in leaves(out)):
-            if kwargs.get("device") is not None:
-                values[1]["device"] = torch.device("cpu")
-            with _no_modes():
-                real = func(*values[0], **values[1])
-            if not sized:
-                out = _as_fake(real, args)
-            for fake, value in zip(leaves(out), leaves(real), strict=True):
-                fake._burnish_value = value   # type: ignore[attr-defined]
-        return out
 
 
 def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype | str | None = None,
@@ -122,16 +60,18 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              device: str = "cpu", loss: Callable[[Any, Any], Tensor] | None = None,
              count: bool = False, evaluate: bool = False,
              tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
-             whole: bool = False, shallows: Shallows | None = None, during: str = "train"
+             whole: bool = False, shallows: Shallows | None = None, during: str = "train",
+             world_size: int = 1, shard: str | None = None, shard_offload: bool = False
              ) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
         stands for its first architecture.
     recipe: as for :func:`burnish.tune`; None is full fine-tuning.
-    batch: samples, (samples, tokens), or a mapping / tuple of tensors as ``tuned.step`` takes;
-        of tensors the shapes matter, and the values of integer ones where the model asks. Where
-        it is a number, keys that the recipe's parts read (task ids) are made as well.
+    batch: samples, (samples, tokens), or a mapping / tuple of tensors as ``tuned.step`` takes; of
+        tensors the shapes matter, and the values of integer ones where the model asks. Where it is
+        a number, keys that the recipe's parts read (task ids) are made as well. Of several
+        processes, what each of them sees.
     dtype: of the model's and the batch's floating tensors; None keeps them as they are.
     device: where the step would run. Without that device here its kernels cannot be faked: the
         CPU's stand in and the report says so in a note.
@@ -148,8 +88,14 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     tasks: data sets that a recipe in stages is trained on, one after the other: how many, or name
         -> batch. Of several stages the dearest is told; ``stages`` of the report has all peaks.
     whole: run every block. Otherwise a run of equal blocks is simulated at three depths, which
-        prove what any other depth gives (extend.py); where they do not, it is run whole as well.
+        prove what any other depth gives (extend.py); where they do not, and in several processes
+        (buckets and prefetched blocks do not begin again with each block), it is run whole as well.
     shallows: the copies with fewer blocks, for whoever simulates a model many times.
+    world_size: processes that train together; the report is of one of them. Their collectives are
+        run by groups that move nothing (world.py).
+    shard: how the model stands in them: "ddp" (the default of several), whole in each, with its
+        gradients in buckets; "fsdp2", as :func:`burnish.shard` spreads it.
+    shard_offload: the shares wait on the host.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -159,14 +105,20 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         raise ConfigError(f"during={during!r}: expected one of {', '.join(MOMENTS)}"
                           f"{nearest(during, MOMENTS)}")
     during = "evaluate" if evaluate else during
+    world = World.of(world_size, shard, shard_offload)
+    if world.shard == "fsdp2" and during not in ("train", "evaluate"):
+        raise ConfigError(f"during={during!r} is not simulated for shares: every process loads the "
+                          "whole model first, writes an adapter as one process does, and a merge "
+                          "needs the whole model; leave shard out")
     parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
     batches = dict(tasks) if isinstance(tasks, Mapping) else {
         f"task{n + 1}": batch for n in range(tasks)}
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
-                    loss=loss, count=count, during=during, cached=cached,
+                    loss=loss, count=count, during=during, cached=cached, world=world,
                     unread=during == "load" and is_unread(model))
+    whole = whole or world.size > 1
     if not whole:
         shallows = shallows or Shallows(model)
     reports: list[MemoryReport] = []
@@ -190,7 +142,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
-               unread: bool, **words: Any) -> tuple[Stream, list[str]]:
+               world: World, unread: bool, **words: Any) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
     from ..engine.stages import begin, stages_of
@@ -201,8 +153,10 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     kind = torch.device(device).type
     ledger = FakeLedger(kind=kind, count=count)
     here = device if kind == "cpu" or _usable(kind) else "cpu"
-    with (random_kept(), values_are_known(), fakes_move(), tables_forgotten(),
-          quick_noise(ledger), quick_strips(ledger), quick_runs(ledger), quiet(),
+    ledger.offloads = world.offload and here != device
+    with (world.started(here) as mesh, random_kept(), values_are_known(), fakes_move(),
+          shapes_aside(), tables_forgotten(), quick_noise(ledger), quick_strips(ledger),
+          quick_runs(ledger), quiet(),
           kernels_of(kind if here == "cpu" else "cpu")):
         twin = fake_copy(model, mode, here, dtype)
         try:
@@ -215,8 +169,10 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                 example, label = faked(first)
 
                 def join() -> Any:
-                    return tune(twin, parts, targets=targets, head=head, calibration=[example],
-                                name=first or DEFAULT)
+                    tuned = tune(twin, parts, targets=targets, head=head, calibration=[example],
+                                 name=first or DEFAULT)
+                    world.spread(tuned, mesh)
+                    return tuned
 
                 ledger.model = twin
                 if unread:
@@ -234,7 +190,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                     tuned.state.room.limit = size(cached)
                 if during == "train":
                     stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
-                                    kind, **words)
+                                    kind, begin=lambda: world.wrap(tuned), **words)
                 else:
                     look(during, tuned, ledger, example)
                     stream = Stream.of(ledger, device=torch.device(here).type, label=kind,
@@ -252,37 +208,48 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     if here != device:
         notes.append(f"no {kind} here: counted with the CPU's kernels, but for those that "
                      f"memory/devices.py declares for {kind}; the device's context comes on top")
-    told = stream.with_facts(batch=label, notes=notes)
+    told = stream.with_facts(batch=label, notes=notes, world_size=world.size, shard=world.shard)
     return told, [name_of(stages, n) for n in range(len(stages))]
 
 
 def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,
-            steps: int = 2, restore: bool = True, count: bool = False) -> MemoryReport:
+            steps: int = 2, restore: bool = True, count: bool = False,
+            through: nn.Module | None = None) -> MemoryReport:
     """The same ledger on the real step: ``tuned.step(batch, loss)``, `steps` times.
+
+    Of several processes each has to ask, and is told what it takes itself.
 
     restore: put trained tensors, buffers, optimizer state and random state back as they were
         (gradients are cleared); the copies kept for that are not part of the reading.
+    through: what is called in the model's place (DistributedDataParallel around it).
     """
-    if tuned.state.shards is not None:
-        raise ConfigError("the ledger counts whole tensors, and this model is in shares "
-                          "(burnish.shard): measure the whole model in one process")
     keep = Snapshot(tuned) if restore else contextlib.nullcontext()
-    with keep:
-        ledger = Ledger(tuned.model, count=count)
-        report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None))
+    before, tuned.steps.through = tuned.steps.through, through or tuned.steps.through
+    try:
+        with keep, shapes_aside():
+            ledger = Ledger(tuned.model, count=count)
+            report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None))
+            report.world_size, report.shard = standing(tuned)
+    finally:
+        tuned.steps.through = before
     report.source = "measured"
     report.batch = _label(batch)
     return report
 
 
 def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
-           device: str | None, label: str | None = None, **words: Any) -> Stream:
+           device: str | None, label: str | None = None,
+           begin: Callable[[], None] = lambda: None, **words: Any) -> Stream:
     if tuned.current_optimizer is not None:
         ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
     since = 0
     with ledger:
         watch_originals(tuned, ledger)
+        made = len(ledger.entries)
+        begin()
+        for entry in ledger.entries[made:]:   # as what stood there before
+            entry.category = "weights"
         if tuned.current_optimizer is None:
             tuned.optimizer()
         for step in range(steps):
@@ -321,7 +288,7 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
     if isinstance(batch, int) or (isinstance(batch, tuple) and all(
             isinstance(n, int) for n in batch)):
         label = str(batch) if isinstance(batch, int) else " x ".join(map(str, batch))
-        with _no_modes():
+        with no_modes():
             samples = batch if isinstance(batch, int) else batch[0]
             batch = blank_batch(model, batch, dtype) | examples(parts, samples)
     else:
@@ -345,7 +312,7 @@ def _fake(value: Any, ledger: FakeLedger, device: str, dtype: torch.dtype | None
         fake = torch.empty(value.shape, dtype=kind, device=device)
         known = not isinstance(value, FakeTensor) and value.device.type != "meta"
         if known and value.numel() <= FOLLOWED and not value.is_floating_point():
-            with _no_modes():
+            with no_modes():
                 ledger.knows(fake, value.detach().to("cpu", copy=True))
         return fake
     if isinstance(value, Mapping):
@@ -378,56 +345,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"unknown dtype {dtype!r}; write for example 'bfloat16'")
     return found
-
-
-# -- values -------------------------------------------------------------------------------------
-class _Unknown(Exception):
-    pass
-
-
-def _uncached(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The fake mode remembers calls by their arguments, and a storage among them would live on."""
-    if not isinstance(args[0], FakeTensor):
-        return func(*args, **kwargs)
-    mode = args[0].fake_mode
-    before, mode.cache_enabled = mode.cache_enabled, False
-    try:
-        return func(*args, **kwargs)
-    finally:
-        mode.cache_enabled = before
-
-
-def _known(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments with every tensor replaced by its value; None if one has no known value."""
-    try:
-        return _values(args), _values(kwargs)
-    except _Unknown:
-        return None
-
-
-def _values(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        found = value.__dict__.get("_burnish_value")
-        if found is None:
-            raise _Unknown
-        return found
-    if isinstance(value, (list, tuple)):
-        return type(value)([_values(v) for v in value])
-    if isinstance(value, dict):
-        return {k: _values(v) for k, v in value.items()}
-    return value
-
-
-def _as_fake(real: Any, args: tuple) -> Any:
-    like = next(t for t in leaves(args))
-    if isinstance(real, Tensor):
-        return torch.empty(real.shape, dtype=real.dtype, device=like.device)
-    return type(real)(_as_fake(r, args) for r in real)
-
-
-@contextlib.contextmanager
-def _no_modes() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield

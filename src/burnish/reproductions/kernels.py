@@ -19,7 +19,7 @@ from ..core.errors import ConfigError, nearest
 from ..memory.devices import kernels_of
 from ..memory.fakes import fakes_move
 from ..memory.report import MemoryReport
-from ..memory.simulate import FakeLedger
+from ..memory.values import FakeLedger
 from .graphs import MLP, rotate
 
 #: what is run: takes no argument, gives the tensors to go back from and their gradients (or None)

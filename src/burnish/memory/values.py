@@ -1,0 +1,144 @@
+"""The ledger of a simulation: fake tensors, and the values of those that a step branches on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+
+from .devices import COLLECTIVES
+from .fakes import kernels
+from .ledger import LIFT, Ledger
+from .operators import leaves
+from .remembered import Note, answer
+
+#: values are followed through tensors up to this many entries
+FOLLOWED = 1 << 18
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+class FakeLedger(Ledger):
+    """A ledger for fake tensors that also knows the values of ids, masks and positions.
+
+    Models branch on such values (is anything padded? are several sequences packed?), and the
+    branch decides which attention kernel runs, so a guess would be a wrong promise. Whatever is
+    computed only from tensors of known value is computed on those values too.
+    """
+
+    def __init__(self, model: nn.Module | None = None, kind: str = "cpu", **kw: Any):
+        super().__init__(model, **kw)
+        self.machine = kind
+        self.kernels = kernels(kind)
+        self.note: Note | None = None         # of the operator that ran last
+
+    def knows(self, fake: Tensor, value: Tensor) -> None:
+        """Give a fake tensor its value. The attribute dies with the fake."""
+        fake._burnish_value = value           # type: ignore[attr-defined]
+
+    def cost(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        note = self.note
+        if note is None:
+            return super().cost(func, args, kwargs, out)
+        if note.cost is None:
+            note.cost = super().cost(func, args, kwargs, out)
+        return note.cost
+
+    def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.note = None
+        if any(isinstance(a, torch.UntypedStorage) for a in args):
+            args[0].__dict__.pop("_burnish_value", None)      # its storage has no bytes to know
+            return _uncached(func, args, kwargs)
+        if func.overloadpacket in COLLECTIVES:        # every process says what this one says
+            return _uncached(func, args, kwargs)
+        values = _known(args, kwargs)
+        if values is None or _RANDOM in func.tags:
+            if func._schema.is_mutable:       # whatever was known of the target is old now
+                for t in leaves((args, kwargs.get("out"))):
+                    t.__dict__.pop("_burnish_value", None)
+            out, self.note = answer(func, args, kwargs, self.kernels.get(func, func))
+            if func is LIFT and _few(args[0]):
+                with no_modes():
+                    self.knows(out, args[0].clone())
+            return out
+        if func is _ITEM:
+            with no_modes():
+                return values[0][0].item()
+        sized = True
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:   # the values say how large it is
+            sized = False
+        if not sized or all(t.numel() <= FOLLOWED for t in leaves(out)):
+            if kwargs.get("device") is not None:
+                values[1]["device"] = torch.device("cpu")
+            with no_modes():
+                real = func(*values[0], **values[1])
+            if not sized:
+                out = _as_fake(real, args)
+            for fake, value in zip(leaves(out), leaves(real), strict=True):
+                fake._burnish_value = value   # type: ignore[attr-defined]
+        return out
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _uncached(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The fake mode remembers calls by their arguments: a storage among them would live on, and
+    groups of processes cannot be told apart."""
+    mode = next((t.fake_mode for t in leaves(args) if isinstance(t, FakeTensor)), None)
+    if mode is None:
+        return func(*args, **kwargs)
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        return func(*args, **kwargs)
+    finally:
+        mode.cache_enabled = before
+
+
+def _known(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments with every tensor replaced by its value; None if one has no known value."""
+    try:
+        return _values(args), _values(kwargs)
+    except _Unknown:
+        return None
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        found = value.__dict__.get("_burnish_value")
+        if found is None:
+            raise _Unknown
+        return found
+    if isinstance(value, (list, tuple)):
+        return type(value)([_values(v) for v in value])
+    if isinstance(value, dict):
+        return {k: _values(v) for k, v in value.items()}
+    return value
+
+
+def _as_fake(real: Any, args: tuple) -> Any:
+    like = next(t for t in leaves(args))
+    if isinstance(real, Tensor):
+        return torch.empty(real.shape, dtype=real.dtype, device=like.device)
+    return type(real)(_as_fake(r, args) for r in real)
+
+
+def _few(t: Tensor) -> bool:
+    """Was it just made from Python numbers, and so few that they are followed?"""
+    return type(t) is Tensor and t.device.type == "cpu" and t.numel() <= FOLLOWED
+
+
+@contextlib.contextmanager
+def no_modes() -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
