@@ -96,3 +96,26 @@ def test_simulate_says_how_long_a_step_takes_and_by_whose_rates(capsys, llama):
     low, high = json.loads(out)["step_seconds"]
     assert code == 0 and 0 < low < high and json.loads(out)["rates"]["source"]
     assert "a step takes" in run(capsys, *argv)[1]
+
+
+def test_several_processes_are_said_by_flags(capsys, llama):
+    argv = ["simulate", llama, "--recipe", "lora(rank=2)", "--length", "8", "--world-size", "4"]
+    code, out, _ = run(capsys, *argv, "--shard", "fsdp2", "--json")
+    report = json.loads(out)
+    assert code == 0 and (report["world_size"], report["shard"]) == (4, "fsdp2")
+    code, _, err = run(capsys, *argv, "--shard", "fspd2")
+    assert code == 2 and "did you mean 'fsdp2'" in err
+
+
+def test_plans_of_a_process_refuse_what_cannot_be_sharded(llama):
+    from transformers import AutoConfig
+
+    plans = burnish.plan(AutoConfig.from_pretrained(llama), "1MB", (1, 8), workers=1, cache=False,
+                         candidates=["lora(rank=2)", "nf4 + lora(rank=2)"], world_size=4,
+                         shard="fsdp2")
+    assert [p.recipe for p in plans] == ["lora(rank=2)"] and plans.best.report.world_size == 4
+    assert "codes" in plans.refused["nf4 + lora(rank=2)"]
+    with pytest.raises(burnish.ConfigError, match="there is one"):
+        burnish.plan(AutoConfig.from_pretrained(llama), "1MB", (1, 8), shard="fsdp2")
+    with pytest.raises(burnish.ConfigError, match="hours are told for one process"):
+        burnish.plan(AutoConfig.from_pretrained(llama), "1MB", (1, 8), world_size=2, rows=9)

@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 model, output, recipe, size, more = sys.argv[1:]
 try:
     burnish.fit(model, "digits", recipe, output=output, max_steps=4, batch_size=int(size),
-                save_steps=2, eval_steps=2, lr=1e-2, report=False, test=False, measure=False,
-                quiet=True, seed=5, **json.loads(more))
+                save_steps=2, eval_steps=2, lr=1e-2, report=False, test=False,
+                quiet=True, seed=5, **{"measure": False, **json.loads(more)})
 except burnish.BurnishError as e:
     sys.exit(f"{type(e).__name__}: {e}")
 if torch.distributed.is_initialized():
@@ -117,6 +117,16 @@ def test_two_processes_go_on_from_one_with_as_many_rows_an_update(vit, tmp_path)
     same(one / "checkpoint-4", tmp_path / "on" / "checkpoint-4")
     said = run(2, vit, tmp_path / "more", "lora(rank=4)", 8, start=one / "checkpoint-2")
     assert all("its rows is 8, this run's is 16" in s for s in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
+def test_each_of_two_processes_is_promised_what_it_takes(vit, tmp_path, shard):
+    assert run(2, vit, tmp_path / shard, "lora(rank=4)", 4, shard=shard, measure=True) == ["", ""]
+    memory = json.loads((tmp_path / shard / "run.json").read_text())["memory"]
+    for reading in (memory["simulated"], memory["measured"]):
+        assert (reading["world_size"], reading["shard"]) == (2, shard)
+    assert abs(memory["difference"]) < 0.005
 
 
 def test_shares_are_refused_where_nobody_else_holds_the_rest():

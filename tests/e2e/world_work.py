@@ -12,8 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import burnish
 from burnish.engine.spread import let_go
-from burnish.memory.during import evaluated, read
-from burnish.memory.ledger import Ledger
 from burnish.testing.models import tiny
 
 
@@ -60,11 +58,6 @@ def said_of(job):
                          *(t for s in opt.state.values() for t in s.values())])
             peaks.append(rest + buckets + allocated(lambda: tuned.step(batch)))
         said["outside"] = min(peaks)                 # gloo's threads let go of their copies late
-        opt.zero_grad()
-        made.eval()
-        ledger = Ledger(made)
-        evaluated(tuned, ledger, batch)
-        said["evaluated"] = read(made, ledger).by_category
     return said
 
 

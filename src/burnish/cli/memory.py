@@ -25,6 +25,11 @@ Targets = Annotated[str | None, typer.Option(help="Which weights; default every 
 Device = Annotated[str, typer.Option(help="The kind of device to count for: cpu or cuda.")]
 Tasks = Annotated[int, typer.Option(help="Data sets that a recipe in stages is trained on, one "
                                          "after the other; the dearest stage is told.", min=0)]
+World = Annotated[int, typer.Option(help="Processes that train together; batch and memory are of "
+                                         "one of them.")]
+Shard = Annotated[str | None, typer.Option(help="How the model stands in several processes: ddp "
+                                                "(default), whole in each, or fsdp2, in shares.")]
+Offload = Annotated[bool, typer.Option(help="The shares of fsdp2 wait on the host.")]
 
 
 def _batch(batch: int, length: int | None) -> Any:
@@ -41,6 +46,9 @@ def simulate(
     targets: Targets = None,
     device: Device = "cpu",
     tasks: Tasks = 0,
+    world_size: World = 1,
+    shard: Shard = None,
+    shard_offload: Offload = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the step into this PNG, SVG or "
                                                       "PDF.")] = None,
     json: Json = False,
@@ -52,7 +60,8 @@ def simulate(
     from ..memory.table import wrapped
 
     report = burnish.simulate(target.config(model), recipe, _batch(batch, length), dtype=dtype,
-                              targets=targets, device=device, tasks=tasks, count=True)
+                              targets=targets, device=device, tasks=tasks, count=True,
+                              world_size=world_size, shard=shard, shard_offload=shard_offload)
     if picture is not None:
         report.picture(picture)
     speed = rates(device)
@@ -90,6 +99,9 @@ def plan(
                                           "the next smaller card.")] = False,
     fit_card: Annotated[str | None, typer.Option("--smaller-card", help="The same, for this "
                                                  "card.")] = None,
+    world_size: World = 1,
+    shard: Shard = None,
+    shard_offload: Offload = False,
     cache: Annotated[bool, typer.Option(help="Keep reports on disk, and use those that are "
                                              "there.")] = True,
     json: Json = False,
@@ -107,7 +119,9 @@ def plan(
         plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
                              gpu=gpu, rows=rows, tokens=tokens, epochs=epochs, limits=limits,
                              smaller=fit_card or smaller, prefer=prefer, dtype=dtype,
-                             targets=targets, device=device, cache=cache, progress=progress)
+                             targets=targets, device=device, world_size=world_size,
+                             shard=shard, shard_offload=shard_offload, cache=cache,
+                             progress=progress)
     emit(json, plans, str(plans))
     if not len(plans):
         raise NoPlanError(f"no recipe fits {memory or gpu} for {model}")
@@ -152,6 +166,9 @@ def compare(
     targets: Targets = None,
     device: Device = "cpu",
     tasks: Tasks = 0,
+    world_size: World = 1,
+    shard: Shard = None,
+    shard_offload: Offload = False,
     json: Json = False,
 ) -> None:
     """The cost of several recipes for the same model and batch, side by side."""
@@ -159,7 +176,8 @@ def compare(
 
     config = target.config(model)
     reports = [burnish.simulate(config, recipe, _batch(batch, length), dtype=dtype,
-                                targets=targets, device=device, tasks=tasks)
+                                targets=targets, device=device, tasks=tasks,
+                                world_size=world_size, shard=shard, shard_offload=shard_offload)
                for recipe in recipes]
     emit(json, {"model": model, "reports": reports}, _side_by_side(reports))
 

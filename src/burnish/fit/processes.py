@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError
-from ..core.processes import check_shard
+from ..core.processes import check_shard, processes
 
 if TYPE_CHECKING:
     from ..engine.tuned import Tuned
@@ -34,6 +34,14 @@ def settle(own: Options) -> None:
                           "fit --launch 2 ...")
     if own.shard_offload and own.shard != "fsdp2":
         raise ConfigError("shard_offload keeps the shares of shard='fsdp2' on the host; give both")
+
+
+def world(own: Options) -> dict[str, Any]:
+    """What a promise is told of the processes of this run."""
+    size = max(processes(), int(os.environ.get("WORLD_SIZE", "1")))
+    if size < 2:
+        return {}
+    return {"world_size": size, "shard": own.shard, "shard_offload": own.shard_offload}
 
 
 def spread(tuned: Tuned, own: Options) -> None:

@@ -15,6 +15,7 @@ from ..core.reading import plain
 from ..memory import MemoryReport, format_bytes
 from . import checkpoint
 from .arguments import Options
+from .processes import world
 
 #: words by which frameworks say that there is no more memory
 _FULL = ("out of memory", "can't allocate memory", "not enough memory")
@@ -25,7 +26,7 @@ def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, 
     from ..memory import plan
 
     plans = plan(module, memory=memory, batch=batch, targets=own.targets, head=own.head,
-                 device=device(), loss=loss)
+                 device=device(), loss=loss, **world(own))
     if plans.best is None:
         near = plans.cheapest
         tail = f"; {near.recipe} comes closest and needs {format_bytes(near.needs)}" if near else ""
@@ -49,16 +50,15 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     limit = parse_bytes(memory) if memory is not None else None
     try:
         promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                           device=device(), loss=loss, tasks=tasks or 0)
+                           device=device(), loss=loss, tasks=tasks or 0, **world(own))
     except SimulationError as e:
         if limit is not None:
             raise
         say(f"note: no promise of memory, {e}")
         return None
     of = f" of stage {promise.stage}, the dearest," if promise.stage else ""
-    if own.shard == "fsdp2":
-        say("note: the promise is of the whole model in one process, and nothing is measured; with "
-            "shard='fsdp2' each holds a share of the base")
+    if promise.world_size > 1:
+        of += f" in each of {promise.world_size} processes"
     say(f"promise: a training step{of} of batch {promise.batch} peaks at "
         f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:
@@ -79,7 +79,8 @@ def evaluation(module: nn.Module, recipe: Any, promise: MemoryReport, memory: An
 
     try:
         alone = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                         device=device(), evaluate=True, tasks=dict.fromkeys(tasks, batch))
+                         device=device(), evaluate=True, tasks=dict.fromkeys(tasks, batch),
+                         **world(own))
     except SimulationError as e:
         say(f"note: no promise of memory for evaluation, {e}")
         return 0

@@ -304,8 +304,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                     f"(checkpoint-{trainer.step} in {output} is whole)")
             past = trainer.over()
             dearest = promise.stage if promise and promise.stage else legs[-1].name
-            if own.measure and tuned.state.shards is None and leg.name == dearest:
-                past.truth = _measure(tuned, example, tasks, task, trainer.args.device).to_dict()
+            if own.measure and leg.name == dearest:
+                past.truth = _measure(tuned, example, tasks, task, trainer).to_dict()
             leg.end(tuned)
     assert trainer is not None
     metrics, logged = {}, len(trainer.state.log_history)
@@ -342,13 +342,16 @@ def _arguments(tuned: Tuned, tasks: dict[str, Task], output: Path, own: Options,
 
 
 def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str, Task], task: Task,
-             device: torch.device) -> MemoryReport:
+             trainer: Any) -> MemoryReport:
     """The truth of a step as it was promised: of the stage that has just ended."""
     from ..memory import measure
 
+    wrapped = trainer.model_wrapped
+    through = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
+
     batch = next(example[0][n] for n, t in tasks.items() if t is task)
     tuned.model.train()
-    truth = measure(tuned, _to_device(batch, device), example[1])
+    truth = measure(tuned, _to_device(batch, trainer.args.device), example[1], through=through)
     tuned.model.eval()
     return truth
 

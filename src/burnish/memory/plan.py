@@ -31,6 +31,7 @@ from .report import MemoryReport
 from .search import Family, Found, Progress, Search
 from .simulate import _dtype
 from .usual import usual
+from .world import World
 
 PREFERENCES = ("quality", "speed", "memory", "size")
 
@@ -168,6 +169,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
          rows: int | None = None, tokens: int | None = None, epochs: float | None = None,
          limits: bool = False, smaller: bool | str = False, dtype: Any = None, targets: Any = None,
          head: bool | str = "auto", device: str | None = None, loss: Any = None, tasks: int = 0,
+         world_size: int = 1, shard: str | None = None, shard_offload: bool = False,
          cache: bool = True, workers: int | None = None,
          progress: Progress | None = None) -> Plans:
     """Recipes that train `model` within `memory`, ranked.
@@ -193,6 +195,8 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     workers: processes; None: as many as pay, 1: this one alone.
     progress: called with (families done, of how many).
     tasks: as for :func:`burnish.simulate`; a recipe in stages needs what its dearest stage does.
+    world_size, shard, shard_offload: as for :func:`burnish.simulate`; memory and batch are then
+        those of one process, and what cannot be sharded is among the refused.
 
     Nothing fitting is no error: ``fits`` is empty, ``cheapest`` and ``missing_bytes`` say how far
     it is. Raises ConfigError for a budget, batch, card, data or preference that makes no sense.
@@ -205,10 +209,13 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     samples = _samples(batch)
     if samples < 1:
         raise ConfigError(f"batch {batch!r} is not positive; write for example 8 or (8, 512)")
+    if world_size != 1 and (rows, tokens, epochs) != (None, None, None):
+        raise ConfigError("hours are told for one process: what several say to each other takes "
+                          "time that is not counted; leave rows, tokens and epochs out")
     training = training_of(batch, samples, rows, tokens, epochs)
     goal = goal_of(smaller, card, budget)
     settings = {"dtype": _dtype(dtype), "targets": targets, "head": head, "loss": loss,
-                "tasks": tasks}
+                "tasks": tasks, **World.of(world_size, shard, shard_offload).settings()}
     kind = torch.device(device).type
     named = isinstance(batch, int | tuple) and not any(isinstance(n, Tensor) for n in _seq(batch))
     search = Search(model, budget, samples, lambda n: _part(batch, n), kind, settings,

@@ -49,6 +49,10 @@ class World:
                               "both")
         return cls(size, (shard or SHARDS[0]) if size > 1 else None, bool(offload))
 
+    def settings(self) -> dict[str, Any]:
+        """As :func:`burnish.simulate` takes them."""
+        return {"world_size": self.size, "shard": self.shard, "shard_offload": self.offload}
+
     @contextlib.contextmanager
     def started(self, device: str) -> Iterator[Any]:
         """Inside, this is the first of so many processes. Yields their mesh; None for one process.
