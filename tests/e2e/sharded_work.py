@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -78,6 +79,13 @@ def plan_first():
     return burnish.tune(made, "lora(rank=2)")
 
 
+def plan_of_transformers(folder):
+    """`tp_plan`, as a user asks for it."""
+    import transformers
+    made = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    return burnish.tune(made, "lora(rank=2)")
+
+
 def shares_first():
     made = model()
     fully_shard(made)
@@ -98,6 +106,12 @@ def statistics():
 
 def main():
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        model().save_pretrained(folder)          # (among others only the first would write)
+        work(folder)
+
+
+def work(folder):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     said = {}
@@ -133,7 +147,9 @@ def main():
             except burnish.BurnishError as e:
                 refused[what] = str(e)
         said[name] = dict(losses=losses, sharded=sharded, held=held, refused=refused)
-    said["foreign"] = [said_by(f) for f in (plan_first, shares_first, shares_of_others, statistics)]
+    said["foreign"] = [said_by(f) for f in (
+        plan_first, lambda: plan_of_transformers(folder), shares_first, shares_of_others,
+        statistics)]
     print("\n" + json.dumps(said), flush=True)
     dist.barrier()                               # one that left first would take its store along
     dist.destroy_process_group()

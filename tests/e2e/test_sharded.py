@@ -85,7 +85,8 @@ REFUSED = {
     "full + sam": "sam reads whole tensors",
     "lisa": "lisa reads whole tensors",
 }
-FOREIGN = ("sharded already (a tensor-parallel plan, or FSDP2)", "sharded already",
+FOREIGN = ("sharded already (a tensor-parallel plan, or FSDP2)",
+           "load the model without tp_plan, tune it", "sharded already",
            "call burnish.shard(tuned) in place of fully_shard", "keeps running statistics")
 GUARDS = {"tuned.merge()": "a merge needs all of its weights",
           "tuned.detach()": "giving back the base needs",
