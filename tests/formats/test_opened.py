@@ -96,8 +96,9 @@ def test_loading_takes_the_coded_model_and_the_largest_weight(tmp_path, dtype, m
         tuned = burnish.tune(burnish.open_model(folder), "nf4 + lora(rank=2)")
     stands = sum(t.nbytes for t in tensors(tuned.model).values())
     whole = cls.from_pretrained(folder)
-    # encoding works in fp32, on a copy and its quotient by the scales
-    assert stands <= living.peak <= stands + 2 * 4 * max(p.numel() for p in whole.parameters())
+    # encoding works in words of four bytes: a copy, its quotient by the scales, and the place of
+    # each entry in the table of codes
+    assert stands <= living.peak <= stands + 3 * 4 * max(p.numel() for p in whole.parameters())
     assert living.peak < 0.6 * sum(p.nbytes for p in whole.parameters())
 
 
