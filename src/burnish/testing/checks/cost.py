@@ -54,7 +54,8 @@ def _says_no_state(name: str) -> Skip | None:
 def keeps_what_it_says(name: str, model: str) -> Skip | None:
     """Between forward and backward a delta, or the experts of a linear, keep what stock autograd
     keeps for a weight that trains (that is frozen, with ``keeps_input = False``), and
-    `per_token(place)` numbers per token more; nothing of the weight's size. Of a delta the numbers
+    `per_token(place)` numbers per token and `per_forward(place)` more; nothing of the weight's
+    size. Of a delta the numbers
     per token are exact: what does not grow with the tokens falls out between two batches."""
     cls = method_of(name)
     text = f"{recipe(name)} + lean(on=False)"
@@ -81,13 +82,14 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
     taken = inspect.signature(method.per_token).parameters
     numbers = {p: method.per_token(p, **{k: v for k, v in settled.get(p.name, {}).items()
                                          if k in taken}) for p in places}
+    once = {p: method.per_forward(p) for p in places} if hasattr(cls, "per_forward") else {}
 
     def bytes_of(batch: Any) -> tuple[int, int, int]:
         """What is kept, what stock autograd keeps, what is said to be more."""
         rows = _rows(base, batch.bare, places)
         return (_kept(tuned.model, batch, lambda: tuned.loss(batch)),
                 _kept(base, batch.bare, lambda: base(**batch.bare).loss),
-                sum(4 * rows[p.path] * n for p, n in numbers.items()))
+                sum(4 * (rows[p.path] * n + once.get(p, 0)) for p, n in numbers.items()))
 
     ours, stock, said = bytes_of(batch)
     few = sum(16 * p.out for p in places)              # thresholds, norms of rows

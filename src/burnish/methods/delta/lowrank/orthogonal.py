@@ -39,6 +39,7 @@ class Orthogonal(Method):
 
     paper: ClassVar[str] = ("Orthogonal Adaptation for Modular Customization of Diffusion Models "
                             "(2023), arXiv:2312.02432")
+    tier: ClassVar[str] = "checked against an independent equation"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -43,6 +43,7 @@ class Loldu(Method):
 
     paper: ClassVar[str] = ("LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for "
                             "Parameter-Efficient Fine-Tuning (2024), arXiv:2410.13618")
+    tier: ClassVar[str] = "checked against the paper's numbers"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -26,6 +26,7 @@ class Svdiff(Method):
 
     paper: ClassVar[str] = ("SVDiff: Compact Parameter Space for Diffusion Fine-Tuning (2023), "
                             "arXiv:2303.11305")
+    tier: ClassVar[str] = "checked against an independent equation"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -30,6 +30,7 @@ class Svft(Method):
 
     paper: ClassVar[str] = ("SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors (2024), "
                             "arXiv:2405.19597")
+    tier: ClassVar[str] = "checked against an independent equation"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 

@@ -35,6 +35,7 @@ class Sorsa(Method):
 
     paper: ClassVar[str] = ("SORSA: Singular Values and Orthonormal Regularized Singular Vectors "
                             "Adaptation of Large Language Models (2024), arXiv:2409.00055")
+    tier: ClassVar[str] = "checked against the paper's numbers"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(128, "principal triplets that train", alias=("r",))
