@@ -44,6 +44,14 @@ def test_a_weight_without_pivots_stays_finite():
     torch.testing.assert_close(L @ torch.diag(D) @ U, W, rtol=1e-10, atol=1e-11)
 
 
+def test_pivots_below_a_millionth_of_the_largest_are_no_divisors():
+    W = torch.eye(4, 5, dtype=torch.float64) * 1000
+    W[1, 1], W[2, 2], W[2, 4] = 1.5e-3, 0.5e-3, 7e-4
+    L, D, U = ldu(W)
+    assert D.tolist() == [1000, 1.5e-3, 0, 1000]
+    assert U[2].tolist() == [0, 0, 0.5e-3, 0, 7e-4], "its row is as it is"
+
+
 @pytest.mark.parametrize("settings, s", [("rank=4", 1.0), ("rank=4, alpha=6", 1.5)])
 def test_outputs_and_gradients_are_those_of_the_equation(settings, s):
     model, tuned, term = made(settings)

@@ -53,6 +53,12 @@ def test_concepts_stand_at_right_angles():
     assert not torch.equal(whole[:3], columns(12, 0, 3, 1))
 
 
+def test_the_matrix_is_orthogonal_as_far_as_single_precision_tells():
+    rows = columns(256, 0, 256, 0).double()
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(256, dtype=rows.dtype), rtol=0,
+                               atol=3e-7)
+
+
 def test_a_concept_does_not_change_anothers_inputs():
     first, _, one = made("rank=3")
     second, tuned, two = made("rank=3, concept=1")

@@ -116,6 +116,10 @@ def test_settings_that_are_none_are_refused(settings):
         burnish.parse(f"sorsa({settings})")
 
 
+def test_any_positive_scale_is_taken():
+    assert burnish.parse("sorsa(alpha=0.5)")
+
+
 def test_what_has_no_such_triplets_is_refused():
     with pytest.raises(RankError, match="^sorsa: rank 10"):
         made("rank=10")

@@ -55,8 +55,8 @@ def keeps_what_it_says(name: str, model: str) -> Skip | None:
     """Between forward and backward a delta, or the experts of a linear, keep what stock autograd
     keeps for a weight that trains (that is frozen, with ``keeps_input = False``), and
     `per_token(place)` numbers per token and `per_forward(place)` more; nothing of the weight's
-    size. Of a delta the numbers
-    per token are exact: what does not grow with the tokens falls out between two batches."""
+    size. Of a delta the numbers per token are exact: what does not grow with the tokens falls out
+    between two batches."""
     cls = method_of(name)
     text = f"{recipe(name)} + lean(on=False)"
     tuned, batch, base = make(name, model, torch.float32, text=text, batch=SAMPLES)
