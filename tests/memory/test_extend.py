@@ -290,3 +290,8 @@ def test_the_allocator_is_replayed_alike(recipe):
     ours = simulate(made, recipe, (2, 12), count=True, device="cuda")
     agree(ours, whole)
     assert ours.allocator["reserved"] >= ours.peak_bytes
+
+
+@pytest.mark.parametrize("recipe", ["vpt", "nf4 + vpt", "mezo + lora(rank=2) + checkpoint"])
+def test_what_a_few_blocks_refuse_the_whole_model_refuses_in_the_same_words(recipe, outcomes):
+    check("llama", 9, f"{recipe} + chunked_loss", outcomes)

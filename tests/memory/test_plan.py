@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -155,3 +156,26 @@ def test_an_accelerator_keeps_a_share_for_itself(vit):
 def test_calls_that_make_no_sense(vit, kw, says):
     with pytest.raises(ConfigError, match=says):
         make_plan(vit, **{"memory": "1GB", "batch": 2, "candidates": ["lora"], **kw})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_counts_candidates_one_by_one(vit, workers):
+    told: list[tuple[int, int]] = []
+    make_plan(vit, "1GB", 8, candidates=FEW, workers=workers,
+              progress=lambda done, total: told.append((done, total)))
+    counts = [done for done, _ in told]
+    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == len(FEW)
+    assert {total for _, total in told} == {len(FEW)}
+
+
+def test_an_interrupted_search_leaves_no_process_behind(vit):
+    before = set(multiprocessing.active_children())
+
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(vit, "1GB", 8, candidates=[f"lora(rank={r})" for r in range(1, 9)], workers=2,
+                  progress=interrupt)
+    assert set(multiprocessing.active_children()) <= before

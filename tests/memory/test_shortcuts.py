@@ -37,3 +37,21 @@ def test_panels_and_strips_that_are_not_run_cost_what_the_second_did(recipe, mon
     for figure in ("flops", "traffic", "seconds"):
         for phase, value in getattr(slow, figure).items():
             assert math.isclose(getattr(quick, figure)[phase], value, rel_tol=1e-9), figure
+
+
+def test_a_remembered_answer_is_the_tensor_that_the_mode_would_make():
+    """The quick way to a fake tensor leaves out none of what its constructor says."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from burnish.memory.remembered import _faked
+
+    mode, device = FakeTensorMode(), torch.device("cpu")
+    bare = torch.empty(3, 4, device="meta")
+    slow = FakeTensor(mode, bare, device)
+    for _ in range(2):                        # the second time by the quick way
+        quick = _faked(mode, bare, device)
+        assert type(quick) is FakeTensor and quick.__dict__ == slow.__dict__
+        assert quick.device == device and quick.untyped_storage()._cdata == \
+            bare.untyped_storage()._cdata
+        assert torch._C._dispatch_keys(quick) == torch._C._dispatch_keys(slow)
+        assert not quick.requires_grad and quick.fake_mode is mode

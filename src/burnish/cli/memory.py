@@ -115,7 +115,7 @@ def plan(
         if rows is not None or tokens is not None:
             raise ConfigError("--data counts the rows; leave --rows and --tokens out")
         rows = _rows(data)
-    with _bar() as progress:
+    with _bar(f"recipes for {model} within {memory or gpu}") as progress:
         plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
                              gpu=gpu, rows=rows, tokens=tokens, epochs=epochs, limits=limits,
                              smaller=fit_card or smaller, prefer=prefer, dtype=dtype,
@@ -136,8 +136,9 @@ def _rows(data: Path) -> int:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on the terminal while it lasts; nothing where there is no terminal."""
+def _bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on the terminal while it lasts, there before the libraries are loaded; nothing where
+    there is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -145,10 +146,11 @@ def _bar() -> Iterator[Callable[[int, int], None] | None]:
 
     def show(done: int, total: int) -> None:
         full = width * done // max(total, 1)
-        sys.stderr.write(f"\r[{'#' * full}{' ' * (width - full)}] {done} of {total} ways of "
-                         "training")
+        sys.stderr.write(f"\r[{'#' * full}{' ' * (width - full)}] {done} of {total} recipes\x1b[K")
         sys.stderr.flush()
 
+    sys.stderr.write(f"\r[{' ' * width}] {what}")
+    sys.stderr.flush()
     try:
         yield show
     finally:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.errors import BurnishError
+from ..core.errors import BurnishError, RecipeError
 from ..core.recipe import Recipe
 from .deeper import Rule
 from .depth import Paths, Stack, shallow, stacks_of
@@ -65,6 +65,7 @@ def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, alway
         return None
     alphabet = Signs()
     seen: dict[tuple[int, ...], Stream] = {}
+    refused: list[str] = []
 
     def at(rounds: tuple[int, ...]) -> Stream:
         if rounds not in seen:
@@ -85,6 +86,12 @@ def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, alway
             if rule is not None and rule.proves(at(proof), proof, Paths(stacks, proof)):
                 paths = Paths(stacks, whole)
                 return MemoryReport.read(rule.at(whole, paths), paths.join)
+        except RecipeError as error:          # parts that do not go together
+            refused.append(str(error))
+            if len(refused) == 2:             # nor do they with more blocks, in the same words
+                if refused[0] == refused[1]:
+                    raise
+                return None
         except BurnishError:                  # the whole model says what is wrong, or works
             return None
     return None

@@ -193,7 +193,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
         variants added; `lean` beside its twin is one row.
     cache: keep the reports on disk (cache.py) and use those that are there. Only for a config.
     workers: processes; None: as many as pay, 1: this one alone.
-    progress: called with (families done, of how many).
+    progress: called with (candidates done, of how many).
     tasks: as for :func:`burnish.simulate`; a recipe in stages needs what its dearest stage does.
     world_size, shard, shard_offload: as for :func:`burnish.simulate`; memory and batch are then
         those of one process, and what cannot be sharded is among the refused.

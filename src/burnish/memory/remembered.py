@@ -76,6 +76,7 @@ def forget() -> None:
     """Drop every note."""
     _notes.clear()
     _steady.clear()
+    _born.clear()
 
 
 def _is_steady(func: Any) -> bool:
@@ -161,4 +162,31 @@ def _made(result: tuple[Any, ...], tensors: list[FakeTensor]) -> Any:
             _, owner, shape, stride, offset, dtype, device = result
             bare = torch.empty(0, dtype=dtype, device="meta")
             bare.set_(tensors[owner].untyped_storage(), offset, shape, stride)
-        return FakeTensor(mode, bare, device)
+        return _faked(mode, bare, device)
+
+
+#: what a fake tensor says of itself, by mode and device, but for its storage
+_born: dict[Any, dict[str, Any]] = {}
+
+
+def _faked(mode: Any, bare: Tensor, device: torch.device) -> FakeTensor:
+    """``FakeTensor(mode, bare, device)``. Its constructor asks forty questions, of which all but
+    the tensor are answered alike for one mode and device: they are asked once."""
+    key = mode, device
+    alike = _born.get(key)
+    if alike is None:
+        made = FakeTensor(mode, bare, device)
+        if any(isinstance(v, Tensor) for v in made.__dict__.values()):
+            return made
+        if len(_born) > 8:                    # a mode lives as long as its simulation
+            _born.clear()
+        _born[key] = dict(made.__dict__)
+        return made
+    made = Tensor._make_subclass(FakeTensor, bare, False, dispatch_device=True,
+                                 device_for_backend_keys=device)
+    if mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(made)
+    made.__dict__.update(alike)
+    return made

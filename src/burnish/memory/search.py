@@ -11,12 +11,14 @@ import gc
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +38,10 @@ from .usual import AS_SAID
 OVERHEAD = {"cuda": 600 * 2**20}
 SLACK = {"cuda": 0.05}
 
-#: called as families are done: how many are, of how many
+#: seconds after which a bar may move
+MOVES = 0.1
+
+#: called as candidates are done, or left out: how many are, of how many
 Progress = Callable[[int, int], None]
 
 
@@ -73,6 +78,7 @@ class Search:
         self.usual = AS_SAID                  # what recipes are given
         self._shallows: Shallows | None = None
         self._looking_back = False
+        self._looked: Callable[[int], None] = lambda n: None     # so many candidates more are done
 
     # -- one simulation -----------------------------------------------------------------------
     def shallows(self) -> Shallows:
@@ -119,7 +125,9 @@ class Search:
         """Variants of one way of training, fastest first. Where one fits with the whole batch the
         slower ones are left out (unless `thorough`): they train the same thing."""
         out = Family()
+        k = 0
         for k, recipe in enumerate(recipes):
+            self._looked(min(k, 1))           # the one before
             try:
                 _, found, _ = self.usual.run(recipe, lambda r: self.largest(str(r)))
             except BurnishError as error:
@@ -131,6 +139,7 @@ class Search:
                 break                         # the rest of the family is slower and no better
             if not fits and k < len(recipes) - 2 and not self._hopeful(recipes[-1], out):
                 break
+        self._looked(len(recipes) - k)        # the last one, and those that were left out
         out.reports = self.reports
         return out
 
@@ -173,29 +182,34 @@ class Search:
             progress: Progress | None) -> list[Family]:
         """What became of each family, in their order."""
         out: dict[int, Family] = {}
-        total = len(families)
+        total, count = sum(len(f) for f in families), 0
 
         def done(n: int, family: Family) -> None:
             out[n] = family
             self.reports.update(family.reports)
-            if progress is not None:
-                progress(len(out), total)
 
-        if progress is not None:
-            progress(0, total)
-        count = _workers(total) if workers is None else min(workers, total)
+        def looked(n: int) -> None:
+            nonlocal count
+            count = min(count + n, total)     # what a broken process counted is done again
+            if progress is not None:
+                progress(count, total)
+
+        looked(0)
         for n, family in self._kept(families, thorough):
             done(n, family)
+            looked(len(families[n]))
+        processes = _workers(len(families)) if workers is None else min(workers, len(families))
         with _still():
-            if count > 1 and len(out) < total:
+            if processes > 1 and len(out) < len(families):
                 _in_processes(self, {n: f for n, f in enumerate(families) if n not in out},
-                              thorough, count, done)
-            for n in range(total):
+                              thorough, processes, done, looked)
+            self._looked = looked
+            for n, recipes in enumerate(families):
                 if n not in out:
-                    done(n, self.family(families[n], thorough))
+                    done(n, self.family(recipes, thorough))
         if self.kept is not None:
             self.kept.tidy()
-        return [out[n] for n in range(total)]
+        return [out[n] for n in range(len(families))]
 
     def _kept(self, families: Sequence[Sequence[str]], thorough: bool
               ) -> Iterator[tuple[int, Family]]:
@@ -246,7 +260,8 @@ def _workers(families: int) -> int:
 
 
 def _in_processes(search: Search, families: Mapping[int, Sequence[str]], thorough: bool,
-                  workers: int, done: Callable[[int, Family], None]) -> None:
+                  workers: int, done: Callable[[int, Family], None],
+                  looked: Callable[[int], None]) -> None:
     """As many families as processes can be had for. What they leave undone is done here."""
     global _search
     _search = search
@@ -254,22 +269,42 @@ def _in_processes(search: Search, families: Mapping[int, Sequence[str]], thoroug
     slow = {n: any(repeats(parse(r), search.settings.get("targets")) is None for r in family)
             for n, family in families.items()}
     order = sorted(families, key=lambda n: (not slow[n], -len(families[n])))
-    pool = ProcessPoolExecutor(min(workers, len(families)), multiprocessing.get_context("fork"),
-                               _ready)
+    fork = multiprocessing.get_context("fork")
+    counter: Any = fork.Value("i", 0)
+    search._looked = partial(_add, counter)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(families)), fork, _ready)
+    told = 0
     try:
         waiting = {pool.submit(_look, families[n], thorough): n for n in order}
-        for future in as_completed(waiting):
-            done(waiting[future], future.result())
+        while waiting:
+            ended, _ = wait(waiting, MOVES, FIRST_COMPLETED)
+            for future in ended:
+                done(waiting.pop(future), future.result())
+            now = counter.get_obj().value     # a worker that was killed may hold the lock
+            if now > told:
+                looked(now - told)
+                told = now
     except (BrokenProcessPool, OSError, RuntimeError):
         pass
+    except BaseException:                     # Ctrl-C: nobody waits for what they are doing
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         _search = None
 
 
+def _add(counter: Any, n: int) -> None:
+    with counter.get_lock():
+        counter.value += n
+
+
 def _ready() -> None:
     """A worker that could not run backward (its parent has, with threads it does not have) or whose
     threads are gone ends at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # the parent hears it, and ends us
     torch.set_num_threads(1)
     torch.ones(1, requires_grad=True).sum().backward()
 
