@@ -37,6 +37,7 @@ from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
 from .shortcuts import (
+    quick_distances,
     quick_noise,
     quick_runs,
     quick_strips,
@@ -156,7 +157,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     ledger.offloads = world.offload and here != device
     with (world.started(here) as mesh, random_kept(), values_are_known(), fakes_move(),
           shapes_aside(), tables_forgotten(), quick_noise(ledger), quick_strips(ledger),
-          quick_runs(ledger), quiet(),
+          quick_runs(ledger), quick_distances(ledger), quiet(),
           kernels_of(kind if here == "cpu" else "cpu")):
         twin = fake_copy(model, mode, here, dtype)
         try:
