@@ -149,9 +149,11 @@ SURFACE = {
     "evaluate": "base batch cache data image json label run split text",
     "demo": "json memory output",
     "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
-            "prefer rows smaller targets tokens",
-    "simulate": "batch device dtype json length model picture recipe targets tasks",
-    "compare": "batch device dtype json length model recipes targets tasks",
+            "prefer rows shard shard_offload smaller targets tokens world_size",
+    "simulate": "batch device dtype json length model picture recipe shard shard_offload targets "
+                "tasks world_size",
+    "compare": "batch device dtype json length model recipes shard shard_offload targets tasks "
+               "world_size",
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output to",
     "reproduce": "json listed names page",

@@ -197,7 +197,7 @@ def test_a_model_without_blocks_is_refused():
 def test_two_recipes_that_cut_otherwise_are_refused():
     net, _ = tower(4)
     tuned = burnish.tune(net, "lora(rank=2) + checkpoint")
-    with pytest.raises(burnish.RecipeError, match="one mode"):
+    with pytest.raises(burnish.ConfigError, match="one for all adapters"):
         tuned.add("other", "lora(rank=2) + checkpoint(every=2)")
 
 

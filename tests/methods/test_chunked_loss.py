@@ -93,8 +93,8 @@ def test_the_zoo_of_language_models(name):
 
 @pytest.mark.parametrize("head", ["lora(rank=2, targets='lm_head')",
                                   "dora(rank=2, targets='lm_head')",
-                                  "nf4(targets='lm_head') + lora(rank=2, targets='lm_head')",
-                                  "nf4(targets='lm_head') + lora(rank=2, targets='q_proj')",
+                                  "nf4 + lora(rank=2, targets='lm_head')",
+                                  "nf4 + lora(rank=2, targets='q_proj')",
                                   "snell(targets='lm_head')", "full", "linear_probe"])
 def test_every_term_on_the_head_has_its_gradient(head):
     model, batch = tiny("llama")

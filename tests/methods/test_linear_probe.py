@@ -54,3 +54,14 @@ def test_a_model_without_a_head_is_refused():
 
     with pytest.raises(RecipeError, match="no head was found"):
         burnish.tune(Body(), "linear_probe")
+
+
+def test_the_body_is_fixed_while_the_head_trains():                        # findings 6
+    """Neither moving statistics nor dropout: features are a fixed function."""
+    net, batch = tiny("cnn")
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    assert any("running_mean" in n for n in before)
+    tuned = burnish.tune(net, "linear_probe")
+    net.train()
+    tuned.step(batch)
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers() if n in before)

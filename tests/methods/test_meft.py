@@ -490,7 +490,7 @@ def test_batch_norm_in_a_block_is_refused():
 
 def test_another_adapter_cannot_run_its_blocks_in_another_mode():
     _, tuned = tuned_net()
-    with pytest.raises(RecipeError, match="already runs in mode 'meft'"):
+    with pytest.raises(burnish.ConfigError, match="'default' has asked for with meft"):
         tuned.add("other", "lora(rank=2) + checkpoint")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,19 @@ class FakeLedger(Ledger):
         self.machine = kind
         self.kernels = kernels(kind)
         self.note: Note | None = None         # of the operator that ran last
+        self._sharing: dict[int, list[ref[Tensor]]] = {}     # storage -> tensors of known value
 
     def knows(self, fake: Tensor, value: Tensor) -> None:
         """Give a fake tensor its value. The attribute dies with the fake."""
         fake._burnish_value = value           # type: ignore[attr-defined]
+        self._sharing.setdefault(fake.untyped_storage()._cdata, []).append(ref(fake))
+
+    def _forgets(self, fake: Tensor) -> None:
+        """What was known of it is old now, and of all that see the same storage."""
+        fake.__dict__.pop("_burnish_value", None)
+        for other in self._sharing.pop(fake.untyped_storage()._cdata, ()):
+            if (t := other()) is not None:
+                t.__dict__.pop("_burnish_value", None)
 
     def cost(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         note = self.note
@@ -59,8 +69,8 @@ class FakeLedger(Ledger):
         values = _known(args, kwargs)
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
-                for t in leaves((args, kwargs.get("out"))):
-                    t.__dict__.pop("_burnish_value", None)
+                for t in leaves((_written(func, args, kwargs), kwargs.get("out"))):
+                    self._forgets(t)
             out, self.note = answer(func, args, kwargs, self.kernels.get(func, func))
             if func is LIFT and _few(args[0]):
                 with no_modes():
@@ -82,8 +92,15 @@ class FakeLedger(Ledger):
             if not sized:
                 out = _as_fake(real, args)
             for fake, value in zip(leaves(out), leaves(real), strict=True):
-                fake._burnish_value = value   # type: ignore[attr-defined]
+                self.knows(fake, value)
         return out
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    return [given.get(a.name) for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write]
 
 
 class _Unknown(Exception):

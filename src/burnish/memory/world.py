@@ -23,6 +23,9 @@ from ..core.processes import SHARDS, check_shard, processes
 if TYPE_CHECKING:
     from ..engine.tuned import Tuned
 
+#: names of the simulated groups begin here: no real group is ever called so
+_APART = 1 << 40
+
 
 @dataclass(frozen=True)
 class World:
@@ -66,6 +69,7 @@ class World:
         real, count, hook = c10d._world.default_pg, c10d._world.group_count, sys.excepthook
         backend = getattr(c10d, "_backend", None)
         c10d._world.default_pg = None
+        c10d._world.group_count = count + _APART
         try:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.size)
             fake = c10d._world.default_pg
