@@ -23,6 +23,16 @@ from ..core.processes import SHARDS, check_shard, processes
 if TYPE_CHECKING:
     from ..engine.tuned import Tuned
 
+def _forget_meshes() -> None:
+    """What shares remember of earlier operators names a mesh, and equal meshes count as one."""
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+
+
 #: names of the simulated groups begin here: no real group is ever called so
 _APART = 1 << 40
 
@@ -68,6 +78,7 @@ class World:
         dist, c10d = torch.distributed, torch.distributed.distributed_c10d
         real, count, hook = c10d._world.default_pg, c10d._world.group_count, sys.excepthook
         backend = getattr(c10d, "_backend", None)
+        _forget_meshes()
         c10d._world.default_pg = None
         c10d._world.group_count = count + _APART
         try:
@@ -81,6 +92,7 @@ class World:
         finally:
             c10d._world.default_pg, c10d._world.group_count = real, count
             c10d._backend, sys.excepthook = backend, hook
+            _forget_meshes()
 
     def spread(self, tuned: Tuned, mesh: Any) -> None:
         """Give this process its share, where the model is sharded."""
