@@ -1,10 +1,10 @@
 """Cards by name: how much of their memory a program gets, and what their makers say of their speed.
 
 A card shows less than its board holds: ECC on GDDR6 takes a sixteenth, and driver and firmware keep
-a part back. `HELD_BACK` of the rest is taken off, which is no less than what lacks in the "total
-capacity" of CUDA's own messages of full memory (23.6 of 24 GiB on an RTX 4090, 139.7 of 141 on an
-H200, 14.6 of 16 on a T4 with ECC). The context of the process comes off as well, in search.py, as
-it does of a budget in bytes.
+a part back. `HELD_BACK` of the rest is taken off: about what lacks in the "total capacity" of
+CUDA's own messages of full memory (some 23.6 of 24 GiB on an RTX 4090, 139 of 141 on an H200), and
+assumed of cards for which no such message was seen. The context of the process comes off as well,
+in search.py, as it does of a budget in bytes.
 
 Apple's chips share the host's memory; Metal advises to stay within about three quarters of it
 (``torch.mps.recommended_max_memory()`` tells the exact figure of a machine).
