@@ -48,7 +48,7 @@ class BlockLora(Method):
     """
 
     paper: ClassVar[str] = ("One Head Eight Arms: Block Matrix based Low Rank Adaptation for "
-                            "CLIP-based Few-Shot Learning (2025), arXiv:2501.16720")
+                            "CLIP-based Few-Shot Learning (2025)")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     small: ClassVar[dict[str, int]] = {"blocks": 2}
 

@@ -52,7 +52,7 @@ class CompLora(Method):
     """
 
     paper: ClassVar[str] = ("Complementary Subspace Low-Rank Adaptation of Vision-Language Models "
-                            "for Few-Shot Classification (2025), arXiv:2501.15040")
+                            "for Few-Shot Classification (2025)")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
     small: ClassVar[dict[str, int]] = {"kept": 4}
 

@@ -41,7 +41,7 @@ class Hut(Method):
     """
 
     paper: ClassVar[str] = ("HUT: A More Computation Efficient Fine-Tuning Method With Hadamard "
-                            "Updated Transformation (2024), arXiv:2409.13501")
+                            "Updated Transformation (2024)")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(8, "rank of the factors", alias=("r",))

@@ -24,7 +24,7 @@ class Svfit(Method):
     """
 
     paper: ClassVar[str] = ("SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models "
-                            "Using Singular Values (2024), arXiv:2409.05926")
+                            "Using Singular Values (2024)")
     tier: ClassVar[str] = "checked against the paper's numbers"
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
