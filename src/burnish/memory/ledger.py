@@ -137,6 +137,8 @@ class Ledger(Together, TorchDispatchMode):
             return args[0].fake_device        # asked a dozen times per operator under fake tensors
         if self.shares and any(hasattr(t, "full_tensor") for t in types):
             return NotImplemented             # what is done to this process's own part is seen
+        if self._let_go:
+            self._give_time()
         out = self.call(func, args, kwargs or {})
         self.now += 1
         phase: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ from .operators import leaves
 
 #: the device type of what waits on the host, where the CPU stands for another device
 HOST = "host"
+
+#: seconds that gloo's thread is given to let go of a finished collective's tensors: it wakes who
+#: waits first, and a busy machine may then leave it standing over several operators
+LETTING_GO = 0.005
 
 
 class Entry:
@@ -58,6 +63,7 @@ class Together:
     shares = False
     offloads = False
     _collective = -2                              # when the last one ran
+    _let_go = False                               # may a thread still hold what that one used?
 
     if TYPE_CHECKING:
         def _lookup(self, t: Tensor) -> Entry | None: ...
@@ -101,6 +107,7 @@ class Together:
         packet = func.overloadpacket
         if packet in COLLECTIVES:
             self._collective = self.now
+            self._let_go = torch.distributed.get_backend() == "gloo"
             for t in leaves(args[0]):
                 entry = self._lookup(t)
                 if entry is not None and entry.phase == "load" and not self.shares \
@@ -110,6 +117,10 @@ class Together:
                     self.transient(t.nbytes)
         elif self.offloads and packet.__name__ == "all_gather_copy_in":
             self.transient(sum(t.nbytes for t in args[0]))
+
+    def _give_time(self) -> None:
+        self._let_go = False
+        time.sleep(LETTING_GO)
 
     def _wait_on_host(self, held: Iterable[Any]) -> None:
         """What belongs to shares is not on the device, where they wait on the host."""
