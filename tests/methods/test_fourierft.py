@@ -13,6 +13,7 @@ import burnish
 from burnish.blocks.weight.cosines import Cosines
 from burnish.core.errors import RankError
 from burnish.core.site import Place
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -34,15 +35,9 @@ def test_outputs_and_gradients_are_those_of_the_cosines(inp, out):
     o, i = torch.arange(out).double(), torch.arange(inp).double()
     waves = torch.cos(2 * math.pi * (u[:, None, None] * o[:, None] / out + v[:, None, None] * i /
                                      inp))
-    delta = 20.0 / (out * inp) * torch.einsum("k,koi->oi", term.c, waves)
-    x = torch.randn(5, 3, inp, dtype=torch.float64, requires_grad=True)
-    got, want = model(x), F.linear(x, W + delta, bias)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, term.c], g),
-                    torch.autograd.grad(want, [x, term.c], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-9, atol=1e-11)
+    follows(tuned, lambda x, c: F.linear(
+        x, W + 20.0 / (out * inp) * torch.einsum("k,koi->oi", c, waves), bias), [term.c],
+        (5, 3, inp))
 
 
 def test_it_is_the_real_part_of_the_inverse_transform():

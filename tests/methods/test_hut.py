@@ -11,6 +11,7 @@ import burnish
 from burnish.core.errors import RankError
 from burnish.core.site import Place
 from burnish.methods.delta.ofw.hut import Weighed
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -29,16 +30,8 @@ def test_outputs_and_gradients_are_those_of_the_equation():
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
     with torch.no_grad():
         term.B.normal_()
-    A, B = term.A, term.B
-    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
-    got = model(x)
-    want = F.linear(x, W * (1 + 2.0 * torch.einsum("or,ri->oi", B, A)), bias)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, A, B], g),
-                    torch.autograd.grad(want, [x, A, B], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-9, atol=1e-11)
+    follows(tuned, lambda x, A, B: F.linear(
+        x, W * (1 + 2.0 * torch.einsum("or,ri->oi", B, A)), bias), [term.A, term.B], (5, 3, 12))
 
 
 def test_zeros_stay_and_the_rank_is_not_bound():

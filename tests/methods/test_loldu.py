@@ -12,6 +12,7 @@ from burnish.blocks.weight.between import Diagonal
 from burnish.core.errors import RankError
 from burnish.core.site import Place
 from burnish.methods.delta.spectral.loldu import ldu
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -60,15 +61,9 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, s):
     rest = W - s * L[:, :4] @ torch.diag(D[:4]) @ U[:4]
     with torch.no_grad():
         term.z.add_(torch.randn_like(term.z))
-    z = term.z.detach().clone().requires_grad_()
-    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
-    got, want = model(x), F.linear(x, rest + s * L[:, :4] @ torch.diag(z) @ U[:4], bias)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)       # factors are held in fp32
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, term.z], g),
-                    torch.autograd.grad(want, [x, z], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-5, atol=1e-6)
+    follows(tuned, lambda x, z: F.linear(
+        x, rest + s * L[:, :4] @ torch.diag(z) @ U[:4], bias), [term.z], (5, 3, 12),
+        rtol=1e-5, atol=1e-5)                                          # factors are held in fp32
 
 
 def test_start_count_and_cost():

@@ -13,6 +13,7 @@ from burnish.blocks.weight import mixed
 from burnish.blocks.weight.mixed import Mixtures
 from burnish.core.errors import RankError
 from burnish.core.site import Place
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -41,16 +42,12 @@ def test_outputs_and_gradients_are_those_of_the_mixtures(drawn, monkeypatch):
     with torch.no_grad():
         term.a.normal_(), term.b.normal_()
     As, Bs, Af = written_out(term)
-    a, b = (p.detach().clone().requires_grad_() for p in (term.a, term.b))
-    A, B = Af + torch.einsum("j,jri->ri", a, As), torch.einsum("j,jor->or", b, Bs)
-    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
-    got, want = model(x), F.linear(x, W + 2.0 * B @ A, bias)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    g = torch.randn_like(want)
-    for one, two in zip(torch.autograd.grad(got, [x, term.a, term.b], g),
-                        torch.autograd.grad(want, [x, a, b], g), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-9, atol=1e-11)
+
+    def equation(x, a, b):
+        A, B = Af + torch.einsum("j,jri->ri", a, As), torch.einsum("j,jor->or", b, Bs)
+        return F.linear(x, W + 2.0 * B @ A, bias)
+
+    follows(tuned, equation, [term.a, term.b], (5, 3, 12))
 
 
 def test_the_start_is_the_base_and_b_moves_first():

@@ -14,6 +14,7 @@ from burnish.blocks.weight.rotation import Rotation
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -59,15 +60,8 @@ def test_outputs_and_gradients_are_those_of_the_equation(recipe, kind):
         model = nn.Sequential(Conv1D(12, 16)).double()
     W = (model[0].weight if kind == "linear" else model[0].weight.t()).detach().clone()
     tuned, term = stirred(model, recipe)
-    x = torch.randn(5, 3, 16, dtype=torch.float64, requires_grad=True)
-    R = rotation(term.upper, term.block, 16)
-    want = F.linear(x, W @ R.t(), model[0].bias)
-    got = model(x)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, term.upper], g),
-                    torch.autograd.grad(want, [x, term.upper], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    follows(tuned, lambda x, upper: F.linear(
+        x, W @ rotation(upper, term.block, 16).t(), model[0].bias), [term.upper], (5, 3, 16))
 
 
 def test_a_convolution_is_turned_over_its_whole_kernel():

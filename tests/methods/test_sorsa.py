@@ -11,6 +11,7 @@ import burnish
 from burnish.blocks.weight.triplets_less import LessTriplets
 from burnish.core.errors import CheckError, RankError
 from burnish.core.site import Place
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -33,16 +34,8 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, s):
     with torch.no_grad():
         for p in term.parameters():
             p.add_(torch.randn_like(p))
-    own = [p.detach().clone().requires_grad_() for p in (term.P, term.E, term.Q)]
-    P, E, Q = own
-    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
-    got, want = model(x), F.linear(x, rest + s * P @ torch.diag(E) @ Q, bias)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)       # the start is held in fp32
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, term.P, term.E, term.Q], g),
-                    torch.autograd.grad(want, [x, *own], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-5, atol=1e-5)
+    follows(tuned, lambda x, P, E, Q: F.linear(x, rest + s * P @ torch.diag(E) @ Q, bias),
+            [term.P, term.E, term.Q], (5, 3, 12), rtol=1e-5, atol=1e-5)  # its start is in fp32
 
 
 def test_it_starts_with_the_principal_triplets():

@@ -12,6 +12,7 @@ import burnish
 from burnish.blocks.weight.between import Diagonal
 from burnish.core.errors import CheckError, RankError
 from burnish.core.site import Place
+from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -31,16 +32,9 @@ def test_outputs_and_gradients_are_those_of_the_equation():
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     with torch.no_grad():
         term.z.add_(torch.randn_like(term.z))
-    moved = (term.z - term.z0).detach().requires_grad_()
-    x = torch.randn(5, 3, 12, dtype=torch.float64, requires_grad=True)
-    got = model(x)
-    want = F.linear(x, W + U[:, :4] @ torch.diag(moved) @ Vt[:4], bias)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)       # vectors are held in fp32
-    g = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, [x, term.z], g),
-                    torch.autograd.grad(want, [x, moved], g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-6, atol=1e-7)
+    follows(tuned, lambda x, z: F.linear(
+        x, W + U[:, :4] @ torch.diag(z - term.z0) @ Vt[:4], bias), [term.z], (5, 3, 12),
+        rtol=1e-5, atol=1e-6)                                          # vectors are held in fp32
     torch.testing.assert_close(term.z0, S[:4], rtol=1e-6, atol=0)
 
 
