@@ -41,6 +41,17 @@ def test_simulate_says_what_the_library_says(capsys, llama, tmp_path):
     assert (tmp_path / "step.svg").stat().st_size > 1000
 
 
+def test_simulate_says_the_peak_of_every_moment(capsys, llama):
+    argv = ["simulate", llama, "--recipe", "nf4 + lora(rank=2)", "--length", "16", "--moments"]
+    code, out, _ = run(capsys, *argv, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["moments"]["train"] == told["peak_bytes"]
+    assert list(told["moments"]) == ["load", "train", "evaluate", "save", "merge"]
+    assert told["moments"]["load"] > told["moments"]["save"]         # dense weights, then codes
+    code, text, _ = run(capsys, *argv)
+    assert code == 0 and "peak of every moment" in text and "  merge" in text
+
+
 def test_the_config_file_itself_will_do(capsys, llama):
     code, out, _ = run(capsys, "simulate", f"{llama}/config.json", "--length", "16", "--json")
     assert code == 0 and json.loads(out)["recipe"] == "full"

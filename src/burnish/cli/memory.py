@@ -51,24 +51,34 @@ def simulate(
     shard_offload: Offload = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the step into this PNG, SVG or "
                                                       "PDF.")] = None,
+    moments: Annotated[bool, typer.Option(help="Also the peaks of loading, evaluating, saving and "
+                                               "merging.")] = False,
     json: Json = False,
 ) -> None:
     """The peak memory of a training step, by category and module, without running it."""
     import burnish
 
+    from ..memory.moments import peaks
     from ..memory.rates import rates
     from ..memory.table import wrapped
+    from ..memory.units import format_bytes
 
-    report = burnish.simulate(target.config(model), recipe, _batch(batch, length), dtype=dtype,
-                              targets=targets, device=device, tasks=tasks, count=True,
-                              world_size=world_size, shard=shard, shard_offload=shard_offload)
+    config, size = target.config(model), _batch(batch, length)
+    settings = dict(dtype=dtype, targets=targets, device=device, tasks=tasks,
+                    world_size=world_size, shard=shard, shard_offload=shard_offload)
+    report = burnish.simulate(config, recipe, size, count=True, **settings)
     if picture is not None:
         report.picture(picture)
     speed = rates(device)
     low, high = speed.seconds(report)
-    emit(json, report.to_dict() | {"step_seconds": [low, high], "rates": speed.to_dict()},
-         "\n".join([str(report), *wrapped(f"  a step takes {low:.3g} to {high:.3g} s "
-                                          f"({speed.source})")]))
+    facts = report.to_dict() | {"step_seconds": [low, high], "rates": speed.to_dict()}
+    lines = [str(report), *wrapped(f"  a step takes {low:.3g} to {high:.3g} s ({speed.source})")]
+    if moments:
+        facts["moments"] = {m: r.peak_bytes
+                            for m, r in peaks(config, recipe, size, **settings).items()}
+        lines += ["", "  the peak of every moment", *(
+            f"  {m}  {format_bytes(b):>10}" for m, b in facts["moments"].items())]
+    emit(json, facts, "\n".join(lines))
 
 
 @app.command()

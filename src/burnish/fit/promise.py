@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,32 +69,6 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     return promise
 
 
-def evaluation(module: nn.Module, recipe: Any, promise: MemoryReport, memory: Any, batch: Any,
-               own: Options, say: Any, tasks: Sequence[str] = ()) -> int:
-    """What evaluating takes where its batches are larger than those of training: the forward alone,
-    beside what the optimizer holds. Raises NoPlanError where that is more than `memory`.
-    """
-    from ..memory import parse_bytes, simulate
-    from ..memory.simulate import SimulationError
-
-    try:
-        alone = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                         device=device(), evaluate=True, tasks=dict.fromkeys(tasks, batch),
-                         **world(own))
-    except SimulationError as e:
-        say(f"note: no promise of memory for evaluation, {e}")
-        return 0
-    peak = alone.peak_bytes + promise.by_category["optimizer"]
-    if peak > promise.peak_bytes:
-        say(f"  evaluation, of batch {alone.batch}, peaks at {format_bytes(peak)}")
-    limit = parse_bytes(memory) if memory is not None else None
-    if limit is not None and peak > limit:
-        raise NoPlanError(f"evaluation of batch {alone.batch} needs {format_bytes(peak)}, more "
-                          f"than the {format_bytes(limit)} asked for; give a smaller "
-                          "per_device_eval_batch_size=")
-    return peak
-
-
 def memory_line(memory: dict[str, Any]) -> str:
     """"memory: 12.1 MiB promised, 12.2 MiB measured (+0.8 %); the process grew by 31 MiB"."""
     said = []
@@ -105,9 +79,13 @@ def memory_line(memory: dict[str, Any]) -> str:
         if memory.get("difference") is not None:
             text += f" ({100 * memory['difference']:+.1f} %)"
         said.append(text)
+    others = [f"{m} {format_bytes(f['promised'])}"
+              + (f" ({format_bytes(f['measured'])} measured)" if f["measured"] else "")
+              for m, f in memory.get("moments", {}).items() if m != "train" and f["promised"]]
     grew = memory.get("process_peak", 0) - memory.get("process_before", 0)
     tail = f"; the process grew by {format_bytes(grew)}" if grew > 0 else ""
-    return f"memory: {', '.join(said)}{tail}" if said else f"memory{tail}"
+    also = f"\npromised beside the step: {', '.join(others)}" if others else ""
+    return (f"memory: {', '.join(said)}{tail}" if said else f"memory{tail}") + also
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from . import figures
 
 if TYPE_CHECKING:
     from .data import Data
+    from .moments import Moments
     from .stages import Past
     from .tasks import Task
 
@@ -32,7 +33,8 @@ LOOKED_AT = 1 << 31
 def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
              metrics: dict[str, dict[str, float]], promise: MemoryReport | None,
              truth: MemoryReport | None, trainer: Any, past: Past, *,
-             process: tuple[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+             process: tuple[int, int], settings: Mapping[str, Any],
+             moments: Moments | None = None) -> dict[str, Any]:
     """Everything `run.json` holds, in plain types. `data` is the first task's, where there are
     several; `tasks` has them all, and `stages` what is told of each."""
     summary, state, seconds = tuned.summary(), trainer.state, past.seconds
@@ -44,6 +46,7 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
     memory: dict[str, Any] = {
         "simulated": promise.to_dict() if promise else None,
         "measured": truth.to_dict() if truth else None,
+        "moments": moments.to_dict() if moments else {},
         "difference": None, "process_before": process[0], "process_peak": process[1],
     }
     if promise and truth:

@@ -29,11 +29,11 @@ from . import checkpoint
 from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
+from .moments import Moments, longest
 from .places import check_local, check_served
 from .processes import alone, settle, spread
 from .promise import (
     choose,
-    evaluation,
     memory_line,
     out_of_memory,
     promised,
@@ -160,9 +160,13 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
+    moments = Moments(own.measure)
     if isinstance(named, str):
         kw = {"dtype": own.dtype} if own.dtype is not None else {}
-        module, name = task.load(named, own.trust_remote_code, **kw), named
+        with moments.reading():
+            module = task.load(named, own.trust_remote_code, **kw)
+        name = named
+        moments.will_read(named, module)
         task.notes += drawn(module, task.fresh, own.head)
     else:
         module = task.fit_head(named)
@@ -201,23 +205,22 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         if why:
             say(f"note: {CHUNKED} is left out: {why}")
 
-    if promise is not None and not plain:
-        looked_at = [t.example(int(args.get("per_device_eval_batch_size", size)), "validation")
-                     for t in tasks.values() if t.data.validation is not None]
-        largest = max(looked_at, key=_entries, default=None)
-        if largest is not None and _entries(largest) > max(map(_entries, examples.values())):
-            evaluation(module, recipe, promise, memory, largest, own, say, list(batches))
+    looked_at = longest(tasks, int(args.get("per_device_eval_batch_size", size)), own.test, plain)
+    if promise is not None:
+        moments.will_run(module, recipe, promise, next(iter(examples.values())), looked_at, own,
+                         memory, say, batches)
 
     def calibration(of: Task) -> Iterator[Any]:
         return _calibration(of, size, plain)
 
-    tuned = tune(module, recipe, targets=own.targets, head=own.head,
-                 calibration=calibration(task), seed=int(args.get("seed", 42)),
-                 name=next(iter(batches), DEFAULT))
+    with moments.watched("load", module):
+        tuned = tune(module, recipe, targets=own.targets, head=own.head,
+                     calibration=calibration(task), seed=int(args.get("seed", 42)),
+                     name=next(iter(batches), DEFAULT))
     say(repr(tuned))
     with tuned.cached(0):                        # between two steps nothing was promised to that
         return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own,
-                      args, say)
+                      args, say, (moments, looked_at))
 
 
 # -- before ------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def _calibration(task: Task, size: int, plain: bool) -> Iterator[Any]:
 # -- the run -------------------------------------------------------------------------------------
 def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryReport | None,
            example: tuple[dict[str, Any], Any], calibration: Any, output: Path, own: Options,
-           args: dict[str, Any], say: Any) -> Run:
+           args: dict[str, Any], say: Any, looked: tuple[Moments, tuple[Task, Any] | None]) -> Run:
     from .loop import GoOn, Trainer
     from .watch import Bar, Metrics, Stop
 
@@ -318,14 +321,19 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             shown = trainer.evaluate(task.rows(split), metric_key_prefix=prefix)
             metrics[f"{n} {split}" if n else split] = figures(shown, prefix)
     truth = MemoryReport.from_dict(past.truth) if past.truth and own.measure else None
+    moments, at = looked
+    if truth is not None:
+        moments.was("train", truth)
+    if at is not None:
+        moments.evaluates(tuned, at[0], _to_device(at[1], trainer.args.device))
     from .report import facts_of
 
     facts = facts_of(tuned, tasks, name, metrics, promise, truth, trainer, past,
-                     process=(before, peak), settings=settings)
+                     process=(before, peak), settings=settings, moments=moments)
     history = [*past.history, *trainer.state.log_history[logged:]]
     run = Run(output, tuned, metrics, promise, truth, history, facts)
     if trainer.args.should_save:
-        finish(run, task, own)
+        finish(run, task, own, moments)
         say(str(run))
     elif tuned.state.shards is not None:        # all give their parts, to be written and read again
         tuned.save(output)
@@ -385,13 +393,17 @@ def total_steps(trainer: Any) -> int:
     return int(trainer.set_initial_training_values(trainer.args, loader)[-1])
 
 
-def finish(run: Run, task: Task, own: Options) -> None:
+def finish(run: Run, task: Task, own: Options, moments: Moments) -> None:
     """The finished folder: adapter, card, processor, run.json, report.html."""
     from .card import card
     from .report import write_report
 
     with staged.update(run.folder, "adapter", WRITES[:6]) as new:
-        run.tuned.save(new, run=run.facts, card=card(run.facts))
+        with moments.watched("save", run.tuned.model, run.tuned):
+            run.tuned.save(new, run=run.facts, card=card(run.facts))
+        moments.merges(run.tuned)
+        run.facts["memory"]["moments"] = moments.to_dict()
+        safe.write_json(new / "run.json", run.facts)
         reread(run.tuned, new)
         if hasattr(task.processor, "save_pretrained"):
             task.processor.save_pretrained(new)
@@ -414,10 +426,6 @@ def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
             if k.startswith(f"{prefix}_") and not k.endswith(skip)}
-
-
-def _entries(batch: Any) -> int:
-    return max(t.numel() for t in batch.values())
 
 
 # -- small things ----------------------------------------------------------------------------------

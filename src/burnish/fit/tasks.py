@@ -264,9 +264,8 @@ class LanguageModelling(_Words):
         logits, labels = logits_of(logits)[:, :-1], labels[:, 1:]
         rows = []
         for row, wanted in zip(logits, labels, strict=True):  # fp32 for one row's words at a time
-            asked = wanted != -100
             rows.append(torch.stack([nn.functional.cross_entropy(
-                row[asked].float(), wanted[asked], reduction="sum"), asked.sum().float()]))
+                row.float(), wanted, reduction="sum"), (wanted != -100).sum().float()]))
         return torch.stack(rows)
 
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:

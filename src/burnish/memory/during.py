@@ -6,8 +6,9 @@ weights of few bits; a file is written from what stands in memory. The same bodi
 ledger on fake tensors (the promise) and on real ones (the truth).
 
 load
-    from the loaded model to the tuned one. What reads data first, and what a start is computed from
-    (a decomposition of the weight), is not in the promise.
+    reading the model's files (reading.py), and from the loaded model to the tuned one. What reads
+    data first, and what a start is computed from (a decomposition of the weight), is not in the
+    promise.
 evaluate
     the forward in evaluation mode, without gradients.
 save, merge
@@ -17,7 +18,7 @@ save, merge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +27,19 @@ from torch import Tensor, nn
 from .ledger import Ledger
 from .report import MemoryReport
 
+#: what evaluation makes of (the model's answer, the batch)
+Read = Callable[[Any, Any], Any] | None
 MOMENTS = ("load", "train", "evaluate", "save", "merge")
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module, tuned: Any = None) -> Iterator[list[MemoryReport]]:
-    """The ledger on a moment of a real run; the list has its report when the block is over."""
+def watching(model: nn.Module, tuned: Any = None, beside: Iterable[Any] = ()
+             ) -> Iterator[list[MemoryReport]]:
+    """The ledger on a moment of a real run; the list has its report when the block is over.
+
+    beside: an optimizer's state, which stays where it is meanwhile."""
     ledger, told = Ledger(model), []
+    ledger.watch("optimizer", beside)
     with ledger:
         if tuned is not None:
             watch_originals(tuned, ledger)
@@ -57,26 +64,29 @@ def joined(join: Callable[[], Any], ledger: Ledger) -> Any:
     return tuned
 
 
-def look(moment: str, tuned: Any, ledger: Ledger, batch: Any) -> None:
+def look(moment: str, tuned: Any, ledger: Ledger, batch: Any, read: Read = None) -> None:
     """One of the moments of a tuned model, watched ("load" is over by then)."""
     if moment == "evaluate":
-        evaluated(tuned, ledger, batch)
+        evaluated(tuned, ledger, batch, read)
     elif moment == "save":
         saved(tuned, ledger)
     elif moment == "merge":
         merged(tuned, ledger)
 
 
-def evaluated(tuned: Any, ledger: Ledger, batch: Any) -> None:
+def evaluated(tuned: Any, ledger: Ledger, batch: Any, read: Read = None) -> None:
     """Evaluation: no gradients, no tape, no update. Twice where it keeps something: then all of
-    that is there from the beginning."""
+    that is there from the beginning.
+
+    read: what is made of (the model's answer, the batch), such as figures of logits."""
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
     tuned.model.eval()
     with ledger, torch.no_grad():
         watch_originals(tuned, ledger)
         for _ in range(2):
             out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
-            del out
+            made = read(out, batch) if read is not None else None
+            del out, made
             if not tuned.state.room.held:
                 break
             ledger.watch("weights", tuned.state.room.tensors())

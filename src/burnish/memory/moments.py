@@ -9,9 +9,9 @@ from torch import nn
 from ..core.errors import CheckError
 from .during import MOMENTS
 from .extend import Shallows
-from .fakes import from_config
+from .fakes import dtype_of, from_config
 from .report import MemoryReport
-from .simulate import _dtype, simulate
+from .simulate import simulate
 
 
 def peaks(model: Any, recipe: Any = None, batch: Any = 1, *, evaluation: Any = None,
@@ -23,7 +23,7 @@ def peaks(model: Any, recipe: Any = None, batch: Any = 1, *, evaluation: Any = N
     :func:`burnish.simulate`, which says what is raised.
     """
     if not isinstance(model, nn.Module):
-        model = from_config(model, _dtype(settings.get("dtype")))
+        model = from_config(model, dtype_of(settings.get("dtype")))
     settings.setdefault("shallows", Shallows(model))
     out = {}
     for moment in MOMENTS:

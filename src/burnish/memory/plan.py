@@ -25,11 +25,11 @@ from ..core.recipe import parse
 from .answers import answered, goal_of, place, training_of
 from .cache import Reports
 from .concessions import Step
+from .fakes import dtype_of
 from .limits import Limit
 from .rates import Rates, rates
 from .report import MemoryReport
 from .search import Family, Found, Progress, Search
-from .simulate import _dtype
 from .usual import usual
 from .world import World
 
@@ -214,7 +214,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
                           "time that is not counted; leave rows, tokens and epochs out")
     training = training_of(batch, samples, rows, tokens, epochs)
     goal = goal_of(smaller, card, budget)
-    settings = {"dtype": _dtype(dtype), "targets": targets, "head": head, "loss": loss,
+    settings = {"dtype": dtype_of(dtype), "targets": targets, "head": head, "loss": loss,
                 "tasks": tasks, **World.of(world_size, shard, shard_offload).settings()}
     kind = torch.device(device).type
     named = isinstance(batch, int | tuple) and not any(isinstance(n, Tensor) for n in _seq(batch))

@@ -32,7 +32,7 @@ from ..core.unread import is_unread
 from .devices import kernels_of
 from .during import MOMENTS, joined, look, watch_originals
 from .extend import Shallows, extended
-from .fakes import blank_batch, fake_copy, fakes_move, from_config, unread_again
+from .fakes import blank_batch, dtype_of, fake_copy, fakes_move, from_config, unread_again
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
@@ -77,7 +77,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     device: where the step would run. Without that device here its kernels cannot be faked: the
         CPU's stand in and the report says so in a note.
     steps: steps driven; from the second on optimizer state is there.
-    loss: as for ``tuned.step``.
+    loss: as for ``tuned.step``; in evaluation what is made of the model's answer.
     count: also count floating-point operations and bytes moved.
     during: the moment looked at (during.py): "train", a step; "load", joining the recipe to the
         model as it was loaded, or opened (:func:`burnish.open_model`); "evaluate", the forward
@@ -101,7 +101,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
     """
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     if during not in MOMENTS:
         raise ConfigError(f"during={during!r}: expected one of {', '.join(MOMENTS)}"
                           f"{nearest(during, MOMENTS)}")
@@ -193,7 +193,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                     stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
                                     kind, begin=lambda: world.wrap(tuned), **words)
                 else:
-                    look(during, tuned, ledger, example)
+                    look(during, tuned, ledger, example, loss)
                     stream = Stream.of(ledger, device=torch.device(here).type, label=kind,
                                        recipe=str(tuned.recipe), **words)
         except (DataDependentOutputException, DynamicOutputShapeException,
@@ -338,11 +338,3 @@ def _usable(kind: str) -> bool:
         return False
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"unknown dtype {dtype!r}; write for example 'bfloat16'")
-    return found
