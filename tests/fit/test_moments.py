@@ -13,7 +13,7 @@ from burnish.fit.moments import Moments
 from burnish.formats import safe
 
 SMALL = {"max_steps": 2, "batch_size": 8, "test": False}
-RECIPES = ["full", "lora(rank=2)", "nf4 + lora(rank=2)", "snella(rank=2)",
+RECIPES = ["nf4 + lora(rank=2)", "lora(rank=2)", "full", "snella(rank=2)",
            "lora(rank=2) + checkpoint", "mezo + lora(rank=2)"]
 
 
@@ -35,7 +35,7 @@ def folder_of(kind, where, tokenizer):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0))
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, use_cache=False))
         row = {"prompt": "a", "completion": "b "}
     model.save_pretrained(where / kind)
     tokenizer.save_pretrained(where / kind)
@@ -66,8 +66,8 @@ def test_a_picture_model_keeps_all_five(glyph_vit, tmp_path, recipe):
     held_to(run, recipe)
 
 
-@pytest.mark.parametrize("recipe", ["full", "nf4 + lora(rank=2)", "lora(rank=2) + checkpoint"])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind, recipe", [
+    ("bert", "full"), ("bert", "nf4 + lora(rank=2)"), ("llama", "lora(rank=2)")])
 def test_a_text_model_keeps_all_five(kind, recipe, tmp_path, tokenizer):
     model, data = folder_of(kind, tmp_path, tokenizer)
     run = burnish.fit(model, data, recipe, output=tmp_path / "out", validation=16, report=False,
@@ -90,7 +90,9 @@ def test_text_file_and_page_say_all_of_it(glyph_vit, tmp_path, capsys):
     assert "<th>moment</th>" in page and "<td>merge</td>" in page
     # what was merged to be measured is as it was
     assert run.tuned.merged is None
-    other = burnish.load(type(run.tuned.model).from_pretrained(glyph_vit), tmp_path)
+    from burnish.fit.data import read
+    from burnish.fit.tasks import task_for
+    other = burnish.load(task_for(read("digits"), glyph_vit).load(glyph_vit), tmp_path)
     x = torch.randn(2, *_picture(run.tuned.model))
     with torch.no_grad():
         assert torch.equal(run.tuned.model.eval()(x).logits, other.model.eval()(x).logits)

@@ -33,6 +33,7 @@ from ..formats.folder import finite
 from . import checkpoint, state
 from .checkpoint import is_owed
 from .driving import Driven, Shuffled, Smoothed, go_on_by
+from .moments import Moments
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
 from .tasks import Task
@@ -49,8 +50,9 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
                  keep: int | None, hyper: dict[str, Any], fingerprint: str, leg: Leg, past: Past,
-                 stages: list[tuple[str, int]], **kw: Any):
+                 stages: list[tuple[str, int]], moments: Moments, **kw: Any):
         self.tuned, self.task, self.keep, self.hyper = tuned, task, keep, hyper
+        self.moments = moments
         self.fingerprint, self.leg, self.past, self.stages = fingerprint, leg, past, stages
         self.plain = not isinstance(tuned.model, transformers.PreTrainedModel)
         self.zeroth = False
@@ -288,7 +290,8 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             state.save_tree(rng or state.random_state(), hidden, f"rng-{rank}")
             if self.args.should_save or self.tuned.state.shards is not None:
-                self.tuned.save(hidden, whole=True)          # those who have shares give them
+                with self.moments.watched("save", self.tuned.model, self.tuned):
+                    self.tuned.save(hidden, whole=True)      # those who have shares give them
                 kept = state.optimizer_state(optimizer, self._named())
             if self.args.should_save:
                 state.save_tree(kept, hidden, "optimizer")

@@ -257,6 +257,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
     from .loop import GoOn, Trainer
     from .watch import Bar, Metrics, Stop
 
+    moments, looked_at = looked
     legs = plan(tuned, tasks, _arguments(tuned, tasks, output, own, args), args)
     for leg in legs[:len(legs) if len(legs) > 1 else 0]:
         say(f"stage {leg.name}: {leg.steps} updates on {leg.task.data.source}")
@@ -295,7 +296,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                         *own.callbacks]
             trainer = Trainer(
                 tuned, task, arguments, keep=keep, hyper=hyper, fingerprint=fingerprint, leg=leg,
-                past=past, stages=told(legs), train_dataset=task.rows("train"), callbacks=watchers,
+                past=past, stages=told(legs), moments=moments, callbacks=watchers,
+                train_dataset=task.rows("train"),
                 eval_dataset=task.rows("validation") if task.data.validation is not None else None)
             go_on.trainer = trainer
             tuned.total_steps = total_steps(trainer)
@@ -321,11 +323,10 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             shown = trainer.evaluate(task.rows(split), metric_key_prefix=prefix)
             metrics[f"{n} {split}" if n else split] = figures(shown, prefix)
     truth = MemoryReport.from_dict(past.truth) if past.truth and own.measure else None
-    moments, at = looked
     if truth is not None:
         moments.was("train", truth)
-    if at is not None:
-        moments.evaluates(tuned, at[0], _to_device(at[1], trainer.args.device))
+    if looked_at is not None:
+        moments.evaluates(tuned, looked_at[0], _to_device(looked_at[1], trainer.args.device))
     from .report import facts_of
 
     facts = facts_of(tuned, tasks, name, metrics, promise, truth, trainer, past,
