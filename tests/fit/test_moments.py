@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.choose import quantile
 from burnish.fit.moments import Moments
 from burnish.formats import safe
 
@@ -35,7 +36,7 @@ def folder_of(kind, where, tokenizer):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0, use_cache=False))
+            bos_token_id=1, eos_token_id=2, pad_token_id=0))
         row = {"prompt": "a", "completion": "b "}
     model.save_pretrained(where / kind)
     tokenizer.save_pretrained(where / kind)
@@ -53,7 +54,11 @@ def held_to(run, recipe):
     for moment, told in found.items():
         assert told["promised"] > 0
         if moment == "merge" and told["measured"] is None:      # more than the run has taken
-            assert recipe.startswith("nf4")
+            assert told["promised"] > max(m["measured"] or 0 for m in found.values())
+            continue
+        if moment == "evaluate" and recipe.startswith("snella"):
+            # the first look for a threshold sorts a sample; later ones know where it was
+            assert 0 <= told["promised"] - told["measured"] <= 16 * quantile.SAMPLE
             continue
         assert told["promised"] == pytest.approx(told["measured"], rel=0.03), moment
     return found
@@ -67,7 +72,8 @@ def test_a_picture_model_keeps_all_five(glyph_vit, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("kind, recipe", [
-    ("bert", "full"), ("bert", "nf4 + lora(rank=2)"), ("llama", "lora(rank=2)")])
+    ("bert", "full"), ("bert", "nf4 + lora(rank=2)"), ("llama", "lora(rank=2)"),
+    ("llama", "nf4 + lora(rank=2)"), ("llama", "lora(rank=2) + checkpoint")])
 def test_a_text_model_keeps_all_five(kind, recipe, tmp_path, tokenizer):
     model, data = folder_of(kind, tmp_path, tokenizer)
     run = burnish.fit(model, data, recipe, output=tmp_path / "out", validation=16, report=False,

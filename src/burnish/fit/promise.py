@@ -21,6 +21,21 @@ from .processes import world
 _FULL = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+@contextlib.contextmanager
+def as_trained(module: nn.Module, args: Mapping[str, Any]) -> Iterator[None]:
+    """The model as the trainer runs it: it keeps keys and values only where `args` ask for them."""
+    config = getattr(module, "config", None)
+    was = getattr(config, "use_cache", None)
+    if not was:
+        yield
+        return
+    config.use_cache = bool(args.get("use_cache", False))
+    try:
+        yield
+    finally:
+        config.use_cache = was
+
+
 def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any) -> Any:
     """The best plan within `memory`. Raises NoPlanError with what is missing."""
     from ..memory import plan

@@ -33,6 +33,7 @@ from .moments import Moments, longest
 from .places import check_local, check_served
 from .processes import alone, settle, spread
 from .promise import (
+    as_trained,
     choose,
     memory_line,
     out_of_memory,
@@ -190,25 +191,26 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
             say(f"note: {note}")
     batches = {n: b for n, b in examples.items() if n}
     batch = next(iter(examples.values()))
-    if recipe is None and memory is not None:
-        best = choose(module, memory, batch, loss, own, say)
-        recipe, promise = best.recipe, best.report
-        if best.batch != size:
-            size = args["per_device_train_batch_size"] = best.batch
-            args["gradient_accumulation_steps"] = \
-                best.accumulate * int(args.get("gradient_accumulation_steps", 1))
-            examples = {"": task.call(task.example(size), plain)[0]}
-    else:
-        recipe, promise, why = usual(module).run(
-            DEFAULT_RECIPE if recipe is None else recipe,
-            lambda r: promised(module, r, memory, batch, loss, own, say, batches))
-        if why:
-            say(f"note: {CHUNKED} is left out: {why}")
-
-    looked_at = longest(tasks, int(args.get("per_device_eval_batch_size", size)), own.test, plain)
-    if promise is not None:
-        moments.will_run(module, recipe, promise, next(iter(examples.values())), looked_at, own,
-                         memory, say, batches)
+    with as_trained(module, args):
+        if recipe is None and memory is not None:
+            best = choose(module, memory, batch, loss, own, say)
+            recipe, promise = best.recipe, best.report
+            if best.batch != size:
+                size = args["per_device_train_batch_size"] = best.batch
+                args["gradient_accumulation_steps"] = \
+                    best.accumulate * int(args.get("gradient_accumulation_steps", 1))
+                examples = {"": task.call(task.example(size), plain)[0]}
+        else:
+            recipe, promise, why = usual(module).run(
+                DEFAULT_RECIPE if recipe is None else recipe,
+                lambda r: promised(module, r, memory, batch, loss, own, say, batches))
+            if why:
+                say(f"note: {CHUNKED} is left out: {why}")
+        looked_at = longest(tasks, int(args.get("per_device_eval_batch_size", size)), own.test,
+                            plain)
+        if promise is not None:
+            moments.will_run(module, recipe, promise, next(iter(examples.values())), looked_at, own,
+                             memory, say, batches)
 
     def calibration(of: Task) -> Iterator[Any]:
         return _calibration(of, size, plain)
