@@ -176,5 +176,9 @@ def answers(task: Task) -> Any:
 
 
 def _held(tuned: Tuned | None) -> list[Any]:
-    optimizer = tuned.current_optimizer if tuned is not None else None
-    return [list(optimizer.state.values())] if optimizer is not None else []
+    """What updates have left: the optimizer's state, and that of budgets and schedules."""
+    if tuned is None:
+        return []
+    optimizer = tuned.current_optimizer
+    return [list(optimizer.state.values()) if optimizer is not None else [],
+            tuned.timeline.state()["handlers"]]
