@@ -64,8 +64,9 @@ def simulate(
     from ..memory.units import format_bytes
 
     config, size = target.config(model), _batch(batch, length)
-    settings = dict(dtype=dtype, targets=targets, device=device, tasks=tasks,
-                    world_size=world_size, shard=shard, shard_offload=shard_offload)
+    settings: dict[str, Any] = dict(
+        dtype=dtype, targets=targets, device=device, tasks=tasks,
+        world_size=world_size, shard=shard, shard_offload=shard_offload)
     report = burnish.simulate(config, recipe, size, count=True, **settings)
     if picture is not None:
         report.picture(picture)
