@@ -17,12 +17,13 @@ Registry, command-line help, catalogue and conformance suite are generated from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from .axes import AXES
 from .keys import Key
@@ -169,6 +170,11 @@ class Method:
         """What a `delta` or `storage` wants to know of the data that passes this place (see
         blocks/choose/observe.py); read before anything is added, from as many samples as the
         setting `samples` says, all there are where there is none. None: nothing."""
+
+    def read_loss(self, model: nn.Module, batch: Any, run: Callable[..., Any]) -> torch.Tensor:
+        """The scalar whose gradients `observe` is given of a batch: the task's loss, unless a
+        method says another. ``run(batch)`` is the model's answer, with ``loss=True`` its loss."""
+        return run(batch, loss=True)
 
     def settle(self, seen: Mapping[Place, Statistic]) -> Mapping[Place, dict[str, Any]]:
         """Decide over all places at once (ranks, budgets) from what was seen so far; called after

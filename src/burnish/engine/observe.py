@@ -235,7 +235,7 @@ class Pass:
         with self._inputs(inputs, feed), self._gradients(weights, feed):
             if weights:
                 with torch.enable_grad():
-                    self.run(batch, loss=True).backward()
+                    self.part.read_loss(self.model, batch, self.run).backward()
             else:
                 with torch.no_grad():
                     self.run(batch)

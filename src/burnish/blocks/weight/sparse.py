@@ -47,9 +47,12 @@ class SparseDelta(Term):
 
     portable: the index can be drawn again from a seed, so the file need not hold it.
     counted: k is nobody's to compute: an adapter's config says it.
+    narrow: False keeps x whole even where the entries touch few columns: what is kept is then the
+    same whatever data chose the entries, and promised before there is any.
     """
 
-    def __init__(self, place: Place, index: Tensor, portable: bool, counted: bool = False):
+    def __init__(self, place: Place, index: Tensor, portable: bool, counted: bool = False,
+                 narrow: bool = True):
         super().__init__()
         #: what a file must say so that a load makes the same shapes (engine/attach.py)
         self.counted = {"entries": index.numel()} if counted else None
@@ -59,7 +62,7 @@ class SparseDelta(Term):
         self.register_buffer("index", index.to(torch.int32) if self.out * self.inp < 2**31
                              else index, persistent=not portable)
         columns = torch.unique(index % self.inp) if not _fake(index) else index.new_empty(0)
-        few = 0 < columns.numel() <= self.inp // 4
+        few = narrow and 0 < columns.numel() <= self.inp // 4
         self.register_buffer("columns", columns if few else None, persistent=False)
         self.tokenwise, self.tiled = few, not few
         self._read = (id(self.index), self.index._version)
