@@ -14,7 +14,7 @@ from burnish.blocks.update.composed import Composed
 from burnish.blocks.update.step import compose
 from burnish.core.recipe import parse
 from burnish.testing.models import tiny
-from burnish.testing.ran import Allocations
+from burnish.testing.ran import Allocations, Living
 
 
 def gradients(shape, steps, seed=0):
@@ -64,7 +64,7 @@ def test_steps_are_the_equations(shape, settings, strip, monkeypatch):
     """Whole, and some rows at a time."""
     if strip:
         monkeypatch.setattr(Composed, "_slice", staticmethod(lambda device: strip))
-        monkeypatch.setattr("burnish.methods.optimizer.adafactor.strip", lambda device: strip // 2)
+        monkeypatch.setattr("burnish.blocks.update.factored.strip", lambda device: strip // 2)
     words = {"c": "decay_rate", "d": "clip", "scaled": "scale_parameter", "wd": "weight_decay"}
     text = ", ".join(f"{words.get(k, k)}={v}" for k, v in settings.items())
     W = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_steps_are_the_equations(shape, settings, strip, monkeypatch):
                                     "adafactor(beta1=0.9, scale_parameter=True) + kahan"])
 def test_a_half_precision_gradient_is_left_as_it_came_and_none_is_widened_whole(recipe,
                                                                                monkeypatch):
-    for where in ("methods.optimizer.adafactor.strip", "blocks.update.composed.strip"):
+    for where in ("blocks.update.factored.strip", "blocks.update.composed.strip"):
         monkeypatch.setattr(f"burnish.{where}", lambda device: 2048)
     p = nn.Parameter(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16())
     opt = compose([m.optimizer() for m in parse(recipe)], [("w", p)], 1e-3)
@@ -200,3 +200,46 @@ def test_it_trains_and_steps_inside_backward_the_same():
 def test_a_subspace_under_it_is_refused():
     with pytest.raises(burnish.RecipeError, match="galore and adafactor cannot be joined.*adamw"):
         burnish.tune(tiny("bert")[0], "full + galore(rank=4) + adafactor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("recipe", [
+    "adafactor", "adafactor(beta1=0.9)", "adafactor(scale_parameter=True, weight_decay=0.1)",
+    "adafactor(beta1=0.9, scale_parameter=True, clip=0.5) + kahan",
+    "adafactor + stochastic_rounding", "adafactor(scale_parameter=True) + master_weights"])
+def test_small_tensors_side_by_side_are_each_by_itself_bit_for_bit(recipe, dtype, monkeypatch):
+    shapes = [(8, 48), (48, 8), (40,), (3, 5, 2, 2), (8, 48), (7,), (1, 9)]
+    runs, bunches, step = [], [], Composed._step_bunch
+    monkeypatch.setattr(Composed, "_step_bunch", lambda self, group, found, *a: (
+        bunches.append(len(found)), step(self, group, found, *a)))
+    for together in (True, False):
+        g = torch.Generator().manual_seed(3)
+        named = [(f"t{i}", nn.Parameter(torch.randn(s, generator=g).to(dtype)))
+                 for i, s in enumerate(shapes)]
+        opt = compose([m.optimizer() for m in parse(recipe)], named, 1e-2, seed=4)
+        if not together:
+            monkeypatch.setattr(Composed, "_together", lambda self: set())
+        for t in range(3):
+            for i, (_, p) in enumerate(named):
+                p.grad = None if (t, i) == (1, 4) else torch.randn(p.shape, generator=g).to(dtype)
+            grads = [p.grad.clone() for _, p in named if p.grad is not None]
+            opt.step()
+            assert all(map(torch.equal, grads, (p.grad for _, p in named if p.grad is not None)))
+        runs.append([p for _, p in named] + [
+            v for _, p in named for _, v in sorted(opt.state[p].items())
+            if isinstance(v, torch.Tensor)])
+    assert max(bunches) == 5
+    assert len(runs[0]) == len(runs[1]) and all(map(torch.equal, *runs))
+
+
+def test_temporaries_of_many_small_tensors_are_a_strip_s(monkeypatch):
+    size = 1 << 14
+    monkeypatch.setattr(Composed, "_slice", staticmethod(lambda device: size))
+    named = [(f"t{i}", nn.Parameter(torch.randn(64, 64))) for i in range(64)]
+    opt = compose([m.optimizer() for m in parse("adafactor")], named, 1e-3)
+    for _, p in named:
+        p.grad = torch.randn(64, 64)
+    opt.step()
+    with Living() as seen:
+        opt.step()
+    assert 0 < seen.peak <= 2 * 4 * size < 64 * 4096 * 4

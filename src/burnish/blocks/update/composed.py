@@ -32,7 +32,7 @@ from .plan import Plan, check_shape
 from .residual import Seen as Beside
 from .rules import Rows, Whole, accumulator
 from .subspace import Basis, in_memory_order, matrix, panels, rotate
-from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep
+from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep, sweep_whole
 from .transform import Seen
 
 
@@ -96,7 +96,10 @@ class Composed(torch.optim.Optimizer):
         """Step small dense tensors in bunches of one slice's size, with a handful of kernels for
         all; returns what was stepped. Bit for bit what :meth:`_dense_step` does."""
         done = set[nn.Parameter]()
-        if self.in_backward or self.plan.transforms or isinstance(self.plan.rule, Whole):
+        rule = self.plan.rule
+        whole = isinstance(rule, Whole)
+        if self.in_backward or self.plan.transforms or (
+                whole and rule.together is None):
             return done
         bunches: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor, int, str, State]]] = {}
         for k, group in enumerate(self.param_groups):
@@ -106,9 +109,11 @@ class Composed(torch.optim.Optimizer):
                         or not (p.is_contiguous() and g.is_contiguous()):
                     continue
                 state = self.state[p]
-                key = k, p.device, p.dtype, g.dtype, state.get("step", 0), self._codec(p, n)
+                codec = Plain() if whole else self._codec(p, n)
+                key = (k, p.device, p.dtype, g.dtype, state.get("step", 0), codec,
+                       whole and p.dim() > 1)
                 bunches.setdefault(key, []).append((p, g, n, name, state))
-        for (k, device, *_, step, codec), found in bunches.items():
+        for (k, device, *_, step, codec, _), found in bunches.items():
             for lo, hi in cut([n for _, _, n, _, _ in found], self._slice(device), codec.block):
                 self._step_bunch(self.param_groups[k], found[lo:hi], codec, step + 1)
             done.update(p for p, *_ in found)
@@ -122,13 +127,19 @@ class Composed(torch.optim.Optimizer):
             check_shape(name, p, state, self.burnish_shapes)
             if "step" not in state:
                 self.burnish_shapes.setdefault(p, p.shape)
-            self._allocate(state, codec, n, w.device, p.shape)
+            if isinstance(self.plan.rule, Whole):
+                self._allocate_whole(state, p)
+            else:
+                self._allocate(state, codec, n, w.device, p.shape)
             self._numerics.prepare(w, state)
             state["step"] = t
-        sweep(self.plan.rule, codec, self._numerics, Bunch(
-            [name for *_, name, _ in found], [state for *_, state in found],
-            [(0, n) for _, _, n, _, _ in found], ws, [g.view(-1) for _, g, *_ in found]),
-            t, group, self.seed)
+        bunch = Bunch([name for *_, name, _ in found], [state for *_, state in found],
+                      [(0, n) for _, _, n, _, _ in found], ws, [g.view(-1) for _, g, *_ in found])
+        if isinstance(self.plan.rule, Whole):
+            sweep_whole(self.plan.rule, self._numerics, bunch, [_form(p) for p, *_ in found], t,
+                        group, self.seed)
+        else:
+            sweep(self.plan.rule, codec, self._numerics, bunch, t, group, self.seed)
 
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
@@ -207,10 +218,8 @@ class Composed(torch.optim.Optimizer):
         (group, name), state, rule = self._where[p], self.state[p], self.plan.rule
         state["step"] = t = state.get("step", 0) + 1
         w = in_memory_order(p.detach())[0].reshape(-1)
-        shape = tuple(matrix(p.detach()).shape) if p.dim() > 1 else (p.numel(),)
-        for key, size in rule.shapes(shape).items():
-            if key not in state:
-                state[key] = torch.zeros(size, dtype=accumulator(p.dtype), device=p.device)
+        shape = _form(p)
+        self._allocate_whole(state, p)
         self._numerics.prepare(w, state)
         width = p.numel() // max(1, shape[0])
 
@@ -329,6 +338,11 @@ class Composed(torch.optim.Optimizer):
                 for part, tensor in codec.empty(n, signed, device).items():
                     state[f"{s}.{part}" if part else s] = tensor if part else tensor.view(shape)
 
+    def _allocate_whole(self, state: State, p: Tensor) -> None:
+        for key, size in self.plan.rule.shapes(_form(p)).items():  # type: ignore[attr-defined]
+            if key not in state:
+                state[key] = torch.zeros(size, dtype=accumulator(p.dtype), device=p.device)
+
     @staticmethod
     def _slice(device: torch.device) -> int:
         return strip(device)
@@ -372,6 +386,11 @@ class Composed(torch.optim.Optimizer):
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
+
+
+def _form(p: Tensor) -> tuple[int, ...]:
+    """In what shape a rule of whole tensors sees one: (first dimension in memory, rest)."""
+    return tuple(matrix(p.detach()).shape) if p.dim() > 1 else (p.numel(),)
 
 
 def _hook(optimizer: Composed, p: nn.Parameter) -> Any:

@@ -215,7 +215,9 @@ class Whole(_Hyper):
         vector for one-dimensional tensors, W the weight in the same form (not to be changed), both
         in the accumulation dtype; ``W <- W - lr u`` follows. G may be overwritten.
 
-    A rule that need not hold u whole answers ``rows`` instead of ``update``.
+    A rule that need not hold u whole answers ``rows`` instead of ``update``. One that also has
+    ``together(Gs, Ws, states, t, group)``, a list of u, steps many small tensors of as many
+    dimensions with few calls; none of what it is given but the states is its to change.
     """
 
     name: ClassVar[str] = "whole"
@@ -237,6 +239,9 @@ class Whole(_Hyper):
         """
         u = self.update(G.to(accumulator(G.dtype), copy=True), weight(0, len(G)), state, t, group)
         return lambda lo, hi: u[lo:hi]
+
+    #: see the class
+    together: ClassVar[Callable[..., list[Tensor]] | None] = None
 
     @property
     def states(self) -> Mapping[str, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .codecs import Codec, Parts
 from .noise import CounterNoise
 from .numerics import Numerics, widened
-from .rules import Rule, move
+from .rules import Rule, Whole, move
 
 State = dict[str, Any]
 
@@ -50,6 +50,20 @@ def sweep(rule: Rule, codec: Codec, numerics: Numerics, bunch: Bunch, t: int,
     xs, flat = numerics.load(b.ws, b.states, b.spans)
     moved(rule, codec, b, xs, widened(b.gs, b.spans)[0], t, group, seed, group["lr"],
           group["weight_decay"])
+    numerics.save(b.ws, b.states, b.spans, xs, flat,
+                  lambda: [CounterNoise(seed, f"{n}/round") for n in b.names], t)
+
+
+def sweep_whole(rule: Whole, numerics: Numerics, bunch: Bunch, forms: list[tuple[int, ...]],
+                t: int, group: Mapping[str, Any], seed: int) -> None:
+    """The same for a rule of whole tensors that can step several, in these shapes, together."""
+    b = bunch
+    xs, flat = numerics.load(b.ws, b.states, b.spans)
+    us = rule.together([g.view(f) for g, f in zip(b.gs, forms, strict=True)],
+                       [x.view(f) for x, f in zip(xs, forms, strict=True)], b.states, t, group)
+    if group["weight_decay"]:
+        torch._foreach_mul_(xs, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(xs, [u.view(-1) for u in us], alpha=-group["lr"])
     numerics.save(b.ws, b.states, b.spans, xs, flat,
                   lambda: [CounterNoise(seed, f"{n}/round") for n in b.names], t)
 
