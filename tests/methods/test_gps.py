@@ -178,7 +178,7 @@ def test_a_folder_brings_the_entries_and_needs_no_data(tmp_path):
     tuned.save(tmp_path / "a")
     again = burnish.load(base, tmp_path / "a")
     ((_, other),) = again.terms(SparseDelta)
-    assert torch.equal(other.index, term.index) and torch.equal(other.values, term.values)
+    assert torch.equal(other.index, term.index) and torch.equal(other.values, term.values.float())
 
 
 def test_refusals_defaults_and_cost():

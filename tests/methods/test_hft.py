@@ -118,6 +118,34 @@ def test_targets_narrow_it_and_a_model_without_blocks_is_refused():
         burnish.tune(nn.Sequential(nn.Linear(4, 4)), "hft", head=False)
 
 
+def test_what_else_a_block_has_is_a_category_of_its_own():
+    """A linear that is neither: alone in its category, so it trains in every second block."""
+    net, _ = tiny("llama")
+    for layer in net.model.layers:
+        layer.modulation = nn.Linear(4, 4)
+    names = drawn(net, "ends=False")
+    assert [len(of_block(names, i, "modulation")) for i in (0, 1)] == [0, 2]
+    assert [len(of_block(names, i, "self_attn.")) for i in (0, 1)] == [2, 2]
+    assert [len(of_block(names, i, "mlp.")) for i in (0, 1)] == [1, 2]
+
+
+def test_what_others_have_added_is_no_matrix_of_the_block():
+    net, _ = tiny("llama")
+    want = drawn(net, "ends=False")
+    burnish.tune(net, "lora(rank=2)")
+    assert drawn(net, "ends=False") == want
+
+
+def test_a_role_names_the_weight_and_not_its_bias():
+    assert {n.rpartition(".")[2] for n in drawn_asked("bert", "attention")} == {"weight"}
+    assert {n.rpartition(".")[2] for n in drawn(tiny("bert")[0])} == {"weight", "bias"}
+
+
+def drawn_asked(name, targets):
+    return [n for n, _ in burnish.tune(tiny(name)[0], "hft", targets=targets, head=False)
+            .named_parameters()]
+
+
 def test_what_is_no_floating_tensor_and_what_is_tied_trains_once():
     model, _ = tiny("gpt2")
     names = drawn(model)

@@ -77,6 +77,8 @@ class Method:
     exact: the gradients are those of the loss; False: estimates of them, by design.
     fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
     model's mode (no dropout, no moving statistics).
+    by_data: where it acts, and how much, is decided by data that it reads first: a promise made
+    without them is of the most it may take.
     takes_head: ``head="auto"`` trains a classification-like head beside it; False: it says itself
     all that trains of the model.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
@@ -92,6 +94,7 @@ class Method:
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    by_data: ClassVar[bool] = False
     takes_head: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}
@@ -178,7 +181,8 @@ class Method:
 
     def settle(self, seen: Mapping[Place, Statistic]) -> Mapping[Place, dict[str, Any]]:
         """Decide over all places at once (ranks, budgets) from what was seen so far; called after
-        every batch of the data pass. Plain values only: they go into the adapter's file."""
+        every batch of the data pass, or after every round where statistics condense. Plain values
+        only: they go into the adapter's file."""
         return {}
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, torch.Tensor | Seeded]:

@@ -31,6 +31,8 @@ VOCABULARY: dict[str, str] = {
     "temperature": "of a softmax",
     # shares and schedules
     "s": "share of zeros",
+    "density": "share that trains",
+    "budget": "what may be spent: a share of the work, or parameters",
     "ratio": "share that is taken out",
     "every": "period: updates between two events, or every n-th block",
     "warmup": "training before a schedule starts, a share of the run or updates",

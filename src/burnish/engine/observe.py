@@ -155,11 +155,24 @@ class Pass:
             raise no_data(self.part)
         with as_found(self.model, self.base):
             self._group()
+            if self.wanted and all(s.condenses for s in self.wanted.values()):
+                yield self._condensed()
+                return
             together = type(self.part).settle is not Method.settle
             for places in self._split(together):
                 seen = self._read(places)
                 yield seen, self.part.settle(seen)
                 del seen                             # before the next round's stand
+
+    def _condensed(self) -> tuple[Seen, Decided]:
+        """Rounds that keep little of what was gathered: after each the part is asked about all
+        places, those that are still to come too."""
+        seen: Seen = dict(self.wanted)
+        decided: Decided = {}
+        for places in self._split(False):
+            self._read(places, settles=False)
+            decided = self.part.settle(seen)
+        return seen, decided
 
     # -- which places share ------------------------------------------------------------------
     def _group(self) -> None:
@@ -205,7 +218,7 @@ class Pass:
         return out
 
     # -- one round ---------------------------------------------------------------------------
-    def _read(self, leaders: list[Place]) -> Seen:
+    def _read(self, leaders: list[Place], settles: bool = True) -> Seen:
         stats: Seen = {p: self.wanted.pop(p) for p in leaders}
         inputs = {p: s for p, s in stats.items() if s.reads == "input"}
         weights = {p: s for p, s in stats.items() if s.reads == "gradient"}
@@ -215,7 +228,8 @@ class Pass:
         for batch in self.batches.first(self.samples):
             for part in singly(batch) if alone else (batch,):
                 self._feed(part, inputs, weights, stats, read)
-            self.part.settle(seen)
+            if settles:
+                self.part.settle(seen)
             if all(s.done for s in stats.values()):
                 break
         for place in leaders:

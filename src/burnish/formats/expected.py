@@ -62,7 +62,7 @@ def _made(model: nn.Module, entry: Mapping[str, Any]) -> dict[str, tuple[int, ..
         try:
             with mode:
                 tuned = tune(twin, entry["recipe"], targets=entry.get("targets"), head=False,
-                             name=PROBE)
+                             name=PROBE, settled=entry.get("settled"))
                 return {n: tuple(t.shape) for n, t in tuned.tensors().items()
                         if f"burnish.{PROBE}." in n}
         except BurnishError:

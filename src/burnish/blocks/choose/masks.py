@@ -31,6 +31,25 @@ def drawn(n: int, k: int, seed: int, key: str, taken: Tensor | None = None) -> T
     return index + torch.zeros((), dtype=torch.int64)
 
 
+def drawn_over(sizes: Sequence[int], k: int, seed: int, key: str) -> list[Tensor]:
+    """k positions of several runs of these sizes together: those of each, counted in it."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        at = spread(sum(sizes), k, seed, key).sort().values
+        ends = torch.tensor(sizes).cumsum(0)
+        parts = at.tensor_split(torch.searchsorted(at, ends)[:-1])
+        found = [part - (end - n) for part, end, n in zip(parts, ends, sizes, strict=True)]
+    return [part + torch.zeros((), dtype=torch.int64) for part in found]
+
+
+def to_come(place: Place, k: int) -> Tensor:
+    """k positions in the stead of those that a file brings. RecipeError where a place has fewer."""
+    if not 0 <= k <= place.numel:
+        raise RecipeError(f"{k} entries of {place.name} are asked for, which has {place.numel}")
+    return torch.arange(k)
+
+
 def largest(score: Tensor, k: int, taken: Tensor | None = None) -> Tensor:
     """Of a score that is not negative."""
     flat = score.flatten()

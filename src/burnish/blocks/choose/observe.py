@@ -25,10 +25,13 @@ class Statistic:
 
     reads: "input" (the module's input) or "gradient" (of the loss, by the weight).
     alone: every sample makes a pass of its own.
+    condenses: `settle` keeps little of it once its round is over, so that places decide together
+        and yet need not stand together.
     """
 
     reads: ClassVar[Literal["input", "gradient"]] = "input"
     alone: ClassVar[bool] = False
+    condenses: ClassVar[bool] = False
 
     @property
     def key(self) -> Hashable:

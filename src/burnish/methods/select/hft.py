@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
 
 #: (block's path, category) -> its units, each the parameters that stand or fall together
-Units = dict[tuple[str, str], dict[str, list[str]]]
+Units = dict[tuple[str, int | None], dict[str, list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +81,18 @@ class Hft(Method):
         for block in anatomy.blocks:
             for leaf, p in anatomy.model.get_submodule(block.path).named_parameters():
                 name = f"{block.path}.{leaf}"
-                if ".burnish." in f".{leaf}" or name in inside:
-                    continue
                 inside.add(name)
-                if p.is_floating_point():
+                if p.is_floating_point() and ".burnish." not in f".{leaf}":
                     kinds = units.setdefault((block.path, category(anatomy, block, name)), {})
                     stem = name.removesuffix("weight").removesuffix("bias")
                     kinds.setdefault(stem, []).append(name)
         return units, inside
 
 
-def category(anatomy: Anatomy, block: Block, name: str) -> str:
-    """Of a parameter of the block: attention, mlp, norms or rest."""
-    def within(*paths: str | None) -> bool:
-        return any(p is not None and name.startswith(f"{p}.") for p in paths)
-
-    if within(*anatomy.norms):
-        return "norms"
-    if within(block.mlp, *block.mlp_in, block.mlp_out):
-        return "mlp"
-    return "attention" if within(block.attn, block.attn_out, block.cross, block.cross_out,
-                                 block.mixer) else "rest"
+def category(anatomy: Anatomy, block: Block, name: str) -> int | None:
+    """Of a block's parameter: norms, MLP, attention (or what mixes tokens), None for others."""
+    kinds: tuple[Iterable[str | None], ...] = (
+        anatomy.norms, (block.mlp, *block.mlp_in, block.mlp_out),
+        (block.attn, block.attn_out, block.cross, block.cross_out, block.mixer))
+    return next((k for k, paths in enumerate(kinds)
+                 if any(p is not None and name.startswith(f"{p}.") for p in paths)), None)

@@ -18,7 +18,8 @@ SAMPLES = 16
 
 
 def simulated_is_measured(name: str, model: str) -> Skip | None:
-    """The promise: the simulated peak is within 3 % of the measured one."""
+    """The promise: the simulated peak is within 3 % of the measured one; of a method that data
+    decide about (`by_data`) it is not below."""
     from ...memory import measure, simulate
     from .common import split
 
@@ -31,7 +32,9 @@ def simulated_is_measured(name: str, model: str) -> Skip | None:
     tuned.optimizer(lr=1e-3)
     truth = measure(tuned, batch)
     ratio = promise.peak_bytes / truth.peak_bytes
-    assert abs(ratio - 1) <= 0.03, f"promised {promise.peak_bytes:,}, took {truth.peak_bytes:,}"
+    less = ratio > 1 and method_of(name).by_data
+    assert less or abs(ratio - 1) <= 0.03, \
+        f"promised {promise.peak_bytes:,}, took {truth.peak_bytes:,}"
     return None
 
 
