@@ -36,6 +36,7 @@ class Finished:
 
         from ..fit.data import Data
         from ..fit.places import processor_for
+        from ..fit.promise import stores
         from ..fit.tasks import task_for
         from ..formats.folder import RUN, read_config, read_run
 
@@ -54,7 +55,7 @@ class Finished:
                         None, max_length=facts.get("max_length"))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
-            module = task.load(name)
+            module = task.load(name, unread=stores(facts["recipe"]))
         except ConfigError as e:
             if base is not None:
                 raise

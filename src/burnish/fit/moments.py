@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BurnishError, CheckError, NoPlanError
+from ..core.unread import is_unread
 from ..engine.tuned import Tuned
 from ..formats.safe import Tensors
 from ..memory import Ledger, MemoryReport, format_bytes, parse_bytes, simulate
@@ -55,8 +56,8 @@ class Moments:
 
     def will_read(self, name: str, module: nn.Module) -> None:
         """What reading a folder's files takes; those of a hub are wherever its library keeps them.
-        """
-        if (folder := Path(name).expanduser()).is_dir():
+        What waits in its files is read while the recipe is joined."""
+        if not is_unread(module) and (folder := Path(name).expanduser()).is_dir():
             files = Tensors(folder)
             self.will("load", read_bytes({n: files.meta(n) for n in files}, module))
 

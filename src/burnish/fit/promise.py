@@ -12,6 +12,7 @@ from torch import nn
 
 from ..core.errors import BurnishError, MemoryExceeded, NoPlanError
 from ..core.reading import plain
+from ..core.recipe import parse
 from ..memory import MemoryReport, format_bytes
 from . import checkpoint
 from .arguments import Options
@@ -34,6 +35,12 @@ def as_trained(module: nn.Module, args: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         config.use_cache = was
+
+
+def stores(recipe: Any) -> bool:
+    """Does a part of the recipe, or may one of a recipe yet to be chosen, hold the base in a form
+    of its own? Then weights are read one by one, straight into that form."""
+    return recipe is None or any("storage" in part.axes() for part in parse(recipe))
 
 
 def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any) -> Any:

@@ -38,6 +38,7 @@ from .promise import (
     memory_line,
     out_of_memory,
     promised,
+    stores,
     workers_told,
 )
 from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
@@ -165,7 +166,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     if isinstance(named, str):
         kw = {"dtype": own.dtype} if own.dtype is not None else {}
         with moments.reading():
-            module = task.load(named, own.trust_remote_code, **kw)
+            module = task.load(named, own.trust_remote_code, stores(recipe), **kw)
         name = named
         moments.will_read(named, module)
         task.notes += drawn(module, task.fresh, own.head)

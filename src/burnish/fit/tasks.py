@@ -18,6 +18,7 @@ from torch import nn
 from ..core.errors import ConfigError, DataError
 from ..core.reading import plain
 from ..formats.model_files import check_weights, loading
+from ..formats.opened import opened_as, opens
 from .data import Data
 from .heads import resize_head
 from .places import AUTO, check_local, check_served, check_there, processor_for
@@ -44,8 +45,13 @@ class Task:
     greater_is_better: ClassVar[bool] = False
 
     # -- the model -----------------------------------------------------------------------
-    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
-        """The pre-trained model at `name`, with a head of the right width."""
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        """The pre-trained model at `name`, with a head of the right width.
+
+        unread: a folder's weights are left in its files, for a recipe to read one by one
+            (formats/opened.py), where they can be.
+        """
         import transformers
 
         check_local(name)
@@ -56,9 +62,12 @@ class Task:
                 check_weights(name, lambda: auto.from_config(
                     transformers.AutoConfig.from_pretrained(name)))
             try:
-                model, found = auto.from_pretrained(
-                    name, trust_remote_code=trust_remote_code, use_safetensors=True,
-                    output_loading_info=True, **self.head(), **kw)
+                if unread and not trust_remote_code and opens(name):
+                    model, found = opened_as(auto, name, **self.head(), **kw)
+                else:
+                    model, found = auto.from_pretrained(
+                        name, trust_remote_code=trust_remote_code, use_safetensors=True,
+                        output_loading_info=True, **self.head(), **kw)
             except (OSError, ValueError) as e:
                 raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
                                   f"{plain(str(e).strip().partition(chr(10))[0])}") from None
@@ -192,8 +201,9 @@ class _Words(Task):
     #: tokens of a row where nobody says how many; None: as many as the row has
     usual_length: ClassVar[int | None] = None
 
-    def load(self, name: str, trust_remote_code: bool = False, **kw: Any) -> nn.Module:
-        model = super().load(name, trust_remote_code, **kw)
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        model = super().load(name, trust_remote_code, unread, **kw)
         self.settle(model)
         return model
 

@@ -82,12 +82,14 @@ def opened(folder: Path, cls: Any, config: Any, dtype: torch.dtype | str | None 
             return cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype or "auto",
                                        output_loading_info=True, **kw)
 
+    drawn = torch.get_rng_state()                # what the files lack is drawn once
     with _set_aside(set(names), kept=False):
         model, found = load()
     straight = {names.get(p.data_ptr()) for p in model.parameters()}
     if left := [n for n in names.values() if n not in straight]:
         del model                                # what others were made of is made of values now
         state.update((n, _Lazy.of(state[n], held[n])) for n in left)
+        torch.set_rng_state(drawn)
         with _set_aside(set(names), kept=True):
             model, found = load()
     for p in model.parameters():
@@ -97,6 +99,28 @@ def opened(folder: Path, cls: Any, config: Any, dtype: torch.dtype | str | None 
     if any(source_of(p) is not None for p in model.parameters()):
         close(model)
     return model, found
+
+
+def opens(folder: str | Path) -> bool:
+    """Does the folder hold a model that can be opened: safetensors, in the dtype they run in?"""
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        return False
+    return "quantization_config" not in safe.read_json(folder / "config.json")
+
+
+def opened_as(auto: Any, folder: str | Path, dtype: torch.dtype | str | None = None, **kw: Any
+              ) -> tuple[nn.Module, dict[str, Any]]:
+    """As ``auto.from_pretrained(folder, **kw)`` of one of transformers' Auto classes, unread."""
+    from transformers import AutoConfig
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    folder = Path(folder).expanduser()
+    config, rest = AutoConfig.from_pretrained(folder, trust_remote_code=False,
+                                              return_unused_kwargs=True, **kw)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"{auto.__name__} knows no {type(config).__name__}")
+    return opened(folder, _get_model_class(config, auto._model_mapping), config, dtype, **rest)
 
 
 def stored(folder: Path) -> dict[str, Held]:
