@@ -28,7 +28,7 @@ class Fish(Method):
 
     Start: v = 0, the pre-trained function exactly. Trains k in all, as the scores fall: a matrix
     that has none is left alone. Kept for backward: x. Merges exactly; what is not chosen stays to
-    the bit. The head trains beside it and is not of the budget; of tied weights the first counts.
+    the bit. The head trains beside it and is not of the budget.
 
     Reads data first: ``tune(..., calibration=batches)``. Squares are gathered on the host a round
     of matrices at a time, and of each at most k candidates go on; the device holds one gradient.
