@@ -14,7 +14,7 @@ from torch import nn
 from burnish.core.recipe import parse
 from burnish.memory import depth, extend, simulate
 from burnish.memory.deeper import Rule, _insertions, _numbers, _telling
-from burnish.memory.depth import Paths, Stack, shallow, stacks_of
+from burnish.memory.depth import Paths, Stack, Unlike, order_of, shallow, stacks_of
 from burnish.memory.fakes import from_config
 from burnish.memory.stream import Signs, Stream
 from burnish.testing import changed, choose
@@ -82,7 +82,8 @@ def agree(ours, whole):
 
 QUICK = [("llama", 7, "lora(rank=2)"), ("llama", 7, "full + checkpoint"),
          ("every second", 8, "lora(rank=2)"), ("vit", 5, "linear_probe"),
-         ("llama", 7, "full + galore(rank=4)"), ("mixtral", 7, "vera(rank=4)")]
+         ("llama", 7, "full + galore(rank=4)"), ("llama", 9, "lora(rank=2) + adam8bit"),
+         ("mixtral", 7, "vera(rank=4)")]
 MANY = [(f, n, r) for f, n in (("llama", 11), ("mixtral", 8), ("sliding", 12),
                                ("every second", 10), ("vit", 12), ("gpt2", 9), ("t5", 7),
                                ("mamba", 6))
@@ -99,9 +100,6 @@ if not choose.everything() and not any("burnish/memory/" in f for f in changed.f
 WHOLE = {("sliding", "lora(rank=2) + checkpoint(every=2)"), ("sliding", "mezo + lora(rank=2)"),
          ("t5", "lora(rank=2) + checkpoint(every=2)"), ("mamba", "lst(reduction=4)"),
          ("mamba", "lora(rank=2) + checkpoint(every=2)"),
-         # small tensors step together, as many as fit a strip: not so many per block
-         *((f, "lora(rank=2) + adam8bit") for f in ("llama", "mixtral", "sliding", "every second",
-                                                    "vit", "gpt2", "t5", "mamba")),
          *((f, "nf4 + lora(rank=2) + checkpoint") for f in ("vit", "gpt2", "t5", "mamba"))}
 
 
@@ -122,6 +120,25 @@ def check(family, blocks, recipe, outcomes):
 def test_the_extended_report_is_the_whole_one(family, blocks, recipe, outcomes):
     check(family, blocks, recipe, outcomes)
     assert outcomes == [True]
+
+
+def test_small_tensors_fill_strips_as_in_the_whole_model(outcomes, monkeypatch):
+    """Strips that hold more tensors than the few blocks have, and fewer than all have."""
+    for size in (150, 400, 1000):
+        monkeypatch.setattr("burnish.blocks.update.composed.strip", lambda device, n=size: n)
+        check("llama", 11, "lora(rank=2) + lion", outcomes)
+    assert outcomes == [True] * 3
+
+
+def test_the_order_of_a_longer_list_is_refused_where_blocks_are_mixed():
+    stacks = (Stack("h", 0, 1, 5, 0),)
+    few, whole = Paths(stacks, (2,)), Paths(stacks, (5,))
+    assert order_of(["wte", "h.0.a", "h.0.b", "h.1.a", "h.1.b", "ln"], few, whole) == [
+        0, *[1, 2] * 5, 5]
+    for names in (["h.0.a", "h.1.a", "h.0.b", "h.1.b"], ["h.0.a", "ln", "h.1.a"],
+                  ["h.0.a", "h.1.b"], ["h.1.a", "h.0.a"], ["h.0.a", "h.0.b", "h.1.a"]):
+        with pytest.raises(Unlike):
+            order_of(names, few, whole)
 
 
 def test_numbers_in_notes_are_those_of_the_whole_model(outcomes):

@@ -56,3 +56,27 @@ def test_a_remembered_answer_is_the_tensor_that_the_mode_would_make():
             bare.untyped_storage()._cdata
         assert torch._C._dispatch_keys(quick) == torch._C._dispatch_keys(slow)
         assert not quick.requires_grad and quick.fake_mode is mode
+
+
+def test_chunks_of_a_loss_that_are_not_run_cost_what_the_second_did(monkeypatch):
+    """Eleven chunks of rows, of which the last has fewer: the same peak, bytes and time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1, intermediate_size=32, vocab_size=96)
+    model = LlamaForCausalLM(config)
+
+    def report(recipe):
+        return simulate(model, recipe, (3, 14), count=True, whole=True)
+
+    for recipe in ("lora(rank=2) + chunked_loss(chunk=4)", "full + chunked_loss(chunk=4)"):
+        with monkeypatch.context() as undo:
+            quick = report(recipe)
+            undo.setattr(module, "quick_runs", lambda ledger: contextlib.nullcontext())
+            slow = report(recipe)
+        assert quick.phases[-1][1] < slow.phases[-1][1]
+        assert quick.peak_bytes == slow.peak_bytes
+        assert quick.by_category == slow.by_category and quick.by_module == slow.by_module
+        for figure in ("flops", "traffic", "seconds"):
+            for phase, value in getattr(slow, figure).items():
+                assert math.isclose(getattr(quick, figure)[phase], value, rel_tol=1e-9), figure

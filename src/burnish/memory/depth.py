@@ -14,6 +14,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -90,6 +91,35 @@ class Paths:
         """Which stack a module without its number belongs to; -1: none."""
         head, found, _ = module.partition(".<each ")
         return next((i for i, s in enumerate(self.stacks) if found and s.path == head), -1)
+
+
+class Unlike(Exception):
+    """A list in which the blocks do not stand one after another, each with as much."""
+
+
+def order_of(names: list[str], few: Paths, whole: Paths) -> list[int]:
+    """Names of tensors in the model `few`, as those of the model `whole` stand in their list: for
+    each tensor there, which of these is the one of a block like its own.
+
+    Raises Unlike where the order of the longer list cannot be known.
+    """
+    split = [few.split(name) for name in names]
+    runs = [(stack, list(run)) for stack, run in groupby(
+        range(len(names)), lambda n: few.stack_of(split[n][0]))]
+    if len({s for s, _ in runs if s >= 0}) != sum(s >= 0 for s, _ in runs):
+        raise Unlike                          # a stack in two places
+    out: list[int] = []
+    for stack, run in runs:
+        if stack < 0:
+            out += run
+            continue
+        each = len(run) // few.rounds[stack]
+        first = [split[n][0] for n in run[:each]]
+        if [split[n] for n in run] != [(name, turn) for turn in range(few.rounds[stack])
+                                       for name in first]:
+            raise Unlike
+        out += run[:each] * whole.rounds[stack]
+    return out
 
 
 def stacks_of(model: nn.Module) -> tuple[Stack, ...]:

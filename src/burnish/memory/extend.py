@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from ..core.errors import BurnishError, RecipeError
 from ..core.recipe import Recipe
 from .deeper import Rule
-from .depth import Paths, Stack, shallow, stacks_of
+from .depth import Paths, Stack, Unlike, order_of, shallow, stacks_of
 from .report import MemoryReport
 from .stream import Signs, Stream
 
@@ -43,12 +44,23 @@ class Shallows:
         self.model = model
         self.stacks = stacks_of(model)
         self._made: dict[Any, nn.Module] = {}
+        self._begun: dict[str, int] = {}      # part -> the first rounds at which it needs to begin
 
     def copy(self, stacks: tuple[Stack, ...], rounds: tuple[int, ...]) -> nn.Module:
         key = tuple((s.path, tuple(s.kept(n))) for s, n in zip(stacks, rounds, strict=True))
         if key not in self._made:
             self._made[key] = shallow(self.model, stacks, rounds)
         return self._made[key]
+
+    def starts(self, parts: Recipe) -> list[int]:
+        """Rounds of the shortest model, the likeliest first: what its parts needed elsewhere."""
+        first = max((self._begun.get(m.name, 1) for m in parts), default=1)
+        return [n for n in STARTS if n >= first]
+
+    def began(self, parts: Recipe, start: int) -> None:
+        """A recipe was extended from so many rounds, so none of its parts needs more."""
+        for m in parts:
+            self._begun[m.name] = min(start, self._begun.get(m.name, start))
 
 
 def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, always: bool = False
@@ -71,10 +83,11 @@ def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, alway
         if rounds not in seen:
             paths = Paths(stacks, rounds)
             seen[rounds] = run(shallows.copy(stacks, rounds), alphabet=alphabet,
-                               module=paths.split)
+                               module=paths.split,
+                               order=partial(order_of, few=paths, whole=Paths(stacks, whole)))
         return seen[rounds]
 
-    for start in STARTS:
+    for start in shallows.starts(parts):
         base, *longer = _ladder(len(stacks), start)
         proof = (start + 2,) * len(stacks)
         asked = {base, *longer, proof} | set(seen)
@@ -84,6 +97,7 @@ def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, alway
         try:
             rule = Rule.of(at(base), base, [at(r) for r in longer], Paths(stacks, base))
             if rule is not None and rule.proves(at(proof), proof, Paths(stacks, proof)):
+                shallows.began(parts, start)
                 paths = Paths(stacks, whole)
                 return MemoryReport.read(rule.at(whole, paths), paths.join)
         except RecipeError as error:          # parts that do not go together
@@ -92,7 +106,7 @@ def extended(shallows: Shallows, parts: Recipe, targets: Any, run: Run, *, alway
                 if refused[0] == refused[1]:
                     raise
                 return None
-        except BurnishError:                  # the whole model says what is wrong, or works
+        except (BurnishError, Unlike):        # the whole model says what is wrong, or works
             return None
     return None
 

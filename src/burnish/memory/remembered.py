@@ -5,7 +5,8 @@ on tensors of these shapes, strides, types and devices? The fake mode answers ea
 a table of its own that costs as much as a kernel. Here an answer is a note (a new tensor of such a
 shape, a view of the second argument, the first argument itself) that is carried out directly.
 
-Only plain answers are noted. Whatever else there is (real tensors among the arguments, subclasses,
+Only plain answers are noted, of operators that make a tensor of none as well. Whatever else there
+is (real tensors among the arguments, subclasses,
 results that share a storage among themselves, operators that change a tensor's own shape) is asked
 of the fake mode every time.
 """
@@ -47,9 +48,10 @@ class _Odd(Exception):
     pass
 
 
-def answer(func: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., Any]
-           ) -> tuple[Any, Note | None]:
-    """(what ``run(*args, **kwargs)`` returns, the note of it where there is one)."""
+def answer(func: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., Any],
+           mode: Any = None) -> tuple[Any, Note | None]:
+    """(what ``run(*args, **kwargs)`` returns, the note of it where there is one). mode: in which
+    tensors are made from no others; None: what makes such is asked every time."""
     tensors: list[FakeTensor] = []
     try:
         if not _is_steady(func):
@@ -58,7 +60,9 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., An
         note = _notes.get(key)
     except (_Odd, TypeError):
         return run(*args, **kwargs), None
-    if not tensors:
+    if tensors:
+        mode = tensors[0].fake_mode
+    if mode is None:
         return run(*args, **kwargs), None
     if note is None:
         out = run(*args, **kwargs)
@@ -68,7 +72,7 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any], run: Callable[..., An
                 _notes.clear()
             _notes[key] = note
         return out, note
-    made = [_made(r, tensors) for r in note.results]
+    made = [_made(r, tensors, mode) for r in note.results]
     return made[0] if note.held is None else note.held(made), note
 
 
@@ -109,6 +113,8 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
 
 
 def _noted(out: Any, tensors: list[FakeTensor]) -> Note | None:
+    if out is None:                           # it wrote into its arguments, and that is all
+        return Note(_nothing, [])
     held = None if isinstance(out, Tensor) else type(out)
     if held not in (None, tuple, list):
         return None
@@ -137,6 +143,10 @@ def _noted(out: Any, tensors: list[FakeTensor]) -> Note | None:
     return Note(held, results)
 
 
+def _nothing(made: list[Any]) -> None:
+    return None
+
+
 def _bytes(t: Tensor) -> int:
     """Of a storage that is made for this tensor alone."""
     if t.storage_offset():
@@ -147,13 +157,12 @@ def _bytes(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def _made(result: tuple[Any, ...], tensors: list[FakeTensor]) -> Any:
+def _made(result: tuple[Any, ...], tensors: list[FakeTensor], mode: Any) -> Any:
     kind = result[0]
     if kind == _SELF:
         return tensors[result[1]]
     if kind == _NONE:
         return None
-    mode = tensors[0].fake_mode
     with torch._C._DisableTorchDispatch():
         if kind == _NEW:
             _, shape, stride, dtype, device = result

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def collector_waits() -> Iterator[None]:
+    """The collector of cycles looks through every note and module again and again, and when it
+    comes has nothing to do with the step: whatever it would free at some operator stays."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -208,15 +222,17 @@ def quick_distances(ledger: Ledger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_runs(ledger: Ledger) -> Iterator[None]:
-    """Panels of a product, and strips of an update, are of one size but for the last, and take the
-    same operators. The first two and the last are run; where the second leaves nothing behind, its
-    costs stand for those between, and none of them can be a higher moment than it was."""
+    """Panels of a product, strips of an update and chunks of a loss are of one size but for the
+    last, and take the same operators. The first two and the last are run; where the second leaves
+    nothing behind, its costs stand for those between, and none of them can be a higher moment than
+    it was."""
+    from ..blocks.tape import chunked
     from ..blocks.update import composed, subspace
     from ..blocks.weight.panels import Panels
 
     with contextlib.ExitStack() as undo:
         for owner, name in ((Panels, "ranges"), (composed.Composed, "_slices"),
-                            (composed, "panels"), (subspace, "panels")):
+                            (composed, "panels"), (subspace, "panels"), (chunked, "spans")):
             original = getattr(owner, name)
 
             def few(*args: Any, original: Any = original) -> Iterator[tuple[int, int]]:
@@ -225,6 +241,24 @@ def quick_runs(ledger: Ledger) -> Iterator[None]:
             setattr(owner, name, few)
             undo.callback(setattr, owner, name, original)
         yield
+
+
+@contextlib.contextmanager
+def whole_bunches(order: Callable[[list[str]], list[int]]) -> Iterator[None]:
+    """Small tensors step together, as many as fill a strip. A model with fewer blocks takes the
+    strips of the whole one: `order` says which of its tensors stand in the whole one's list."""
+    from ..blocks.update.composed import Composed
+
+    original = Composed._alike
+
+    def alike(self: Composed, found: list[Any]) -> list[Any]:
+        return [found[n] for n in order([name for _, _, _, name, _ in found])]
+
+    Composed._alike = alike                   # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Composed._alike = original            # type: ignore[method-assign]
 
 
 def _ends(spans: list[tuple[int, int]], ledger: Ledger) -> Iterator[tuple[int, int]]:

@@ -37,6 +37,7 @@ from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport
 from .shortcuts import (
+    collector_waits,
     quick_distances,
     quick_noise,
     quick_runs,
@@ -45,6 +46,7 @@ from .shortcuts import (
     shapes_aside,
     tables_forgotten,
     values_are_known,
+    whole_bunches,
 )
 from .snapshot import Snapshot
 from .stream import Stream
@@ -143,7 +145,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
-               world: World, unread: bool, **words: Any) -> tuple[Stream, list[str]]:
+               world: World, unread: bool, order: Callable[[list[str]], list[int]] | None = None,
+               **words: Any) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
     from ..engine.stages import begin, stages_of
@@ -153,11 +156,13 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     mode = FakeTensorMode(allow_non_fake_inputs=True)     # tables that blocks hold are real
     kind = torch.device(device).type
     ledger = FakeLedger(kind=kind, count=count)
+    ledger.mode = mode
     here = device if kind == "cpu" or _usable(kind) else "cpu"
     ledger.offloads = world.offload and here != device
-    with (world.started(here) as mesh, random_kept(), values_are_known(), fakes_move(),
-          shapes_aside(), tables_forgotten(), quick_noise(ledger), quick_strips(ledger),
-          quick_runs(ledger), quick_distances(ledger), quiet(),
+    with (collector_waits(), world.started(here) as mesh, random_kept(), values_are_known(),
+          fakes_move(), shapes_aside(), tables_forgotten(), quick_noise(ledger),
+          quick_strips(ledger), quick_runs(ledger), quick_distances(ledger), quiet(),
+          whole_bunches(order) if order is not None else contextlib.nullcontext(),
           kernels_of(kind if here == "cpu" else "cpu")):
         twin = fake_copy(model, mode, here, dtype)
         try:

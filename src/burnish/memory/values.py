@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from .devices import COLLECTIVES
 from .fakes import kernels
@@ -38,8 +43,9 @@ class FakeLedger(Ledger):
         self.kernels = kernels(kind)
         self.note: Note | None = None         # of the operator that ran last
         self._sharing: dict[int, list[ref[Tensor]]] = {}     # storage -> tensors of known value
+        self.mode: FakeTensorMode | None = None       # in which tensors are made from no others
 
-    def knows(self, fake: Tensor, value: Tensor) -> None:
+    def knows(self, fake: Tensor, value: Tensor | _Later) -> None:
         """Give a fake tensor its value. The attribute dies with the fake."""
         fake._burnish_value = value           # type: ignore[attr-defined]
         self._sharing.setdefault(fake.untyped_storage()._cdata, []).append(ref(fake))
@@ -66,6 +72,12 @@ class FakeLedger(Ledger):
             return _uncached(func, args, kwargs)
         if func.overloadpacket in COLLECTIVES:        # every process says what this one says
             return _uncached(func, args, kwargs)
+        if self.mode is not None and _makes(func):
+            out, self.note = answer(func, args, kwargs, self.kernels.get(func, func), self.mode)
+            if self.note is not None:
+                if out.numel() <= FOLLOWED:
+                    self.knows(out, _Later(func, args, kwargs))
+                return out
         values = _known(args, kwargs)
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
@@ -94,6 +106,30 @@ class FakeLedger(Ledger):
             for fake, value in zip(leaves(out), leaves(real), strict=True):
                 self.knows(fake, value)
         return out
+
+
+class _Later:
+    """The value of a tensor that was made from none, for who asks; hardly anybody does."""
+
+    def __init__(self, func: Any, args: tuple, kwargs: dict[str, Any]):
+        self.func, self.args, self.kwargs = func, args, kwargs
+
+    def now(self) -> Tensor:
+        kwargs = dict(self.kwargs)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        with no_modes():
+            return self.func(*self.args, **kwargs)
+
+
+@cache
+def _makes(func: Any) -> bool:
+    """Does it make one tensor from no others, always the same?"""
+    schema = func._schema
+    return (func.namespace == "aten" and _RANDOM not in func.tags
+            and len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+            and not any("Tensor" in str(a.type) or "Generator" in str(a.type)
+                        for a in schema.arguments))
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
@@ -133,6 +169,8 @@ def _values(value: Any) -> Any:
         found = value.__dict__.get("_burnish_value")
         if found is None:
             raise _Unknown
+        if type(found) is _Later:
+            found = value._burnish_value = found.now()       # type: ignore[attr-defined]
         return found
     if isinstance(value, (list, tuple)):
         return type(value)([_values(v) for v in value])

@@ -105,6 +105,11 @@ def argmax(x: Tensor, head: Head, *, chunk: int = CHUNK) -> Tensor:
     return torch.cat([head.run(part).argmax(-1) for part in x.split(chunk)])
 
 
+def spans(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """``[start, stop)`` of each chunk of n rows."""
+    return ((start, min(start + size, n)) for start in range(0, n, size))
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -202,8 +207,7 @@ class _Job:
             if wanted[0]:
                 dx = torch.empty_like(x) if places is None else torch.zeros_like(x)
             total = None
-            for start in range(0, n, self.chunk):
-                stop = min(start + self.chunk, n)
+            for start, stop in spans(n, self.chunk):
                 which: Any = slice(start, stop) if places is None else places[start:stop]
                 z = through.logits(x[which])
                 if total is None:

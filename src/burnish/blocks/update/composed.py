@@ -35,6 +35,9 @@ from .subspace import Basis, in_memory_order, matrix, panels, rotate
 from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep, sweep_whole
 from .transform import Seen
 
+#: of a tensor that is stepped with others: itself, its gradient, size, name and state
+_Small = tuple[nn.Parameter, Tensor, int, str, State]
+
 
 class Composed(torch.optim.Optimizer):
     """See the module. `param_groups` hold lr, weight_decay and the rule's hyperparameters.
@@ -101,7 +104,7 @@ class Composed(torch.optim.Optimizer):
         if self.in_backward or self.plan.transforms or (
                 whole and rule.together is None):
             return done
-        bunches: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor, int, str, State]]] = {}
+        bunches: dict[tuple[Any, ...], list[_Small]] = {}
         for k, group in enumerate(self.param_groups):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 g, n = p.grad, p.numel()
@@ -114,25 +117,28 @@ class Composed(torch.optim.Optimizer):
                        whole and p.dim() > 1)
                 bunches.setdefault(key, []).append((p, g, n, name, state))
         for (k, device, *_, step, codec, _), found in bunches.items():
+            for p, _, n, name, state in found:
+                check_shape(name, p, state, self.burnish_shapes)
+                if "step" not in state:
+                    self.burnish_shapes.setdefault(p, p.shape)
+                if isinstance(self.plan.rule, Whole):
+                    self._allocate_whole(state, p)
+                else:
+                    self._allocate(state, codec, n, device, p.shape)
+                self._numerics.prepare(p.detach().view(-1), state)
+                state["step"] = step + 1
+            done.update(p for p, *_ in found)
+            found = self._alike(found)
             for lo, hi in cut([n for _, _, n, _, _ in found], self._slice(device), codec.block):
                 self._step_bunch(self.param_groups[k], found[lo:hi], codec, step + 1)
-            done.update(p for p, *_ in found)
         return done
 
-    def _step_bunch(self, group: dict[str, Any],
-                    found: list[tuple[nn.Parameter, Tensor, int, str, State]], codec: Codec,
-                    t: int) -> None:
+    def _alike(self, found: list[_Small]) -> list[_Small]:
+        """Those that are stepped in their place (a simulation of fewer blocks takes some again)."""
+        return found
+
+    def _step_bunch(self, group: dict[str, Any], found: list[_Small], codec: Codec, t: int) -> None:
         ws = [p.detach().view(-1) for p, *_ in found]
-        for w, (p, _, n, name, state) in zip(ws, found, strict=True):
-            check_shape(name, p, state, self.burnish_shapes)
-            if "step" not in state:
-                self.burnish_shapes.setdefault(p, p.shape)
-            if isinstance(self.plan.rule, Whole):
-                self._allocate_whole(state, p)
-            else:
-                self._allocate(state, codec, n, w.device, p.shape)
-            self._numerics.prepare(w, state)
-            state["step"] = t
         bunch = Bunch([name for *_, name, _ in found], [state for *_, state in found],
                       [(0, n) for _, _, n, _, _ in found], ws, [g.view(-1) for _, g, *_ in found])
         if isinstance(self.plan.rule, Whole):
