@@ -15,7 +15,7 @@ from . import target
 from .app import Json, app
 from .screen import emit, table
 
-Model = Annotated[str, typer.Argument(help="A model folder, a config.json or a hub name; the "
+Model = Annotated[str, typer.Argument(help="A model folder, a config as JSON or a hub name; the "
                                            "weights are not needed.")]
 Batch = Annotated[int, typer.Option(help="Samples in a batch.", min=1)]
 Length = Annotated[int | None, typer.Option(help="Tokens per sample.", min=1)]
@@ -78,7 +78,7 @@ def simulate(
         facts["moments"] = {m: r.peak_bytes
                             for m, r in peaks(config, recipe, size, **settings).items()}
         lines += ["", "  the peak of every moment", *(
-            f"  {m}  {format_bytes(b):>10}" for m, b in facts["moments"].items())]
+            f"  {m:<8}  {format_bytes(b):>10}" for m, b in facts["moments"].items())]
     emit(json, facts, "\n".join(lines))
 
 

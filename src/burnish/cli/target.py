@@ -10,7 +10,7 @@ from ..core.errors import ConfigError, nearest
 
 
 def config(target: str) -> Any:
-    """The transformers configuration of a model folder, a config.json or a hub name.
+    """The transformers configuration of a model folder, a JSON file or a hub name.
 
     Code that comes with a model is never run. Raises ConfigError when there is none.
     """
@@ -24,9 +24,9 @@ def config(target: str) -> Any:
         raise ConfigError(_nothing_at(path))
     elif path.is_dir() and not (path / "config.json").exists():
         raise ConfigError(f"{path} holds no config.json, so it is no model folder")
-    elif path.is_file():
-        raise ConfigError(f"{path} is a file; expected a model folder, a config.json or a name "
-                          "on the hub")
+    elif path.is_file() and path.suffix != ".json":
+        raise ConfigError(f"{path} is a file; expected a model folder, a config as JSON "
+                          "(config.json) or a name on the hub")
     name = str(path) if path.exists() else target
     with loading(name, "the configuration of"):
         try:
