@@ -111,7 +111,12 @@ class Slot(Weights):
         call = call_of(state)
         if call is None:
             return self._outermost(module, forward, args, kw)
-        run = functools.partial(self._inside, module, forward)
+        if not self.listeners and (not self.mode or call.off):
+            return self._inside(module, forward, call, args, kw)
+
+        def run(*args: Any, **kw: Any) -> Any:       # backward may ask again, in another call
+            return self._inside(module, forward, call_of(state), args, kw)
+
         for listener in self.listeners:
             run = functools.partial(listener, module, run)
         if self.mode and not call.off:
@@ -160,8 +165,8 @@ class Slot(Weights):
             return False
         return not (plan[0] or self.providers) or is_linear(module, forward)
 
-    def _inside(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        call = call_of(self.state)
+    def _inside(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
+                kw: dict) -> Any:
         if call.off:
             return self._base(module, forward, args, kw)
         if call.rows is not None:
@@ -200,6 +205,8 @@ class Slot(Weights):
     def _by(self, plan: Plan, module: nn.Module, forward: Callable[..., Any], call: Call,
             args: tuple, kw: dict) -> Any:
         groups, before, after = plan
+        if groups and not (before or after or self.reads):
+            return self._weighted(module, forward, groups, args, kw)
         given = first_of(args, kw)
         self._tap("input", given, call)
         for part, own, scale in before:

@@ -113,13 +113,8 @@ class KeysValues(Listener):
                 return how(*given)
             return joined
 
-        before = tape.intercept                      # this thread's alone
-        tape.intercept = before | {_SDPA: join(self.attend), _MHA: join(self.attend_mha)}
-        try:
-            with tape.recording():
-                out = call(*args, **kw)
-        finally:
-            tape.intercept = before
+        with tape.answering({_SDPA: join(self.attend), _MHA: join(self.attend_mha)}):
+            out = call(*args, **kw)
         if not met:
             raise RecipeError(f"prefix: {type(module).__name__} computed its attention without "
                               "F.scaled_dot_product_attention; load the model with "

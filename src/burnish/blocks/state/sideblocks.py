@@ -45,12 +45,12 @@ class Watch:
         self.tape, self.seen = tape, None
 
     def __enter__(self) -> None:
-        self._was = dict(self.tape.intercept)
         sdpa, mha = F.scaled_dot_product_attention, F.multi_head_attention_forward
-        self.tape.intercept |= {sdpa: self._sdpa, mha: self._mha}
+        self._inside = self.tape.answering({sdpa: self._sdpa, mha: self._mha})
+        self._inside.__enter__()
 
     def __exit__(self, *_: Any) -> None:
-        self.tape.intercept = self._was
+        self._inside.__exit__(None, None, None)
 
     def _sdpa(self, func: Any, args: tuple, kw: dict) -> Any:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

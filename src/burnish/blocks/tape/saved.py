@@ -403,9 +403,10 @@ class Tape(TorchFunctionMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Watch what runs inside; nested calls join the outermost one."""
+        """Watch what runs inside; nested calls join the outermost one. Where no graph is wanted
+        nothing is kept, so nothing is watched but functions that others answer."""
         here = self._here
-        if here.depth:
+        if here.depth or not (torch.is_grad_enabled() or here.intercept):
             yield
             return
         here.depth += 1
@@ -419,6 +420,17 @@ class Tape(TorchFunctionMode):
             here.depth -= 1
             here.known.clear()
             self.policy.end()
+
+    @contextmanager
+    def answering(self, functions: dict[Any, Callable[..., Any]]) -> Iterator[None]:
+        """Inside, in this thread, these functions are answered by others."""
+        before = self.intercept
+        self.intercept = before | functions
+        try:
+            with self.recording():
+                yield
+        finally:
+            self.intercept = before
 
     def _prune(self) -> None:
         """Entries whose graphs are gone stand on nothing."""

@@ -47,6 +47,7 @@ class Weighted:
         self.token = [(t, s) for t, s in terms if t.tokenwise]
         self.all: list[Term] = [t for t, _ in (*self.tiled, *self.token)]
         self.all += [wrap] if wrap else []
+        self._may_drop = any(isinstance(getattr(t, "term", t), Dropping) for t in self.all)
         #: what evaluation keeps: of a linear, and of the effective weight; None: nothing to keep
         self.fold = Fold(room) if room is not None and (self.tiled or wrap) else None
         self.whole = Fold(room) if room is not None else None
@@ -70,8 +71,9 @@ class Weighted:
 
     def run(self, x: Tensor) -> Weighted:
         """This answer for one forward on x: a generated update that drops stands beside W."""
-        own = [(Dropped(t, x) if isinstance(getattr(t, "term", t), Dropping) and drops(t) else t, s)
-               for t, s in self.terms]
+        if not self._may_drop:
+            return self
+        own = [(Dropped(t, x) if drops(t) else t, s) for t, s in self.terms]
         if all(a is b for (a, _), (b, _) in zip(own, self.terms, strict=True)):
             return self
         return Weighted(self.base, own, self.wrap, self.held)       # type: ignore[arg-type]
@@ -199,20 +201,22 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     weight: pass the stored (out, in) parameter itself when it trains too, else None.
     """
     given, x = x, cast.autocast(x)
-    if plainly(op.theta()):
+    theta = op.theta()
+    if plainly(theta):
         return op.plain(x, op.base() if weight is None else weight, bias)
     if op.wrap is not None and not op.wrap.diagonal:
         if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
             return turned
         return _remade(x, op, bias, weight)
-    op = op.run(given)
-    theta = op.theta()
+    if (now := op.run(given)) is not op:
+        op, theta = now, now.theta()
+    graph = torch.is_grad_enabled()
     if torch.compiler.is_compiling():            # (a graph cannot hold the function without grad)
-        return _Linear.apply(x, weight, bias, op, False, *theta) if torch.is_grad_enabled() else \
+        return _Linear.apply(x, weight, bias, op, False, *theta) if graph else \
             _alone(x, op, bias, weight)
     left = unread.begin()
     with unwatched():
-        if torch.is_grad_enabled():
+        if graph:
             with reading((x,)):
                 y = _Linear.apply(x, weight, bias, op, left, *theta)
         else:
@@ -348,8 +352,17 @@ def _size(op: Weighted, base: _Base, x2: Tensor, made: Made) -> int:
 def _alone(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The forward where no graph is wanted."""
     with cast.uncast(x):
-        y = _run(x, op, bias, weight, op.made(x)).y
-    return shaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1]))
+        if op.tiled or op.wrap is not None:
+            y = _run(x, op, bias, weight, op.made(x)).y
+        else:                                    # a token of a generation: little but the products
+            W = op.base() if weight is None else weight
+            W, b = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            x2 = x.reshape(-1, x.shape[-1])
+            y = matmul.linear(x2, W, b)
+            for t, s in op.token:
+                t.forward_(x2, y, s)
+    return shaped(y, (*x.shape[:-1], y.shape[-1])) if y.dtype == x.dtype else \
+        shaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1]))
 
 
 class _Linear(torch.autograd.Function):

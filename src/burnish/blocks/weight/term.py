@@ -53,7 +53,10 @@ class Term(nn.Module):
 
     def theta(self) -> tuple[Tensor, ...]:
         """The tensors gradients are wanted for, in a fixed order."""
-        return (*self.parameters(), *self.borrowed)
+        if self._modules:
+            return (*self.parameters(), *self.borrowed)
+        own = [p for p in self._parameters.values() if p is not None]   # asked at every forward
+        return (*dict.fromkeys(own), *self.borrowed)
 
     def dense(self) -> Tensor:
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""
