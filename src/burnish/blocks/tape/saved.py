@@ -402,11 +402,13 @@ class Tape(TorchFunctionMode):
         return top is not None and top[0] is not self._here.pack
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, always: bool = False) -> Iterator[None]:
         """Watch what runs inside; nested calls join the outermost one. Where no graph is wanted
-        nothing is kept, so nothing is watched but functions that others answer."""
+        nothing is kept, so nothing is watched but functions that others answer.
+
+        always: watch there too (torch's fused layers read past modules where nobody watches)."""
         here = self._here
-        if here.depth or not (torch.is_grad_enabled() or here.intercept):
+        if here.depth or not (always or torch.is_grad_enabled() or here.intercept):
             yield
             return
         here.depth += 1
