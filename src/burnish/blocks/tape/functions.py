@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -70,6 +70,18 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plainly(theta: Sequence[Tensor]) -> bool:
+    """Must the differentiable form run: under a transform, or on tensors that somebody has put in
+    the place of parameters for one call (``torch.func.functional_call``)?"""
+    return transformed() or not all(isinstance(t, nn.Parameter) for t in theta)
+
+
+def is_stored(weight: Tensor) -> bool:
+    """Is it, or is it a view of, a parameter some module owns? Keeping it costs nothing."""
+    return not torch.compiler.is_compiling() and isinstance(
+        weight._base if weight._is_view() else weight, nn.Parameter)
 
 
 class unwatched:

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...core.call import current
 from .. import matmul
 from ..tape import cast, unread
 from ..tape.activations import strips
-from ..tape.functions import applied, as_required, shaped, transformed, unwatched
+from ..tape.functions import applied, as_required, is_stored, plainly, shaped, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
@@ -134,7 +134,7 @@ class _Effective(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, op: Weighted, *theta: Tensor) -> Tensor:
         ctx.op, ctx.call = op, current()
         # V itself is read again only by what wraps it
-        ctx.stored = op.wrap is not None and _is_stored(weight)
+        ctx.stored = op.wrap is not None and is_stored(weight)
         ctx.save_for_backward(weight if ctx.stored else None)
         ctx.seen = _seen(op, True, True, not ctx.stored)
         if op.wrap is not None and not op.wrap.diagonal:
@@ -241,21 +241,9 @@ def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def plainly(theta: Sequence[Tensor]) -> bool:
-    """Must the differentiable form run: under a transform, or on tensors that somebody has put in
-    the place of parameters for one call (``torch.func.functional_call``)?"""
-    return transformed() or not all(isinstance(t, nn.Parameter) for t in theta)
-
-
 def _seen(op: Weighted, need_x: bool, panels: bool, base: bool) -> Seen | None:
     """What backward will read again, as it is now. A compiled graph takes it in as its inputs."""
     return None if torch.compiler.is_compiling() else Seen(op.reads(need_x, panels, base))
-
-
-def _is_stored(weight: Tensor) -> bool:
-    """Is it, or is it a view of, a parameter some module owns? Keeping it costs nothing."""
-    return not torch.compiler.is_compiling() and isinstance(
-        weight._base if weight._is_view() else weight, nn.Parameter)
 
 
 class _Base:
@@ -376,7 +364,7 @@ class _Linear(torch.autograd.Function):
         # as in stock torch: what backward reads is kept or watched, and nothing else
         panels = op.wrap is not None and op.wrap.keeps_input
         reads_w = ctx.needs_input_grad[0] or panels
-        keep_w = reads_w and (weight is not None or _is_stored(stored))
+        keep_w = reads_w and (weight is not None or is_stored(stored))
         ctx.seen_as = ctx.needs_input_grad[0], panels, not keep_w
         ctx.seen = _seen(op, *ctx.seen_as)
         ctx.keeps = [t.keeps_input for t, _ in op.tiled], panels
