@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.update.clip import check_norm, clip_norm_
-from ..blocks.update.step import Plan, block_matrices, compose, plan_of
+from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_side
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
@@ -130,8 +130,7 @@ class Steps:
         names = [n for n, p in named if where(n, p)]
         if not names:
             everywhere = dataclasses.replace(sub, where=block_matrices(0, inside))
-            short = max((min(p.shape[0], p[0].numel()) for n, p in named
-                         if everywhere.covers(n, p)), default=0)
+            short = max((short_side(p) for n, p in named if everywhere.covers(n, p)), default=0)
             reason = f"the largest short side there is {short}: take a rank below it" if short > 1 \
                 else "nothing that trains is a matrix inside a repeated block"
             raise RecipeError(f"{sub.name}(rank={sub.map.rank}) projects nothing: {reason}, name "

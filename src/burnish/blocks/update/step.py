@@ -45,12 +45,17 @@ def in_block(name: str) -> bool:
     return bool(_IN_BLOCK.search(name)) and not _NOT_LINEAR.search(name)
 
 
+def short_side(p: Tensor) -> int:
+    """The shorter side of a tensor as an (out, rest) matrix; 0 where it is empty."""
+    return min(p.shape[0], math.prod(p.shape[1:]))
+
+
 def block_matrices(rank: int, inside: Callable[[str], bool] = in_block
                    ) -> Callable[[str, Tensor], bool]:
     """The weights of linears and convolutions inside blocks whose short side exceeds `rank`
     (below that a subspace costs more than it saves). Embeddings, heads, norms, biases: no."""
     def where(name: str, p: Tensor) -> bool:
-        return p.dim() >= 2 and min(p.shape[0], p[0].numel()) > rank and inside(name)
+        return p.dim() >= 2 and short_side(p) > rank and inside(name)
     return where
 
 

@@ -39,7 +39,7 @@ def matrix(p: Tensor) -> Tensor:
     another order and a transposed weight its transpose, which is the same to a projection.
     """
     flat, shape = in_memory_order(p)
-    return flat.reshape(shape[0], -1)
+    return flat.reshape(shape[0], math.prod(shape[1:]))
 
 
 def in_memory_order(p: Tensor, like: Tensor | None = None) -> tuple[Tensor, tuple[int, ...]]:
