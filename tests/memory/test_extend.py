@@ -122,11 +122,12 @@ def test_the_extended_report_is_the_whole_one(family, blocks, recipe, outcomes):
     assert outcomes == [True]
 
 
-def test_small_tensors_fill_strips_as_in_the_whole_model(outcomes, monkeypatch):
+@pytest.mark.parametrize("update", ["lion", "adafactor"])
+def test_small_tensors_fill_strips_as_in_the_whole_model(update, outcomes, monkeypatch):
     """Strips that hold more tensors than the few blocks have, and fewer than all have."""
     for size in (150, 400, 1000):
         monkeypatch.setattr("burnish.blocks.update.composed.strip", lambda device, n=size: n)
-        check("llama", 11, "lora(rank=2) + lion", outcomes)
+        check("llama", 11, f"lora(rank=2) + {update}", outcomes)
     assert outcomes == [True] * 3
 
 
