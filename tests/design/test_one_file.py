@@ -35,8 +35,9 @@ class Novelty(Method):
     paper: ClassVar[str] = "a test of burnish"
 
     rank: int = setting(8, "rank of the update")
-    gain: float = setting(8.0, "numerator of s")
-    boldness: str = setting("plain", "plain: s = gain / rank; bold: s = gain", other=("bold",))
+    numerator: float = setting(8.0, "numerator of s")
+    boldness: str = setting("plain", "plain: s = numerator / rank; bold: s = numerator",
+                            other=("bold",))
     spice: float = setting(1.0, "a further factor, where it is asked for",
                            beside={"spiced": True})
     spiced: bool = setting(False, "take `spice`", beside={"spice": 3.0})
@@ -46,7 +47,7 @@ class Novelty(Method):
 
     def delta(self, site):
         site.place.check_rank(self.rank, "novelty")
-        s = self.gain / (self.rank if self.boldness == "plain" else 1)
+        s = self.numerator / (self.rank if self.boldness == "plain" else 1)
         return Chain(site.place, self.rank, s * (self.spice if self.spiced else 1.0),
                      train_a=False)
 

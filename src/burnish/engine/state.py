@@ -38,10 +38,18 @@ class State:
     #: adapter -> key of the batch -> how a part reads it
     context: dict[str, dict[str, Read]] = field(default_factory=dict)
     fused: bool = False                              # some of torch's layers read past modules
+    watched: bool = False                            # or take another road where nobody watches
     by_sample: bool = False                          # a term draws once for each sample
     shards: Any = None                               # see sharded.py
     off_here: int = 0                                # how many stand in `disabled` just now
     rows_here: int = 0                               # and how many in `adapters.rows`
+
+    def looks_at(self, model: nn.Module) -> None:
+        """Torch's encoder layers and attention have fused forms for evaluation, which they leave
+        where a tape watches: answers then have the bits of training."""
+        self.fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
+        self.watched = self.fused or any(isinstance(m, nn.MultiheadAttention)
+                                         for m in model.modules())
 
     def use(self, active: tuple[tuple[str, float], ...],
             rows: tuple[str | None, ...] | None = None) -> None:

@@ -74,7 +74,7 @@ class Tuned:
         own(model, self)
         for p in model.parameters():
             p.requires_grad_(False)
-        self.state.fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
+        self.state.looks_at(model)
         slot_of(model, self.state, "").root = True
 
     def recorded(self) -> list[Any]:
