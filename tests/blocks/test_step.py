@@ -559,3 +559,21 @@ def test_no_temporary_grows_with_the_tensor(words, monkeypatch):
         opt.step()
     # int64 table lookups of a slice are the largest; R (n, 4) of a projection is smaller
     assert 0 < seen.largest <= 8 * size < p.numel() * 2
+
+
+def test_a_tensor_that_has_changed_its_shape_is_refused_before_any_of_its_bunch_moves():
+    ps = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    opt = compose([Inner(rule=AdamW(), state="bf16")], list(zip("abc", ps, strict=True)), 1e-2)
+
+    def step():
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+    step()
+    ps[2].data = torch.randn(6)
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises(ConfigError, match="c has shape"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ps, strict=True))
+    assert [opt.state[p]["step"] for p in ps] == [1, 1, 1]

@@ -115,7 +115,7 @@ def test_a_folder_cut_in_half_is_refused_and_nothing_is_written(shard, tmp_path,
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     with pytest.raises(FormatError, match=cut.name):
         burnish.fit(base, data, RECIPE, output=tmp_path / "out", **SMALL)
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not any(f.is_file() for f in (tmp_path / "out").rglob("*"))
 
 
 def test_files_cut_while_they_are_read_end_the_run_with_the_files_left_as_they_were(

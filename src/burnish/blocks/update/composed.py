@@ -117,11 +117,12 @@ class Composed(torch.optim.Optimizer):
                        whole and p.dim() > 1)
                 bunches.setdefault(key, []).append((p, g, n, name, state))
         for (k, device, *_, step, codec, _), found in bunches.items():
-            for p, _, n, name, state in found:
+            for p, _, _, name, state in found:       # before a count of any of them moves
                 check_shape(name, p, state, self.burnish_shapes)
+            for p, _, n, _, state in found:
                 if "step" not in state:
                     self.burnish_shapes.setdefault(p, p.shape)
-                if isinstance(self.plan.rule, Whole):
+                if whole:
                     self._allocate_whole(state, p)
                 else:
                     self._allocate(state, codec, n, device, p.shape)
