@@ -365,10 +365,8 @@ def test_base_models_have_no_head():
 
 
 def test_weights_that_are_no_matrices_are_named():
-    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.LSTM(4, 4))
-    a = Anatomy.of(model)
-    assert a.places == []
-    assert ["transposed" in a.notes[0], "recurrent" in a.notes[1]] == [True, True]
+    a = Anatomy.of(nn.Sequential(nn.LSTM(4, 4)))
+    assert a.places == [] and "recurrent" in a.notes[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "encoder"])

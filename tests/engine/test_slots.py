@@ -153,13 +153,6 @@ def test_gradients_of_a_convolution_equal_dense_autograd():
         torch.testing.assert_close(a, b)
 
 
-def test_a_transposed_convolution_is_not_taken_for_a_plain_one():
-    """Its weight is (in, out, k): either it works exactly or it is no place at all."""
-    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(8, 4, 1))
-    tuned = stir(burnish.tune(model, "lora(rank=2)", targets="conv", head=False), size=0.1)
-    assert [n for n, _ in tuned.terms(Term)] == ["1.weight"]
-
-
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention_reads_weights_past_its_children(train, batch_first):

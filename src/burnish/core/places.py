@@ -12,10 +12,10 @@ from torch import nn
 from . import families
 from .site import Place
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MIXES = re.compile("quer|key|value|attn|attention|conv")
 _QKV = re.compile(r"q\w*k\w*v\w*$")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 @dataclass
@@ -63,14 +63,11 @@ class _Matrices:
             self.matrix(path, m, "conv1d", getattr(m, "nf", 0), getattr(m, "nx", 0),
                         transposed=True)
         elif isinstance(m, _CONVS):
-            kernel = math.prod(m.kernel_size)
-            self.matrix(path, m, "conv", m.out_channels, m.in_channels // m.groups * kernel,
-                        kernel=kernel)
+            self.matrix(path, m, "conv", m.out_channels,
+                        m.in_channels // m.groups * math.prod(m.kernel_size), axes=m.kernel_size,
+                        transposed=isinstance(m, _TRANSPOSED))
         elif isinstance(m, nn.Embedding):
             self.matrix(path, m, "embedding", m.embedding_dim, m.num_embeddings, transposed=True)
-        elif isinstance(m, _TRANSPOSED):
-            self.found.notes.append(f"{path} is a transposed convolution: its weight is no "
-                                    "out x in matrix, so it is no place")
         elif isinstance(m, nn.RNNBase):
             self.found.notes.append(f"{path} is recurrent: it reads its weights as one block, so "
                                     "they are no places")
@@ -78,7 +75,7 @@ class _Matrices:
             self.bare(path, m)
 
     def matrix(self, path: str, m: nn.Module, kind: str, out: int, inp: int,
-               transposed: bool = False, kernel: int = 1) -> None:
+               transposed: bool = False, axes: tuple[int, ...] = ()) -> None:
         if "weight" not in m._parameters:
             self.found.notes.append(
                 f"{path} computes its weight from other tensors (weight_norm and its like), so it "
@@ -94,9 +91,9 @@ class _Matrices:
             above = self.past[path]
             param = f"{path[len(above) + 1:] if above else path}.weight"
             self.add(above, param, "conv" if kind == "conv" else "mha", out, inp,
-                     leaf=param.removesuffix(".weight"), kernel=kernel)
+                     leaf=param.removesuffix(".weight"), transposed=transposed, axes=axes)
         else:
-            self.add(path, "weight", kind, out, inp, transposed=transposed, kernel=kernel)
+            self.add(path, "weight", kind, out, inp, transposed=transposed, axes=axes)
 
     def bare(self, path: str, m: nn.Module) -> None:
         """Matrices that a module of its own kind owns: routers, and experts in three dimensions."""
@@ -147,7 +144,7 @@ class _Matrices:
         return False
 
     def add(self, path: str, param: str, kind: str, out: int, inp: int, leaf: str = "",
-            experts: int = 0, transposed: bool = False, kernel: int = 1) -> None:
+            experts: int = 0, transposed: bool = False, axes: tuple[int, ...] = ()) -> None:
         full = f"{path}.{param}" if path else param
         owner = self.modules[path]
         *parents, last = param.split(".")
@@ -164,7 +161,7 @@ class _Matrices:
         named = ".".join(x for x in (path, leaf) if x) if leaf else path
         block = self.block_of(path)
         place = Place(path, param, kind, out, inp, block=self.numbers[block] if block else None,
-                      experts=experts, transposed=transposed, kernel=kernel)
+                      experts=experts, transposed=transposed, kernel=math.prod(axes), axes=axes)
         self.found.places.append(place)
         self.found.roles[place] = self.role(named, kind)
 

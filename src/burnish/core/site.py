@@ -17,7 +17,8 @@ from torch import nn
 
 from .errors import RankError
 
-#: linear: y = x W^T.  conv1d: HF Conv1D, stores W^T.  conv: W is (out, in/groups*kernel).
+#: linear: y = x W^T.  conv1d: HF Conv1D, stores W^T.  conv: W is (out, in/groups*kernel), of a
+#: transposed convolution too, which stores (in, out/groups, kernel).
 #: embedding: W is (width, vocabulary), the transpose of what is stored.
 #: mha: a matrix a module reads past the child that owns it, without calling that child: the
 #: projections of `nn.MultiheadAttention`, some of Mamba's; `path` is the reader then.
@@ -33,8 +34,10 @@ class Place:
     param: the parameter's name below that module (``weight``, ``out_proj.weight``...).
     rows: (start, stop) along `out` when only a slice is meant (fused qkv); else None.
     experts: number of matrices in a 3-D parameter; 0 for an ordinary place.
-    transposed: the parameter stores in x out (Conv1D, embeddings, some expert layouts).
+    transposed: the parameter stores in x out (Conv1D, embeddings, transposed convolutions, some
+        expert layouts).
     kernel: entries of a convolution's kernel; inp is channels x kernel.
+    axes: its sides, ``(3, 3)``; () elsewhere.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Place:
     experts: int = 0
     transposed: bool = False
     kernel: int = 1
+    axes: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,15 +64,28 @@ class Place:
         return self.out * self.inp * max(1, self.experts)
 
     def view(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored parameter as (out, in), or (experts, out, in): always a view."""
+        """The stored parameter as (out, in), or (experts, out, in): a view, but for kernels held
+        in another order (channels last, transposed convolutions), which are copied."""
         w = stored
         if self.kind == "conv":
+            if self.transposed:                  # (g n, out / g, ...) -> (out, n, ...)
+                w = w.unflatten(0, (-1, self.inp // self.kernel)).transpose(1, 2).flatten(0, 1)
             w = w.flatten(1)
         elif self.transposed:
             w = w.transpose(-1, -2)
         if self.rows:
             w = w[..., self.rows[0] : self.rows[1], :]
         return w
+
+    def unview(self, w: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """A whole (out, in) matrix in the layout of the stored parameter: what `view` undoes."""
+        if self.kind == "conv":
+            if not self.transposed:
+                return w.reshape(stored.shape)
+            n = self.inp // self.kernel
+            w = w.reshape(stored.shape[0] // n, -1, n, self.kernel).transpose(1, 2)
+            return w.reshape(stored.shape)
+        return w.transpose(-1, -2) if self.transposed else w
 
     def stored(self, module: nn.Module) -> torch.Tensor:
         """The parameter itself (whole, as stored)."""

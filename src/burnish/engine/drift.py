@@ -54,7 +54,7 @@ def _input(module: nn.Module, slot: Slot) -> Tensor | None:
         return None
     if isinstance(module, nn.Linear) or is_conv1d(module):
         shape = [SAMPLES, module.in_features if isinstance(module, nn.Linear) else module.nx]
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(module, nn.modules.conv._ConvNd):
         sides = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         shape = [SAMPLES, module.in_channels, *sides]
     elif isinstance(module, nn.Embedding):

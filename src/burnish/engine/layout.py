@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks.weight.provided import Weighted
 from ..core.site import Place
@@ -27,12 +27,6 @@ def segments(groups: list, total: int) -> Iterator[tuple[tuple[int, int], Weight
 
 def whole(place: Place) -> Place:
     return replace(place, rows=None)
-
-
-def as_stored(w: Tensor, place: Place, stored: Tensor) -> Tensor:
-    if place.kind == "conv":
-        return w.view(stored.shape)
-    return w.transpose(-1, -2) if place.transposed else w
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..core.errors import CheckError, ConfigError
 from .drift import Drift
 from .entries import Written, plan_of, put_back, write
-from .layout import as_stored
 from .originals import Originals
 from .slot import Slot, slots
 from .spread import refuse
@@ -95,7 +94,7 @@ def _merged(module: nn.Module, slot: Slot, active: Any) -> dict[str, Tensor]:
         wide = torch.promote_types(view.dtype, torch.float32)
         value = op.dense(view.to(wide)).to(view.dtype)
         # of a kernel held in another order (channels last) `view` is a copy
-        view.copy_(value) if place.rows else target.copy_(as_stored(value, place, target))
+        view.copy_(value) if place.rows else target.copy_(place.unview(value, target))
     for part, own, scale in (*before, *after):
         if scale != 1:
             raise CheckError(f"cannot merge: {part.key} is active at {scale}; a scaling folds "

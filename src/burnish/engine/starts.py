@@ -22,7 +22,8 @@ def with_starts(slot: Slot, value: Tensor, param: str) -> Tensor:
     for part in slot.absorbed:
         share = 1 - active.get(part.adapter, 0.0)
         if part.place.param == param and share:
-            value = value.clone()
-            view = part.place.view(value)
+            value, place = value.clone(), part.place
+            view = place.view(value)
             view.add_(slot.module_of(part).start().to(view.dtype), alpha=share)
+            value = value if place.rows else place.unview(view, value)
     return value

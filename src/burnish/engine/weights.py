@@ -25,7 +25,7 @@ from ..blocks.weight.provided import Weighted, linear
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Place
-from .layout import as_stored, is_conv, is_conv1d, is_linear, segments, whole
+from .layout import is_conv, is_conv1d, is_linear, segments, whole
 from .planned import Plan, make_plan
 from .starts import with_starts
 from .state import Part, State
@@ -246,13 +246,13 @@ class Weights(nn.Module):
         stored = self._stored(module, param)
         first = items[0][0]
         if first.rows is None:
-            return as_stored(items[0][1].effective(first.view(stored)), first, stored)
+            return first.unview(items[0][1].effective(first.view(stored)), stored)
         pieces = []
         fused = whole(first).view(stored)
         for (a, b), op in segments(items, fused.shape[-2]):
             rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
-        return as_stored(torch.cat(pieces, dim=-2), first, stored)
+        return first.unview(torch.cat(pieces, dim=-2), stored)
 
 
 def _in(call: Call, make: Callable[[], Tensor]) -> Tensor:

@@ -111,6 +111,9 @@ def given(file: str, site: Site) -> Tensor:
 
     path = regular(Path(file).expanduser(), RecipeError)
     whole = site.weight if site.weight._base is None else site.weight._base
+    if site.place.kind == "conv" and site.place.transposed:
+        raise RecipeError(f"{plain(path)}: no mask is read for a transposed convolution, as "
+                          f"{site.place.name} is; leave it out of targets")
     with unset_fake_temporarily(), reading(path, RecipeError), safe_open(path, "pt") as masks:
         _check_names(plain(path), list(masks.keys()), site.places)
         index = _entries(masks.get_tensor(_name(site.place)), site.place, tuple(whole.shape),

@@ -81,6 +81,10 @@ class Affine(nn.Module):
         if weight.dim() == 1:
             offset = _offset(module, weight)              # some norms store gamma - 1
             values["weight"] = ((weight.to(wide) + offset) * gain - offset).to(weight.dtype)
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):    # (in, out / groups, ...)
+            by_group = gain.view(module.groups, 1, -1, *(1,) * (weight.dim() - 2))
+            W = weight.to(wide).unflatten(0, (module.groups, -1)) * by_group
+            values["weight"] = W.flatten(0, 1).to(weight.dtype)
         else:
             shape = (-1, *(1,) * (weight.dim() - 1)) if rows_first else (-1,)
             values["weight"] = (weight.to(wide) * gain.view(shape)).to(weight.dtype)

@@ -25,6 +25,9 @@ class Columns(Term):
         """Columns i0:i1 of the update, (out, i1 - i0): a fresh tensor, differentiable in theta."""
         raise NotImplementedError
 
+    def panel(self, i0: int, i1: int) -> Tensor:
+        return self.columns(i0, i1)
+
     def dense(self) -> Tensor:
         return self.columns(0, self.inp)
 
@@ -32,13 +35,3 @@ class Columns(Term):
         with torch.no_grad():
             return self.columns(i0, i1)
 
-    def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
-        theta = self.theta()
-        with torch.enable_grad():
-            made = self.columns(i0, i1)
-        wanted = [t for t in theta if t.requires_grad]
-        got = iter(torch.autograd.grad(made, wanted, G.to(made.dtype), allow_unused=True))
-        for k, t in enumerate(theta):
-            if t.requires_grad and (part := next(got)) is not None:
-                grads[k] = part if grads[k] is None else grads[k].add_(part)
-        return made.detach()

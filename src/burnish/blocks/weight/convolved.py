@@ -14,16 +14,19 @@ from torch import Tensor
 
 from .factor import Chain
 from .shards import Shards
+from .tucker import Tucker
 
 _POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def convolved(term: Chain | Shards, conv: Any, x: Tensor) -> Tensor:
+def convolved(term: Chain | Shards | Tucker, conv: Any, x: Tensor) -> Tensor:
     """``s conv_1(conv(drop(x), A), B)``; x as the module is given it, with or without a batch.
 
     A (R, in / groups * kernel) serves every group, B (out, R) its rows group by group:
     ``Delta = s B A`` row by row, as the chain has it for a weight of (out, in / groups * kernel).
     """
+    if isinstance(term, Tucker):
+        return term.beside(conv, x)
     if term.training and term.dropout:
         x = F.dropout(x, term.dropout, True)
     down, up = term.factors()

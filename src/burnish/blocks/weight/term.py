@@ -62,6 +62,11 @@ class Term(nn.Module):
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""
         raise NotImplementedError
 
+    def panel(self, i0: int, i1: int) -> Tensor:
+        """Columns i0:i1 of it, differentiable; an update that need not make the rest for them
+        overrides this (and says `cheap_tile` or `tiled`)."""
+        return self.dense()[..., i0:i1]
+
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """(A, B) of shapes (r, in) and (out, r) where the update is ``B A`` with a small r, scale
         and all, made of this term's own tensors and numbers; None where it is anything else."""
@@ -134,7 +139,7 @@ class Term(nn.Module):
         """Accumulate into `grads` from the gradient of a panel; return the panel again."""
         theta = self.theta()
         with torch.enable_grad():
-            d = self.dense()[..., i0:i1]
+            d = self.panel(i0, i1)
             wanted = [t for t in theta if t.requires_grad]
             got = iter(torch.autograd.grad(d, wanted, G.to(d.dtype), allow_unused=True))
         for k, t in enumerate(theta):

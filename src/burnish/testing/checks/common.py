@@ -225,11 +225,7 @@ def dense_weights(tuned: Tuned, base: nn.Module) -> Iterator[None]:
                 full = replace(place, rows=None).view(stored)
                 a, b = place.rows
                 whole = torch.cat([full[..., :a, :], whole, full[..., b:, :]], dim=-2)
-            if place.kind == "conv":
-                whole = whole.reshape(stored.shape)
-            elif place.transposed:
-                whole = whole.transpose(-1, -2)
-            made[key] = whole
+            made[key] = place.unview(whole, stored)
     with _reparametrize_module(base, made, tie_weights=True):
         yield
 
