@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.linalg import over_tokens, svd
+from burnish.blocks.linalg import over_tokens, polar, svd
 
 
 def matrix(m, n, fall, seed=0):
@@ -130,3 +130,20 @@ def test_the_sketch_is_the_same_under_another_default_precision():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("m, n", [(30, 40), (40, 30), (30, 30)])
+def test_the_polar_factor_is_that_of_the_decomposition(m, n):
+    M = matrix(m, n, 0.8)                            # to a thousandth of the largest
+    U, _, V = torch.linalg.svd(M, full_matrices=False)
+    torch.testing.assert_close(polar(M), U @ V, rtol=0, atol=1e-12)
+    torch.testing.assert_close(polar(M * 1e-6), U @ V, rtol=0, atol=1e-12)
+
+
+def test_directions_that_are_not_there_stay_out_of_the_polar_factor():
+    a, b = torch.ones(6, 1, dtype=torch.float64), torch.arange(1.0, 5.0, dtype=torch.float64)
+    one = a * b
+    torch.testing.assert_close(polar(one), one / torch.linalg.vector_norm(one))
+    assert not polar(torch.zeros(3, 4)).any()
+    few = polar(torch.diag(torch.tensor([1.0, 1e-3])), passes=1)
+    torch.testing.assert_close(few, torch.diag(torch.tensor([1.0, 1.5e-3])), rtol=1e-3, atol=0)

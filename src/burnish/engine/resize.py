@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..blocks.update.resize import check, resize
+from ..blocks.update.resize import Moments, check, resize
 from ..core.errors import ConfigError
 from .slot import Part, slots
 from .swap import ATTR
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def resize_term(tuned: Tuned, term: Any, keep: Tensor | Mapping[str, Tensor] | None,
-                fresh: Mapping[str, Tensor] | None) -> None:
+                fresh: Mapping[str, Tensor] | None, moments: Moments = "keep") -> None:
     """See :meth:`burnish.Tuned.resize`."""
     adapter, part, prefix = _where(tuned, term)
     optimizer = tuned.current_optimizer
@@ -27,7 +27,7 @@ def resize_term(tuned: Tuned, term: Any, keep: Tensor | Mapping[str, Tensor] | N
     for name, dim in term.ranked.items():
         stay = keep.get(name) if isinstance(keep, Mapping) else keep
         new = None if fresh is None else fresh.get(name)
-        resize(getattr(term, name), dim, stay, new, optimizer, f"{prefix}.{name}")
+        resize(getattr(term, name), dim, stay, new, optimizer, f"{prefix}.{name}", moments)
     _record(tuned, adapter, part, term)
 
 

@@ -30,7 +30,7 @@ from .observe import Batches
 from .originals import Originals
 from .owners import disown, own
 from .persample import sample_norms
-from .resize import resize_term
+from .resize import Moments, resize_term
 from .room import allowing
 from .slot import slot_of
 from .stages import run
@@ -430,18 +430,17 @@ class Tuned:
         return save(self, Path(folder), whole=whole, **extra)
 
     def resize(self, term: Any, keep: Tensor | Mapping[str, Tensor] | None = None,
-               fresh: Mapping[str, Tensor] | None = None) -> None:
+               fresh: Mapping[str, Tensor] | None = None, moments: Moments = "keep") -> None:
         """Change the rank of a term between steps: the components `keep` (indices, in this order,
         the same for all tensors or by tensor name; None: all), then `fresh` ones (tensor name ->
-        slices to append).
-
-        Parameters stay the same objects in the same groups of the optimizer; gradients and
-        moments are cut and grown with them, and the adapter's file knows the new rank. Raises
-        ConfigError for a term without a rank axis, RecipeError where the optimizer's state has
-        lost the shape (codes, projections); nothing is changed then.
+        slices to append). Parameters stay the same objects in the same groups of the optimizer;
+        gradients and moments are cut and grown with them ("drop": the moments begin again),
+        and the adapter's file knows the new rank. Raises ConfigError for a term without a rank
+        axis, RecipeError where the optimizer's state has lost the shape (codes, projections);
+        nothing is changed then.
         """
         self.check_plain()
-        resize_term(self, term, keep, fresh)
+        resize_term(self, term, keep, fresh, moments)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """What an adapter is: its own tensors, the base tensors it trains and the buffers of the

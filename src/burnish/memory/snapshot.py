@@ -20,10 +20,12 @@ class Snapshot:
         opt = tuned.current_optimizer
         held = {id(p) for g in opt.param_groups for p in g["params"]} if opt is not None else set()
         self.flags = [(p, p.requires_grad) for p in model.parameters()]
-        self.tensors = [(t, t.detach().clone()) for t in model.buffers()]
+        buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        self.tensors = [(b, buffers[n]) for n, b in model.named_buffers()]
         self.named = {n: p.detach().clone() for n, p in model.named_parameters()
                       if p.requires_grad or id(p) in held or ".burnish." in f".{n}."}
         self.tensors += [(p, self.named[n]) for n, p in model.named_parameters() if n in self.named]
+        self.named |= buffers
         self.optimizer, self.timeline = opt, tuned.steps._timeline
         self.state = copy.deepcopy(opt.state_dict()) if opt is not None else None
         self.events = copy.deepcopy(self.timeline.state()) if self.timeline else None

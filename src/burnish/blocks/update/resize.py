@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import RecipeError
+
+#: what becomes of the optimizer's state of a tensor whose entries are chosen again
+Moments = Literal["keep", "drop"]
 
 
 def resized(t: Tensor, dim: int, keep: Tensor | None, fresh: Tensor | None) -> Tensor:
@@ -19,13 +22,17 @@ def resized(t: Tensor, dim: int, keep: Tensor | None, fresh: Tensor | None) -> T
 
 @torch.no_grad()
 def resize(p: nn.Parameter, dim: int, keep: Tensor | None = None, fresh: Tensor | None = None,
-           optimizer: torch.optim.Optimizer | None = None, name: str = "a tensor") -> None:
+           optimizer: torch.optim.Optimizer | None = None, name: str = "a tensor",
+           moments: Moments = "keep") -> None:
     """Change `p` as :func:`resized` does, in place: it stays the same parameter in the same group.
 
-    Its gradient and its moments go with it; fresh slices start with none (zeros). Raises
-    RecipeError, with nothing changed, where the state is held in a form that has lost the shape.
+    Its gradient goes with it, and its moments; fresh slices start with none (zeros). moments:
+    "drop": the optimizer knows it no more, counts begin again. Raises RecipeError, with nothing
+    changed, where the state is held in a form that has lost the shape.
     """
     old = p.shape
+    if moments == "drop" and optimizer is not None:
+        optimizer.state.pop(p, None)
     state = {} if optimizer is None else optimizer.state.get(p, {})
     zeros = None if fresh is None else torch.zeros_like(fresh)
 

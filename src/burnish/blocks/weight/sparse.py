@@ -71,10 +71,14 @@ class SparseDelta(Term):
         index = self.index.long()
         return index // self.inp, index % self.inp
 
+    def standing(self) -> Tensor:
+        """What stands at each position of the index; those that train come first."""
+        return self.values
+
     def dense(self) -> Tensor:
         flat = torch.zeros(self.out * self.inp, dtype=self.values.dtype,
                            device=self.values.device)
-        return flat.index_put((self.index.long(),), self.values).view(self.out, self.inp)
+        return flat.index_put((self.index.long(),), self.standing()).view(self.out, self.inp)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         return self.index.long(), self.values.detach()
@@ -112,8 +116,9 @@ class SparseDelta(Term):
         return [(g_NO.t() @ x_NC)[rows, where].mul_(scale).to(self.values.dtype)]
 
     # -- panels ------------------------------------------------------------------------------------
-    def _inside(self, i0: int, i1: int) -> tuple[Tensor, Tensor, Tensor | slice]:
-        rows, cols = self._rows_cols()
+    def _inside(self, i0: int, i1: int, most: int) -> tuple[Tensor, Tensor, Tensor | slice]:
+        """Of the first `most` entries those in columns i0:i1: where in a panel, and which."""
+        rows, cols = (at[:most] for at in self._rows_cols())
         if i0 == 0 and i1 == self.inp:
             return rows, cols, slice(None)
         inside = ((cols >= i0) & (cols < i1)).nonzero().squeeze(1)
@@ -121,15 +126,16 @@ class SparseDelta(Term):
 
     @torch.no_grad()
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
-        rows, cols, inside = self._inside(i0, i1)
+        standing = self.standing()
+        rows, cols, inside = self._inside(i0, i1, len(standing))
         panel = torch.zeros(self.out, i1 - i0, dtype=self.values.dtype, device=self.values.device)
-        panel[rows, cols] = self.values[inside]
+        panel[rows, cols] = standing[inside]
         return panel
 
     @torch.no_grad()
     def pull(self, i0: int, i1: int, G: Tensor, state: object,
              grads: list[Tensor | None]) -> Tensor:
-        rows, cols, inside = self._inside(i0, i1)
+        rows, cols, inside = self._inside(i0, i1, len(self.values))
         if grads[0] is None:
             grads[0] = torch.zeros_like(self.values)
         grads[0][inside] += G[rows, cols].to(self.values.dtype)
