@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.blocks.choose.budget import allocate, cubic
+from burnish.blocks.choose.budget import allocate, cubic, elbow
 
 LAYERS = st.lists(st.tuples(st.integers(0, 2**40), st.floats(0, 1e6)), min_size=1, max_size=12)
 
@@ -86,3 +87,11 @@ def test_large_sums_are_exact():
     total = sum(caps) - 12_345_679
     got = allocate(total, [1.0 + i / 7 for i in range(72)], caps)
     assert sum(got) == total > 2**24
+
+
+@pytest.mark.parametrize("curve, bend", [
+    ([9.0, 1.0, 0.5, 0.0], 2), ([5.0, 4.9, 4.8, 0.5, 0.0], 3), ([3.0, 2.0], 2), ([3.0], 1),
+    ([4.0, 3.0, 2.0, 1.0], 4), ([9.0, 1.0, 0.9], 2), ([4e-8, 1e-8, 0.0], 2),
+    ([0.7, 0.6, 0.5, 0.4, 0.3], 5)])
+def test_the_bend_of_a_curve(curve, bend):
+    assert elbow(torch.tensor(curve)) == bend

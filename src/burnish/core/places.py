@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,8 +65,8 @@ class _Matrices:
                         transposed=True)
         elif isinstance(m, _CONVS):
             self.matrix(path, m, "conv", m.out_channels,
-                        m.in_channels // m.groups * math.prod(m.kernel_size), axes=m.kernel_size,
-                        transposed=isinstance(m, _TRANSPOSED))
+                        m.in_channels // m.groups * math.prod(m.kernel_size),
+                        transposed=isinstance(m, _TRANSPOSED), axes=m.kernel_size, groups=m.groups)
         elif isinstance(m, nn.Embedding):
             self.matrix(path, m, "embedding", m.embedding_dim, m.num_embeddings, transposed=True)
         elif isinstance(m, nn.RNNBase):
@@ -75,7 +76,7 @@ class _Matrices:
             self.bare(path, m)
 
     def matrix(self, path: str, m: nn.Module, kind: str, out: int, inp: int,
-               transposed: bool = False, axes: tuple[int, ...] = ()) -> None:
+               transposed: bool = False, **kernel: Any) -> None:
         if "weight" not in m._parameters:
             self.found.notes.append(
                 f"{path} computes its weight from other tensors (weight_norm and its like), so it "
@@ -91,9 +92,9 @@ class _Matrices:
             above = self.past[path]
             param = f"{path[len(above) + 1:] if above else path}.weight"
             self.add(above, param, "conv" if kind == "conv" else "mha", out, inp,
-                     leaf=param.removesuffix(".weight"), transposed=transposed, axes=axes)
+                     leaf=param.removesuffix(".weight"), transposed=transposed, **kernel)
         else:
-            self.add(path, "weight", kind, out, inp, transposed=transposed, axes=axes)
+            self.add(path, "weight", kind, out, inp, transposed=transposed, **kernel)
 
     def bare(self, path: str, m: nn.Module) -> None:
         """Matrices that a module of its own kind owns: routers, and experts in three dimensions."""
@@ -144,7 +145,8 @@ class _Matrices:
         return False
 
     def add(self, path: str, param: str, kind: str, out: int, inp: int, leaf: str = "",
-            experts: int = 0, transposed: bool = False, axes: tuple[int, ...] = ()) -> None:
+            experts: int = 0, transposed: bool = False, axes: tuple[int, ...] = (),
+            groups: int = 1) -> None:
         full = f"{path}.{param}" if path else param
         owner = self.modules[path]
         *parents, last = param.split(".")
@@ -161,7 +163,8 @@ class _Matrices:
         named = ".".join(x for x in (path, leaf) if x) if leaf else path
         block = self.block_of(path)
         place = Place(path, param, kind, out, inp, block=self.numbers[block] if block else None,
-                      experts=experts, transposed=transposed, kernel=math.prod(axes), axes=axes)
+                      experts=experts, transposed=transposed, kernel=math.prod(axes), axes=axes,
+                      groups=groups)
         self.found.places.append(place)
         self.found.roles[place] = self.role(named, kind)
 

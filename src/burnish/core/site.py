@@ -37,7 +37,7 @@ class Place:
     transposed: the parameter stores in x out (Conv1D, embeddings, transposed convolutions, some
         expert layouts).
     kernel: entries of a convolution's kernel; inp is channels x kernel.
-    axes: its sides, ``(3, 3)``; () elsewhere.
+    axes: its sides, ``(3, 3)``; () elsewhere.  groups: of the convolution.
     """
 
     path: str
@@ -52,6 +52,7 @@ class Place:
     transposed: bool = False
     kernel: int = 1
     axes: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def name(self) -> str:

@@ -55,6 +55,7 @@ VOCABULARY: dict[str, str] = {
     "in_backward": "step while backward runs",
     # how
     "act": "activation inside a branch",
+    "form": "how a tensor is taken apart",
     "init": "start of what trains",
     "ids": "tokens of the vocabulary that the start is read from",
     "iterations": "of an approximate decomposition",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def cubic(start: float, end: float, step: float, begin: float, finish: float) -> float:
     """``end + (start - end) (1 - (t - begin) / (finish - begin))^3``, constant outside."""
@@ -12,6 +15,18 @@ def cubic(start: float, end: float, step: float, begin: float, finish: float) ->
     if step >= finish:
         return end
     return end + (start - end) * (1 - (step - begin) / (finish - begin)) ** 3
+
+
+def elbow(curve: Tensor) -> int:
+    """How many of these falling values stand up to the bend, it included: where the curve is
+    farthest from the straight line between its ends. All of two or fewer, and of a straight line.
+    """
+    n = curve.numel()
+    if n < 3:
+        return n
+    line = curve[0] + (curve[-1] - curve[0]) * torch.arange(n, device=curve.device) / (n - 1)
+    below = (line - curve).abs()
+    return int(below.argmax()) + 1 if float(below.max()) > 1e-6 * float(curve[0].abs()) else n
 
 
 def allocate(total: int, scores: Sequence[float], caps: Sequence[int]) -> list[int]:

@@ -27,7 +27,7 @@ from ..tape.roles import reading
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-    "linear": lambda z: z,
+    "gelu_new": lambda z: F.gelu(z, approximate="tanh"), "linear": lambda z: z,
 }
 
 

@@ -30,7 +30,7 @@ class FloraNd(Method):
     of federated learning and Flora, the optimizer, are other methods.)
     """
 
-    paper: ClassVar[str] = ("FLoRA: Low-Rank Core Space for N-dimension (2024), arXiv:2405.14739")
+    paper: ClassVar[str] = "FLoRA: Low-Rank Core Space for N-dimension (2024)"
     tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha", "embedding"})
     small: ClassVar[dict[str, int]] = {"rank": 2}
