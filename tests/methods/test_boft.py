@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
-from burnish.blocks.weight.butterfly import Butterfly
+from burnish.blocks.weight.butterfly import Butterfly, Gained
 from burnish.core.site import Place
 from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
@@ -118,6 +118,25 @@ def test_it_is_what_peft_computes():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_gain_stands_behind_the_product_not_behind_the_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 9)).double()
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    tuned = burnish.tune(model, "boft(block=4, factors=2, gain=True)", head=False, targets="0")
+    (_, term), = tuned.terms(Gained)
+    assert torch.equal(term.s, torch.ones(9))
+    term.double()
+    with torch.no_grad():
+        term.upper.normal_()
+        term.s.normal_()
+    follows(tuned, lambda x, upper, s: F.linear(
+        x, s[:, None] * (W @ rotation(term, 16, upper).t()), bias), [term.upper, term.s],
+        (5, 3, 16))
+    assert tuned.recipe[0].count(Place("0", "weight", "linear", 9, 16)) == 2 * 4 * 6 + 9
+    assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
+        == {0.0}
+
+
 def test_it_is_wired_as_peft_wires_it():
     from peft.tuners.boft.layer import BOFTLayer
 
@@ -160,7 +179,7 @@ def test_settings_at_their_bounds_are_taken(settings):
 
 def test_defaults_and_no_decay():
     assert burnish.parse("boft")[0].settings() == {"targets": None, "block": 8, "factors": 2,
-                                                   "terms": 0}
+                                                   "terms": 0, "gain": False}
     tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "boft", targets="0", head=False)
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
         == {0.0}

@@ -60,6 +60,15 @@ def test_positions_are_distinct_and_those_of_the_shape():
     assert not torch.equal(first.index, next(t for _, t in other.terms(Cosines)).index)
 
 
+def test_positions_of_torch_are_those_of_its_permutation():
+    """As PEFT draws them, for each shape anew from the seed."""
+    net = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 5))
+    tuned = burnish.tune(net, "fourierft(n=50, seed=3, positions='torch')", head=False, targets="*")
+    for (_, term), entries in zip(tuned.terms(Cosines), (192, 60), strict=True):
+        want = torch.randperm(entries, generator=torch.Generator().manual_seed(3))[:50]
+        assert torch.equal(term.index, want)
+
+
 def test_large_positions_lose_nothing_in_single_precision():
     """v i reaches 10^7 full turns of a wide matrix; whole turns are taken off as integers."""
     torch.manual_seed(0)
@@ -112,7 +121,8 @@ def test_more_coefficients_than_entries_are_refused():
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("fourierft")[0].settings() == {
-        "targets": None, "n": 1000, "alpha": 150.0, "zero": False, "seed": 777}
+        "targets": None, "n": 1000, "alpha": 150.0, "zero": False, "seed": 777,
+        "positions": "portable"}
 
 
 def test_bounds_and_cost():

@@ -98,3 +98,27 @@ def test_experts_in_one_parameter_have_no_inner_state():
     tuned = burnish.tune(tiny("mixtral")[0], "ia3", head=False)
     names = {n.partition(".burnish")[0].rpartition(".")[2] for n, _ in tuned.named_parameters()}
     assert names == {"k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("at, size", [("input", 48), ("output", 32), ("auto", 48)])
+def test_the_side_of_named_targets_can_be_told(beside, at, size):
+    one = beside("llama", f"ia3(targets='down', at={at!r})")
+    for path in {p for p, _ in one.theta}:
+        module = one.base.get_submodule(path)
+        assert one.theta[path, "gain"].shape == (size,)
+        if size == 48:
+            module.register_forward_pre_hook(
+                lambda m, args, path=path: (args[0] * one.theta[path, "gain"],))
+        else:
+            module.register_forward_hook(
+                lambda m, args, y, path=path: y * one.theta[path, "gain"])
+    one.agree()
+    tuned = burnish.tune(tiny("llama")[0], "ia3(targets='q', at='input')")
+    assert {p.shape for p in tuned.parameters()} == {(32,)}
+
+
+def test_a_side_without_targets_or_of_some_rows_is_refused():
+    with pytest.raises(burnish.RecipeError, match="is about targets that are named"):
+        parse("ia3(at='input')")
+    with pytest.raises(burnish.RecipeError, match="which all read one input; name it whole"):
+        burnish.tune(tiny("gpt2")[0], "ia3(targets='q', at='input')")

@@ -52,6 +52,32 @@ def test_outputs_and_gradients_are_those_of_the_sum():
     follows(tuned, equation, [p for t in terms for p in (t.lam, t.gamma)], (6, 7), atol=1e-9)
 
 
+@pytest.mark.parametrize("out, inp", [(11, 7), (5, 11)])
+def test_the_order_of_peft_pairs_column_c_with_row_c(out, inp):
+    """Column c of all B_i, one after the other, meets the row c of (rank, n) scaled copies of A."""
+    model, tuned, (term,) = made([(inp, out)], "rank=3, alpha=6, order='peft'")
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    shared = model.burnish.default["randlora_shared"]
+    n = term.lam.shape[0]
+
+    def equation(x, lam, gamma):
+        total = 0
+        for c in range(3 * n):
+            k, i = divmod(c, n)
+            row = lam[i, k] * shared.A[k, : term.p] * gamma[i]
+            total = total + 2.0 * torch.outer(shared.B[c // 3, : term.q, c % 3], row)
+        return F.linear(x, model[0].weight + (total.t() if out < inp else total), model[0].bias)
+
+    follows(tuned, equation, [term.lam, term.gamma], (6, inp), atol=1e-9)
+
+
+def test_stored_bases_come_with_a_file():
+    with pytest.raises(burnish.RecipeError, match="has the bases of a saved adapter"):
+        burnish.tune(tiny("llama")[0], "randlora(rank=8, bases='stored')")
+
+
 @pytest.mark.parametrize("out, inp", [(48, 30), (30, 48)])
 def test_its_rank_is_full(out, inp):
     model, tuned, (term,) = made([(inp, out)], "rank=7")
@@ -133,7 +159,7 @@ def test_a_rank_of_nothing_is_refused():
     with pytest.raises(burnish.RecipeError, match="^randlora: rank=0"):
         burnish.parse("randlora(rank=0)")
     assert burnish.parse("randlora")[0].settings() == {
-        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform"}
+        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform", "order": "paper"}
 
 
 def test_bounds_and_cost():

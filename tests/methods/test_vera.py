@@ -115,6 +115,11 @@ def test_files_hold_vectors_alone_and_a_load_draws_the_same_bases(tmp_path):
         tiny("llama")[0], "vera(rank=64)", seed=4).model.burnish.default["vera_shared"].A)
 
 
+def test_stored_bases_come_with_a_file():
+    with pytest.raises(burnish.RecipeError, match="has the bases of a saved adapter"):
+        burnish.tune(Two(), "vera(rank=3, bases='stored')", targets="up,down")
+
+
 def test_backward_keeps_rank_numbers_per_token_not_x():
     torch.manual_seed(0)
     net = nn.Linear(64, 48)
@@ -140,7 +145,8 @@ def test_merge_is_the_update_in_the_weight():
 
 
 def test_defaults_are_the_published_ones():
-    assert burnish.parse("vera")[0].settings() == {"targets": None, "rank": 256, "d_start": 0.1}
+    assert burnish.parse("vera")[0].settings() == {"targets": None, "rank": 256, "d_start": 0.1,
+                                                "bases": "drawn"}
 
 
 def test_decay_leaves_the_vectors_alone():

@@ -1,15 +1,14 @@
-"""To PEFT and back: LoRA, rsLoRA, DoRA, MiSS, LoKr, OFT and VeRA as `peft` stores them.
+"""To PEFT and back: LoRA, rsLoRA, DoRA, MiSS and the table of peft_forms.py as `peft` stores them.
 
 Every update that is a product of factors has an exact LoRA form: slices of a fused projection
 become one pair with zero rows, several terms on one matrix are stacked, PiSSA becomes twice its
-rank. MiSS, LoKr, OFT and VeRA keep their own type where the whole adapter is one of them. What has
-none is refused, or approximated at a rank the caller names.
+rank. What PEFT has a type of its own for keeps it where the whole adapter is of it. What has no
+form is refused, or approximated at a rank the caller names.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,28 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.state.prompts import Behind, Prepended
 from ..blocks.weight.factor import Chain
 from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
 from ..blocks.weight.shards import Shards
 from ..core.anatomy import Anatomy
-from ..core.errors import ConfigError, FormatError, TargetError, nearest
-from ..core.recipe import make, parse
+from ..core.errors import ConfigError, FormatError, RecipeError, nearest
+from ..core.recipe import key_of, make, parse
 from ..core.site import Place
-from ..core.targets import match
-from ..engine.adapters import moved_buffers
 from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
 from ..engine.undo import Transaction, whole
-from . import peft_files
+from . import peft_files, peft_own, peft_whole
 from .card import code
-from .fingerprint import check_tied
 from .peft_files import Lora, PeftFolder
-from .peft_types import as_miss, as_own, check_plain, counts
+from .peft_types import BEHIND, as_miss, as_own, as_prompt, check_plain, counts
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
+_WRITES = "ForConditionalGeneration"
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
           "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
@@ -65,24 +63,29 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
         raise FormatError("per-sample adapters are several; name the one to export")
     what = PeftFolder(base=_base_name(tuned.model))
     errors: dict[str, float] = {}
+    as_prompt(tuned, what, weights)
     as_own(tuned, what, weights, near=rank is not None)
-    for path, module, slot in slots(tuned.model) if not what.own else ():
+    for path, module, slot in slots(tuned.model) if what.kind == "LORA" else ():
         parts = _parts(slot, path, weights)
         if parts:
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
-    if not what.modules:
-        raise FormatError("the adapter adds to no weight: there is nothing PEFT could hold")
     as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
-    _whole(tuned, what, weights)
+    peft_whole.gather(tuned, what, weights)
+    if not what.modules and what.prompt is None:
+        raise FormatError("the adapter adds to no weight: there is nothing PEFT could hold")
     settings = [m.settings() for n in weights for m in tuned.adapters[n].recipe]
     what.dropout = next((float(s["dropout"]) for s in settings if s.get("dropout")), 0.0)
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
     what.fan_in_fan_out = all(type(tuned.model.get_submodule(p)).__name__ == "Conv1D"
                               for p in what.modules)
-    if what.own and what.kind != "LOKR":
-        what.settings["fan_in_fan_out"] = what.fan_in_fan_out
+    if what.own and what.fan_in_fan_out:
+        what.settings["fan_in_fan_out"] = True
     what.task_type = _task(tuned.model, what)
+    if what.prompt is not None and what.task_type is None:
+        raise FormatError("PEFT puts rows before models whose task it is told (a causal language "
+                          "model, one that writes from what it reads, a classifier with its head "
+                          f"in the adapter), and {type(tuned.model).__name__} is none")
     names = [n for n, _ in tuned.model.named_modules() if ".burnish" not in f".{n}"]
     return peft_files.write(folder, what, names, _card(what, tuned, errors))
 
@@ -192,40 +195,11 @@ def _fill_dora(tuned: Tuned, what: PeftFolder) -> None:
             x.magnitude = _row_norms(slot, module, place, x)
 
 
-def _whole(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
-    """Parameters that train outright become modules saved whole, as high up as they reach."""
-    selected = {n for a in weights for n in tuned.adapters[a].selected}
-    if selected and len(weights) > 1:
-        raise FormatError("a mix of adapters that train base weights cannot be exported; "
-                          "name one adapter")
-    names = {n for n, _ in tuned.model.named_parameters() if ".burnish." not in f".{n}"}
-    owners: set[str] = set()
-    for n in selected:
-        owner = n.rpartition(".")[0]
-        parent = owner.rpartition(".")[0]
-        while parent and {m for m in names if m.startswith(parent + ".")} <= selected:
-            owner, parent = parent, parent.rpartition(".")[0]
-        owners.add(owner)
-    for owner in sorted(owners):
-        inside = [m for m in what.modules if m == owner or m.startswith(owner + ".")]
-        if inside or not owner:
-            raise FormatError(f"{owner or 'the root'} trains whole and holds an update too "
-                              f"({(inside or ['root'])[0]}); PEFT has one or the other")
-        what.saved.append(owner)
-        state = tuned.model.get_submodule(owner).state_dict()
-        what.whole |= {f"{owner}.{k}": v for k, v in state.items()}
-    for a in weights:                            # its own values also where another's stand
-        own = {**tuned.adapters[a].values(), **moved_buffers(tuned, a)}
-        what.whole |= {k: v for k, v in own.items() if k in what.whole}
-        if loose := [k for k in own if k not in what.whole]:
-            raise FormatError(f"training {a!r} has moved {loose[0]}, and PEFT has no form for "
-                              "running statistics outside modules saved whole; train with those "
-                              "modules in evaluation mode, or save with tuned.save(folder)")
-
-
 def _task(model: nn.Module, what: PeftFolder) -> str | None:
     """For classification PEFT expects the head in the folder: named only where it is there."""
     kind = next((t for end, t in _TASKS.items() if type(model).__name__.endswith(end)), None)
+    if what.prompt is not None and type(model).__name__.endswith(_WRITES):
+        return "SEQ_2_SEQ_LM"
     heads = {n for n, _ in model.named_modules() if n.endswith(("classifier", "score"))}
     return kind if kind == "CAUSAL_LM" or heads <= set(what.saved) else None
 
@@ -251,8 +225,8 @@ def _card(what: PeftFolder, tuned: Tuned, errors: dict[str, float]) -> str:
 
 # -- in -------------------------------------------------------------------------------------
 def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
-    """Join a PEFT folder to its base, in place: LoRA, rsLoRA, DoRA, MiSS, LoKr or OFT, a trained
-    head too.
+    """Join a PEFT folder to its base, in place: LoRA, rsLoRA, DoRA, MiSS or one of peft_forms.py,
+    a trained head too.
 
     The recipe of what comes back is written out per rank and scale, with its targets, so it can be
     trained on, saved and exported like any other. Done whole or not at all: whatever is refused
@@ -267,16 +241,31 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
         if path not in names:
             raise FormatError(f"{folder} adapts {path}, which {type(model).__name__} does not "
                               f"have{nearest(path, names)}")
-        check_plain(names[path], path)
+        if path not in what.norms:
+            check_plain(names[path], path)
+        if what.form is not None:
+            what.form.check_layer(names[path], path)
+    if what.form is not None and not what.beside and what.form.beside:
+        what.beside = what.form.draw(what.config, {p: names[p] for p in what.own})
     anatomy = Anatomy.of(model)
-    head, extra = _trained_outright(anatomy, what, folder)
-    parts = [make(name, {**dict(args), "targets": _expression(anatomy, paths, folder)})
-             for (name, args), paths in _groups(what).items()]
-    if extra:
-        parts.append(make("full", {"targets": _expression(anatomy, extra, folder)}))
+    head, extra = peft_whole.trained(anatomy, what, folder)
+    groups = _groups(what)
+    try:
+        parts = [make(method, {**dict(args),
+                               "targets": peft_whole.expression(anatomy, paths, folder)})
+                 for (method, args), paths in groups.items()]
+    except RecipeError as e:
+        raise FormatError(f"{folder}: {e}") from None
+    if what.prompt is not None:
+        parts.append(make("prompt_tuning", {"length": len(what.prompt), "init": "normal"}))
+    recipe = parse(parts + extra)
+    settled = {key_of(recipe, part): {f"{p}.weight": what.own[p].settled for p in paths
+                                      if p in what.own and what.own[p].settled}
+               for part, paths in zip(recipe, groups.values(), strict=False)}
 
     def change(undo: Transaction) -> Tuned:
-        tuned = join(model, parse(parts), undo, head=head, filled=True)
+        tuned = join(model, recipe, undo, head=head, filled=True,
+                     settled={k: v for k, v in settled.items() if v})
         _fill(tuned, what, folder)
         tuned.filled, tuned.undo = False, None
         return tuned
@@ -303,56 +292,6 @@ def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
     return out
 
 
-def _expression(anatomy: Anatomy, paths: list[str], folder: str | Path) -> str:
-    """Targets that name exactly the weights of these modules."""
-    wanted = {(p, "weight") for p in paths}
-    last = ",".join(dict.fromkeys(p.rpartition(".")[2] for p in paths))
-    for text in (last, ",".join(paths), "re:(" + "|".join(map(re.escape, paths)) + ")"):
-        try:
-            found = match(anatomy, text)
-        except TargetError:
-            continue
-        if {(p.path, p.param) for p in found} == wanted and not any(p.rows for p in found):
-            return text
-    known = {p.path for p in anatomy.places if p.param == "weight"}
-    odd = next((p for p in paths if p not in known), paths[0])
-    raise FormatError(f"{folder} adapts {odd}, whose weight burnish cannot adapt by itself "
-                      f"({type(anatomy.model.get_submodule(odd)).__name__})")
-
-
-def _trained_outright(anatomy: Anatomy, what: PeftFolder, folder: str | Path
-                      ) -> tuple[bool, list[str]]:
-    """(does the head train, modules besides it that train whole)."""
-    parameters = dict(anatomy.model.named_parameters(remove_duplicate=False))
-    for name, value in list(what.whole.items()):
-        inner = name.replace(".base_layer.", ".")
-        if inner != name and inner in parameters and parameters[inner].shape == value.shape \
-                and torch.equal(parameters[inner].detach().to(value), value):
-            del what.whole[name]                 # an adapted embedding, saved as it was
-            continue
-        if name not in parameters:
-            raise FormatError(f"{folder} holds {name}, which {type(anatomy.model).__name__} "
-                              f"does not train{nearest(name, parameters)}")
-        if parameters[name].shape != value.shape:
-            raise FormatError(f"{folder}: {name} is {list(value.shape)}, the model has "
-                              f"{list(parameters[name].shape)}")
-    check_tied(parameters, what.whole, folder)
-    first = {id(p): n for n, p in anatomy.model.named_parameters()}
-    for name in list(what.whole):                # another name of a tensor that is there
-        if (own := first[id(parameters[name])]) != name and own in what.whole:
-            del what.whole[name]
-    head = {n for n in parameters for h in anatomy.head if n.startswith(f"{h}.")}
-    rest = [n for n in what.whole if n not in head]
-    if head & set(what.whole) and not head <= set(what.whole):
-        rest, head = list(what.whole), set()
-    single = [n.removesuffix(".weight") for n in rest if n.endswith(".weight")]
-    if len(single) != len(rest):
-        odd = next(n for n in rest if not n.endswith(".weight"))
-        raise FormatError(f"{folder} trained {odd} whole; besides a head, only modules that are "
-                          "one weight can be read")
-    return bool(head & set(what.whole)), single
-
-
 @torch.no_grad()
 def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
     def put(there: Tensor, value: Tensor, name: str) -> None:
@@ -363,15 +302,20 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
             tuned.undo.keep(there, partial(tuned.originals.get, *key[0::2]))
         there.copy_(value)
 
-    for path, _, slot in slots(tuned.model):
+    filled = False
+    for path, module, slot in slots(tuned.model):
         for part in slot.parts:
             term = slot.module_of(part)
-            if path in what.own:
-                for name, p in term.named_parameters():
-                    if name not in (values := what.own[path].values):
-                        raise FormatError(f"{folder}: {path} has no {name}, the model needs "
-                                          f"{list(p.shape)}")
-                    put(p, values[name], f"{path}.{name}")
+            if path in what.own and counts(term):
+                peft_own.fill(what.form, what.own[path], term, module, put, f"{folder}: {path}")
+                shared = term.__dict__.get("shared")
+                if shared is not None and not filled:
+                    filled = True
+                    _fill_beside(what, shared, put, folder)
+            elif isinstance(term, Behind) and what.prompt is not None:
+                raise FormatError(f"{folder}: {BEHIND}")
+            elif isinstance(term, Prepended) and what.prompt is not None:
+                put(term.rows, what.prompt, "prompt_embeddings")
             elif isinstance(term, Shards):
                 put(term.D, what.blocks[path], f"{path}.miss_block")
             elif isinstance(term, Magnitude):
@@ -381,3 +325,13 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
                 put(term.B, what.loras[path].B, f"{path}.lora_B")
     for name, value in what.whole.items():
         put(tuned.model.get_parameter(name), value, name)
+
+
+def _fill_beside(what: PeftFolder, shared: nn.Module, put: Any, folder: str | Path) -> None:
+    """The tensors that all modules read."""
+    assert what.form is not None
+    if missing := [n for n in what.form.beside if n not in what.beside]:
+        raise FormatError(f"{folder} has no {missing[0]}, which its modules read; save it with "
+                          "save_projection=True")
+    for name, value in what.form.values_beside(what.beside, shared).items():
+        put(shared.get_buffer(name), value, name)

@@ -22,24 +22,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, FormatError
 from ..core.patterns import Pattern
 from ..core.reading import check_fields, shown
-from . import peft_own, safe, staged
+from . import safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
-from .peft_own import Own
+from .peft_forms import OF_KIND
+from .peft_own import Form, Own, sort_out
 
 PREFIX = "base_model.model."
+#: types whose adapter is rows in front of the input; what makes them is gone once they are saved
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+_ROWS, _NORM = "prompt_embeddings", ".ln_tuning_layers."
 
 #: what the settings that are read are (see core/reading.py)
 KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_rslora": "flag?",
          "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
          "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
          "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
-         "peft_type": "text", **peft_own.KINDS}
+         "peft_type": "text"}
 #: settings that change what is computed; a folder that uses one is refused, not misread
 _UNREADABLE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices",
                "target_parameters", "use_qalora", "lora_bias", "megatron_config", "arrow_config",
@@ -68,9 +73,11 @@ class Lora:
 class PeftFolder:
     """What a folder says.
 
-    kind: "LORA", "MISS", or one of peft_own.py (`own` then, with the `settings` of all and what
-    stands `beside` the modules). whole: parameter -> value, trained outright; saved: the modules
-    that own them. mini: MISS blocks are narrower than the outputs and repeat.
+    kind: "LORA", "MISS", or one of peft_forms.py (`own` then, with the `settings` of all and what
+    stands `beside` the modules; read from a file, its `form` and `config`). whole: parameter ->
+    value, trained outright; saved: the modules that own them; norms: those that are the adapter
+    itself (LN_TUNING). prompt: rows in front of the input (PROMPT_TUNING, P_TUNING). mini: MISS
+    blocks are narrower than the outputs and repeat.
     """
 
     kind: str = "LORA"
@@ -79,6 +86,10 @@ class PeftFolder:
     own: dict[str, Own] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+    form: Form | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
+    prompt: Tensor | None = None
     whole: dict[str, Tensor] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     mini: bool = False
@@ -90,7 +101,7 @@ class PeftFolder:
 
     @property
     def modules(self) -> list[str]:
-        return [*self.loras, *self.blocks, *self.own]
+        return [*self.loras, *self.blocks, *self.own, *self.norms]
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -107,8 +118,8 @@ def read(folder: str | Path) -> PeftFolder:
         raise FormatError(f"{folder} was written by burnish; read it with "
                           "burnish.load(model, folder)")
     kind = config.get("peft_type")
-    peft_own.refuse(kind, folder)
-    check_fields(config, KINDS, folder / CONFIG)
+    form = form_of(kind, config, folder)
+    check_fields(config, {**KINDS, **(form.fields if form else {})}, folder / CONFIG)
     _check(config, folder)
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").exists():
         raise FormatError(f"{folder}/adapter_model.bin may hold a pickle and is not opened; "
@@ -124,11 +135,31 @@ def read(folder: str | Path) -> PeftFolder:
                      saved=list(config.get("modules_to_save") or []),
                      mini=config.get("init_weights") == "mini",
                      fan_in_fan_out=bool(config.get("fan_in_fan_out")))
-    readers = {"LORA": _read_lora, "MISS": _read_miss}
-    readers.get(kind, _read_own)(out, tensors, config, folder)
-    if not out.modules:
+    if kind in PROMPTS:
+        _read_prompt(out, tensors, config, folder)
+    elif kind == "LN_TUNING":
+        _read_norms(out, tensors, folder)
+    elif form is not None:
+        _read_own(out, form, tensors, config, folder)
+    else:
+        {"LORA": _read_lora, "MISS": _read_miss}[kind](out, tensors, config, folder)
+    if not out.modules and out.prompt is None:
         raise FormatError(f"{folder} holds no adapter tensor")
     return out
+
+
+def form_of(kind: Any, config: Mapping[str, Any], folder: Path) -> Form | None:
+    """The row of the table that a folder is of; None for LoRA and MiSS, which are no row.
+
+    Raises FormatError for a type that cannot be read."""
+    if kind in ("LORA", "LN_TUNING", *PROMPTS) \
+            or kind == "MISS" and config.get("init_weights") != "bat":
+        return None
+    if not isinstance(kind, str) or kind not in OF_KIND:
+        known = ", ".join(sorted({"MISS", "LN_TUNING", *PROMPTS, *OF_KIND}))
+        raise FormatError(f"{folder} holds a PEFT adapter of type {shown(kind)}; LORA (rsLoRA and "
+                          f"DoRA with it), {known} can be read")
+    return OF_KIND[kind]
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:
@@ -146,9 +177,6 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
         raise FormatError(
             f"{folder}: init_lora_weights = {start!r} trained on a base PEFT had changed; save it "
             "with path_initial_model_for_weight_conversion, which makes it plain LoRA")
-    if str(config.get("init_weights")) == "bat":
-        raise FormatError(f"{folder}: MISS with init_weights = 'bat' is another method; "
-                          "True and 'mini' can be read")
 
 
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A",
@@ -205,20 +233,63 @@ def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
             if value.dim() != 2 or not value.numel() or not value.is_floating_point():
                 raise FormatError(f"{folder}: {name} is {value.dtype} {list(value.shape)}; "
                                   "expected a matrix")
+            if (r := config.get("r") or value.shape[0]) != value.shape[0]:
+                raise FormatError(f"{folder}: {name} has rank {value.shape[0]}, its settings say "
+                                  f"{r}")
             out.blocks[name.removesuffix(".miss_block")] = value
         else:
             out.whole[name] = value
 
 
-def _read_own(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
-              folder: Path) -> None:
-    found, out.whole = peft_own.sort_out(out.kind, {_strip(k, folder): t
-                                                    for k, t in tensors.items()})
+def _read_own(out: PeftFolder, form: Form, tensors: Mapping[str, Tensor],
+              config: Mapping[str, Any], folder: Path) -> None:
+    for leaf, held in form.beside.items():
+        if (t := tensors.get(f"base_model.{leaf}")) is None:
+            continue
+        if t.dim() not in held.dims or not t.numel() or not t.is_floating_point():
+            raise FormatError(f"{folder}: {leaf} is {t.dtype} {list(t.shape)}")
+        out.beside[leaf] = t
+    inside: dict[str, Tensor] = {}
+    for key, t in tensors.items():               # some versions write them once more per module
+        leaf = key.rpartition(".")[2]
+        if leaf not in form.beside:
+            inside[_strip(key, folder)] = t
+        elif leaf not in out.beside or not torch.equal(t, out.beside[leaf]):
+            raise FormatError(f"{folder}: {key} is not base_model.{leaf}, which all modules read")
+    found, out.whole = sort_out(form, inside)
+    out.form, out.config = form, config
     for path, parts in found.items():
-        rank = _pattern(config.get("rank_pattern"), path, config.get("r") or 0)
-        alpha = _pattern(config.get("alpha_pattern"), path, config.get("alpha") or 8)
-        out.own[path] = peft_own.take(out.kind, parts, config, int(rank), alpha,
-                                      f"{folder}: {path}")
+        said = {n: _pattern(config.get(where), path, config.get(n))
+                for n, where in form.patterned.items()}
+        if "r" in said and isinstance(said["r"], float):
+            said["r"] = int(said["r"])
+        out.own[path] = form.take(parts, {**config, **said}, f"{folder}: {path}")
+
+
+def _read_norms(out: PeftFolder, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    for key, value in tensors.items():
+        name = _strip(key, folder)
+        path, found, leaf = name.rpartition(_NORM)
+        if found and path not in out.norms:
+            out.norms.append(path)
+        out.whole[f"{path}.{leaf}" if found else name] = value
+
+
+def _read_prompt(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
+                 folder: Path) -> None:
+    if (rows := tensors.get(_ROWS)) is None or rows.dim() != 2 or not rows.numel() \
+            or not rows.is_floating_point():
+        said = "nothing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
+        raise FormatError(f"{folder}: {_ROWS} should be a matrix, a row for each token, got {said}")
+    if (config.get("num_transformer_submodules") or 1) != 1:
+        raise FormatError(f"{folder} has rows for an encoder and a decoder; burnish puts them "
+                          "before the encoder alone")
+    if (n := config.get("num_virtual_tokens") or len(rows)) != len(rows):
+        raise FormatError(f"{folder}: {_ROWS} has {len(rows)} rows, its settings say {n}")
+    out.prompt = rows
+    for key, value in tensors.items():           # no tuner wraps the base: one name less in front
+        if key != _ROWS:
+            out.whole[key.removeprefix("base_model.")] = value
 
 
 def _strip(key: str, folder: Path) -> str:
@@ -228,7 +299,7 @@ def _strip(key: str, folder: Path) -> str:
     return key.removeprefix(PREFIX)
 
 
-def _pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+def _pattern(patterns: Mapping[str, float] | None, path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a pattern, matches the end of the module's name."""
     for key, value in (patterns or {}).items():
         try:
@@ -252,24 +323,33 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
     config: dict[str, Any] = {
         "peft_type": what.kind, "task_type": what.task_type,
         "base_model_name_or_path": what.base or None, "revision": None, "inference_mode": True,
-        "target_modules": targets(set(what.modules), list(names)), "bias": "none",
+        "target_modules": targets(set(what.modules), list(names)) if what.modules else None,
+        "bias": "none",
         "modules_to_save": _modules_to_save(what.saved, list(names)),
     }
     if what.kind == "LORA":
         config |= _lora_config(what)
         for path, lora in what.loras.items():
             tensors |= _lora_tensors(PREFIX + path, lora)
+    elif what.kind in PROMPTS:
+        config |= what.settings
+        tensors[_ROWS] = what.prompt
+    elif what.kind == "LN_TUNING":
+        pass
     elif what.own:
         config |= what.settings
         tensors |= {f"{PREFIX}{p}.{n}": t for p, own in what.own.items()
-                    for n, t in own.values.items()}
+                    for n, t in own.tensors.items()}
         tensors |= {f"base_model.{n}": t for n, t in what.beside.items()}
     else:
         rank, width = next(iter(what.blocks.values())).shape
         config |= {"r": rank, "miss_dropout": what.dropout, "mini_r": width if what.mini else 1,
                    "init_weights": "mini" if what.mini else True}
         tensors |= {f"{PREFIX}{p}.miss_block": D for p, D in what.blocks.items()}
-    tensors |= {PREFIX + n: t for n, t in what.whole.items()}
+    for n, t in what.whole.items():
+        path, _, leaf = n.rpartition(".")
+        inside = f"{path}{_NORM}{leaf}" if path in what.norms else n
+        tensors[("base_model." if what.kind in PROMPTS else PREFIX) + inside] = t
     with staged.replace(folder, "peft", [("the base model", what.base), *inputs]) as new:
         safe.save_file(tensors, new / TENSORS)
         if card is not None:

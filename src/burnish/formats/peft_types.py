@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..blocks.state.prompts import Behind, Lengthened, Prepended
 from ..blocks.weight.shared import Shared
-from ..blocks.weight.term import Term, Wrap
+from ..blocks.weight.term import Wrap
 from ..core.errors import FormatError
 from ..core.recipe import key_of
 from ..engine.slot import Part, slots
 from ..engine.tuned import Tuned
 from ..methods.delta.lowrank.miss import Shards
-from . import peft_own
 from .peft_files import PeftFolder
-from .peft_own import Own
+from .peft_forms import OF_TERM
+from .peft_own import Form, Own
 
 
 def check_plain(module: nn.Module, path: str) -> None:
@@ -61,50 +62,90 @@ def counts(made: nn.Module) -> bool:
     return not isinstance(made, Shared) and getattr(made, "changes", True)
 
 
+#: why a prompt of some models has no counterpart on the other side
+BEHIND = ("this model has a pooler, which reads the first of PEFT's rows, and in burnish the first "
+          "token: two functions")
+
+
+def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
+    """The adapter as PEFT's prompt tuning when rows in front of the input are all there is."""
+    mine = [slot.module_of(p) for _, _, slot in slots(tuned.model) for p in slot.parts
+            if p.adapter in weights and counts(slot.module_of(p))]
+    rows = [m for m in mine if isinstance(m, Prepended)]
+    if len(rows) != 1 or any(not isinstance(m, Prepended | Behind | Lengthened) for m in mine) \
+            or set(weights.values()) != {1.0}:
+        return
+    if any(isinstance(m, Behind) for m in mine):
+        raise FormatError(f"prompt_tuning: {BEHIND}")
+    what.kind, what.prompt = "PROMPT_TUNING", rows[0].rows.detach()
+    n, d = what.prompt.shape
+    what.settings = {"num_virtual_tokens": n, "token_dim": d, "num_transformer_submodules": 1,
+                     "prompt_tuning_init": "RANDOM"}
+
+
 def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool = False) -> None:
-    """The adapter as a PEFT type of its own when it is nothing else: LoKr, OFT or VeRA.
+    """The adapter as a PEFT type of its own when it is nothing else (see peft_forms.py).
 
     near: an approximation as LoRA will do where PEFT has no form for one of its layers.
     """
-    found: list[tuple[str, nn.Module, Part, Term]] = []
+    found: list[tuple[str, nn.Module, Part, Any]] = []
     for path, module, slot in slots(tuned.model):
         mine = [p for p in slot.parts if p.adapter in weights
                 and counts(slot.module_of(p))]
         for part in mine:
             term = slot.module_of(part)
-            if len(mine) > 1 or part.place is None or part.place.param != "weight" \
-                    or part.place.rows or weights[part.adapter] != 1:
+            if len(mine) > 1 or weights[part.adapter] != 1 or part.place is not None and (
+                    part.place.param != "weight" or part.place.rows):
                 return
             found.append((path, module, part, term))
-    kinds = {peft_own.TYPES.get(type(term)) for *_, term in found}
-    if len(kinds) != 1 or (kind := kinds.pop()) is None:
+    forms = {OF_TERM.get(type(term)) for *_, term in found}
+    if len(forms) != 1 or (form := forms.pop()) is None:
         return
-    given: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
-    for path, module, part, term in found:
-        check_plain(module, path)
-        recipe = tuned.adapters[part.adapter].recipe
-        method = next(m for m in recipe if key_of(recipe, m) == term.part)
-        try:
-            given[path] = peft_own.give(term, method, module, path)
-        except FormatError:
-            if near and not isinstance(term, Wrap):
-                what.own.clear()
-                what.beside.clear()
-                return
-            raise
-        what.own[path] = Own(method.name, {}, given[path][0])
-        for name, b in getattr(term, "shared", nn.Module()).named_buffers():
-            if what.beside.setdefault(f"vera_{name}", b) is not b:
-                raise FormatError(f"{path}: PEFT's VeRA has one pair of bases for all modules; "
-                                  "export one part at a time")
-    what.kind, patterned = kind, {"r": "rank_pattern", "alpha": "alpha_pattern"}
-    what.settings = dict(next(iter(given.values()))[1])
-    for path, (_, said) in given.items():
+    given: dict[str, dict[str, Any]] = {}
+    try:
+        for path, module, part, term in found:
+            check_plain(module, path)
+            form.check_layer(module, path)
+            recipe = tuned.adapters[part.adapter].recipe
+            key = getattr(term, "part", part.key)
+            method = next(m for m in recipe if key in (key_of(recipe, m), m.name))
+            tensors, given[path] = form.give(term, method, module, path)
+            what.own[path] = Own(method.name, {}, tensors)
+        what.settings = form.finish(_together(form, given))
+        what.beside, said = _beside(form, [term for *_, term in found])
+        what.settings |= said
+    except FormatError:
+        what.own, what.settings, what.beside = {}, {}, {}
+        if form.pairs or near and not isinstance(found[0][3], Wrap):
+            return                               # as a LoRA then
+        raise
+    what.kind = form.kind
+
+
+def _together(form: Form, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One set of settings for all modules, with PEFT's patterns where it has them."""
+    common = dict(next(iter(given.values())))
+    for path, said in given.items():
         for name, value in said.items():
-            if value == what.settings[name]:
+            if value == common[name]:
                 continue
-            if kind != "LOKR" or name not in patterned:
-                raise FormatError(f"{path} has {name} = {value!r}, others "
-                                  f"{what.settings[name]!r}: PEFT has one for all modules; export "
-                                  "one part at a time")
-            what.settings.setdefault(patterned[name], {})[f"^{re.escape(path)}"] = value
+            if isinstance(value, dict):          # told module by module
+                common[name] = {**common[name], **value}
+                continue
+            if name not in form.patterned:
+                raise FormatError(f"{path} has {name} = {value!r}, others {common[name]!r}: PEFT "
+                                  "has one for all modules; export one part at a time")
+            key = path if form.named else f"^{re.escape(path)}"
+            common.setdefault(form.patterned[name], {})[key] = value
+    return common
+
+
+def _beside(form: Form, terms: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What all modules read, and what settings say of it."""
+    if not form.beside:
+        return {}, {}
+    shared = {id(t.shared): t.shared for t in terms}
+    if len(shared) > 1:
+        raise FormatError(f"PEFT's {form.kind} has one pair of bases for all modules; export one "
+                          "part at a time")
+    return form.give_beside(next(iter(shared.values())), terms)

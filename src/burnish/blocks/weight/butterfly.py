@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .rotation import Rotation
 
@@ -42,3 +43,27 @@ class Butterfly(Rotation):
         """Half-blocks of every run, seen as (piles, cards), told card by card."""
         cut = rows.reshape(rows.shape[0], -1, piles, cards, self.block // 2)
         return cut.transpose(2, 3).reshape(rows.shape)
+
+
+class Gained(Butterfly):
+    """A butterfly whose outputs have a gain: ``W' = diag(s) V R^T``; s (out,) starts at one.
+
+    The gain stands behind the product, which backward makes again (see turn.py).
+    """
+
+    def __init__(self, out: int, inp: int, block: int, factors: int, terms: int):
+        super().__init__(inp, block, factors, terms)
+        self.s = nn.Parameter(torch.ones(out))
+        self.s.burnish_decay = False
+
+    def own(self) -> tuple[Tensor, Tensor]:         # type: ignore[override]
+        return self.move(), self.s
+
+    def before(self, x_NI: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:   # type: ignore[override]
+        return super().before(x_NI, own[0])
+
+    def after(self, y_NO: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:
+        return y_NO * own[1].to(y_NO.dtype)
+
+    def of(self, V: Tensor) -> Tensor:
+        return self.s.to(V.dtype)[:, None] * super().of(V)

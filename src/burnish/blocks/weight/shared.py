@@ -1,7 +1,8 @@
 """Tensors that a recipe owns once, for all the places that read them.
 
 Trained ones are parameters, in files once. `Seeded` ones are drawn from a seed on the host in
-fp32, so every machine draws the same numbers; they are never in files.
+fp32, so every machine draws the same numbers; they are never in files, unless their values came
+from one (:func:`stored`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ...core.errors import RecipeError
+from ...core.site import Site
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,15 @@ class Shared(nn.Module):
                 self.register_parameter(name, t)
             else:
                 self.register_buffer(name, t)
+
+
+def stored(tensors: Mapping[str, Seeded]) -> dict[str, Tensor]:
+    """Room for the same tensors, whose values a file brings and our files keep."""
+    return {name: torch.zeros(t.shape) for name, t in tensors.items()}
+
+
+def check_stored(site: Site, method: str) -> None:
+    """RecipeError where nothing has brought the values of :func:`stored`."""
+    if not site.blank:
+        raise RecipeError(f"{method}(bases='stored') has the bases of a saved adapter; a new one "
+                          "draws its own")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.state.gates import Affine
 from ...core.asked import wanted
@@ -29,7 +29,8 @@ class Ia3(Method):
     l_v into rows (and biases) of their projections, l_ff into columns of the last matrix.
 
     Weight decay would pull the vectors to zero; they are left out of it. `targets` names other
-    places: what is named as fc2 or down is scaled at its input, everything else at its output.
+    places: what is named as fc2 or down is scaled at its input, everything else at its output;
+    ``at="input"`` or ``at="output"`` says it for all that are named.
     Refused where keys and values are not the output of a module (``nn.MultiheadAttention``, qkv
     interleaved head by head); experts held in one 3-D parameter have no inner state to scale.
     """
@@ -41,6 +42,14 @@ class Ia3(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     inner: bool = setting(True, "scale the inner state of the MLP too")
+    at: Literal["auto", "input", "output"] = setting(
+        "auto", "the side of named targets that is scaled", unseen="it is of targets that are "
+        "named: tests/methods/test_ia3.py")
+
+    def __post_init__(self) -> None:
+        if self.at != "auto" and self.targets is None:
+            raise RecipeError(f"ia3(at={self.at!r}) is about targets that are named; give "
+                              "ia3(targets='...'), or leave it out")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         outputs: dict[str, list[Place]] = {}
@@ -49,7 +58,10 @@ class Ia3(Method):
             if place.kind not in self.kinds or place.param != "weight":
                 raise RecipeError(f"ia3: {place.name} is read by its module without a call, so "
                                   "its output cannot be scaled; use a delta such as lora there")
-            if place.role in _INNER:
+            if self.at == "input" or self.at == "auto" and place.role in _INNER:
+                if place.rows:
+                    raise RecipeError(f"ia3(at='input'): {place.name} is some rows of a fused "
+                                      "weight, which all read one input; name it whole")
                 made = True
                 yield Branch(place.path, Affine(place.inp, side="input"), compose="replace",
                              at="input")

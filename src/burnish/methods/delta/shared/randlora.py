@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....blocks.weight.columns import Columns
-from ....blocks.weight.shared import Seeded
+from ....blocks.weight.shared import Seeded, check_stored, stored
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
@@ -18,11 +18,16 @@ class Scaled(Columns):
     """``Delta = s sum_i B_i diag(lam_i) A diag(gamma_i)``, or its transpose where out < in.
 
     A (rank, p), B (n, q, rank), p the shorter side and q the longer; lam (n, rank) and gamma (n, p)
-    train. As one product: B as (q, n rank) times the n scaled copies of A.
+    train. As one product: B as (q, n rank) times the n scaled copies of A. order: "paper", or
+    "peft", whose B_i has column ``c = k n + i`` of all of them as its k-th.
     """
 
-    def __init__(self, place: Place, rank: int, scale: float, shared: Any):
+    def __init__(self, place: Place, rank: int, scale: float, shared: Any, order: str = "paper",
+                 kept: bool = False):
         super().__init__()
+        self.order = order
+        #: what a file must say so that a load waits for the bases (engine/attach.py)
+        self.counted = {"bases": True} if kept else None
         self.out, self.inp, self.scale = place.out, place.inp, scale
         self.p, self.q = sorted((place.out, place.inp))
         n = products(place, rank)
@@ -37,6 +42,8 @@ class Scaled(Columns):
         A = self.lam[:, :, None] * self.shared.A[:, : self.p][:, cols] * self.gamma[:, None, cols]
         n = self.lam.shape[0]
         B = self.shared.B[:n, i0:i1] if wide else self.shared.B[:n, : self.q]
+        if self.order == "peft":                       # rows of A in the order of those columns
+            A = A.transpose(0, 1)
         made = B.transpose(0, 1).flatten(1) @ A.flatten(0, 1) * self.scale
         return made.t() if wide else made
 
@@ -62,8 +69,9 @@ class Randlora(Method):
     panel, one product of the cost of min(out, in) tokens. Files hold lam and gamma alone. Merges
     exactly. No weight decay. The bases cost about q p numbers of the largest matrix, once.
 
-    PEFT pairs the columns of B with the rows of A in another order wherever n > 1, which depends
-    on the matrix; its folders of this type are another function and cannot be read.
+    order="peft" is PEFT's function: where n > 1 it pairs the columns of all B_i with the rows of A
+    in another order, which depends on the matrix: ``(i, k) -> column k n + i``. bases="stored" is
+    what an adapter read from its folder has: that folder's bases, in our files too.
     """
 
     paper: ClassVar[str] = ("RandLoRA: Full-rank parameter-efficient fine-tuning of large models "
@@ -75,7 +83,9 @@ class Randlora(Method):
 
     rank: int = setting(32, "rank of each product; the larger, the fewer parameters", alias=("r",))
     alpha: float = setting(640.0, "numerator of the scale", alias=("randlora_alpha",))
-    bases: Literal["uniform", "sparse", "very sparse"] = setting("uniform", "how they are drawn")
+    bases: Literal["uniform", "sparse", "very sparse", "stored"] = setting(
+        "uniform", "how they are drawn, or those of a file", other=("sparse", "very sparse"))
+    order: Literal["paper", "peft"] = setting("paper", "which column of B meets which row of A")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -85,13 +95,17 @@ class Randlora(Method):
         p = max(min(a.out, a.inp) for a in places)
         q = max(max(a.out, a.inp) for a in places)
         n = max(products(a, self.rank) for a in places)
-        share = {"uniform": 1.0, "sparse": 1 / 3, "very sparse": p**-0.5}[self.bases]
-        return {"A": Seeded((self.rank, p), True, share),
-                "B": Seeded((n, q, self.rank), True, share)}
+        share = {"sparse": 1 / 3, "very sparse": p**-0.5}.get(self.bases, 1.0)
+        bases = {"A": Seeded((self.rank, p), True, share),
+                 "B": Seeded((n, q, self.rank), True, share)}
+        return stored(bases) if self.bases == "stored" else bases
 
     def delta(self, site: Site) -> Scaled:
         site.place.check_rank(self.rank, "randlora")
-        return Scaled(site.place, self.rank, self.alpha / self.rank, site.shared)
+        if self.bases == "stored":
+            check_stored(site, "randlora")
+        return Scaled(site.place, self.rank, self.alpha / self.rank, site.shared, self.order,
+                      self.bases == "stored")
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ....blocks.weight.path import Path
-from ....blocks.weight.shared import Seeded
+from ....blocks.weight.shared import Seeded, check_stored, stored
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -16,9 +16,11 @@ from ....core.site import Place, Site
 class Scaled(Path):
     """``Delta = diag(b) B[:out] diag(d) A[:, :in]``; d (rank,) and b (out,) train."""
 
-    def __init__(self, place: Place, rank: int, start: float, shared: Any):
+    def __init__(self, place: Place, rank: int, start: float, shared: Any, kept: bool = False):
         super().__init__()
         self.out, self.inp = place.out, place.inp
+        #: what a file must say so that a load waits for the bases (engine/attach.py)
+        self.counted = {"bases": True} if kept else None
         self.__dict__["shared"] = shared               # the root owns it
         self.d = nn.Parameter(torch.full((rank,), start))
         self.b = nn.Parameter(torch.zeros(place.out))
@@ -44,7 +46,8 @@ class Vera(Method):
     Start: A, B uniform in +-1/sqrt(columns), d = `d_start`, b_v = 0: the pre-trained function
     exactly. Trains rank + out per matrix. Kept for backward: x A^T (rank numbers per token), not
     x. Files hold d and b_v alone: A and B are drawn again. Merges exactly:
-    ``W + diag(b_v) B diag(d) A``. No weight decay.
+    ``W + diag(b_v) B diag(d) A``. No weight decay. bases="stored" is what an adapter read from a
+    PEFT folder has: A and B are that folder's, and in our files too.
 
     The rank is large (256 to 1024) and so is the learning rate (ten times LoRA's). A and B cost
     rank (widest in + widest out) numbers once, and two products of that rank per matrix.
@@ -57,13 +60,19 @@ class Vera(Method):
 
     rank: int = setting(256, "rows of the shared A", alias=("r",))
     d_start: float = setting(0.1, "start of d", alias=("d_initial",))
+    bases: Literal["drawn", "stored"] = setting(
+        "drawn", "A and B: drawn from the seed, or those of a file",
+        unseen="a new adapter has no file: tests/methods/test_vera.py")
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, Tensor | Seeded]:
-        return {"A": Seeded((self.rank, max(p.inp for p in places))),
-                "B": Seeded((max(p.out for p in places), self.rank))}
+        bases = {"A": Seeded((self.rank, max(p.inp for p in places))),
+                 "B": Seeded((max(p.out for p in places), self.rank))}
+        return stored(bases) if self.bases == "stored" else bases
 
     def delta(self, site: Site) -> Scaled:
-        term = Scaled(site.place, self.rank, self.d_start, site.shared)
+        if self.bases == "stored":
+            check_stored(site, "vera")
+        term = Scaled(site.place, self.rank, self.d_start, site.shared, self.bases == "stored")
         term.d.burnish_decay = term.b.burnish_decay = False
         return term
 

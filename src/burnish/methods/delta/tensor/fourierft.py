@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import torch
 
 from ....blocks.choose.masks import drawn
 from ....blocks.weight.cosines import Cosines
@@ -17,8 +19,10 @@ class Fourierft(Method):
     ``W' = W + alpha Re IDFT2(F)``, F (out, in) zero but for ``F[u_k, v_k] = c_k``, k = 1..n, the
     inverse transform with its 1 / (out in):
     ``Delta[o, i] = alpha / (out in) sum_k c_k cos(2 pi (u_k o / out + v_k i / in))``.
-    The positions are drawn once from `seed` by a portable permutation and are the same for all
-    matrices of one shape; the c_k train.
+    The positions are drawn once from `seed` and are the same for all matrices of one shape; the c_k
+    train. positions: "portable", a permutation that takes n numbers and is the same everywhere, or
+    "torch", the first n of ``torch.randperm(out in)`` on the host (8 out in bytes for a moment), as
+    PEFT draws them: its folders need that.
 
     Start: c ~ N(0, 1), so step 0 is *not* the pre-trained function (the factor makes it nearly
     so); ``zero=True`` starts at c = 0, which is. Trains n per matrix, whatever its size. Kept for
@@ -37,6 +41,7 @@ class Fourierft(Method):
     alpha: float = setting(150.0, "scale of the update", alias=("scaling",))
     zero: bool = setting(False, "start at c = 0, the pre-trained function", alias=("init_weights",))
     seed: int = setting(777, "of the positions", alias=("random_loc_seed",))
+    positions: Literal["portable", "torch"] = setting("portable", "how they are drawn")
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -48,8 +53,14 @@ class Fourierft(Method):
         if self.n > out * inp:
             raise RankError(f"fourierft: n={self.n} coefficients, {place.name} has {out * inp} "
                             "entries")
-        index = drawn(out * inp, self.n, self.seed, f"{out}x{inp}").to(site.weight.device)
-        return Cosines(out, inp, index, self.alpha, 0.0 if self.zero else 1.0)
+        index = drawn(out * inp, self.n, self.seed, f"{out}x{inp}") \
+            if self.positions == "portable" else self._as_torch(out * inp)
+        return Cosines(out, inp, index.to(site.weight.device), self.alpha,
+                       0.0 if self.zero else 1.0)
+
+    def _as_torch(self, entries: int) -> torch.Tensor:
+        g = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(entries, generator=g, device="cpu")[: self.n].clone()
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
