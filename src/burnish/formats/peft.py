@@ -92,19 +92,11 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
 
 def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | None:
     """(factors of a term, relative error): exact where it has factors, else at `rank`, or None."""
-    if isinstance(term, Chain):
-        pair = Factors(term.A.detach(), term.B.detach(), term.scale)
-        start = getattr(term, "A0", None)
-        if start is not None:
-            pair = cat([pair, Factors(start, term.B0, term.scale)], [1.0, -1.0])
-        elif hasattr(term, "A0"):
-            return None                          # its start lives in a stored residual
-        return pair, 0.0
-    if isinstance(term, Shards):
-        repeat = -(-term.inp // term.rank)
-        A = torch.eye(term.rank, dtype=term.D.dtype, device=term.D.device).repeat(1, repeat)
-        B = term.D.detach().repeat(1, term.repeat).t()
-        return Factors(A[:, : term.inp].contiguous(), B.contiguous()), 0.0
+    if isinstance(term, Chain) and type(term).low_rank is Term.low_rank \
+            and type(term).pair is Chain.pair:   # with its scale, which settings name
+        return Factors(term.A.detach(), term.B.detach(), term.scale), 0.0
+    if (known := term.low_rank()) is not None:
+        return Factors(*(t.detach().contiguous() for t in known)), 0.0
     if rank is None:
         return None
     dense = term.dense().detach().float()
@@ -145,12 +137,14 @@ def _lora(module: nn.Module, slot: Slot, path: str, parts: _Parts, rank: int | N
         if isinstance(term, Magnitude):
             rows.append((place, term))
             continue
-        made = None if isinstance(term, Wrap) else lora_form(term, rank)
+        made = lora_form(term, rank) if not isinstance(term, Wrap) else \
+            _around(term, place.view(slot._stored(module, "weight"))) \
+            if weight == 1 and sum(p.rows == place.rows for p, _, _ in parts) == 1 else None
         if made is None:
             kind = type(term).__name__.lower()
             raise FormatError(
                 f"{place.name}: {kind} has no exact LoRA form" + (
-                    "" if isinstance(term, Wrap) or hasattr(term, "A0")
+                    "" if isinstance(term, Wrap)
                     else "; export_peft(..., rank=16) writes the best approximation of that rank"))
         pair, error = made
         if error:
@@ -176,6 +170,12 @@ def _lora(module: nn.Module, slot: Slot, path: str, parts: _Parts, rank: int | N
             magnitude[a:b] = term.m
         lora.magnitude = magnitude
     return lora
+
+
+def _around(term: Wrap, V: Tensor) -> tuple[Factors, float] | None:
+    """(factors of ``W' - W``, 0) of a function of W that differs from it by few components."""
+    known = term.low_rank_of(V.detach())
+    return None if known is None else (Factors(*(t.detach().contiguous() for t in known)), 0.0)
 
 
 def _row_norms(slot: Slot, module: nn.Module, place: Place, x: Lora) -> Tensor:

@@ -114,7 +114,7 @@ class Boft(Form):
 
 class Hra(Form):
     kind, method, terms = "HRA", "hra", (Reflections,)
-    layers = (nn.Linear, nn.Conv2d)
+    layers, pairs = (nn.Linear, nn.Conv2d), True
     tensors = {"hra_u": Held("U")}
     settings = {"r": Said("rank", "count", 8), "apply_GS": Said(None, "flag", False)}
 

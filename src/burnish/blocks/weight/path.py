@@ -60,6 +60,12 @@ class Path(Term):
         finally:
             self.training = was
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if (into := self.into) is None:
+            return self.pair()
+        first = self.theta()[0]
+        return into, self.path(torch.eye(len(into), dtype=first.dtype, device=first.device)).t()
+
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
         state = rng_state(x_NI.device) if self.draws else None
         h = x_NI if self.into is None else x_NI @ self.into.t().to(x_NI.dtype)

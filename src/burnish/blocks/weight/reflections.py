@@ -42,6 +42,10 @@ class Reflections(Turn):
         N, back = own                                    # back = S^-1 N^T
         return x_NI - (x_NI @ back.t().to(x_NI.dtype)) @ N.t().to(x_NI.dtype)
 
+    def low_rank_of(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        N, back = self.own()
+        return back, -(V.to(N.dtype) @ N)
+
     def slant(self) -> Tensor:
         """``|I - N^T N|_F^2``: how far the axes are from standing at right angles."""
         N = self.unit()

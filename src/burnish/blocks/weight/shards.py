@@ -44,6 +44,9 @@ class Shards(Term):
         eye = torch.eye(self.rank, dtype=self.D.dtype, device=self.D.device)
         return eye[:, torch.arange(self.inp, device=eye.device) % self.rank], self._matrix().t()
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.factors()
+
     def dense(self) -> Tensor:
         return self.tile(0, self.inp, None)
 

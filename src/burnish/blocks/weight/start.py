@@ -76,8 +76,9 @@ class LessStart(Chain):
         return self.scale * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        if self.folded:
-            return self.factors()
+        return self.factors() if self.folded else self.low_rank()
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         return (torch.cat([self.A, self.A - self.A0]),
                 torch.cat([self.B - self.B0, self.B0], 1) * self.scale)
 

@@ -72,6 +72,12 @@ class Term(nn.Module):
         and all, made of this term's own tensors and numbers; None where it is anything else."""
         return None
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of shapes (r, in) and (out, r), r of any size, with ``B A`` all that this term
+        adds to the weight as the model had it, whatever a storage has absorbed since; None where no
+        such pair is known."""
+        return self.pair()
+
     def entries(self) -> tuple[Tensor, Tensor] | None:
         """(positions, values) where the update is k entries of the matrix read row by row, in
         ascending order and each once; None where it is anything else."""
@@ -176,6 +182,11 @@ class Wrap(Term):
     def linear(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None
                ) -> Tensor | None:
         """``y = x W'^T + b`` without W', where the function of W has such a form (see turn.py)."""
+        return None
+
+    def low_rank_of(self, V: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(A, B) as :meth:`low_rank` has them, with ``W' = V + B A``; None where no such pair of
+        few components is known."""
         return None
 
     def restart(self, V: Tensor) -> None:

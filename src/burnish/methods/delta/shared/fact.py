@@ -44,12 +44,23 @@ class Tiles(Path):
     def draws(self) -> bool:
         return bool(self.dropout and self.training)
 
-    def path(self, h: Tensor) -> Tensor:
-        U, V = self.shared.U.to(h.dtype), self.shared.V.to(h.dtype)
+    def core(self) -> Tensor:
+        """Sigma: (rows, columns, rank, rank)."""
         if hasattr(self, "sigma"):
-            sigma = self.sigma
-        else:
-            sigma = torch.einsum("abj,rtj->abrt", self.P, self.shared.C)
+            return self.sigma
+        return torch.einsum("abj,rtj->abrt", self.P, self.shared.C)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Of rank min(rows, columns) rank: U or V once for each tile along the shorter side."""
+        U, V, sigma = self.shared.U, self.shared.V, self.core()
+        if self.columns <= self.rows:
+            B = torch.einsum("dr,abrt->adbt", V, sigma).flatten(2).flatten(0, 1)
+            return torch.block_diag(*[U.t()] * self.columns), B * self.scale
+        A = torch.einsum("et,abrt->arbe", U, sigma).flatten(2).flatten(0, 1)
+        return A, torch.block_diag(*[V] * self.rows) * self.scale
+
+    def path(self, h: Tensor) -> Tensor:
+        U, V, sigma = self.shared.U.to(h.dtype), self.shared.V.to(h.dtype), self.core()
         u = h.unflatten(-1, (self.columns, self.d)) @ U                # (N, columns, rank)
         t = torch.einsum("nbt,abrt->nar", u, sigma.to(h.dtype))
         return (F.dropout(t, self.dropout, self.draws) @ V.t()).flatten(-2) * self.scale
