@@ -156,6 +156,7 @@ SURFACE = {
                "world_size",
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output to",
+    "inspect": "adapter base force intruders json leading likeness picture",
     "reproduce": "json listed names page",
     "soup": "batch data folders greedy json learned metric output rank split",
     "arithmetic": "expression json output rank",

@@ -83,6 +83,35 @@ def test_merge_proves_itself(capsys, finished, tmp_path):
     assert code == 4 and not (tmp_path / "n").exists() and "nothing was written" in err
 
 
+def test_inspect_says_what_was_changed_and_draws_it(capsys, finished, tmp_path):
+    from burnish.cli.files import attached
+    from burnish.engine.updates import updates
+
+    code, out, _ = run(capsys, "inspect", finished, "--json", "--intruders", "--leading", 5,
+                       "--likeness", 0.6, "--picture", tmp_path / "i.svg")
+    told = json.loads(out)
+    tuned, _ = attached(finished, None)
+    found = {u.name: u for u in updates(tuned)}
+    assert code == 0 and told["weights"].keys() == found.keys() and len(found) > 3
+    name, row = next(iter(told["weights"].items()))
+    delta, W = found[name].delta().double(), found[name].base().double()
+    assert row["change"] == pytest.approx(float(delta.norm() / W.norm()), rel=1e-4)
+    s = torch.linalg.svdvals(delta)
+    assert row["values"] == pytest.approx(s[: len(row["values"])].tolist(), rel=1e-3, abs=1e-6)
+    U0, U1 = (torch.linalg.svd(M)[0] for M in (W, W + delta))
+    assert row["intruders"] == int(((U0.t() @ U1[:, :5]).abs().amax(0) < 0.6).sum())
+    assert told["intruders"] == sum(r["intruders"] for r in told["weights"].values())
+    assert (tmp_path / "i.svg").read_text().startswith("<svg")
+    code, out, _ = run(capsys, "inspect", finished, "--picture", tmp_path / "s.svg")
+    assert code == 0 and name in out and "effective rank" in out and "intruder" not in out
+    assert "effective rank" in (tmp_path / "s.svg").read_text()[:400]
+    for more, words in ((["--leading", "3"], "add --intruders"),
+                        (["--picture", "x.png"], "are SVG"),
+                        (["--intruders", "--leading", "0"], "leading >= 1")):
+        code, _, err = run(capsys, "inspect", finished, *more)
+        assert code == 2 and words in err
+
+
 def test_export_opens_in_peft(capsys, finished, tmp_path):
     import peft
     from transformers import AutoModelForImageClassification

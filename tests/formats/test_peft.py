@@ -122,16 +122,16 @@ OUT = {
     "llama hra": ("llama", "hra(rank=4)", {}),
     "vit hra convolution": ("vit", "hra(rank=4, targets='conv,q')", {"head": "auto"}),
     "llama boft": ("llama", "boft(block=8, factors=1)", {}),
-    "llama boft gain": ("llama", "boft(block=8, factors=1, gain=True)", {}),
+    "llama boft gain": ("llama", "boft(block=8, factors=1, gains=True)", {}),
     "llama bone": ("llama", "bone(rank=8)", {}),
     "llama fourierft": ("llama", "fourierft(n=40, alpha=80, positions='torch', seed=5)", {}),
     "gpt2 fourierft": ("gpt2", "fourierft(n=40, alpha=80, positions='torch', targets='c_attn') + "
                                "fourierft(n=30, alpha=80, positions='torch', targets='c_fc')", {}),
-    "llama randlora": ("llama", "randlora(rank=8, alpha=64, order='peft')", {}),
+    "llama randlora": ("llama", "randlora(rank=8, alpha=64, pairing='peft')", {}),
     "llama randlora squares": ("llama", "randlora(rank=8, alpha=64, targets='q,o')", {}),
-    "gpt2 randlora": ("gpt2", "randlora(rank=8, alpha=64, order='peft', targets='c_attn,c_proj')",
+    "gpt2 randlora": ("gpt2", "randlora(rank=8, alpha=64, pairing='peft', targets='c_attn,c_proj')",
                       {}),
-    "llama randlora sparse": ("llama", "randlora(rank=8, alpha=64, order='peft', bases='sparse')",
+    "llama randlora sparse": ("llama", "randlora(rank=8, alpha=64, pairing='peft', bases='sparse')",
                               {}),
     "llama shira": ("llama", "shira(rank=2)", {}),
     "llama shira chosen": ("llama", "shira(rank=3, mask='magnitude', targets='q,down')", {}),
@@ -535,7 +535,7 @@ def test_a_butterfly_of_several_factors(factors, tmp_path, monkeypatch):
 
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: Extension)
     model, batch = tiny("llama")
-    tuned = moved(burnish.tune(model, f"boft(block=4, factors={factors}, gain=True)"), size=0.2)
+    tuned = moved(burnish.tune(model, f"boft(block=4, factors={factors}, gains=True)"), size=0.2)
     ours = outputs(model, batch)
     export_peft(tuned, tmp_path)
     theirs = PeftModel.from_pretrained(tiny("llama")[0], tmp_path)

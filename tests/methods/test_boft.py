@@ -122,7 +122,7 @@ def test_a_gain_stands_behind_the_product_not_behind_the_bias():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 9)).double()
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    tuned = burnish.tune(model, "boft(block=4, factors=2, gain=True)", head=False, targets="0")
+    tuned = burnish.tune(model, "boft(block=4, factors=2, gains=True)", head=False, targets="0")
     (_, term), = tuned.terms(Gained)
     assert torch.equal(term.s, torch.ones(9))
     term.double()
@@ -179,7 +179,7 @@ def test_settings_at_their_bounds_are_taken(settings):
 
 def test_defaults_and_no_decay():
     assert burnish.parse("boft")[0].settings() == {"targets": None, "block": 8, "factors": 2,
-                                                   "terms": 0, "gain": False}
+                                                   "terms": 0, "gains": False}
     tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "boft", targets="0", head=False)
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
         == {0.0}

@@ -55,7 +55,7 @@ def test_outputs_and_gradients_are_those_of_the_sum():
 @pytest.mark.parametrize("out, inp", [(11, 7), (5, 11)])
 def test_the_order_of_peft_pairs_column_c_with_row_c(out, inp):
     """Column c of all B_i, one after the other, meets the row c of (rank, n) scaled copies of A."""
-    model, tuned, (term,) = made([(inp, out)], "rank=3, alpha=6, order='peft'")
+    model, tuned, (term,) = made([(inp, out)], "rank=3, alpha=6, pairing='peft'")
     with torch.no_grad():
         for p in tuned.parameters():
             p.normal_()
@@ -159,7 +159,7 @@ def test_a_rank_of_nothing_is_refused():
     with pytest.raises(burnish.RecipeError, match="^randlora: rank=0"):
         burnish.parse("randlora(rank=0)")
     assert burnish.parse("randlora")[0].settings() == {
-        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform", "order": "paper"}
+        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform", "pairing": "paper"}
 
 
 def test_bounds_and_cost():

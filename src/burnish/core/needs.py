@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 from . import families
 from .anatomy import Anatomy
@@ -75,6 +77,13 @@ def _logits(a: Anatomy) -> bool:
     return said is None or "logits" in said
 
 
+def _loose(a: Anatomy) -> bool:
+    try:
+        return not any(a.tied(p) for p in match(a, "embedding"))
+    except BurnishError:
+        return False
+
+
 #: word -> (what it means, does this model have it?)
 NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
@@ -92,6 +101,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
+    "loose embedding": ("an embedding of tokens that is tied to nothing", _loose),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "units": ("attention or an MLP whose units can be told", lambda a: bool(groups(a)[0])),
     "ladder": ("transformer blocks of one width, in one stack or an encoder and its decoder",
@@ -116,8 +126,9 @@ def lacks(method: type[Method], anatomy: Anatomy) -> str | None:
     if (word := unmet(method, anatomy)) is not None:
         return word
     if {"delta", "storage"} & set(method.axes()):
+        own: Any = next(f.default for f in fields(method) if f.name == "targets")
         try:
-            places = match(anatomy, None)
+            places = match(anatomy, own)
         except BurnishError as e:
             return str(e)
         if not any(p.kind in method.kinds for p in places):

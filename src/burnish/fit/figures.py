@@ -202,6 +202,47 @@ def layers(moved: Mapping[str, Mapping[str, float]]) -> str:
     return _svg(figure, "change of every tuned weight")
 
 
+def spectra(moved: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many directions each update has, and how its singular values fall."""
+    names = [n for n in moved if moved[n].get("values")]
+    if not names:
+        return ""
+    figure, axes = _axes(9, max(2.2, 0.17 * len(names) + 0.6), 2)
+    y = range(len(names))
+    axes[0].barh(y, [moved[n]["effective_rank"] for n in names], color=ACCENT, height=0.7)
+    axes[0].grid(axis="y", visible=False)
+    axes[0].grid(axis="x", color=GRID, linewidth=0.7)
+    axes[0].set_xlim(left=0)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    axes[0].set_yticks(list(y), [_brief(n) for n in names], fontsize=7, color=INK)
+    axes[0].set_title("effective rank of the update", loc="left", fontsize=10, color=INK)
+    lines = [[v / moved[n]["values"][0] for v in moved[n]["values"]
+              if v > 1e-6 * moved[n]["values"][0]] for n in names]          # below it is rounding
+    for line in lines:
+        axes[1].plot(range(1, len(line) + 1), line, color=ACCENT, linewidth=0.8,
+                     alpha=max(0.15, min(1.0, 4 / len(lines))), marker="." if len(line) < 9 else "")
+    axes[1].set_yscale("log")
+    axes[1].set_ylim(min(min(line) for line in lines) / 1.5, 1.5)
+    axes[1].set_title("singular values, relative to the largest", loc="left", fontsize=10,
+                      color=INK)
+    axes[1].set_xlabel("direction", fontsize=8, color=FAINT)
+    return _svg(figure, "effective rank and singular values of every update")
+
+
+def intruders(points: Sequence[tuple[float, int]], threshold: float) -> str:
+    """How many leading directions look like nothing of the base, over what counts as a likeness."""
+    if not points:
+        return ""
+    figure, (ax,) = _axes(9, 2.6)
+    ax.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.4, marker="o", markersize=3)
+    ax.axvline(threshold, color=INK, linewidth=0.6, linestyle=":")
+    ax.set_xlim(0, 1)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("largest cosine with a direction of the base", fontsize=8, color=FAINT)
+    ax.set_title("intruder dimensions of all tuned matrices", loc="left", fontsize=10, color=INK)
+    return _svg(figure, "intruder dimensions over thresholds")
+
+
 def _brief(name: str, width: int = 46) -> str:
     name = name.removesuffix(".weight").replace(".weight[", "[")
     return name if len(name) <= width else "..." + name[3 - width:]

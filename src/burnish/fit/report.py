@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..engine.slot import slots
+from ..blocks.weight import spectrum
 from ..engine.tuned import Tuned
+from ..engine.updates import updates
 from ..memory import MemoryReport, format_bytes
 from . import figures
 
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from .stages import Past
     from .tasks import Task
 
-#: entries of all tuned matrices together above which their change is not computed for the page
-LOOKED_AT = 1 << 31
+#: entries of all tuned matrices together above which their change is not computed for the page, and
+#: operations of a decomposition above which one matrix has no spectrum there
+LOOKED_AT, DECOMPOSED = 1 << 31, 1 << 31
+#: singular values of a matrix that the page shows
+SHOWN = 64
 
 
 def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
@@ -89,46 +93,25 @@ def environment() -> dict[str, str]:
 
 
 @torch.no_grad()
-def change(tuned: Tuned) -> dict[str, dict[str, float]]:
-    """How each weight moved: ``|Delta| / |W|``, and the share of entries that moved at all.
-
-    For terms beside a weight (LoRA, SNELLA...) Delta is the term; for weights that trained whole
-    it is what they are minus what they were. The head and functions of W (DoRA) are left out.
-    """
-    from ..blocks.weight.provided import Wrap
-
-    found: dict[str, list[tuple[torch.Tensor, float]]] = {}
+def change(tuned: Tuned) -> dict[str, dict[str, Any]]:
+    """How each weight moved: ``|Delta| / |W|``, the share of entries that moved at all, and, where
+    it costs little, how many directions its update has: effective and stable rank, and the leading
+    singular values. (blocks/weight/spectrum.py says what these are.)"""
+    out: dict[str, dict[str, Any]] = {}
     size = 0
-    for _, module, slot in slots(tuned.model):
-        for part in slot.parts:
-            term = slot.module_of(part)
-            if part.place is None or isinstance(term, Wrap) or not hasattr(term, "dense"):
-                continue
-            size += part.place.numel
-            if size > LOOKED_AT:
-                return {}
-            stored = slot.providers.get(part.place.param)
-            base = slot._modules[stored].weight() if stored else part.place.stored(module)
-            found.setdefault(part.place.name, []).append(
-                (term.dense().float(), float(part.place.view(base).float().norm())))
-    out = {name: _moved(sum(d for d, _ in pieces), pieces[0][1])
-           for name, pieces in found.items()}
-    heads = tuple(tuned.anatomy.head)  # a new head has nothing it could be compared with
-    for path, leaf in tuned.originals:
-        before = tuned.originals.get(path, leaf)
-        if before.dim() < 2 or (size := size + before.numel()) > LOOKED_AT:
-            continue
-        name = f"{path}.{leaf}" if path else leaf
-        if heads and name.startswith(heads):
-            continue
-        now = tuned.model.get_parameter(name)
-        out[name] = _moved(now.float().cpu() - before.float().cpu(), float(before.float().norm()))
-    return out
-
-
-def _moved(delta: Any, norm: float) -> dict[str, float]:
-    return {"change": float(delta.norm()) / max(norm, 1e-12),
+    for update in updates(tuned):
+        if (size := size + update.numel) > LOOKED_AT:
+            return {}
+        delta, base = update.delta(), update.base()
+        row = out[update.name] = {
+            "change": float(delta.norm()) / max(float(base.float().norm()), 1e-12),
             "nonzero": float((delta != 0).float().mean())}
+        s = update.values(DECOMPOSED)
+        if s is not None and float(s.sum()) > 0:
+            row |= {"effective_rank": spectrum.effective_rank(s),
+                    "stable_rank": spectrum.stable_rank(s),
+                    "values": [float(v) for v in s[:SHOWN]]}
+    return out
 
 
 def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
@@ -149,6 +132,7 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         "memory": figures.memory(memory["simulated"], memory["measured"]),
         "timeline": figures.timeline(memory["simulated"], memory["measured"]),
         "layers": figures.layers(layers),
+        "spectra": figures.spectra(layers),
         "comparison": figures.comparison(comparison["rows"]) if comparison else "",
     }
     env = jinja2.Environment(

@@ -104,7 +104,7 @@ class Boft(Form):
             raise FormatError(f"{where} lacks boft_R")
         if R.shape[2] != R.shape[3]:
             raise FormatError(f"{where}: boft_R has blocks of {R.shape[2]} x {R.shape[3]}")
-        own.settings = {"block": R.shape[2], "factors": R.shape[0], "gain": True}
+        own.settings = {"block": R.shape[2], "factors": R.shape[0], "gains": True}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         S = own.tensors["boft_R"].flatten(0, 1)

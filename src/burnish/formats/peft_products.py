@@ -186,12 +186,12 @@ class RandLora(Form):
 
     def give_beside(self, shared: nn.Module, whole: Any) -> tuple[Tensors, dict[str, Any]]:
         A, B = shared.A[:, None], shared.B.transpose(0, 1)             # (r, 1, p), (q, n, r)
-        used = {(t.lam.shape[0], t.order) for t in whole}
-        if any(order != "peft" and n > 1 for n, order in used):
+        used = {(t.lam.shape[0], t.pairing) for t in whole}
+        if any(pairing != "peft" and n > 1 for n, pairing in used):
             if len(used) > 1 or next(iter(used))[0] != B.shape[1]:
                 raise FormatError("PEFT's RandLoRA pairs its bases in an order that depends on the "
                                   "matrix, and these are of several sizes; train with "
-                                  "randlora(order='peft') to export, or merge instead")
+                                  "randlora(pairing='peft') to export, or merge instead")
             B = B.transpose(1, 2).reshape(B.shape)
         out, inp = max(t.out for t in whole), max(t.inp for t in whole)
         p = min(out, inp)                        # PEFT's are as large as all the sides together
@@ -204,7 +204,7 @@ class RandLora(Form):
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
         own.settled = {"bases": True}
-        own.settings |= {"bases": "stored", "order": "peft",
+        own.settings |= {"bases": "stored", "pairing": "peft",
                          "alpha": float(own.settings["alpha"])}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:

@@ -17,11 +17,11 @@ class Boft(Method):
     ``R_ij = (I + Q)(I - Q)^-1``, Q skew-symmetric (b, b); P_i brings half-blocks together that lie
     2^(i-1) blocks apart (butterfly.py): y = W (R^T x) + b. m = 1 is OFT; m = log2(2 k) joins
     every input with every other. Rows of W keep their norms and angles. ``terms=n`` takes n terms
-    of the series of R instead of the solve: orthogonal only nearly; 0 is exact. `gain` trains a
+    of the series of R instead of the solve: orthogonal only nearly; 0 is exact. `gains` trains a
     gain for each output too, ``W' = diag(s) W R^T``, s from ones, as the authors' code does.
 
     Start: Q = 0: the pre-trained function exactly. Trains m in (b - 1) / 2 per matrix, and out
-    more with `gain`. Kept for backward: x, once for all layers that read it; x is turned, never W;
+    more with `gains`. Kept for backward: x, once for all layers that read it; x is turned, never W;
     the product in front of a gain is made again. Merges exactly. No weight decay. b must divide
     `in`, 2^(m-1) b too, and b must be even beyond one factor.
     """
@@ -35,7 +35,7 @@ class Boft(Method):
     factors: int = setting(2, "m, factors of the butterfly", alias=("boft_n_butterfly_factor",),
                            other=(1,))
     terms: int = setting(0, "0: exact; n: the first n terms of the series", other=(5,))
-    gain: bool = setting(False, "a gain for each output trains too")
+    gains: bool = setting(False, "a gain for each output trains too")
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.factors < 1 or self.terms == 1 or self.terms < 0:
@@ -58,7 +58,7 @@ class Boft(Method):
             raise RecipeError(f"boft: 2^(factors - 1) block = {self.run} does not divide the "
                               f"{place.inp} inputs of {place.name}")
         wiring = (place.inp, self.block, self.factors, self.terms)
-        term = Gained(place.out, *wiring) if self.gain else Butterfly(*wiring)
+        term = Gained(place.out, *wiring) if self.gains else Butterfly(*wiring)
         term.upper.burnish_decay = False
         return term
 
@@ -68,4 +68,4 @@ class Boft(Method):
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
-        return self.factors * place.inp * (self.block - 1) // 2 + place.out * self.gain
+        return self.factors * place.inp * (self.block - 1) // 2 + place.out * self.gains

@@ -18,14 +18,14 @@ class Scaled(Columns):
     """``Delta = s sum_i B_i diag(lam_i) A diag(gamma_i)``, or its transpose where out < in.
 
     A (rank, p), B (n, q, rank), p the shorter side and q the longer; lam (n, rank) and gamma (n, p)
-    train. As one product: B as (q, n rank) times the n scaled copies of A. order: "paper", or
+    train. As one product: B as (q, n rank) times the n scaled copies of A. pairing: "paper", or
     "peft", whose B_i has column ``c = k n + i`` of all of them as its k-th.
     """
 
-    def __init__(self, place: Place, rank: int, scale: float, shared: Any, order: str = "paper",
+    def __init__(self, place: Place, rank: int, scale: float, shared: Any, pairing: str = "paper",
                  kept: bool = False):
         super().__init__()
-        self.order = order
+        self.pairing = pairing
         #: what a file must say so that a load waits for the bases (engine/attach.py)
         self.counted = {"bases": True} if kept else None
         self.out, self.inp, self.scale = place.out, place.inp, scale
@@ -42,7 +42,7 @@ class Scaled(Columns):
         A = self.lam[:, :, None] * self.shared.A[:, : self.p][:, cols] * self.gamma[:, None, cols]
         n = self.lam.shape[0]
         B = self.shared.B[:n, i0:i1] if wide else self.shared.B[:n, : self.q]
-        if self.order == "peft":                       # rows of A in the order of those columns
+        if self.pairing == "peft":                       # rows of A in the order of those columns
             A = A.transpose(0, 1)
         made = B.transpose(0, 1).flatten(1) @ A.flatten(0, 1) * self.scale
         return made.t() if wide else made
@@ -69,8 +69,8 @@ class Randlora(Method):
     panel, one product of the cost of min(out, in) tokens. Files hold lam and gamma alone. Merges
     exactly. No weight decay. The bases cost about q p numbers of the largest matrix, once.
 
-    order="peft" is PEFT's function: where n > 1 it pairs the columns of all B_i with the rows of A
-    in another order, which depends on the matrix: ``(i, k) -> column k n + i``. bases="stored" is
+    pairing="peft" is PEFT's function: where n > 1 it pairs the columns of all B_i with the rows of
+    A in another order, which depends on the matrix: ``(i, k) -> column k n + i``. bases="stored" is
     what an adapter read from its folder has: that folder's bases, in our files too.
     """
 
@@ -85,7 +85,7 @@ class Randlora(Method):
     alpha: float = setting(640.0, "numerator of the scale", alias=("randlora_alpha",))
     bases: Literal["uniform", "sparse", "very sparse", "stored"] = setting(
         "uniform", "how they are drawn, or those of a file", other=("sparse", "very sparse"))
-    order: Literal["paper", "peft"] = setting("paper", "which column of B meets which row of A")
+    pairing: Literal["paper", "peft"] = setting("paper", "which column of B meets which row of A")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -104,7 +104,7 @@ class Randlora(Method):
         site.place.check_rank(self.rank, "randlora")
         if self.bases == "stored":
             check_stored(site, "randlora")
-        return Scaled(site.place, self.rank, self.alpha / self.rank, site.shared, self.order,
+        return Scaled(site.place, self.rank, self.alpha / self.rank, site.shared, self.pairing,
                       self.bases == "stored")
 
     def per_token(self, place: Place) -> int:

@@ -61,7 +61,7 @@ class Vera(Method):
     rank: int = setting(256, "rows of the shared A", alias=("r",))
     d_start: float = setting(0.1, "start of d", alias=("d_initial",))
     bases: Literal["drawn", "stored"] = setting(
-        "drawn", "A and B: drawn from the seed, or those of a file",
+        "drawn", "how they are drawn, or those of a file",
         unseen="a new adapter has no file: tests/methods/test_vera.py")
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, Tensor | Seeded]:

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ...blocks.choose.pruned import Pruned
+from ...core.anatomy import Anatomy
+from ...core.errors import ConfigError
+from ...core.method import Method, setting
+from ...core.targets import match
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality over the share of entries that are zero: `points` (s, P(s)), s rising from 0."""
+
+    points: list[tuple[float, float]]
+    drop: float
+
+    @property
+    def essential(self) -> float:
+        """The largest s with ``P(s) >= P(0) - drop |P(0)|``."""
+        _, whole = self.points[0]
+        return max(s for s, p in self.points if p >= whole - self.drop * abs(whole))
+
+    @property
+    def knee(self) -> float:
+        """The s whose point lies farthest above the chord from the first to the last, both axes
+        scaled to 1; the first of equals, and 0 where none lies above it."""
+        (s0, p0), (s1, p1) = self.points[0], self.points[-1]
+        if s1 == s0 or p1 == p0:
+            return s0
+
+        def above(s: float, p: float) -> float:
+            return (p - p0) / abs(p1 - p0) - (s - s0) / (s1 - s0) * (1 if p1 > p0 else -1)
+
+        return max(self.points, key=lambda point: (above(*point), -point[0]))[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EssentialSparsity(Method):
+    """Essential sparsity: how many of a model's smallest weights can be zero at no loss.
+
+    For every s of `grid` the share s of entries with the smallest |W| is zero, with no training
+    in between, and the model is scored: P(s). Reported are the largest s with ``P(s) >= P(0) - drop
+    |P(0)|`` and the knee of the curve (the point farthest above its chord). `targets` narrows what
+    is pruned; by default the linear weights of the blocks, never embeddings, norms and heads.
+    ranking="layer" takes the same share of each weight; order="random" is the control.
+
+    Trains nothing: a diagnosis, which suggests a density (snella, sara, shira). Masks are nested.
+    Memory: the entries that are out, with their positions; afterwards every bit is where it was.
+    To tune before scoring, as the paper does for pre-trained checkpoints, let `score` do so.
+    """
+
+    paper = ("The Emergence of Essential Sparsity in Large Pre-trained Models (2023), "
+             "arXiv:2306.03805")
+    tier = "checked against an independent equation"
+
+    grid: tuple[float, ...] | list[float] = setting(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "shares that are pruned, beside none")
+    drop: float = setting(0.01, "share of P(0) that may be lost")
+    ranking: Literal["global", "layer"] = setting("global", "magnitudes against all, or in a layer")
+    order: Literal["magnitude", "random"] = setting("magnitude", "what goes first")
+    seed: int = setting(0, "of the random order")
+
+    def __post_init__(self) -> None:
+        grid = list(self.grid) if isinstance(self.grid, tuple | list) else []
+        if not grid or grid != sorted(set(grid)) or not all(0 < s < 1 for s in grid):
+            raise ConfigError(f"essential_sparsity: grid={self.grid!r}: expected rising shares "
+                              "between 0 and 1")
+        if not self.drop >= 0:
+            raise ConfigError(f"essential_sparsity: drop={self.drop}: expected at least 0")
+        if self.seed and self.order != "random":
+            raise ConfigError("essential_sparsity: seed does nothing beside order='magnitude'")
+
+    def lifecycle(self, model: nn.Module, *, score: Callable[[nn.Module], float]) -> Curve:
+        """The curve. score: quality of the model as it stands, higher is better."""
+        weights = self._weights(model)
+        points = [(0.0, float(score(model)))]
+        seed = self.seed if self.order == "random" else None
+        with torch.no_grad(), Pruned(weights, self.ranking == "global", seed) as pruned:
+            for s in self.grid:
+                real = pruned.to(s)
+                points.append((real, float(score(model))))
+        return Curve(points, self.drop)
+
+    def _weights(self, model: nn.Module) -> Sequence[Any]:
+        places = [p for p in match(Anatomy.of(model), self.targets) if p.kind != "embedding"]
+        found = {id(w): w for p in places for w in [p.stored(model.get_submodule(p.path))]}
+        if any(p.rows for p in places) or not found:
+            raise ConfigError("essential_sparsity prunes whole weights: name them whole, and some")
+        return list(found.values())
