@@ -97,7 +97,8 @@ def test_its_count_its_start_and_its_decay():
 
 
 def test_what_cannot_be_is_refused():
-    for ids in ("()", "(1, 1)", "(-1,)", "(True, 2)", "(0.5,)"):
+    assert burnish.parse("trainable_tokens")[0].ids == (0,)
+    for ids in ("()", "(1, 1)", "(-1,)", "(True, 2)", "(0.5,)", "3", "'ab'", "None"):
         with pytest.raises(RecipeError, match="^trainable_tokens: ids="):
             burnish.parse(f"trainable_tokens(ids={ids})")
     with pytest.raises(RecipeError, match=r"has 11 rows, so no token 11; resize the table"):
