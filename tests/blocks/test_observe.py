@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.choose.observe import AbsMax, Covariance, Gradient, Principal, SquaredGradient
+from burnish.blocks.choose.observe import (
+    AbsMax,
+    Covariance,
+    Gradient,
+    OutputCovariance,
+    Principal,
+    Spectrum,
+    SquaredGradient,
+)
 from burnish.blocks.linalg import svd
 
 
@@ -134,3 +142,33 @@ def test_svd_is_the_same_whatever_was_drawn_before(shape):
     U, S, V = first
     torch.testing.assert_close(S, torch.linalg.svdvals(M)[:5], rtol=1e-6, atol=0)
     torch.testing.assert_close(U.t() @ M, S.unsqueeze(1) * V, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape, k", [((30, 20), 3), ((8, 90), 8), ((90, 80), 2)])
+def test_what_a_spectrum_leaves(shape, k):
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    statistic = Spectrum(k)
+    assert statistic.nbytes == 4
+    statistic.update(W.bfloat16().float())
+    S = torch.linalg.svdvals(W.bfloat16().double())
+    want = float(S[k:].square().sum() / S.square().sum())
+    assert float(statistic.value) == pytest.approx(want, abs=2e-3)
+    half = Spectrum(k)
+    half.update(W.bfloat16())                              # read in fp32
+    assert float(half.value) == float(statistic.value)
+    none = Spectrum(k)
+    none.update(torch.zeros(*shape))
+    assert float(none.value) == 1.0
+
+
+def test_output_covariance_is_the_sum_over_batches():
+    g = torch.Generator().manual_seed(0)
+    G = [torch.randn(6, 9, generator=g, dtype=torch.float64) for _ in range(3)]
+    c = OutputCovariance(6)
+    assert c.nbytes == 4 * 36
+    for one in G:
+        c.update(one)
+    torch.testing.assert_close(c.value, sum(one @ one.t() for one in G))
+    half = OutputCovariance(6)
+    half.update(G[0].bfloat16())
+    assert half.value.dtype == torch.float32

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import burnish
-from burnish.blocks.choose.observe import Covariance, Gradient
+from burnish.blocks.choose.observe import Covariance, Gradient, Spectrum
 from burnish.blocks.weight.factor import Chain
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, DataError
@@ -237,3 +237,76 @@ def test_a_module_called_twice_is_not_taken_for_its_neighbour():
     shown = dict(SHOWN)
     torch.testing.assert_close(shown["b.weight"], y.t() @ y / 5)
     torch.testing.assert_close(shown["a.weight"], (x.t() @ x + y.t() @ y) / 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heavy(Method):
+    """Heavy: reads weights, and the input of the head where it is told to."""
+
+    inputs: bool = False
+
+    def observe(self, place):
+        return Covariance(place.inp) if self.inputs and "lm_head" in place.name else Spectrum(2)
+
+    def settle(self, seen):
+        ASKED.append({p.name: s.value.clone() if s.reads == "weight" else None
+                      for p, s in seen.items()})
+        return {p: {"rank": 3} for p in seen}
+
+    def delta(self, site):
+        SHOWN.append((site.place.name, site.seen and site.seen.value.clone()))
+        return Chain(site.place, site.settled["rank"])
+
+
+ASKED: list = []
+register(Heavy, "heavy")
+
+
+def test_a_statistic_of_weights_needs_no_data():
+    ASKED.clear()
+    net, batch = tiny("llama")
+    ran = []
+    net.register_forward_pre_hook(lambda *_: ran.append(1))
+    tuned = burnish.tune(net, "heavy", targets="q,down")
+    assert not ran and len(ASKED) == 1 and len(SHOWN) == 4
+    for name, left in SHOWN:
+        S = torch.linalg.svdvals(net.get_parameter(name))
+        want = float(S[2:].square().sum() / S.square().sum())
+        assert float(left) == pytest.approx(want, abs=1e-5)
+        assert float(ASKED[0][name]) == float(left)
+    assert {t.A.shape[0] for _, t in tuned.terms(Chain)} == {3}
+
+
+def test_weights_and_inputs_in_one_part():
+    ASKED.clear()
+    net, batch = tiny("llama", tie_word_embeddings=False)
+    with pytest.raises(ConfigError, match="heavy reads data"):
+        burnish.tune(net, "heavy(inputs=True)", targets="q,lm_head")
+    burnish.tune(net, "heavy(inputs=True)", targets="q,lm_head", calibration=[batch])
+    shown = dict(SHOWN)
+    assert len(shown) == 3 and shown["lm_head.weight"].shape == (32, 32)
+    assert all(v.dim() == 0 for n, v in shown.items() if n != "lm_head.weight")
+
+
+def test_a_weight_that_waits_in_its_file_is_read_for_its_statistic(tmp_path):
+    from burnish.core.unread import is_unread, mark
+
+    net, _ = tiny("llama")
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole, p = net.get_parameter(name).detach().clone(), net.get_parameter(name)
+    reads = []
+
+    class File:
+        def read(self):
+            reads.append(1)
+            return whole.clone()
+
+    p.data = torch.full((), float("nan")).expand(whole.shape)
+    mark(p, File())
+    assert is_unread(net)
+    burnish.tune(net, "heavy", targets="down")
+    S = torch.linalg.svdvals(whole)
+    assert float(dict(SHOWN)[name]) == pytest.approx(
+        float(S[2:].square().sum() / S.square().sum()), abs=1e-5)
+    assert len(reads) == 3                       # its statistic, its term, and for good
+    assert torch.equal(net.get_parameter(name), whole)

@@ -170,9 +170,10 @@ class Method:
 
     # -- before the questions: data, and tensors that places share -------------------------
     def observe(self, place: Place) -> Statistic | None:
-        """What a `delta` or `storage` wants to know of the data that passes this place (see
-        blocks/choose/observe.py); read before anything is added, from as many samples as the
-        setting `samples` says, all there are where there is none. None: nothing."""
+        """What a `delta` or `storage` wants to know of the data that passes this place, or of its
+        weight beside others' (see blocks/choose/observe.py); read before anything is added, from
+        as many samples as the setting `samples` says, all there are where there is none. None:
+        nothing."""
 
     def read_loss(self, model: nn.Module, batch: Any, run: Callable[..., Any]) -> torch.Tensor:
         """The scalar whose gradients `observe` is given of a batch: the task's loss, unless a

@@ -11,6 +11,8 @@ VOCABULARY: dict[str, str] = {
     # sizes
     "rank": "of an update, or of the subspace it stays in",
     "init_rank": "rank before a budget has moved it",
+    "rho": "how far a rank may be from the mean one, as a factor",
+    "grow": "components a matrix gains at a time",
     "bottleneck": "width of a bottleneck",
     "reduction": "a width over the narrow one",
     "hidden": "width of an MLP that makes what trains",

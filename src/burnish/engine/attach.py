@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from ..core.unread import let_go, read_all, source_of, values
 from .layout import no_dropout
-from .observe import Batches, Pass, as_found, no_data
+from .observe import Batches, Pass, as_found, needs_data, no_data
 from .planned import make_plan
 from .refold import restart
 from .slot import slot_of, slots
@@ -55,10 +56,7 @@ class Attacher:
     # -- where ---------------------------------------------------------------------------------
     def places(self, method: Method) -> list[Place]:
         """The places a part applies to; those of a kind it has no form for are named."""
-        asked = wanted(self.anatomy, method)
-        found = match(self.anatomy) if asked is None else asked
-        fit = [p for p in found if p.kind in method.kinds]
-        left = [p for p in found if p.kind not in method.kinds]
+        asked, fit, left = self._found(method)
         if left and (asked is not None or not fit):
             kinds = ", ".join(sorted(method.kinds))
             raise TargetError(f"{method.name} has no form for {left[0].name} (kind "
@@ -67,6 +65,13 @@ class Attacher:
             self.notes.append(f"{method.name} leaves {len(left)} {left[0].kind} weights alone: "
                               "it has no form for them")
         return fit
+
+    def _found(self, method: Method) -> tuple[list[Place] | None, list[Place], list[Place]]:
+        """(what was asked for, if anything, what a part has a form for, what not)."""
+        asked = wanted(self.anatomy, method)
+        found = match(self.anatomy) if asked is None else asked
+        return (asked, [p for p in found if p.kind in method.kinds],
+                [p for p in found if p.kind not in method.kinds])
 
     def _module(self, place: Place) -> nn.Module:
         return self.model.get_submodule(place.path)
@@ -195,7 +200,8 @@ class Attacher:
             return
         record = self.adapter.settled[key] = {}
         left = dict.fromkeys(places)
-        for seen, decided in Pass(self.model, part, places, *self.data).rounds():
+        looks = Pass(self.model, part, places, *self.data, weight=self._weight)
+        for seen, decided in looks.rounds():
             for place, statistic in seen.items():
                 record[place.name] = dict(decided.get(place, {}))
                 del left[place]
@@ -213,7 +219,17 @@ class Attacher:
 
     def _runs(self, part: Method) -> bool:
         """Does the part read data first, so that the base runs?"""
-        return type(part).observe is not Method.observe and not self._blank(part)
+        if type(part).observe is Method.observe or self._blank(part):
+            return False
+        seen = map(part.observe, self._found(part)[1])
+        return any(s is not None and needs_data(s) for s in seen)
+
+    @contextmanager
+    def _weight(self, place: Place) -> Iterator[torch.Tensor]:
+        """Inside, the weight of a place stands, also one that waits in its file."""
+        module = self._module(place)
+        with torch.no_grad(), values(_parameter(module, place)):
+            yield slot_of(module, self.state, place.path)._place_view(module, place)
 
     def _key(self, part: Method) -> str:
         return key_of(self.adapter.recipe, part)

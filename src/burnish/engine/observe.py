@@ -4,7 +4,8 @@ Runs the model as it was found (evaluation mode, adapters off) over the calibrat
 feeds the statistics that a part asked for. Places that are given the very same tensor share one
 statistic (q, k and v; gate and up). Statistics are gathered in rounds that fit a budget of bytes,
 and each is handed over as soon as its round is done: for those that need an (in, in) matrix, one
-layer at a time is enough.
+layer at a time is enough. Statistics of weights need no data: each is shown its weight, one weight
+at a time.
 """
 
 from __future__ import annotations
@@ -109,6 +110,11 @@ def valid_tokens(batch: Any) -> Tensor | None:
     return out
 
 
+def needs_data(statistic: Statistic) -> bool:
+    """Does it read what passes the model?"""
+    return statistic.reads != "weight"
+
+
 def no_data(part: Method) -> ConfigError:
     """Of a part that reads data where none was given."""
     return ConfigError(f"{part.name} reads data before it starts: give "
@@ -135,12 +141,14 @@ class Pass:
     run: ``run(batch)`` is the model's answer to a batch, ``run(batch, loss=True)`` its loss.
     base: a context inside which the model is the base, whatever adapters it has.
     budget: bytes of statistics at a time; at least one is always gathered.
+    weight: a context inside which the weight of a place stands, as (out, in).
     """
 
     def __init__(self, model: nn.Module, part: Method, places: list[Place], batches: Batches,
                  run: Callable[..., Any], base: Callable[[], AbstractContextManager] = nullcontext,
-                 budget: int | None = None):
-        self.base = base
+                 budget: int | None = None,
+                 weight: Callable[[Place], AbstractContextManager[Tensor]] | None = None):
+        self.base, self.weight = base, weight
         self.model, self.part, self.batches, self.run = model, part, batches, run
         self.wanted: Seen = {p: s for p in places if (s := part.observe(p)) is not None}
         self.budget = budget if budget is not None else \
@@ -151,7 +159,7 @@ class Pass:
     def rounds(self) -> Iterator[tuple[Seen, Decided]]:
         """({place: its statistic}, what the part decided from them), a round at a time, until
         every place has had its turn."""
-        if not self.batches:
+        if not self.batches and any(map(needs_data, self.wanted.values())):
             raise no_data(self.part)
         with as_found(self.model, self.base):
             self._group()
@@ -221,22 +229,33 @@ class Pass:
     def _read(self, leaders: list[Place], settles: bool = True) -> Seen:
         stats: Seen = {p: self.wanted.pop(p) for p in leaders}
         inputs = {p: s for p, s in stats.items() if s.reads == "input"}
-        weights = {p: s for p, s in stats.items() if s.reads == "gradient"}
+        gradients = {p: s for p, s in stats.items() if s.reads == "gradient"}
         seen = {p: stats[lead] for p, lead in self.alike.items() if lead in stats}
-        read: set[Place] = set()
+        read = self._look(stats)
+        if not inputs and not gradients:
+            return seen
         alone = any(s.alone for s in stats.values())
         for batch in self.batches.first(self.samples):
             for part in singly(batch) if alone else (batch,):
-                self._feed(part, inputs, weights, stats, read)
+                self._feed(part, inputs, gradients, stats, read)
             if settles:
                 self.part.settle(seen)
-            if all(s.done for s in stats.values()):
+            if all(s.done for s in stats.values() if needs_data(s)):
                 break
         for place in leaders:
             if place not in read:
                 raise DataError(f"{self.part.name}: the calibration batches never reach "
                                 f"{place.name}; leave it out of targets, or give batches that do")
         return seen
+
+    def _look(self, stats: Seen) -> set[Place]:
+        """Show each statistic of a weight that weight; which places had one."""
+        looked = {p for p, s in stats.items() if not needs_data(s)}
+        for place in looked:
+            assert self.weight is not None
+            with self.weight(place) as W:
+                stats[place].update(W)
+        return looked
 
     def _feed(self, batch: Any, inputs: Seen, weights: Seen, stats: Seen, read: set) -> None:
         """One pass over a batch."""

@@ -2,8 +2,9 @@
 
 A method says what it wants of a place (`Method.observe`); the data pass (engine/observe.py) feeds
 it. A statistic of inputs is given ``x`` as the module gets it, (batch, tokens..., in), and which
-tokens count; a statistic of gradients is given dL/dW, (out, in), once per batch. Two statistics
-with the same `key` on the same input are one: q, k and v share what they read.
+tokens count; a statistic of gradients is given dL/dW, (out, in), once per batch; a statistic of
+weights is given W, (out, in), once, and no data are needed for it. Two statistics with the same
+`key` on the same input are one: q, k and v share what they read.
 
 Everything is accumulated in fp32 at least, on the device of what is read, and holds no more than
 its `nbytes`.
@@ -23,13 +24,13 @@ from ..linalg import svd
 class Statistic:
     """What is gathered at one place.
 
-    reads: "input" (the module's input) or "gradient" (of the loss, by the weight).
+    reads: "input" (the module's input), "gradient" (of the loss, by the weight) or "weight".
     alone: every sample makes a pass of its own.
     condenses: `settle` keeps little of it once its round is over, so that places decide together
         and yet need not stand together.
     """
 
-    reads: ClassVar[Literal["input", "gradient"]] = "input"
+    reads: ClassVar[Literal["input", "gradient", "weight"]] = "input"
     alone: ClassVar[bool] = False
     condenses: ClassVar[bool] = False
 
@@ -186,7 +187,7 @@ class Principal(Statistic):
 class Gradient(Statistic):
     """Mean over batches of dL/dW, (out, in), kept on the host so that the device holds one."""
 
-    reads: ClassVar[Literal["input", "gradient"]] = "gradient"
+    reads: ClassVar[Literal["input", "gradient", "weight"]] = "gradient"
 
     def __init__(self, out: int, inp: int):
         self.out, self.inp = out, inp
@@ -218,3 +219,43 @@ class SquaredGradient(Gradient):
 
     def what(self, g: Tensor) -> Tensor:
         return g.square()
+
+
+class OutputCovariance(Statistic):
+    """``sum over batches of G G^T``, (out, out), G = dL/dW: which outputs' directions matter."""
+
+    reads: ClassVar[Literal["input", "gradient", "weight"]] = "gradient"
+
+    def __init__(self, out: int):
+        self.out = out
+        self.value: Tensor = torch.zeros(())
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.out**2
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        g = wide(x)
+        self.value = g @ g.t() if not self.value.dim() else self.value.addmm_(g, g.t())
+
+
+class Spectrum(Statistic):
+    """Of a weight: the share of ``||W||_F^2`` that its `k` largest singular values leave."""
+
+    reads: ClassVar[Literal["input", "gradient", "weight"]] = "weight"
+
+    def __init__(self, k: int):
+        self.k = k
+        self.value: Tensor = torch.zeros(())
+
+    @property
+    def nbytes(self) -> int:
+        return 4
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        W = wide(x)
+        first = svd(W, self.k)[1].square().sum()
+        whole = W.square().sum().clamp(min=torch.finfo(W.dtype).tiny)
+        self.value = (1 - first / whole).cpu()
