@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.blocks.choose.ranks import Falling, Rising, Shrinking
+from burnish.blocks.choose.ranks import Falling, Rising, Shrinking, Widening
 from burnish.blocks.update.noise import fold
 from burnish.core.errors import RecipeError
 
@@ -38,6 +38,9 @@ class Row(nn.Module):
 
     def done(self):
         return None
+
+    def extent(self):
+        return self.w.detach().norm()
 
 
 def resize(term, keep=None, fresh=None):
@@ -174,3 +177,83 @@ def test_what_has_gone_can_be_taken_back():
     rows["a"].w, rows["b"].w = (nn.Parameter(torch.ones(3)) for _ in "ab")
     s.load_state_dict(before)
     assert not s.fixed and s.pattern(2)["a"].tolist() == [False, True, False]
+
+
+# -- growth by what has been learnt ----------------------------------------------------------------
+def widening(rows, **kw):
+    how = {"goal": 6, "grow": 1, "warmup": 0.2, "every": 2, "linear": True, "label": "rows"} | kw
+    return Widening(rows, resize, **how)
+
+
+def learn(row, by):
+    with torch.no_grad():
+        row.w[0] += by
+
+
+def test_the_norm_that_rose_most_since_the_check_before_grows():
+    rows = {"a": Row(5.0), "b": Row(1.0)}
+    r = widening(rows, goal=4)
+    r.start(10)
+    ranks = []
+    for step in range(10):
+        learn(rows["b"], 1.0)
+        r.after_update(step)
+        ranks.append((rows["a"].rank, rows["b"].rank))
+    # at update 2 the largest norm, at 4 the largest rise
+    assert ranks == [(1, 1), (2, 1), (2, 1), *[(2, 2)] * 7]
+    again = widening({"a": Row(1.0), "b": Row(1.0)})
+    again.load_state_dict(r.state_dict())
+    assert again.total == 10 and again.before.keys() == rows.keys()
+    assert float(again.before["a"]) == float(rows["a"].extent())
+
+
+@pytest.mark.parametrize("linear, tops", [(True, [1, 1, 4, 6, 8]), (False, [1, 1, 2, 4, 8])])
+def test_how_many_grow_follows_the_law(linear, tops):
+    r = widening({"a": Row(1.0)}, goal=9, linear=linear)
+    assert [r.top(c) for c in (0.0, 0.1, 0.5, 0.75, 1.0)] == tops
+
+
+def test_shares_of_the_way_are_counted_from_the_warmup():
+    r = widening({"a": Row(1.0)}, goal=101, warmup=0.2, every=4)
+    asked = []
+    r.rise = lambda step, top: asked.append((step + 1, top))
+    for total in (None, 10):
+        r.start(total)
+        for step in range(10):
+            r.after_update(step)
+    assert asked == [(2, 1), (6, 50), (10, 100)]
+    r = widening({"a": Row(1.0)}, goal=1)
+    r.start(10)
+    r.rise = None
+    r.after_update(1)                              # nothing is left
+
+
+def test_none_gains_more_than_it_can_have():
+    rows = {"a": Row(1.0, 1.0), "b": Row(1.0)}
+    r = widening(rows, goal=9, grow=2)
+    r.start(4)
+    r.after_update(0)
+    r.widen(["a", "b"], 3)
+    assert (rows["a"].rank, rows["b"].rank) == (3, 3) and (rows["a"].had, rows["b"].had) == (1, 2)
+    r.widen(["a", "b"], 4)
+    assert r.left == 3 and rows["a"].rank == 3
+
+
+@pytest.mark.parametrize("make", [grow, widening])
+def test_a_rehearsal_is_of_the_ranks_in_the_end(make):
+    rows = {"a": Row(1.0), "b": Row(1.0, 1.0), "c": Row(1.0)}
+    r = make(rows, goal=7)
+    r.rehearse(0)
+    assert r.left == 0 and sorted(x.rank for x in rows.values()) == [2, 2, 3]
+    r = make({"a": Row(1.0)}, goal=9)
+    r.rehearse(0)
+    assert r.terms["a"].rank == 3                  # its most
+
+
+def test_in_a_simulation_nobody_rose_most():
+    with FakeTensorMode():
+        rows = {"a": Row(1.0), "b": Row(1.0)}
+        r = widening(rows, warmup=0.0)
+        r.start(9)
+        r.rise(0, 1)
+    assert (rows["a"].rank, rows["b"].rank) == (2, 1)

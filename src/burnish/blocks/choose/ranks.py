@@ -2,15 +2,16 @@
 
     Shrinking   a budget falls; the components with the least score rest, and go in the end
     Rising      every so often the terms with the highest score gain components
+    Widening    the same by a norm of what they have learnt, and more of them as the run goes on
 
-Both are handlers of a run's events (core/events.py) over terms by name, and know neither the term's
+All are handlers of a run's events (core/events.py) over terms by name, and know neither the term's
 equation nor how its importance is read: they are given ``resize(term, keep=, fresh=)``, which takes
 gradients, moments and files along. State is what a checkpoint needs beside the ranks themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,14 +115,8 @@ class Shrinking:
                 s.load(saved)
 
 
-class Grows(Protocol):
-    """A term that gains components. It adds to `score` in backward while `scoring`."""
-
-    scoring: bool
-    score: Tensor | float
-
-    def importance(self) -> Tensor | float:
-        """What `score` makes of the term beside others."""
+class Widens(Protocol):
+    """A term that gains components."""
 
     @property
     def rank(self) -> int:
@@ -137,23 +132,80 @@ class Grows(Protocol):
     def grown(self, n: int) -> None:
         """They are there."""
 
+
+class Grows(Widens, Protocol):
+    """It adds to `score` in backward while `scoring`."""
+
+    scoring: bool
+    score: Tensor | float
+
+    def importance(self) -> Tensor | float:
+        """What `score` makes of the term beside others."""
+
     def done(self) -> Mapping[str, Tensor] | None:
         """It grows no more: what stays of each tensor; None: all."""
 
 
-class Rising:
-    """The terms that matter gain components, until the ranks sum to `goal`.
+class Growth:
+    """Terms that gain `grow` components at a time, until the ranks sum to `goal`.
+
+    None gains more than it can have, and the last to gain what is left. label: what fresh
+    components are drawn from, with the term's name and the step. A promise is of the ranks in the
+    end, as many for each.
+    """
+
+    def __init__(self, terms: Mapping[str, Any], resize: Any, goal: int, grow: int, label: str):
+        self.terms, self.resize, self.label = terms, resize, label
+        self.goal, self.grow = goal, grow
+
+    @property
+    def left(self) -> int:
+        """Components still to be given."""
+        return self.goal - sum(t.rank for t in self.terms.values())
+
+    def able(self, names: Iterable[str]) -> list[str]:
+        """Those of them that can gain."""
+        return [n for n in names if self.terms[n].rank < self.terms[n].most]
+
+    @torch.no_grad()
+    def widen(self, names: Iterable[str], step: int) -> None:
+        """These gain, in this order."""
+        for name in names:
+            term = self.terms[name]
+            if (n := min(self.grow, self.left, term.most - term.rank)) > 0:
+                g = torch.Generator().manual_seed(fold(self.label, name, step) >> 1)
+
+                def drawn(*shape: int, g: torch.Generator = g) -> Tensor:
+                    return torch.randn(*shape, generator=g) * 0.02
+
+                self.resize(term, fresh=term.fresh(n, drawn))
+                term.grown(n)
+
+    def rehearse(self, step: int) -> None:
+        while self.left > 0 and (able := self.able(self.terms)):
+            self.widen(sorted(able, key=lambda n: self.terms[n].rank), step)
+
+
+def by_worth(worth: Mapping[str, Tensor]) -> list[str]:
+    """Names, those of the highest first; in a simulation their order is unknown."""
+    if any(isinstance(w, FakeTensor) for w in worth.values()):
+        return list(worth)
+    return sorted(worth, key=lambda n: -float(worth[n]))
+
+
+class Rising(Growth):
+    """The terms that matter gain components.
 
     After every update each term's score is smoothed as I' U. After `warmup` updates, every `every`,
     the `top` terms of the highest that still can gain `grow` components; scoring ends with the
-    growth. label: what fresh components are drawn from, with the term's name and the step. Raises
-    RecipeError at the start of a run that is known to end before `warmup`: nothing would grow.
+    growth. Raises RecipeError at the start of a run that is known to end before `warmup`: nothing
+    would grow.
     """
 
     def __init__(self, terms: Mapping[str, Any], resize: Any, *, goal: int, grow: int, top: int,
                  warmup: int, every: int, label: str):
-        self.terms, self.resize, self.goal, self.label = terms, resize, goal, label
-        self.grow, self.top, self.warmup, self.every = grow, top, warmup, every
+        super().__init__(terms, resize, goal, grow, label)
+        self.top, self.warmup, self.every = top, warmup, every
         self.scores = {n: Smoothed() for n in terms}
         self._listen()
 
@@ -162,11 +214,6 @@ class Rising:
             raise RecipeError(f"{self.label} grows from update {max(self.warmup, 1)} on, and the "
                               f"run has {total}: nothing would grow; try warmup={total // 8}, "
                               f"every={max(1, total // 16)}")
-
-    @property
-    def left(self) -> int:
-        """Components still to be given."""
-        return self.goal - sum(t.rank for t in self.terms.values())
 
     def _listen(self) -> None:
         for term in self.terms.values():
@@ -184,28 +231,13 @@ class Rising:
 
     @torch.no_grad()
     def rise(self, step: int) -> None:
-        scores = {n: s.score() for n, s in self.scores.items()}
-        fake = any(isinstance(s, FakeTensor) for s in scores.values())     # their order is unknown
-        ranked = list(scores) if fake else sorted(scores, key=lambda n: -float(scores[n]))
-        able = [n for n in ranked if self.terms[n].rank < self.terms[n].most]
-        for name in able[: self.top]:
-            if (n := min(self.grow, self.left)) > 0:
-                self._gain(name, n, step)
+        ranked = by_worth({n: s.score() for n, s in self.scores.items()})
+        self.widen(self.able(ranked)[: self.top], step)
         if self.left <= 0:
             for term in self.terms.values():
                 if (keep := term.done()) is not None:
                     self.resize(term, keep=keep)
             self._listen()
-
-    def _gain(self, name: str, n: int, step: int) -> None:
-        g = torch.Generator().manual_seed(fold(self.label, name, step) >> 1)
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g) * 0.02
-
-        term = self.terms[name]
-        self.resize(term, fresh=term.fresh(n, drawn))
-        term.grown(n)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": {n: s.state() for n, s in self.scores.items()}}
@@ -214,3 +246,48 @@ class Rising:
         for n, s in self.scores.items():
             s.load(state["scores"][n])
         self._listen()
+
+
+class Widening(Growth):
+    """The terms whose :meth:`extent` rose most gain components, more of them as the run goes on.
+
+    After `warmup` of the run, every `every` updates: with left components still to be given and c
+    the share of the way from there to the end, ``floor(c left)`` terms gain, or ``floor(left^c)``
+    where not `linear`; one at least. Those whose extent has risen most since the time before, of
+    those that can. Without a known number of updates nothing grows.
+    """
+
+    def __init__(self, terms: Mapping[str, Any], resize: Any, *, goal: int, grow: int,
+                 warmup: float, every: int, linear: bool, label: str):
+        super().__init__(terms, resize, goal, grow, label)
+        self.warmup, self.every, self.linear = warmup, every, linear
+        self.total: int | None = None
+        self.before: dict[str, Tensor] = {}
+
+    def start(self, total: int | None) -> None:
+        self.total = total
+
+    def after_update(self, step: int) -> None:
+        if self.total is None or self.left <= 0:
+            return
+        begin, done = round(self.warmup * self.total), step + 1
+        if done >= begin and (done - begin) % self.every == 0:
+            self.rise(step, self.top((done - begin) / max(1, self.total - begin)))
+
+    def top(self, c: float) -> int:
+        """How many terms gain at a share c of the way."""
+        return max(1, int(self.left * c if self.linear else self.left**c))
+
+    @torch.no_grad()
+    def rise(self, step: int, top: int) -> None:
+        now = {n: t.extent() for n, t in self.terms.items()}
+        ranked = by_worth({n: v - self.before[n] if n in self.before else v
+                           for n, v in now.items()})
+        self.before = now
+        self.widen(self.able(ranked)[:top], step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.before = state["total"], dict(state["before"])

@@ -90,11 +90,13 @@ class Triplets(Term):
         return ((self.P * self.diagonal()) @ self.Q[:, i0:i1]).mul_(self.scale)
 
 
-def crooked(terms: Sequence[Triplets], weight: float) -> Iterator[OnWeights]:
-    """``weight * mean ||P^T P - I||_F`` over all P and Q, tensor by tensor."""
-    each = weight / (2 * len(terms)) if terms else 0.0
-    for term in terms:
-        for factor, gram in ((term.P, lambda P: P.t() @ P), (term.Q, lambda Q: Q @ Q.t())):
+def crooked(sides: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float
+            ) -> Iterator[OnWeights]:
+    """``weight * mean ||P^T P - I||_F`` over all P (out, r) and Q^T of Q (r, in), tensor by
+    tensor."""
+    each = weight / (2 * len(sides)) if sides else 0.0
+    for left, right in sides:
+        for factor, gram in ((left, lambda P: P.t() @ P), (right, lambda Q: Q @ Q.t())):
             yield OnWeights((factor,), partial(_off, factor, gram, each))
 
 

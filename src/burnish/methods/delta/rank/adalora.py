@@ -81,7 +81,7 @@ class Adalora(Method):
         return Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
-        yield from crooked([t for _, t in tuned.terms(Triplets)], self.ortho)
+        yield from crooked([(t.P, t.Q) for _, t in tuned.terms(Triplets)], self.ortho)
 
     def controller(self, tuned: Tuned) -> Shrinking:
         return Shrinking(dict(tuned.terms(Triplets)), tuned.resize,

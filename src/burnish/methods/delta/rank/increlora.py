@@ -105,7 +105,7 @@ class Increlora(Method):
                        site.settled.get("waiting", waiting), self.alpha, self.preserve)
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
-        yield from crooked([t for _, t in tuned.terms(Growing)], self.ortho)
+        yield from crooked([(t.P, t.Q) for _, t in tuned.terms(Growing)], self.ortho)
 
     def controller(self, tuned: Tuned) -> Rising:
         terms = dict(tuned.terms(Growing))
