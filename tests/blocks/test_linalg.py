@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from burnish.blocks.linalg import over_tokens, polar, svd
+from burnish.blocks.linalg import over_tokens, polar, svd, walsh
 
 
 def matrix(m, n, fall, seed=0):
@@ -147,3 +147,20 @@ def test_directions_that_are_not_there_stay_out_of_the_polar_factor():
     assert not polar(torch.zeros(3, 4)).any()
     few = polar(torch.diag(torch.tensor([1.0, 1e-3])), passes=1)
     torch.testing.assert_close(few, torch.diag(torch.tensor([1.0, 1.5e-3])), rtol=1e-3, atol=0)
+
+
+def hadamard(n):
+    """H by its recursion."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < n:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 64])
+def test_the_fast_transform_is_the_matrix(n):
+    x = torch.randn(3, 2, n, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 2, n, dtype=torch.float64)
+    got, want = walsh(x), x @ hadamard(n)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, g), torch.autograd.grad(want, x, g))

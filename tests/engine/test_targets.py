@@ -22,9 +22,11 @@ def host(method):
 
 
 def touched(tuned):
-    """Everything the recipe stands on: what trains and what is stored in another form."""
+    """Everything the recipe stands on: what trains, where it stands, and what is stored in another
+    form."""
     stored = {f"{path}.{p}" for path, _, slot in slots(tuned.model) for p in slot.providers}
-    return {n for n, _ in tuned.named_parameters()} | stored
+    placed = {f"{path}:{p.key}" for path, _, slot in slots(tuned.model) for p in slot.parts}
+    return {n for n, _ in tuned.named_parameters()} | stored | placed
 
 
 def outcome(method, model, part=None, whole=None):

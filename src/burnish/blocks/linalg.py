@@ -3,6 +3,8 @@ matrix, whatever was drawn before."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,27 @@ def polar(M: Tensor, passes: int = 30) -> Tensor:
     for _ in range(passes):
         X = torch.addmm(X, X @ X.t(), X, beta=1.5, alpha=-0.5)
     return X if M.shape[0] <= M.shape[1] else X.t()
+
+
+def walsh(x: Tensor) -> Tensor:
+    """``H x`` along the last dimension, a power of two long: H the Walsh-Hadamard matrix of +-1,
+    not normalised, symmetric; n log n additions."""
+    made: Tensor = _Walsh.apply(x)
+    return made
+
+
+class _Walsh(torch.autograd.Function):
+    """Linear and its own transpose, so nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        n, h = x.shape[-1], 1
+        while h < n:
+            a, b = x.unflatten(-1, (-1, 2, h)).unbind(-2)
+            x = torch.stack([a + b, a - b], -2).flatten(-3)
+            h *= 2
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return walsh(g)

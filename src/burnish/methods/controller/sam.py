@@ -62,7 +62,7 @@ class Sam(Method):
         return ("where the gradient is taken",)
 
     def controller(self, tuned: Tuned) -> Sharpness:
-        return Sharpness(self)
+        return Sharpness(self.name, self.radius, ETA if self.adaptive else None)
 
 
 class Sharpness:
@@ -70,13 +70,16 @@ class Sharpness:
 
     phase: ClassVar[int] = LATE
 
-    def __init__(self, method: Sam):
-        self.method, self.looked = method, False
+    def __init__(self, name: str, radius: float, eta: float | None = None):
+        self.name, self.radius, self.eta, self.looked = name, radius, eta, False
 
     def around_step(self, step: Pass) -> Iterator[None]:
+        yield from self.passed(step, step.probe(statistics=True).grads)
+
+    def passed(self, step: Pass, grads: dict[str, Tensor]) -> Iterator[None]:
+        """The pass at ``w + e``; `grads` are those at w, and used up."""
         params = step.parameters()
-        grads = step.probe(statistics=True).grads
-        steps = ascent(params, grads, self.method.radius, ETA if self.method.adaptive else None)
+        steps = ascent(params, grads, self.radius, self.eta)
         asked = not self.looked and any(map(_nonzero, steps.values()))
         with step.unmoved(), elsewhere(params, steps) as kept:
             if asked:
@@ -86,7 +89,7 @@ class Sharpness:
     def _look(self, params: dict[str, Any], kept: dict[str, Tensor]) -> None:
         self.looked = True
         if all(torch.equal(params[n], was) for n, was in kept.items()):
-            raise CheckError(f"sam: radius={self.method.radius} moves no weight: a step is below "
+            raise CheckError(f"{self.name}: radius={self.radius} moves no weight: a step is below "
                              "the spacing of every trained tensor's dtype; keep what trains in "
                              "fp32, or take a larger radius")
 
