@@ -182,7 +182,8 @@ class Growth:
                 term.grown(n)
 
     def rehearse(self, step: int) -> None:
-        while self.left > 0 and (able := self.able(self.terms)):
+        for _ in range(self.left):
+            able = self.able(self.terms)
             self.widen(sorted(able, key=lambda n: self.terms[n].rank), step)
 
 
