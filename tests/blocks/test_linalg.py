@@ -164,3 +164,7 @@ def test_the_fast_transform_is_the_matrix(n):
     got, want = walsh(x), x @ hadamard(n)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, x, g), torch.autograd.grad(want, x, g))
+    _, along = torch.func.jvp(walsh, (x.detach(),), (g,))
+    torch.testing.assert_close(along, g @ hadamard(n))
+    rows = torch.func.vmap(walsh)(x.detach())
+    torch.testing.assert_close(rows, want.detach())

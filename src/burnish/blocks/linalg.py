@@ -84,15 +84,25 @@ def walsh(x: Tensor) -> Tensor:
 class _Walsh(torch.autograd.Function):
     """Linear and its own transpose, so nothing is kept."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         n, h = x.shape[-1], 1
         while h < n:
             a, b = x.unflatten(-1, (-1, 2, h)).unbind(-2)
             x = torch.stack([a + b, a - b], -2).flatten(-3)
             h *= 2
-        return x
+        return x.clone() if n == 1 else x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return walsh(g)
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return walsh(t)
