@@ -60,7 +60,7 @@ class LessStart(Chain):
         for k in range(self.A0.shape[-2]):
             left -= self.B0[..., :, k, None] * self.A0[..., None, k, :] * self.scale
         view.copy_(left)
-        return out if place.rows else place.unview(view, out)
+        return place.unview(view, out)
 
     def start(self) -> Tensor:
         """What a storage has absorbed, (out, in)."""
