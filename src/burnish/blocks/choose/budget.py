@@ -21,12 +21,9 @@ def elbow(curve: Tensor) -> int:
     """How many of these falling values stand up to the bend, it included: where the curve is
     farthest from the straight line between its ends. All of two or fewer, and of a straight line.
     """
-    n = curve.numel()
-    if n < 3:
-        return n
-    line = curve[0] + (curve[-1] - curve[0]) * torch.arange(n, device=curve.device) / (n - 1)
-    below = (line - curve).abs()
-    return int(below.argmax()) + 1 if float(below.max()) > 1e-6 * float(curve[0].abs()) else n
+    curve = curve / curve[0]
+    line = torch.linspace(1.0, float(curve[-1]), curve.numel()).to(curve)
+    return curve.numel() if torch.allclose(line, curve) else int((line - curve).abs().argmax()) + 1
 
 
 def allocate(total: int, scores: Sequence[float], caps: Sequence[int]) -> list[int]:
