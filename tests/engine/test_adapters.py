@@ -437,3 +437,12 @@ def test_a_copy_of_the_model_goes_its_own_way():
     tuned.use("default")
     assert torch.equal(logits(twin, batch), want)
     assert not torch.equal(logits(tuned.model, batch), want)
+
+
+def test_a_selection_is_of_the_model_and_not_of_another_adapter():
+    net, _ = tiny("bert")
+    tuned = burnish.tune(net, "houlsby", head=False)
+    tuned.add("second", "bitfit")
+    tuned.use("second")
+    names = [n for n, _ in tuned.named_parameters()]
+    assert names and not [n for n in names if ".burnish." in n]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import burnish
+from burnish.core.call import Call
 from burnish.core.keys import Key, Read, examples, keys_of
 from burnish.testing import stir
 from burnish.testing.models import tiny
@@ -126,3 +127,40 @@ def test_a_data_pass_leaves_the_keys_to_those_who_read_them():
     tuned = burnish.tune(net, f"eva(rank=2) + {HYPER}", calibration=[batch])
     assert tuned.step(batch).isfinite()
     tuned.add("other", f"eva(rank=2) + {HYPER}", calibration=[batch])
+
+
+class Rated(burnish.Method):
+    """Reads two numbers of every sample."""
+
+    context = {"rating": Key("how good", real=True, shape=(2,))}
+    name = "rated"
+
+
+def test_a_real_key_is_any_number_from_0_to_1():
+    read = keys_of([Rated()])["rating"]
+    assert read.key.shape == (2,) and read.range == "from 0 to 1"
+    made = examples([Rated()], 3)["rating"]
+    assert made.shape == (3, 2) and made.min() == 0.25 and made.max() == 0.75
+    for right in ([[0.0, 1.0]], torch.tensor([[0.5, 0.25]]), torch.empty(0, 2),
+                  torch.ones(1, 2, dtype=torch.int64), torch.full((1, 2), 3.0, device="meta")):
+        read.check("rating", right)
+    for wrong, said in ((1.5, "1.5"), ([[0.5, -0.25]], "-0.25"), (float("nan"), "nan"),
+                        ("good", "'good'"), (torch.tensor([0.5, 2.0]), "2.0")):
+        with pytest.raises(burnish.RecipeError,
+                           match=f"rated reads 'rating'.*good.*numbers from 0 to 1, not {said}"):
+            read.check("rating", wrong)
+    assert read.takes(0.3) and not read.takes(1.01) and not read.takes(float("nan"))
+    whole = Read("x", Key("a", below=3), 3)
+    assert whole.takes(2) and not whole.takes(3) and not whole.takes(0.5) and not whole.takes(-1)
+    assert whole.range == "from 0 to 2"
+
+
+def test_rows_by_entry():
+    call = Call(given={"k": torch.tensor([1, 0]), "v": torch.tensor([0.5, 1.0])})
+    x = torch.rand(6, 3)
+    entries, rows = call.by_entry("k", x)
+    assert entries.tolist() == [1, 0] and torch.equal(rows, x.view(2, 3, 3))
+    one, all_ = call.by_entry("v", x, dims=1)
+    assert one.shape == (1, 2) and torch.equal(all_, x[None])
+    with pytest.raises(burnish.RecipeError, match="'k' has 2 entries.*given 5 rows"):
+        call.by_entry("k", x[:5])

@@ -10,8 +10,9 @@ import torch
 
 import burnish
 from burnish.cli.finished import Finished
+from burnish.cli.training import _key
 from burnish.core.errors import ConfigError, DataError
-from burnish.core.keys import keys_of
+from burnish.core.keys import Key, Read, keys_of
 from burnish.fit.data import read
 from burnish.fit.tasks import task_for
 
@@ -120,3 +121,22 @@ def test_documents_end_to_end_have_no_entry_of_their_own(tmp_path):
         json.dumps({"text": "a b c", "task": i % 2}) for i in range(20)))
     with pytest.raises(DataError, match="end to end, so no row has a 'task' of its own"):
         read(tmp_path / "d.jsonl", keys=keys_of(burnish.parse(HYPER)))
+
+
+def test_a_real_key_is_read_off_a_column(table, tmp_path):
+    keys = {"quality": Read("rated", Key("how good", real=True), 2)}
+    data = read(table(quality=lambda i: i % 4 / 4), keys=keys, validation=0)
+    assert data.train["quality"][:4] == [0.0, 0.25, 0.5, 0.75]
+    with pytest.raises(DataError, match="field 'quality'.*how good, a number from 0 to 1; .*1.25"):
+        read(table(quality=lambda i: i % 4 / 4 + 0.5), keys=keys)
+    shaped = {"quality": Read("rated", Key("how good", real=True, shape=(1,)), 2)}
+    with pytest.raises(DataError, match="field 'quality'"):
+        read(table(quality=lambda i: 0.5), keys=shaped)
+
+
+def test_a_number_given_on_the_command_line():
+    assert _key("task=1") == ("task", 1) and isinstance(_key("task=1")[1], int)
+    assert _key("quality=0.7") == ("quality", 0.7)
+    for wrong in ("quality=.7", "quality=-1", "quality=1e3", "=1", "quality=0.7x", "quality"):
+        with pytest.raises(ConfigError, match="expected key=number"):
+            _key(wrong)

@@ -8,7 +8,7 @@ from torch import nn
 
 import burnish
 from burnish.core.recipe import parse
-from burnish.methods.branch.ssf import channel_axis
+from burnish.methods.branch._sites import channel_axis
 from burnish.testing.models import tiny
 
 LINEAR = (nn.Linear, nn.Conv2d)

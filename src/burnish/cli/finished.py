@@ -70,7 +70,7 @@ class Finished:
 
     # -- answers -------------------------------------------------------------------------------
     def predict(self, inputs: Sequence[str], tokens: int = 64,
-                keys: Mapping[str, int] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+                keys: Mapping[str, float] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
         """One answer per input: a label with its probability, or text that goes on.
 
         keys: entries of the keys that the recipe reads beside an input, for all inputs.
@@ -80,7 +80,7 @@ class Finished:
         for name, read in self.keys.items():
             if name not in keys and not read.key.training:
                 raise ConfigError(f"{read.part} reads {name!r} ({read.key.meaning}): give "
-                                  f"--given {name}=..., from 0 to {read.below - 1}")
+                                  f"--given {name}=..., {read.range}")
         for given, row in self._rows(inputs):
             with torch.no_grad(), self.tuned.given(**keys):
                 if self.task.data.labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -152,12 +153,12 @@ def predict(
     emit(json, {"run": run, "answers": answers}, "\n".join(lines))
 
 
-def _key(text: str) -> tuple[str, int]:
-    """"task=1" -> ("task", 1)."""
+def _key(text: str) -> tuple[str, float]:
+    """"task=1" -> ("task", 1), "quality=0.7" -> ("quality", 0.7)."""
     name, _, value = text.partition("=")
-    if not (name.isidentifier() and value.isdecimal()):
+    if not (name.isidentifier() and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value)):
         raise ConfigError(f"--given {text}: expected key=number, e.g. task=1")
-    return name, int(value)
+    return name, float(value) if "." in value else int(value)
 
 
 @app.command()

@@ -71,14 +71,20 @@ class Call:
         """A key's entries for the rows of a hidden state: (1,) where one serves all of them, else
         (len(x),). The first axis of x is the batch, or a multiple of it that keeps each sample's
         rows together (windows, tokens of a flattened batch)."""
+        value, _ = self.by_entry(key, x)
+        return value if len(value) in (1, len(x)) else \
+            value.repeat_interleave(len(x) // len(value))
+
+    def by_entry(self, key: str, x: Tensor, dims: int = 0) -> tuple[Tensor, Tensor]:
+        """(a key's entries, a hidden state by entries): (n,) and (n, rows of each, ...), where x is
+        what :meth:`per_row` takes. dims: of one sample's entry, where it is more than a number."""
         value = torch.as_tensor(self.need(key), device=x.device)
-        value = value.reshape(1) if not value.dim() else value
-        if len(value) == 1 or len(value) == len(x):
-            return value
-        if len(x) % len(value):
-            raise RecipeError(f"{key!r} has {len(value)} entries, and a layer is given "
+        value = value.unsqueeze(0) if value.dim() == dims else value
+        n = len(value)
+        if len(x) % n:
+            raise RecipeError(f"{key!r} has {n} entries, and a layer is given "
                               f"{len(x)} rows: give one entry per sample, or one for all")
-        return value.repeat_interleave(len(x) // len(value))
+        return value, x.unflatten(0, (n, len(x) // n))
 
 
 class _Overheard(Call):

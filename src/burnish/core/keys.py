@@ -6,6 +6,7 @@ make examples of them, and `fit` finds them among the columns of the data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,14 @@ class Key:
     below: the numbers are smaller than this; a name is the method's setting that says so.
     shape: of one sample's entry, where it is more than a number.
     training: it is read by what is minimised alone, so evaluation does without it.
+    real: any numbers from 0 to 1 instead of whole ones; `below` says nothing then.
     """
 
     meaning: str
     below: int | str = 2
     shape: tuple[int, ...] = ()
     training: bool = False
+    real: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,23 @@ class Read:
     key: Key
     below: int
 
+    @property
+    def range(self) -> str:
+        """Which numbers its entries may be, in words."""
+        return "from 0 to 1" if self.key.real else f"from 0 to {self.below - 1}"
+
+    def takes(self, number: float) -> bool:
+        """Is this number an entry?"""
+        if self.key.real:
+            return 0 <= number <= 1
+        return float(number).is_integer() and 0 <= number < self.below
+
     def check(self, name: str, value: Any) -> None:
-        """Raises RecipeError for entries that are no whole numbers in [0, below). What lies on a
+        """Raises RecipeError for entries that are not the numbers that they may be. What lies on a
         device is taken as it is: looking would wait for it."""
+        if self.key.real:
+            self._real(name, value)
+            return
         if isinstance(value, Tensor):
             if type(value) is not Tensor or value.device.type != "cpu" or not value.numel():
                 return
@@ -59,7 +76,22 @@ class Read:
             bad = repr(value) if not whole and not isinstance(value, Tensor) else \
                 f"{value.dtype} numbers" if not whole else str(low if low < 0 else high)
             raise RecipeError(f"{self.part} reads {name!r} of the batch ({self.key.meaning}): "
-                              f"whole numbers from 0 to {self.below - 1}, not {bad}")
+                              f"whole numbers {self.range}, not {bad}")
+
+    def _real(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and (
+                type(value) is not Tensor or value.device.type != "cpu" or not value.numel()):
+            return
+        try:
+            entries = torch.as_tensor(value, dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError):
+            entries = torch.tensor([math.nan])
+        out = entries[~((entries >= 0) & (entries <= 1))]
+        if len(out):
+            bad = repr(value) if not isinstance(value, Tensor) and bool(out.isnan().any()) else \
+                str(float(out[0]))
+            raise RecipeError(f"{self.part} reads {name!r} of the batch ({self.key.meaning}): "
+                              f"numbers {self.range}, not {bad}")
 
 
 def keys_of(parts: Iterable[Method]) -> dict[str, Read]:
@@ -74,11 +106,13 @@ def keys_of(parts: Iterable[Method]) -> dict[str, Read]:
 
 
 def examples(parts: Iterable[Method], samples: int) -> dict[str, Tensor]:
-    """Entries for every declared key: 0, 1, 2, ... over the samples, within the range."""
+    """Entries for every declared key: 0, 1, 2, ... over the samples, within the range, or (of real
+    ones) 1/4, 3/4, 1/4, ..."""
     out = {}
     for name, read in keys_of(parts).items():
-        count = torch.arange(samples * max(1, torch.Size(read.key.shape).numel()))
-        out[name] = (count % read.below).view(samples, *read.key.shape)
+        count = torch.arange(samples * torch.Size(read.key.shape).numel())
+        entries = (count % 2) / 2 + 0.25 if read.key.real else count % read.below
+        out[name] = entries.view(samples, *read.key.shape)
     return out
 
 

@@ -60,6 +60,13 @@ def _scalable(a: Anatomy) -> bool:
     return bool(keys or inner) and all(p.kind in ("linear", "conv1d") for p in keys)
 
 
+def _linears(a: Anatomy) -> bool:
+    try:
+        return any(p.kind in ("linear", "conv1d") and p.param == "weight" for p in match(a, None))
+    except BurnishError:                         # nothing at all to act on
+        return False
+
+
 def _tiles(a: Anatomy) -> bool:
     sides = [n for p in match(a, None) if p.kind in ("linear", "conv1d", "mha")
              for n in (p.out, p.inp)]
@@ -70,6 +77,12 @@ def mlp_linears(a: Anatomy) -> list[Place]:
     """Linears of the blocks' MLPs that read every token (those of a routed expert do not)."""
     return [p for p in a.places if p.block is not None and p.role in families.MLP and not p.rows
             and p.kind in ("linear", "conv1d") and ".experts." not in f".{p.path}."]
+
+
+def qkv_linears(a: Anatomy) -> list[Place]:
+    """Linears that make the queries, keys and values of self-attention, whole where fused."""
+    return [p for p in a.places if p.block is not None and p.kind in ("linear", "conv1d")
+            and p.role in ("q", "k", "v", "qkv", "kv")]
 
 
 def _logits(a: Anatomy) -> bool:
@@ -89,12 +102,16 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
     "attention": ("blocks with attention", lambda a: any(b.attn for b in a.blocks)),
     "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
+    "linears": ("linears outside its head", _linears),
     "mlp linears": ("linears in the MLPs of its blocks", lambda a: bool(mlp_linears(a))),
     "norms": ("norms with a scale or a shift",
               lambda a: any(m._parameters.get(k) is not None for p in a.norms
                             for m in [a.model.get_submodule(p)] for k in ("weight", "bias"))),
     "biases": ("biases", lambda a: any(n.endswith("bias") for n, _ in
                                        a.model.named_parameters())),
+    "last matrices": ("MLPs with a last linear of their own", lambda a: any(
+        p.role in ("fc2", "down") for p in mlp_linears(a))),
+    "queries": ("linears that make queries, keys and values", lambda a: bool(qkv_linears(a))),
     "head": ("a task head", lambda a: bool(a.head)),
     "vocabulary": ("a linear head over a vocabulary", lambda a: vocabulary_head(a) is not None),
     "logits": ("logits among its outputs", _logits),

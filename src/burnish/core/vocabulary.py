@@ -16,6 +16,8 @@ VOCABULARY: dict[str, str] = {
     "bottleneck": "width of a bottleneck",
     "reduction": "a width over the narrow one",
     "hidden": "width of an MLP that makes what trains",
+    "code": "width of what adapters are generated from",
+    "embedding": "width of the vector that stands for a task, a condition or a place",
     "block": "channels that belong together",
     "length": "tokens or rows of a prompt",
     "layers": "blocks, by number or how many",

@@ -85,7 +85,8 @@ class Attacher:
             self.state.context[name] = keys
         if any(self._runs(part) for part in recipe):
             read_all(self.model)                 # the base runs whole, so it is in memory whole
-        chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)]
+        chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)
+                  if f".{ATTR}." not in f".{s.name}"]        # what other adapters own is theirs
         for part in recipe:
             if "delta" in part.axes():
                 self._deltas(part)

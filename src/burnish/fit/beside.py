@@ -11,13 +11,13 @@ from .layouts import Table
 
 
 def apart(table: Table, split: str, keys: Mapping[str, Read], optional: Collection[str]
-          ) -> tuple[Table, dict[str, list[int]]]:
-    """The table without its columns of keys, and their entries as whole numbers.
+          ) -> tuple[Table, dict[str, list[float]]]:
+    """The table without its columns of keys, and their entries as numbers.
 
     Raises DataError for a key without a column (but for `optional` ones), and for an entry out of
     its range, with the row.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, list[float]] = {}
     for name, read in keys.items():
         if name in table.columns:
             found[name] = [_entry(v, read, f"{table.where(i)}, field {name!r}")
@@ -35,7 +35,7 @@ def missing(read: Read, name: str, source: str, has: Iterable[str]) -> str:
             f"such column; it has {', '.join(has)}{nearest(name, has)}")
 
 
-def _entry(value: object, read: Read, at: str) -> int:
+def _entry(value: object, read: Read, at: str) -> float:
     """3, 3.0 and "3" are one entry."""
     try:
         number = float(value)  # type: ignore[arg-type]
@@ -43,7 +43,8 @@ def _entry(value: object, read: Read, at: str) -> int:
         number = float("nan")
     if isinstance(value, bool):
         number = float(value)
-    if read.key.shape or not (number.is_integer() and 0 <= number < read.below):
-        raise DataError(f"{at}: {read.part} reads {read.key.meaning}, a whole number from 0 to "
-                        f"{read.below - 1}; it is {value!r}")
-    return int(number)
+    if read.key.shape or not read.takes(number):
+        kind = "number" if read.key.real else "whole number"
+        raise DataError(f"{at}: {read.part} reads {read.key.meaning}, a {kind} {read.range}; "
+                        f"it is {value!r}")
+    return number if read.key.real else int(number)

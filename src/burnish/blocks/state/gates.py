@@ -69,10 +69,10 @@ class Affine(nn.Module):
 
         values: parameter name -> value as stored; missing ones start from the module's own.
         """
-        weight = _value(module, values, "weight")
+        weight = value_of(module, values, "weight")
         wide = torch.promote_types(weight.dtype, torch.float32)
         gain = self.whole(self.gain, 1.0).to(wide)
-        rows_first = _out_first(module, weight)
+        rows_first = out_first(module, weight)
         if self.side == "input":
             W = weight.to(wide)
             values["weight"] = (W * (gain if rows_first else gain.unsqueeze(-1))).to(weight.dtype)
@@ -124,7 +124,7 @@ class Shift(nn.Module):
     @torch.no_grad()
     def fold(self, module: nn.Module, values: dict[str, Tensor]) -> None:
         """Write the shift into the module's bias."""
-        bias = _value(module, values, "bias")
+        bias = value_of(module, values, "bias")
         wide = torch.promote_types(bias.dtype, torch.float32)
         values["bias"] = (bias.to(wide) + self._whole(bias.numel()).to(wide)).to(bias.dtype)
 
@@ -134,12 +134,12 @@ def takes_shift(module: nn.Module) -> bool:
     return "bias" in module._parameters
 
 
-def _value(module: nn.Module, values: dict[str, Tensor], name: str) -> Tensor:
+def value_of(module: nn.Module, values: dict[str, Tensor], name: str) -> Tensor:
     own = values.get(name)
     return (getattr(module, name) if own is None else own).detach()
 
 
-def _out_first(module: nn.Module, weight: Tensor) -> bool:
+def out_first(module: nn.Module, weight: Tensor) -> bool:
     """(out, in, ...), as everything stores it but the Conv1D of GPT-2."""
     return not (weight.dim() == 2 and hasattr(module, "nf"))
 

@@ -112,6 +112,17 @@ def _again(mask: Mask | None, t: Tensor) -> Tensor:
     return t if mask is None else mask(t)
 
 
+def spread(y: Tensor, rows: tuple[tuple[int, int], ...] | None, out: int) -> Tensor:
+    """y where a fused linear of so many outputs has these runs of rows, 0 elsewhere; y itself where
+    rows is None."""
+    if rows is None:
+        return y
+    whole = y.new_zeros(*y.shape[:-1], out)
+    for (a, b), piece in zip(rows, y.split([b - a for a, b in rows], -1), strict=True):
+        whole[..., a:b] = piece
+    return whole
+
+
 # -- routing --------------------------------------------------------------------------------------
 def top_k(probability: Tensor, k: int) -> Tensor:
     """The k largest of each row, divided by their sum; 0 elsewhere. (..., E)"""
@@ -211,13 +222,7 @@ class ExpertChains(nn.Module):
             g = self.riding.on(g, self.imbalance(p, g, x), self.coefficient)
         given = (x, g, self.A, self.B, self.scale, self.dropout * self.training)
         y = _weighed(*given)[0].view(*x.shape[:-1], -1) if transformed() else Weighed.apply(*given)
-        if self.rows is None:
-            return y
-        whole = y.new_zeros(*y.shape[:-1], self.out)
-        pieces = y.split([b - a for a, b in self.rows], -1)
-        for (a, b), piece in zip(self.rows, pieces, strict=True):
-            whole[..., a:b] = piece
-        return whole
+        return spread(y, self.rows, self.out)
 
     def grouped(self, x: Tensor) -> Tensor:
         """The same expert by expert, each on its own tokens, without dropout: the reference."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ...core import families
-from ...core.asked import narrowed
+from ...core.asked import chosen, narrowed
 from ...core.errors import RecipeError
 from ...core.site import Selection
 
@@ -85,6 +85,50 @@ def found(anatomy: Anatomy, sites: Iterable[Site], method: Method, what: str) ->
     if not sites:
         raise RecipeError(f"{method.name}: this model has no {what} to stand behind")
     return narrowed(anatomy, method, sites, lambda s, places: at(s.path, places))
+
+
+#: roles of weights that nothing scales: heads, routers, tables
+_UNSCALED = ("head", "router", "embed", "position", "type")
+
+
+def scaled(anatomy: Anatomy, method: Method, *, norms: bool = False, rows: bool = False
+           ) -> Iterator[tuple[str, int, nn.Module]]:
+    """(path, channels, module) of the linears, convolutions and norms behind which a part scales
+    channels, those that targets name: a weight, a norm or a module that holds some.
+
+    norms: of norms alone, unless targets name others. rows: each sample has its own scale, so a
+    routed expert is left out, which is given the tokens of all of them.
+    """
+    sites = {p.path: p.out for p in anatomy.places
+             if p.kind in ("linear", "conv1d", "conv") and p.param == "weight"
+             and p.role not in _UNSCALED and not (rows and ".experts." in f".{p.path}.")}
+    if norms and anatomy.asked.of(method)[0] is None:
+        sites = {}
+    for path in anatomy.norms:
+        if path not in anatomy.head:
+            sites[path] = next(module(anatomy, path).parameters()).numel()
+    if not sites:
+        what = "norm" if norms else "linear, convolution or norm"
+        raise RecipeError(f"{method.name}: this model has no {what} to stand behind")
+    named = chosen(anatomy, method, [f"{s}.weight" if s else "weight" for s in sites],
+                   siblings=True)
+    for path in (n.rpartition(".")[0] for n in named):
+        yield path, sites[path], module(anatomy, path)
+
+
+def channel_axis(module: nn.Module) -> int:
+    """1 where the module's result is (batch, channel, ...), -1 where channels come last."""
+    first = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    maps = getattr(module, "data_format", "") == "channels_first" \
+        or type(module).__name__ == "LayerNorm2d"
+    return 1 if isinstance(module, first) or maps else -1
+
+
+def samples_first(anatomy: Anatomy, method: Method) -> None:
+    """RecipeError for a model that puts tokens before samples, for one that tells samples apart."""
+    if any(not getattr(m, "batch_first", True) for m in anatomy.model.modules()):
+        raise RecipeError(f"{method.name} tells the samples of a batch apart, and this model puts "
+                          "tokens before samples (batch_first=False)")
 
 
 def post_norm(anatomy: Anatomy, block: Block) -> str | None:

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
+from ...blocks.state.another import beside
 from ...blocks.state.generated import Generated, Heads, Source, stored
 from ...core.errors import RecipeError
 from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.site import Branch, Selection
-from ._sites import attention_ends, found, mlp_ends, norm_tensors, numbered
+from ._sites import attention_ends, found, mlp_ends, norm_tensors, numbered, samples_first
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -59,9 +58,7 @@ class HyperFormer(Method):
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         sites = found(anatomy, [*attention_ends(anatomy), *mlp_ends(anatomy)], self,
                       "attention or MLP")
-        if any(not getattr(m, "batch_first", True) for m in anatomy.model.modules()):
-            raise RecipeError("hyperformer gives every sample its task's adapter, and this model "
-                              "puts tokens before samples (batch_first=False)")
+        samples_first(anatomy, self)
         widths = sorted({s.width for s in sites})
         if self.share and len(widths) > 1:
             raise RecipeError(f"hyperformer(share=True) generates adapters of one width; this "
@@ -87,19 +84,7 @@ class HyperFormer(Method):
         """Generate one task's adapters once, as a plain adapter `name` beside the one in use (which
         must train this method), and use it: it needs no ``task``, and saves like any other. Raises
         RecipeError for a task that is none."""
-        old = tuned.adapters[tuned.training]
         if not 0 <= task < self.tasks:
             raise RecipeError(f"hyperformer has tasks 0 to {self.tasks - 1}, not {task}")
-        made = {path: m.plain(task).state_dict() for path, m in tuned.model.named_modules()
-                if isinstance(m, Generated) and f".burnish.{old.name}." in path}
-        held = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-        plain = [replace(m, stored=True) if isinstance(m, HyperFormer) else m for m in tuned.recipe]
-        tuned.add(name, plain, targets=old.targets, head=old.head)
-        tuned.use(name)
-        at = (f".burnish.{old.name}.", f".burnish.{name}.")
-        with torch.no_grad():
-            for path, values in made.items():
-                tuned.model.get_submodule(path.replace(*at)).load_state_dict(values)
-            for n, p in tuned.named_parameters():
-                if (before := held.get(n.replace(*at[::-1]))) is not None:
-                    p.copy_(before)
+        made = {path: m.plain(task).state_dict() for path, m in tuned.branches(Generated)}
+        beside(tuned, self, name, [(replace(self, stored=True), made)])

@@ -4,18 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import nn
-
 from ...blocks.state.gates import Affine, takes_shift
-from ...core.asked import chosen
-from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch
+from ._sites import channel_axis, scaled
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
-
-_SKIPPED = ("head", "router", "embed", "position", "type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +38,8 @@ class Ssf(Method):
     init: Literal["identity", "author"] = setting("identity", "start of gamma and beta")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        sites = {p.path: p.out for p in anatomy.places
-                 if p.kind in ("linear", "conv1d", "conv") and p.param == "weight"
-                 and p.role not in _SKIPPED}
-        for path in anatomy.norms:
-            if path not in anatomy.head:
-                sites[path] = next(anatomy.model.get_submodule(path).parameters()).numel()
-        if not sites:
-            raise RecipeError("ssf: this model has no linear, convolution or norm to stand behind")
-        named = chosen(anatomy, self, [f"{s}.weight" if s else "weight" for s in sites],
-                       siblings=True)
-        for path in (n.rpartition(".")[0] for n in named):
-            module = anatomy.model.get_submodule(path)
-            gate = Affine(sites[path], shift=takes_shift(module), axis=channel_axis(module),
+        for path, channels, module in scaled(anatomy, self):
+            gate = Affine(channels, shift=takes_shift(module), axis=channel_axis(module),
                           spread=0.02 if self.init == "author" else 0.0)
             yield Branch(path, gate, compose="replace")
 
@@ -63,11 +47,3 @@ class Ssf(Method):
     def count(channels: int, shift: bool = True) -> int:
         """Trainable parameters of one site."""
         return (1 + shift) * channels
-
-
-def channel_axis(module: nn.Module) -> int:
-    """1 where the module's result is (batch, channel, ...), -1 where channels come last."""
-    first = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    maps = getattr(module, "data_format", "") == "channels_first" \
-        or type(module).__name__ == "LayerNorm2d"
-    return 1 if isinstance(module, first) or maps else -1

@@ -1,4 +1,4 @@
-"""Which linears get experts, and which rows of a fused one: for the methods of this folder."""
+"""Which linears get something beside them, and which rows of a fused one."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ if TYPE_CHECKING:
 Rows = tuple[tuple[int, int], ...] | None
 
 
-def linears(anatomy: Anatomy, method: Any, places: list[Place]
-            ) -> Iterator[tuple[Place, Rows, int]]:
-    """(a place, its runs of rows, its outputs) for every linear inside a block among `places`. One
-    too small for the method's rank is left out when nobody asked for it, unless it is the largest.
+def linears(anatomy: Anatomy, method: Any, places: list[Place], *, anywhere: bool = False,
+            samples: bool = False, rank: int | None = None) -> Iterator[tuple[Place, Rows, int]]:
+    """(a place, its runs of rows, its outputs) for every linear inside a block (anywhere: any)
+    among `places`. One too small for a rank, if there is one, is left out when nobody
+    asked for it, unless it is the largest. samples: those of routed experts are none, which are
+    given the tokens of all samples together.
 
     Raises TargetError for targets that are no such linears, RecipeError where there are none.
     """
+    where = "linears" if anywhere else "linears inside blocks"
     asked = anatomy.asked.of(method)[0]
     by_path: dict[str, list[Place]] = {}
     for place in places:
-        if place.kind in method.kinds and place.block is not None:
+        inside, routed = anywhere or place.block is not None, samples and _routed(place)
+        if place.kind in method.kinds and inside and not routed:
             by_path.setdefault(place.path, []).append(place)
         elif asked is not None:
-            where = "outside them" if place.block is None else f"of kind {place.kind}"
-            raise TargetError(f"{method.name} has experts for linears inside blocks; {place.name} "
-                              f"is {where}")
+            why = "outside them" if not inside else f"of kind {place.kind}" \
+                if place.kind not in method.kinds else "given the tokens of all samples together"
+            raise TargetError(f"{method.name} acts on {where}; {place.name} is {why}")
     if not by_path:
-        raise RecipeError(f"{method.name}: none of the targets is a linear inside a block")
+        raise RecipeError(f"{method.name}: none of the targets is one of the {where}")
     largest = max(by_path, key=lambda p: min(by_path[p][0].out, by_path[p][0].inp))
     for path, places in by_path.items():
         first = places[0]
         try:
-            first.check_rank(method.rank, method.name)
+            first.check_rank(min(first.out, first.inp) if rank is None else rank, method.name)
         except RankError:
             if asked is not None or path == largest:
                 raise
@@ -47,3 +51,7 @@ def linears(anatomy: Anatomy, method: Any, places: list[Place]
         if rows and rows[0][0] == 0 and sum(b - a for a, b in rows) == out:
             rows = None
         yield first, rows, out
+
+
+def _routed(place: Place) -> bool:
+    return ".experts." in f".{place.path}."

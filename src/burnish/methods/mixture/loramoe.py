@@ -68,7 +68,7 @@ class LoraMoe(Method):
                               "expected an even number")
         sites = [s for p in mlp_linears(anatomy) for s in (p, *anatomy.slices(p))]
         places = narrowed(anatomy, self, sites, lambda s, named: s in named)
-        for place, rows, out in linears(anatomy, self, places):
+        for place, rows, out in linears(anatomy, self, places, rank=self.rank):
             yield Branch(place.path, DenseChains(
                 place.inp, out, self.experts, self.rank, scale=self.alpha / self.rank,
                 dropout=self.dropout, coefficient=self.balance, pull=self.pull, kind=self.imbalance,

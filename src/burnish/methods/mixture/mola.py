@@ -69,7 +69,8 @@ class Mola(Method):
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
         asked = wanted(anatomy, self)
         stacks = {name: len(blocks) for name, blocks in anatomy.stacks().items()}
-        for place, rows, out in linears(anatomy, self, match(anatomy) if asked is None else asked):
+        places = match(anatomy) if asked is None else asked
+        for place, rows, out in linears(anatomy, self, places, rank=self.rank):
             block = anatomy.blocks[place.block]
             yield Branch(place.path, ExpertChains(
                 place.inp, out, self.experts(block.index, stacks[block.stack]), self.rank, self.k,
