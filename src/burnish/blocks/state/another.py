@@ -7,7 +7,6 @@ the one it was made from stays as it is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ Values = Mapping[str, Mapping[str, Tensor]]
 
 def beside(tuned: Any, part: Method, name: str, others: Sequence[tuple[Method, Values]]) -> None:
     """Add the adapter `name`, and use it: the recipe that trains with `others` for its `part`,
-    each with the values it begins from.
+    each with the values it begins from, no two of one name at one path.
 
     All else that trains has the values that it has now. RecipeError where `part` is not of this
     recipe, and where another part is called as one of the others is and stands at one of its paths:
@@ -34,17 +33,13 @@ def beside(tuned: Any, part: Method, name: str, others: Sequence[tuple[Method, V
     old = tuned.adapters[tuned.training]
     after, before = f".burnish.{name}.", f".burnish.{old.name}."
     homes: dict[str, Mapping[str, Tensor]] = {}
-    met: Counter[tuple[str, str]] = Counter()
     for other, values in others:
         for path, tensors in values.items():
             slot = tuned.model.get_submodule(f"{path}{before[:-1]}".lstrip("."))
             if other.name != part.name and other.name in slot:
                 raise RecipeError(f"{part.name} would become a {other.name} in {path}, where the "
                                   f"recipe has one already: merge or drop that one first")
-            met[path, other.name] += 1
-            n = met[path, other.name]
-            key = other.name if n == 1 else f"{other.name}_{n}"
-            homes[f"{path}{after}{key}".lstrip(".")] = tensors
+            homes[f"{path}{after}{other.name}".lstrip(".")] = tensors
     held = {n: p.detach().clone() for n, p in tuned.named_parameters()}
     recipe = [m for p in tuned.recipe for m in ([o for o, _ in others] if p == part else [p])]
     try:
