@@ -34,7 +34,7 @@ def equation(x, K, V, tau, s):
 
 
 @pytest.mark.parametrize("settings, tau", [("tokens=5, scale=2.0", math.sqrt(5)),
-                                           ("tokens=5, scale=2.0, tau=0.7", 0.7)])
+                                           ("tokens=5, scale=2.0, size=0.7", 0.7)])
 def test_outputs_and_gradients_are_those_of_the_equation(settings, tau):
     model, tuned, layer = made(settings)
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
@@ -84,7 +84,7 @@ def test_growth_changes_no_answer(model, tmp_path):
     assert 0.015 < new.std() < 0.025
     assert len({float(m.V[4, 0].detach()) for m in layers}) == len(layers)
     part = tuned.recipe.named("pattention")
-    assert part.settings() == {"targets": None, "tokens": 7, "scale": 1.0, "tau": 2.0}
+    assert part.settings() == {"targets": None, "tokens": 7, "scale": 1.0, "size": 2.0}
     net(**batch).logits.sum().backward()
     assert all(m.K.grad[4:].any() for m in layers)
     for m in layers:
@@ -111,11 +111,11 @@ def test_start_counts_and_cost():
     assert all(not m.V.any() for _, m in tuned.branches(Layer))
     (method,) = burnish.parse("pattention")
     assert method.count(Place("a", "weight", "linear", 4096, 4096)) == 65_536
-    assert method.settings() == {"targets": None, "tokens": 8, "scale": 1.0, "tau": None}
+    assert method.settings() == {"targets": None, "tokens": 8, "scale": 1.0, "size": None}
 
 
-@pytest.mark.parametrize("settings, said", [("tokens=0", "at least 1"), ("tau=0.0", "above 0"),
-                                            ("tau=-1.0", "above 0")])
+@pytest.mark.parametrize("settings, said", [("tokens=0", "at least 1"), ("size=0.0", "above 0"),
+                                            ("size=-1.0", "above 0")])
 def test_what_cannot_act_is_refused(settings, said):
     with pytest.raises(burnish.RecipeError, match=f"^pattention.*{said}"):
         burnish.parse(f"pattention({settings})")

@@ -25,7 +25,7 @@ class Pattention(Method):
     ``y = W x + b + s gelu(A tau / sqrt(sum_k A_k^2)) V``, A = x K^T, K (tokens, in), V (tokens,
     out): the nonlinearity of TokenFormer, with no exponential and no 1/sqrt(d). The norm runs over
     the parameters, in fp32, and 1e-8 inside the root keeps an input of zeros finite. tau is the
-    root of `tokens` (None).
+    root of `tokens`, or what `size` says.
 
     It grows: keys of zero and any values change no answer while tau stays as it is.
     :meth:`lifecycle` makes an adapter with more tokens so.
@@ -45,14 +45,14 @@ class Pattention(Method):
 
     tokens: int = setting(8, "parameters that a token attends to")
     scale: float = setting(1.0, "s, what the branch is multiplied by")
-    tau: float | None = setting(None, "size of the normalised scores; None: the root of tokens",
-                                other=(1.0,))
+    size: float | None = setting(None, "tau, of the normalised scores; None: the root of tokens",
+                                 other=(1.0,))
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise RecipeError(f"pattention(tokens={self.tokens}): expected at least 1")
-        if self.tau is not None and not self.tau > 0:
-            raise RecipeError(f"pattention(tau={self.tau}): a norm; expected a number above 0")
+        if self.size is not None and not self.size > 0:
+            raise RecipeError(f"pattention(size={self.size}): a norm; expected a number above 0")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         asked = wanted(anatomy, self)
@@ -65,7 +65,7 @@ class Pattention(Method):
     @property
     def norm(self) -> float:
         """tau."""
-        return math.sqrt(self.tokens) if self.tau is None else self.tau
+        return math.sqrt(self.tokens) if self.size is None else self.size
 
     def lifecycle(self, tuned: Any, tokens: int, name: str) -> None:
         """Grow: an adapter `name` with so many tokens beside the one in use (which must train this
@@ -74,7 +74,7 @@ class Pattention(Method):
             raise RecipeError(f"pattention has {self.tokens} tokens and grows to more, not to "
                               f"{tokens}")
         made = {path: m.grown(tokens) for path, m in tuned.branches(Layer)}
-        beside(tuned, self, name, [(replace(self, tokens=tokens, tau=self.norm), made)])
+        beside(tuned, self, name, [(replace(self, tokens=tokens, size=self.norm), made)])
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
