@@ -86,7 +86,7 @@ class Mixed(KeyedChains):
 
     def gates(self, entries: Tensor) -> Tensor:
         a = (entries + 0.5 - self.middle).clamp(0, 1)
-        return torch.stack([1 - a, a], -1)
+        return torch.stack([1 - a, a], 1)
 
 
 class Picked(KeyedChains):
