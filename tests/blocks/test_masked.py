@@ -20,6 +20,10 @@ def test_exactly_so_many_of_the_largest(keep):
         set(S.flatten().argsort(descending=True)[:keep].tolist())
 
 
+def test_of_one_score_one_may_live():
+    assert most(torch.zeros(1, 1), 1).all() and not most(torch.zeros(1, 1), 0).any()
+
+
 @pytest.mark.parametrize("keep, want", [(1, [2]), (2, [2, 0]), (3, [2, 0, 1]), (4, [2, 0, 1, 4]),
                                         (5, [2, 0, 1, 4, 3])])
 def test_of_equal_scores_the_first_live(keep, want):

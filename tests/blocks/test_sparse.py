@@ -34,6 +34,12 @@ def test_all_positions_are_a_permutation():
     assert torch.equal(spread(1000, 1000, 3).sort().values, torch.arange(1000))
 
 
+def test_more_positions_than_there_are_are_an_error():
+    assert spread(3, 3, 0).unique().numel() == 3
+    with pytest.raises(ValueError, match="4 distinct entries of 3"):
+        spread(3, 4, 0)
+
+
 def test_positions_are_the_same_on_every_machine():
     """The seed is a file format: these numbers never change."""
     assert spread(4096 * 11008, 4, 0, "layers.0.q_proj.weight").tolist() == \

@@ -6,8 +6,9 @@ in ascending order, those of another update that this one is to be disjoint from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,13 @@ def _fill(line: Tensor, most: int) -> int:
 
 def occupied(site: Site) -> Tensor | None:
     """Entries of a place that sparse updates there have already; None where there is none."""
-    place, found = site.place, []
-    for other, term in site.beside:
+    return had_by(site.place, site.beside)
+
+
+def had_by(place: Place, beside: Iterable[tuple[Place, Any]]) -> Tensor | None:
+    """Entries of a place that the sparse updates among (place, term) have, places of one weight."""
+    found = []
+    for other, term in beside:
         if isinstance(term, SparseDelta) and not _valueless(term.index):
             index = term.index.long()
             rows = index // place.inp + _first(other) - _first(place)

@@ -22,7 +22,10 @@ def spread(n: int, k: int, seed: int, key: str = "") -> Tensor:
 
     Four Feistel rounds on the smallest even-bit square that holds n, walking the cycle until the
     result lies inside. int64 tensor arithmetic only, so the seed is a portable file format.
+    ValueError where there are not so many.
     """
+    if k > n:
+        raise ValueError(f"{k} distinct entries of {n}")
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     salt = zlib.crc32(f"{seed}/{key}".encode())
