@@ -23,6 +23,7 @@ from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
 from ..blocks.weight.provided import Term, Wrap
 from ..blocks.weight.shards import Shards
+from ..blocks.weight.tokens import Tokens
 from ..core.anatomy import Anatomy
 from ..core.errors import ConfigError, FormatError, RecipeError, nearest
 from ..core.recipe import key_of, make, parse
@@ -34,6 +35,8 @@ from ..engine.undo import Transaction, whole
 from . import peft_files, peft_own, peft_whole
 from .card import code
 from .peft_files import Lora, PeftFolder
+from .peft_forms import TOKENS
+from .peft_own import Own
 from .peft_types import BEHIND, as_miss, as_own, as_prompt, check_plain, counts
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
@@ -67,7 +70,10 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
     as_own(tuned, what, weights, near=rank is not None)
     for path, module, slot in slots(tuned.model) if what.kind == "LORA" else ():
         parts = _parts(slot, path, weights)
-        if parts:
+        if len(parts) == 1 and isinstance(parts[0][1], Tokens) and parts[0][2] == 1:
+            rows, said = TOKENS.give(parts[0][1], None, module, path)
+            what.own[path] = Own(TOKENS.method, said, rows, form=TOKENS)
+        elif parts:
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
     as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
@@ -78,7 +84,7 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
     what.dropout = next((float(s["dropout"]) for s in settings if s.get("dropout")), 0.0)
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
     what.fan_in_fan_out = all(type(tuned.model.get_submodule(p)).__name__ == "Conv1D"
-                              for p in what.modules)
+                              for p in what.adapted)
     if what.own and what.fan_in_fan_out:
         what.settings["fan_in_fan_out"] = True
     what.task_type = _task(tuned.model, what)
@@ -243,8 +249,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
                               f"have{nearest(path, names)}")
         if path not in what.norms:
             check_plain(names[path], path)
-        if what.form is not None:
-            what.form.check_layer(names[path], path)
+        if path in what.own:
+            what.own[path].form.check_layer(names[path], path)
     if what.form is not None and not what.beside and what.form.beside:
         what.beside = what.form.draw(what.config, {p: names[p] for p in what.own})
     anatomy = Anatomy.of(model)
@@ -307,7 +313,7 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
         for part in slot.parts:
             term = slot.module_of(part)
             if path in what.own and counts(term):
-                peft_own.fill(what.form, what.own[path], term, module, put, f"{folder}: {path}")
+                peft_own.fill(what.own[path], term, module, put, f"{folder}: {path}")
                 shared = term.__dict__.get("shared")
                 if shared is not None and not filled:
                     filled = True

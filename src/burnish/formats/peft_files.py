@@ -31,13 +31,15 @@ from ..core.reading import check_fields, shown
 from . import safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
-from .peft_forms import OF_KIND
+from .peft_forms import OF_KIND, TOKENS
 from .peft_own import Form, Own, sort_out
 
 PREFIX = "base_model.model."
 #: types whose adapter is rows in front of the input; what makes them is gone once they are saved
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 _ROWS, _NORM = "prompt_embeddings", ".ln_tuning_layers."
+#: where PEFT keeps the tokens that train beside a LoRA
+_BESIDE = "token_adapter."
 
 #: what the settings that are read are (see core/reading.py)
 KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_rslora": "flag?",
@@ -46,8 +48,8 @@ KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_
          "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
          "peft_type": "text"}
 #: settings that change what is computed; a folder that uses one is refused, not misread
-_UNREADABLE = ("alora_invocation_tokens", "layer_replication", "trainable_token_indices",
-               "target_parameters", "use_qalora", "lora_bias", "megatron_config", "arrow_config",
+_UNREADABLE = ("alora_invocation_tokens", "layer_replication", "target_parameters",
+               "use_qalora", "lora_bias", "megatron_config", "arrow_config",
                "use_bdlora", "velora_config", "monteclora_config", "exclude_parameters")
 #: starting values that PEFT takes off the base; the bare factors then mean nothing
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
@@ -102,6 +104,11 @@ class PeftFolder:
     @property
     def modules(self) -> list[str]:
         return [*self.loras, *self.blocks, *self.own, *self.norms]
+
+    @property
+    def adapted(self) -> list[str]:
+        """The modules that the type itself is about; tokens beside a LoRA are said apart."""
+        return [p for p in self.modules if self.kind != "LORA" or p not in self.own]
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -188,8 +195,15 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
                folder: Path) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
+    asked = config.get("trainable_token_indices")
+    rows = f".{_BESIDE}{next(iter(TOKENS.tensors))}"
     for key, value in tensors.items():
         name = _strip(key, folder)
+        if name.endswith(rows) and asked:
+            path = name.removesuffix(rows)
+            out.own[path] = TOKENS.take({rows.rpartition(".")[2]: value},
+                                        {"token_indices": _ids(asked, path)}, f"{folder}: {path}")
+            continue
         suffix = next((s for s in _PARTS if name.endswith(s)), None)
         if suffix is None:
             if ".lora_" in name:
@@ -223,6 +237,17 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
             raise FormatError(f"{folder}: use_dora is {config.get('use_dora')} but {path} has "
                               f"{'a' if m is not None else 'no'} magnitude")
         out.loras[path] = Lora(A, B, scale, kind, None if m is None else m.flatten(), kernel)
+    if asked and not out.own or out.own and not found:
+        raise FormatError(f"{folder}: " + ("trainable_token_indices names tokens, and no tensor "
+                                           "has their rows" if found else "it holds no factors"))
+
+
+def _ids(asked: Any, path: str) -> list[Any]:
+    """PEFT's rule: a list is of the embedding; a mapping's keys are names, or their ends."""
+    found = asked if isinstance(asked, list) else next(
+        (v for k, v in asked.items() if path == k or path.endswith(f".{k}")), []) \
+        if isinstance(asked, dict) else []
+    return found if isinstance(found, list) else []
 
 
 def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
@@ -323,7 +348,7 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
     config: dict[str, Any] = {
         "peft_type": what.kind, "task_type": what.task_type,
         "base_model_name_or_path": what.base or None, "revision": None, "inference_mode": True,
-        "target_modules": targets(set(what.modules), list(names)) if what.modules else None,
+        "target_modules": targets(set(what.adapted), list(names)) if what.adapted else None,
         "bias": "none",
         "modules_to_save": _modules_to_save(what.saved, list(names)),
     }
@@ -331,6 +356,11 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
         config |= _lora_config(what)
         for path, lora in what.loras.items():
             tensors |= _lora_tensors(PREFIX + path, lora)
+        if what.own:
+            config["trainable_token_indices"] = {p: o.settings["token_indices"]
+                                                 for p, o in what.own.items()}
+        tensors |= {f"{PREFIX}{p}.{_BESIDE}{n}": t for p, own in what.own.items()
+                    for n, t in own.tensors.items()}
     elif what.kind in PROMPTS:
         config |= what.settings
         tensors[_ROWS] = what.prompt

@@ -269,7 +269,8 @@ class TrainableTokens(Form):
         return {"rows": rows - module.weight.detach()[term.ids.to(module.weight.device)].to(rows)}
 
 
+TOKENS = TrainableTokens()
 FORMS: tuple[Form, ...] = (Lokr(), Loha(), Oft(), Boft(), Hra(), Bone(), FourierFT(), Vera(),
-                           RandLora(), Shira(), AdaLora(), Ia3(), TrainableTokens())
+                           RandLora(), Shira(), AdaLora(), Ia3(), TOKENS)
 OF_TERM: dict[type[nn.Module], Form] = {t: f for f in FORMS for t in f.terms}
 OF_KIND: dict[str, Form] = {f.kind: f for f in FORMS}

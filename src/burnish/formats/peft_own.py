@@ -48,6 +48,7 @@ class Own:
     tensors: Tensors = field(default_factory=dict)
     settled: dict[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
+    form: Any = None
 
 
 class Form:
@@ -121,7 +122,7 @@ class Form:
         said = {n: s.default if config.get(n) is None else config[n]
                 for n, s in self.settings.items()}
         own = Own(self.method, {s.ours: said[n] for n, s in self.settings.items() if s.ours},
-                  tensors, said=said)
+                  tensors, said=said, form=self)
         self.adjust(own, config, where)
         return own
 
@@ -155,10 +156,10 @@ def sort_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 @torch.no_grad()
-def fill(form: Form, own: Own, term: nn.Module, module: nn.Module, put: Any, where: str) -> None:
+def fill(own: Own, term: nn.Module, module: nn.Module, put: Any, where: str) -> None:
     """Give a term the values of a file. put: copies one tensor, and refuses another shape."""
     try:
-        values = form.values(own, term, module)
+        values = own.form.values(own, term, module)
     except KeyError as e:
         raise FormatError(f"{where} lacks {e.args[0]}") from None
     except RuntimeError as e:

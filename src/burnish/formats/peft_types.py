@@ -110,7 +110,7 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
             key = getattr(term, "part", part.key)
             method = next(m for m in recipe if key in (key_of(recipe, m), m.name))
             tensors, given[path] = form.give(term, method, module, path)
-            what.own[path] = Own(method.name, {}, tensors)
+            what.own[path] = Own(method.name, {}, tensors, form=form)
         what.settings = form.finish(_together(form, given))
         what.beside, said = _beside(form, [term for *_, term in found])
         what.settings |= said
