@@ -20,6 +20,7 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
@@ -148,6 +149,9 @@ OUT = {
     "llama norms": ("llama", "norms", {}),
     "llama some norms": ("llama", "norms(targets='input_layernorm')", {}),
     "bert norms and head": ("bert", "norms", {"head": "auto"}),
+    "llama prefix": ("llama", "prefix(length=5, positions='moved')", {}),
+    "llama prefix mlp": ("llama", "prefix(length=3, hidden=8, positions='moved')", {}),
+    "gpt2 prefix": ("gpt2", "prefix(length=5, positions='moved')", {}),
     "llama prompt": ("llama", "prompt_tuning(length=5)", {}),
     "gpt2 prompt": ("gpt2", "prompt_tuning(length=5)", {}),
     "bert norms": ("bert", "lora(rank=4) + norms", {"head": False}),
@@ -235,6 +239,9 @@ def test_parts_on_hidden_states_and_stray_biases_are_refused(tmp_path):
     tuned = burnish.tune(tiny("llama")[0], "prompt_tuning(length=3) + lora(rank=2)")
     with pytest.raises(FormatError, match="computes on hidden states"):
         export_peft(tuned, tmp_path)
+    tuned = burnish.tune(tiny("llama")[0], "prefix(length=3)")
+    with pytest.raises(FormatError, match="real tokens count from the length of the prefix on"):
+        export_peft(tuned, tmp_path)
     tuned = burnish.tune(tiny("bert")[0], "prompt_tuning(length=3)", head=False)
     with pytest.raises(FormatError, match="has a pooler, which reads the first of PEFT's rows"):
         export_peft(tuned, tmp_path)
@@ -320,6 +327,11 @@ IN = {
     "llama ln": ("llama", LNTuningConfig(target_modules=["input_layernorm", "model.norm"])),
     "bert ln": ("bert", LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")),
     "llama prompt": ("llama", PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+    "llama prefix": ("llama", PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+    "llama prefix mlp": ("llama", PrefixTuningConfig(
+        num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_projection=True,
+        encoder_hidden_size=12)),
+    "gpt2 prefix": ("gpt2", PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
     "llama p-tuning": ("llama", PromptEncoderConfig(num_virtual_tokens=4, task_type="CAUSAL_LM",
                                                     encoder_hidden_size=16)),
     "vit head": ("vit", LoraConfig(target_modules=["q_proj", "v_proj"], r=4,

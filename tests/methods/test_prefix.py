@@ -424,3 +424,44 @@ def test_an_mlp_where_blocks_differ_in_width():
 
 def test_a_finished_prefix_is_its_rows():
     assert str(parse("prefix(length=4, hidden=5)")[0].finished()) == "prefix(length=4)"
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_moved_tokens_count_from_the_length_on(model):
+    """The same as a key-value cache of these rows in front, which is what PEFT hands a model."""
+    from transformers import DynamicCache
+
+    net, batch = tiny(model)
+    net.eval()
+    ids = batch["input_ids"]
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, "prefix(length=3, positions='moved')")
+    banks = [m for m in net.modules() if isinstance(m, KeysValues)]
+    with torch.no_grad():
+        for bank in banks:
+            bank.rows.normal_()
+    cache = DynamicCache(config=base.config)
+    for k, bank in enumerate(banks):
+        heads = base.config.get_text_config().num_key_value_heads if model == "llama" else \
+            base.config.n_head
+        rows = bank.rows.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+        cache.update(*(r.expand(len(ids), -1, -1, -1) for r in rows), k)
+    want = base(input_ids=ids, past_key_values=cache,
+                attention_mask=torch.ones(len(ids), 3 + ids.shape[1])).logits
+    torch.testing.assert_close(net(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+    at = torch.arange(ids.shape[1])[None] + 4
+    moved = net(input_ids=ids, position_ids=at).logits
+    embeds = net.get_input_embeddings()(ids)
+    assert torch.allclose(net(inputs_embeds=embeds).logits, net(input_ids=ids).logits, atol=1e-6)
+    with tuned.disabled():
+        assert torch.equal(net(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert not torch.allclose(moved, want, atol=1e-4) if model == "gpt2" else moved is not None
+    step = net(input_ids=ids[:, :5], use_cache=True)
+    rest = net(input_ids=ids[:, 5:], past_key_values=step.past_key_values).logits
+    torch.testing.assert_close(rest, want[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["vit", "t5"])
+def test_positions_that_cannot_move_are_refused(model):
+    with pytest.raises(burnish.RecipeError, match="needs one stack of blocks that takes"):
+        burnish.tune(tiny(model)[0], "prefix(length=3, positions='moved')")

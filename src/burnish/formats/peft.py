@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.state.keys_values import KeysValues
 from ..blocks.state.prompts import Behind, Prepended
 from ..blocks.weight.factor import Chain
 from ..blocks.weight.factor_algebra import Factors, cat, truncate
@@ -263,7 +264,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     except RecipeError as e:
         raise FormatError(f"{folder}: {e}") from None
     if what.prompt is not None:
-        parts.append(make("prompt_tuning", {"length": len(what.prompt), "init": "normal"}))
+        parts.append(make("prefix", {"length": len(what.prompt), "positions": "moved"})
+                     if what.kind == "PREFIX_TUNING" else
+                     make("prompt_tuning", {"length": len(what.prompt), "init": "normal"}))
     recipe = parse(parts + extra)
     settled = {key_of(recipe, part): {f"{p}.weight": what.own[p].settled for p in paths
                                       if p in what.own and what.own[p].settled}
@@ -308,7 +311,13 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
             tuned.undo.keep(there, partial(tuned.originals.get, *key[0::2]))
         there.copy_(value)
 
-    filled = False
+    filled, banks = False, [m for _, _, slot in slots(tuned.model) for p in slot.parts
+                            if isinstance(m := slot.module_of(p), KeysValues)]
+    if banks and what.prompt is not None:
+        layers = what.prompt.unflatten(1, (-1, what.prompt.shape[1] // (2 * len(banks)))) \
+            if what.prompt.shape[1] % (2 * len(banks)) == 0 else what.prompt[:, None]
+        for k, bank in enumerate(banks):
+            put(bank.rows, layers[:, 2 * k : 2 * k + 2].transpose(0, 1), "prompt_embeddings")
     for path, module, slot in slots(tuned.model):
         for part in slot.parts:
             term = slot.module_of(part)

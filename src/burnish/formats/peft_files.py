@@ -35,8 +35,9 @@ from .peft_forms import OF_KIND, TOKENS
 from .peft_own import Form, Own, sort_out
 
 PREFIX = "base_model.model."
-#: types whose adapter is rows in front of the input; what makes them is gone once they are saved
-PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+#: types whose adapter is rows in front of the input, or (the last) of all keys and values: (length,
+#: layers 2 width); what makes them is gone once they are saved
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _ROWS, _NORM = "prompt_embeddings", ".ln_tuning_layers."
 #: where PEFT keeps the tokens that train beside a LoRA
 _BESIDE = "token_adapter."

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..blocks.state.keys_values import KeysValues, Moved, Trunk
 from ..blocks.state.prompts import Behind, Lengthened, Prepended
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import Wrap
@@ -68,9 +70,21 @@ BEHIND = ("this model has a pooler, which reads the first of PEFT's rows, and in
 
 
 def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
-    """The adapter as PEFT's prompt tuning when rows in front of the input are all there is."""
+    """The adapter as PEFT's prompt or prefix tuning when rows in front of the input, or of keys and
+    values, are all there is."""
     mine = [slot.module_of(p) for _, _, slot in slots(tuned.model) for p in slot.parts
             if p.adapter in weights and counts(slot.module_of(p))]
+    if mine and all(isinstance(m, KeysValues | Moved | Trunk) for m in mine) \
+            and set(weights.values()) == {1.0}:
+        made = [m.made().detach() for m in mine if isinstance(m, KeysValues)]
+        if not any(isinstance(m, Moved) for m in mine):
+            raise FormatError("prefix: in PEFT real tokens count from the length of the prefix on; "
+                              "train with prefix(positions='moved') to export")
+        what.kind, what.prompt = "PREFIX_TUNING", torch.cat(made).transpose(0, 1).flatten(1)
+        n, width = made[0].shape[1:]
+        what.settings = {"num_virtual_tokens": n, "token_dim": width, "num_layers": len(made),
+                         "num_transformer_submodules": 1, "prefix_projection": False}
+        return
     rows = [m for m in mine if isinstance(m, Prepended)]
     if len(rows) != 1 or any(not isinstance(m, Prepended | Behind | Lengthened) for m in mine) \
             or set(weights.values()) != {1.0}:

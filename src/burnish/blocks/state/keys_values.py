@@ -24,7 +24,7 @@ from ...core.call import context
 from ...core.errors import DataError, RecipeError
 from ..choose.observe import samples
 from ..tape.replay import dropout
-from .prompts import Listener
+from .prompts import Listener, named
 
 _SDPA = F.scaled_dot_product_attention
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -183,6 +183,26 @@ class KeysValues(Listener):
         if given.get("key_padding_mask") is not None:
             given["key_padding_mask"] = F.pad(given["key_padding_mask"], (0, more))
         return func(**given)
+
+
+class Moved(Listener):
+    """Listens to a stack of blocks: its tokens stand `length` positions further on, as they do
+    behind rows that are handed to a model as its key-value cache."""
+
+    def __init__(self, state: Any, adapter: str, length: int):
+        super().__init__(state, adapter)
+        self.length = length
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        kw = named(module, args, kw)
+        at = kw.get("position_ids")
+        if at is None:
+            x, past = kw.get("input_ids"), kw.get("past_key_values")
+            x = kw["inputs_embeds"] if x is None else x
+            first = 0 if past is None else past.get_seq_length()
+            at = torch.arange(first, first + x.shape[1], device=x.device).unsqueeze(0)
+        kw["position_ids"] = at + self.length
+        return call(**kw)
 
 
 def projected(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

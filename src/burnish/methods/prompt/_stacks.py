@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...blocks.state.keys_values import Moved
 from ...blocks.state.prompts import accepts
 from ...core.errors import RecipeError
 from ...core.families import rotary
@@ -69,6 +70,16 @@ def read_words(attacher: Any, part: Any, method: Any) -> bool:
         raise RecipeError(f"{method.name}(ids=...): {type(model).__name__} does not run on these "
                           f"token ids alone ({why}); leave them out and give "
                           "tune(..., calibration=batches)") from e
+
+
+def move_tokens(attacher: Any, part: Any, length: int) -> None:
+    """Let the tokens of the model count from `length` on."""
+    stacks = list(attacher.anatomy.stacks())
+    path = above(attacher.anatomy, stacks[0], "position_ids") if len(stacks) == 1 else None
+    if path is None:
+        raise RecipeError(f"{part.name}(positions='moved') needs one stack of blocks that takes "
+                          f"position_ids; {type(attacher.model).__name__} has none")
+    Moved(attacher.state, attacher.adapter.name, length).listen(attacher.slot(path), part.name)
 
 
 def attentions(anatomy: Anatomy) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...blocks.state.keys_values import KeysValues, Seen, Trunk
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
-from ._stacks import attentions, check_ids, read_words
+from ._stacks import attentions, check_ids, move_tokens, read_words
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -23,7 +23,8 @@ class Prefix(Method):
     sum: ``(1 - l) Attn(K, V) + l softmax(q P_k^T) P_v``, l the share of attention the prefix gets.
 
     The rows join as attention sees them, behind rotary positions; positions of real tokens do not
-    move, a key-value cache holds none of the rows, a causal mask hides none of them.
+    move, a key-value cache holds none of the rows, a causal mask hides none of them. With
+    positions="moved" real tokens count from `length` on, as in PEFT, whose folders need it.
 
     With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d)
     shared by all layers; a finished file (``tuned.save``) holds the rows alone, as of ``hidden=0``,
@@ -57,6 +58,10 @@ class Prefix(Method):
     ids: tuple[int, ...] | list[int] | None = setting(
         None, "token ids whose activations start the rows; None takes calibration data",
         other=((1, 2, 3),), beside={"init": "activations"})
+
+    positions: Literal["kept", "moved"] = setting(
+        "kept", "do real tokens count from length on?",
+        unseen="not all models count: tests/methods/test_prefix.py")
 
     def prompt(self, anatomy: Anatomy) -> Sides:
         if self.targets is not None:
@@ -100,6 +105,8 @@ class Sides:
             banks[path] = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk,
                                      dropout=m.dropout).to(attacher.device(path))
             banks[path].listen(attacher.slot(path), part.name)
+        if m.positions == "moved":
+            move_tokens(attacher, part, m.length)
         if m.init == "activations":
             self.begin(attacher, part, banks)
 
