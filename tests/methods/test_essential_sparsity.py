@@ -103,7 +103,11 @@ def test_what_is_reported():
     assert flat.essential == 0.5 and flat.knee == 0.5
     assert Curve(flat.points, 0.0).essential == 0.3
     assert Curve([(0.0, -2.0), (0.5, -2.01), (0.9, -4.0)], 0.01).essential == 0.5
+    assert Curve([(0.0, 1.0), (0.1, 0.5), (0.2, 0.495)], 0.01).essential == 0.0
     assert Curve([(0.0, 1.0), (0.5, 1.0)], 0.01).knee == 0.0
+    # both axes count for 1: points at (s / last, (p - P(0)) / fall)
+    assert Curve([(0.0, 1.0), (0.3, 0.95), (0.6, 0.6), (1.0, 0.5)], 0.01).knee == 0.3
+    assert Curve([(0.0, 1.0), (0.1, 0.99), (0.4, 0.9), (0.5, 0.5)], 0.01).knee == 0.4
     assert Curve([(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)], 0.01).knee == 0.0
     assert Curve([(0.0, 1.0), (0.5, 0.2), (1.0, 0.0)], 0.01).knee == 0.0
     assert Curve([(0.0, 0.0), (0.5, 0.9), (1.0, 1.0)], 0.01).knee == 0.5
@@ -114,7 +118,7 @@ def test_settings():
     assert method.settings() == {
         "targets": None, "grid": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "drop": 0.01,
         "ranking": "global", "order": "magnitude", "seed": 0}
-    for wrong, words in (("grid=()", "grid="), ("grid=(0.2, 0.1)", "rising shares"),
+    for wrong, words in (("grid=()", "grid="), ("grid=0.5", "grid=0.5"), ("grid=(0.2, 0.1)", "rising shares"),
                          ("grid=(0.0, 0.1)", "rising"), ("grid=(0.5, 1.0)", "rising"),
                          ("drop=-0.1", "drop=-0.1"), ("seed=3", "seed does nothing")):
         with pytest.raises(ConfigError, match=words):
@@ -139,4 +143,10 @@ def test_each_ranking_and_order_is_another_curve():
         model, score=score).points[1] for more in ("", ", ranking='layer'", ", order='random'",
                                                    ", order='random', seed=1")]
     assert len({p for _, p in found}) == 4
+
+    def largest(m):                                  # the global ranking spares the large weights
+        return float((m[1].weight == 0).float().mean())
+
+    assert burnish.parse("essential_sparsity(grid=(0.4,), targets='*')")[0].lifecycle(
+        model, score=largest).points[1][1] < 0.05
     assert all(s == pytest.approx(0.4, abs=0.01) for s, _ in found)

@@ -102,7 +102,10 @@ def test_what_cannot_be_compared_is_passed_over():
     base = {"same": W, "shape": W[:4], "whole": torch.ones(3, 3, dtype=torch.int64), "other": W}
     tuned = {"same": W.clone(), "shape": W, "whole": torch.zeros(3, 3, dtype=torch.int64),
              "new": W, "other": W * 1.5}
-    assert [n for n, _ in looked_at(base, tuned, 3)] == ["other"]
+    (name, found), = looked_at(base, tuned, 3)
+    assert name == "other" and found.cosines.shape == (3,)
+    (_, found), = looked_at(base, tuned)
+    assert found.cosines.shape == (10,)
 
 
 def test_low_rank_intrudes_and_full_rank_does_not():

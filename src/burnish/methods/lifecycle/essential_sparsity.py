@@ -31,12 +31,12 @@ class Curve:
     def knee(self) -> float:
         """The s whose point lies farthest above the chord from the first to the last, both axes
         scaled to 1; the first of equals, and 0 where none lies above it."""
-        (s0, p0), (s1, p1) = self.points[0], self.points[-1]
-        if s1 == s0 or p1 == p0:
-            return s0
+        (_, whole), (last, least) = self.points[0], self.points[-1]
+        if least == whole:
+            return 0.0
 
-        def above(s: float, p: float) -> float:
-            return (p - p0) / abs(p1 - p0) - (s - s0) / (s1 - s0) * (1 if p1 > p0 else -1)
+        def above(s: float, p: float) -> float:      # but for what is the same for all points
+            return p / abs(least - whole) - s / last * (1 if least > whole else -1)
 
         return max(self.points, key=lambda point: (above(*point), -point[0]))[0]
 
