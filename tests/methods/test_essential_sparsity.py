@@ -118,7 +118,8 @@ def test_settings():
     assert method.settings() == {
         "targets": None, "grid": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), "drop": 0.01,
         "ranking": "global", "order": "magnitude", "seed": 0}
-    for wrong, words in (("grid=()", "grid="), ("grid=0.5", "grid=0.5"), ("grid=(0.2, 0.1)", "rising shares"),
+    for wrong, words in (("grid=()", "grid="), ("grid=0.5", "grid=0.5"),
+                         ("grid=(0.2, 0.1)", "rising shares"),
                          ("grid=(0.0, 0.1)", "rising"), ("grid=(0.5, 1.0)", "rising"),
                          ("drop=-0.1", "drop=-0.1"), ("seed=3", "seed does nothing")):
         with pytest.raises(ConfigError, match=words):
