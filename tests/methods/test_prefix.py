@@ -435,7 +435,7 @@ def test_moved_tokens_count_from_the_length_on(model):
     net.eval()
     ids = batch["input_ids"]
     base = copy.deepcopy(net)
-    tuned = burnish.tune(net, "prefix(length=3, positions='moved')")
+    tuned = burnish.tune(net, "prefix(length=3, moved=True)")
     banks = [m for m in net.modules() if isinstance(m, KeysValues)]
     with torch.no_grad():
         for bank in banks:
@@ -464,4 +464,4 @@ def test_moved_tokens_count_from_the_length_on(model):
 @pytest.mark.parametrize("model", ["vit", "t5"])
 def test_positions_that_cannot_move_are_refused(model):
     with pytest.raises(burnish.RecipeError, match="needs one stack of blocks that takes"):
-        burnish.tune(tiny(model)[0], "prefix(length=3, positions='moved')")
+        burnish.tune(tiny(model)[0], "prefix(length=3, moved=True)")

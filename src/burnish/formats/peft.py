@@ -264,7 +264,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     except RecipeError as e:
         raise FormatError(f"{folder}: {e}") from None
     if what.prompt is not None:
-        parts.append(make("prefix", {"length": len(what.prompt), "positions": "moved"})
+        parts.append(make("prefix", {"length": len(what.prompt), "moved": True})
                      if what.kind == "PREFIX_TUNING" else
                      make("prompt_tuning", {"length": len(what.prompt), "init": "normal"}))
     recipe = parse(parts + extra)

@@ -79,7 +79,7 @@ def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None
         made = [m.made().detach() for m in mine if isinstance(m, KeysValues)]
         if not any(isinstance(m, Moved) for m in mine):
             raise FormatError("prefix: in PEFT real tokens count from the length of the prefix on; "
-                              "train with prefix(positions='moved') to export")
+                              "train with prefix(moved=True) to export")
         what.kind, what.prompt = "PREFIX_TUNING", torch.cat(made).transpose(0, 1).flatten(1)
         n, width = made[0].shape[1:]
         what.settings = {"num_virtual_tokens": n, "token_dim": width, "num_layers": len(made),

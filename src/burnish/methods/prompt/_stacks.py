@@ -77,7 +77,7 @@ def move_tokens(attacher: Any, part: Any, length: int) -> None:
     stacks = list(attacher.anatomy.stacks())
     path = above(attacher.anatomy, stacks[0], "position_ids") if len(stacks) == 1 else None
     if path is None:
-        raise RecipeError(f"{part.name}(positions='moved') needs one stack of blocks that takes "
+        raise RecipeError(f"{part.name}(moved=True) needs one stack of blocks that takes "
                           f"position_ids; {type(attacher.model).__name__} has none")
     Moved(attacher.state, attacher.adapter.name, length).listen(attacher.slot(path), part.name)
 

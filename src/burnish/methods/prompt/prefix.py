@@ -24,7 +24,7 @@ class Prefix(Method):
 
     The rows join as attention sees them, behind rotary positions; positions of real tokens do not
     move, a key-value cache holds none of the rows, a causal mask hides none of them. With
-    positions="moved" real tokens count from `length` on, as in PEFT, whose folders need it.
+    moved=True real tokens count from `length` on, as in PEFT, whose folders need it.
 
     With ``hidden > 0`` the rows are ``up_l tanh(W P' + b)``, P' (length, d) and W (hidden, d)
     shared by all layers; a finished file (``tuned.save``) holds the rows alone, as of ``hidden=0``,
@@ -59,8 +59,8 @@ class Prefix(Method):
         None, "token ids whose activations start the rows; None takes calibration data",
         other=((1, 2, 3),), beside={"init": "activations"})
 
-    positions: Literal["kept", "moved"] = setting(
-        "kept", "do real tokens count from length on?",
+    moved: bool = setting(
+        False, "real tokens count from length on",
         unseen="not all models count: tests/methods/test_prefix.py")
 
     def prompt(self, anatomy: Anatomy) -> Sides:
@@ -105,7 +105,7 @@ class Sides:
             banks[path] = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk,
                                      dropout=m.dropout).to(attacher.device(path))
             banks[path].listen(attacher.slot(path), part.name)
-        if m.positions == "moved":
+        if m.moved:
             move_tokens(attacher, part, m.length)
         if m.init == "activations":
             self.begin(attacher, part, banks)
