@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.choose.inputs import Norms, NormsAndGradient
 from burnish.blocks.choose.observe import Covariance, Gradient, Spectrum
 from burnish.blocks.weight.factor import Chain
 from burnish.core.anatomy import Anatomy
@@ -310,3 +311,54 @@ def test_a_weight_that_waits_in_its_file_is_read_for_its_statistic(tmp_path):
         float(S[2:].square().sum() / S.square().sum()), abs=1e-5)
     assert len(reads) == 3                       # its statistic, its term, and for good
     assert torch.equal(net.get_parameter(name), whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns(Method):
+    """Turns: what it reads stands in its setting."""
+
+    turns: str = "budget"
+
+    def observe(self, place):
+        return Norms(place.inp, self.turns)
+
+
+register(Turns, "turns")
+
+
+@pytest.mark.parametrize("turns, rounds", [("once", [14]), ("blocks", [7, 7])])
+def test_turns_by_block_or_all_at_once_whatever_the_budget(turns, rounds):
+    _, places, p = the_pass("llama", f"turns(turns='{turns}')", None, budget=1)
+    found = [dict(seen) for seen, _ in p.rounds()]
+    assert [len(f) for f in found] == rounds and {k for f in found for k in f} == set(places)
+    assert all(len({k.block for k in f}) == 1 for f in found) == (turns == "blocks")
+    _, _, p = the_pass("llama", "turns", None, budget=4 * 32)
+    assert len([1 for _ in p.rounds()]) == 8
+
+
+def test_inputs_and_gradients_are_read_in_one_pass():
+    @dataclass(frozen=True, kw_only=True)
+    class Both(Method):
+        """Both: inputs and gradients."""
+
+        def observe(self, place):
+            return NormsAndGradient(place.out, place.inp, "l2")
+
+    register(Both, "both")
+    net, places, p = the_pass("llama", "both", None, budget=1 << 30)
+    (seen, _), = p.rounds()
+    assert len({id(s) for s in seen.values()}) == len(places), "a gradient is one place's alone"
+    batch = tiny("llama")[1]
+    want = {q: torch.zeros(q.out, q.inp) for q in places}
+    inputs = {q: [] for q in places}
+    for q in places:
+        net.get_submodule(q.path).register_forward_pre_hook(
+            lambda m, a, q=q: inputs[q].append(a[0].detach()[0].square().sum(0)))
+    for i in range(2):
+        net.zero_grad()
+        net(**{k: v[i : i + 1] for k, v in batch.items()}).loss.backward()
+        for q in places:
+            want[q] += net.get_submodule(q.path).weight.grad.square() / 2
+    for q in places:
+        torch.testing.assert_close(seen[q].gradient, want[q].sqrt(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(seen[q].square, sum(inputs[q]) / 2)

@@ -83,6 +83,7 @@ class Method:
     all that trains of the model.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
     (``testing/checks/common.py``).
+    shown_beside: the parts that the suite shows it beside, where it is nothing alone.
     excused: checks of the conformance suite that it is excused from, each with the reason and the
     test that holds it instead: ``{"loss_falls": "..."}``, or ``{"loss_falls on mlp": "..."}``.
     tier: how what is written here was held against the source, one of :data:`TIERS`.
@@ -109,6 +110,7 @@ class Method:
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    shown_beside: ClassVar[str] = ""
     excused: ClassVar[Mapping[str, str]] = MappingProxyType({})
     tier: ClassVar[str] = "from the text"
     #: name in a recipe; set by the registry from the file name

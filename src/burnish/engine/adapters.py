@@ -29,7 +29,7 @@ from .planned import make_plan
 from .slot import Slot, settle, slots
 from .spread import let_go, refuse
 from .step import forward
-from .swap import ATTR
+from .swap import ATTR, PROVIDED
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -75,7 +75,7 @@ class Adapter:
 def check_name(name: str, taken: dict[str, Adapter]) -> None:
     """An adapter's name becomes part of tensor names: a plain word that nothing else uses."""
     reserved = name in vars(Slot(None, "")) or hasattr(Slot, name)
-    if not name.isidentifier() or reserved or name.startswith("provided_"):
+    if not name.isidentifier() or reserved or name.startswith(PROVIDED):
         raise ConfigError(f"adapter name {name!r}: expected a plain word (letters, digits, _) that "
                           "is no word of torch's or burnish's own")
     if name in taken:
@@ -245,6 +245,14 @@ def still_there(tuned: Tuned) -> None:
                 raise ConfigError(f"{name}, which {adapter.name!r} trains, was {tuple(was)} and "
                                   f"is {tuple(now.shape)} now; {advice}")
             adapter.selected[name] = now
+
+
+def provider_of(key: str) -> tuple[str, str] | None:
+    """(path, parameter) of the weight whose storage has chosen what this entry of a state dict says
+    (blocks/weight/pruned.py); None of any other entry."""
+    path, own, child = f".{key}".rpartition(f".{ATTR}.{PROVIDED}")
+    leaf = child.removesuffix("._extra_state")
+    return (path.removeprefix("."), leaf) if own and leaf != child else None
 
 
 def _slot(model: nn.Module, path: str) -> Slot | None:
@@ -434,9 +442,9 @@ class Adapters(dict[str, Adapter]):
         adapter = self.known(name)
         name = adapter.name
         out: dict[str, Tensor] = {}
-        mark = f"{ATTR}.{name}."
+        first = name == next(iter(self))             # its storages hold the base of all
         for key, value in self.tuned.model.state_dict(keep_vars=True).items():
-            if f".{mark}" in f".{key}":
+            if f".{ATTR}.{name}." in f".{key}" or first and provider_of(key):
                 out[key] = value.detach()
         values = {**adapter.values(), **moved_buffers(self.tuned, name)}
         for key, written in file_names(self.tuned, name).items():

@@ -360,7 +360,7 @@ class Attacher:
                 moved = stored.detach()
                 for p in absorbed:                   # a start that storage should absorb
                     moved = slot.module_of(p).fold_start(moved, place)
-                provider = part.storage(Site(place, moved, seen, settled))
+                provider = part.storage(Site(place, moved, seen, settled, places=places))
                 del moved
                 if provider is None:
                     left.append(f"{place.name} as it is")

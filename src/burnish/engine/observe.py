@@ -219,7 +219,9 @@ class Pass:
         room = -1
         for p in leaders:
             room -= self.wanted[p].nbytes
-            if room < 0:
+            turns = self.wanted[p].turns
+            if not out or (room < 0 if turns == "budget" else
+                           turns == "blocks" and p.block != out[-1][-1].block):
                 out.append([])
                 room = self.budget - self.wanted[p].nbytes
             out[-1].append(p)
@@ -228,8 +230,8 @@ class Pass:
     # -- one round ---------------------------------------------------------------------------
     def _read(self, leaders: list[Place], settles: bool = True) -> Seen:
         stats: Seen = {p: self.wanted.pop(p) for p in leaders}
-        inputs = {p: s for p, s in stats.items() if s.reads == "input"}
-        gradients = {p: s for p, s in stats.items() if s.reads == "gradient"}
+        inputs = {p: s for p, s in stats.items() if s.reads in ("input", "both")}
+        gradients = {p: s for p, s in stats.items() if s.reads in ("gradient", "both")}
         seen = {p: stats[lead] for p, lead in self.alike.items() if lead in stats}
         read = self._look(stats)
         if not inputs and not gradients:
@@ -265,7 +267,11 @@ class Pass:
             read.add(place)
             stats[place].update(x, valid)
 
-        with self._inputs(inputs, feed), self._gradients(weights, feed):
+        def pull(place: Place, g: Tensor) -> None:
+            read.add(place)
+            stats[place].pull(g)
+
+        with self._inputs(inputs, feed), self._gradients(weights, pull):
             if weights:
                 with torch.enable_grad():
                     self.part.read_loss(self.model, batch, self.run).backward()

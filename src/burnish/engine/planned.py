@@ -62,11 +62,24 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
         if len(wraps) > 1:
             raise RecipeError(f"{place.name} has {len(wraps)} functions of W active at once; "
                               "only one may wrap the others' sum: use one adapter at a time")
+        _undropped(place, terms, wraps)
         base = functools.partial(slot._place_view, module, place)
         held = functools.partial(slot._held, module, place.param)
         ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held,
                                     slot.state.room)))
     return ops, before, after
+
+
+def _undropped(place: Place, terms: list[tuple[Term, float]], wraps: list[Wrap]) -> None:
+    """RecipeError for dropout under a function of W that makes the whole weight: an update as a
+    matrix has no place for it."""
+    for wrap in wraps:
+        whole_weight = not wrap.diagonal and type(wrap).linear is Wrap.linear
+        if whole_weight and any(getattr(t, "dropout", 0) or getattr(t, "drop_path", 0)
+                                for t, _ in terms):
+            raise RecipeError(f"dropout on the input of {place.name} cannot act under a function "
+                              f"of the whole weight ({type(wrap).__name__}); set dropout=0, or "
+                              "give the parts different targets")
 
 
 def _joined(slot: Weights, module: nn.Module, groups: dict[tuple, Group]) -> list[Group]:

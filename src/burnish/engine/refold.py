@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks.weight.provided import Wrap
 from ..core.recipe import key_of
 from ..core.site import Site
+from .originals import Originals
 from .slot import Slot, slots
 from .undo import Transaction
 
@@ -33,20 +34,27 @@ def restart(slot: Slot, module: nn.Module, param: str) -> None:
 
 
 @torch.no_grad()
+def original(slot: Slot, path: str, param: str, originals: Originals) -> Tensor:
+    """What a storage was given: the weight as it was, less the starts that it has absorbed."""
+    old = slot._modules[slot.providers[param]]
+    value = originals.get(path, param).to(next(old.buffers()).device)
+    value = value.to(getattr(old, "dtype", value.dtype))
+    for p in slot.absorbed:
+        if p.place.param == param:
+            value = slot.module_of(p).fold_start(value, p.place)
+    return value
+
+
+@torch.no_grad()
 def refold(model: nn.Module, adapter: Adapter, undo: Transaction) -> None:
     """Make the weights again that a storage of `adapter` holds without the starts of its terms;
     those have taken other values since (from a file)."""
     for path, module, slot in slots(model):
         for param in {p.place.param for p in slot.absorbed if p.adapter == adapter.name}:
             mine = [p for p in slot.absorbed if p.place.param == param]
-            name, old = slot.providers[param], slot._modules[slot.providers[param]]
-            key = slot.stored_by[param]
+            name, key = slot.providers[param], slot.stored_by[param]
             part = next(m for m in adapter.recipe if key_of(adapter.recipe, m) == key)
-            held = next(old.buffers())
-            moved = adapter.originals.get(path, param).to(held.device)
-            moved = moved.to(getattr(old, "dtype", moved.dtype))
-            for p in mine:
-                moved = slot.module_of(p).fold_start(moved, p.place)
+            moved = original(slot, path, param, adapter.originals)
             place = mine[0].place
             settled = adapter.settled.get(key, {}).get(place.name, {})
             slot._modules[name] = part.storage(Site(place, moved, None, settled))

@@ -27,7 +27,7 @@ from .layout import is_linear
 from .planned import Plan
 from .rows import TOGETHER, add_grouped, check_rows, rows_of, split
 from .state import Part, State
-from .swap import ATTR, tuned_class
+from .swap import ATTR, PROVIDED, tuned_class
 from .weights import Weights, first_of
 
 
@@ -76,7 +76,7 @@ class Slot(Weights):
         return super().train(mode)
 
     def provide(self, param: str, provider: Provider) -> None:
-        name = "provided_" + param.replace(".", "_")
+        name = PROVIDED + param.replace(".", "_")
         self.add_module(name, provider)
         self.providers[param] = name
         self.state.changed()

@@ -16,6 +16,8 @@ from .containers import members
 
 #: the one child a touched module gets
 ATTR = "burnish"
+#: what the names of its storages begin with
+PROVIDED = "provided_"
 
 _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 

@@ -13,8 +13,8 @@ from ..core.errors import FormatError
 from ..core.processes import assign
 from ..core.reading import reading
 from ..core.recipe import parse
-from ..engine.adapters import Adapter, file_names
-from ..engine.refold import refold
+from ..engine.adapters import Adapter, file_names, provider_of
+from ..engine.refold import original, refold
 from ..engine.resize import follow
 from ..engine.slot import slots
 from ..engine.swap import ATTR
@@ -114,7 +114,9 @@ def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
     for key, here in want.items():
         if key in starts:
             continue
-        if key.endswith("._extra_state"):
+        if (of := provider_of(key)) is not None:
+            _remake(tuned, of, tensors[key])
+        elif key.endswith("._extra_state"):
             module = tuned.model.get_submodule(key.removesuffix("._extra_state"))
             tuned.undo.later(partial(module.set_extra_state, module.get_extra_state()))
             module.set_extra_state(tensors[key])
@@ -123,6 +125,22 @@ def _put(tuned: Tuned, tensors: Mapping[str, Tensor], want: Mapping[str, Tensor]
             waits = fresh and (path, leaf) in tuned.originals
             tuned.undo.keep(here, partial(tuned.originals.get, path, leaf) if waits else None)
             assign(here, tensors[key])
+
+
+def _remake(tuned: Tuned, of: tuple[str, str], said: Tensor) -> None:
+    """Let a storage choose what a file says, of the weight as it was."""
+    slot = tuned.model.get_submodule(of[0]).burnish
+    storage = slot.get_submodule(slot.providers[of[1]])
+    now = storage.get_extra_state()
+    if torch.equal(now, said.to(now.device)):
+        return
+
+    def choose(state: Tensor) -> None:
+        storage.remade(original(slot, *of, tuned.originals), state)
+
+    if not tuned.filled:                             # else it goes with all that has just joined
+        tuned.undo.later(partial(choose, now))
+    choose(said)
 
 
 def _starts(tuned: Tuned) -> set[str]:

@@ -21,17 +21,25 @@ from torch import Tensor
 from ..linalg import svd
 
 
+#: what a statistic is shown
+Reads = Literal["input", "gradient", "both", "weight"]
+
+
 class Statistic:
     """What is gathered at one place.
 
-    reads: "input" (the module's input), "gradient" (of the loss, by the weight) or "weight".
+    reads: "input" (the module's input), "gradient" (of the loss, by the weight), "both" of these, or
+        "weight".
     alone: every sample makes a pass of its own.
+    turns: how places take turns: "budget", in rounds that fit one; "blocks", one block of the model
+        after the other, whole, each once the one before was dealt with; "once", all in one round.
     condenses: `settle` keeps little of it once its round is over, so that places decide together
         and yet need not stand together.
     """
 
-    reads: ClassVar[Literal["input", "gradient", "weight"]] = "input"
+    reads: ClassVar[Reads] = "input"
     alone: ClassVar[bool] = False
+    turns: Literal["budget", "blocks", "once"] = "budget"
     condenses: ClassVar[bool] = False
 
     @property
@@ -52,6 +60,10 @@ class Statistic:
     def update(self, x: Tensor, valid: Tensor | None = None) -> None:
         """Read one batch. valid: (batch, tokens) of bool, True where a token counts."""
         raise NotImplementedError
+
+    def pull(self, g: Tensor) -> None:
+        """Read the gradient of one batch, (out, in)."""
+        self.update(g)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -187,7 +199,7 @@ class Principal(Statistic):
 class Gradient(Statistic):
     """Mean over batches of dL/dW, (out, in), kept on the host so that the device holds one."""
 
-    reads: ClassVar[Literal["input", "gradient", "weight"]] = "gradient"
+    reads: ClassVar[Reads] = "gradient"
 
     def __init__(self, out: int, inp: int):
         self.out, self.inp = out, inp
@@ -224,7 +236,7 @@ class SquaredGradient(Gradient):
 class OutputCovariance(Statistic):
     """``sum over batches of G G^T``, (out, out), G = dL/dW: which outputs' directions matter."""
 
-    reads: ClassVar[Literal["input", "gradient", "weight"]] = "gradient"
+    reads: ClassVar[Reads] = "gradient"
 
     def __init__(self, out: int):
         self.out = out
@@ -243,7 +255,7 @@ class OutputCovariance(Statistic):
 class Spectrum(Statistic):
     """Of a weight: the share of ``||W||_F^2`` that its `k` largest singular values leave."""
 
-    reads: ClassVar[Literal["input", "gradient", "weight"]] = "weight"
+    reads: ClassVar[Reads] = "weight"
 
     def __init__(self, k: int):
         self.k = k

@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 
 
 class Provider(nn.Module):
-    """Holds a frozen weight in some form; its tensors are buffers."""
+    """Holds a frozen weight in some form; its tensors are buffers.
+
+    One that chose by data what it holds says so in its extra state (one tensor), which files have.
+    """
 
     def weight(self) -> Tensor:
         """The weight as stored by the module, possibly a temporary; asked again in backward."""
+        raise NotImplementedError
+
+    def remade(self, weight: Tensor, state: Tensor) -> None:
+        """Hold the weight, as it was, by the choice that an extra state says."""
         raise NotImplementedError
 
     @property

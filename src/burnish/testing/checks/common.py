@@ -86,6 +86,8 @@ def part(name: str, **settings: Any) -> str:
 
 def partner(name: str) -> str:
     """What stands beside a method that trains nothing itself; empty for the others."""
+    if beside := registry.find(name).shown_beside:
+        return beside
     axes = set(registry.find(name).axes())
     if TRAINS & axes:
         return ""

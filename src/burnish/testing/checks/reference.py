@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError
+from ...formats.adapter import put
 from ..choose import IN_BLOCKS, OTHERWISE, PLACES, ROWS, applies
 from .common import (
     DENSE,
@@ -108,9 +109,7 @@ def bf16_is_near_fp32(name: str, model: str) -> Skip | None:
         net, batch = fresh(model, torch.bfloat16, recipe(name))        # the same numbers in both
         tuned = join(net.to(dtype), recipe(name), model, settled=settled)
         if settled:
-            with torch.no_grad():
-                for n, t in tuned.tensors().items():
-                    t.copy_(start[n])
+            put(tuned, start, "fp32")
         settled = tuned.adapters["default"].settled
         start = {n: t.detach().clone() for n, t in tuned.tensors().items()}
         stir(tuned)

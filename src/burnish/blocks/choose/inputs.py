@@ -1,0 +1,114 @@
+"""What single input features do: how large they are, where their mean lies, how much they move.
+
+O(in) numbers a place, read one batch at a time. Padding does not count.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .observe import Gradient, Reads, SquaredGradient, Statistic, samples, tokens, wide
+
+
+class Norms(Statistic):
+    """``|x_j|^2``: squares summed over the tokens of a sample, averaged over samples, (in,)."""
+
+    def __init__(self, width: int, turns: Literal["budget", "blocks", "once"] = "budget"):
+        self.width, self.turns = width, turns
+        self.total: Tensor = torch.zeros(width)
+        self.count = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.width
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        self.count += sum(X.numel() > 0 for X in samples(x, valid))
+        squares = wide(tokens(x, valid)).square().sum(0)
+        self.total = self.total.to(squares) + squares
+
+    @property
+    def square(self) -> Tensor:
+        return self.total / max(1, self.count)
+
+    @property
+    def norm(self) -> Tensor:
+        """The root of the mean square, (in,)."""
+        return self.square.sqrt()
+
+
+class Moments(Norms):
+    """Mean and variance over all tokens besides, (in,) each: Welford's sums, batch by batch."""
+
+    def __init__(self, width: int, turns: Literal["budget", "blocks", "once"] = "budget"):
+        super().__init__(width, turns)
+        self.mean: Tensor = torch.zeros(width)
+        self.spread: Tensor = torch.zeros(width)     # sum of squared deviations from the mean
+        self.n = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 12 * self.width
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        super().update(x, valid)
+        X = wide(tokens(x, valid))
+        if not (m := X.shape[0]):
+            return
+        n, centre = self.n, X.mean(0)
+        off = centre - self.mean.to(X)
+        self.spread = self.spread.to(X) + (X - centre).square().sum(0) \
+            + off.square() * (n * m / (n + m))
+        self.mean = self.mean.to(X) + off * (m / (n + m))
+        self.n = n + m
+
+    @property
+    def variance(self) -> Tensor:
+        return self.spread / max(1, self.n)
+
+
+class Sizes(Gradient):
+    """Mean of |dL/dW|."""
+
+    def what(self, g: Tensor) -> Tensor:
+        return g.abs()
+
+
+class NormsAndGradient(Norms):
+    """Norms of the inputs, and of each entry's gradient: ``|g|``, (out, in), over samples, each in
+    a pass of its own: the root of the mean square, or the mean of absolute values. The gradients
+    wait on the host.
+
+    scale: what the loss was multiplied by, taken off again.
+    """
+
+    reads: ClassVar[Reads] = "both"
+    alone: ClassVar[bool] = True
+
+    def __init__(self, out: int, inp: int, norm: Literal["l1", "l2"], scale: float = 1.0,
+                 turns: Literal["budget", "blocks", "once"] = "budget"):
+        super().__init__(inp, turns)
+        self.scale = scale
+        self.gradients = SquaredGradient(out, inp) if norm == "l2" else Sizes(out, inp)
+
+    @property
+    def key(self) -> int:
+        return id(self)                              # a gradient is its own place's alone
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.gradients.nbytes
+
+    def pull(self, g: Tensor) -> None:
+        self.gradients.update(wide(g) / self.scale)
+
+    @property
+    def gradient(self) -> Tensor:
+        """``|g|`` on the host, (out, in)."""
+        found = self.gradients.value
+        return found.sqrt() if isinstance(self.gradients, SquaredGradient) else found

@@ -1,0 +1,85 @@
+"""What input features do, streamed, against all of the data at once in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from burnish.blocks.choose.inputs import Moments, Norms, NormsAndGradient
+
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 6, 5, generator=g, dtype=torch.float64) * torch.arange(1, 6) + 0.7
+            for n in (3, 1, 2)]
+
+
+def valid(masked):
+    g = torch.Generator().manual_seed(1)
+    out = [torch.rand(x.shape[:2], generator=g) > 0.4 if masked else None for x in batches()]
+    if masked:
+        out[0][1] = False                                    # a sample of padding alone
+    return out
+
+
+def rows(masked):
+    return [x[i] if v is None else x[i][v[i]]
+            for x, v in zip(batches(), valid(masked), strict=True) for i in range(len(x))]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_norms_and_moments(masked):
+    norms, moments = Norms(5), Moments(5)
+    for x, v in zip(batches(), valid(masked), strict=True):
+        norms.update(x, v)
+        moments.update(x, v)
+    samples = [r for r in rows(masked) if len(r)]
+    want = (sum(r.square().sum(0) for r in samples) / len(samples)).sqrt()
+    every = torch.cat(samples)
+    for got in (norms, moments):
+        torch.testing.assert_close(got.norm, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(moments.mean, every.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(moments.variance, every.var(0, correction=0), rtol=1e-12, atol=0)
+    assert norms.nbytes == 20 and moments.nbytes == 60
+
+
+def test_a_batch_of_padding_alone_changes_nothing():
+    x = batches()[0]
+    m = Moments(5)
+    m.update(x)
+    before = m.mean.clone(), m.variance.clone(), m.norm.clone()
+    m.update(x, torch.zeros(x.shape[:2], dtype=torch.bool))
+    for a, b in zip(before, (m.mean, m.variance, m.norm), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_is_added_up_in_single():
+    n = Norms(5)
+    n.update(torch.full((1, 5000, 5), 1.0, dtype=torch.bfloat16))
+    assert n.norm.dtype == torch.float32 and torch.equal(n.square, torch.full((5,), 5000.0))
+
+
+def test_nothing_read_is_no_norm():
+    assert torch.equal(Norms(3).norm, torch.zeros(3))
+    assert torch.equal(Moments(3).variance, torch.zeros(3))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gradients_beside_norms(norm):
+    g = [torch.randn(4, 5, dtype=torch.float64) for _ in range(3)]
+    s = NormsAndGradient(4, 5, norm, 8.0)
+    for part in g:
+        s.pull(part * 8)
+    every = torch.stack(g)
+    want = every.abs().mean(0) if norm == "l1" else every.square().mean(0).sqrt()
+    torch.testing.assert_close(s.gradient, want, rtol=1e-12, atol=0)
+    x = batches()[0]
+    s.update(x)
+    torch.testing.assert_close(s.square, x.square().sum(1).mean(0))
+    assert s.nbytes == 4 * 5 + 4 * 20 and s.alone and s.reads == "both"
+    assert s.key != NormsAndGradient(4, 5, norm, 8.0).key
+
+
+def test_whose_turn_it_is_tells_statistics_apart():
+    assert Norms(5).key == Norms(5).key != Norms(5, "blocks").key
+    assert Norms(5).turns == "budget" and Moments(5, "once").turns == "once"
