@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,59 @@ def test_the_smaller_model_saves_and_loads_with_transformers(model, recipe, tmp_
     assert net.config.to_dict() | {"dtype": None} == config
     tuned.detach()
     assert all(torch.equal(v, base[k]) for k, v in net.state_dict().items())
+
+
+def operations(net, batch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net.set_attn_implementation("eager")             # fused products of a CPU are not counted
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(**given)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("ratio, heads, channels", [(0.5, 1, 24), (0.25, 2, 36)])
+def test_a_smaller_model_takes_the_operations_of_its_size(ratio, heads, channels, tmp_path):
+    """Multiplications and additions of one forward, counted: those of the products that are left,
+    written out; of the folder that transformers loads the same."""
+    net, batch, tuned = pruned("llama", f"loraprune(rank=4, every=1, spare=0, ratio={ratio})")
+    n, t = batch["input_ids"].shape
+    config = copy.deepcopy(net.config)
+    d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    group = config.num_attention_heads // config.num_key_value_heads     # queries of a unit
+
+    def said(units, inner):
+        wide = config.head_dim * units
+        matrices = d * wide * (2 * group + 2) + 3 * d * inner
+        attention = 2 * t * wide * group
+        return 2 * n * t * (layers * (matrices + attention) + d * vocab)
+
+    stock = operations(tiny("llama")[0], batch)
+    assert stock == said(config.num_key_value_heads, config.intermediate_size)
+    small = tuned.shrink()
+    assert operations(small, batch) == said(heads, channels) < (1 - 0.4 * ratio) * stock
+    small.save_pretrained(tmp_path)
+    assert operations(type(small).from_pretrained(tmp_path).eval(), batch) == said(heads, channels)
+
+
+def test_a_number_of_heads_that_no_folder_can_say_is_refused():
+    """A Llama's width must be a multiple of its heads, or its config is neither written nor
+    read."""
+    net, batch = tiny("llama", num_attention_heads=4, num_key_value_heads=4)
+    tuned = burnish.tune(net, "loraprune(rank=4, every=1, spare=0, ratio=0.25, units='heads')")
+    tuned.total_steps = 4
+    for _ in range(4):
+        tuned.step(batch)
+    net.eval()
+    want = net(**batch).logits
+    with pytest.raises(CheckError, match=r"LlamaConfig does not take the new sizes \(.*not a "
+                                         r"multiple of the number of attention heads \(3\).*"
+                                         "ragged=True"):
+        tuned.shrink()
+    assert torch.equal(net(**batch).logits, want)
+    torch.testing.assert_close(tuned.shrink(ragged=True)(**batch).logits, want, rtol=1e-5,
+                               atol=1e-6)
 
 
 def test_what_no_config_can_say_is_refused_with_the_way_out():

@@ -157,10 +157,13 @@ def _heads(config: Any) -> int:
 def _built_differs(model: nn.Module, config: Any) -> str | None:
     """Where a model built from `config` has other shapes than this one."""
     try:
+        if hasattr(config, "validate"):                  # as it will be when it is written
+            config.validate()
         with torch.device("meta"):
             built = type(model)(config)
     except Exception as e:                               # a foreign constructor may say anything
-        return f"{type(config).__name__} does not take the new sizes ({str(e).splitlines()[0]})"
+        why = str(e.__cause__ or e).splitlines()[0]
+        return f"{type(config).__name__} does not take the new sizes ({why})"
     shapes = {n: p.shape for n, p in built.named_parameters()}
     for n, p in model.named_parameters():
         if shapes.get(n) != p.shape:

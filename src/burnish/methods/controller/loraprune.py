@@ -33,7 +33,8 @@ class Loraprune(Method):
 
     ``tuned.shrink()`` merges and slices: a smaller dense model. With ``spare=0`` all blocks end
     alike, which is what a transformers config can say (of heads only where it names their width,
-    as Llama's; elsewhere ``units="channels"``). One unit of each always lives.
+    as Llama's, and their number divides the width; elsewhere ``units="channels"``). One unit of
+    each always lives.
 
     Start: B = 0, the pre-trained function exactly. Trains rank (in + out) per matrix; kept for
     backward as LoRA, and the masked inputs. Importance is reduced panel by panel: nothing of W's
