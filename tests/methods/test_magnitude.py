@@ -79,6 +79,16 @@ def test_a_kernel_in_channels_last():
     assert torch.equal(net[0].weight.flatten(1), without_lowest(W.flatten(1), 18))
 
 
+def test_a_transposed_kernel():
+    """Stored (in, out, kernel): an output's row is W[:, o]."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose1d(4, 6, 3))
+    W = net[0].weight.detach().clone()
+    burnish.tune(net, "magnitude + lora(rank=2)", head=False, targets="0")
+    want = without_lowest(W.transpose(0, 1).flatten(1), 6).view(6, 4, 3).transpose(0, 1)
+    assert torch.equal(net[0].weight, want)
+
+
 def test_the_head_stays_and_what_cannot_act_is_refused():
     net, _ = tiny("vit")
     head = net.classifier.weight.detach().clone()

@@ -44,11 +44,4 @@ class Pruning(Method):
     def keep(self, score: Tensor, site: Site) -> Tensor:
         """The mask of a weight as its module stores it, by a score (out, in) of its entries."""
         self.fits(site.place)
-        return self.stored(kept(score, self.mask, self.ratio), site)
-
-    @staticmethod
-    def stored(mask: Tensor, site: Site) -> Tensor:
-        """A mask (out, in) as the module stores its weight."""
-        if site.place.kind == "conv":
-            return mask.view(site.weight.shape)
-        return mask.transpose(-1, -2) if site.place.transposed else mask
+        return site.place.unview(kept(score, self.mask, self.ratio), site.weight)

@@ -79,7 +79,7 @@ class Dsnot(Pruning):
             return Chosen(site.weight)
         W = site.place.view(site.weight)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
-        return Chosen(site.weight, self.stored(self.chosen(W, site), site))
+        return Chosen(site.weight, site.place.unview(self.chosen(W, site), site.weight))
 
     def chosen(self, W: Tensor, site: Site) -> Tensor:
         """The mask (out, in) of a weight in fp32 at least."""
