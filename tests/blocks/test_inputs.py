@@ -53,6 +53,12 @@ def test_a_batch_of_padding_alone_changes_nothing():
         assert torch.equal(a, b)
 
 
+def test_a_sample_of_one_token_and_one_feature_counts():
+    n = Norms(1)
+    n.update(torch.full((2, 1, 1), 3.0))
+    assert n.norm.item() == 3
+
+
 def test_half_precision_is_added_up_in_single():
     n = Norms(5)
     n.update(torch.full((1, 5000, 5), 1.0, dtype=torch.bfloat16))

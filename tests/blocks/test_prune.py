@@ -41,6 +41,10 @@ def test_the_matrix_loses_its_lowest_each_expert_by_itself():
             lowest(one.flatten().tolist(), 12)
 
 
+def test_where_none_goes_it_is_a_mask_all_the_same():
+    assert torch.equal(kept(torch.rand(2, 3), "matrix", 0.1), torch.ones(2, 3, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 3), (4, 6)])
 def test_of_every_run_of_m_inputs_n_stay(n, m, panel):
     score = torch.rand(7, 12)

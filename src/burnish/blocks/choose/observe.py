@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..linalg import svd
 
-
 #: what a statistic is shown
 Reads = Literal["input", "gradient", "both", "weight"]
 
@@ -28,7 +27,7 @@ Reads = Literal["input", "gradient", "both", "weight"]
 class Statistic:
     """What is gathered at one place.
 
-    reads: "input" (the module's input), "gradient" (of the loss, by the weight), "both" of these, or
+    reads: "input" (the module's input), "gradient" (of the loss, by the weight), "both", or
         "weight".
     alone: every sample makes a pass of its own.
     turns: how places take turns: "budget", in rounds that fit one; "blocks", one block of the model

@@ -88,6 +88,7 @@ class Dsnot(Pruning):
         keep = kept(score if self.first == "wanda" else W.abs(), self.mask, self.ratio)
         if not self.refined(site.place):
             return keep
-        _, m = pattern(self.mask) or (0, 0)
+        parts = pattern(self.mask)
+        m = parts[1] if parts else 0
         return grown_and_pruned(W * seen.mean.to(W), score, keep, seen.variance.to(W),
                                 self.tolerance, self.cycles, m)
