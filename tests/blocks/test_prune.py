@@ -60,6 +60,8 @@ def test_of_every_run_of_m_inputs_n_stay(n, m, panel):
 def test_of_equal_scores_the_first_go(mask, want):
     score = torch.tensor([[1.0, 1, 1, 2, 1, 1, 1, 3]])
     assert (~kept(score, mask, 0.5)).nonzero()[:, 1].tolist() == want
+    lower = torch.tensor([[1.0, 0, 1, 1, 1, 1, 2, 3]])       # one lies below them
+    assert (~kept(lower, "row", 0.5)).nonzero()[:, 1].tolist() == [0, 1, 2, 3]
 
 
 def test_patterns_are_read_or_refused():

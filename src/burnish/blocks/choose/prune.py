@@ -22,7 +22,7 @@ def without(score: Tensor, k: int) -> Tensor:
     """True but for the k lowest of each run of the last dimension."""
     if not k:
         return torch.ones_like(score, dtype=torch.bool)
-    last = score.kthvalue(k, dim=-1, keepdim=True).values
+    last = score.kthvalue(k, keepdim=True).values
     below, same = score < last, score == last
     left = k - below.sum(-1, keepdim=True)           # of the equal ones, so many go
     return ~(below | same & (same.cumsum(-1) <= left))
