@@ -94,7 +94,7 @@ def test_where_little_is_lost_it_is_wanda():
 def test_only_attention_is_refined_and_rows_keep_their_numbers():
     net, batch = tiny("llama")
     base = copy.deepcopy(net)
-    for model, part in ((net, "dsnot(tolerance=0.0"), (base, "wanda(sequential=True")):
+    for model, part in ((net, "dsnot(tolerance=0.0"), (base, "wanda(by_block=True")):
         burnish.tune(model, f"{part}, targets='all-linear@0') + lora(rank=2, targets='q')",
                      head=False, calibration=[batch])
     moved = {}
@@ -110,7 +110,7 @@ def test_only_attention_is_refined_and_rows_keep_their_numbers():
 def test_attention_over_an_encoder_is_attention():
     net, batch = tiny("t5")
     base = copy.deepcopy(net)
-    for model, part in ((net, "dsnot(tolerance=0.0"), (base, "wanda(sequential=True")):
+    for model, part in ((net, "dsnot(tolerance=0.0"), (base, "wanda(by_block=True")):
         burnish.tune(model, f"{part}, targets='cross_q, cross_o, fc1') + "
                      "lora(rank=2, targets='q')", head=False, calibration=[batch])
     moved = {n for n, m in net.named_modules() if isinstance(m, nn.Linear)

@@ -48,7 +48,7 @@ def made(settings="", data=None, more="lora(rank=2, alpha=6)"):
     return net, tuned, W
 
 
-@pytest.mark.parametrize("settings, k", [("", 6), ("ratio=0.3, sequential=False", 3)])
+@pytest.mark.parametrize("settings, k", [("", 6), ("ratio=0.3, by_block=False", 3)])
 def test_outputs_and_gradients_are_those_of_the_equation(settings, k):
     net, tuned, W = made(settings)
     bias = net[0].bias.detach()
@@ -104,7 +104,7 @@ def test_each_block_is_pruned_by_what_the_pruned_ones_pass_on(sequential):
     net, batch = tiny("llama", dtype=torch.float64)
     net.eval()
     base = copy.deepcopy(net)
-    burnish.tune(net, f"wanda(sequential={sequential}) + lora(rank=2)", head=False,
+    burnish.tune(net, f"wanda(by_block={sequential}) + lora(rank=2)", head=False,
                  calibration=[batch])
     for other in (sequential, not sequential):
         want = block_by_block(copy.deepcopy(base), batch, other)
@@ -211,7 +211,7 @@ def test_what_cannot_act_is_refused():
     with pytest.raises(ConfigError, match="wanda reads data before it starts"):
         burnish.tune(net, "wanda + lora(rank=2)")
     assert parse("wanda")[0].settings() == {"targets": None, "ratio": 0.5, "mask": "row",
-                                            "sequential": True, "samples": 128}
+                                            "by_block": True, "samples": 128}
 
 
 def test_the_head_stays_and_nothing_is_read_for_it():

@@ -29,7 +29,7 @@ from .planned import make_plan
 from .slot import Slot, settle, slots
 from .spread import let_go, refuse
 from .step import forward
-from .swap import ATTR, PROVIDED
+from .swap import ATTR, PROVIDED, provider_of
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -245,14 +245,6 @@ def still_there(tuned: Tuned) -> None:
                 raise ConfigError(f"{name}, which {adapter.name!r} trains, was {tuple(was)} and "
                                   f"is {tuple(now.shape)} now; {advice}")
             adapter.selected[name] = now
-
-
-def provider_of(key: str) -> tuple[str, str] | None:
-    """(path, parameter) of the weight whose storage has chosen what this entry of a state dict says
-    (blocks/weight/pruned.py); None of any other entry."""
-    path, own, child = f".{key}".rpartition(f".{ATTR}.{PROVIDED}")
-    leaf = child.removesuffix("._extra_state")
-    return (path.removeprefix("."), leaf) if own and leaf != child else None
 
 
 def _slot(model: nn.Module, path: str) -> Slot | None:

@@ -133,3 +133,11 @@ def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
     slot.shells.pop(param, None)
     if (name := slot.providers.pop(param, None)) is not None:
         slot._modules.pop(name, None)
+
+
+def provider_of(key: str) -> tuple[str, str] | None:
+    """(path, parameter) of the weight whose storage has chosen what this entry of a state dict says
+    (blocks/weight/pruned.py); None of any other entry."""
+    path, own, child = f".{key}".rpartition(f".{ATTR}.{PROVIDED}")
+    leaf = child.removesuffix("._extra_state")
+    return (path.removeprefix("."), leaf) if own and leaf != child else None

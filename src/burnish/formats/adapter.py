@@ -13,11 +13,11 @@ from ..core.errors import FormatError
 from ..core.processes import assign
 from ..core.reading import reading
 from ..core.recipe import parse
-from ..engine.adapters import Adapter, file_names, provider_of
+from ..engine.adapters import Adapter, file_names
 from ..engine.refold import original, refold
 from ..engine.resize import follow
 from ..engine.slot import slots
-from ..engine.swap import ATTR
+from ..engine.swap import ATTR, provider_of
 from ..engine.tune import check_model, join
 from ..engine.tuned import DEFAULT, Tuned
 from ..engine.undo import Transaction, whole

@@ -23,7 +23,7 @@ class Wanda(Pruning):
     (``tune(..., calibration=batches)``). Of the inputs of each output ``floor(ratio in)`` with the
     lowest score go; with ``mask="2:4"`` two of every four.
 
-    With `sequential` the blocks are pruned one after the other, each by what the pruned ones before
+    With `by_block` the blocks are pruned one after the other, each by what the pruned ones before
     it pass on, as published: a forward over the data for each block. Without, one for all.
 
     Holds: the weight's own bytes, zeros included. Trains: nothing; what is added on top (a LoRA) is
@@ -36,7 +36,7 @@ class Wanda(Pruning):
     tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
-    sequential: bool = setting(True, "prune block by block, each by its pruned inputs")
+    by_block: bool = setting(True, "prune block by block, each by its pruned inputs")
     samples: int = setting(128, "samples to read", other=(1,))
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Wanda(Pruning):
         if place.role == "head":
             return None
         self.fits(place)
-        return Norms(place.inp, "blocks" if self.sequential else "once")
+        return Norms(place.inp, "blocks" if self.by_block else "once")
 
     def score(self, W: Tensor, seen: Norms) -> Tensor:
         """(out, in), of a weight in fp32 at least."""
