@@ -242,9 +242,9 @@ def test_none_gains_more_than_it_can_have():
 @pytest.mark.parametrize("make", [grow, widening])
 def test_a_rehearsal_is_of_the_ranks_in_the_end(make):
     rows = {"a": Row(1.0), "b": Row(1.0, 1.0), "c": Row(1.0)}
-    r = make(rows, goal=7)
+    r = make(rows, goal=6)
     r.rehearse(0)
-    assert r.left == 0 and sorted(x.rank for x in rows.values()) == [2, 2, 3]
+    assert r.left == 0 and [x.rank for x in rows.values()] == [2, 2, 2]
     r = make({"a": Row(1.0)}, goal=9)
     r.rehearse(0)
     assert r.terms["a"].rank == 3                  # its most
