@@ -257,3 +257,14 @@ def test_in_a_simulation_nobody_rose_most():
         r.start(9)
         r.rise(0, 1)
     assert (rows["a"].rank, rows["b"].rank) == (2, 1)
+
+
+def test_scores_go_on_where_they_stood():
+    rows = {"a": Row(1.0), "b": Row(1.0)}
+    r = grow(rows, warmup=9)
+    rows["a"].score, rows["b"].score = 3.0, 5.0
+    r.after_update(0)
+    again = grow({"a": Row(1.0), "b": Row(1.0)}, warmup=9)
+    again.load_state_dict(r.state_dict())
+    for name, s in r.scores.items():
+        assert s.score() > 0 and torch.equal(again.scores[name].score(), s.score())
