@@ -83,7 +83,8 @@ class Method:
     all that trains of the model.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
     (``testing/checks/common.py``).
-    shown_beside: the parts that the suite shows it beside, where it is nothing alone.
+    shown_beside: the parts that the suite shows it beside, where it is nothing alone and the usual
+    ones ("full", "lora") do not suit it.
     excused: checks of the conformance suite that it is excused from, each with the reason and the
     test that holds it instead: ``{"loss_falls": "..."}``, or ``{"loss_falls on mlp": "..."}``.
     tier: how what is written here was held against the source, one of :data:`TIERS`.

@@ -7,7 +7,7 @@ wraps a module's run is a :class:`Listens`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,8 +62,14 @@ class Pass(Protocol):
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains just now, by name."""
 
-    def probe(self, grads: bool = True, statistics: bool = False) -> Probe:
-        """The pass, made and undone; `statistics`: running statistics move as in a step's own."""
+    def probe(self, grads: bool = True, statistics: bool = False,
+              evaluate: bool = False) -> Probe:
+        """The pass, made and undone; `statistics`: running statistics move as in a step's own;
+        `evaluate`: in evaluation mode."""
+
+    def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
+        """Inside, what the active adapter adds within these modules counts `factor` times; gives
+        how many updates and branches that are (functions of W are none)."""
 
     def updated(self, grads: dict[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
         """Inside, weights stand after one update with these gradients; gives them as they were."""

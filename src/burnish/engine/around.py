@@ -14,16 +14,18 @@ measurement. Parts stand inside each other by phase, then in written order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks.weight.term import Wrap
 from ..core.draw import random_kept
 from .buffers import movable
+from .slot import slots
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -55,10 +57,33 @@ class Pass:
         """What trains just now, by name."""
         return dict(self._tuned.named_parameters())
 
-    def probe(self, grads: bool = True, statistics: bool = False) -> Probe:
+    def probe(self, grads: bool = True, statistics: bool = False,
+              evaluate: bool = False) -> Probe:
         """This pass, made and undone; see :meth:`burnish.Tuned.probe`. Gradients have the scale of
-        the loop's loss (a share of the accumulation, a loss scale)."""
-        return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
+        the loop's loss (a share of the accumulation, a loss scale). evaluate: in evaluation mode.
+        """
+        with _evaluating(self._tuned.model) if evaluate else nullcontext():
+            return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
+
+    @contextmanager
+    def damped(self, paths: Iterable[str], factor: float) -> Iterator[int]:
+        """Inside, what the active adapter adds within these modules counts `factor` times; a
+        function of W, which has no such form, as it is. Gives how many updates and branches."""
+        state, name = self._tuned.state, self._tuned.active.name
+        inside = tuple(f"{p}." for p in paths)
+        parts = [p for path, _, slot in slots(self._tuned.model) for p in slot.parts
+                 if p.adapter == name and f"{path}.".startswith(inside)
+                 and (p.place is not None or p.branch is not None)
+                 and not isinstance(slot.module_of(p), Wrap)]
+        try:
+            for p in parts:
+                p.damp = factor
+            state.changed()
+            yield len(parts)
+        finally:
+            for p in parts:
+                p.damp = 1.0
+            state.changed()
 
     def updated(self, grads: dict[str, Tensor]) -> Any:
         """Inside, the weights stand where one update with these gradients takes them; then weights
@@ -173,6 +198,17 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for home, leaf, b in put:
             home[leaf] = b
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def _trains(model: nn.Module) -> bool:

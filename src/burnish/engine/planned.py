@@ -39,7 +39,7 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
     groups: dict[tuple, Group] = {}
     before, after = [], []
     for part in slot.parts:
-        scale = weights.get(part.adapter)
+        scale = weights.get(part.adapter, 0.0) * part.damp
         if not scale:
             continue
         made = slot.module_of(part)

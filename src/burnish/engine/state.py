@@ -142,12 +142,16 @@ class State:
 
 @dataclass
 class Part:
-    """A term on a place of this module, or a branch that reads and writes here."""
+    """A term on a place of this module, or a branch that reads and writes here.
+
+    damp: how much it counts just now beside its adapter's weight.
+    """
 
     adapter: str
     key: str
     place: Place | None = None
     branch: Branch | None = None
+    damp: float = 1.0
 
 
 def samples(args: tuple, kw: dict) -> tuple[int, ...]:
