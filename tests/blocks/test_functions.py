@@ -273,6 +273,7 @@ TWICE = {"_Cast": "test_cast.py::test_a_cast_is_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
          "Ride": "test_a_term_that_rides_is_twice_differentiable",
          "_Notice": "test_a_term_that_rides_is_twice_differentiable",
+         "_Walsh": "test_linalg.py::test_walsh_is_twice_differentiable",
          "_Elementwise": "test_activations.py::test_it_is_twice_differentiable"}
 
 

@@ -168,3 +168,8 @@ def test_the_fast_transform_is_the_matrix(n):
     torch.testing.assert_close(along, g @ hadamard(n))
     rows = torch.func.vmap(walsh)(x.detach())
     torch.testing.assert_close(rows, want.detach())
+
+
+def test_walsh_is_twice_differentiable():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: walsh(t).pow(3), (x,))

@@ -101,8 +101,8 @@ class Widths(TorchDispatchMode):
 def test_the_gradient_of_the_matrix_is_formed_a_run_of_inputs_at_a_time(panel, widths):
     """Never more than `panel` entries at once, a column at the least; the sum is the same."""
     t, x, g = term("tokens"), numbers(N, IN), numbers(N, OUT, seed=2)
-    assert t.panel == 1 << 22                        # 16 MiB in fp32, as of any other panel
-    t.scoring, t.panel = True, panel
+    assert t.at_once == 1 << 22                        # 16 MiB in fp32, as of any other panel
+    t.scoring, t.at_once = True, panel
     with torch.no_grad():
         kept = t.forward_(x, torch.zeros(N, OUT, dtype=torch.float64), 1.0)
         with Widths() as seen:

@@ -73,6 +73,11 @@ def _tiles(a: Anatomy) -> bool:
     return bool(sides) and all(n % min(sides) == 0 for n in sides)
 
 
+def _attends(a: Anatomy) -> bool:
+    return any(p.kind in ("linear", "conv1d")
+               and p.role in (*families.ATTENTION, *families.CROSS) for p in match(a, None))
+
+
 def mlp_linears(a: Anatomy) -> list[Place]:
     """Linears of the blocks' MLPs that read every token (those of a routed expert do not)."""
     return [p for p in a.places if p.block is not None and p.role in families.MLP and not p.rows
@@ -103,6 +108,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "attention": ("blocks with attention", lambda a: any(b.attn for b in a.blocks)),
     "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
     "linears": ("linears outside its head", _linears),
+    "attention linears": ("linears in the attention of its blocks", _attends),
     "mlp linears": ("linears in the MLPs of its blocks", lambda a: bool(mlp_linears(a))),
     "norms": ("norms with a scale or a shift",
               lambda a: any(m._parameters.get(k) is not None for p in a.norms

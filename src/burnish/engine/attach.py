@@ -222,7 +222,8 @@ class Attacher:
         """Does the part read data first, so that the base runs?"""
         if type(part).observe is Method.observe or self._blank(part):
             return False
-        seen = map(part.observe, self._found(part)[1])
+        targets, _ = self.anatomy.asked.of(part)     # looked at: the part has not used them yet
+        seen = (part.observe(p) for p in match(self.anatomy, targets) if p.kind in part.kinds)
         return any(s is not None and needs_data(s) for s in seen)
 
     @contextmanager

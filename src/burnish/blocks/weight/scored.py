@@ -18,7 +18,7 @@ class Scored(Term):
     """
 
     #: entries of the gradient at once
-    panel: int = 1 << 22
+    at_once: int = 1 << 22
 
     def __init__(self, *args: Any, **kw: Any):
         super().__init__(*args, **kw)
@@ -28,7 +28,7 @@ class Scored(Term):
     def backward_(self, g_NO: Tensor, x_NI: Tensor, kept: Any, dx_NI: Tensor | None,
                   scale: float) -> list[Tensor | None]:
         if self.scoring:
-            step = max(1, self.panel // g_NO.shape[1])
+            step = max(1, self.at_once // g_NO.shape[1])
             for i in range(0, x_NI.shape[1], step):
                 j = min(i + step, x_NI.shape[1])
                 self._add(i, j, (g_NO.t() @ x_NI[:, i:j]).mul_(scale))

@@ -35,7 +35,7 @@ class Compacter(Method):
     paper: ClassVar[str] = ("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers (2021), "
                             "arXiv:2106.04647")
     tier: ClassVar[str] = "checked against the paper's numbers"
-    needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
+    needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 

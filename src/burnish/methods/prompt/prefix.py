@@ -61,7 +61,7 @@ class Prefix(Method):
 
     moved: bool = setting(
         False, "real tokens count from length on",
-        unseen="not all models count: tests/methods/test_prefix.py")
+        unseen="not all models count their tokens: tests/methods/test_prefix.py")
 
     def prompt(self, anatomy: Anatomy) -> Sides:
         if self.targets is not None:

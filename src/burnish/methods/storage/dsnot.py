@@ -43,6 +43,7 @@ class Dsnot(Pruning):
                             "LLMs, ICLR 2024, arXiv:2310.08915")
     small: ClassVar[dict[str, float]] = {"tolerance": 0.0}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attention linears"})
 
     first: Literal["wanda", "magnitude"] = setting("wanda", "score of the first mask")
     refine: Literal["attention", "all"] = setting(

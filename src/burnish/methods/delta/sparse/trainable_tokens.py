@@ -30,7 +30,7 @@ class TrainableTokens(Method):
     small: ClassVar[dict[str, tuple[int, ...]]] = {"ids": tuple(range(1, 48))}
 
     targets: str | list[str] | tuple[str, ...] | None = setting(
-        "embedding", "which tables, text or a list", other=("embedding",))
+        "embedding", "which tables, text or a list; as it is the longest", other=("embedding",))
     ids: tuple[int, ...] | list[int] = setting((0,), "tokens whose embeddings train",
                                                alias=("token_indices",), other=((1, 2),))
 
@@ -40,7 +40,10 @@ class TrainableTokens(Method):
             raise RecipeError(f"trainable_tokens: ids={self.ids!r}: expected whole numbers from 0, "
                               "each once")
 
-    def delta(self, site: Site) -> Tokens:
+    def delta(self, site: Site) -> Tokens | None:
+        tables = [p.inp for p in site.places]
+        if self.targets == "embedding" and tables and site.place.inp < max(tables):
+            return None                          # of positions, of segments
         if (most := max(self.ids)) >= site.place.inp:
             raise RecipeError(f"trainable_tokens: {site.place.name} has {site.place.inp} rows, so "
                               f"no token {most}; resize the table first "

@@ -59,7 +59,7 @@ class Sorsa(Method):
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         if self.ortho:
-            yield from crooked([t for _, t in tuned.terms(LessTriplets)], self.ortho)
+            yield from crooked([(t.P, t.Q) for _, t in tuned.terms(LessTriplets)], self.ortho)
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
