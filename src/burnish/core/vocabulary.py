@@ -40,6 +40,7 @@ VOCABULARY: dict[str, str] = {
     "ratio": "share that is taken out",
     "every": "period: updates between two events, or every n-th block",
     "warmup": "training before a schedule starts, a share of the run or updates",
+    "search": "share of the run in which what trains is still looked for",
     "cooldown": "share of the run after a schedule has arrived",
     "decay": "of a smoothed score",
     "samples": "read before training",
