@@ -16,7 +16,7 @@ from burnish.testing import stir
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
-BASE = "rank=3, alpha=6, directions=2"
+BASE = "rank=3, alpha=9, directions=2"
 
 
 class Scored(nn.Module):
@@ -79,7 +79,7 @@ def test_outputs_and_gradients_are_loras():
     stir(tuned, size=1.0)
     x = torch.randn(4, 12).double().requires_grad_()
     A, B = (t.detach().clone().requires_grad_() for t in (term.A, term.B))
-    got, want = net(x)["logits"], F.linear(x, W + 2.0 * B @ A, b)
+    got, want = net(x)["logits"], F.linear(x, W + 3.0 * B @ A, b)
     torch.testing.assert_close(got, want)
     g = torch.randn_like(want)
     for one, other in zip(torch.autograd.grad(got, (x, term.A, term.B), g),
@@ -146,7 +146,7 @@ def test_the_parts_add_up_and_the_geodesic_term_would_be_nothing():
 
 def test_without_strengths_it_is_lora():
     ends = []
-    for recipe in ("lora(rank=3, alpha=6)",
+    for recipe in ("lora(rank=3, alpha=9)",
                    f"alignguard({BASE}, align=0, task=0, collision=0)"):
         torch.manual_seed(0)
         net = Scored()
@@ -219,3 +219,12 @@ def test_refusals():
     none = [{k: torch.zeros_like(v) for k, v in b.items()} for b in batches(1)]
     with torch.no_grad():
         assert not made(data=none)[2].mu[1:].isnan().any()
+
+
+@pytest.mark.parametrize("panel, want", [(None, [(0, 12)]), (36, [(0, 4), (4, 8), (8, 12)]),
+                                         (1, [(k, k + 1) for k in range(12)])])
+def test_collisions_are_looked_at_by_runs_of_columns(panel, want):
+    term = made()[2]                                 # 12 inputs, 9 outputs
+    few = {} if panel is None else {"panel": panel}
+    one = Collision(term, lambda: torch.zeros(9, 12), 1.0, 1.0, 0.0, **few)
+    assert one.runs() == want and (panel or one.panel == 1 << 22), "16 MiB in fp32"
