@@ -355,3 +355,9 @@ def test_several_processes_would_choose_otherwise(monkeypatch):
     with pytest.raises(ConfigError, match="^ist scores layers"):
         start()
     assert start("rate=0")
+
+
+def test_a_block_that_rests_is_not_scored_by_what_stands_beside():
+    tuned, batch = start("layers=1, rate=0", beside="increlora(rank=4)")
+    for _ in range(4):
+        assert tuned.step(batch).isfinite()

@@ -14,7 +14,7 @@ class Scored(Term):
     """A term that adds ``sum |Delta * dL/dDelta|`` to `score` in each backward while `scoring`.
 
     The gradient of Delta is formed a run of inputs at a time, as many operations as a full one and
-    nothing of its size.
+    nothing of its size. A term that does not train at the time (its block rests) is not scored.
     """
 
     #: entries of the gradient at once
@@ -25,9 +25,9 @@ class Scored(Term):
         self.scoring = False
         self.score: Tensor | float = 0.0
 
-    def backward_(self, g_NO: Tensor, x_NI: Tensor, kept: Any, dx_NI: Tensor | None,
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: Any, dx_NI: Tensor | None,
                   scale: float) -> list[Tensor | None]:
-        if self.scoring:
+        if self.scoring and x_NI is not None:        # one that rests just now keeps none
             step = max(1, self.at_once // g_NO.shape[1])
             for i in range(0, x_NI.shape[1], step):
                 j = min(i + step, x_NI.shape[1])
