@@ -58,6 +58,7 @@ bench: $(STAMP)  ## steps and memory against other libraries; see benchmarks/
 
 docs: $(DOCSTAMP)  ## the handbook, in build/docs
 	$(BIN)/python docs/catalogue.py
+	$(BIN)/python docs/accuracy.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 clean:  ## remove what was built; .venv stays

@@ -1,54 +1,47 @@
-"""The planner's prior of quality, from measured runs: ``python benchmarks/quality.py``.
+"""The planner's prior of quality, read from what `transfers.py` measured.
 
-Every recipe is fitted as a row of ``burnish demo``: the glyph model, the digits, the same
-splits, batch, epochs and seed, one learning rate each (the middle one of the demo's where it has
-that row). The score is accuracy on the test split. Rows are written as they end, so a run that is
-cut short leaves what it has measured.
+    python benchmarks/quality.py benchmarks/results/transfers-*.jsonl
+
+A recipe's score is LoRA's accuracy, the mean over the transfers, and the mean of what the recipe is
+above it on those that it acts on (a network of linears has no norm to train); one of the three may
+be missing.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
+import statistics
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 OUT = Path(__file__).resolve().parents[1] / "src" / "burnish" / "memory" / "quality.json"
-EPOCHS = 8
-
-#: recipe -> learning rate; keys are the heads the planner knows
-RATES: dict[str, float] = {
-    "linear_probe": 1e-1, "bitfit": 1e-2, "ssf": 1e-2, "lora": 3e-3, "dora": 3e-3,
-    "pissa(rank=16)": 1e-3, "snella": 5e-3, "houlsby": 3e-3, "vpt": 3e-2, "full": 1e-3,
-    "lst(reduction=8)": 3e-3, "lisa(layers=2)": 1e-3, "full + galore(rank=128)": 1e-3,
-    "norms": 1e-2, "miss": 3e-3, "shira": 3e-3, "ia3": 3e-2,
-}
+TRANSFERS = ("handwriting", "text", "tables")
 
 
-def main(only: list[str]) -> None:
-    import torch
-
-    from burnish.fit.demo import row
-
-    found = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    found["_"] = {"made by": "python benchmarks/quality.py", "task": "digits on the glyph model",
-                  "epochs": EPOCHS, "torch": torch.__version__,
-                  "date": datetime.date.today().isoformat()}
-    for recipe in only or RATES:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                made = row(recipe, [RATES[recipe]], folder, EPOCHS)
-            except Exception as e:                       # a recipe the small model refuses
-                print(f"{recipe}: {type(e).__name__}: {e}", flush=True)
-                continue
-        found[recipe] = {
-            "score": round(made["accuracy"], 4), "learning_rate": RATES[recipe],
-            "source": f"digits, {EPOCHS} epochs, test accuracy {100 * made['accuracy']:.2f} %",
-        }
-        OUT.write_text(json.dumps(found, indent=1) + "\n")
-        print(recipe, found[recipe]["score"], flush=True)
+def prior(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """recipe -> score, rates and where they come from."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in lines:
+        if "mean" in row:
+            found.setdefault(row["recipe"], {})[row["transfer"]] = row
+    lora = {t: found["lora"][t]["mean"] for t in TRANSFERS}
+    out: dict[str, Any] = {"_": {"made by": "python benchmarks/quality.py",
+                                 "transfers": list(TRANSFERS), "seeds": 5,
+                                 "date": max(r["date"] for r in lines)}}
+    for recipe, rows in sorted(found.items()):
+        acts = [t for t in TRANSFERS if t in rows]
+        if len(acts) < 2:
+            continue
+        gain = statistics.mean(rows[t]["mean"] - lora[t] for t in acts)
+        said = ", ".join(f"{t} {100 * rows[t]['mean']:.1f}" for t in acts)
+        out[recipe] = {"score": round(statistics.mean(lora.values()) + gain, 4),
+                       "learning_rate": {t: float(f"{rows[t]['rate']:.3g}") for t in acts},
+                       "source": f"accuracy in per cent on {len(acts)} transfers: {said}"}
+    return out
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    made = prior([json.loads(line) for name in sys.argv[1:]
+                  for line in Path(name).read_text().splitlines()])
+    OUT.write_text(json.dumps(made, indent=1) + "\n")

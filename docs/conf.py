@@ -22,13 +22,18 @@ def as_fields(app, what, name, obj, options, lines):
     import re
 
     start = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (\S.*)")
-    before = ""
-    for i, line in enumerate(lines):
+    made: list[str] = []
+    for line in lines:
+        before = made[-1] if made else ""
+        inside = before.startswith((":", " "))
         match = start.fullmatch(line)
-        if match:
-            new = not before or before.startswith((":", " "))
-            lines[i] = f":{match[1]}: {match[2]}" if new else line
-        before = lines[i]
+        if match and (not before or inside):
+            made.append(f":{match[1]}: {match[2]}")
+            continue
+        if line and not line.startswith(" ") and inside:     # the text goes on behind the fields
+            made.append("")
+        made.append(line)
+    lines[:] = made
 
 
 def setup(app):

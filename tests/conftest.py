@@ -11,6 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reaches a netw
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["BURNISH_CACHE"] = tempfile.mkdtemp(prefix="burnish-tests-")   # nobody's own cache
 
+# before anybody imports triton: its kernels run on any machine, on tensors of the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 

@@ -9,8 +9,14 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight import dropped
+from burnish.blocks.weight.hadamard import Hadamard
+from burnish.blocks.weight.kronecker import Kronecker
+from burnish.blocks.weight.magnitude import Magnitude
+from burnish.blocks.weight.path import Path
 from burnish.blocks.weight.provided import Weighted, linear
+from burnish.blocks.weight.term import DROPS, asks_to_drop
 from burnish.blocks.weight.tiled import KernelDelta
+from burnish.blocks.weight.triplets import Triplets
 from burnish.core.call import Call, resume
 from burnish.core.site import Place
 from burnish.memory.ledger import Ledger
@@ -180,3 +186,160 @@ def test_a_function_of_w_sees_the_dropped_update():
     want = expected(t, x, W, 7, 6) * gain + b
     torch.manual_seed(7)
     same(model(x), want, [x, t.A, t.B, length.m])
+
+
+# -- updates that work on tokens, or column by column -----------------------------------------
+class Thin(Path):
+    """``B A`` written as a path; `into`: A is frozen and stands in front."""
+
+    def __init__(self, into):
+        super().__init__()
+        self.inp = IN
+        self.B = nn.Parameter(torch.randn(OUT, 3).double())
+        self.A = nn.Parameter(torch.randn(3, IN).double(), requires_grad=not into)
+        self.first = into
+
+    @property
+    def into(self):
+        return self.A if self.first else None
+
+    def theta(self):
+        return (self.B,) if self.first else (self.B, self.A)
+
+    def path(self, h):
+        return (h if self.first else h @ self.A.t()) @ self.B.t()
+
+
+def terms():
+    torch.manual_seed(0)
+    place = Place("l", "weight", "linear", OUT, IN)
+    triplets = Triplets(place, 3, 0.7).double()
+    with torch.no_grad():
+        for p in triplets.parameters():
+            p.normal_()
+    return {"path": Thin(False), "path behind": Thin(True), "triplets": triplets,
+            "kronecker": Kronecker((5, 4), (2, 3), 2, (True, False), 0.5, 1, False).double(),
+            "columns": Hadamard(OUT, IN, 2, 0.5, 1, False).double(), "tiles": term()}
+
+
+CHANCES = [{"dropout": 0.4}, {"rank_dropout": 0.4}, {"rank_dropout": 0.4, "rescale": True},
+           {"module_dropout": 0.5}, {"drop_path": 0.5},
+           {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.4, "drop_path": 0.3}]
+
+
+def drawn(t, x, delta, seed):
+    """k m (Delta drop(x)) by plain functions, drawn in the order that dropped.py says."""
+    torch.manual_seed(seed)
+    xd = F.dropout(x.reshape(-1, IN), t.dropout, True) if t.dropout else x.reshape(-1, IN)
+    m = torch.ones(OUT).double()
+    if t.rank_dropout:
+        m = torch.empty(OUT).double().bernoulli_(1 - t.rank_dropout)
+        m = m / m.mean() if t.rescale and m.any() else m
+    k = torch.ones(4).double()
+    if t.drop_path:
+        k = torch.empty(4).double().bernoulli_(1 - t.drop_path) / (1 - t.drop_path)
+    if t.module_dropout:
+        m = m * torch.empty(1).double().bernoulli_(1 - t.module_dropout)
+    y = (xd @ delta.t()) * m
+    return (y.view(4, -1) * k[:, None]).view(*x.shape[:-1], OUT)
+
+
+@pytest.mark.parametrize("chances", CHANCES, ids=lambda c: " ".join(c))
+@pytest.mark.parametrize("kind", ["path", "path behind", "triplets", "kronecker", "columns",
+                                  "tiles"])
+def test_whatever_it_drops_is_drawn_as_the_equation_says(kind, chances, monkeypatch):
+    monkeypatch.setattr(dropped, "PANEL", OUT * 5)
+    t = terms()[kind]
+    with torch.no_grad():
+        for p in t.parameters():
+            p.normal_()
+    for word, p in chances.items():
+        setattr(t, word, p)
+    W, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
+    x = torch.randn(4, 3, IN).double().requires_grad_()
+    wanted = [x, *[p for p in t.theta() if p.requires_grad]]
+    outs = set()
+    for seed, s in enumerate((-0.6, 1.0, 2.0, -0.6, 1.0, 2.0)):
+        op = Weighted(lambda: W, [(t, s)])
+
+        def expect(seed=seed, s=s):
+            return F.linear(x, W, bias) + s * drawn(t, x, t.dense(), seed)
+
+        want = expect()
+        torch.manual_seed(seed)
+        same(linear(x, op, bias), want, wanted)
+        torch.manual_seed(seed)
+        alone = linear(x.detach(), op, bias)            # only the factors want gradients
+        g = torch.randn_like(alone)
+        for a, b in zip(torch.autograd.grad(alone, wanted[1:], g),
+                        torch.autograd.grad(expect(), wanted[1:], g), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(x @ W.t() + bias + s * t.plain(x), want)
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            torch.testing.assert_close(linear(x, op, bias), want)
+        outs.add(want.sum().item())
+    assert len(outs) > 1
+    t.eval()
+    torch.testing.assert_close(linear(x, op, bias), F.linear(x, W + s * t.dense(), bias))
+    torch.testing.assert_close(t.plain(x), F.linear(x, t.dense()))
+
+
+@pytest.mark.parametrize("chances", CHANCES, ids=lambda c: " ".join(c))
+@pytest.mark.parametrize("kind", ["path", "path behind", "triplets", "columns"])
+def test_under_a_length_of_rows(kind, chances):
+    """``y = m / c (W x + what is left of Delta x)``, c of W + Delta, a constant."""
+    t = terms()[kind]
+    with torch.no_grad():
+        for p in t.parameters():
+            p.normal_()
+    for word, p in chances.items():
+        setattr(t, word, p)
+    W = torch.randn(OUT, IN).double()
+    wrap = Magnitude(W).double()
+    x = torch.randn(4, 3, IN).double().requires_grad_()
+    f = wrap.m / torch.linalg.vector_norm(W + 0.8 * t.dense().detach(), dim=1)
+    want = f * (x @ W.t() + 0.8 * drawn(t, x, t.dense(), 5))
+    torch.manual_seed(5)
+    same(linear(x, Weighted(lambda: W, [(t, 0.8)], wrap), None), want,
+         [x, *[p for p in t.theta() if p.requires_grad], wrap.m])
+
+
+def test_outputs_that_are_left_out_all_at_once_are_no_fault():
+    m = dropped.outputs(torch.ones(1), 3, 1.0 - 1e-9, True)
+    assert torch.equal(m, torch.zeros(3))
+    torch.manual_seed(0)
+    m = dropped.outputs(torch.ones(1), 1000, 0.75, True)
+    assert m.mean().sub(1).abs() < 1e-4 and set(m.ne(0).tolist()) == {True, False}
+    assert dropped.outputs(torch.ones(1), 1000, 0.75, False).unique().tolist() == [0.0, 1.0]
+
+
+def test_nothing_drops_unless_it_is_asked_to():
+    plain = Thin(False)
+    assert [getattr(plain, w) for w in (*DROPS[:4], "rescale", "own_drops")] \
+        == [0.0, 0.0, 0.0, 0.0, False, False]
+    assert not asks_to_drop(plain) and plain.training and not dropped.drops(plain)
+    plain.dropout = 0.5
+    x = torch.randn(2, IN).double()
+    torch.manual_seed(3)
+    F.dropout(x, 0.5)
+    want = torch.get_rng_state()
+    torch.manual_seed(3)
+    plain.plain(x)                               # and what does not drop draws nothing
+    assert torch.equal(torch.get_rng_state(), want)
+
+
+def test_nothing_is_made_where_nothing_is_wanted():
+    """A frozen update, and no gradient of x: a gradient for each tensor, all of them None."""
+    t = term(0.5)
+    t.requires_grad_(False)
+    run = dropped.Dropped(t, torch.zeros(3, IN).double())
+    run.forward_(torch.zeros(3, IN).double(), torch.zeros(3, OUT).double(), 1.0)
+    assert run.backward_(torch.zeros(3, OUT).double(), None, (), None, 1.0) == [None] * 2
+
+
+def test_a_run_is_asked_for_panels_where_its_term_is():
+    for t in terms().values():
+        run = dropped.Dropped(t, torch.zeros(1, IN))
+        assert run.tokenwise and (run.tiled, run.cheap_tile) == (t.tiled, t.cheap_tile)

@@ -20,6 +20,7 @@ from burnish.blocks.tape.reversible import _Straight
 from burnish.blocks.update.objective import Attached, Ride, Riding
 from burnish.blocks.weight.experts import ExpertChains, Product
 from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.integer import _OnGrid, grid_of
 from burnish.blocks.weight.provided import Weighted, linear
 from burnish.core.site import Place
 from burnish.engine.objectives import _Notice
@@ -272,6 +273,7 @@ TWICE = {"_Cast": "test_cast.py::test_a_cast_is_twice_differentiable",
          "_Straight": "test_a_straight_gradient_is_twice_differentiable",
          "Attached": "test_a_term_that_rides_is_twice_differentiable",
          "Ride": "test_a_term_that_rides_is_twice_differentiable",
+         "_OnGrid": "test_a_straight_gradient_on_a_grid_is_twice_differentiable",
          "_Notice": "test_a_term_that_rides_is_twice_differentiable",
          "_Walsh": "test_linalg.py::test_walsh_is_twice_differentiable",
          "_Elementwise": "test_activations.py::test_it_is_twice_differentiable"}
@@ -283,6 +285,17 @@ def test_a_backward_that_cannot_be_differentiated_says_so():                  # 
     for name, f in found.items():
         once = f.backward.__code__.co_filename == torch.autograd.function.__file__
         assert once != (name in TWICE), f"{name}: once_differentiable, or a line in TWICE"
+
+
+def test_a_straight_gradient_on_a_grid_is_twice_differentiable():
+    h = torch.tensor([-9.0, -1.0, 0.3, 1.0, 9.0], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64, requires_grad=True)
+    made = _OnGrid.apply(h, grid_of(-2.0, 2.0), None)
+    (a,) = torch.autograd.grad((made * w.square()).sum(), h, create_graph=True)
+    inside = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(a, inside * w.square())
+    (b,) = torch.autograd.grad(a.sum(), w)
+    torch.testing.assert_close(b, inside * 2 * w)
 
 
 def test_a_straight_gradient_is_twice_differentiable():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from burnish.blocks.choose.inputs import Moments, Norms, NormsAndGradient
+import burnish
+from burnish.blocks.choose.inputs import Moments, Norms, NormsAndGradient, Ranges
 
 
 def batches():
@@ -89,3 +91,38 @@ def test_gradients_beside_norms(norm):
 def test_whose_turn_it_is_tells_statistics_apart():
     assert Norms(5).key == Norms(5).key != Norms(5, "blocks").key
     assert Norms(5).turns == "budget" and Moments(5, "once").turns == "once"
+
+
+def test_a_loss_is_taken_as_it_is_where_nothing_is_said():
+    g = torch.randn(2, 3)
+    one = NormsAndGradient(2, 3, "l1")
+    one.pull(g)
+    torch.testing.assert_close(one.gradient, g.abs())
+
+
+def test_ranges_are_of_the_tokens_that_count_and_of_zero():
+    seen = Ranges()
+    assert seen.read.tolist() == seen.given.tolist() == [0.0, 0.0]
+    x = torch.tensor([[[1.0, 2.0], [30.0, -30.0]], [[4.0, 0.5], [3.0, 3.0]]]).double()
+    valid = torch.tensor([[True, False], [True, True]])
+    seen.update(x, valid)
+    seen.answered(-x, valid)
+    assert seen.read.tolist() == [0.0, 4.0] and seen.given.tolist() == [-4.0, 0.0]
+    seen.update(torch.full((2, 3, 4, 4), -5.0), valid)       # a picture's places are no tokens
+    seen.update(x[:, :0], valid[:, :0])
+    assert seen.read.tolist() == [-5.0, 4.0] and seen.given.tolist() == [-4.0, 0.0]
+    assert seen.nbytes == 16 and seen.reads == "ends"
+
+
+def test_ranges_are_read_at_both_ends_of_a_layer():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    data = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
+    with torch.no_grad():
+        first = torch.cat([net[0](x) for x in data])
+        last = net[1](first)
+    tuned = burnish.tune(net, "int8_graph + lora(rank=1)", head=False, targets="0,1",
+                         calibration=data)
+    said = tuned.adapters["default"].settled["int8_graph"]
+    span = lambda t: [min(0.0, float(t.min())), max(0.0, float(t.max()))]      # noqa: E731
+    assert said["0.weight"] == {"reads": span(torch.cat(data)), "gives": span(first)}
+    assert said["1.weight"] == {"reads": span(first), "gives": span(last)}

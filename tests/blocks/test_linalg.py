@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from burnish.blocks.linalg import over_tokens, polar, svd, walsh
+from burnish.blocks.tape.activations import Strips
 
 
 def matrix(m, n, fall, seed=0):
@@ -92,6 +94,14 @@ def test_the_narrower_matrix_comes_first(out, r):
     assert order == [2]
 
 
+@pytest.mark.parametrize("tokens", [7, 3, 1])
+def test_strips_are_summed_one_after_the_other(tokens):
+    """Of g as an activation gives it, made again some tokens at a time."""
+    x, h = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    got = over_tokens(Strips(x, F.relu, {}, tokens), h)
+    torch.testing.assert_close(got, x.relu().t() @ h, rtol=1e-12, atol=1e-12)
+
+
 class Decomposed(torch.utils._python_dispatch.TorchDispatchMode):
     """Shapes of the matrices that a singular value decomposition is asked of."""
 
@@ -149,6 +159,16 @@ def test_directions_that_are_not_there_stay_out_of_the_polar_factor():
     torch.testing.assert_close(few, torch.diag(torch.tensor([1.0, 1.5e-3])), rtol=1e-3, atol=0)
 
 
+def test_how_many_passes_the_polar_factor_takes():
+    """So many that what is above 1.5^-30 of the norm, 5e-6, ends at one."""
+    small = torch.tensor([1.0, 1e-4, 3e-7], dtype=torch.float64)
+    X = small / small.norm()
+    for _ in range(30):
+        X = 1.5 * X - 0.5 * X**3
+    torch.testing.assert_close(polar(torch.diag(small)), torch.diag(X), rtol=1e-12, atol=0)
+    assert X[1] > 1 - 1e-6 and 0.05 < X[2] < 0.1
+
+
 def hadamard(n):
     """H by its recursion."""
     H = torch.ones(1, 1, dtype=torch.float64)
@@ -168,6 +188,25 @@ def test_the_fast_transform_is_the_matrix(n):
     torch.testing.assert_close(along, g @ hadamard(n))
     rows = torch.func.vmap(walsh)(x.detach())
     torch.testing.assert_close(rows, want.detach())
+
+
+def test_the_transform_of_one_number_is_a_tensor_of_its_own():
+    x = torch.randn(3, 1)
+    assert walsh(x).data_ptr() != x.data_ptr() and torch.equal(walsh(x), x)
+
+
+@pytest.mark.parametrize("n, copies", [(1, 1), (8, 0)])
+def test_the_transform_copies_nothing_that_it_has_made(n, copies):
+    class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    with Copies() as found:
+        walsh(torch.randn(3, n))
+    assert found.seen == copies
 
 
 def test_walsh_is_twice_differentiable():

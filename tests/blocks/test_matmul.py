@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from burnish.blocks import matmul
-from burnish.testing.ran import Ran
+from burnish.testing.ran import Living, Ran
 
 
 def ran(fn):
@@ -43,6 +43,28 @@ def test_each_product_is_the_exact_one_but_for_rounding(always, n, o, i):
     y, used = ran(lambda: matmul.mm(h.t(), x))         # a sum over tokens: both given as they lie
     assert used == (i > 1)            # (else a copy would be larger than what is given)
     close(y, h.double().t() @ X)
+
+
+@pytest.mark.parametrize("o,i", [(5, 3), (300, 700), (700, 300), (512, 600), (600, 512)])
+def test_a_weights_gradient_is_exact_but_for_rounding_and_lies_as_the_weight_does(always, o, i):
+    g, x = torch.randn(9, o), torch.randn(9, i)
+    dW, used = ran(lambda: matmul.tn(g, x))
+    assert used
+    assert dW.shape == (o, i)
+    assert dW.is_contiguous()
+    close(dW, g.double().t() @ x.double())
+    for a, b in ((g.double(), x.double()), (g.expand(2, 9, o)[0].t().contiguous().t(), x)):
+        dW, used = ran(lambda a=a, b=b: matmul.tn(a, b))
+        assert not used
+        close(dW, g.double().t() @ x.double())
+
+
+def test_what_is_copied_for_a_weights_gradient_is_a_strip(always):
+    g, x = torch.randn(64, 2048), torch.randn(64, 1024)
+    with Living() as memory:
+        kept = matmul.tn(g, x)
+    strip = matmul.STRIP * (64 + 2048) * 4
+    assert memory.peak <= kept.nbytes + strip
 
 
 def test_what_it_is_not_made_for_is_torchs_own_product(always):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from burnish.blocks.choose import prune
-from burnish.blocks.choose.prune import grown_and_pruned, kept, pattern
+from burnish.blocks.choose.prune import PANEL, grown_and_pruned, kept, panels, pattern
 from burnish.core.errors import RecipeError
 
 
@@ -145,3 +145,24 @@ def test_an_exchange_that_ends_at_zero_is_made():
     got = grown_and_pruned(V, torch.ones(1, 3), keep, torch.ones(3), 0.1, 5)
     assert got.tolist() == [[True, False, False]]
     assert torch.equal(grown_and_pruned(V, torch.ones(1, 3), keep, torch.ones(3), 3.0, 5), keep)
+
+
+def test_nothing_goes_and_a_mask_is_of_truth_values():
+    for mask in ("row", "matrix"):
+        got = kept(torch.rand(2, 3), mask, 0.1)
+        assert got.dtype == torch.bool and got.all()
+
+
+def test_rows_are_taken_some_millions_of_entries_at_a_time():
+    for rows, width, parts in ((10, PANEL, 10), (10, PANEL // 2, 5), (PANEL, 1, 1),
+                               (PANEL + 1, 1, 2), (10, 2 * PANEL, 10), (3, 0, 1)):
+        found = list(panels(rows, width))
+        assert len(found) == parts and found[0].start == 0 and found[-1].stop >= rows
+
+
+def test_what_brings_nothing_on_average_is_no_counterweight():
+    """e = -4: -3 comes back, and of those kept 0.4 goes, though 0 has the lower score."""
+    V = torch.tensor([[-1.0, -3.0, 0.0, 0.4]])
+    keep = torch.tensor([[False, False, True, True]])
+    got = grown_and_pruned(V, torch.tensor([[9.0, 9.0, 1.0, 5.0]]), keep, torch.ones(4), 0.1, 1)
+    assert got.tolist() == [[False, True, True, False]]

@@ -228,6 +228,17 @@ def test_shares_of_the_way_are_counted_from_the_warmup():
     r.after_update(1)                              # nothing is left
 
 
+def test_one_update_after_the_warmup_is_the_whole_way():
+    rows = {n: Row(0.0) for n in "abcd"}
+    w = widening(rows, goal=8, warmup=0.8, every=1)
+    seen = []
+    w.rise = lambda step, top: seen.append((step, top))
+    w.start(5)
+    for step in range(5):
+        w.after_update(step)
+    assert seen == [(3, 1), (4, 4)]
+
+
 def test_none_gains_more_than_it_can_have():
     rows = {"a": Row(1.0, 1.0), "b": Row(1.0)}
     r = widening(rows, goal=9, grow=2)

@@ -427,3 +427,20 @@ def test_a_tensor_changed_in_place_is_written_as_each_reader_saw_it(tmp_path):
     (b,) = torch.autograd.grad(second.sum(), x)
     torch.testing.assert_close(a, 2 * before.cos())
     torch.testing.assert_close(b, -2 * after.sin())
+
+
+def test_an_answer_inside_another_is_given_what_that_one_makes():
+    """Functions answered twice: the inner one calls what the outer one answers, with its names."""
+    tape, x = Tape(), torch.tensor([-1.0, 3.0])
+
+    def doubled(func, args, kwargs):
+        return func(*args, **kwargs) * 2
+
+    def one_more(func, args, kwargs):
+        return func(*args, **kwargs) + 1
+
+    with tape.answering({F.relu: doubled, F.elu: doubled}):
+        with tape.answering({F.relu: one_more}):
+            assert F.relu(input=x).tolist() == [1, 7] and F.elu(x, alpha=0.0).tolist() == [0, 6]
+        assert F.relu(x).tolist() == [0, 6]
+    assert F.relu(x).tolist() == [0, 3]

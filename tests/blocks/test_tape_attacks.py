@@ -140,7 +140,7 @@ def test_an_exception_in_the_forward_leaves_nothing(parts):
     with pytest.raises(ZeroDivisionError), tape.recording():
         run()
     gc.collect()
-    assert held[0]() is None and not tape._known and tape._depth == 0
+    assert held[0]() is None and not tape._known and tape._here.depth == 0
 
 
 MAKE = {

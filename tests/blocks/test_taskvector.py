@@ -46,8 +46,9 @@ def test_threshold_keeps_exactly_the_fraction():
         assert kept == math.ceil(keep * tv.numel)
     ties = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0])
     assert threshold(lambda: [ties], 5, 0.4) == 1.0          # >= keeps all that tie
-    with pytest.raises(ConfigError, match="fraction"):
-        tv.threshold(20)
+    for wrong in (20, 1.5, -0.1):
+        with pytest.raises(ConfigError, match="fraction"):
+            tv.threshold(wrong)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
+from burnish.blocks import matmul
 from burnish.blocks.tape import unread
-from burnish.testing import stir
+from burnish.testing import conformance, stir
 from burnish.testing.models import tiny
+from burnish.testing.ran import Ran
 
 
 class Block(nn.Module):
@@ -223,3 +225,96 @@ def test_what_the_product_left_out_reads_comes_in_strips_where_it_is_large(monke
         for n in want:
             torch.testing.assert_close(got[n], want[n], rtol=1e-12, atol=1e-12)
     assert len(rows) == 9                                # three blocks, each time
+
+
+# -- products that nothing was added to: by the library that is quickest at them -------------------
+class Layers(nn.Module):
+    """A linear, one that holds its weight the other way (as GPT-2 does), and one without bias."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(6, 10), Conv1D(7, 10)
+        self.three = nn.Linear(7, 600, bias=False)
+
+    def forward(self, x):
+        return self.three(F.gelu(self.two(F.gelu(self.one(x)))))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(matmul, "_linear", torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(matmul, "LEAST", 0)
+
+
+def products(fn):
+    with Ran() as seen:
+        out = fn()
+    return out, seen.names.count("_linear_pointwise")
+
+
+@pytest.mark.parametrize("recipe,back", [("full", 6), ("bitfit", 3), ("full + lean(level=3)", 7)])
+def test_a_linear_alone_is_quick_and_right(quick, recipe, back):
+    """Forward and backward, weights that train or not, are the float64 products but for rounding;
+    what is made again is made as it was."""
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    plain = Layers().double()
+    tuned = burnish.tune(Layers(), recipe, head=False)
+    y, forth = products(lambda: tuned.model(x))
+    assert (forth, products(lambda: y.square().sum().backward())[1]) == (3, back)
+    twin = x.detach().double().requires_grad_()
+    plain(twin).square().sum().backward()
+    own = dict(plain.named_parameters())
+    assert (y.double() - plain(twin)).abs().max() < 1e-5
+    assert (x.grad.double() - twin.grad).abs().max() < 1e-5 * twin.grad.abs().max()
+    for name, p in tuned.named_parameters():
+        off = (p.grad.double() - own[name].grad).abs().max()
+        assert off < 1e-5 * own[name].grad.abs().max(), name
+        assert p.grad.is_contiguous()
+
+
+def test_a_quick_linear_can_be_differentiated_twice_and_under_transforms(quick):
+    tuned, plain = burnish.tune(Layers(), "full", head=False), Layers().double()
+    found = []
+    for model, dtype in ((tuned.model, torch.float32), (plain, torch.float64)):
+        x = torch.linspace(-1, 1, 12, dtype=dtype).view(2, 6).requires_grad_()
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+        _, jvp = torch.func.jvp(model, (x.detach(),), (torch.ones_like(x),))
+        found.append([x.grad, jvp, *(p.grad for p in model.parameters())])
+    for got, exact in zip(*found, strict=True):
+        assert (got.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_a_changed_weight_raises_and_a_narrow_type_is_torchs_own(quick):
+    tuned = burnish.tune(Layers(), "full", head=False)
+    y = tuned.model(torch.randn(2, 6, requires_grad=True))
+    with torch.no_grad():
+        tuned.model.three.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        y.sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, used = products(lambda: tuned.model(torch.randn(2, 6)))
+    assert (y.dtype, used) == (torch.bfloat16, 0)
+    with torch.no_grad():
+        assert products(lambda: tuned.model(torch.randn(2, 6)))[1] == 0
+
+
+def test_somebody_elses_recomputation_gets_what_it_counted(quick):
+    from torch.utils.checkpoint import checkpoint
+    tuned, plain = burnish.tune(Layers(), "full", head=False), Layers().double()
+    x = torch.randn(2, 6, requires_grad=True)
+    checkpoint(tuned.model, x, use_reentrant=False).square().sum().backward()
+    plain(x.double()).square().sum().backward()
+    for name, p in plain.named_parameters():
+        off = (tuned.model.get_parameter(name).grad.double() - p.grad).abs().max()
+        assert off < 1e-5 * p.grad.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "bitfit", "houlsby", "checkpoint", "offload", "lean"])
+def test_methods_keep_their_word_where_every_product_is_quick(quick, method, model):
+    """Small models never reach oneDNN by themselves."""
+    conformance.check(method, model)

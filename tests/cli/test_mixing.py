@@ -8,60 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.cli.conftest import answer, done, logits, rows, run, weights
 
 import burnish as library
-from burnish.cli import main
 from burnish.cli.mixing import terms
 from burnish.core.errors import ConfigError
-from burnish.testing import stir
 from burnish.testing.models import tiny
-
-
-def run(capsys, *argv):
-    capsys.readouterr()                              # of what made the folders
-    code = main([str(a) for a in argv])
-    return code, *capsys.readouterr()
-
-
-def done(capsys, *argv):
-    code, out, err = run(capsys, *argv, "--json")
-    assert code == 0, err
-    return json.loads(out)
-
-
-@pytest.fixture
-def models(tmp_path):
-    """base, a and b: BERT classifiers, b with another head; plain folders of transformers."""
-    from transformers import BertForSequenceClassification
-
-    net, _ = tiny("bert")
-    folders = {}
-    for k, name in enumerate(("base", "a", "b", "other head")):
-        config = net.config if name != "other head" else type(net.config).from_dict(
-            {**net.config.to_dict(), "num_labels": 7, "id2label": None, "label2id": None})
-        made = BertForSequenceClassification(config)
-        made.load_state_dict({n: t for n, t in net.state_dict().items()
-                              if made.state_dict()[n].shape == t.shape}, strict=False)
-        torch.manual_seed(k)
-        with torch.no_grad():
-            for p in made.parameters():
-                p.add_(torch.randn(p.shape) * 0.05 * bool(k))
-        made.save_pretrained(tmp_path / name)
-        folders[name] = tmp_path / name
-    return folders
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def logits(folder, batch):
-    from transformers import BertForSequenceClassification
-
-    net, found = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
-    with torch.no_grad():
-        return net.eval()(**batch).logits
 
 
 # -- whole models -----------------------------------------------------------------------------
@@ -137,37 +89,6 @@ def test_no_more_than_one_tensor_of_the_result_is_in_memory(models, tmp_path, mo
     assert most[0] <= 2, "the one that is written, and the one that follows"
 
 
-def rows(path, n=40):
-    path.write_text("text,label\n" + "".join(
-        f"{('the cat sat', 'stocks fell')[i % 2]} {i},{('pets', 'money')[i % 2]}\n"
-        for i in range(n)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """Two classifiers that were fine-tuned well, one that was spoilt; adapters and whole models."""
-    from tests.e2e.conftest import wordpiece
-    from transformers import BertConfig, BertForSequenceClassification
-
-    at = tmp_path_factory.mktemp("tuned")
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(
-        vocab_size=wordpiece(at / "base"), hidden_size=32, num_hidden_layers=1,
-        num_attention_heads=2, intermediate_size=32, max_position_embeddings=32, num_labels=2,
-        id2label={0: "money", 1: "pets"}, label2id={"money": 0, "pets": 1})
-    ).save_pretrained(at / "base")
-    for name, lr in (("good", "2e-2"), ("fine", "1e-2"), ("bad", "0")):
-        code = main(["fit", "--model", str(at / "base"), "--data", str(rows(at / "d.csv")),
-                     "--recipe", "lora(rank=2)", "--max_steps", "30", "--batch_size", "8", "--lr",
-                     lr, "--output", str(at / name), "--measure", "false", "--report", "false",
-                     "--json"])
-        assert code == 0
-    for name in ("good", "fine", "bad"):
-        assert main(["merge", str(at / name), "--output", str(at / f"{name}-model")]) == 0
-    return at
-
-
 @pytest.mark.slow
 def test_a_greedy_soup_keeps_what_does_not_hurt_and_says_so(capsys, tuned, tmp_path):
     held = rows(tmp_path / "held.csv", 16)
@@ -177,7 +98,7 @@ def test_a_greedy_soup_keeps_what_does_not_hurt_and_says_so(capsys, tuned, tmp_p
         said = done(capsys, "soup", *folders, "--greedy", "--data", held, "--output", out,
                     "--metric", "loss")
         assert str(folders[1]) in said["chosen"] and str(folders[0]) not in said["chosen"]
-        assert list(tmp_path.glob(".soup-*")) == []
+        assert list(tmp_path.glob(".burnish-*")) == []
     loss = done(capsys, "evaluate", tmp_path / "soup", held)["tuned"]["loss"]
     assert -loss == pytest.approx(json.loads(json.dumps(done(
         capsys, "soup", *[tuned / n for n in ("bad", "good", "fine")], "--greedy", "--data", held,
@@ -204,35 +125,6 @@ def test_a_learned_soup_weighs_the_models(capsys, tuned, tmp_path):
 
 
 # -- adapters ---------------------------------------------------------------------------------
-@pytest.fixture
-def adapters(tmp_path):
-    """Two LoRA adapters of one base, of unlike rank and scale, with heads; and their answers."""
-    from transformers import BertForSequenceClassification
-
-    net, batch = tiny("bert")
-    net.save_pretrained(tmp_path / "base")
-    batch = {k: v for k, v in batch.items() if k != "labels"}
-    out = {"base": tmp_path / "base", "batch": batch}
-    for k, (name, recipe) in enumerate((("a", "lora(rank=2, alpha=6)"),
-                                        ("b", "lora(rank=3, scaling='rs')"))):
-        model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-        tuned = library.tune(model, recipe, seed=k)
-        stir(tuned, size=0.3, seed=k)
-        tuned.save(tmp_path / name)
-        out[name] = tmp_path / name
-        out[f"{name} merged"] = tmp_path / f"{name}-model"
-        tuned.merge().save_pretrained(out[f"{name} merged"])
-    return out
-
-
-def answer(base, adapter, batch):
-    from transformers import BertForSequenceClassification
-
-    tuned = library.load(BertForSequenceClassification.from_pretrained(base), adapter)
-    with torch.no_grad():
-        return tuned, tuned.model.eval()(**batch).logits
-
-
 def test_adapters_are_added_as_updates_not_factor_by_factor(capsys, adapters, tmp_path):
     """The same as the arithmetic of the merged models: base + sum of weight * Delta W."""
     said = done(capsys, "soup", adapters["a"], adapters["b"], "--output", tmp_path / "soup")

@@ -112,6 +112,53 @@ def test_inspect_says_what_was_changed_and_draws_it(capsys, finished, tmp_path):
         assert code == 2 and words in err
 
 
+def test_dimension_trains_everything_and_then_sizes(capsys, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    asked = []
+
+    def fit(**kw):
+        asked.append(kw)
+        return SimpleNamespace(metrics={"validation": {"loss": 2.0 if len(asked) == 2 else 1.0}})
+
+    monkeypatch.setattr("burnish.fit", fit)
+    code, out, _ = run(capsys, "dimension", "--model", GLYPH_VIT, "--data", "digits", "--output",
+                       tmp_path / "d", "--least", 4, "--most", 64, "--times", 4, "--share", 0.8,
+                       "--beyond", 0, "--halvings", 1, "--metric", "loss", "--picture",
+                       tmp_path / "d.svg", "--max_steps", 3, "--batch-size=32", "--json")
+    told = json.loads(out)
+    assert code == 0 and told == {"dimension": 8, "below": 4, "share": 0.8, "full": -1.0,
+                                  "bar": -1.2, "curve": [[4, -2.0], [8, -1.0], [16, -1.0]]}
+    names = [("full", "full"), ("said(dimension=4)", "d4"), ("said(dimension=16)", "d16"),
+             ("said(dimension=8)", "d8")]
+    assert asked == [{"model": str(GLYPH_VIT), "data": "digits", "recipe": recipe, "quiet": True,
+                      "output": tmp_path / "d" / name, "max_steps": 3, "batch_size": 32}
+                     for recipe, name in names]
+    assert (tmp_path / "d.svg").read_text().startswith("<svg")
+    code, _, err = run(capsys, "dimension", "--model", GLYPH_VIT, "--data", "digits", "--output",
+                       tmp_path / "e", "--picture", "x.png")
+    assert code == 2 and "are SVG" in err and len(asked) == 4
+
+
+@pytest.mark.parametrize("points, last", [
+    ([(8, 0.1), (16, 0.9)], "the intrinsic dimension at 90 % is at most 16, and above 8"),
+    ([(8, 0.95)], "the intrinsic dimension at 90 % is 8 or less"),
+    ([(8, 0.1)], "the intrinsic dimension at 90 % is above 8, the largest size tried")])
+def test_dimension_says_what_was_found(points, last, capsys, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    scores = {f"said(dimension={d})": p for d, p in points} | {"full": 1.0}
+    monkeypatch.setattr("burnish.fit", lambda **kw: SimpleNamespace(
+        metrics={"validation": {"accuracy": scores[kw["recipe"]]}}))
+    code, out, _ = run(capsys, "dimension", "--model", "m", "--data", "d", "--output", tmp_path,
+                       "--least", points[0][0], "--most", points[-1][0], "--beyond", 0)
+    assert code == 0 and out.rstrip().splitlines()[-1] == last
+    assert "all" in out and f"{points[0][1]:.4g}" in out
+    monkeypatch.setattr("burnish.fit", lambda **kw: SimpleNamespace(metrics={}))
+    code, _, err = run(capsys, "dimension", "--model", "m", "--data", "d", "--output", tmp_path)
+    assert code == 2 and "no validation rows" in err
+
+
 def test_export_opens_in_peft(capsys, finished, tmp_path):
     import peft
     from transformers import AutoModelForImageClassification

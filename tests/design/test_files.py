@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -64,6 +66,26 @@ def test_nothing_is_pickled():
              if "testing" not in p.parts
              for line in p.read_text().splitlines() if word.search(line)]
     assert not found
+
+
+def test_what_scripts_import_is_there():
+    """Imports inside a function of a benchmark run only where somebody runs it."""
+    wanted = {(node.module, alias.name)
+              for p in files("benchmarks", "examples", "scripts", "docs")
+              for node in ast.walk(ast.parse(p.read_text()))
+              if isinstance(node, ast.ImportFrom) and node.module and not node.level
+              and node.module.split(".")[0] == "burnish" for alias in node.names}
+    assert len(wanted) > 10
+
+    def found(module: str, attribute: str) -> bool:
+        try:
+            if hasattr(importlib.import_module(module), attribute):
+                return True
+            importlib.import_module(f"{module}.{attribute}")
+        except ModuleNotFoundError:
+            return False
+        return True
+    assert not {what for what in wanted if not found(*what)}
 
 
 @pytest.mark.parametrize("file", ["LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md",

@@ -118,6 +118,16 @@ def test_the_last_line_sums_up(monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_is_declared_equivalent_is_a_mutant(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants
+
+    for name, told in mutants.declared()["equivalent"].items():
+        every = {m.name for m in mutants.mutants(mutants.subject(name).file.read_text("utf-8"))}
+        assert not set(told) - every, name
+
+
+@pytest.mark.slow
 def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
     done = run("--named")
     assert done.returncode == 0, done.stdout

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 import burnish
+from burnish.testing.leave import leave
 
 work = types.SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("sharded_work.py"))))
 
@@ -52,7 +53,9 @@ def main():
     said["processes"] = accelerator.num_processes
     if accelerator.is_main_process:
         (out / "said.json").write_text(json.dumps(said))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

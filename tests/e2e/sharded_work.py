@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import burnish
 from burnish.fit import state
+from burnish.testing.leave import leave
 
 
 def model(kind="llama", blocks=2, **kw):
@@ -153,6 +154,7 @@ def work(folder):
     print("\n" + json.dumps(said), flush=True)
     dist.barrier()                               # one that left first would take its store along
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

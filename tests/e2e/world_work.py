@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
 from burnish.engine.spread import let_go
+from burnish.testing.leave import leave
 from burnish.testing.models import tiny
 
 
@@ -87,6 +88,7 @@ def main():
     print("\n" + json.dumps(said), flush=True)
     dist.barrier()                               # one that left first would take its store along
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

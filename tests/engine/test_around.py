@@ -320,3 +320,89 @@ def test_nothing_of_a_probe_stays_in_memory():
         alive = sum(e.bytes for e in ledger.entries
                     if e.death is None and ledger.category(e) != "weights")
     assert alive < 4096
+
+
+# -- a pass whose loss is another one -------------------------------------------------------------
+class Looks:
+    """Probes another scalar of the forward, and keeps what it found."""
+
+    def __init__(self, of):
+        self.of, self.found = of, []
+
+    def around_step(self, step):
+        self.found.append(step.probe(of=self.of))
+        yield
+
+
+def looking(net, batch, of, recipe="lora(rank=2)", loss=None, **kw):
+    tuned = burnish.tune(net, recipe)
+    for p in tuned.parameters():
+        p.data = p.double()
+        p.data.add_(0.1)
+    tuned.optimizer(lr=0.0, **kw)
+    handler = Looks(of)
+    tuned.timeline.handlers.append(("looks", handler))
+    tuned.backward(batch, loss, scale=0.5)
+    return tuned, handler
+
+
+@pytest.mark.parametrize("model, own", [("bert", None), ("encoder", None), ("vit", "given")])
+def test_another_scalar_of_the_forward_can_be_looked_at(model, own):
+    """Its gradients, at the scale of the loop's loss; the pass itself is as ever."""
+    net, batch = tiny(model, dtype=torch.float64)
+    net.eval()
+
+    def of(run):
+        assert run.batch["labels"] is batch["labels"]
+        base = run.reference().logits
+        return (run.outputs.logits - base).square().sum() + run.outputs.logits.sum()
+
+    loss = None if own is None else lambda out, b: out.logits.square().mean()
+    tuned, handler = looking(net, batch, of, "lora(rank=2) + l2_sp + distill", loss)
+    params = dict(tuned.named_parameters())
+    passed = {n: p.grad.clone() for n, p in params.items()}
+    tuned.optimizer(lr=0.0)
+    for p in params.values():
+        p.grad = None
+    tuned.backward(batch, loss, scale=0.5)
+    assert all(torch.equal(p.grad, passed[n]) for n, p in params.items())
+    out = net(**batch).logits
+    with torch.no_grad(), tuned.disabled():
+        base = net(**batch).logits
+    (probe,) = handler.found
+    value = (out - base).square().sum() + out.sum()
+    torch.testing.assert_close(probe.loss, value.detach())
+    for (n, _), g in zip(params.items(), torch.autograd.grad(value, list(params.values())),
+                         strict=True):
+        torch.testing.assert_close(probe.grads[n], g * 0.5, rtol=1e-9, atol=1e-12)
+
+
+def test_another_scalar_has_the_share_of_the_tokens_too():
+    """A model that divides a sum by the tokens of all micro-batches: so is what is looked at."""
+    net, batch = tiny("llama", dtype=torch.float64)
+    net.eval()
+    _, whole = looking(net, batch, lambda run: run.outputs.logits.square().mean())
+    net, _ = tiny("llama", dtype=torch.float64)
+    net.eval()
+    items = 2 * int((batch["labels"] != -100).sum())
+    _, half = looking(net, {**batch, "num_items_in_batch": torch.tensor(items)},
+                      lambda run: run.outputs.logits.square().mean())
+    for n, g in whole.found[0].grads.items():
+        torch.testing.assert_close(half.found[0].grads[n], g / 2)
+
+
+def test_another_scalar_cannot_take_the_place_of_a_loss_that_nobody_sees():
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "lora(rank=2)")
+    tuned.optimizer(lr=0.0)
+    tuned.timeline.handlers.append(("looks", Looks(lambda run: run.outputs.logits.sum())))
+
+    def whole():
+        loss = net(pixel_values=batch["pixel_values"]).logits.sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ConfigError, match="tuned.backward"):
+        tuned.around(whole, whole)
+    tuned.timeline.handlers.pop()
+    assert tuned.around(whole, whole).ndim == 0      # and all is as it was

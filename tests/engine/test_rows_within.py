@@ -13,6 +13,7 @@ from burnish.blocks.weight.within import Within
 from burnish.core.errors import RecipeError
 from burnish.core.site import Place
 from burnish.engine.slot import slots
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 ROWS = "lora(rank=2, targets='q,v')"
@@ -161,3 +162,30 @@ def test_rows_of_an_update_pull_from_panels_and_from_tokens_alike():
     for a, b in zip(grads, back, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(term.plain(x), x @ want.t())
+
+
+@pytest.mark.parametrize("model", ["gpt2", "timm_qkv"])
+def test_rows_that_nothing_is_added_to_are_decoded_again_too(model):
+    """Of a fused weight that a storage holds nothing decoded waits for backward; gradients are
+    those of the decoded weight."""
+    grads, decoded = [], {}
+    for storage in ("nf4(targets='qkv') + ", ""):
+        net, batch = tiny(model)
+        with torch.no_grad():
+            for n, W in decoded.items():                 # the same values, held plainly
+                net.get_parameter(n).copy_(W)
+        tuned = stir(burnish.tune(net, f"{storage}{ROWS}", head=False))
+        kept = []
+        tuned.state.tape.pack = lambda t, kept=kept: kept.append(t) or t
+        tuned.state.tape.unpack = lambda t: t
+        tuned.loss(batch).backward()
+        grads.append({n: p.grad for n, p in tuned.named_parameters()})
+        if storage:
+            decoded = {f"{p.path}.weight": net.get_submodule(p.path).weight.detach()
+                       for p in tuned.anatomy.places if p.role == "qkv"}
+            stored = {t.untyped_storage().data_ptr() for t in net.parameters() if t.numel()}
+            assert not [t.shape for t in kept if t.shape in ((32, 32), (32, 96), (96, 32))
+                        and t.untyped_storage().data_ptr() not in stored]
+    assert len(decoded) == 2
+    for n, g in grads[0].items():
+        torch.testing.assert_close(g, grads[1][n], rtol=1e-4, atol=1e-6)

@@ -242,7 +242,7 @@ def test_a_forward_that_fails_leaves_the_tape_as_it_was():
     tuned = stir(burnish.tune(model, "lora(rank=2)", head=False), size=0.1)
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 3))
-    assert tuned.state.tape._depth == 0 and not tuned.state.tape._known
+    assert tuned.state.tape._here.depth == 0 and not tuned.state.tape._known
     model(torch.randn(2, 4)).sum().backward()
 
 

@@ -13,7 +13,8 @@ from burnish.testing.models import tiny
 METHODS = choose.visited(conformance.methods())
 MODELS = ("vit", "bert", "gpt2", "llama", "cnn")
 #: texts that name a part, not all, of what methods act on by default
-PARTS = ("linear@0", "norm@0", "layernorm_before", "k@0", "features.0", "features.1", "fc2@0")
+PARTS = ("linear@0", "norm@0", "layernorm_before", "k@0", "features.0", "features.1", "fc2@0",
+         "v@0")
 
 
 def host(method):

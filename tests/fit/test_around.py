@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.core.errors import ConfigError
 from burnish.fit.loop import Trainer
 from burnish.fit.pictures import Picture
 
@@ -50,6 +51,32 @@ def fitted(model, recipe, folder, monkeypatch, **kw):
         run = burnish.fit(model, "digits", recipe, output=folder,
                           processor=Picture(8, 8, (0.5,), (0.5,)), **said)
     return run, seen
+
+
+def test_a_pass_of_another_scalar_is_that_of_a_loop(tmp_path, monkeypatch):
+    """R-AMT looks at the divergence from the base first: the same masks, and within the promise."""
+    model = vit()
+    other = copy.deepcopy(model)
+    run, seen = fitted(model, "r_amt(init=0.006)", tmp_path, monkeypatch, max_steps=3, lr=1e-3,
+                       gradient_accumulation_steps=2, measure=True)
+    assert run.promise.peak_bytes == pytest.approx(run.truth.peak_bytes, rel=0.03)
+    tuned = burnish.tune(other.train(), "r_amt(init=0.006)")
+    opt = tuned.optimizer(1e-3)
+    for k in range(3):
+        opt.zero_grad()
+        for batch in seen[2 * k: 2 * k + 2]:
+            tuned.backward(batch, scale=0.5)
+        opt.step()
+    ends = [dict(t.named_parameters()) for t in (run.tuned, tuned)]
+    assert ends[0].keys() == ends[1].keys()
+    for n, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][n], rtol=1e-4, atol=1e-6, msg=n)
+    assert any(bool((p <= 5e-3).any()) for n, p in ends[0].items() if n.endswith(".m"))
+
+
+def test_label_smoothing_makes_the_loss_where_nobody_sees_it(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="in fit, no label smoothing"):
+        fitted(vit(), "r_amt", tmp_path, monkeypatch, max_steps=1, label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize("make", [vit, plain])

@@ -60,6 +60,9 @@ def comes_back(recipe, model, tmp_path, monkeypatch, **kw):
         again.model.eval()
         got = logits(again.model(**batch))
     assert torch.equal(got, want), f"off by {float((got - want).abs().max())}"
+    if str(again.recipe) != str(tuned.recipe):       # a file that answers holds less (`finished`)
+        assert str(again.recipe) == str([p.finished() for p in tuned.recipe][0])
+        return tuned, again
     for (n, a), (m, b) in zip(tuned.model.state_dict().items(), again.model.state_dict().items(),
                               strict=True):
         assert n == m and (not isinstance(a, torch.Tensor) or torch.equal(a, b)), n

@@ -10,7 +10,11 @@ import torch
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
     FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -24,6 +28,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
+    RoadConfig,
     ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
@@ -41,8 +46,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 def outputs(model, batch):
     model.eval()
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False):
+        given["decoder_input_ids"] = batch["labels"].clamp(min=0)
     with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        logits = model(**given).logits
     return logits[:, -8:] if logits.dim() == 3 else logits     # PEFT leaves those of a prompt
 
 
@@ -62,6 +70,10 @@ OUT = {
                         {}),
     "llama two on one": ("llama", "lora(rank=4, targets='q') + lora(rank=2, targets='q')", {}),
     "llama dora": ("llama", "dora(rank=2, targets='q,v')", {}),
+    "mixtral experts": ("mixtral", "lora(rank=2, targets='experts')", {}),
+    "llama mica": ("llama", "mica(rank=3, alpha=5)", {}),
+    "mixtral all": ("mixtral", "lora(rank=2, alpha=3, scaling='rs', targets='-down') + "
+                               "lora(rank=3, alpha=5, scaling='rs', targets='down')", {}),
     "llama dora and lora": ("llama", "dora(rank=2, targets='q') + lora(rank=4, targets='down')",
                             {}),
     "llama pissa": ("llama", "pissa(rank=3)", {}),
@@ -98,6 +110,17 @@ OUT = {
     "gpt2 slices": ("gpt2", "lora(rank=4, targets='q,v')", {}),
     "gpt2 dora slices": ("gpt2", "dora(rank=4, targets='q,v')", {}),
     "bert head": ("bert", "lora(rank=4)", {"head": "auto"}),
+    "bert biases": ("bert", "lora(rank=4, targets='query') + bitfit", {"head": "auto"}),
+    "vit biases": ("vit", "lora(rank=4, targets='q,v') + bitfit", {"head": False}),
+    "gpt2 biases of its own": ("gpt2", "lora(rank=4, targets='c_fc') + bitfit(targets='c_fc')",
+                               {}),
+    "vit hra biases": ("vit", "hra(rank=4, targets='q,v') + bitfit", {"head": False}),
+    "vit boft its biases": ("vit", "boft(block=8, factors=1, targets='q,v', gains=True) + "
+                                   "bitfit(targets='q,v')", {"head": False}),
+    "bert vera biases": ("bert", "vera(rank=8, targets='query') + bitfit", {"head": "auto"}),
+    "gpt2 adalora biases": ("gpt2", "adalora(rank=2, init_rank=3, targets='c_fc') + "
+                                    "bitfit(targets='c_fc')", {}),
+    "vit miss biases": ("vit", "miss(rank=6, targets='q,v') + bitfit", {"head": False}),
     "llama lokr": ("llama", "lokr(rank=2)", {}),
     "llama lokr whole": ("llama", "lokr(rank=64, targets='q,v')", {}),
     "llama lokr both": ("llama", "lokr(rank=1, decompose_both=True, alpha=3, factor=4)", {}),
@@ -119,9 +142,12 @@ OUT = {
     "llama loha ranks": ("llama", "loha(rank=2, targets='q') + loha(rank=3, alpha=5, targets='v')",
                          {}),
     "vit loha convolution": ("vit", "loha(rank=2, targets='conv')", {"head": False}),
-    "vit loha core": ("vit", "loha(rank=2, tucker=True, targets='conv')", {"head": False}),
+    "vit loha core": ("vit", "loha(rank=2, alpha=64, tucker=True, targets='conv')",
+                      {"head": False}),
     "llama hra": ("llama", "hra(rank=4)", {}),
     "vit hra convolution": ("vit", "hra(rank=4, targets='conv,q')", {"head": "auto"}),
+    "llama hut": ("llama", "hut(rank=3, alpha=7)", {}),
+    "gpt2 hut": ("gpt2", "hut(rank=3, targets='c_attn,c_fc')", {}),
     "llama boft": ("llama", "boft(block=8, factors=1)", {}),
     "llama boft gain": ("llama", "boft(block=8, factors=1, gains=True)", {}),
     "llama bone": ("llama", "bone(rank=8)", {}),
@@ -138,10 +164,30 @@ OUT = {
     "llama shira chosen": ("llama", "shira(rank=3, mask='magnitude', targets='q,down')", {}),
     "llama adalora": ("llama", "adalora(rank=2, init_rank=3)", {}),
     "gpt2 adalora": ("gpt2", "adalora(rank=2, init_rank=3)", {}),
+    "llama c3a": ("llama", "c3a(block=8)", {}),
+    "llama c3a blocks": ("llama", "c3a(block=8, targets='q') + c3a(block=16, targets='v')", {}),
+    "llama delora": ("llama", "delora(rank=3, reach=2.5)", {}),
+    "llama delora ranks": ("llama", "delora(rank=3, targets='q') + "
+                                    "delora(rank=2, reach=7, targets='v')", {}),
+    "llama delora matrix": ("llama", "delora(rank=2, norm='matrix', targets='q,down')", {}),
+    "llama delora and lora": ("llama", "delora(rank=2, targets='q') + lora(rank=2, targets='v')",
+                              {}),
+    "gpt2 delora": ("gpt2", "delora(rank=2)", {}),
+    "llama gralora": ("llama", "gralora(rank=4)", {}),
+    "gpt2 gralora": ("gpt2", "gralora(rank=8, cells=4, beside=2)", {}),
+    "llama gralora two": ("llama", "gralora(rank=4, targets='q') + "
+                                   "gralora(rank=8, cells=4, beside=1, targets='v')", {}),
+    "llama road": ("llama", "road(block=8)", {}),
+    "bert road each": ("bert", "road(block=2, own=2, targets='query,key')", {"head": "auto"}),
+    "llama road entries": ("llama", "road(block=16, own=4, targets='q,down')", {}),
     "llama ia3": ("llama", "ia3", {}),
     "gpt2 ia3 rows": ("gpt2", "ia3", {}),
     "bert ia3": ("bert", "ia3", {"head": "auto"}),
     "llama tokens": ("llama", "trainable_tokens(ids=(46, 57, 11, 3))", {}),
+    "gpt2 tied tokens": ("gpt2", "trainable_tokens(ids=(46, 57, 11, 3))", {}),
+    "t5 tied tokens": ("t5", "trainable_tokens(ids=(46, 57, 11, 3))", {}),
+    "gpt2 lora and tied tokens": ("gpt2", "lora(rank=2, targets='c_attn') + "
+                                          "trainable_tokens(ids=(57, 46, 11))", {}),
     "llama lora and tokens": ("llama", "lora(rank=2, targets='q,v') + "
                                        "trainable_tokens(ids=(57, 46, 11))", {}),
     "llama dora and tokens": ("llama", "dora(rank=2, targets='q') + trainable_tokens(ids=(46,))",
@@ -182,6 +228,22 @@ def test_what_is_written_is_plain(tmp_path):
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
     export_peft(burnish.tune(tiny("llama")[0], "pissa(rank=3, targets='q')"), tmp_path)
     assert {x.rank for x in peft_files.read(tmp_path).loras.values()} == {6}
+
+
+def test_mica_goes_on_as_mica(tmp_path):
+    """On both sides A alone trains, and a folder says so."""
+    tuned = moved(burnish.tune(tiny("llama")[0], "mica(rank=3, targets='q')"))
+    export_peft(tuned, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny("llama")[0], tmp_path, is_trainable=True)
+    assert {n.split(".lora_")[1][0] for n, p in theirs.named_parameters() if p.requires_grad} \
+        == {"A"}
+    back = load_peft(tiny("llama")[0], tmp_path)
+    assert [m.name for m in back.recipe] == ["mica"]
+    assert {n.rpartition(".")[2] for n, _ in back.named_parameters()} == {"A"}
+    export_peft(burnish.tune(tiny("llama")[0], "mica(rank=3, targets='q') + lora(targets='v')"),
+                tmp_path / "both")
+    both = load_peft(tiny("llama")[0], tmp_path / "both")
+    assert {m.name for m in both.recipe} == {"lora"}
 
 
 def test_miss_keeps_its_type(tmp_path):
@@ -227,8 +289,11 @@ def test_what_has_no_factors_is_refused_or_approximated(tmp_path):
 
 
 def test_parts_on_hidden_states_and_stray_biases_are_refused(tmp_path):
-    tuned = burnish.tune(tiny("bert")[0], "lora(rank=2) + bitfit", head=False)
+    tuned = burnish.tune(tiny("bert")[0], "lora(rank=2) + full(targets='query')", head=False)
     with pytest.raises(FormatError, match="trains whole and holds an update too"):
+        export_peft(tuned, tmp_path)
+    tuned = burnish.tune(tiny("bert")[0], "lora(rank=2) + bitfit(targets='query')", head=False)
+    with pytest.raises(FormatError, match=r"or those of .* not bert\..*query\.bias and 1 others"):
         export_peft(tuned, tmp_path)
     tuned = burnish.tune(tiny("bert")[0], "bitfit", head=False)
     with pytest.raises(FormatError, match="adds to no weight"):
@@ -260,6 +325,16 @@ IN = {
     "llama embedding": ("llama", LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2)),
     "llama dora embedding": ("llama", LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2,
                                                  use_dora=True)),
+    "mixtral experts": ("mixtral", LoraConfig(
+        target_modules=["q_proj"], r=2, lora_alpha=6, use_rslora=True,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    "mixtral one of them": ("mixtral", LoraConfig(
+        r=2, target_modules=[], target_parameters=["experts.down_proj", "q_proj.weight"],
+        alpha_pattern={"experts.down_proj": 5, "q_proj.weight": 3})),
+    "llama at right angles": ("llama", LoraConfig(target_modules=["q_proj"], r=4,
+                                                  init_lora_weights="orthogonal")),
+    "llama mica": ("llama", LoraConfig(target_modules=["q_proj", "down_proj"], r=3, lora_alpha=5,
+                                       init_lora_weights="mica")),
     "llama saved": ("llama", LoraConfig(target_modules=["q_proj"], r=2,
                                         modules_to_save=["lm_head", "embed_tokens"])),
     "llama miss": ("llama", MissConfig(r=6, target_modules=["q_proj"])),
@@ -289,6 +364,9 @@ IN = {
     "llama hra at right angles": ("llama", HRAConfig(target_modules=["q_proj"], r=4,
                                                      apply_GS=True)),
     "vit hra": ("vit", HRAConfig(target_modules=["projection"], r=2)),
+    "llama hira": ("llama", HiraConfig(target_modules=["q_proj", "down_proj"], r=3,
+                                       rank_pattern={"down_proj": 2})),
+    "gpt2 hira": ("gpt2", HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True)),
     "llama boft": ("llama", BOFTConfig(target_modules=["q_proj", "down_proj"], boft_block_size=8)),
     "llama boft blocks": ("llama", BOFTConfig(target_modules=["q_proj"], boft_block_size=0,
                                               boft_block_num=4)),
@@ -312,6 +390,19 @@ IN = {
                                              target_r=2, total_step=100, tinit=10, tfinal=20)),
     "gpt2 adalora": ("gpt2", AdaLoraConfig(target_modules=["c_attn"], init_r=4, target_r=2,
                                            lora_alpha=5, total_step=100, fan_in_fan_out=True)),
+    "llama c3a": ("llama", C3AConfig(target_modules=["q_proj", "down_proj"], block_size=16,
+                                     block_size_pattern={"down_proj": 8})),
+    "llama delora": ("llama", DeloraConfig(
+        target_modules=["q_proj", "down_proj"], r=3, delora_lambda=4, module_dropout=0.1,
+        rank_pattern={"down_proj": 2}, lambda_pattern={"q_proj": 6})),
+    "llama gralora": ("llama", GraloraConfig(target_modules=["q_proj", "down_proj"], r=4)),
+    "gpt2 gralora": ("gpt2", GraloraConfig(target_modules=["c_attn"], r=8, gralora_k=4, hybrid_r=3,
+                                           alpha=7, gralora_dropout=0.1, fan_in_fan_out=True)),
+    "llama road": ("llama", RoadConfig(target_modules=["q_proj", "down_proj"], group_size=16)),
+    "vit road each": ("vit", RoadConfig(target_modules=["v_proj", "fc1"], variant="road_2",
+                                        group_size=4, modules_to_save=["classifier"])),
+    "llama road entries": ("llama", RoadConfig(target_modules=["v_proj"], variant="road_4",
+                                               group_size=8)),
     "llama ia3": ("llama", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
                                      feedforward_modules=["down_proj"])),
     "llama ia3 elsewhere": ("llama", IA3Config(target_modules=["q_proj", "down_proj", "o_proj"],
@@ -320,6 +411,13 @@ IN = {
                                    feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
     "llama tokens": ("llama", TrainableTokensConfig(target_modules=["embed_tokens"],
                                                     token_indices=[46, 11, 57])),
+    "gpt2 tied tokens": ("gpt2", TrainableTokensConfig(target_modules=["wte"],
+                                                       token_indices=[46, 11, 57])),
+    "t5 tied tokens": ("t5", TrainableTokensConfig(target_modules=["shared"],
+                                                   token_indices=[46, 11, 57])),
+    "gpt2 lora tied tokens": ("gpt2", LoraConfig(target_modules=["c_attn"], r=2,
+                                                 fan_in_fan_out=True,
+                                                 trainable_token_indices=[46, 11, 57])),
     "llama lora tokens": ("llama", LoraConfig(target_modules=["q_proj"], r=2,
                                               trainable_token_indices=[46, 11, 57])),
     "llama lora named tokens": ("llama", LoraConfig(
@@ -337,6 +435,23 @@ IN = {
     "vit head": ("vit", LoraConfig(target_modules=["q_proj", "v_proj"], r=4,
                                    modules_to_save=["classifier"])),
     "vit convolution": ("vit", LoraConfig(target_modules=["projection"], r=4)),
+    "gpt2 biases": ("gpt2", LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True,
+                                       bias="all")),
+    "gpt2 biases of its own": ("gpt2", LoraConfig(target_modules=["c_fc"], r=4,
+                                                  fan_in_fan_out=True, bias="lora_only")),
+    "bert biases and head": ("bert", LoraConfig(target_modules=["query"], r=4, bias="all",
+                                                task_type="SEQ_CLS")),
+    "bert oft biases": ("bert", OFTConfig(target_modules=["query"], oft_block_size=8, bias="all",
+                                          task_type="SEQ_CLS")),
+    "vit boft its biases": ("vit", BOFTConfig(target_modules=["q_proj"], boft_block_size=8,
+                                              bias="boft_only")),
+    "gpt2 adalora biases": ("gpt2", AdaLoraConfig(
+        target_modules=["c_attn"], init_r=4, target_r=2, total_step=100, fan_in_fan_out=True,
+        bias="all")),
+    "vit fourierft biases": ("vit", FourierFTConfig(target_modules=["q_proj"], n_frequency=50,
+                                                    bias="fourier_only")),
+    "vit miss biases": ("vit", MissConfig(r=6, target_modules=["q_proj"], bias="all",
+                                          modules_to_save=["classifier"])),
     "gpt2": ("gpt2", LoraConfig(target_modules=["c_attn", "c_fc"], r=4, fan_in_fan_out=True)),
     "bert head": ("bert", LoraConfig(target_modules=["query", "value"], r=4,
                                      task_type="SEQ_CLS")),
@@ -396,6 +511,65 @@ def test_we_compute_what_peft_saved_and_give_it_back(case, tmp_path):
     tuned.detach()
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
+
+
+DROPS = {
+    "vera_dropout": VeraConfig(target_modules=["q_proj", "down_proj"], r=8, vera_dropout=0.3),
+    "hira_dropout": HiraConfig(target_modules=["q_proj", "down_proj"], r=3, hira_dropout=0.3),
+    "randlora_dropout": RandLoraConfig(target_modules=["q_proj", "down_proj"], r=5,
+                                       randlora_alpha=50, randlora_dropout=0.3),
+    "lora_dropout": AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=4, target_r=2,
+                                  total_step=100, lora_dropout=0.3),
+    "miss_dropout": MissConfig(r=8, target_modules=["q_proj"], miss_dropout=0.3),
+    "dropout of dora": LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.3,
+                                  use_dora=True),
+    "dropout of lora": LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("case", DROPS)
+def test_in_training_the_same_draws_give_the_same_outputs(case, tmp_path):
+    model, batch = tiny("llama")
+    theirs = get_peft_model(model, DROPS[case])
+    moved(type("T", (), {"parameters": lambda self: [p for p in theirs.parameters()
+                                                     if p.requires_grad]})(), size=0.3)
+    theirs.save_pretrained(tmp_path / "in")
+    tuned = load_peft(tiny("llama")[0], tmp_path / "in")
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    outs = []
+    for net in (theirs, tuned.model):
+        for mode in (False, True):
+            net.train(mode)
+            torch.manual_seed(3)
+            with torch.no_grad():
+                outs.append(net(**given).logits)
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outs[1], outs[3], rtol=1e-5, atol=1e-5)
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+    export_peft(tuned, tmp_path / "out")
+    word = case if "_" in case else "lora_dropout"
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[word] == 0.3
+
+
+@pytest.mark.parametrize("config, said", [
+    (OFTConfig(target_modules=["q_proj"], oft_block_size=8, module_dropout=0.3),
+     {"block_dropout": 0.3}),
+    (BOFTConfig(target_modules=["q_proj"], boft_block_size=8, boft_dropout=0.3),
+     {"block_dropout": 0.3}),
+    (LoHaConfig(target_modules=["q_proj"], r=2, rank_dropout=0.3, module_dropout=0.2),
+     {"rank_dropout": 0.3, "module_dropout": 0.2}),
+    (LoKrConfig(target_modules=["q_proj"], r=2, rank_dropout=0.3, rank_dropout_scale=True,
+                module_dropout=0.2),
+     {"rank_dropout": 0.3, "module_dropout": 0.2, "rank_dropout_scale": True})],
+    ids=["oft", "boft", "loha", "lokr"])
+def test_what_drops_by_blocks_and_rows_is_said_both_ways(config, said, tmp_path):
+    get_peft_model(tiny("llama")[0], config).save_pretrained(tmp_path / "in")
+    tuned = load_peft(tiny("llama")[0], tmp_path / "in")
+    assert {k: tuned.recipe[0].settings()[k] for k in said} == said
+    export_peft(tuned, tmp_path / "out")
+    there = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    for name in ("module_dropout", "boft_dropout", "rank_dropout", "rank_dropout_scale"):
+        assert there.get(name) == getattr(config, name, None)
 
 
 def test_it_goes_on_training(tmp_path):
@@ -486,9 +660,12 @@ def test_they_keep_their_type(recipe, kind, tmp_path):
     ("gpt2", "lokr(rank=2)", "LOKR has no form for a Conv1D; export_peft"),
     ("vit", "oft(block=4, targets='conv')", "another function"),
     ("llama", "oft(block=8, targets='q') + oft(block=4, targets='v')", "one for all modules"),
+    ("timm_qkv", "road(block=8, targets='q')", "all outputs of a linear"),
+    ("gpt2", "road(block=8)", "ROAD has no form for a Conv1D; merge instead"),
     ("llama", "lokr(rank=2, targets='q') + lokr(factor=4, targets='v')", "one for all modules"),
+    ("llama", "hut(rank=2, targets='q') + hut(rank=3, targets='v')", "one for all modules"),
     ("llama", "oft(block=8, targets='q') + lora(rank=2, targets='v')", "no exact LoRA form"),
-    ("llama", "vera(rank=8, targets='q') + vera(rank=8, targets='v')", "one pair of bases")])
+    ("llama", "vera(rank=8, targets='q') + vera(rank=8, targets='v')", "one set of tensors")])
 def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
     tuned = burnish.tune(tiny(model)[0], recipe, head=False)
     with pytest.raises(FormatError, match=words):
@@ -497,7 +674,8 @@ def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
 
 
 @pytest.mark.parametrize("config, change, words", [
-    (LoKrConfig(target_modules=["q_proj"], r=2), {"rank_dropout": 0.1}, "no counterpart"),
+    (LoKrConfig(target_modules=["q_proj"], r=2), {"rank_dropout": 1.5},
+     "rank_dropout is a probability"),
     (LoKrConfig(target_modules=["q_proj"], r=2), {"decompose_factor": "x"}, "decompose_factor"),
     (LoKrConfig(target_modules=["q_proj"], r=2), {"r": 3}, "the model needs"),
     (LoKrConfig(target_modules=["q_proj"], r=2), {"alpha": "x"}, "field 'alpha'"),
@@ -508,7 +686,8 @@ def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
     (RandLoraConfig(target_modules=["q_proj"], r=4, save_projection=False), {},
      "save it with save_projection=True"),
     (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), {"bias": "all"},
-     "biases trained"),
+     "PEFT's IA3 trains none"),
+    (RoadConfig(target_modules=["q_proj"], group_size=8), {"variant": "road_3"}, "expected road_1"),
     (TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 4]),
      {"token_indices": [3]}, "should be 2 whole numbers"),
     (TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 4]),
@@ -519,12 +698,17 @@ def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
      {"trainable_token_indices": "3"}, "should be 2 whole numbers"),
     (LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3, 4]),
      {"trainable_token_indices": None}, "which LlamaForCausalLM does not train"),
+    (LoraConfig(target_modules=["q_proj"], r=2), {"kasa_config": {"beta": 0.1}}, "kasa_config"),
     (LoraConfig(target_modules=["q_proj"], r=2), {"trainable_token_indices": [3]},
      "no tensor has their rows"),
     (HRAConfig(target_modules=["q_proj"], r=3), {}, "an odd number"),
+    (HiraConfig(target_modules=["q_proj"], r=3), {"hira_dropout": "x"}, "field 'hira_dropout'"),
+    (MissConfig(target_modules=["q_proj"], r=8, init_weights="bat"), {"miss_dropout": 0.1},
+     "miss_dropout = 0.1 has no counterpart"),
+    (HiraConfig(target_modules=["q_proj"], r=3), {"r": 4}, "has rank 3, its settings say 4"),
     (ShiraConfig(target_modules=["q_proj"], r=2), {"r": "x"}, "field 'r'"),
-    (BOFTConfig(target_modules=["q_proj"], boft_block_size=8), {"boft_dropout": 0.1},
-     "boft_dropout = 0.1 has no counterpart"),
+    (BOFTConfig(target_modules=["q_proj"], boft_block_size=8), {"boft_dropout": 1.0},
+     "block_dropout is a probability"),
     (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), {"num_virtual_tokens": 5},
      "has 4 rows, its settings say 5"),
     (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
@@ -590,6 +774,110 @@ def test_adalora_whose_ranks_have_fallen(tmp_path):
         back = load_peft(tiny("llama")[0], tmp_path / folder)
         assert sorted(t.rank for _, t in back.terms(Triplets)) == [0, 1, 2, 3]
         torch.testing.assert_close(outputs(back.model, batch), ours, rtol=1e-5, atol=2e-6)
+
+
+def test_rows_of_a_tied_table_stand_in_a_folder_once_for_each_end(tmp_path):
+    """What PEFT would compute otherwise at one of them is refused, both ways."""
+    from safetensors.torch import load_file, save_file
+
+    from_peft("gpt2 tied tokens", tmp_path / "in")
+    file = tmp_path / "in" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head, = [n for n in tensors if "lm_head" in n]
+    save_file(tensors | {head: tensors[head] + 1}, file)
+    with pytest.raises(FormatError, match="other rows for lm_head than for transformer.wte, which"):
+        load_peft(tiny("gpt2")[0], tmp_path / "in")
+    save_file({n: t for n, t in tensors.items() if n != head}, file)
+    load_peft(tiny("gpt2")[0], tmp_path / "in")
+    model = tiny("gpt2")[0]
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
+    with pytest.raises(FormatError, match="lm_head is tied to transformer.wte and has a bias"):
+        load_peft(model, tmp_path / "in")
+    with pytest.raises(FormatError, match="to export: lm_head is tied to transformer.wte and has"):
+        export_peft(burnish.tune(model, "trainable_tokens(ids=(3,))"), tmp_path / "no")
+    model = tiny("gpt2")[0]
+    model.config.tie_word_embeddings = False
+    with pytest.raises(FormatError, match="this model's does not say so"):
+        load_peft(model, tmp_path / "in")
+
+
+def test_stacks_of_experts_that_peft_has_no_form_for(tmp_path):
+    for recipe, words in (
+            ("lora(rank=2, targets='experts') + lora(rank=2, targets='down')", "several updates"),
+            ("lora(rank=2, targets='experts') + lora(rank=2, dropout=0.1, targets='q')",
+             "neither dropout nor DoRA"),
+            ("lora(rank=2, targets='experts') + dora(rank=2, targets='q')",
+             "neither dropout nor DoRA"),
+            ("snella(rank=4, targets='experts')", "no exact LoRA form on experts")):
+        try:
+            tuned = burnish.tune(tiny("mixtral")[0], recipe)
+        except burnish.BurnishError:
+            assert recipe.startswith("snella")
+            continue
+        with pytest.raises(FormatError, match=words):
+            export_peft(tuned, tmp_path / "no")
+    get_peft_model(tiny("mixtral")[0], IN["mixtral one of them"][1]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    for change, words in (
+            ({"lora_dropout": 0.1}, "neither dropout nor DoRA"), ({"r": 3}, "its settings say 3"),
+            ({"rank_pattern": {"experts.down_proj": 3}}, "experts.down_proj has rank 2, its sett"),
+            ({"target_parameters": "x"}, "field 'target_parameters'")):
+        file.write_text(json.dumps(said | change))
+        with pytest.raises(FormatError, match=words):
+            load_peft(tiny("mixtral")[0], tmp_path)
+    file.write_text(json.dumps(said))
+    with pytest.raises(FormatError, match="which LlamaForCausalLM does not have"):
+        load_peft(tiny("llama")[0], tmp_path)
+    other = tiny("mixtral", num_local_experts=3)[0]
+    with pytest.raises(FormatError, match="has 3 experts, and factors"):
+        load_peft(other, tmp_path)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_experts_that_are_stored_turned_over(said, tmp_path):
+    """PEFT looks at `is_transposed` alone; where it says nothing, the pair is that of the
+    transpose."""
+    from torch import nn
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(3, 8, 20))       # (experts, in, out)
+            if said:
+                self.is_transposed = True
+
+        def forward(self, x):
+            return torch.einsum("bi,eio->bo", x, self.up_proj)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.experts = nn.LayerNorm(8), Experts()
+
+        def forward(self, x):
+            return self.experts(self.norm(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([Layer()])
+
+        def forward(self, x):
+            return self.layers[0](x)
+
+    x = torch.randn(5, 8)
+    tuned = moved(burnish.tune(Net(), "lora(rank=2, targets='experts')", head=False))
+    place, = [p for p in tuned.anatomy.places if p.kind == "experts"]
+    want = tuned.model(x).detach()
+    export_peft(tuned, tmp_path)
+    theirs = PeftModel.from_pretrained(Net(), tmp_path)
+    assert torch.allclose(theirs(x), want, rtol=1e-4, atol=1e-5)
+    back = load_peft(Net(), tmp_path)
+    assert torch.allclose(back.model(x), want, rtol=1e-4, atol=1e-5)
+    assert (Net()(x) - want).abs().max() > 1e-3
+    assert place.transposed is True or not said
 
 
 OWN = sorted(c for c in IN if IN[c][1].peft_type not in ("LORA",) and c.startswith("llama"))

@@ -132,7 +132,7 @@ DAMAGE = {
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678"),
                   "truncated"),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "base PEFT had changed"),
-    "biases": (lambda f: edit(f, bias="all"), "biases trained by PEFT"),
+    "biases": (lambda f: edit(f, bias="some"), "expected 'none', 'all' or"),
     "alora": (lambda f: edit(f, alora_invocation_tokens=[3]), "no counterpart in burnish"),
     "dora without": (lambda f: edit(f, use_dora=True), "use_dora is True but .* has no magnitude"),
 }

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.term import Term
 from burnish.core.anatomy import Anatomy
 from burnish.core.recipe import parse
 from burnish.core.site import Place
@@ -248,7 +249,7 @@ def test_the_equation_written_out():                                       # fin
 def test_defaults_are_the_published_ones():
     assert burnish.parse("adalora")[0].settings() == {
         "targets": None, "rank": 8, "init_rank": 12, "alpha": 16.0, "ortho": 0.1, "warmup": 0.1,
-        "cooldown": 0.3, "every": 10}
+        "cooldown": 0.3, "dropout": 0.0, "every": 10}
 
 
 def test_decay_leaves_it_alone():
@@ -308,3 +309,15 @@ def test_scores_are_given_back_once_the_pattern_is_fixed():
     pruner(again).load_state_dict(state)
     gc.collect()
     assert not any(r() for r in made)
+
+
+@pytest.mark.parametrize("word", ["dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), targets="0", head=False, recipe=(
+        f"adalora(rank=2, init_rank=3, {word}=0.25)"))
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^adalora: {word} is a probability"):
+            burnish.parse(f"adalora({word}={p})")

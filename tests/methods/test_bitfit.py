@@ -30,6 +30,8 @@ def test_count_on_bert_base():
     model, _ = tiny("bert", meta=True, **BERT_BASE)
     names = chosen(model)
     assert sum(model.get_parameter(n).numel() for n in names) == 102_912
+    body = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("classifier"))
+    assert round(100 * 102_912 / body, 2) == 0.09
     assert not any(n.startswith("classifier") for n in names), "the head trains by itself"
 
 

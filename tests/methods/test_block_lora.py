@@ -65,6 +65,8 @@ def test_start_counts_and_cost():
     assert torch.equal(net(**batch).logits, want)
     (method,) = burnish.parse("block_lora(rank=8, blocks=8)")
     assert method.count(Place("a", "weight", "linear", 768, 768)) == 6_912
+    (lora,) = burnish.parse("lora(rank=8)")
+    assert lora.count(Place("a", "weight", "linear", 768, 768)) == 12_288
     assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 0
     assert keeps_what_it_says("block_lora", "vit") is None
     _, tuned, term = made(inp=400)

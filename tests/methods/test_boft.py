@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.butterfly import Butterfly, Gained
+from burnish.blocks.weight.term import Term
 from burnish.core.site import Place
 from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
@@ -57,6 +58,9 @@ def test_outputs_and_gradients_are_those_of_the_matrices(block, factors):
             [term.upper], (5, 3, 16))
     R = rotation(term, 16, term.upper)
     torch.testing.assert_close(R @ R.t(), torch.eye(16, dtype=torch.float64), atol=1e-10, rtol=0)
+    turned = tuned.merge()[0].weight.detach()
+    torch.testing.assert_close(turned @ turned.t(), W @ W.t(), atol=1e-9, rtol=0)
+    assert float((turned - W).abs().max()) > 0.1
     assert tuned.recipe[0].count(Place("0", "weight", "linear", 9, 16)) == term.upper.numel()
 
 
@@ -179,7 +183,8 @@ def test_settings_at_their_bounds_are_taken(settings):
 
 def test_defaults_and_no_decay():
     assert burnish.parse("boft")[0].settings() == {"targets": None, "block": 8, "factors": 2,
-                                                   "terms": 0, "gains": False}
+                                                   "terms": 0, "gains": False,
+                                                   "block_dropout": 0.0}
     tuned = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "boft", targets="0", head=False)
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
         == {0.0}
@@ -190,3 +195,49 @@ def test_bounds_and_cost():
     assert burnish.parse("boft")[0].per_token(Place("a", "weight", "linear", 9, 7)) == 0
     assert burnish.parse("boft(targets='q')")[0].claims() == ("the function of W on q",)
     assert burnish.parse("boft")[0].claims() == ("the function of W on the default targets",)
+
+
+@pytest.mark.parametrize("word", ["block_dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"boft(block=4, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^boft: {word} is a probability"):
+            burnish.parse(f"boft({word}={p})")
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_blocks_of_one_factor_stay_where_they_are(gains):
+    model = nn.Sequential(nn.Linear(16, 12)).double()
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach()
+    tuned = burnish.tune(model, f"boft(block=4, factors=2, gains={gains}, block_dropout=0.5)",
+                         targets="0", head=False)
+    (_, term), = tuned.terms(Gained if gains else Butterfly)
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_(std=0.3)
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        turns = term.draw()
+        assert turns.shape == (8, 1) and turns.sum() == 6
+        seen.add(int((turns[:4] == 0).sum()))
+        x = torch.randn(5, 16, dtype=torch.float64)
+        torch.manual_seed(seed)
+        got = model(x)
+        g = torch.randn_like(got)
+        grads = torch.autograd.grad(got, list(tuned.parameters()), g)
+        still = copy.deepcopy(term).eval()
+        with torch.no_grad():
+            still.upper.mul_(turns)
+        want = F.linear(x, still.of(W), bias)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        back = torch.autograd.grad(want, list(still.parameters()), g)
+        torch.testing.assert_close(grads[0], back[0] * turns, rtol=1e-10, atol=1e-12)
+        for a, b in zip(grads[1:], back[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert seen == {0, 2}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.spectrum import leading
 from burnish.core.errors import CheckError, RankError
 from burnish.core.site import Place
 from burnish.methods.delta.lowrank.comp_lora import Aside
@@ -48,6 +49,10 @@ def test_principal_triplets_are_those_of_the_tuned_weight_too():
     assert float((U[:, :4].t() @ change).abs().max()) < 1e-5
     assert float((change @ Vt[:4].t()).abs().max()) < 1e-5
     torch.testing.assert_close((W + change) @ Vt[:4].t(), U[:, :4] * S[:4], rtol=0, atol=1e-5)
+    assert float(change.norm()) > 0.5 * float(W.norm())
+    found = leading(W, W + change, 9)                # none of the four is new, whatever else is
+    kept = (found.s[:, None] - S[:4]).abs().min(1).values < 1e-5
+    assert int(kept.sum()) == 4 and not found.intruders(0.5)[kept].any()
 
 
 def test_start_counts_and_cost():

@@ -85,9 +85,13 @@ def t5_base():
                 num_decoder_layers=12, vocab_size=32128)[0]
 
 
-@pytest.mark.parametrize("settings, total", [("", 161_728), ("placement='mlp'", 104_704)])
-def test_counts_on_t5_base(settings, total):
+@pytest.mark.parametrize("settings, total, share", [("", 161_728, 0.073),
+                                                    ("placement='mlp'", 104_704, 0.047)])
+def test_counts_on_t5_base(settings, total, share):
+    """The shares of 222.9M parameters are those that the paper prints."""
     anatomy = Anatomy.of(t5_base())
+    whole = sum(p.numel() for p in anatomy.model.parameters())
+    assert round(whole / 1e6, 1) == 222.9 and round(100 * total / whole, 3) == share
     (method,) = burnish.parse(f"compacter({settings})")
     assert method.count(768) == 2_376
     adapters = [b.module for b in method.branch(anatomy)]

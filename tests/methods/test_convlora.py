@@ -117,6 +117,16 @@ def test_counts(settings, count):
 
 
 @pytest.mark.parametrize("form", ["conv", "c", "cp"])
+def test_with_lengths_it_starts_at_the_base_to_rounding(form):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 8, 3)).double()
+    x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    want = model(x)
+    burnish.tune(model, f"convlora(rank=2, form={form!r}, dora=True)", targets="0", head=False)
+    torch.testing.assert_close(model(x), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["conv", "c", "cp"])
 def test_the_start(form):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(200, 16, 3))

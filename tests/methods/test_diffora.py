@@ -144,11 +144,28 @@ def test_gates_and_factors_take_turns_and_then_it_is_decided():
     for k in range(10, STEPS):
         step(tuned, k)
     assert all(t.B.any() for n, t in mine.items() if n in stay)
+    (method,) = parse(SMALL)
+    final = sum(method.count(Place(n, "weight", "linear", t.out, t.inp), rank=t.rank, gates=0)
+                for n, t in mine.items())
+    assert final == sum(2 * (t.out + t.inp) for n, t in mine.items() if n in stay) \
+        == sum(p.numel() for p in tuned.parameters())
     assert {n for n, _ in tuned.named_parameters()} == {
         n for n, p in tuned.model.named_parameters() if p.numel() and ".burnish." in n}
     x = torch.randn(3, 12)
     want = tuned.model(x).detach()
     torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_projection_of_factors_that_rest_is_made_anew():
+    tuned = start()
+    for k in range(2):
+        step(tuned, k)
+    state = tuned.current_optimizer.state
+    for t in terms(tuned).values():
+        state[t.B]["folded"] = torch.ones(())
+    next(h for n, h in tuned.timeline.handlers if n == "diffora").step_begin(2)
+    assert all("folded" not in state[t.B] and "exp_avg" in state[t.B]
+               for t in terms(tuned).values())
 
 
 def test_without_a_known_length_it_is_lora():
@@ -295,6 +312,9 @@ def test_turns():
     assert [k for k in range(40) if h.live(k) == {GATES}] == list(range(4, 20, 2))
     h.start(3)
     assert h.turns() == range(1, 2)
+    close = handler([0.0] * 3, warmup=0.38, search=0.4)    # both are four of ten: one at least
+    close.start(10)
+    assert close.turns() == range(4, 5)
     h.start(2)                                             # no update would be left
     assert not h.turns() and h.live(1) == {"0", "1", "2"}
     h.after_update(1)

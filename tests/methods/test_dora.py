@@ -27,6 +27,8 @@ def test_count_on_llama_7b():
     places = match(anatomy, "q,k,v,up,down")
     assert sum(method.count(p) for p in places) == 56_975_360
     assert sum(p.out for p in places) == 876_544
+    whole = sum(p.numel() for p in anatomy.model.parameters())
+    assert 100 * 56_975_360 / (whole + 56_975_360) == pytest.approx(0.84, abs=5e-3)
 
 
 def stirred(recipe="dora(rank=4)"):
@@ -112,7 +114,7 @@ def test_decay_leaves_lengths_alone():
 def test_defaults_are_the_published_ones():
     assert parse("dora")[0].settings() == {"targets": None, "rank": 8, "alpha": 16.0,
                                            "scaling": "lora", "dropout": 0.0,
-                                           "train_a": True, "b_rate": 1.0}
+                                           "drop_base": False, "train_a": True, "b_rate": 1.0}
 
 
 def test_the_equation_written_out():                                       # findings 6
@@ -162,6 +164,40 @@ def test_targets_name_the_resource():
     with pytest.raises(RecipeError, match="the function of W on q,v"):
         parse("dora(targets='q,v') + dora(rank=4, targets='q,v')")
     assert len(parse("dora(targets='q') + dora(rank=4, targets='v')")) == 2
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_all_that_differs_from_the_base_sees_the_dropped_input(trained):
+    """``y = W x + (W' - W) drop(x) + b``, the lengths of W + s B A held constant."""
+    tuned, chain, magnitude = stirred("dora(rank=4, alpha=12, dropout=0.4, drop_base=True)")
+    assert chain.dropout == 0 and magnitude.dropout == 0.4
+    for t in (chain, magnitude, tuned.model):
+        t.double()
+    linear = tuned.model[0]
+    linear.weight.requires_grad_(trained)
+    tuned.model.train()
+    x = torch.randn(5, 3, 16, dtype=torch.float64, requires_grad=True)
+    mine = [chain.A, chain.B, magnitude.m, *([linear.weight] if trained else [])]
+    A, B, m, *W = (t.detach().clone().requires_grad_() for t in mine)
+    W = W[0] if trained else linear.weight.detach()
+    V = W + 3.0 * B @ A
+    torch.manual_seed(2)
+    xd = F.dropout(x, 0.4)
+    c = torch.linalg.vector_norm(V, dim=1).detach()
+    want = F.linear(x - xd, W, linear.bias) + F.linear(xd, (m / c)[:, None] * V)
+    torch.manual_seed(2)
+    got = tuned.model(x)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    g = torch.randn_like(want)
+    theirs = [x, A, B, m, *([W] if trained else [])]
+    for a, b in zip(torch.autograd.grad(got, [x, *mine], g), torch.autograd.grad(want, theirs, g),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    tuned.model.eval()
+    torch.testing.assert_close(tuned.model(x), F.linear(x, (m / c)[:, None] * V, linear.bias))
+    (_, inner), = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "dora(rank=2, dropout=0.4)",
+                               targets="0", head=False).terms(type(chain))
+    assert inner.dropout == 0.4
 
 
 @pytest.mark.parametrize("settings, word", [("rank=17", "rank"), ("dropout=1.0", "dropout"),

@@ -82,6 +82,26 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, how):
     assert torch.equal(net[0].weight, W)
 
 
+def test_what_an_output_loses_never_grows_and_never_changes_its_sign():
+    """|e| from exchange to exchange, row by row, with as many entries as before."""
+    mean = torch.cat([x.reshape(-1, 12) for x in batches()]).mean(0)
+    before, moves = None, 0
+    for settings in (", tolerance=1e9", *(f", tolerance=0.0, cycles={k}" for k in range(1, 6))):
+        net, _, W = made(settings)
+        kept = net[0].weight != 0
+        e = (W * ~kept) @ mean
+        assert (kept.sum(1) == 6).all()
+        if before is not None:
+            was, e_was = before
+            moved = (was != kept).any(1)
+            assert (e[moved].abs() < e_was[moved].abs()).all() and torch.equal(e[~moved],
+                                                                               e_was[~moved])
+            assert (e * e_was >= 0).all()
+            moves += int(moved.sum())
+        before = kept, e
+    assert moves > 10
+
+
 def test_where_little_is_lost_it_is_wanda():
     kept = []
     for part in ("dsnot(refine='all', tolerance=1e9)", "wanda"):

@@ -56,7 +56,8 @@ def test_a_is_the_principal_directions_and_ranks_go_where_the_variance_is():
         assert term.A.shape[0] == rank and term.scale == 2.0 and not term.B.any()
         torch.testing.assert_close(term.A @ term.A.t(), torch.eye(rank), rtol=0, atol=1e-5)
         V = pca(inputs[n])[1][:rank].float()
-        assert torch.linalg.svdvals(V @ term.A.detach().t()).min() > 1 - 1e-4, "another space"
+        least = torch.linalg.svdvals(V.double() @ term.A.detach().double().t()).min()
+        assert float(least) > 1 - 5e-5, "the largest principal angle is below a hundredth"
 
 
 def test_whitening_divides_by_the_root_of_s():

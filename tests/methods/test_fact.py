@@ -9,6 +9,7 @@ from torch import nn
 import burnish
 from burnish.core.errors import TargetError
 from burnish.core.site import Place
+from burnish.methods.delta.shared.fact import Tiles
 from burnish.testing.models import tiny
 
 
@@ -80,6 +81,23 @@ def test_outputs_and_gradients_are_the_equations(form):
     for n in own:
         for k, p in getattr(net, n).burnish.default["fact"].named_parameters():
             torch.testing.assert_close(p.grad, own[n][k].grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["tt", "tk"])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (4, 1), (1, 4), (3, 2), (2, 3)])
+def test_as_two_factors_it_has_the_rank_of_its_shorter_side(form, rows, columns):
+    """(A, B) with B A = Delta, of rank 3 for each tile along the side that has fewer."""
+    net, _ = tuned_block(form)
+    shared = net.burnish.default["fact_shared"]
+    place = Place("l", "weight", "linear", 6 * rows, 6 * columns)
+    term = Tiles(place, 6, 3, 0.7, 0.0, form == "tk", shared).double()
+    own = {k: p.detach() for k, p in term.named_parameters()}
+    want = dense(own | {"rows": rows, "columns": columns}, shared.U, shared.V,
+                 shared.C if form == "tk" else None)
+    A, B = term.low_rank()
+    fewer = 3 * min(rows, columns)
+    assert A.shape == (fewer, 6 * columns) and B.shape == (6 * rows, fewer)
+    torch.testing.assert_close(B @ A, want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("form, want", [("tt", 61_440), ("tk", 86_528)])

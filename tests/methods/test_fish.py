@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_the_largest_of_the_dense_per_sample_reference_train():
     assert top(mean, 24) != want, "the square of a mean is another score"
 
 
-@pytest.mark.parametrize("density", [0.004, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.001, 0.004, 0.02, 0.5, 1.0])
 def test_the_budget_is_met_to_the_entry_and_a_matrix_may_have_none(density):
     tuned, terms, base = made(f"density={density}")
     k = max(1, round(density * 240))
@@ -160,6 +161,9 @@ def test_labels_are_drawn_for_every_token_and_only_from_logits():
     even = torch.zeros(1, 4, 3, requires_grad=True)          # log p of all tokens: their sum
     lost = method.read_loss(nn.Identity(), None, lambda b: even)
     assert float(lost.detach()) == pytest.approx(4 * float(torch.tensor(3.0).log()), rel=1e-6)
+    out = SimpleNamespace(logits=logits.bfloat16())
+    half = method.read_loss(nn.Identity(), None, lambda b: out)
+    assert half.dtype == torch.float32 and float(half) > 0
     for out in ({"loss": torch.ones(())}, torch.ones(3), None):
         with pytest.raises(RecipeError, match="draws labels from logits"):
             method.read_loss(nn.Identity(), None, lambda b, out=out: out)

@@ -11,8 +11,10 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.cosines import Cosines
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RankError
 from burnish.core.site import Place
+from burnish.core.targets import match
 from burnish.testing import follows
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
@@ -94,13 +96,19 @@ def test_the_start():
         == {0.0}
 
 
-def test_counts_and_files(tmp_path):
+def test_the_count_on_roberta_base():
+    (method,) = burnish.parse("fourierft")
+    net = tiny("roberta", meta=True, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+               num_attention_heads=12)[0]
+    assert sum(method.count(p) for p in match(Anatomy.of(net), "q,v")) == 24_000
+
+
+@pytest.mark.parametrize("positions", ["portable", "torch"])
+def test_a_file_of_coefficients_alone_finds_its_positions(positions, tmp_path):
     from safetensors.torch import load_file
 
-    (method,) = burnish.parse("fourierft")
-    assert 24 * method.count(Place("a", "weight", "linear", 768, 768)) == 24_000   # RoBERTa q, v
     net, batch = tiny("llama")
-    tuned = burnish.tune(net, "fourierft(n=20)")
+    tuned = burnish.tune(net, f"fourierft(n=20, positions={positions!r})")
     tuned.step(batch)
     tuned.save(tmp_path / "a")
     file = load_file(tmp_path / "a" / "adapter_model.safetensors")

@@ -71,6 +71,23 @@ def test_each_row_has_its_k_largest_gradients_of_the_mean_loss(k):
     assert chosen(term) == top_of_rows(g, k) and term.values.numel() == 16 * k
 
 
+def test_each_filter_of_a_convolution_has_its_k():
+    """Of all its channels and places of the kernel together."""
+    net, batch = tiny("cnn", dtype=torch.float64)
+    base = copy.deepcopy(net.eval())
+    tuned = burnish.tune(net, "gps(entries=3, targets='conv')", head=False, calibration=[batch])
+    found = dict(tuned.terms(SparseDelta))
+    assert found
+    names = list(found)
+    grads = torch.autograd.grad(base(**batch).loss, [base.get_parameter(n) for n in names])
+    for n, g in zip(names, grads, strict=True):
+        g, mine = g.flatten(1), chosen(found[n], g[0].numel())
+        assert base.get_parameter(n).dim() == 4 and len(mine) == 3 * len(g)
+        alive = {i for i, row in enumerate(g) if row.any()}     # a filter that ReLU holds at zero
+        assert len(alive) > 4
+        assert {e for e in mine if e[0] in alive} == {e for e in top_of_rows(g, 3) if e[0] in alive}
+
+
 def test_only_so_many_samples_are_read():
     _, term, base = made("entries=2, samples=3")
     first = {k: v[:3] for k, v in batches()[0].items()}

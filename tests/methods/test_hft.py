@@ -110,6 +110,18 @@ def test_moments_are_half_of_full_fine_tunings():
     assert share == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("recipe, each", [("full", 16), ("hft(ends=False)", 9)])
+def test_bytes_of_a_number_on_blocks_of_llama_2_7b(recipe, each):
+    """bf16 with fp32 copies and moments: 16 a number; of half of them 2 + 14 / 2."""
+    model, _ = tiny("llama", meta=True, dtype=torch.bfloat16, **LLAMA_7B | {
+        "num_hidden_layers": 2, "vocab_size": 64})
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    peak = burnish.simulate(model, f"{recipe} + master_weights", {"input_ids": ids, "labels": ids},
+                            head=False).peak_bytes
+    numbers = sum(p.numel() for p in model.model.layers.parameters())
+    assert peak / numbers == pytest.approx(each, rel=0.01)
+
+
 def test_targets_narrow_it_and_a_model_without_blocks_is_refused():
     model, _ = tiny("llama")
     whole, some = drawn(model), drawn(model, "targets='mlp'")

@@ -149,6 +149,32 @@ def test_a_run_too_short_to_grow_is_refused_before_its_first_update():
     assert all(torch.equal(before[n], p) for n, p in tuned.named_parameters())
 
 
+def test_rounds_and_the_count_on_a_base_size_encoder():
+    """72 matrices from rank 1 to 8 on average, 18 a time: 28 growths, the last as large."""
+    from types import SimpleNamespace
+
+    (method,) = burnish.parse("increlora")
+    terms = {str(i): Growing(Place(str(i), "weight", "linear", 24, 24), 1, 0, 16.0, False)
+             for i in range(72)}
+
+    def resize(term, keep=None, fresh=None):
+        if fresh:                                          # at the end those that wait would go
+            term.E = nn.Parameter(torch.cat([term.E.detach(), fresh["E"]]))
+
+    made = SimpleNamespace(terms=lambda kind: terms.items(), resize=resize)
+    handler, rounds = method.controller(made), 0
+    while handler.left > 0:
+        for name, smoothed in handler.scores.items():
+            smoothed.update(torch.tensor([float(int(name) * 7 % 72 + rounds % 5)]))
+        handler.rise(rounds)
+        rounds += 1
+    assert rounds == -(-(576 - 72) // 18) == 28
+    assert sum(t.E.numel() for t in terms.values()) == 576
+    shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    places = [Place("a", "weight", "linear", o, i) for o, i in shapes]
+    assert 12 * sum(method.count(p, rank=8, waiting=0) for p in places) == 1_327_104 + 576
+
+
 def test_the_count_with_what_waits():
     method = burnish.parse("increlora(rank=8)")[0]
     p = Place("x", "weight", "linear", 768, 3072)

@@ -142,6 +142,50 @@ def test_ranks_of_spectra():
     torch.testing.assert_close(spectrum.pair_values(A, B), spectrum.values(B @ A)[:3])
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_ranks_are_the_same_at_any_size(size):
+    s = torch.tensor([4.0, 2.0, 1.0]) * size
+    assert spectrum.stable_rank(s) == pytest.approx(21 / 16)
+    assert spectrum.effective_rank(s) == pytest.approx(
+        7 / (4 ** (4 / 7) * 2 ** (2 / 7)))
+    assert [spectrum.energy_rank(s, share) for share in (0.76, 0.77, 0.95, 0.96)] == [1, 2, 2, 3]
+    assert spectrum.energy_rank(s[1:2]) == 1 and spectrum.energy_rank(s[:0]) == 0
+
+
+def test_a_share_that_is_exactly_held_is_held_whatever_its_rounding():
+    assert 0.1 * 3 > 0.3                                     # of ten equal values three
+    assert spectrum.energy_rank(torch.ones(10), 0.1 * 3) == 3
+    assert spectrum.energy_rank(torch.ones(10), 0.3) == 3
+
+
+def test_what_ties_is_within_32_roundings_of_the_largest():
+    eps = torch.finfo(torch.float64).eps
+    for gap, spaces in ((32, [0, 0]), (32.5, [0, 1])):
+        W = torch.diag(torch.tensor([1.0, 1 - gap * eps], dtype=torch.float64))
+        assert spectrum.BaseSpaces.of(W).space.tolist() == spaces
+        assert spectrum.BaseSpaces.of(W * 64).space.tolist() == spaces
+
+
+def test_no_cosine_is_above_one():
+    off = spectrum.BaseSpaces(torch.full((1, 1), 1 + 1e-6), torch.zeros(1, dtype=torch.int64))
+    assert off.cosines(torch.ones(1, 1)).tolist() == [1.0]
+
+
+def test_spaces_at_hand_are_not_made_again():
+    W0 = weight(20, 30)
+    W1 = W0 + weight(20, 30, 4)
+    again = spectrum.leading(None, W1, 4, spaces=spectrum.BaseSpaces.of(W0))
+    assert torch.equal(again.cosines, spectrum.leading(W0, W1, 4).cosines)
+
+
+def test_the_curve_counts_what_is_below_each_threshold():
+    found = [torch.tensor([0.05, 0.3], dtype=torch.float64),
+             torch.tensor([0.3, 0.95], dtype=torch.float64)]
+    assert spectrum.curve(found, 10) == [
+        (i / 10, 1 if i <= 3 else 3) for i in range(1, 10)]
+    assert {n for _, n in spectrum.curve([])} == {0}
+
+
 def test_settings():
     assert burnish.parse("intruders")[0].settings() == {
         "targets": None, "leading": 10, "likeness": 0.5, "keep": 0.75}

@@ -222,6 +222,10 @@ def test_a_quarter_trains_and_half_is_held_down():
     assert len(turns(tuned).sets(0)) == 2, "there are no more"
     tuned, _ = start("layers=3, suppressed=1")
     assert (turns(tuned).count, turns(tuned).held) == (3, 1)
+    tuned, batch = start(layers=32)                          # as many as LLaMA-7B has
+    tuned.step(batch)
+    assert (turns(tuned).count, turns(tuned).held, len(turns(tuned).schedule.live)) == (8, 16, 8)
+    assert {len(s) for s in turns(tuned).sets(0)} == {16} and len(turns(tuned).sets(0)) == 3
 
 
 def test_scores_change_every_so_often_and_once_an_update():

@@ -13,8 +13,10 @@ from torch import nn
 import burnish
 from burnish.blocks.weight import panels
 from burnish.blocks.weight.located import Located, _back
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RankError, RecipeError
 from burnish.core.site import Place
+from burnish.core.targets import match
 from burnish.testing import follows, stir
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
@@ -122,11 +124,18 @@ def test_neighbours_are_made_only_where_places_move(monkeypatch):
     assert len(made_of) == 2
 
 
-def test_entries_that_meet_add_up():
+def test_entries_that_meet_add_up_and_are_counted():
     tuned, term = made(6, 5, "n=3, alpha=1.0")
+    assert term.met == 0
     with torch.no_grad():
         term.at.copy_(torch.tensor([[1.0, 1.4, 2.0], [2.0, 1.6, 2.0]]))
     torch.testing.assert_close(term.dense(), update(1.0, 5, 6, term.a, term.at.detach().round()))
+    assert term.met == 1
+    with torch.no_grad():
+        term.at.copy_(torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 4.0]]))
+    assert term.met == 0
+    term = Located(9, 3, torch.tensor([3 * 3 + 0, 0 * 3 + 1, 3]), 1.0)     # (3, 0), (0, 1), (1, 0)
+    assert term.met == 0
 
 
 def test_places_stay_in_the_matrix():
@@ -224,7 +233,10 @@ def test_counts():
     (method,) = burnish.parse("loca")
     place = Place("a", "weight", "linear", 768, 768)
     coefficients = method.count(place) // 3              # and two numbers of the place of each
-    assert 24 * coefficients == 24_000 and method.count(place) == 3_000   # RoBERTa-base, q and v
+    net = tiny("roberta", meta=True, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+               num_attention_heads=12)[0]
+    places = match(Anatomy.of(net), "q,v")
+    assert sum(map(method.count, places)) == 3 * 24_000 and len(places) * coefficients == 24_000
     tuned, term = made(12, 10)
     assert sum(p.numel() for p in tuned.parameters()) == 27 and term.a.numel() == 9
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.hadamard import Hadamard
+from burnish.blocks.weight.term import Term
 from burnish.core.errors import RankError
 from burnish.core.site import Place
 from burnish.testing import follows
@@ -77,7 +78,7 @@ def test_counts():
         131_072
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (5,)])
+@pytest.mark.parametrize("kernel", [(3, 3), (5,), (2,)])
 def test_kernels_by_a_core(kernel):
     """A_i[r, d, k] = sum_q T[r, q, k] V[q, d]."""
     layer = nn.Conv2d(6, 10, kernel) if len(kernel) == 2 else nn.Conv1d(6, 10, kernel[0])
@@ -97,6 +98,20 @@ def test_kernels_by_a_core(kernel):
     place = Place("0", "weight", "conv", 10, 6 * k, kernel=k)
     assert method.count(place) == sum(p.numel() for p in term.parameters()) == \
         2 * 2 * (10 + 2 * k + 6)
+
+
+@pytest.mark.parametrize("layer, tucker", [(lambda: nn.Linear(12, 10), True),
+                                           (lambda: nn.Conv1d(4, 10, 3), False)])
+def test_a_core_is_asked_for_and_has_a_kernel(layer, tucker):
+    model = nn.Sequential(layer()).double()
+    W = model[0].weight.detach().clone()
+    tuned, term = made(model, f"rank=2, alpha=6, tucker={tucker}")
+    term.double()
+    wild(tuned)
+    (B1, A1), (B2, A2) = term.first, term.second             # no third
+    assert A1.shape == A2.shape == (2, 12)
+    want = W + 3 * ((B1 @ A1) * (B2 @ A2)).view_as(W)
+    torch.testing.assert_close(tuned.merge()[0].weight, want, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("tucker", [False, True])
@@ -132,6 +147,11 @@ def test_the_start():
     assert not B2.any()
     for p, std in ((B1, 0.1), (A1, 1.0), (A2, 1.0)):
         assert float(p.detach().std()) == pytest.approx(std, rel=0.1)
+    _, term = made(nn.Sequential(nn.Conv2d(300, 200, 3)), "rank=12, tucker=True")
+    (B1, T1, V1), (B2, T2, V2) = term.first, term.second
+    assert not B2.any()
+    for p, std in ((B1, 0.1), (T1, 0.1), (V1, 1.0), (T2, 0.1), (V2, 1.0)):
+        assert float(p.detach().std()) == pytest.approx(std, rel=0.1)
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups
             if any(p.numel() in (64, 128) for p in g["params"])} == {0.0}
 
@@ -140,7 +160,8 @@ def test_a_rank_of_nothing_is_refused():
     with pytest.raises(burnish.RecipeError, match="^loha: rank=0"):
         burnish.parse("loha(rank=0)")
     assert burnish.parse("loha")[0].settings() == {"targets": None, "rank": 8, "alpha": 8.0,
-                                                   "tucker": False}
+                                                   "tucker": False, "rank_dropout": 0.0,
+                                                   "module_dropout": 0.0}
 
 
 def test_bounds_and_cost():
@@ -151,3 +172,16 @@ def test_bounds_and_cost():
         burnish.tune(nn.Sequential(nn.Linear(9, 5)), "loha(rank=6)", head=False, targets="0")
     place = Place("0", "weight", "conv", 16, 32, kernel=2)
     assert burnish.parse("loha(rank=1, tucker=True)")[0].count(place) == 2 * (16 + 2 + 16)
+
+
+@pytest.mark.parametrize("word", ["rank_dropout", "module_dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"loha(rank=2, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^loha: {word} is a probability"):
+            burnish.parse(f"loha({word}={p})")
+    assert term.rescale

@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.kronecker import Kronecker
+from burnish.blocks.weight.term import Term
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
@@ -124,7 +125,7 @@ def test_prime_sides_are_refused():
 def test_defaults_are_the_published_ones():
     assert burnish.parse("lokr")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 8.0, "factor": -1, "decompose_both": False,
-        "tucker": False}
+        "tucker": False, "rank_dropout": 0.0, "rank_dropout_scale": False, "module_dropout": 0.0}
 
 
 def test_decay_leaves_it_alone():
@@ -283,3 +284,19 @@ def test_a_frozen_update_hands_the_gradient_on(layer):
     g = torch.randn_like(got)
     torch.testing.assert_close(torch.autograd.grad(got, x, g)[0],
                                torch.autograd.grad(want, x, g)[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("word", ["rank_dropout", "module_dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"lokr(rank=2, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^lokr: {word} is a probability"):
+            burnish.parse(f"lokr({word}={p})")
+    for scales in (False, True):
+        tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), targets="0", head=False, recipe=(
+            f"lokr(rank=2, rank_dropout=0.5, rank_dropout_scale={scales})"))
+        assert next(tuned.terms(Term))[1].rescale is scales

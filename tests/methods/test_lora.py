@@ -47,6 +47,13 @@ def test_count_on_roberta_base():
     assert count(anatomy, "lora(rank=8)", "q,v") == 294_912
 
 
+def test_a_ten_thousandth_of_gpt_3():
+    """175B: 96 layers of width 12288; rank 4 on queries and values."""
+    (method,) = parse("lora(rank=4)")
+    of = 2 * 96 * method.count(Place("q", "weight", "linear", 12288, 12288))
+    assert 175e9 / of == pytest.approx(10_000, rel=0.1)
+
+
 def mlp(width=32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
@@ -206,7 +213,7 @@ def test_an_embedding_leaves_its_padding_alone():                         # find
 def test_defaults_are_the_published_ones():
     assert parse("lora")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "scaling": "lora", "dropout": 0.0,
-        "train_a": True, "b_rate": 1.0, "embedding_rate": 1.0}
+        "train_a": True, "init": "uniform", "b_rate": 1.0, "embedding_rate": 1.0}
 
 
 @pytest.mark.parametrize("scaling, s", [("lora", 12.0 / 4), ("rs", 12.0 / 2)])
@@ -233,6 +240,17 @@ def test_the_start_is_uniform_below_one_over_the_root_of_the_inputs():
     term = Chain(Place("l", "weight", "linear", 64, 400), 16, 1.0)
     assert not term.B.any() and float(term.A.abs().max()) <= 0.05
     assert float(term.A.std()) == pytest.approx(0.05 / math.sqrt(3), rel=0.05)
+
+
+def test_a_normal_start_has_deviation_one_over_the_rank_and_leaves_tables_as_they_are():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(300, 64), nn.Linear(64, 64))
+    tuned = burnish.tune(net, "lora(rank=16, init='normal', targets=['0', '1'])", head=False)
+    table, linear = (t for _, t in tuned.terms(Chain))
+    A = linear.A.detach()
+    assert float(A.std()) == pytest.approx(1 / 16, rel=0.05) and float(A.abs().max()) > 2.5 / 16
+    assert not linear.B.any() and not table.A.any()
+    assert float(table.B.detach().std()) == pytest.approx(1, rel=0.1)
 
 
 @pytest.mark.parametrize("train_a, per, passed", [(True, 4, 4 * 56), (False, 4, 4 * 24)])

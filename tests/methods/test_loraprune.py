@@ -14,7 +14,8 @@ from burnish.blocks.state.mask import UnitMask
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import CheckError, ConfigError
 from burnish.core.groups import groups
-from burnish.core.site import Place
+from burnish.core.targets import match
+from burnish.methods.controller import loraprune as module
 from burnish.testing.models import tiny
 
 
@@ -133,7 +134,8 @@ def pruned(model, recipe="loraprune(rank=4, every=1, spare=0)", steps=8):
 @pytest.mark.parametrize("model, recipe", [
     ("llama", "loraprune(rank=4, every=1, spare=0)"),
     ("gpt2", "loraprune(rank=4, every=1, spare=0, units='channels')"),
-    ("vit", "loraprune(rank=4, every=1, spare=0, units='channels')"),
+    ("vit", "loraprune(rank=4, every=1, spare=0)"),
+    ("bert", "loraprune(rank=4, every=1, spare=0, units='channels')"),
     ("t5", "loraprune(rank=4, every=1, spare=0)")])
 def test_the_smaller_model_saves_and_loads_with_transformers(model, recipe, tmp_path):
     net, batch, tuned = pruned(model, recipe)
@@ -209,10 +211,64 @@ def test_a_number_of_heads_that_no_folder_can_say_is_refused():
                                atol=1e-6)
 
 
+def test_a_number_of_heads_that_no_folder_can_say_is_foreseen():
+    """Before anything trains, with the numbers that would do; not where all is well."""
+    def notes(recipe, **kw):
+        tuned = burnish.tune(tiny("llama", num_attention_heads=8, num_key_value_heads=8, **kw)[0],
+                             f"loraprune(rank=4, {recipe})", head=False)
+        return [n for n in tuned.active.notes if "key-value heads" in n]
+
+    (note,) = notes("spare=0, ratio=0.3")
+    assert note.startswith("loraprune(ratio=0.3) leaves 6 of 8 key-value heads, which LlamaConfig: "
+                           "The hidden size (32) is not a multiple of the number of attention "
+                           "heads (6).")
+    assert note.endswith("ragged=True; 1, 2, 4 would do, or units='channels'")
+    for fine in ("spare=0", "spare=0, ratio=0.1", "spare=0, ratio=0.3, units='channels'",
+                 "spare=0.3, ratio=0.3"):
+        try:
+            assert not notes(fine)
+        except burnish.RecipeError as e:             # two blocks, both spared
+            assert "spared" in str(e)
+
+
+def test_where_no_number_of_heads_would_do_none_is_named(monkeypatch):
+    monkeypatch.setattr(module, "not_taken", lambda *_: "Config: no.")
+    tuned = burnish.tune(tiny("llama")[0], "loraprune(rank=4, spare=0)", head=False)
+    (note,) = [n for n in tuned.active.notes if "key-value heads" in n]
+    assert note == ("loraprune(ratio=0.5) leaves 1 of 2 key-value heads, which Config: no. "
+                    "shrink() will want ragged=True; units='channels'")
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3"])
+def test_heads_that_do_not_divide_the_width_are_said_where_a_config_has_their_width(name, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    wide = {"head_dim": 8} if name == "Qwen3" else {}
+    net = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, **wide))
+    ids = torch.randint(3, 64, (2, 8))
+    tuned = burnish.tune(net, "loraprune(rank=4, every=1, spare=0, ratio=0.25, units='heads')")
+    assert not [n for n in tuned.active.notes if "key-value heads" in n]
+    tuned.total_steps = 4
+    for _ in range(4):
+        tuned.step({"input_ids": ids, "labels": ids})
+    net.eval()
+    want = net(input_ids=ids).logits
+    small = tuned.shrink()
+    assert (small.config.num_attention_heads, small.config.head_dim) == (3, 8)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, want, rtol=1e-4, atol=1e-6)
+    tuned.unmerge()
+    assert torch.equal(net(input_ids=ids).logits, want) and net.config.num_attention_heads == 4
+
+
 def test_what_no_config_can_say_is_refused_with_the_way_out():
-    net, batch, tuned = pruned("vit")
+    net, batch, tuned = pruned("bert")
     want = net(**batch).logits
-    with pytest.raises(CheckError, match="ViTConfig has no words.*ragged=True"):
+    with pytest.raises(CheckError, match="BertConfig has no words.*ragged=True"):
         tuned.shrink()
     torch.testing.assert_close(net(**batch).logits, want, rtol=0, atol=0)
     small = tuned.shrink(ragged=True)
@@ -265,17 +321,36 @@ def test_masks_are_in_files_and_in_merged_weights(tmp_path):
     torch.testing.assert_close(tuned.merge()(**batch).logits, want, rtol=1e-5, atol=1e-6)
 
 
-def test_the_count_on_llama():
+def test_the_count_on_llama_7b():
+    """All seven matrices of 32 blocks."""
     method = burnish.parse("loraprune")[0]
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    assert 32 * sum(method.count(Place("x", "weight", "linear", o, i))
-                    for o, i in shapes) == 19_988_480
+    net = tiny("llama", meta=True, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)[0]
+    places = match(Anatomy.of(net), None)
+    assert len(places) == 7 * 32 and sum(map(method.count, places)) == 19_988_480
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "vit"])
+def test_it_keeps_what_lora_keeps_and_one_number_a_masked_channel(model, kept):
+    """The masked input of a matrix is what it keeps instead of its input."""
+    both, channels = [], 0
+    for recipe in ("lora(rank=4)", "loraprune(rank=4, spare=0)"):
+        net, batch = tiny(model, batch=16)
+        tuned = burnish.tune(net, recipe, head=False)
+        both.append(kept(tuned, batch))
+        channels += sum(m.channels().numel() for _, m in tuned.branches(UnitMask))
+    assert channels and both[1] - both[0] == 4 * channels
 
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("loraprune")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "ratio": 0.5, "units": "both", "every": 10,
-        "warmup": 0.1, "cooldown": 0.1, "spare": 0.1, "decay": 0.9}
+        "warmup": 0.1, "cooldown": 0.1, "spare": 0.1, "decay": 0.9, "dropout": 0.0}
+
+
+def test_blocks_are_alike_where_none_is_spared():
+    assert burnish.parse("loraprune")[0].repeats() is None
+    assert burnish.parse("loraprune(spare=0)")[0].repeats() == 1
 
 
 def test_decay_leaves_the_factors_alone():
@@ -291,8 +366,8 @@ def test_settings_at_their_bounds_are_taken(settings):
 
 
 @pytest.mark.parametrize("settings", ["ratio=1.0", "ratio=-0.1", "spare=1.0", "spare=-0.1",
-    "decay=1.0", "decay=-0.1", "every=0", "warmup=-0.1", "cooldown=-0.1",
-    "warmup=0.6, cooldown=0.5"])
+    "decay=1.0", "decay=-0.1", "dropout=1.0", "dropout=-0.1", "every=0", "warmup=-0.1",
+    "cooldown=-0.1", "warmup=0.6, cooldown=0.5"])
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^loraprune"):
         burnish.parse(f"loraprune({settings})")
@@ -410,6 +485,21 @@ def test_a_linear_is_the_equation():
                     strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
     assert all(m.alive.all() for _, m in tuned.branches(UnitMask))
+
+
+def test_dropout_acts_on_what_the_factors_read():
+    torch.manual_seed(0)
+    net, _ = tiny("llama", dtype=torch.float64)
+    burnish.tune(net, "loraprune(rank=4, alpha=6, spare=0, dropout=0.5)", head=False)
+    linear = net.model.layers[0].self_attn.q_proj
+    term = linear.burnish.default["loraprune"].double()
+    nn.init.normal_(term.B)
+    x = torch.randn(5, linear.in_features, dtype=torch.float64)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.5, True)
+    torch.manual_seed(3)
+    torch.testing.assert_close(
+        linear(x), x @ linear.weight.t() + 1.5 * dropped @ term.A.t() @ term.B.t())
 
 
 def test_rows_of_a_fused_weight_that_have_an_update_of_their_own():

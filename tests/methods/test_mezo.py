@@ -144,6 +144,21 @@ def test_z_is_drawn_from_the_stream_asked_for(word, stream):
     torch.testing.assert_close(p.detach(), -z, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+def test_a_steep_probe_is_cut(queries):
+    """Slopes of 50 and -20 under a bound of 30: no step is longer than lr 30 ||z||."""
+    p = nn.Parameter(torch.zeros(40))
+    opt = build(f"mezo(eps=0.5, g_max=30.0, queries={queries})", [("w", p)], lr=1.0)
+    losses = iter([50.0, 0.0, 0.0, 20.0, math.inf, 0.0, 0.0, 90.0])
+    for _ in range(4 // queries):
+        opt.step(lambda: next(losses))
+    assert opt.log.scalars == [g / queries for g in (30.0, -20.0, 0.0, -30.0)]
+    (free,) = parse("mezo(g_max=0.0)")
+    assert free.optimizer().bound == 0
+    with pytest.raises(RecipeError, match="mezo: a bound of |g| is positive, or 0 for none"):
+        parse("mezo(g_max=-1.0)")[0].optimizer()
+
+
 def test_it_keeps_nothing_beside_a_weight():
     assert parse("mezo")[0].state_bytes((6, 9), 4) == 0
 

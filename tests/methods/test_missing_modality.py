@@ -97,6 +97,8 @@ def test_the_start_is_the_function():
 def test_the_count_on_a_published_model(published):
     """ViT-B/16 with the sites of SSF: 205,824 for each of 2^M - 2 combinations."""
     anatomy, _ = published("ViTConfig", "ViTForImageClassification")
+    whole = sum(p.numel() for n, p in anatomy.model.named_parameters() if "classifier" not in n)
+    assert 205_824 < 0.01 * whole, "below a hundredth of the model"
     for modalities, combinations in ((2, 2), (3, 6)):
         (m,) = burnish.parse(f"missing_modality(modalities={modalities})")
         with torch.device("meta"):

@@ -114,7 +114,12 @@ def test_files_hold_coefficients_alone(tmp_path):
 def test_counts_and_cost():
     place = Place("a", "weight", "linear", 1024, 1024)
     assert 48 * burnish.parse("nola(k=1024)")[0].count(place) == 98_304      # GPT-2 medium, q and v
-    assert 224 * burnish.parse("nola(k=512)")[0].count(place) == 229_376     # LLaMA-2 7B
+    # LLaMA-2 7B and 70B, seven matrices a block; a LoRA of rank one has ten times as many
+    assert 224 * burnish.parse("nola(k=512)")[0].count(place) == 229_376
+    assert 560 * burnish.parse("nola(k=512)")[0].count(place) == 573_440
+    (one,) = burnish.parse("lora(rank=1)")
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    assert 32 * sum(one.count(Place("a", "weight", "linear", o, i)) for o, i in shapes) == 2_498_560
     assert burnish.parse("nola")[0].per_token(place) == 8
     assert burnish.parse("nola")[0].per_forward(place) == 8 * 2048
     assert keeps_what_it_says("nola", "vit") is None

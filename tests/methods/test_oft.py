@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.rotation import Rotation
+from burnish.blocks.weight.term import Term
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
@@ -210,7 +211,8 @@ def test_what_cannot_be_is_refused(recipe, words):
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("oft")[0].settings() == {
-        "targets": None, "block": 32, "share": False, "bound": None, "terms": 0}
+        "targets": None, "block": 32, "share": False, "bound": None, "terms": 0,
+        "block_dropout": 0.0}
 
 
 def test_decay_leaves_it_alone():
@@ -279,3 +281,55 @@ def test_targets_name_the_resource():
 
 def test_it_keeps_what_it_says():
     assert keeps_what_it_says("oft", "vit") is None
+
+
+@pytest.mark.parametrize("word", ["block_dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"oft(block=4, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^oft: {word} is a probability"):
+            burnish.parse(f"oft({word}={p})")
+
+
+@pytest.mark.parametrize("p, still", [(0.5, {2}), (0.25, {1}), (0.4, {1, 2}), (0.9, {3, 4})])
+def test_a_share_of_the_blocks_stays_where_it_is(p, still):
+    """The same blocks for all tokens and in backward; how many, is p of them on average."""
+    model = nn.Sequential(nn.Linear(16, 12)).double()
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach()
+    _, term = stirred(model, f"oft(block=4, block_dropout={p})")
+    whole, seen, total = term.move().detach(), set(), 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        turns = term.draw().flatten()
+        torch.manual_seed(seed)
+        x = torch.randn(5, 16, dtype=torch.float64)
+        torch.manual_seed(seed)
+        got = model(x)
+        U = term.upper.detach().clone().requires_grad_()
+        want = F.linear(x, W @ rotation(U * turns[:, None], 4, 16).t(), bias)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        g = torch.randn_like(want)
+        a, = torch.autograd.grad(got, term.upper, g)
+        b, = torch.autograd.grad(want, U, g)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert set(turns.tolist()) <= {0.0, 1.0}
+        seen.add(int(4 - turns.sum()))
+        total += int(4 - turns.sum())
+    assert seen == still and abs(total / 240 - p) < 0.06
+    model.eval()
+    assert term.draw() is None and torch.equal(term.own(), whole)
+
+
+def test_a_block_that_is_shared_always_turns():
+    model = nn.Sequential(nn.Linear(16, 12))
+    _, term = stirred(model, "oft(block=4, share=True, block_dropout=0.5)")
+    assert term.draw() is None
+
+
+def test_block_dropout_has_no_form_on_a_weight():
+    with pytest.raises(RecipeError, match="dropout cannot act on .* acts on the weight"):
+        burnish.tune(tiny("vit")[0], "oft(block=4, block_dropout=0.5, targets='conv')", head=False)

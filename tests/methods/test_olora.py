@@ -69,6 +69,11 @@ def test_columns_that_are_nothing_have_a_basis_too():
     torch.testing.assert_close(B.t() @ B, torch.eye(3), rtol=0, atol=1e-5)
 
 
+def test_fewer_outputs_than_columns_are_refused():
+    with pytest.raises(burnish.RecipeError, match="^olora: rank 8 does not fit 0.weight"):
+        tuned("olora(rank=8)")
+
+
 def test_the_count_on_llama():
     method = burnish.parse("olora(rank=8)")[0]
     assert 32 * 2 * method.count(Place("q", "weight", "linear", 4096, 4096)) == 4_194_304

@@ -69,6 +69,35 @@ def test_a_concept_does_not_change_anothers_inputs():
     assert abs(float((one.dense() * two.dense()).sum())) < 1e-4
 
 
+def test_concepts_that_were_trained_apart_add_up_in_one_model():
+    """W + 0.6 (Delta_1 + Delta_2), used and merged: on the first one's inputs, 0.6 Delta_1."""
+    model = copy.deepcopy(BASE).double()
+    tuned = burnish.tune(model, "orthogonal(rank=3)", head=False, targets="0")
+    tuned.add("two", "orthogonal(rank=3, concept=1)", targets="0", head=False)
+    slot = model[0].burnish
+    one, two = slot.default["orthogonal"].double(), slot.two["orthogonal"].double()
+    with torch.no_grad():
+        one.B.normal_(), two.B.normal_()
+    x = torch.randn(7, 3, dtype=torch.float64) @ one.A.detach()
+    want = F.linear(x, model[0].weight + 0.6 * (one.B @ one.A).detach(), model[0].bias)
+    tuned.use({"default": 0.6, "two": 0.6})
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=0, atol=1e-6)
+
+
+def test_sixteen_concepts_of_rank_20_have_room_in_320_inputs():
+    model = nn.Sequential(nn.Linear(320, 320))
+    tuned = burnish.tune(model, "orthogonal(concept=15)", head=False, targets="0")
+    (_, last), = tuned.terms(Chain)
+    tuned.detach()
+    tuned = burnish.tune(model, "orthogonal(concept=14)", head=False, targets="0")
+    (_, other), = tuned.terms(Chain)
+    assert float((last.A @ other.A.t()).detach().abs().max()) < 1e-6
+    tuned.detach()
+    with pytest.raises(burnish.RecipeError, match="concept 16 .* the last one there is 15"):
+        burnish.tune(model, "orthogonal(concept=16)", head=False, targets="0")
+
+
 def test_start_counts_and_cost():
     net, batch = tiny("vit")
     net.eval()

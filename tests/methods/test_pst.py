@@ -26,9 +26,11 @@ SMALL = "rank=3, score_rank=2"
 
 def test_counts_on_a_base_size_encoder():
     """Rank 8 and 8: 17 (in + out), 26,112 on 768 x 768, 2,820,096 on six matrices of 12 blocks."""
-    places = match(Anatomy.of(tiny("bert", meta=True, **BERT_BASE)[0]), None)
+    net = tiny("bert", meta=True, vocab_size=30522, max_position_embeddings=512, **BERT_BASE)[0]
+    places = match(Anatomy.of(net), None)
     (method,) = parse("pst")
     assert sum(method.count(p) for p in places) == 2_820_096 and len(places) == 72
+    assert round(100 * 2_820_096 / sum(p.numel() for p in net.parameters()), 1) == 2.6
     assert {method.count(p) for p in places if p.out == p.inp} == {26_112}
     assert parse("pst(rank=3, score_rank=5)")[0].count(places[0]) == 9 * 1536
 

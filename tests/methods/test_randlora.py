@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.term import Term
 from burnish.core.errors import RankError
 from burnish.core.site import Place
 from burnish.methods.delta.shared.randlora import Scaled
-from burnish.testing import follows
+from burnish.testing import follows, stir
 from burnish.testing.checks.cost import keeps_what_it_says
 from burnish.testing.models import tiny
 
@@ -73,6 +75,29 @@ def test_the_order_of_peft_pairs_column_c_with_row_c(out, inp):
     follows(tuned, equation, [term.lam, term.gamma], (6, inp), atol=1e-9)
 
 
+def test_the_bases_of_a_folder_stand_in_our_files_too(tmp_path):
+    """Of PEFT's folder they are its own: no seed makes them, so what we save has them."""
+    net, batch = tiny("llama")
+    tuned = stir(burnish.tune(net, "randlora(rank=8, pairing='peft')", seed=3, head=False))
+    assert all(t.counted is None for _, t in tuned.terms(Scaled))
+    burnish.export_peft(tuned, tmp_path / "peft")
+    other, _ = tiny("llama")
+    again = burnish.load_peft(other, tmp_path / "peft")
+    assert again.recipe[0].bases == "stored"
+    assert all(t.counted == {"bases": True} for _, t in again.terms(Scaled))
+    again.save(tmp_path / "a")
+    bases = [k for k in load_file(tmp_path / "a" / "adapter_model.safetensors")
+             if k.rpartition(".")[2] in ("A", "B")]
+    assert len(bases) == 2
+    third, _ = tiny("llama")
+    burnish.load(third, tmp_path / "a")
+    for m in (net, other, third):
+        m.eval()
+    want = net(**batch).logits
+    torch.testing.assert_close(other(**batch).logits, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(third(**batch).logits, other(**batch).logits)
+
+
 def test_stored_bases_come_with_a_file():
     with pytest.raises(burnish.RecipeError, match="has the bases of a saved adapter"):
         burnish.tune(tiny("llama")[0], "randlora(rank=8, bases='stored')")
@@ -104,6 +129,8 @@ def test_counts():
         return Place("a", "weight", "linear", out, inp)
 
     assert method.count(place(4096, 4096)) == 528_384
+    like = burnish.parse("lora(rank=64)")[0].count(place(4096, 4096))      # about as many
+    assert 528_384 / like == pytest.approx(1, rel=0.01)
     assert 24 * method.count(place(768, 768)) == 460_800                        # ViT-B q, v
     llama = 4 * [place(4096, 4096)] + 2 * [place(11008, 4096)] + [place(4096, 11008)]
     assert 32 * sum(method.count(p) for p in llama) == 118_358_016
@@ -139,8 +166,6 @@ def test_bases_have_unit_variance_and_their_share_of_zeros(bases, zeros):
 
 
 def test_files_hold_vectors_alone(tmp_path):
-    from safetensors.torch import load_file
-
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "randlora(rank=8)", seed=3)
     for _ in range(2):
@@ -159,7 +184,8 @@ def test_a_rank_of_nothing_is_refused():
     with pytest.raises(burnish.RecipeError, match="^randlora: rank=0"):
         burnish.parse("randlora(rank=0)")
     assert burnish.parse("randlora")[0].settings() == {
-        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform", "pairing": "paper"}
+        "targets": None, "rank": 32, "alpha": 640.0, "bases": "uniform", "pairing": "paper",
+        "dropout": 0.0}
 
 
 def test_bounds_and_cost():
@@ -168,3 +194,15 @@ def test_bounds_and_cost():
     assert burnish.parse("randlora(rank=1)")
     with pytest.raises(RankError, match="largest rank there is 5"):
         burnish.tune(nn.Sequential(nn.Linear(9, 5)), "randlora(rank=6)", head=False, targets="0")
+
+
+@pytest.mark.parametrize("word", ["dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"randlora(rank=3, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^randlora: {word} is a probability"):
+            burnish.parse(f"randlora({word}={p})")

@@ -174,6 +174,8 @@ def test_a_matrix_that_got_no_channel_is_left_alone():
     tuned = burnish.tune(model, "s2ft(density=0.005)", targets="0,1", head=False)
     assert [n for n, _ in tuned.terms(Slice)] == ["0.weight"]
     assert sum(p.numel() for p in tuned.parameters()) == 4
+    least = burnish.tune(nn.Sequential(nn.Linear(20, 4)), "s2ft(density=0.001)", targets="0")
+    assert [t.at.numel() for _, t in least.terms(Slice)] == [1]
 
 
 def test_refusals_defaults_and_counts():

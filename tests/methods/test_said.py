@@ -170,6 +170,16 @@ def test_the_entries_of_a_published_net():
     assert sum(p.numel() for p in tuned.parameters()) == 750 + 3
 
 
+def test_the_entries_of_a_published_convolutional_net():
+    """LeNet on MNIST: 44,190 entries in kernels and matrices and 236 biases are its D of 44,426."""
+    model = nn.Sequential(nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Linear(256, 120),
+                          nn.Linear(120, 84), nn.Linear(84, 10))
+    tuned = burnish.tune(model, "said(dimension=290)", head=False, targets="all")
+    terms = [t for _, t in tuned.terms(Projected)]
+    assert len(terms) == 5 and terms[0].total == 44_426 - 236
+    assert sum(p.numel() for p in tuned.parameters()) == 290 + 5
+
+
 def test_files_hold_the_numbers_alone_and_a_load_draws_the_same_projection(tmp_path):
     net, batch = tiny("llama")
     tuned = burnish.tune(net, "said(dimension=30)", head=False)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import burnish
@@ -195,6 +196,35 @@ def test_where_one_is_wide_it_is_always_its_turn():
     for k in range(6):
         handler(tuned).step_begin(k)
         assert braked(tuned) == [0]
+
+
+def test_a_kernel_of_a_convolution_is_no_matrix_to_brake():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(70, 66, 1), nn.Linear(1, 1), nn.Linear(70, 66))
+    tuned = burnish.tune(net, f"sara(tau={TAU})", head=False, targets="0,2")
+    assert [n for n, _ in tuned.terms(Small)] == ["0.weight", "2.weight"]
+    handler(tuned).step_begin(0)
+    assert braked(tuned) == [1]
+
+
+def test_state_gradient_and_file_are_linear_in_what_trains(tmp_path):
+    """Two moments and a gradient of sum M numbers; 4 bytes of index and 4 of value in the file."""
+    seen = []
+    for tau in (0.01, 0.03, 0.08):
+        tuned = burnish.tune(layers(70, 66, 64).float(), f"sara(tau={tau})", head=False,
+                             targets="0,1")
+        opt = tuned.optimizer(lr=1e-3)
+        x = torch.randn(4, 70)
+        tuned.step((x, x), loss=lambda out, b: out.square().mean())
+        n = sum(t.index.numel() for t in terms(tuned))
+        assert sum(p.numel() for p in tuned.parameters()) == n
+        assert sum(p.grad.numel() for p in tuned.parameters()) == n
+        assert sum(v.numel() for s in opt.state.values() for v in s.values() if v.dim()) == 2 * n
+        tuned.save(tmp_path / str(tau))
+        held = load_file(tmp_path / str(tau) / "adapter_model.safetensors")
+        assert sum(v.nbytes for v in held.values()) == 8 * n
+        seen.append(n)
+    assert seen[2] > 4 * seen[0]
 
 
 def test_the_brake_joins_the_gradient_of_the_task():

@@ -93,6 +93,8 @@ def test_start_counts_and_defaults(published):
     (m,) = burnish.parse("snnk")
     assert m.settings() == {"targets": None, "features": 16, "orthogonal": False, "seed": 0}
     assert m.count(768) == 13_056
+    bottleneck = burnish.parse("pfeiffer(reduction=16)")[0].count(768)       # of 48
+    assert bottleneck == 74_544 and round(bottleneck / 13_056, 1) == 5.7
     anatomy, _ = published("ViTConfig", "ViTForImageClassification")
     with torch.device("meta"):
         made = list(m.branch(anatomy))

@@ -30,7 +30,7 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, s):
     model, tuned, term = made(settings)
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    rest = W - U[:, :3] @ torch.diag(S[:3]) @ Vt[:3]
+    rest = W - s * U[:, :3] @ torch.diag(S[:3]) @ Vt[:3]
     with torch.no_grad():
         for p in term.parameters():
             p.add_(torch.randn_like(p))
@@ -41,7 +41,7 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, s):
 def test_it_starts_with_the_principal_triplets():
     model, _, term = made("rank=3, alpha=6")
     S = torch.linalg.svdvals(model[0].weight.detach())
-    torch.testing.assert_close(2.0 * term.E.detach(), S[:3], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(term.E.detach(), S[:3], rtol=1e-6, atol=1e-7)
     eye = torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(term.P.t() @ term.P, eye, rtol=0, atol=1e-6)
     torch.testing.assert_close(term.Q @ term.Q.t(), eye, rtol=0, atol=1e-6)
@@ -50,6 +50,17 @@ def test_it_starts_with_the_principal_triplets():
     want = net(**batch).logits
     burnish.tune(net, "sorsa(rank=4)")
     assert torch.equal(net(**batch).logits, want)
+
+
+def test_its_values_are_those_of_what_trains_while_the_vectors_are_orthonormal():
+    """The singular values of s P diag(E) Q are s |E|, wherever E has gone."""
+    _, _, term = made("rank=3, alpha=6")
+    with torch.no_grad():
+        term.E.copy_(torch.tensor([0.3, -2.0, 1.1]))
+    got = torch.linalg.svdvals(2.0 * term.P @ torch.diag(term.E) @ term.Q).detach()
+    torch.testing.assert_close(got[:3], torch.tensor([4.0, 2.2, 0.6]).double(), rtol=1e-5,
+                               atol=1e-6)
+    assert float(got[3]) < 1e-6
 
 
 def test_the_penalty_is_the_mean_distance_from_orthonormal():

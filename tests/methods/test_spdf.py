@@ -35,6 +35,24 @@ def test_outputs_and_gradients_are_those_of_the_equation(settings, zeros):
     assert torch.equal(tuned.merge()[0].weight, base[0].weight * M)
 
 
+def test_a_whole_number_of_zeros_is_not_rounded_down():
+    """0.35 of 180 is 63, and of floating numbers a little less."""
+    assert 0.35 * 180 < 63
+    assert int((made("ratio=0.35", out=15)[4] == 0).sum()) == 63
+
+
+def test_an_open_weight_is_no_longer_formed(monkeypatch):
+    """The layer runs on the weight itself, forward and backward."""
+    net, tuned, _, _, M = made()
+    tuned.recipe.named("spdf").open(tuned)
+    want = F.linear(x := torch.randn(5, 12).double(), net[0].weight, net[0].bias)
+    monkeypatch.setattr(Opening, "of", None)
+    got = net(x)
+    torch.testing.assert_close(got, want)
+    g = torch.randn_like(got)
+    torch.testing.assert_close(torch.autograd.grad(got, net[0].weight, g)[0], g.t() @ x)
+
+
 def test_the_draw_is_the_seeds_and_each_weights_own():
     draws = [made(s)[4] for s in ("", "", "seed=1")]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
@@ -171,6 +189,29 @@ def test_what_the_stages_are():
     assert first.trains == second.trains == "default" and second.then is None
 
 
+def test_the_stages_are_of_the_adapter_that_trains():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "lora(rank=2)", head=False)
+    tuned.add("two", "full + spdf", head=False)
+    tuned.use({"two": 1.0}, train="two")
+    assert {s.trains for s in tuned.recipe.named("spdf").stages(tuned, ())} == {"two"}
+    alone = burnish.tune(tiny("llama")[0], "full + spdf", head=False)
+    alone.use({"default": 1.0}, train=None)
+    assert {s.trains for s in alone.recipe.named("spdf").stages(alone, ())} == {"default"}
+
+
+def test_what_evaluation_kept_of_masked_weights_goes_with_the_masks():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "full + spdf", head=False)
+    net.eval()
+    with torch.no_grad():
+        want = net(**batch).logits
+        assert tuned.state.room.tensors()
+        tuned.recipe.named("spdf").open(tuned)
+        assert torch.equal(net(**batch).logits, want)
+        assert not tuned.state.room.tensors()
+
+
 def test_what_cannot_act_is_refused_and_the_defaults():
     for text in ("ratio=0.0", "ratio=1.0", "until=0.0", "until=1.0"):
         with pytest.raises(RecipeError, match="shares above 0 and below 1"):
@@ -180,7 +221,13 @@ def test_what_cannot_act_is_refused_and_the_defaults():
     with pytest.raises(RecipeError, match="opens weights that train whole, and .* does not: full"):
         list(tuned.recipe.named("spdf").stages(tuned, ()))
     net, _ = tiny("llama")
+    tuned = burnish.tune(net, "full(targets='k,v') + spdf(targets='q')")
+    with pytest.raises(RecipeError, match="q_proj.weight does not: full"):
+        list(tuned.recipe.named("spdf").stages(tuned, ()))
+    net, _ = tiny("llama")
     tuned = burnish.tune(net, "full + spdf")
     with pytest.raises(RecipeError, match="over one data set"):
         list(tuned.recipe.named("spdf").stages(tuned, ("a", "b")))
+    assert parse("spdf(targets='q')")[0].claims() == ("the function of W on q",)
+    assert parse("spdf")[0].claims() == ("the function of W on the default targets",)
     assert parse("spdf")[0].settings() == {"targets": None, "ratio": 0.75, "until": 0.5, "seed": 0}

@@ -119,6 +119,20 @@ def test_outputs_and_gradients_are_those_of_the_equation():
     follows(Just, equation, letters, (7, 12), merged=False)
 
 
+def test_what_is_not_chosen_stays_to_the_bit_where_there_is_no_lora():
+    tuned, base = made("budget=80, rank=2")
+    sparse = {n: set(t.index.tolist()) for n, t in tuned.terms(SparseDelta)}
+    loras = {n for n, _ in tuned.terms(Chain)}
+    tuned.optimizer(lr=1e-2, weight_decay=0.1)
+    for b in batches():
+        tuned.step(b)
+    tuned.merge()
+    assert sparse and loras
+    for n, p in base.named_parameters():
+        moved = set((tuned.model.get_parameter(n) != p).flatten().nonzero().squeeze(1).tolist())
+        assert len(moved) == p.numel() if n in loras else moved == sparse.get(n, set()), n
+
+
 def test_it_starts_as_the_base():
     tuned, base = made("budget=80, rank=2")
     b = batches()[0]

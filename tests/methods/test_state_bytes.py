@@ -37,7 +37,15 @@ TOLD = {
     "fira(rank=8)": lambda s: s * M * 8 + 2 * max(s, 4) * 8 * N,
     "apollo(rank=8)": lambda s: 2 * max(s, 4) * 8 * N,
     "apollo(rank=1, by='tensor')": lambda s: 2 * max(s, 4) * N,
-    "mezo": lambda s: 0,
+    "mezo": lambda s: 0, "zo": lambda s: 0, "mezo_svrg": lambda s: s * M * N,
+    "zo(rule='momentum')": lambda s: max(s, 4) * M * N,
+    "zo(rule='adam')": lambda s: 2 * max(s, 4) * M * N,
+    "frugal": lambda s: 2 * max(s, 4) * M * N // 4 + 4 * N // 4,
+    "frugal(part='rows')": lambda s: 2 * max(s, 4) * M * N // 4 + 4 * M // 4,
+    "frugal(part='randk')": lambda s: 2 * max(s, 4) * M * N // 4,
+    "frugal(part='svd')": lambda s: s * M * 24 + 2 * max(s, 4) * 24 * N,
+    "natural_galore(rank=8, history=5)":
+        lambda s: s * M * 8 + max(s, 4) * (2 * 8 * N + 5 * 8 * N + 25),
 }
 
 
@@ -45,7 +53,7 @@ def held(recipe, shape, dtype):
     p = nn.Parameter(torch.randn(shape).to(dtype))
     opt = compose([m.optimizer() for m in parse(recipe)], [("layers.0.mlp.weight", p)], 1e-3)
     for _ in range(2):
-        if recipe == "mezo":
+        if recipe.startswith(("mezo", "zo")):
             opt.step(lambda: p.detach().float().square().mean())
             continue
         p.grad = torch.randn(shape).to(dtype)

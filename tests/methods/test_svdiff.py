@@ -63,3 +63,16 @@ def test_start_count_and_cost():
     _, tuned, _ = made(nn.Linear(5, 4))
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \
         == {0.0}
+
+
+def test_no_square_of_the_longer_side_is_made(monkeypatch):
+    sizes, svd = [], torch.linalg.svd
+
+    def seen(W, **kw):
+        found = svd(W, **kw)
+        sizes.append([tuple(t.shape) for t in found])
+        return found
+
+    monkeypatch.setattr(torch.linalg, "svd", seen)
+    made(nn.Linear(12, 9)), made(nn.Linear(5, 20))
+    assert sizes == [[(9, 9), (9,), (9, 12)], [(20, 5), (5,), (5, 5)]]

@@ -71,6 +71,7 @@ def test_counts_and_cost():
     (method,) = burnish.parse("svfit(rank=768)")
     place = Place("a", "weight", "linear", 768, 768)
     assert 24 * method.count(place) == 18_432 and method.per_token(place) == 768
+    assert 24 * burnish.parse("lora(rank=8)")[0].count(place) == 16 * 18_432
     assert type(method).keeps_input is False and keeps_what_it_says("svfit", "vit") is None
     _, tuned, _ = made()
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \

@@ -55,7 +55,46 @@ def test_patterns():
     assert cells("band=8") == cells("band=9") == {(i, j) for i in range(9) for j in range(9)}
     drawn = cells("pattern='random'")
     assert diagonal < drawn and len(drawn) == len(cells("band=2"))
+    assert cells("pattern='random', band=8") == cells("band=8")
     assert drawn != cells("pattern='random', seed=1") and drawn == cells("pattern='random'")
+
+
+def test_an_aligned_pattern_is_of_the_vectors_that_point_the_same_way(tmp_path):
+    _, _, term = made("pattern='aligned', band=1", inp=9)
+    torch.manual_seed(0)
+    W = nn.Linear(9, 9).double().weight.detach()
+    U, _, Vt = torch.linalg.svd(W)
+    cosines = {(i, j): abs(float(U[:, i] @ Vt[j])) for i in range(9) for j in range(9)}
+    want = sorted(cosines, key=lambda at: -cosines[at])[: 3 * 9 - 2]
+    assert {(i // 9, i % 9) for i in term.index.tolist()} == set(want)
+    assert term.index.tolist() == sorted(term.index.tolist())
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "svft(pattern='aligned', band=1, targets='q,o')", head=False)
+    for _ in range(2):
+        tuned.step(batch)
+    tuned.save(tmp_path / "a")
+    other, _ = tiny("llama")
+    again = burnish.load(other, tmp_path / "a")
+    for (_, a), (_, b) in zip(tuned.terms(Patterned), again.terms(Patterned), strict=True):
+        assert torch.equal(a.index, b.index)
+    net.eval(), other.eval()
+    assert torch.equal(net(**batch).logits, other(**batch).logits)
+    with pytest.raises(burnish.RecipeError, match=r"those of 0.weight \(9 x 12\) differ in length"):
+        made("pattern='aligned'")
+
+
+def test_nothing_larger_than_the_weight_is_made(monkeypatch):
+    """Of 8 x 300 there are eight singular vectors a side, not three hundred."""
+    exact, sizes = torch.linalg.svd, []
+
+    def seen(*args, **kw):
+        out = exact(*args, **kw)
+        sizes.extend(t.numel() for t in out)
+        return out
+
+    monkeypatch.setattr(torch.linalg, "svd", seen)
+    burnish.tune(nn.Sequential(nn.Linear(300, 8)), "svft", targets="0", head=False)
+    assert sizes and max(sizes) <= 8 * 300
 
 
 def test_counts():
@@ -90,5 +129,7 @@ def test_what_does_nothing_is_refused(settings, what):
 
 
 def test_defaults():
+    place = Place("a", "weight", "linear", 9, 9)
+    assert burnish.parse("svft(pattern='aligned')")[0].count(place) == 5 * 9 - 6
     assert burnish.parse("svft")[0].settings() == {"targets": None, "pattern": "banded", "band": 2,
                                                    "seed": 0}

@@ -65,6 +65,30 @@ def test_backward_keeps_nothing_below(kept):
     assert abs((half - none) / (whole - none) - 0.5) < 0.1
 
 
+@pytest.mark.parametrize("recipe, runs", [("", [1, 1]), (" + checkpoint", [1, 2])])
+def test_no_block_below_runs_again_and_none_has_a_graph(recipe, runs):
+    """Checkpoints are of the blocks that train."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, f"telly(freeze=1){recipe}", head=False)
+    seen, graph = [0, 0], []
+    for i, block in enumerate(net.bert.encoder.layer):
+        def count(m, args, out, i=i):
+            seen[i] += 1
+            graph.append((i, out.requires_grad))
+
+        block.intermediate.dense.register_forward_hook(count)
+    tuned.loss(batch).backward()
+    assert seen == runs and {g for i, g in graph if i == 0} == {False}
+    assert any(g for i, g in graph if i == 1)
+
+
+def test_a_tied_head_stays_with_the_embeddings():
+    names = {head: {n for n, _ in burnish.tune(tiny("gpt2")[0], "telly(freeze=1)", head=head)
+                    .named_parameters()} for head in ("auto", True)}
+    assert all(".h.1." in n for n in names["auto"])
+    assert names[True] - names["auto"] == {"transformer.wte.weight"}
+
+
 def test_blocks_of_all_stages_count_in_order():
     def trains(model, freeze):
         tuned = burnish.tune(tiny(model)[0], f"telly(freeze={freeze})", head=False)

@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import burnish
+from burnish.blocks.weight.term import Term
+from burnish.methods.delta.shared.vera import Scaled
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
@@ -115,6 +118,29 @@ def test_files_hold_vectors_alone_and_a_load_draws_the_same_bases(tmp_path):
         tiny("llama")[0], "vera(rank=64)", seed=4).model.burnish.default["vera_shared"].A)
 
 
+def test_the_bases_of_a_folder_stand_in_our_files_too(tmp_path):
+    """Of PEFT's folder they are its own: no seed makes them, so what we save has them."""
+    net, batch = tiny("llama")
+    tuned = stir(burnish.tune(net, "vera(rank=8)", seed=3, head=False))
+    assert all(t.counted is None for _, t in tuned.terms(Scaled))
+    burnish.export_peft(tuned, tmp_path / "peft")
+    other, _ = tiny("llama")
+    again = burnish.load_peft(other, tmp_path / "peft")
+    assert again.recipe[0].bases == "stored"
+    assert all(t.counted == {"bases": True} for _, t in again.terms(Scaled))
+    again.save(tmp_path / "a")
+    bases = [k for k in load_file(tmp_path / "a" / "adapter_model.safetensors")
+             if k.rpartition(".")[2] in ("A", "B")]
+    assert len(bases) == 2
+    third, _ = tiny("llama")
+    burnish.load(third, tmp_path / "a")
+    for m in (net, other, third):
+        m.eval()
+    want = net(**batch).logits
+    torch.testing.assert_close(other(**batch).logits, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(third(**batch).logits, other(**batch).logits)
+
+
 def test_stored_bases_come_with_a_file():
     with pytest.raises(burnish.RecipeError, match="has the bases of a saved adapter"):
         burnish.tune(Two(), "vera(rank=3, bases='stored')", targets="up,down")
@@ -146,7 +172,7 @@ def test_merge_is_the_update_in_the_weight():
 
 def test_defaults_are_the_published_ones():
     assert burnish.parse("vera")[0].settings() == {"targets": None, "rank": 256, "d_start": 0.1,
-                                                "bases": "drawn"}
+                                                   "dropout": 0.0, "bases": "drawn"}
 
 
 def test_decay_leaves_the_vectors_alone():
@@ -160,3 +186,15 @@ def test_what_a_token_keeps_is_the_rank():
 
     (method,) = burnish.parse("vera(rank=24)")
     assert method.per_token(Place("x", "weight", "linear", 64, 48)) == 24
+
+
+@pytest.mark.parametrize("word", ["dropout"])
+def test_what_it_drops_is_a_probability_and_reaches_the_term(word):
+    """What a probability does is held in tests/blocks/test_dropped.py."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 16)), f"vera(rank=3, {word}=0.25)",
+                         targets="0", head=False)
+    term = next(tuned.terms(Term))[1]
+    assert getattr(term, word) == 0.25
+    for p in (-0.1, 1.0):
+        with pytest.raises(burnish.RecipeError, match=f"^vera: {word} is a probability"):
+            burnish.parse(f"vera({word}={p})")

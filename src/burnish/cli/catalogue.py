@@ -90,7 +90,7 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
 
 OPTIONAL = {"fit": ("transformers", "accelerate", "datasets", "torchmetrics", "matplotlib"),
             "peft": ("peft",), "bitsandbytes": ("bitsandbytes",), "torchao": ("torchao",),
-            "scipy": ("scipy",)}
+            "scipy": ("scipy",), "triton": ("triton",)}
 
 
 @app.command()
@@ -120,14 +120,19 @@ def doctor(
     devices = [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i),
                 "free": torch.cuda.mem_get_info(i)[0], "total": torch.cuda.mem_get_info(i)[1]}
                for i in range(torch.cuda.device_count())]
+    from ..blocks.gpu.road import asked, missing
     from ..memory.doctor import measured
 
+    lacks = [missing("cuda", i) for i in range(len(devices))]
+    kernels = {"asked": asked(), **{d["device"]: "triton" if not why and asked() == "triton" else
+                                    f"torch: {why or 'BURNISH_KERNELS=triton was not asked for'}"
+                                    for d, why in zip(devices, lacks, strict=True)}}
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     found_rates = [measured(kind, again) for kind in kinds]
     before, after = _step()
     data = {"python": platform.python_version(), "platform": platform.platform(),
             "packages": packages, "extras": extras, "threads": torch.get_num_threads(),
-            "devices": devices, "rates": found_rates,
+            "devices": devices, "kernels": kernels, "rates": found_rates,
             "step": {"loss_before": before, "loss_after": after}}
     emit(json, data, _diagnosis(data))
     if not after < before:
@@ -163,6 +168,7 @@ def _diagnosis(d: dict[str, Any]) -> str:
         lines.append(f"  [{extra}] {state}")
     lines += [f"  {g['device']}: {g['name']}, {format_bytes(g['free'])} free of "
               f"{format_bytes(g['total'])}" for g in d["devices"]] or ["  no GPU: runs on the CPU"]
+    lines += [f"  kernels on {g['device']} by {d['kernels'][g['device']]}" for g in d["devices"]]
     for r in d["rates"]:
         lines.append(f"  {r['kind']}: {r['single'] / 1e12:.3g} TFLOP/s in fp32, "
                      f"{r['half'] / 1e12:.3g} in 16 bits, {r['bandwidth'] / 1e9:.3g} GB/s, "

@@ -19,23 +19,38 @@ Output = Annotated[Path, typer.Option(help="The folder to write.")]
 Force = Annotated[bool, typer.Option(help="Load onto a base that differs from the adapter's.")]
 
 
-def attached(adapter: Path, base: str | None, force: bool = False) -> tuple[Any, str]:
+def attached(adapter: Path, base: str | None, force: bool = False, unread: bool = False
+             ) -> tuple[Any, str]:
     """(the adapter on its base: a tuned model, the base's folder or name).
 
     The folder of a finished fit says how its head was sized; other adapters say their base only.
+    unread: the weights of a base that is a folder wait there (formats/opened.py).
     """
     import burnish
 
-    from ..formats.folder import RUN, read_config
+    from ..formats import safe
+    from ..formats.combine import of_peft
+    from ..formats.folder import CONFIG, RUN, read_config
+    from ..formats.opened import open_model, opens
 
+    def model(name: str) -> Any:
+        target.needs_transformers("models")
+        return open_model(name) if unread and opens(name) else target.model(name)
+
+    if of_peft(adapter):
+        own = safe.read_json(adapter / CONFIG)
+        name = base or own.get("base_model_name_or_path")
+        if not name:
+            raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
+        return burnish.load_peft(model(name), adapter), name
     name = base or read_config(adapter)["base"].get("name")
     if not name:
         raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
     if (adapter / RUN).is_file():
         from .finished import Finished
 
-        return Finished.open(adapter, base, force).tuned, name
-    return burnish.load(target.model(name), adapter, force=force), name
+        return Finished.open(adapter, base, force, unread).tuned, name
+    return burnish.load(model(name), adapter, force=force), name
 
 
 @app.command()

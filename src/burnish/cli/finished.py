@@ -25,8 +25,10 @@ class Finished:
     facts: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path, base: str | None = None, force: bool = False) -> Finished:
+    def open(cls, folder: Path, base: str | None = None, force: bool = False,
+             unread: bool = False) -> Finished:
         """base: the base model's folder or name, where it is no longer what the run recorded.
+        unread: weights wait in the base's files even where the recipe stores none of them.
 
         Raises FormatError for what is no adapter, ConfigError for an adapter without a run.
         """
@@ -55,7 +57,7 @@ class Finished:
                         None, max_length=facts.get("max_length"))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
-            module = task.load(name, unread=stores(facts["recipe"]))
+            module = task.load(name, unread=unread or stores(facts["recipe"]))
         except ConfigError as e:
             if base is not None:
                 raise
@@ -192,7 +194,7 @@ class Finished:
 
 
 def quiet() -> None:
-    from ..fit.loop import quiet_libraries
+    from ..fit.driving import quiet_libraries
 
     quiet_libraries()
 

@@ -74,7 +74,7 @@ def soup(
             raise ConfigError("--learned takes model folders; make them with `burnish merge`")
         weights = learn(folders, data, split, batch)
         told = {"weights": {str(f): w for f, w in zip(folders, weights, strict=True)}}
-    _finish(kind, folders, output, lambda new: write(chosen, new, weights))
+    finish(kind, folders, output, lambda new: write(chosen, new, weights))
     said = f", of {len(chosen)} of {len(folders)} folders (held-out score {told['score']:.4g})" \
         if greedy else ""
     emit(json, {"output": output, "kind": kind, **told}, f"soup written to {output}{said}")
@@ -114,7 +114,7 @@ def arithmetic(
         else:
             combine.sum_adapters(folders, weights, new, rank, base)
 
-    _finish(kind, [*folders, *([base] if base else [])], output, write)
+    finish(kind, [*folders, *([base] if base else [])], output, write)
     lines = [f"written to {output}", *(f"  {n} stays the base's: {why}" for n, why in left.items())]
     emit(json, {"output": output, "kind": kind, "base": base, "left": left,
                 "terms": [{"weight": w, "folder": f} for w, f in summed]}, "\n".join(lines))
@@ -174,20 +174,25 @@ def _write(kind: str, folders: Sequence[Path], weights: Sequence[float], new: Pa
         combine.sum_models(folders, weights, new)
 
 
-def _finish(kind: str, reads: Sequence[Path], output: Path, write: Callable[[Path], Any]) -> None:
-    from ..formats import staged
+def finish(kind: str, reads: Sequence[Path], output: Path, write: Callable[[Path], Any]) -> None:
+    from ..formats import claim, staged
 
-    with staged.replace(output, kind, [("an input", f) for f in reads]) as new:
+    inputs = [("an input", f) for f in reads]
+    claim.refuse_overlap(output, inputs, whole=True)
+    with staged.replace(output, kind, inputs) as new:
         write(new)
 
 
 def _written(write: Callable[[Sequence[int], Path], None], score: Callable[[Path], float],
              output: Path) -> Callable[[tuple[int, ...]], float]:
-    """The score of a mean, as it would be written: beside the output, and gone again."""
-    def of(some: tuple[int, ...]) -> float:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=".soup-") as new:
-            write(some, Path(new))
-            return score(Path(new))
+    """The score of a mean, as it would be written."""
+    return lambda some: scored_beside(output, lambda new: write(some, new), score)
 
-    return of
+
+def scored_beside(output: Path, write: Callable[[Path], Any], score: Callable[[Path], float]
+                  ) -> float:
+    """The score of a folder that is written beside the output, and gone again."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=".burnish-") as new:
+        write(Path(new))
+        return score(Path(new))

@@ -12,7 +12,7 @@ from ..core.errors import ConfigError, nearest
 def scorer(kind: str, folders: Sequence[Path], data: str, split: str | None, batch: int,
            metric: str | None) -> Callable[[Path], float]:
     """folder -> its figure on held-out rows, higher is better."""
-    figures = _adapter if kind == "adapter" else _Models(folders[0], data, split, batch).figures
+    figures = _adapter if kind == "adapter" else Models(folders[0], data, split, batch).figures
 
     def of(folder: Path) -> float:
         return best(figures(folder, data, split, batch), metric)
@@ -41,7 +41,7 @@ def _adapter(folder: Path, data: str, split: str | None, batch: int) -> dict[str
         return evaluate(run.tuned.model, run.task, name, batch)
 
 
-class _Models:
+class Models:
     """Model folders of one architecture, their task told by the data."""
 
     def __init__(self, folder: Path, data: str, split: str | None, batch: int):
@@ -75,6 +75,15 @@ class _Models:
         with torch.no_grad():
             return evaluate(self.load(folder), self.task, self.split, self.batch)
 
+    def score(self, model: Any, metric: str | None) -> float:
+        """The figure of a model that stands, higher is better."""
+        import torch
+
+        from ..fit.tasks import evaluate
+
+        with torch.no_grad():
+            return best(evaluate(model, self.task, self.split, self.batch), metric)
+
     def batches(self) -> list[tuple[dict[str, Any], Any]]:
         rows, out = self.task.rows(self.split), []
         for i in range(0, len(rows), self.batch):
@@ -89,7 +98,7 @@ def learn(folders: Sequence[Path], data: str, split: str | None, batch: int) -> 
     from ..methods.lifecycle.soup import learned
 
     models = open_models(folders)
-    held = _Models(folders[0], data, split, batch)
+    held = Models(folders[0], data, split, batch)
     if not held.task.data.labels:
         raise ConfigError(f"--learned takes rows with a class each; {data} is for "
                           f"{held.task.data.task}: take --greedy")

@@ -23,7 +23,7 @@ def conformance(
     """Run the conformance suite on one method; exit code 4 when a check fails."""
     import warnings
 
-    from ..fit.loop import quiet_libraries
+    from ..fit.driving import quiet_libraries
     from ..testing import conformance as suite
 
     quiet_libraries()

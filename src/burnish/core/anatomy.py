@@ -67,6 +67,7 @@ class Anatomy:
     embeddings: modules that turn inputs into states (token embeddings, patch projections).
     final_norm: the norm after the last block; final_norms: the same per stack.
     aliases: tied parameter -> the name under which it is a place.
+    past: modules whose weight another one reads past them.
     asking: parameters that asked for a gradient when the model was read, by name.
     notes: what was guessed or left out.
     asked: the targets of the recipe that is being joined, and who has used them.
@@ -85,6 +86,7 @@ class Anatomy:
     heads: int | None = None
     kv_heads: int | None = None
     aliases: dict[str, str] = field(default_factory=dict)
+    past: frozenset[str] = frozenset()
     asking: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
@@ -118,6 +120,24 @@ class Anatomy:
         added on the place's own module does not reach them."""
         name = f"{place.path}.{place.param}" if place.path else place.param
         return tuple(alias for alias, first in self.aliases.items() if first == name)
+
+    def ends(self, place: Place) -> tuple[Place, ...]:
+        """The other modules that read a tied table: as a table, or as the matrix of a linear; ()
+        where one of them reads it in any other way, or nothing is tied."""
+        found = []
+        for name in self.tied(place):
+            path, _, param = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if place.kind != "embedding" or param != "weight" or path in self.past:
+                return ()
+            if isinstance(module, nn.Embedding):
+                found.append(replace(place, path=path))
+            elif isinstance(module, nn.Linear):
+                found.append(replace(place, path=path, kind="linear", out=place.inp,
+                                     inp=place.out, role="head", transposed=False))
+            else:
+                return ()
+        return tuple(found)
 
     def in_head(self, place: Place) -> bool:
         """It belongs to the task head."""
@@ -160,7 +180,8 @@ class _Reader:
         places = [replace(p, role=found.roles[p]) for p in found.places]
         blocks = [self._sites(i, b, places, norms) for i, b in enumerate(blocks)]
         out = Anatomy(self.model, places, blocks, head, kind, norms=norms,
-                      aliases=found.aliases, notes=[*self.notes, *found.notes],
+                      aliases=found.aliases, past=frozenset(found.past),
+                      notes=[*self.notes, *found.notes],
                       asking=tuple(n for n, p in self.model.named_parameters()
                                    if p.requires_grad and ".burnish." not in f".{n}"))
         out.embeddings = tuple(dict.fromkeys(

@@ -67,6 +67,7 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
         return ""
     names = [str(k) for k in itertools.islice(known, 20_000)]
     close = difflib.get_close_matches(word, names, n=n, cutoff=0.5)
+    close.sort(key=lambda name: sorted(name) != sorted(word))    # letters changed places: likeliest
     if not close:
         return ""
     return f"; did you mean {' or '.join(repr(c) for c in close)}?"

@@ -89,6 +89,10 @@ class Timeline:
         self.step += 1
         self.emit("step_begin", self.step)
 
+    def told(self) -> dict[str, Any]:
+        """What handlers have to say of a run, by name of their part: plain values, for run.json."""
+        return {n: dict(h.told()) for n, h in self.handlers if hasattr(h, "told")}
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: the step, and each handler's own state."""
         return {"step": self.step,

@@ -7,14 +7,18 @@ o. Its only way out leads through those columns, so a unit whose columns read ze
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from . import families
 from .anatomy import Anatomy
 from .site import Place
 
+#: attributes that count heads, of modules and of configs
+HEADS = (*families.HEAD_COUNT, "n_heads")
 _RELATIVE = re.compile(r"relative\w*bias|rel_pos|pos_bias")
 
 
@@ -92,3 +96,72 @@ def _mlp(anatomy: Anatomy, n: int, by: dict[str, list[Place]]) -> Group | str:
     block = anatomy.blocks[n]
     return Group(block.mlp or block.path, n, "channels", out[0].inp,
                  tuple((p, 1) for p in into), ((out[0], 1),))
+
+
+# -- a config of fewer heads ----------------------------------------------------------------------
+def say_heads(config: Any, group: Group, alive: int) -> None:
+    """Let a config name as many heads as so many units of this group have; they keep their
+    width."""
+    whole = next((v for n in HEADS if isinstance(v := getattr(config, n, None), int)), None)
+    if getattr(config, "head_dim", None) is None and whole:
+        config.head_dim = group.columns[0][1] // (whole // group.units)
+    for n in (*HEADS, *families.KV_COUNT):
+        value = getattr(config, n, None)
+        if isinstance(value, int) and value % group.units == 0:
+            setattr(config, n, value // group.units * alive)
+
+
+def not_taken(anatomy: Anatomy, group: Group, alive: int) -> str | None:
+    """Why the model's config does not take so many units of an attention, by its own word (a
+    Llama's width is a multiple of its heads); None where it does, or says nothing."""
+    config: Any = copy.deepcopy(getattr(anatomy.model, "config", None))
+    if not hasattr(config, "validate"):
+        return None
+    say_heads(config, group, alive)
+    try:
+        config.validate()
+    except Exception as e:                               # a foreign config may say anything
+        return f"{type(config).__name__}: {str(e.__cause__ or e).splitlines()[0]}"
+    return None
+
+
+# -- groups of outputs ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of a matrix as it is stored (first dimension, rest), in groups.
+
+    columns: outputs lie along the second dimension.  runs: (groups, outputs of each), in order.
+    """
+
+    columns: bool
+    runs: tuple[tuple[int, int], ...]
+
+
+def outputs(anatomy: Anatomy) -> dict[str, Outputs]:
+    """name -> its outputs: of queries and keys by head, of values and whatever else stands in
+    attention and MLPs one by one, of tables and heads token by token. Where heads are not told, or
+    alternate along a fused weight, one by one too. Other matrices are left out."""
+    found = {}
+    for place in anatomy.places:
+        if place.kind == "embedding":
+            found[place.name] = Outputs(False, ((place.inp, 1),))
+        elif place.kind in ("linear", "conv1d", "mha") and not place.experts and (
+                anatomy.in_head(place) or _base(place) in _SINGLE):
+            runs = tuple(_run(anatomy, part) for part in anatomy.slices(place) or (place,))
+            found[place.name] = Outputs(place.transposed, runs)
+    return found
+
+
+_SINGLE = (*families.ATTENTION, *families.MLP)
+
+
+def _base(place: Place) -> str:
+    return place.role.removeprefix("cross_")
+
+
+def _run(anatomy: Anatomy, part: Place) -> tuple[int, int]:
+    block = anatomy.blocks[part.block] if part.block is not None else anatomy
+    heads = {"q": block.heads, "k": block.kv_heads}.get(_base(part))
+    if not heads or part.out % heads:
+        return part.out, 1
+    return heads, part.out // heads

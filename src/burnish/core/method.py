@@ -17,7 +17,7 @@ Registry, command-line help, catalogue and conformance suite are generated from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..blocks.weight.shared import Seeded
     from ..blocks.weight.term import Provider, Term
     from .anatomy import Anatomy
-    from .protocols import Tuned
+    from .protocols import Installs, Tuned
     from .stage import Stage
 
 
@@ -75,6 +75,8 @@ class Method:
     kinds: kinds of :class:`~burnish.core.site.Place` a `delta` or `storage` applies to.
     needs: what a model must have besides (words of core/needs.py); others refuse with a reason.
     exact: the gradients are those of the loss; False: estimates of them, by design.
+    ties: its updates of a tied table reach every module that reads it (`Term.mirrored`); False: a
+    tied table is refused.
     fixed: what it does not train is a fixed function: it runs in evaluation mode, whatever the
     model's mode (no dropout, no moving statistics).
     by_data: where it acts, and how much, is decided by data that it reads first: a promise made
@@ -86,7 +88,8 @@ class Method:
     shown_beside: the parts that the suite shows it beside, where it is nothing alone and the usual
     ones ("full", "lora") do not suit it.
     excused: checks of the conformance suite that it is excused from, each with the reason and the
-    test that holds it instead: ``{"loss_falls": "..."}``, or ``{"loss_falls on mlp": "..."}``.
+    test that holds it instead: ``{"loss_falls": "..."}``, or ``{"loss_falls on mlp": "..."}``. An
+    excused check that passes fails, unless the reason begins "by chance".
     tier: how what is written here was held against the source, one of :data:`TIERS`.
     quality: prior used by the planner comes from measured data, never from here.
     """
@@ -95,6 +98,7 @@ class Method:
     identity: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    ties: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
     by_data: ClassVar[bool] = False
     takes_head: ClassVar[bool] = True
@@ -108,6 +112,11 @@ class Method:
     context: ClassVar[Mapping[str, Key]] = MappingProxyType({})
     #: what this part needs of the optimizer beside it (see core/words.py); axes are read off
     relies_on: ClassVar[tuple[str, ...]] = ()
+    #: what of a step nothing beside it may rely on, word -> reason
+    denies: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: an update is to say little of any one sample: fit draws each by itself (core/sampling.py),
+    #: and nothing else of the run may read them
+    private: ClassVar[bool] = False
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -132,8 +141,8 @@ class Method:
         """Existing parameters that train whole."""
         return ()
 
-    def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
-        """Modules that add to hidden states."""
+    def branch(self, anatomy: Anatomy) -> Iterable[Branch | Installs]:
+        """Modules that add to hidden states, or that find their own way to them."""
         return ()
 
     def prompt(self, anatomy: Anatomy) -> Any:
@@ -156,7 +165,7 @@ class Method:
 
         A term of weights alone is an ``OnWeights``, asked for once per optimizer (`run` is None).
         With ``sees_run`` the terms are scalar tensors of one forward: `run` has ``batch``,
-        ``outputs``, ``taps`` and ``reference()``.
+        ``given``, ``outputs``, ``taps``, ``reference()`` and ``reference_taps()``.
         """
         return ()
 
@@ -182,6 +191,15 @@ class Method:
         """The scalar whose gradients `observe` is given of a batch: the task's loss, unless a
         method says another. ``run(batch)`` is the model's answer, with ``loss=True`` its loss."""
         return run(batch, loss=True)
+
+    def travel(self, model: nn.Module, batches: Sequence[Any],
+               loss: Callable[[Any], torch.Tensor]
+               ) -> Iterator[Mapping[nn.Parameter, torch.Tensor]]:
+        """Move the weights from point to point; at each the gradients that `observe` wants are read
+        from all batches. Gives how far each parameter goes in all, which its statistic is told
+        (`leads`), and has put everything back when it is closed. They stay where they are unless a
+        method says more."""
+        yield {}
 
     def settle(self, seen: Mapping[Place, Statistic]) -> Mapping[Place, dict[str, Any]]:
         """Decide over all places at once (ranks, budgets) from what was seen so far; called after

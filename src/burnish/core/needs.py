@@ -10,15 +10,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
+
+from torch import nn
 
 from . import families
 from .anatomy import Anatomy
-from .errors import BurnishError
-from .groups import groups
+from .errors import BurnishError, RecipeError
+from .groups import Group, groups
 from .method import Method
-from .outputs import declared, vocabulary_head
+from .outputs import LOGITS, base_class, declared, next_token, vocabulary_head
 from .site import Place
+from .stream import Stream, stream
 from .targets import match
 
 
@@ -47,9 +50,30 @@ def _one_width(a: Anatomy) -> bool:
             and not any(b.cross for b in a.blocks))
 
 
+def _reads_whole(a: Anatomy) -> bool:
+    return _one_width(a) and all(b.mixer for b in a.blocks) and not next_token(a.model)
+
+
 def _states(a: Anatomy) -> bool:
     return any(all(b.attn for b in blocks) and len({b.hidden_size for b in blocks}) == 1
                and not _reads_text(a, stack) for stack, blocks in a.stacks().items())
+
+
+def patches(a: Anatomy) -> list[Place]:
+    """Convolutions that cut a picture into patches."""
+    return [p for p in a.places if p.role == "patch" and p.block is None and p.kind == "conv"]
+
+
+def head_linear(a: Anatomy) -> Place | None:
+    """The linear that the task head consists of; None where it is another, or more."""
+    found = [p for p in a.places if a.in_head(p)]
+    one = len(a.head) == len(found) == 1 and a.head_kind == "classification"
+    return found[0] if one and found[0].kind == "linear" and found[0].path == a.head[0] else None
+
+
+def _pictures(a: Anatomy) -> bool:
+    return (_one_width(a) and all(b.attn for b in a.blocks) and len(patches(a)) == 1
+            and head_linear(a) is not None)
 
 
 def _scalable(a: Anatomy) -> bool:
@@ -90,14 +114,30 @@ def qkv_linears(a: Anatomy) -> list[Place]:
             and p.role in ("q", "k", "v", "qkv", "kv")]
 
 
+def _open(a: Anatomy) -> bool:
+    found = [a.model.get_submodule(b.attn) for b in a.blocks if b.attn]
+    return bool(found) and not any(isinstance(m, nn.MultiheadAttention) for m in found)
+
+
+def inner(a: Anatomy) -> list[Group]:
+    """The inner channels of MLPs of whole linears (a fused gate and up are none)."""
+    return [g for g in groups(a)[0] if g.kind == "channels"
+            and not any(p.rows for p, _ in (*g.rows, *g.columns))]
+
+
+def _alone(a: Anatomy) -> bool:
+    return not any(isinstance(m, nn.modules.batchnorm._BatchNorm)
+                   and (m.training or m.running_mean is None) for m in a.model.modules())
+
+
 def _logits(a: Anatomy) -> bool:
     said = declared(a.model)
-    return said is None or "logits" in said
+    return said is None or not said.isdisjoint(LOGITS)
 
 
-def _loose(a: Anatomy) -> bool:
+def _tables(a: Anatomy) -> bool:
     try:
-        return not any(a.tied(p) for p in match(a, "embedding"))
+        return all(a.ends(p) or not a.tied(p) for p in match(a, "embedding"))
     except BurnishError:
         return False
 
@@ -106,6 +146,8 @@ def _loose(a: Anatomy) -> bool:
 NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "blocks": ("repeated blocks", lambda a: bool(a.blocks)),
     "attention": ("blocks with attention", lambda a: any(b.attn for b in a.blocks)),
+    "open attention": ("blocks with attention whose queries and keys can be read, unlike those of "
+                       "nn.MultiheadAttention", _open),
     "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
     "linears": ("linears outside its head", _linears),
     "attention linears": ("linears in the attention of its blocks", _attends),
@@ -117,19 +159,36 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                                        a.model.named_parameters())),
     "last matrices": ("MLPs with a last linear of their own", lambda a: any(
         p.role in ("fc2", "down") for p in mlp_linears(a))),
+    "last linears": ("blocks whose MLP ends in one linear for all tokens",
+                     lambda a: any(b.mlp_out for b in a.blocks)),
     "queries": ("linears that make queries, keys and values", lambda a: bool(qkv_linears(a))),
     "head": ("a task head", lambda a: bool(a.head)),
     "vocabulary": ("a linear head over a vocabulary", lambda a: vocabulary_head(a) is not None),
     "logits": ("logits among its outputs", _logits),
+    "own loss": ("a loss that a sample has by itself (a contrastive one has none)",
+                 lambda a: "logits_per_image" not in (declared(a.model) or ())),
+    "own norms": ("norms that a sample has by itself (BatchNorm over a batch has none; in "
+                  "evaluation mode it has)", _alone),
+    "batch norms": ("batch norms of one process", lambda a: any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, nn.SyncBatchNorm)
+        for m in a.model.modules())),
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
-    "loose embedding": ("an embedding of tokens that is tied to nothing", _loose),
+    "tables": ("an embedding of tokens, tied to nothing but linears and embeddings", _tables),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
+    "inner channels": ("MLPs of linears whose inner channels can be told",
+                       lambda a: bool(inner(a))),
     "units": ("attention or an MLP whose units can be told", lambda a: bool(groups(a)[0])),
+    "stream": ("a residual stream whose channels can be taken out",
+               lambda a: isinstance(stream(a), Stream)),
     "ladder": ("transformer blocks of one width, in one stack or an encoder and its decoder",
                _ladder),
     "one width": ("a single stack of blocks of one width", _one_width),
+    "whole reading": ("a single stack of blocks of one width, in a model that reads its input as a "
+                      "whole and writes nothing on", _reads_whole),
+    "pictures": ("transformer blocks of one width between a convolution that cuts pictures into "
+                 "patches and a head of one linear", _pictures),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),
 }
@@ -142,6 +201,13 @@ def unmet(method: type[Method], anatomy: Anatomy) -> str | None:
         if not has(anatomy):
             return meaning
     return None
+
+
+def refuse(part: Method, anatomy: Anatomy) -> NoReturn:
+    """RecipeError: the model has nothing that `part` acts on."""
+    needed = unmet(type(part), anatomy) or "a place that it acts on"
+    model = base_class(anatomy.model).__name__
+    raise RecipeError(f"{part.name} needs {needed}, which {model} does not have")
 
 
 def lacks(method: type[Method], anatomy: Anatomy) -> str | None:

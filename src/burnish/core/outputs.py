@@ -11,6 +11,9 @@ from torch import nn
 if TYPE_CHECKING:
     from .anatomy import Anatomy
 
+#: fields of outputs that are logits, first found wins
+LOGITS = ("logits", "logits_per_image")
+
 
 def declared(model: nn.Module) -> frozenset[str] | None:
     """Names of the fields of the outputs that ``forward`` says it returns (transformers' models

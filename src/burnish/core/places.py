@@ -27,6 +27,7 @@ class Found:
     roles: dict[Place, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    past: set[str] = field(default_factory=set)          # modules whose weight another reads
 
 
 def matrices(modules: dict[str, nn.Module], blocks: list[str]) -> Found:
@@ -34,6 +35,7 @@ def matrices(modules: dict[str, nn.Module], blocks: list[str]) -> Found:
     reader = _Matrices(modules, blocks)
     for path, module in modules.items():
         reader.visit(path, module)
+    reader.others()
     reader.gated()
     reader.by_shape()
     return reader.found
@@ -47,6 +49,7 @@ class _Matrices:
         self.past: dict[str, str] = {}              # child -> module that reads its weight
         for path, module in modules.items():
             for child in _read_past(module):
+                self.found.past.add(f"{path}.{child}" if path else child)
                 self.past[f"{path}.{child}" if path else child] = path
 
     # -- one module ---------------------------------------------------------------------------
@@ -108,6 +111,14 @@ class _Matrices:
                          experts=E, transposed=turned)
             elif w.dim() == 2 and name == "weight" and self.role(path, "linear") == "router":
                 self.add(path, name, "linear", *w.shape)
+
+    def others(self) -> None:
+        """Names of tied parameters in modules that are no place."""
+        for path, m in self.modules.items():
+            for leaf, p in m._parameters.items():
+                full, first = (f"{path}.{leaf}" if path else leaf), self.first.get(id(p))
+                if p is not None and first is not None and full != first:
+                    self.found.aliases.setdefault(full, first)
 
     # -- roles ----------------------------------------------------------------------------------
     def block_of(self, path: str) -> str | None:

@@ -1,8 +1,8 @@
 """What methods are handed and what they may hand back, said by what it can do.
 
 Methods never import the engine. A method's answer to `prompt`, `side` or `activations` is asked to
-:class:`Installs` itself; what `controller` returns is a handler of events (core/events.py); what
-wraps a module's run is a :class:`Listens`.
+:class:`Installs` itself, and so is a `branch` that stands inside a module; what `controller`
+returns is a handler of events (core/events.py); what wraps a module's run is a :class:`Listens`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
     from .method import Method
     from .recipe import Recipe
+    from .sampling import Sampling
     from .site import Place
 
 
@@ -26,6 +27,7 @@ class Tuned(Protocol):
     model: nn.Module
     total_steps: int | None
     current_optimizer: Any
+    sampling: Sampling | None            # how the samples of an update are drawn, where known
     state: Any                           # what the model's slots share: its tape, what is active
 
     @property
@@ -58,14 +60,20 @@ class Pass(Protocol):
     """The forward and backward of a micro-batch, as a handler sees it that stands around them."""
 
     index: int                                       # of the update
+    scale: Any                                       # of the loop's loss on its way back
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains just now, by name."""
 
-    def probe(self, grads: bool = True, statistics: bool = False,
-              evaluate: bool = False) -> Probe:
+    def probe(self, grads: bool = True, statistics: bool = False, evaluate: bool = False,
+              of: Callable[[Any], Tensor] | None = None) -> Probe:
         """The pass, made and undone; `statistics`: running statistics move as in a step's own;
-        `evaluate`: in evaluation mode."""
+        `evaluate`: in evaluation mode; `of`: another scalar of the forward in place of the loss,
+        made of what an objective is handed as `run` (its gradients have the loss's scale)."""
+
+    def apart(self, after: Callable[[], None]) -> None:
+        """The pass is made sample by sample, each with the loss it has alone, at no scale; `after`
+        is called when the gradients of one are complete."""
 
     def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
         """Inside, what the active adapter adds within these modules counts `factor` times; gives

@@ -119,6 +119,7 @@ class Site:
     beside: (place, term) of what stands on the same parameter already: of other adapters, and of
         parts before this one.
     places: all the places that the part is asked about.
+    weight_of: ``with weight_of(place) as W``, the weight of another of these.
     """
 
     place: Place
@@ -129,6 +130,7 @@ class Site:
     blank: bool = False
     beside: Sequence[tuple[Place, Any]] = ()
     places: Sequence[Place] = ()
+    weight_of: Any = None
 
 
 @dataclass(frozen=True)

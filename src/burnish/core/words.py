@@ -10,6 +10,7 @@ recipe is read, never accepted and ignored.
     an answer honours ``answer.honours``: the words it honours, where those are all it honours
                       (own steps), else everything but ``answer.hides``
     and says why not  ``answer.why``: word -> reason, printed in the refusal
+    any part denies   ``Method.denies``: word -> why nothing beside it may rely on that
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ WORDS: dict[str, str] = {
     "transform": "a gradient to change on its way to the rule",
     "rounding": "a step whose result it may round",
     "step site": "a backward pass to step in",
+    "groups": "learning rates and decays of their own for some tensors",
 }
 
 
@@ -60,15 +62,23 @@ def check(parts: Sequence[Method]) -> None:
     """Refuse a part whose words the recipe's optimizer does not honour."""
     for part, answer in _answers(parts):
         for other in parts:
-            if other is part:
-                continue
-            for word in relied_on(other):
+            for word in relied_on(other) if other is not part else ():
                 if not honours(answer, word):
-                    rest = " + ".join(str(p) for p in parts if p is not part)
-                    raise RecipeError(
-                        f"{part.name} and {other.name} cannot be joined: {other.name} needs "
-                        f"{WORDS.get(word, word)}, but with {part.name} {why(answer, word)}; "
-                        f"nearest recipe that works: {rest}")
+                    _refuse(parts, part, other, word, why(answer, word))
+    for part in parts:
+        for other in parts:
+            for word in relied_on(other) if other is not part else ():
+                if word in part.denies:
+                    _refuse(parts, other, other, word, part.denies[word], part)
+
+
+def _refuse(parts: Sequence[Method], leave: Method, other: Method, word: str, reason: str,
+            part: Method | None = None) -> None:
+    part = leave if part is None else part
+    rest = " + ".join(str(p) for p in parts if p is not leave)
+    raise RecipeError(f"{part.name} and {other.name} cannot be joined: {other.name} needs "
+                      f"{WORDS.get(word, word)}, but with {part.name} {reason}; "
+                      f"nearest recipe that works: {rest}")
 
 
 def _answers(parts: Sequence[Method]) -> Iterator[tuple[Method, Any]]:

@@ -17,18 +17,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks.weight.term import Wrap
 from ..core.draw import random_kept
+from ..core.errors import ConfigError
 from .buffers import movable
+from .objectives import Run
 from .slot import slots
 
 if TYPE_CHECKING:
     from .tuned import Tuned
+
+
+#: the passes of a micro-batch's samples, one by one
+Each: TypeAlias = Callable[[], Iterable[Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -47,23 +53,55 @@ class Pass:
     """What a handler is given that stands around a pass.
 
     index: of the update, from 0 on (micro-batches of one update share it).
+    scale: what the loss of the loop is multiplied by on its way back.
     """
 
-    def __init__(self, tuned: Tuned, whole: Callable[[], Tensor], alone: Callable[[], Tensor]):
-        self._tuned, self._whole, self._alone = tuned, whole, alone
-        self.index = tuned.steps.timeline.step
+    def __init__(self, tuned: Tuned, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
+                 each: Each | None = None, scale: Any = 1.0):
+        self._tuned, self._whole, self._alone, self._each = tuned, whole, alone, each
+        self.index, self.scale = tuned.steps.timeline.step, scale
+        self._after: Callable[[], None] | None = None
+
+    def apart(self, after: Callable[[], None]) -> None:
+        """The pass is made sample by sample: each has the loss it has alone, at no scale. `after`
+        is called when the gradients of one are complete, and leaves none in ``.grad``."""
+        if self._each is None:
+            raise ConfigError(
+                f"{self._tuned.recipe} makes a pass for each sample, and this loop makes one for "
+                "all: call tuned.backward(batch, loss) (or tuned.step, burnish.fit), or give "
+                "tuned.around(..., each=...)")
+        self._after = after
+
+    def made(self) -> Tensor:
+        """The pass itself; the loss, of samples their mean."""
+        if self._after is None or self._each is None:
+            return self._whole()
+        losses = []
+        for one in self._each():
+            losses.append(one())
+            self._after()
+        if losses:
+            return torch.stack(losses).mean()
+        self._tuned.steps.nothing_came()
+        return torch.zeros(())
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains just now, by name."""
         return dict(self._tuned.named_parameters())
 
-    def probe(self, grads: bool = True, statistics: bool = False,
-              evaluate: bool = False) -> Probe:
+    def probe(self, grads: bool = True, statistics: bool = False, evaluate: bool = False,
+              of: Callable[[Run], Tensor] | None = None) -> Probe:
         """This pass, made and undone; see :meth:`burnish.Tuned.probe`. Gradients have the scale of
         the loop's loss (a share of the accumulation, a loss scale). evaluate: in evaluation mode.
+        of: another scalar of the forward in place of the loss and of the objectives.
         """
-        with _evaluating(self._tuned.model) if evaluate else nullcontext():
+        with _evaluating(self._tuned.model) if evaluate else nullcontext(), \
+                nullcontext() if of is None else self._instead(of):
             return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
+
+    def _instead(self, of: Callable[[Run], Tensor]) -> Any:
+        return self._tuned.state.riding.replaced(
+            lambda args, kw, out, given: of(Run(self._tuned, args, kw, out, given, dict)))
 
     @contextmanager
     def damped(self, paths: Iterable[str], factor: float) -> Iterator[int]:

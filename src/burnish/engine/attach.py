@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.state.prompts import Fixed
 from ..blocks.weight.dropped import Dropping
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
+from ..blocks.weight.term import DROPS, asks_to_drop
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, left_alone, wanted
 from ..core.errors import RankError, RecipeError, TargetError
 from ..core.keys import keys_of
 from ..core.method import Method
-from ..core.needs import unmet
-from ..core.outputs import base_class
-from ..core.recipe import Recipe, key_of
+from ..core.needs import refuse, unmet
+from ..core.recipe import Recipe
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from ..core.unread import let_go, read_all, source_of, values
+from .informed import Informed, parameter
 from .layout import no_dropout
-from .observe import Batches, Pass, as_found, needs_data, no_data
+from .observe import Batches
 from .planned import make_plan
 from .refold import restart
 from .slot import slot_of, slots
@@ -39,15 +37,14 @@ if TYPE_CHECKING:
     from .adapters import Adapter
 
 
-class Attacher:
+class Attacher(Informed):
     """Collects the answers of one recipe for one model and applies each axis' law."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, state: State, adapter: Adapter,
                  undo: Transaction, data: tuple[Any, ...] = (Batches(None), None)):
-        self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
+        super().__init__(model, anatomy, state, adapter, data)
         self.undo = undo
         self.asked = anatomy.asked = Asked(adapter.targets)
-        self.data = data                     # batches, how to run one, how to be the base
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
@@ -73,9 +70,6 @@ class Attacher:
         return (asked, [p for p in found if p.kind in method.kinds],
                 [p for p in found if p.kind not in method.kinds])
 
-    def _module(self, place: Place) -> nn.Module:
-        return self.model.get_submodule(place.path)
-
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
@@ -88,6 +82,8 @@ class Attacher:
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)
                   if f".{ATTR}." not in f".{s.name}"]        # what other adapters own is theirs
         for part in recipe:
+            self.look(part)
+        for part in recipe:
             if "delta" in part.axes():
                 self._deltas(part)
         for _, module, slot in slots(self.model):    # what cannot stand together is refused now
@@ -99,8 +95,11 @@ class Attacher:
         for part, selection in chosen:           # by now storage has said what it holds frozen
             self._select(part, selection.name, selection.decay)
         for part in recipe:
-            for branch in (*part.branch(self.anatomy), *part.mixture(self.anatomy)):
-                self._branch(part, branch)
+            found = (*part.branch(self.anatomy), *part.mixture(self.anatomy))
+            for b in found:
+                self._branch(part, b) if isinstance(b, Branch) else b.install(self, part)
+            if not found and set(part.axes()) == {"branch"}:
+                refuse(part, self.anatomy)
         for question in ("prompt", "side"):
             self._install(recipe, question)
         for part in recipe:
@@ -118,13 +117,11 @@ class Attacher:
         """Parts that put nothing into the model are asked nothing that could refuse it."""
         for part in recipe:
             if set(part.axes()) <= {"optimizer", "controller", "objective", "lifecycle"} \
-                    and (needed := unmet(type(part), self.anatomy)) is not None:
-                raise RecipeError(f"{part.name} needs {needed}, which "
-                                  f"{base_class(self.model).__name__} does not have")
+                    and unmet(type(part), self.anatomy) is not None:
+                refuse(part, self.anatomy)
 
     def _fix(self, part: Method) -> None:
-        """The body of a part that declares it fixed runs in evaluation mode, unless another part
-        of the recipe trains something there."""
+        """A body that a part declares fixed is in evaluation mode, if nothing trains in it."""
         mine = [p for _, _, slot in slots(self.model) for p in slot.parts
                 if p.adapter == self.adapter.name]
         if mine:
@@ -170,72 +167,6 @@ class Attacher:
         """The slot of a module, made on first use (for blocks that install themselves)."""
         return slot_of(self.model.get_submodule(path), self.state, path)
 
-    def rehearse(self, part: Method, enough: Callable[[], bool] = lambda: False,
-                 batch: Any = None) -> bool:
-        """Run the base as it was found, one calibration sample after another until `enough()`
-        (default: all), or this batch; whoever looks on has put his hooks before. False, and nothing
-        runs, where values come from a file or the model has none."""
-        if self._blank(part):
-            return False
-        batches, run, base = self.data
-        if batch is None and not batches:
-            raise no_data(part)
-        with as_found(self.model, base), torch.no_grad():
-            for one in batches.one_by_one() if batch is None else [batch]:
-                run(one)
-                if enough():
-                    break
-        return True
-
-    def informed(self, part: Method, places: list[Place]
-                  ) -> Iterator[tuple[Place, Any, Mapping[str, Any]]]:
-        """(place, what was seen there, what was settled for it), after a data pass where the part
-        asks for one. A file knows what was settled, and a simulation has no values to see."""
-        key = self._key(part)
-        known = self.adapter.settled.get(key)
-        asks = type(part).observe is not Method.observe \
-            and any(part.observe(p) is not None for p in places)
-        if not asks or self._blank(part):
-            for place in places:
-                yield place, None, (known or {}).get(place.name, {})
-            return
-        record = self.adapter.settled[key] = {}
-        left = dict.fromkeys(places)
-        looks = Pass(self.model, part, places, *self.data, weight=self._weight)
-        for seen, decided in looks.rounds():
-            for place, statistic in seen.items():
-                record[place.name] = dict(decided.get(place, {}))
-                del left[place]
-                yield place, statistic, record[place.name]
-            seen.clear()
-            del statistic                            # a round's statistics go with it
-        for place in left:                           # the part asked for nothing there
-            yield place, None, {}
-
-    def _blank(self, part: Method) -> bool:
-        """Are shapes all that is wanted: what the part would make of values comes from a file, or
-        the model has none?"""
-        return self.adapter.filled or key_of(self.adapter.recipe, part) in self.adapter.settled \
-            or isinstance(next(self.model.parameters(), None), FakeTensor)
-
-    def _runs(self, part: Method) -> bool:
-        """Does the part read data first, so that the base runs?"""
-        if type(part).observe is Method.observe or self._blank(part):
-            return False
-        targets, _ = self.anatomy.asked.of(part)     # looked at: the part has not used them yet
-        seen = (part.observe(p) for p in match(self.anatomy, targets) if p.kind in part.kinds)
-        return any(s is not None and needs_data(s) for s in seen)
-
-    @contextmanager
-    def _weight(self, place: Place) -> Iterator[torch.Tensor]:
-        """Inside, the weight of a place stands, also one that waits in its file."""
-        module = self._module(place)
-        with torch.no_grad(), values(_parameter(module, place)):
-            yield slot_of(module, self.state, place.path)._place_view(module, place)
-
-    def _key(self, part: Method) -> str:
-        return key_of(self.adapter.recipe, part)
-
     def _shared(self, part: Method, places: list[Place]) -> Shared | None:
         """The tensors a part owns once, held by the root."""
         tensors = part.shared(places) if places else {}
@@ -248,12 +179,13 @@ class Attacher:
 
     def _deltas(self, part: Method) -> None:
         undropped: list[tuple[Place, str]] = []
-        acts = not getattr(part, "dropout", 0)           # where it is asked for, it acts somewhere
+        acts = not asks_to_drop(part)           # where it is asked for, it acts somewhere
         small: list[tuple[Place, RankError]] = []
         placed = self.places(part)
         shared, blank = self._shared(part, placed), self._blank(part)
         for place, seen, settled in self.informed(part, placed):
-            if self.anatomy.tied(place):
+            ends = self.anatomy.ends(place) if part.ties else ()
+            if self.anatomy.tied(place) and not ends:
                 raise TargetError(
                     f"{part.name}: {place.name} is tied to {', '.join(self.anatomy.tied(place))}; "
                     "what is added to one end would not reach the other. Untie them first, or "
@@ -261,7 +193,7 @@ class Attacher:
             module = self._module(place)
             slot = slot_of(module, self.state, place.path)
             try:
-                with torch.no_grad(), values(_parameter(module, place)):
+                with torch.no_grad(), values(parameter(module, place)):
                     weight = slot._place_view(module, place)
                     device = weight.device
                     if not weight.is_floating_point():
@@ -269,7 +201,7 @@ class Attacher:
                             f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
                             "added to it; load the weights in a floating-point type")
                     answer = part.delta(Site(place, weight, seen, settled, shared, blank,
-                                             slot.beside(place), placed))
+                                             slot.beside(place), placed, self._weight))
                     del weight                       # one that was read for this is gone then
             except RankError as error:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
@@ -281,7 +213,7 @@ class Attacher:
             answer = answer if isinstance(answer, tuple) else (answer,)
             if (why := self._undropped(module, place, answer)):
                 undropped.append((place, why))
-            acts = acts or any(getattr(t, "dropout", 0) for t in answer)
+            acts = acts or any(asks_to_drop(t) for t in answer)
             several = sum(p.path == place.path for p in placed) > 1
             label = part.name if not several else \
                 f"{part.name}_{place.role or place.param.replace('.', '_')}"
@@ -290,11 +222,19 @@ class Attacher:
                     self._one_wrap(part, place, slot)
                 term.to(device)
                 term.part = self._key(part)
+                if getattr(term, "deaf", False):
+                    self.replaced[f"{place.path}.{place.param}"] = \
+                        f"{part.name} takes its place; give them different targets"
                 if (said := getattr(term, "counted", None)) is not None:
                     kept = self.adapter.settled.setdefault(term.part, {})
                     kept.setdefault(place.name, {}).update(said)
                 slot.add(self.adapter.name, label if not k else
                          f"{label}_{type(term).__name__.lower()}", term, place=place)
+                for end in ends:
+                    other = term.mirrored(end).to(device)
+                    other.part = term.part
+                    beside = slot_of(self._module(end), self.state, end.path)
+                    beside.add(self.adapter.name, label, other, place=end)
             self.placed.setdefault(part.name, []).append(place)
         if small:
             first = small[0][0]
@@ -308,18 +248,19 @@ class Attacher:
                               f"e.g. {placed[0].name}; set dropout=0, or give it others")
 
     def _undropped(self, module: nn.Module, place: Place, terms: tuple) -> str | None:
-        """Switch off dropout that cannot act on this place; why, if there was any."""
-        mine = [t for t in terms if getattr(t, "dropout", 0) or getattr(t, "drop_path", 0)]
-        why = no_dropout(module, place, any(isinstance(t, Wrap) for t in terms),
-                         any(isinstance(t, Dropping) for t in mine)) if mine else None
+        """Switch off dropout that cannot act on this place; why, if any."""
+        mine = [t for t in terms if asks_to_drop(t)]
+        around = any(isinstance(t, Dropping) and not t.own_drops for t in mine)
+        wrapped = any(isinstance(t, Wrap) for t in terms)
+        why = no_dropout(module, place, wrapped, around) if mine else None
         for t in mine if why else ():
-            t.dropout = t.drop_path = 0.0
+            for word in DROPS:
+                setattr(t, word, 0.0)
         self.state.by_sample |= any(getattr(t, "drop_path", 0) for t in mine)
         return why
 
     def _without_dropout(self, part: Method, places: list[tuple[Place, str]], of: int) -> None:
-        """By default a word about the weights that dropout cannot reach; an error when they were
-        asked for, or when there are no others."""
+        """A word about weights that dropout cannot reach; an error where no others are asked."""
         place, why = places[0]
         if self.asked.of(part)[0] is not None or len(places) == of:
             raise RecipeError(f"{part.name}: dropout cannot act on {place.name}: {why}; set "
@@ -376,7 +317,9 @@ class Attacher:
             slot.provide(place.param, provider)
             swap_provided(module, tuple(slot.providers))
             restart(slot, module, place.param)
-            self.replaced[f"{place.path}.{place.param}"] = part.name
+            self.replaced[f"{place.path}.{place.param}"] = \
+                f"{part.name} holds it frozen in another form; train a delta there instead, or " \
+                "give them different targets"
             self.placed.setdefault(part.name, []).append(place)
         self.notes += left_alone(part, len(places), left)
 
@@ -394,9 +337,7 @@ class Attacher:
 
     def _select(self, part: Method, name: str, decay: bool) -> None:
         if name in self.replaced:
-            raise RecipeError(f"{part.name} trains {name} whole, but {self.replaced[name]} holds "
-                              "it frozen in another form; train a delta there instead, or give "
-                              "them different targets")
+            raise RecipeError(f"{part.name} trains {name} whole, but {self.replaced[name]}")
         try:
             parameter = self.model.get_parameter(name)
         except AttributeError:
@@ -425,14 +366,6 @@ class Attacher:
             self.state.readers.setdefault((path, what), []).append(self.adapter.name)
         if (ready := getattr(branch.module, "attached", None)) is not None:
             ready(self)
-
-
-def _parameter(module: nn.Module, place: Place) -> nn.Parameter | None:
-    """The parameter of a place, where it has not got another form."""
-    *parents, leaf = place.param.split(".")
-    for name in parents:
-        module = module._modules[name]
-    return module._parameters.get(leaf)
 
 
 def _within(path: str, above: str) -> bool:

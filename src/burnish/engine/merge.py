@@ -49,6 +49,9 @@ def why_not(tuned: Tuned) -> str | None:
         for m in tuned.adapters[name].recipe:
             if not m.merges:
                 return f"{m.name} has no form as a plain weight: it computes on hidden states"
+    for path, _, slot in slots(tuned.model):
+        if slot.ends is not None:
+            return f"{path} reads and gives numbers on a grid, which a plain module does not"
     return None
 
 
@@ -89,10 +92,12 @@ def _merged(module: nn.Module, slot: Slot, active: Any) -> dict[str, Tensor]:
     for param in slot.providers:
         out[param] = slot._stored(module, param).detach().clone()
     for place, op in groups:
+        if all(t.mirrors for t in op.all):       # the module that has the tensor writes it
+            continue
         target = out.setdefault(place.param, slot._stored(module, place.param).detach().clone())
         view = place.view(target)
         wide = torch.promote_types(view.dtype, torch.float32)
-        value = op.dense(view.to(wide)).to(view.dtype)
+        value = op.dense(view.to(wide), final=True).to(view.dtype)
         # of a kernel held in another order (channels last) `view` is a copy
         view.copy_(value) if place.rows else target.copy_(place.unview(value, target))
     for part, own, scale in (*before, *after):

@@ -9,15 +9,18 @@ update, when gradients are complete and unscaled.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..blocks.update.objective import OnWeights
+from ..core.call import giving
 from ..core.errors import CheckError, ConfigError
 from ..core.method import Method
+from .observe import size
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -27,14 +30,15 @@ class Run:
     """One forward of the model, as an objective sees it.
 
     batch: what the model was called with: keywords as a mapping, or the positional arguments.
+    given: the keys of the batch that parts of the recipe read beside it (`Method.context`).
     outputs: what it returned.  taps: module path -> its output, for the paths a method asked for.
     """
 
     def __init__(self, tuned: Tuned, args: tuple, kw: dict[str, Any], outputs: Any,
-                 taps: dict[str, Any]):
+                 given: Mapping[str, Any], taken: Callable[[], dict[str, Any]]):
         self._tuned, self._args, self._kw = tuned, args, kw
-        self.outputs, self.taps = outputs, taps
-        self._references: dict[str | None, Any] = {}
+        self.outputs, self.given, self.taps, self._taken = outputs, given, taken(), taken
+        self._references: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
     @property
     def batch(self) -> Any:
@@ -42,13 +46,42 @@ class Run:
             return self._kw
         return self._args[0] if len(self._args) == 1 and not self._kw else (*self._args, self._kw)
 
-    def reference(self, adapter: str | None = None) -> Any:
-        """The outputs of the base (or of another adapter) on the same batch: without gradients, in
-        eval mode, computed once."""
-        if adapter not in self._references:
-            with torch.no_grad(), _as(self._tuned, adapter):
-                self._references[adapter] = self._tuned.model(*self._args, **self._kw)
-        return self._references[adapter]
+    def reference(self, adapter: str | None = None, rows: Sequence[int] | None = None) -> Any:
+        """The outputs of the base (or of another adapter, or of the one that trains as it answers
+        in evaluation) on the same batch, or on these samples of it: without gradients, in eval
+        mode, computed once."""
+        return self._reference(adapter, rows)[0]
+
+    def reference_taps(self, adapter: str | None = None) -> dict[str, Any]:
+        """What `taps` are of this forward, of that one."""
+        return self._reference(adapter, None)[1]
+
+    def _reference(self, adapter: str | None, rows: Sequence[int] | None
+                   ) -> tuple[Any, dict[str, Any]]:
+        key = adapter, None if rows is None else tuple(rows)
+        if key not in self._references:
+            args, kw, given = self._args, self._kw, dict(self.given)
+            if rows is not None:
+                samples = size([*args, *kw.values()])
+                args = tuple(_some(v, rows, samples) for v in args)
+                kw, given = ({k: _some(v, rows, samples) for k, v in d.items()}
+                             for d in (kw, given))
+            with torch.no_grad(), _as(self._tuned, adapter), giving(self._tuned.state, given):
+                out = self._tuned.model(*args, **kw)
+            self._references[key] = out, self._taken()
+        return self._references[key]
+
+    def again(self, **given: Any) -> Any:
+        """The outputs of the model as it stands on the same batch, run once more with a graph. The
+        call is given these keys besides (core/call.py)."""
+        with giving(self._tuned.state, {**self.given, **given}):
+            return self._tuned.model(*self._args, **self._kw)
+
+
+def _some(value: Any, rows: Sequence[int], samples: int) -> Any:
+    """Those samples of an argument that has one entry for each."""
+    has = isinstance(value, Tensor) and value.dim() and value.shape[0] == samples
+    return value[list(rows)] if has else value
 
 
 @contextlib.contextmanager
@@ -60,7 +93,7 @@ def _as(tuned: Tuned, adapter: str | None) -> Iterator[None]:
         if adapter not in tuned.adapters:
             raise ConfigError(f"no adapter {adapter!r} to compare with "
                               f"(there is {', '.join(tuned.adapters)})")
-        if tuned.adapters[adapter].selected:
+        if adapter != state.training and tuned.adapters[adapter].selected:
             raise ConfigError(f"{adapter!r} has base weights of its own, which cannot stand beside "
                               "those that train; compare with the base or with a pure delta")
     training = [m for m in model.modules() if m.training]
@@ -68,18 +101,26 @@ def _as(tuned: Tuned, adapter: str | None) -> Iterator[None]:
     collected, state.riding.collected = state.riding.collected, None
     model.eval()
     try:
-        if adapter is None:
-            with tuned.disabled():
+        with state.riding.replaced(None):
+            if adapter is None:
+                with tuned.disabled():
+                    yield
+            else:
+                if adapter != state.training:
+                    state.use(((adapter, 1.0),))
                 yield
-        else:
-            state.use(((adapter, 1.0),))
-            yield
     finally:
         state.riding.collected = collected
         if adapter is not None:
             state.use(active, rows)
         for m in training:
             m.training = True
+
+
+def _trains(out: Any) -> bool:
+    """Does anything that trains reach these outputs?"""
+    held = vars(out) if hasattr(out, "__dict__") and not isinstance(out, Tensor | dict) else out
+    return any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(held))
 
 
 class Objectives:
@@ -117,20 +158,37 @@ class Objectives:
         return [t for t in terms if any(p.requires_grad for p in t.params)]
 
     # -- a forward ends -------------------------------------------------------------------------
-    def _end(self, args: tuple, kw: dict[str, Any], out: Any) -> list[Tensor]:
+    def _end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]
+             ) -> list[Tensor]:
         """The terms of one forward."""
-        taps, self._taps = self._taps, {}
+        if self._busy and not torch.is_grad_enabled():
+            return []                            # a reference: what was tapped is read then
         if self._busy or not self.riding.wanted or not self.sees_run:
+            self._taken()
             return []
         self._busy = True                        # a reference runs the model, too
         try:
-            run = Run(self.tuned, args, kw, out, taps)
-            terms = [t for m in self.sees_run for t in m.objective(self.tuned, run)]
+            run = Run(self.tuned, args, kw, out, given, self._taken)
+            terms = [(m, list(m.objective(self.tuned, run))) for m in self.sees_run]
         finally:
             self._busy = False
-        if terms and torch.is_grad_enabled():
-            terms[0] = _Notice.apply(terms[0], self)
-        return terms
+        made = [t for _, mine in terms for t in mine]
+        if torch.is_grad_enabled() and _trains(out):
+            for m, mine in terms:
+                if mine and not any(t.requires_grad for t in mine):
+                    raise ConfigError(f"{m.name} has nothing to act on: what it is made of depends "
+                                      "on nothing that trains here; leave it out, or train "
+                                      "something before what it looks at")
+        for i, t in enumerate(made):
+            if t.requires_grad:
+                made[i] = _Notice.apply(t, self)
+                break
+        return made
+
+    def _taken(self) -> dict[str, Any]:
+        """What the last forward has tapped; it is let go."""
+        taps, self._taps = self._taps, {}
+        return taps
 
     # -- gradients arrive -------------------------------------------------------------------------
     @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -230,33 +230,51 @@ class Pass:
     # -- one round ---------------------------------------------------------------------------
     def _read(self, leaders: list[Place], settles: bool = True) -> Seen:
         stats: Seen = {p: self.wanted.pop(p) for p in leaders}
-        inputs = {p: s for p, s in stats.items() if s.reads in ("input", "both")}
+        inputs = {p: s for p, s in stats.items() if s.reads in ("input", "ends", "both")}
         gradients = {p: s for p, s in stats.items() if s.reads in ("gradient", "both")}
         seen = {p: stats[lead] for p, lead in self.alike.items() if lead in stats}
         read = self._look(stats)
         if not inputs and not gradients:
             return seen
         alone = any(s.alone for s in stats.values())
-        for batch in self.batches.first(self.samples):
-            for part in singly(batch) if alone else (batch,):
-                self._feed(part, inputs, gradients, stats, read)
-            if settles:
-                self.part.settle(seen)
-            if all(s.done for s in stats.values() if needs_data(s)):
-                break
+        with closing(self._points(gradients)) as points:
+            for _ in points:
+                for batch in self.batches.first(self.samples):
+                    for part in singly(batch) if alone else (batch,):
+                        self._feed(part, inputs, gradients, stats, read)
+                    if settles:
+                        self.part.settle(seen)
+                    if all(s.done for s in stats.values() if needs_data(s)):
+                        break
         for place in leaders:
             if place not in read:
                 raise DataError(f"{self.part.name}: the calibration batches never reach "
                                 f"{place.name}; leave it out of targets, or give batches that do")
         return seen
 
+    def _points(self, gradients: Seen) -> Iterator[None]:
+        """The weights as they stand, or where the part takes them, one point after another."""
+        def loss(batch: Any) -> Tensor:
+            return self.part.read_loss(self.model, batch, self.run)
+
+        batches = [] if type(self.part).travel is Method.travel else \
+            list(self.batches.first(self.samples))
+        with closing(self.part.travel(self.model, batches, loss)) as points:
+            for ways in points:
+                for place, statistic in gradients.items():
+                    stored = place.stored(self.model.get_submodule(place.path))
+                    if (way := ways.get(stored)) is not None:        # type: ignore[arg-type]
+                        statistic.leads(place.view(way))
+                yield
+
     def _look(self, stats: Seen) -> set[Place]:
-        """Show each statistic of a weight that weight; which places had one."""
+        """Show each statistic that asks for it its weight; which places need no data."""
         looked = {p for p, s in stats.items() if not needs_data(s)}
-        for place in looked:
-            assert self.weight is not None
-            with self.weight(place) as W:
-                stats[place].update(W)
+        for place, statistic in stats.items():
+            if place in looked or type(statistic).weigh is not Statistic.weigh:
+                assert self.weight is not None
+                with self.weight(place) as W:
+                    statistic.update(W) if place in looked else statistic.weigh(W)
         return looked
 
     def _feed(self, batch: Any, inputs: Seen, weights: Seen, stats: Seen, read: set) -> None:
@@ -271,7 +289,12 @@ class Pass:
             read.add(place)
             stats[place].pull(g)
 
-        with self._inputs(inputs, feed), self._gradients(weights, pull):
+        def answer(place: Place, y: Any) -> None:
+            stats[place].answered(y[0] if isinstance(y, tuple) else y, valid)
+
+        ends = {p: s for p, s in inputs.items() if s.reads == "ends"}
+        with self._inputs(inputs, feed), self._outputs(ends, answer), \
+                self._gradients(weights, pull):
             if weights:
                 with torch.enable_grad():
                     self.part.read_loss(self.model, batch, self.run).backward()
@@ -294,6 +317,17 @@ class Pass:
 
                 module = self.model.get_submodule(path)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def _outputs(self, places: Seen, tell: Callable[[Place, Any], None]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for place in places:
+                def hook(module: nn.Module, args: tuple, out: Any, place: Place = place) -> None:
+                    tell(place, out)
+
+                module = self.model.get_submodule(place.path)
+                stack.callback(module.register_forward_hook(hook).remove)
             yield
 
     @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..blocks.weight.provided import Weighted
-from ..blocks.weight.term import Term, Wrap
+from ..blocks.weight.term import Term, Wrap, asks_to_drop
 from ..blocks.weight.within import Within
 from ..core.call import current
 from ..core.errors import RecipeError
@@ -62,11 +62,15 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
         if len(wraps) > 1:
             raise RecipeError(f"{place.name} has {len(wraps)} functions of W active at once; "
                               "only one may wrap the others' sum: use one adapter at a time")
+        for t, _ in terms:
+            t.reads_on(slot.grid(place.param))
         _undropped(place, terms, wraps)
+        _heard(place, terms, wraps)
         base = functools.partial(slot._place_view, module, place)
         held = functools.partial(slot._held, module, place.param)
+        coded = functools.partial(slot._coded, module, place)
         ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held,
-                                    slot.state.room)))
+                                    slot.state.room, coded)))
     return ops, before, after
 
 
@@ -74,12 +78,19 @@ def _undropped(place: Place, terms: list[tuple[Term, float]], wraps: list[Wrap])
     """RecipeError for dropout under a function of W that makes the whole weight: an update as a
     matrix has no place for it."""
     for wrap in wraps:
-        whole_weight = not wrap.diagonal and type(wrap).linear is Wrap.linear
-        if whole_weight and any(getattr(t, "dropout", 0) or getattr(t, "drop_path", 0)
-                                for t, _ in terms):
+        if wrap.whole and any(asks_to_drop(t) for t, _ in terms):
             raise RecipeError(f"dropout on the input of {place.name} cannot act under a function "
                               f"of the whole weight ({type(wrap).__name__}); set dropout=0, or "
                               "give the parts different targets")
+
+
+def _heard(place: Place, terms: list[tuple[Term, float]], wraps: list[Wrap]) -> None:
+    """RecipeError for an update of a weight whose place another one takes."""
+    if terms and (deaf := next((w for w in wraps if w.deaf), None)) is not None:
+        first: Any = terms[0][0]
+        raise RecipeError(f"{deaf.part} takes the place of {place.name}: what "
+                          f"{getattr(first, 'part', 'another part')} adds to it would not be "
+                          "heard; give them different targets")
 
 
 def _joined(slot: Weights, module: nn.Module, groups: dict[tuple, Group]) -> list[Group]:

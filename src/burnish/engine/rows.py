@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..blocks.weight.dropped import drops
 from ..blocks.weight.grouped import Grouped
+from ..blocks.weight.term import asks_to_drop
 from ..core.call import rows_given
 from ..core.errors import RecipeError
 from .layout import is_linear
@@ -69,7 +70,7 @@ def _plan(slot: Slot, module: nn.Module, forward: Callable[..., Any],
     here = {p.adapter for p in slot.parts if p.place or p.branch}
     apart = tuple(r if r in here else None for r in rows)
     chains: dict[str, dict[Any, Any]] = {}
-    linear = is_linear(module, forward) and not slot.absorbed
+    linear = is_linear(module, forward) and not slot.absorbed and slot.ends is None
     for name in dict.fromkeys(r for r in apart if r is not None and linear):
         groups, before, after = slot._planned(module, ((name, 1.0),))
         if not (before or after) and all(
@@ -83,8 +84,7 @@ def _plan(slot: Slot, module: nn.Module, forward: Callable[..., Any],
     grouped = [Grouped({n: own[at] for n, own in chains.items() if at in own}, mine, at,
                        slot.state.room)
                for at in dict.fromkeys(at for own in chains.values() for at in own)]
-    dropping = [t for g in grouped for t in g.terms
-                if getattr(t, "dropout", 0) or getattr(t, "drop_path", 0)]
+    dropping = [t for g in grouped for t in g.terms if asks_to_drop(t)]
     return Rows(apart, keys, grouped, dropping)
 
 

@@ -1,8 +1,9 @@
 """Slicing out what was switched off: a smaller dense model, and the way back.
 
-The update is merged, then every weight gives up the rows and columns of dead units. The sliced
-model is compared with the masked one on a batch of its own, and its config is changed to say what
-it is now, where a config can: a model built from it must have the same shapes.
+The update is merged, then every weight gives up the rows and columns of dead units, and of dead
+channels of the residual stream (narrow.py). The sliced model is compared with the masked one on a
+batch of its own, and its config is changed to say what it is now, where a config can: a model built
+from it must have the same shapes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.state.mask import UnitMask
+from ..blocks.state.stream import Hybrid
 from ..core import families
 from ..core.errors import CheckError, ConfigError
 from ..core.example import example_batch
-from ..core.groups import Group, groups
+from ..core.groups import HEADS, Group, groups, say_heads
+from ..core.stream import Stream, say_width, stream
+from .narrow import cut, narrow
 
 if TYPE_CHECKING:
     from .tuned import Tuned
 
-#: attributes of attention modules that count heads, and those that are heads x width
-_HEADS = (*families.HEAD_COUNT, "n_heads")
+#: attributes of attention modules that are heads x width
 _WIDE = ("all_head_size", "split_size", "inner_dim")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "mlp_dim")
 
@@ -36,18 +39,22 @@ def shrink(tuned: Tuned, ragged: bool = False) -> nn.Module:
     dead = {path: ~m.alive for path, m in tuned.branches(UnitMask)}
     found = [g for g in groups(tuned.anatomy)[0] if g.out.path in dead
              and bool(dead[g.out.path].any())]
-    if not found:
+    width = _width(tuned)
+    if not found and width is None:
         raise ConfigError("nothing is switched off, so there is nothing to take out; a part such "
-                          "as loraprune switches units off while it trains")
+                          "as loraprune switches units off while it trains, pat channels")
     tuned.merge()
     undo: list[Callable[[], None]] = tuned.merged.first
 
     def put(owner: Any, name: str, value: Any) -> None:
         """Set an attribute (or a parameter) and remember what was there."""
         store = owner._parameters if isinstance(value, nn.Parameter) else None
-        old = store[name] if store is not None else getattr(owner, name)
-        undo.append(lambda: store.__setitem__(name, old) if store is not None
-                    else setattr(owner, name, old))
+        if store is None and not hasattr(owner, name):   # a word that a config did not need
+            undo.append(lambda: vars(owner).pop(name, None))
+        else:
+            old = store[name] if store is not None else getattr(owner, name)
+            undo.append(lambda: store.__setitem__(name, old) if store is not None
+                        else setattr(owner, name, old))
         if store is not None:
             store[name] = value
         else:
@@ -58,9 +65,11 @@ def shrink(tuned: Tuned, ragged: bool = False) -> nn.Module:
         want = None if probe is None else _run(tuned.model, probe)
         _slice(tuned.model, found, dead, put)
         _attributes(tuned, found, dead, put)
+        if width is not None:
+            narrow(tuned.anatomy, *width, put)
         if want is not None:
             _same(want, tuned.model, probe)
-        reason = _describe(tuned, found, dead, put)
+        reason = _describe(tuned, found, dead, width, put)
         if reason and not ragged:
             raise CheckError(f"{reason}, so a saved folder could not be loaded; shrink("
                              "ragged=True) gives the smaller module all the same")
@@ -86,20 +95,16 @@ def _slice(model: nn.Module, found: list[Group], dead: dict[str, Tensor], put: P
         for place, width in g.columns:
             gone.setdefault((place.path, 1), []).append(_channels(width, off))
     for (path, side), parts in gone.items():
-        module = model.get_submodule(path)
-        turned = not isinstance(module, nn.Linear)       # the Conv1D of GPT-2 stores (in, out)
-        weight = module.weight
-        dim = 1 - side if turned else side
-        keep = torch.ones(weight.shape[dim], dtype=torch.bool, device=weight.device)
-        keep[torch.cat(parts).to(weight.device)] = False
-        index = keep.nonzero().squeeze(1)
-        small = weight.detach().index_select(dim, index).contiguous()
-        put(module, "weight", nn.Parameter(small, requires_grad=False))
-        if side == 0 and module.bias is not None:
-            bias = module.bias.detach()[index].contiguous()
-            put(module, "bias", nn.Parameter(bias, requires_grad=False))
-        name = ("nf", "nx")[side] if turned else ("out_features", "in_features")[side]
-        put(module, name, len(index))
+        cut(model.get_submodule(path), side, torch.cat(parts), put)
+
+
+def _width(tuned: Tuned) -> tuple[Stream, Tensor] | None:
+    """The stream that loses channels, and which stay; None where all do."""
+    mask = next((h.mask for _, h in tuned.branches(Hybrid)), None)
+    found = stream(tuned.anatomy)
+    if mask is None or bool(mask.alive.all()) or isinstance(found, str):
+        return None
+    return found, mask.alive.detach().clone()
 
 
 # -- what modules say of themselves -------------------------------------------------------------
@@ -109,13 +114,14 @@ def _attributes(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: 
             continue
         alive, module = int((~dead[g.out.path]).sum()), tuned.model.get_submodule(g.path)
         for m in module.modules():
-            for name in (*_HEADS, *families.KV_COUNT, *_WIDE):
+            for name in (*HEADS, *families.KV_COUNT, *_WIDE):
                 value = vars(m).get(name)
                 if isinstance(value, int) and value % g.units == 0:
                     put(m, name, value // g.units * alive)
 
 
-def _describe(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: Put) -> str | None:
+def _describe(tuned: Tuned, found: list[Group], dead: dict[str, Tensor],
+              width: tuple[Stream, Tensor] | None, put: Put) -> str | None:
     """Let the config say the new sizes; the reason where no config can."""
     config = getattr(tuned.model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -129,6 +135,8 @@ def _describe(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: Pu
             return (f"blocks keep {min(counts)} to {max(counts)} {kind}: a config has one number "
                     "for all of them (loraprune(spare=0) prunes all alike)")
     new = copy.deepcopy(config)
+    if width is not None:
+        say_width(new, tuned.anatomy, int(width[1].sum()))
     for g in found[:1] + [h for h in found if h.kind != found[0].kind][:1]:
         alive = int((~dead[g.out.path]).sum())
         if g.kind == "channels":
@@ -136,22 +144,13 @@ def _describe(tuned: Tuned, found: list[Group], dead: dict[str, Tensor], put: Pu
             for n in named[:1]:
                 setattr(new, n, alive)
         else:
-            if getattr(new, "head_dim", None) is None and hasattr(new, "head_dim"):
-                new.head_dim = g.columns[0][1] // (_heads(config) // g.units)
-            for n in (*_HEADS, *families.KV_COUNT):
-                value = getattr(new, n, None)
-                if isinstance(value, int) and value % g.units == 0:
-                    setattr(new, n, value // g.units * alive)
+            say_heads(new, g, alive)
     if reason := _built_differs(tuned.model, new):
         return reason
     for n, value in vars(new).items():
         if vars(config).get(n) != value and not n.startswith("_"):
             put(config, n, value)
     return None
-
-
-def _heads(config: Any) -> int:
-    return next(v for n in _HEADS if isinstance(v := getattr(config, n, None), int))
 
 
 def _built_differs(model: nn.Module, config: Any) -> str | None:

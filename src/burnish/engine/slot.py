@@ -139,7 +139,7 @@ class Slot(Weights):
             check_rows(state, call.rows, args, kw)
         with again(call, state.loose(self.root)), state.tape.recording(state.watched):
             out = self.run(module, forward, args, kw)
-        return state.riding.end(args, kw, out) if self.root and not call.off else out
+        return state.riding.end(args, kw, out, call.given) if self.root and not call.off else out
 
     def _traced(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         """In a graph that is compiled. The compiler decides what is kept, so there is no tape; the
@@ -168,7 +168,7 @@ class Slot(Weights):
     def _inside(self, module: nn.Module, forward: Callable[..., Any], call: Call, args: tuple,
                 kw: dict) -> Any:
         if call.off:
-            return self._base(module, forward, args, kw)
+            return self._answer(module, forward, [], args, kw)
         if call.rows is not None:
             return self._per_sample(module, forward, call, args, kw)
         return self._active(module, forward, call, args, kw)
@@ -206,15 +206,14 @@ class Slot(Weights):
             args: tuple, kw: dict) -> Any:
         groups, before, after = plan
         if groups and not (before or after or self.reads):
-            return self._weighted(module, forward, groups, args, kw)
+            return self._answer(module, forward, groups, args, kw)
         given = first_of(args, kw)
         self._tap("input", given, call)
         for part, own, scale in before:
             x = first_of(args, kw)
             made = _branch(part, own, scale, x, x)
             args, kw = ((made, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): made})
-        out = self._weighted(module, forward, groups, args, kw) if groups else \
-            self._base(module, forward, args, kw)
+        out = self._answer(module, forward, groups, args, kw)
         if after:
             first = out[0] if isinstance(out, tuple) else out
             for part, own, scale in after:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,11 +18,13 @@ from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_s
 from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
+from ..core.groups import outputs
 from ..core.processes import anywhere, processes
 from ..core.words import honours, why
-from .around import Pass, probe
+from .around import Each, Pass, probe
 from .check import check_gradients
 from .objectives import Objectives
+from .observe import singly
 from .spread import check_own, watch
 
 if TYPE_CHECKING:
@@ -87,11 +90,16 @@ class Steps:
         late = not plan.in_backward and not any(hasattr(a, "build") for a in answers)
         # behind the objectives, which add to gradients when they are complete
         self._clip_norm = check_norm(kw.pop("max_grad_norm", None)) if late else 0.0
+        if self._clip_norm and (secret := [m.name for m in self.tuned.recipe if m.private]):
+            raise ConfigError(f"max_grad_norm cuts what {secret[0]} sums before it has added its "
+                              f"noise; {secret[0]} cuts each sample's gradient: leave it out")
         # its hooks come first, so that a step inside backward sees gradient and objective together
         self.objectives = Objectives(self.tuned, plan.in_backward)
         try:
             opt = compose(answers, list(self.tuned.named_parameters()), lr=lr, scaler=scaler,
-                          inside=block_weights(self.tuned.anatomy), **kw)
+                          inside=block_weights(self.tuned.anatomy),
+                          outputs=outputs(self.tuned.anatomy),
+                          width=self.tuned.anatomy.hidden_size, **kw)
             self.say_projected()
         except BaseException:
             self.objectives.close()
@@ -248,19 +256,26 @@ class Steps:
                            "nothing was updated: the weights are those of the step before")
 
     # -- passes (see around.py) ------------------------------------------------------------------
-    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
+    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
+               each: Each | None = None, scale: Any = 1.0) -> Tensor:
         """``whole()``, with what the recipe does around it."""
         self.timeline.start(self.tuned.total_steps)
         self.passes += 1
         with ExitStack() as stack:
+            pass_ = Pass(self.tuned, whole, alone, each, scale)
             for handler in self.timeline.around():
-                pass_ = Pass(self.tuned, whole, alone)
                 stack.enter_context(contextmanager(handler.around_step)(pass_))
             clip = getattr(self.optimizer, "clip", None)
             if clip is not None and clip.norm:       # LOMO: one backward for the norm alone
                 with clip.weighing():
                     probe(self.tuned, whole, grads=True, statistics=False)
-            return whole()
+            return pass_.made()
+
+    def nothing_came(self) -> None:
+        """A batch had no sample: objectives have had no part in it, and that is right."""
+        self.tuned.state.riding.ridden = True
+        if self.objectives is not None:
+            self.objectives._seen = True
 
     def backward(self, batch: Any, loss: Loss | None, scale: Any) -> Tensor:
         """Forward and backward of one micro-batch; the loss (detached)."""
@@ -269,7 +284,7 @@ class Steps:
             raise ConfigError(f"{self.tuned.recipe} evaluates the loss and makes no gradient: "
                               "use tuned.step(batch, loss)")
 
-        def whole() -> Tensor:
+        def whole(batch: Any, scale: Any) -> Tensor:
             value = self.loss(batch, loss)
             self._finite(value)
             if not value.requires_grad:
@@ -278,7 +293,8 @@ class Steps:
             (value if isinstance(scale, float) and scale == 1 else value * scale).backward()
             return value.detach()
 
-        return self.around(whole, lambda: self.loss(batch, loss))
+        return self.around(lambda: whole(batch, scale), lambda: self.loss(batch, loss),
+                           lambda: (partial(whole, one, 1.0) for one in singly(batch)), scale)
 
     def _passed(self) -> None:
         """Raises ConfigError when an update comes whose passes the recipe could not surround."""

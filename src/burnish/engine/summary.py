@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..blocks.weight.term import Provider, Term
 from .swap import ATTR
 
 if TYPE_CHECKING:
@@ -36,7 +37,19 @@ def summary(tuned: Tuned) -> dict[str, Any]:
     total = sum(p.numel() for p in tuned.model.parameters())
     return {"recipe": str(tuned.recipe), "parts": parts,
             "trainable": sum(r["trainable"] for r in parts.values()), "parameters": total,
-            "notes": [*tuned.anatomy.notes, *tuned.active.notes]}
+            "notes": [*tuned.anatomy.notes, *tuned.active.notes], "kernels": kernels(tuned)}
+
+
+def kernels(tuned: Tuned) -> dict[str, dict[str, int]]:
+    """By which road runs what has two: of each class how many by "triton", and how many by torch's
+    operators for which reason."""
+    found: dict[str, dict[str, int]] = {}
+    for m in tuned.model.modules():
+        if isinstance(m, Provider | Term) and (why := m.road()) is not None:
+            row = found.setdefault(type(m).__name__, {})
+            road = f"torch: {why}" if why else "triton"
+            row[road] = row.get(road, 0) + 1
+    return found
 
 
 def table(s: dict[str, Any]) -> str:
@@ -46,4 +59,6 @@ def table(s: dict[str, Any]) -> str:
     share = 100 * s["trainable"] / max(1, s["parameters"])
     return "\n".join([f"Tuned({s['recipe']!r}): {s['trainable']:,} of {s['parameters']:,} "
                       f"parameters train ({share:.2f} %)", *rows,
+                      *[f"  kernels: {n} {what} by {road}" for what, row in s["kernels"].items()
+                        for road, n in row.items() if not road.startswith("torch: on cpu")],
                       *[f"  note: {n}" for n in s["notes"]]])

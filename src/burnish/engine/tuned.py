@@ -17,10 +17,11 @@ from ..core.errors import ConfigError
 from ..core.events import Timeline
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
+from ..core.sampling import Sampling
 from ..core.site import Place
 from ..core.stage import Stage
 from .adapters import Adapter, Adapters, still_there
-from .around import Probe, probe
+from .around import Each, Probe, probe
 from .base import Base
 from .buffers import Buffers
 from .leave import give_back
@@ -66,6 +67,7 @@ class Tuned:
         self.originals = Originals()
         self.buffers = Buffers(model)
         self.total_steps: int | None = None
+        self.sampling: Sampling | None = None         # how samples are drawn, where fit says it
         self.base_lines: dict[str, str] = {}          # fingerprints of the originals, once read
         self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self.merged: Any = None                       # what unmerge needs (engine/merge.py)
@@ -111,7 +113,7 @@ class Tuned:
         calibration: batches for methods that read data first; default those given to `tune`.
         settled: what such methods decided once (a file knows it), so that they need no data.
 
-        Raises RecipeError, TargetError; the model is left as it was when anything is refused.
+        Raises RecipeError, TargetError, and leaves the model as it was.
         """
         self.check_plain()
         self.adapters.add(name, parse(recipe), targets, head, seed, calibration, settled)
@@ -123,8 +125,7 @@ class Tuned:
 
         An optimizer that was made for it says so at its next step: call :meth:`optimizer` again.
 
-        Raises ConfigError for an unknown name, and for the only adapter (then :meth:`detach`).
-        """
+        Raises ConfigError for an unknown name, and for the only one (then :meth:`detach`)."""
         self.check_plain()
         self.adapters.remove(name)
 
@@ -242,30 +243,29 @@ class Tuned:
         return self.steps.timeline
 
     def check_gradients(self) -> None:
-        """Every tensor that should train has a finite gradient, or CheckError names those
-        without (a silent no-op is the worst way to fail)."""
+        """Every tensor that should train has a finite gradient, or CheckError names the others."""
         self.steps.check_gradients()
 
     def step(self, batch: Any, loss: Loss | None = None) -> Tensor:
         """One whole training step, right for every recipe; returns the loss (detached).
 
         batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``.
-        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or the outputs
-        themselves when they are a scalar.
+        loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or scalar outputs.
 
         Raises BurnishError when the loss is not finite: nothing has been updated then.
         """
         self.check_plain()
         return self.steps.step(batch, loss)
 
-    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor]) -> Tensor:
-        """``whole()``, with what the recipe does around it.
+    def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
+               each: Each | None = None, scale: Any = 1.0) -> Tensor:
+        """``whole()``, with what the recipe does around it, for loops that make their own passes.
 
-        For loops that make their own passes. whole: forward and backward of one micro-batch,
-        gradients added to ``.grad``; it may be called several times and must mean the same each
-        time. alone: its loss without a backward. Both return the loss.
+        whole: forward and backward of one micro-batch, into ``.grad``; it may be called several
+        times and means the same each time. alone: its loss without a backward. each: gives `whole`
+        of each sample alone, at no scale (dp). scale: of its loss. All return the loss.
         """
-        return self.steps.around(whole, alone)
+        return self.steps.around(whole, alone, each, scale)
 
     def backward(self, batch: Any, loss: Loss | None = None, *,
                  scale: Any = 1.0) -> Tensor:
@@ -407,8 +407,9 @@ class Tuned:
         to_the_end(lambda: unmerge(self))
 
     def shrink(self, ragged: bool = False) -> nn.Module:
-        """:meth:`merge`, then take out what was switched off (heads, channels): a smaller dense
-        model that saves and loads with its own library. :meth:`unmerge` brings everything back.
+        """:meth:`merge`, then take out what was switched off (heads, inner channels, channels of
+        the residual stream): a smaller dense model that saves and loads with its own library.
+        :meth:`unmerge` brings everything back.
 
         ragged: go on where blocks end with different sizes, or the config has no words for them.
         Raises ConfigError when nothing is switched off, CheckError when the sliced model would

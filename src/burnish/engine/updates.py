@@ -85,7 +85,7 @@ class Added(Update):
         terms, wrap = self._split()
         total: Any = 0
         for term, s in terms:
-            total = total + s * term.dense().detach().float()
+            total = total + s * term.final().detach().float()
         if wrap is None:
             return total
         V = self.base().float()
@@ -120,7 +120,8 @@ def updates(tuned: Tuned) -> Iterator[Update]:
         here: dict[Place, Added] = {}
         for part in slot.parts:
             term = slot.module_of(part)
-            if part.place is None or part.adapter not in active or not isinstance(term, Term):
+            if part.place is None or part.adapter not in active or not isinstance(term, Term) \
+                    or term.mirrors:
                 continue
             place = part.place
             lead = (place.experts,) if place.experts else ()

@@ -16,12 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.gpu.coded import Coded
 from ..blocks.tape.replay import replay, rng_state
+from ..blocks.weight import held_conv
 from ..blocks.weight.convolved import convolved
 from ..blocks.weight.dropped import drops
 from ..blocks.weight.folded import NOTHING
+from ..blocks.weight.integer import Grid
 from ..blocks.weight.lookup import looked_up
 from ..blocks.weight.provided import Weighted, linear
+from ..blocks.weight.term import Provider, asks_to_drop
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
 from ..core.site import Place
@@ -78,6 +82,19 @@ class Weights(nn.Module):
     def _place_view(self, module: nn.Module, place: Place) -> Tensor:
         return place.view(self._stored(module, place.param))
 
+    def _coded(self, module: nn.Module, place: Place, like: Tensor) -> Coded | None:
+        """What a provider holds of a matrix, where products with such tokens decode it."""
+        if place.param not in self.providers or self.absorbed:
+            return None
+        held = self._modules[self.providers[place.param]].coded(like)
+        return None if held is None else place.view(held)
+
+    def _coded_matrix(self, module: nn.Module, param: str, like: Tensor) -> Coded | None:
+        if self.absorbed or param not in self.providers:
+            return None
+        held = self._modules[self.providers[param]].coded(like)
+        return held.t() if held is not None and is_conv1d(module) else held
+
     def _matrix(self, module: nn.Module, param: str) -> Tensor:
         w = self._stored(module, param)
         return w.t() if is_conv1d(module) else w
@@ -92,7 +109,7 @@ class Weights(nn.Module):
             made = self.module_of(part)
             if part.branch is not None:
                 return f"{part.key} adds to its hidden state"
-            if getattr(made, "dropout", 0) or getattr(made, "drop_path", 0):
+            if asks_to_drop(made):
                 return f"{part.key} drops at random there, once for all rows"
         if mine and self.state.context:
             return f"{mine[0].key} may read keys of the batch there"
@@ -101,24 +118,59 @@ class Weights(nn.Module):
     def product(self, module: nn.Module, active: Any) -> tuple[Tensor, Tensor | None] | None:
         """(weight, bias) where ``x W^T + b`` is all that a linear does, its weight decoded where it
         is held in another form; None where something is added."""
-        if any(self._planned(module, active)):
+        if any(self._planned(module, active)) or self.ends is not None:
             return None
         return self._stored(module, "weight"), module.bias
 
+    @property
+    def ends(self) -> Provider | None:
+        """The provider that holds what this module reads and gives on grids, if one does."""
+        return next((p for name in self.providers.values()
+                     if (p := self._modules[name]).grid is not None), None)
+
+    def grid(self, param: str) -> Grid | None:
+        """On which the layer reads its input, where what holds the parameter says one."""
+        return self._modules[self.providers[param]].grid if param in self.providers else None
+
     # -- running ------------------------------------------------------------------------------
+    def _answer(self, module: nn.Module, forward: Callable[..., Any], groups: list, args: tuple,
+                kw: dict) -> Any:
+        """What the module makes of its input, on what answers for its weights."""
+        ends = self.ends if self.providers else None
+        if ends is not None:
+            x = ends.given(first_of(args, kw))
+            args, kw = ((x, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): x})
+        out = self._weighted(module, forward, groups, args, kw) if groups else \
+            self._base(module, forward, args, kw)
+        return out if ends is None else ends.gives(out)
+
     def _base(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         if self.providers and is_linear(module, forward):
             return self._plain(module, first_of(args, kw))
+        if self.providers and self._frozen(module, forward, first_of(args, kw)):
+            return self._convolved(module, first_of(args, kw))
         with ExitStack() as stack:
             for param in self.providers:
                 make = functools.partial(self._stored, module, param)
                 stack.enter_context(self._noted(module, param, make, self._held(module, param)))
             return forward(module, *args, **kw)
 
+    def _frozen(self, module: nn.Module, forward: Callable[..., Any], x: Any) -> bool:
+        """Is it a convolution that keeps nothing of x, its weight being frozen?"""
+        own = module._parameters.get("weight")
+        return is_conv(module, forward) and set(self.providers) <= {"weight"} \
+            and not (own is not None and own.requires_grad) and held_conv.served(module, x)
+
+    def _convolved(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What a convolution makes of x with its frozen weight alone."""
+        return held_conv.convolved(module, x, functools.partial(self._stored, module, "weight"),
+                                   self._held(module, "weight"))
+
     def _plain(self, module: nn.Module, x: Tensor) -> Tensor:
         """A linear's own product, by the road that one with something added takes."""
         op = Weighted(functools.partial(self._matrix, module, "weight"), [],
-                      held=functools.partial(self._held, module, "weight"))
+                      held=functools.partial(self._held, module, "weight"),
+                      coded=functools.partial(self._coded_matrix, module, "weight"))
         own = None if self.providers else module._parameters.get("weight")
         trained = own is not None and own.requires_grad
         weight = self._matrix(module, "weight") if trained else None
@@ -137,22 +189,56 @@ class Weights(nn.Module):
                 and len(groups) == 1 and (op.wrap is None or op.wrap.diagonal):
             return looked_up(first_of(args, kw), op, functools.partial(forward, module),
                              module.padding_idx, op.held())
-        if len(groups) == 1 and op.wrap is None and is_conv(module, forward) \
-                and (dropped := [ts for ts in op.terms if drops(ts[0])]):
-            return self._beside(module, forward, place, op, dropped, args, kw)
+        if len(groups) == 1 and op.wrap is None and is_conv(module, forward):
+            fits = held_conv.served(module, first_of(args, kw))
+            if (apart := [ts for ts in op.terms if drops(ts[0]) or fits and ts[0].alongside]):
+                return self._beside(module, forward, place, op, apart, args, kw)
         return self._effective(module, forward, groups, args, kw)
 
     def _beside(self, module: nn.Module, forward: Callable[..., Any], place: Place, op: Weighted,
-                dropped: list, args: tuple, kw: dict) -> Any:
-        """A convolution with chains that drop part of its input: they run beside it."""
-        rest = [ts for ts in op.terms if not drops(ts[0])]
+                apart: list, args: tuple, kw: dict) -> Any:
+        """A convolution with updates that run beside it: chains that drop part of its input, and
+        those that keep less of it so."""
+        rest, x = [ts for ts in op.terms if ts not in apart], first_of(args, kw)
         beside = [(place, Weighted(op.base, rest, held=op.held))]
         out = self._effective(module, forward, beside, args, kw) if rest else \
+            self._convolved(module, x) if self._frozen(module, forward, x) else \
             self._base(module, forward, args, kw)
-        for term, scale in dropped:
-            made = convolved(term, module, first_of(args, kw))
-            out = out + (made if scale == 1 else scale * made)
+        for term, scale in apart:
+            made = term.beside(module, x) if term.alongside else convolved(term, module, x)
+            if made is not None:
+                out = out + (made if scale == 1 else scale * made)
         return out
+
+    def pairs(self, module: nn.Module, active: Any, part: str
+              ) -> tuple[Callable[[], Tensor], Tensor | None, Tensor | None]:
+        """(what gives the matrix (out, in) of a frozen linear, A (r, in), B (out, r) with B A all
+        that is added to it, or None and None), for a listener that answers for it in the name of
+        `part`. RecipeError where anything else stands here."""
+        groups, before, after = self._planned(module, active)
+        found, other = [], before or after or self.reads or len(self.listeners) > 1
+        for place, op in groups:
+            other = other or place.rows is not None or op.wrap is not None
+            for term, scale in op.terms:
+                pair = None if term.training and asks_to_drop(term) else term.pair()
+                other = other or pair is None
+                found.append((pair, scale))
+        if other:
+            raise RecipeError(f"{part}: {self.path} holds more than low-rank updates without "
+                              "dropout (functions of its weight, branches, prompts), which cannot "
+                              "be divided among experts: give them different targets")
+        if self.grid("weight") is not None:
+            raise RecipeError(f"{part}: {self.path} reads and gives numbers on a grid, which its "
+                              "experts would not; hold its weight in another form")
+        if self._stored(module, "weight").requires_grad:
+            raise RecipeError(f"{part}: {self.path} trains whole; it is divided among experts "
+                              "frozen: train a low-rank update there instead")
+        matrix = functools.partial(self._matrix, module, "weight")
+        if not found:
+            return matrix, None, None
+        scaled = [(A, B if s == 1 else B * s) for (A, B), s in found]
+        return (matrix, *(ts[0] if len(ts) == 1 else torch.cat(ts, d)
+                          for d, ts in enumerate(zip(*scaled, strict=True))))
 
     def _trained(self, module: nn.Module, place: Place) -> Tensor | None:
         own = None if place.param in self.providers else module._parameters.get(place.param)
@@ -178,12 +264,18 @@ class Weights(nn.Module):
         return y
 
     def _sliced(self, module: nn.Module, groups: list, x: Tensor) -> Tensor:
-        """A fused linear: each tuned run of rows is its own product, the rest stays stock."""
-        W = self._matrix(module, "weight")
-        outs = []
-        for (a, b), op in segments(groups, W.shape[0]):
+        """A fused linear: each tuned run of rows is its own product, the rest stays stock; where a
+        storage decodes the weight no run keeps what it has decoded."""
+        def rows(a: int, b: int) -> Tensor:
+            return self._matrix(module, "weight")[a:b]
+
+        held, outs = functools.partial(self._held, module, "weight"), []
+        total = module.nf if is_conv1d(module) else module.out_features
+        for (a, b), op in segments(groups, total):
             bias = None if module.bias is None else module.bias[a:b]
-            outs.append(F.linear(x, W[a:b], bias) if op is None else linear(x, op, bias))
+            if op is None and "weight" in self.providers:
+                op = Weighted(functools.partial(rows, a, b), [], held=held)
+            outs.append(F.linear(x, rows(a, b), bias) if op is None else linear(x, op, bias))
         return torch.cat(outs, dim=-1)
 
     def _effective(self, module: nn.Module, forward: Callable[..., Any], groups: list,

@@ -130,7 +130,7 @@ def planned(memory: str | int) -> Any:
     simulation of the real step of the shipped model."""
     from ..memory import plan
     from .data import read
-    from .loop import quiet_libraries
+    from .driving import quiet_libraries
     from .tasks import task_for
 
     quiet_libraries()

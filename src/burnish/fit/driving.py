@@ -3,6 +3,7 @@ that goes on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,3 +93,12 @@ class Smoothed:
         items = (labels != self.ignore_index).sum() if num_items_in_batch is None \
             else torch.as_tensor(num_items_in_batch, device=total.device)
         return total / items
+
+
+def quiet_libraries() -> None:
+    """transformers speaks through us: its own bars and load reports would interleave."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -243,6 +243,48 @@ def intruders(points: Sequence[tuple[float, int]], threshold: float) -> str:
     return _svg(figure, "intruder dimensions over thresholds")
 
 
+def sparsity(points: Sequence[tuple[float, float]], essential: float, knee: float,
+             control: Sequence[tuple[float, float]] = ()) -> str:
+    """Quality over the share of weights that are zero; the control takes any of them."""
+    if len(points) < 2:
+        return ""
+    figure, (ax,) = _axes(9, 2.8)
+    for line, colour, words in ((control, FAINT, "any go"), (points, ACCENT, "the smallest go")):
+        if line:
+            ax.plot(*zip(*line, strict=True), color=colour, linewidth=1.4, marker="o",
+                    markersize=3, label=words)
+    held = dict(points)
+    for at, words in ((essential, "essential"), (knee, "knee")):
+        ax.axvline(at, color=INK, linewidth=0.6, linestyle=":")
+        ax.annotate(f"{words} {at:.3g}", (at, held[at]), xytext=(4, 8 if words == "knee" else -14),
+                    textcoords="offset points", fontsize=8, color=INK)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("share of weights that are zero", fontsize=8, color=FAINT)
+    ax.set_title("quality of the pruned model", loc="left", fontsize=10, color=INK)
+    if control:
+        ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _svg(figure, "quality over the share of weights that are zero")
+
+
+def dimension(points: Sequence[tuple[int, float]], whole: float, bar: float) -> str:
+    """The figure over the size of the subspace, what everything reaches, and where the bar is."""
+    if not points:
+        return ""
+    figure, (ax,) = _axes(9, 2.8)
+    ax.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.4, marker="o", markersize=3)
+    ax.axhline(whole, color=INK, linewidth=0.8)
+    ax.axhline(bar, color=INK, linewidth=0.6, linestyle=":")
+    if (first := next((d for d, p in points if p >= bar), None)) is not None:
+        ax.axvline(first, color=WARM, linewidth=0.8)
+        ax.annotate(f"{first}", (first, min(p for _, p in points)), xytext=(4, 0),
+                    textcoords="offset points", fontsize=9, color=WARM)
+    ax.set_xscale("log")
+    ax.set_xlabel("size of the random subspace", fontsize=8, color=FAINT)
+    ax.set_title("figure of a subspace; of everything (line), and the share asked for (dots)",
+                 loc="left", fontsize=10, color=INK)
+    return _svg(figure, "figure over the size of a random subspace")
+
+
 def _brief(name: str, width: int = 46) -> str:
     name = name.removesuffix(".weight").replace(".weight[", "[")
     return name if len(name) <= width else "..." + name[3 - width:]

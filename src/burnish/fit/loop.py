@@ -11,9 +11,9 @@ import contextlib
 import gc
 import json
 import math
-import os
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
+from ..engine.observe import singly
 from ..engine.tuned import Tuned
 from ..formats import safe
 from ..formats.adapter import put
@@ -34,6 +35,7 @@ from . import checkpoint, state
 from .checkpoint import is_owed
 from .driving import Driven, Shuffled, Smoothed, go_on_by
 from .moments import Moments
+from .secret import Drawn, loader
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
 from .tasks import Task
@@ -128,8 +130,21 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = train_dataset if train_dataset is not None else self.train_dataset
+        return Shuffled(len(rows), self._seed)
+
+    @property
+    def _seed(self) -> int:
+        """Of the order of rows."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(rows), seed + self.leg.number)
+        return seed + self.leg.number
+
+    def get_train_dataloader(self) -> Any:
+        """Rows that are to be drawn each by itself come in batches of any size."""
+        if self.tuned.sampling is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(loader(
+            self.train_dataset, self.task.collate, Drawn(self.tuned.sampling, self._seed),
+            self.args))
 
     def create_scheduler(self, num_training_steps: int,
                          optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -165,7 +180,12 @@ class Trainer(transformers.Trainer):
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(self._prepare_inputs(inputs)), False, items)
 
-        return self.tuned.around(whole, alone)
+        def one(sample: Any) -> torch.Tensor:
+            return super(Trainer, self).training_step(model, dict(sample), None)
+
+        scaler = self.accelerator.scaler
+        return self.tuned.around(whole, alone, lambda: (partial(one, s) for s in singly(inputs)),
+                                 1.0 if scaler is None else scaler.get_scale())
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
@@ -427,10 +447,3 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's own persistent buffers (running statistics), without the recipe's."""
     names = set(model.state_dict())
     return {n: b for n, b in model.named_buffers() if n in names and ".burnish." not in f".{n}"}
-
-
-def quiet_libraries() -> None:
-    """transformers speaks through us: its own bars and load reports would interleave."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -55,6 +55,10 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
     }
     if promise and truth:
         memory["difference"] = promise.peak_bytes / truth.peak_bytes - 1
+    if told := tuned.timeline.told():
+        several["told"] = told
+        notes += [f"{n}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                                       for k, v in facts.items()) for n, facts in told.items()]
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held

@@ -41,12 +41,14 @@ from .promise import (
     stores,
     workers_told,
 )
+from .secret import drawn_by, rows_read
 from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
 from .tasks import Task, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
+
 
 @dataclass
 class Run:
@@ -144,7 +146,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     steady_heap()
     import transformers
 
-    from .loop import quiet_libraries
+    from .driving import quiet_libraries
 
     quiet_libraries()
     say = _say(own.quiet)
@@ -214,12 +216,11 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
                              memory, say, batches)
 
     def calibration(of: Task) -> Iterator[Any]:
-        return _calibration(of, size, plain)
+        return rows_read(_calibration(of, size, plain), recipe)
 
     with moments.watched("load", module):
-        tuned = tune(module, recipe, targets=own.targets, head=own.head,
-                     calibration=calibration(task), seed=int(args.get("seed", 42)),
-                     name=next(iter(batches), DEFAULT))
+        tuned = tune(module, recipe, targets=own.targets, head=own.head, name=next(
+            iter(batches), DEFAULT), calibration=calibration(task), seed=int(args.get("seed", 42)))
     say(repr(tuned))
     with tuned.cached(0):                        # between two steps nothing was promised to that
         return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own,
@@ -262,7 +263,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
 
     moments, looked_at = looked
     legs = plan(tuned, tasks, _arguments(tuned, tasks, output, own, args), args)
-    for leg in legs[:len(legs) if len(legs) > 1 else 0]:
+    for leg in legs if len(legs) > 1 else ():
         say(f"stage {leg.name}: {leg.steps} updates on {leg.task.data.source}")
     if note := idle(tuned, tasks):
         say(f"note: {note}")
@@ -283,6 +284,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                 trainer.let_go()
             leg.begin(tuned, calibration)
             spread(tuned, own)
+            tuned.sampling = drawn_by(tuned.recipe, len(leg.task.rows("train")), args)
             hyper, settings, keep = training_arguments(tuned, leg.task.data, output, own,
                                                        leg.arguments(args), leg.stage)
             with transformers_errors():
@@ -440,10 +442,8 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _say(quiet: bool) -> Any:
-    first = int(os.environ.get("RANK", "0")) == 0
-
     def say(text: str) -> None:
-        if not quiet and first:
+        if not quiet and int(os.environ.get("RANK", "0")) == 0:
             print(text, flush=True, file=sys.stdout)
 
     return say

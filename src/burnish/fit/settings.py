@@ -14,6 +14,7 @@ from ..core.stage import Stage
 from ..engine.tuned import Tuned
 from .arguments import Options
 from .data import Data
+from .secret import secret_of
 
 
 def learning_rate(tuned: Tuned) -> float:
@@ -75,8 +76,8 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("metric_for_best_model", kind.metric)
         settings.setdefault("greater_is_better", kind.greater_is_better)
-    if tuned is not None and any(sentence(tuned)):
-        settings.setdefault("max_grad_norm", 0.0)  # no gradient, or a second backward to know it
+    if tuned is not None and (any(sentence(tuned)) or secret_of(tuned.recipe)):
+        settings.setdefault("max_grad_norm", 0.0)  # no gradient, a second backward, a private sum
     return hyper, settings, keep
 
 

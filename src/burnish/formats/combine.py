@@ -8,7 +8,7 @@ tokenizer or image processor beside them are the first folder's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..blocks.weight.checkpoints import blended, facts, mixed
-from ..blocks.weight.factor_algebra import Factors, cat, svd
-from ..blocks.weight.taskvector import TaskVector, combine
+from ..blocks.weight.factor_algebra import Factors, cat, linear, svd
+from ..blocks.weight.taskvector import Changed, Rule, Task, TaskVector, combine, planned
 from ..core.errors import ConfigError
 from ..core.method import Method
 from ..core.recipe import Recipe, parse
@@ -38,6 +38,11 @@ def kind_of(folders: Sequence[Path]) -> str:
         raise ConfigError(f"{a} holds an adapter and {m} a whole model, which have no sum; make "
                           f"{a} one with `burnish merge` first")
     return kinds[0]
+
+
+def of_peft(folder: Path) -> bool:
+    """Is it an adapter folder that PEFT wrote?"""
+    return (folder / CONFIG).is_file() and "peft_type" in safe.read_json(folder / CONFIG)
 
 
 def _kind(folder: Path) -> str:
@@ -74,8 +79,30 @@ def sum_models(folders: Sequence[Path], weights: Sequence[float], new: Path) -> 
 
 def add_models(base: Path, tuned: Sequence[Path], weights: Sequence[float], new: Path
                ) -> dict[str, str]:
-    """``theta_0 + sum_t w_t (theta_t - theta_0)`` as a model folder; tensors that stay the base's,
-    and why. Heads and vocabularies of other sizes stay; other shapes are another base's."""
+    """``theta_0 + sum_t w_t (theta_t - theta_0)`` as a model folder; as :func:`merge_models`."""
+    return _merge(base, tuned, lambda tasks: (tasks, _weighted(weights)), new)
+
+
+def merge_models(base: Path, tuned: Sequence[Path], weights: Sequence[float],
+                 parts: Sequence[Any], new: Path) -> dict[str, str]:
+    """``theta_0 + rule(w_1 (theta_1 - theta_0), ...)`` as a model folder; tensors that stay the
+    base's, and why. parts: changes of task vectors, then a rule (blocks/weight/taskvector.py).
+    Heads and vocabularies of other sizes stay; other shapes are another base's."""
+    def plan(tasks: Sequence[Task]) -> tuple[Sequence[Task], Rule]:
+        return planned(parts, [t if w == 1 else Changed(t, lambda tau, *_, w=w: w * tau)
+                               for t, w in zip(tasks, weights, strict=True)])
+
+    return _merge(base, tuned, plan, new)
+
+
+def _weighted(weights: Sequence[float]) -> Rule:
+    w = torch.tensor(weights, dtype=torch.float64)
+    return lambda taus, *_: w.to(taus.device) @ taus
+
+
+def _merge(base: Path, tuned: Sequence[Path],
+           plan: Callable[[Sequence[Task]], tuple[Sequence[Task], Rule]], new: Path
+           ) -> dict[str, str]:
     first, *models = open_models([base, *tuned])
     tasks = [TaskVector(first, m) for m in models]
     for folder, model, task in zip(tuned, models, tasks, strict=True):
@@ -86,8 +113,8 @@ def add_models(base: Path, tuned: Sequence[Path], weights: Sequence[float], new:
                     model, name).shape) and (one[1:] != two[1:] or len(one) != len(two)):
                 raise ConfigError(f"{folder} was not tuned from {base}: {name} is {list(two)} "
                                   f"beside {list(one)}")
-    w = torch.tensor(weights, dtype=torch.float64)
-    _write_model(combine(first, tasks, lambda taus, *_: w.to(taus.device) @ taus), first, base, new)
+    changed, rule = plan(tasks)
+    _write_model(combine(first, changed, rule), first, base, new)
     return {n: why for t in tasks for n, why in t.skipped.items() if n in first or n in t.tuned}
 
 
@@ -102,9 +129,13 @@ def _write_model(stream: Iterable[tuple[str, Tensor]], like: safe.Tensors, besid
 
 # -- adapters ---------------------------------------------------------------------------------
 def sum_adapters(folders: Sequence[Path], weights: Sequence[float], new: Path,
-                 rank: int | None = None, base: Path | None = None) -> dict[str, str]:
+                 rank: int | None = None, base: Path | None = None, form: str = "cat",
+                 mean: bool = False) -> dict[str, str]:
     """``sum_i w_i Delta_i`` as one LoRA adapter in `new`, by stacking factors: its rank is the sum
-    of theirs, and nothing is lost. rank: the best approximation of that rank instead.
+    of theirs, and nothing is lost. rank: the best approximation of that rank instead. form: "svd",
+    the same of the largest rank among them; "linear", sums of the factors themselves, which has
+    cross terms (blocks/weight/factor_algebra.py).
+    mean: heads are averaged, whatever the weights.
 
     What they train whole (a head) is averaged where the weights add up to 1; else
     ``w_0 + sum_i w_i (w_i - w_0)`` with w_0 of the model folder `base`. ConfigError for adapters of
@@ -120,7 +151,8 @@ def sum_adapters(folders: Sequence[Path], weights: Sequence[float], new: Path,
                               "not in both")
     pairs = [n.removesuffix(".A") for n in files[0] if n.endswith(".lora.A")]
     total = sum(f[f"{pairs[0]}.A"].shape[-2] for f in files)
-    out, made = {}, rank or total
+    ranks = [f[f"{pairs[0]}.A"].shape[-2] for f in files]
+    out, made = {}, rank or (total if form == "cat" else max(ranks))
     for name in pairs:
         A, B = f"{name}.A", f"{name}.B"
         chains = [Factors(f[A].double(), f[B].double(), m.scale)
@@ -129,15 +161,16 @@ def sum_adapters(folders: Sequence[Path], weights: Sequence[float], new: Path,
         if made > side:
             raise ConfigError(f"the sum has rank {made}, and {name.partition('.burnish.')[0]} has "
                               f"no room for more than {side}: give --rank {side} or less")
-        one = cat(chains, weights) if made == total else svd(chains, weights, made)
+        one = linear(chains, weights) if form == "linear" else \
+            cat(chains, weights) if made == total else svd(chains, weights, made)
         out[A], out[B] = one.A.to(files[0][A].dtype), one.B.to(files[0][B].dtype)
     left = [n for n in files[0] if n not in out]
-    out |= _whole(left, files, weights, base)
+    out |= _whole(left, files, [1 / len(files)] * len(files) if mean else weights, base)
     recipe, mine = loras[0]
     summed = replace(mine, rank=made, alpha=float(made), scaling="lora")
     parts = Recipe(summed if m is mine else m for m in recipe)
     _write_sum(folders, read[0][0], parts, out, new)
-    return {n: "averaged" if base is None else "added" for n in left}
+    return {n: "averaged" if mean or base is None else "added" for n in left}
 
 
 def _lora(folder: Path, config: Mapping[str, Any]) -> tuple[Recipe, Any]:
@@ -200,13 +233,19 @@ def _write_sum(folders: Sequence[Path], config: Mapping[str, Any], recipe: Recip
         "adapters": {name: {k: v for k, v in entry.items()
                             if k in ("targets", "head", "seed", "settled")}
                      | {"recipe": str(recipe)}}}
-    run = None
-    if (folders[0] / RUN).is_file():
-        facts_ = read_run(folders[0])
-        run = {k: facts_[k] for k in TASK if k in facts_} | {
-            "recipe": str(recipe), "made_of": [str(f) for f in folders]}
+    run = facts_of_task(folders[0])
+    if run is not None:
+        run |= {"recipe": str(recipe), "made_of": [str(f) for f in folders]}
     write_adapter(new, tensors, own, run=run)
     copy_processor([folders[0]], new)
+
+
+def facts_of_task(folder: Path) -> dict[str, Any] | None:
+    """Of a finished run, what says how its adapter is used; None where there is no run."""
+    if not (folder / RUN).is_file():
+        return None
+    found = read_run(folder)
+    return {k: found[k] for k in TASK if k in found}
 
 
 def _part(method: Method) -> dict[str, Any]:

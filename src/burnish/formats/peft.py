@@ -33,7 +33,7 @@ from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
 from ..engine.undo import Transaction, whole
-from . import peft_files, peft_own, peft_whole
+from . import peft_experts, peft_files, peft_own, peft_shared, peft_tied, peft_whole
 from .card import code
 from .peft_files import Lora, PeftFolder
 from .peft_forms import TOKENS
@@ -71,21 +71,35 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
     as_own(tuned, what, weights, near=rank is not None)
     for path, module, slot in slots(tuned.model) if what.kind == "LORA" else ():
         parts = _parts(slot, path, weights)
+        for place, term, weight in [p for p in parts if p[0].kind == "experts"]:
+            if place.name in what.experts or place.rows:
+                raise FormatError(f"{place.name} has several updates, and PEFT one for a stack of "
+                                  "experts; merge instead")
+            what.experts[place.name] = peft_experts.stack_of(term, place, weight)
+        parts = [p for p in parts if p[0].kind != "experts"]
         if len(parts) == 1 and isinstance(parts[0][1], Tokens) and parts[0][2] == 1:
             rows, said = TOKENS.give(parts[0][1], None, module, path)
             what.own[path] = Own(TOKENS.method, said, rows, form=TOKENS)
         elif parts:
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
+    for path in (p for p, own in what.own.items() if own.form is TOKENS):
+        peft_tied.check_ends(Anatomy.of(tuned.model), path, "to export")
     as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
     peft_whole.gather(tuned, what, weights)
-    if not what.modules and what.prompt is None:
+    peft_experts.name(what.experts, dict(tuned.model.named_modules()))
+    if not what.modules and not what.experts and what.prompt is None:
         raise FormatError("the adapter adds to no weight: there is nothing PEFT could hold")
     settings = [m.settings() for n in weights for m in tuned.adapters[n].recipe]
     what.dropout = next((float(s["dropout"]) for s in settings if s.get("dropout")), 0.0)
+    if what.experts and (what.dropout or any(x.magnitude is not None
+                                             for x in what.loras.values())):
+        raise FormatError("PEFT has neither dropout nor DoRA beside an update of experts")
+    what.minor = {m.name for n in weights for m in tuned.adapters[n].recipe
+                  if "delta" in m.axes()} == {"mica"} and what.kind == "LORA"
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
-    what.fan_in_fan_out = all(type(tuned.model.get_submodule(p)).__name__ == "Conv1D"
-                              for p in what.adapted)
+    what.fan_in_fan_out = {type(tuned.model.get_submodule(p)).__name__
+                           for p in what.adapted} == {"Conv1D"}
     if what.own and what.fan_in_fan_out:
         what.settings["fan_in_fan_out"] = True
     what.task_type = _task(tuned.model, what)
@@ -106,7 +120,7 @@ def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | No
         return Factors(*(t.detach().contiguous() for t in known)), 0.0
     if rank is None:
         return None
-    dense = term.dense().detach().float()
+    dense = term.final().detach().float()
     if dense.dim() != 2:
         return None
     r = min(rank, *dense.shape)
@@ -127,7 +141,8 @@ def _parts(slot: Slot, path: str, weights: dict[str, float]) -> _Parts:
         if part.place is None:
             raise FormatError(f"{part.key} at {path or 'the root'} computes on hidden states; PEFT "
                               "folders hold updates of weights. Drop it from the recipe to export")
-        if part.place.kind not in _KINDS or part.place.param != "weight":
+        if part.place.kind != "experts" and (part.place.kind not in _KINDS
+                                             or part.place.param != "weight"):
             raise FormatError(f"{part.key} updates {part.place.name} (kind {part.place.kind}); "
                               "PEFT adapts the weight of a module of its own")
         out.append((part.place, slot.module_of(part), weights[part.adapter]))
@@ -244,22 +259,24 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     if ATTR in getattr(model, "_modules", ()):
         raise ConfigError("this model is tuned already; tuned.detach() it first")
     names = {n: m for n, m in model.named_modules()}
+    peft_shared.place(what, names, folder)
+    anatomy = Anatomy.of(model)
+    peft_tied.once(anatomy, what, folder)
+    _place(anatomy, what, folder)
     for path in what.modules:
         if path not in names:
             raise FormatError(f"{folder} adapts {path}, which {type(model).__name__} does not "
                               f"have{nearest(path, names)}")
-        if path not in what.norms:
+        if path not in what.norms and (path not in what.own or what.own[path].form.plain):
             check_plain(names[path], path)
         if path in what.own:
             what.own[path].form.check_layer(names[path], path)
-    if what.form is not None and not what.beside and what.form.beside:
+    if what.form is not None and not what.beside and (what.form.beside or what.form.shares):
         what.beside = what.form.draw(what.config, {p: names[p] for p in what.own})
-    anatomy = Anatomy.of(model)
     head, extra = peft_whole.trained(anatomy, what, folder)
     groups = _groups(what)
     try:
-        parts = [make(method, {**dict(args),
-                               "targets": peft_whole.expression(anatomy, paths, folder)})
+        parts = [make(method, {**dict(args), **_where(anatomy, what, paths, folder)})
                  for (method, args), paths in groups.items()]
     except RecipeError as e:
         raise FormatError(f"{folder}: {e}") from None
@@ -283,21 +300,48 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     return whole(model, change)
 
 
+def _place(anatomy: Anatomy, what: PeftFolder, folder: str | Path) -> None:
+    """Find out what is a layer's and what a stack of experts'."""
+    for path, (A, B) in what.pairs.items():
+        place, said = peft_experts.place_of(anatomy, path, what.config["target_parameters"])
+        if place is None:
+            what.loras[path] = Lora(A, B, peft_files.scale_of(what, said, len(A), folder)
+                                    if said else 1.0)
+            continue
+        stack = peft_experts.take(place, anatomy.model.get_submodule(place.path), A, B, str(folder))
+        stack.scale = peft_files.scale_of(what, said, stack.rank, folder)
+        what.experts[said] = stack
+
+
+def _where(anatomy: Anatomy, what: PeftFolder, paths: list[str], folder: str | Path
+           ) -> dict[str, Any]:
+    """What a part of the recipe is told of where it stands."""
+    form = what.own[paths[0]].form if paths[0] in what.own else None
+    said = None if form is None else form.aim(anatomy, paths)
+    return {"targets": peft_whole.expression(anatomy, paths, folder)} if said is None else said
+
+
 def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
     """(method, settings) -> the modules that share them: one part of the recipe each."""
     out: dict[tuple[str, Settings], list[str]] = {}
     for path, D in what.blocks.items():
-        args: dict[str, Any] = {"rank": D.shape[0]} | ({"mini": D.shape[1]} if what.mini else {})
+        args: dict[str, Any] = {"rank": D.shape[0], "dropout": what.dropout} \
+            | ({"mini": D.shape[1]} if what.mini else {})
         out.setdefault(("miss", tuple(args.items())), []).append(path)
     for path, own in what.own.items():
         out.setdefault((own.method, tuple(own.settings.items())), []).append(path)
-    for path, x in what.loras.items():
-        dora = x.magnitude is not None
+    for path, x in {**what.loras, **what.experts}.items():
+        dora = getattr(x, "magnitude", None) is not None
         args = {"rank": x.rank, "dropout": what.dropout,
                 "alpha": round(x.scale * (x.rank**0.5 if what.rslora else x.rank), 9)}
         if what.rslora:
             args["scaling"] = "rs"
-        out.setdefault(("dora" if dora else "lora", tuple(args.items())), []).append(path)
+        if dora and what.dropout:
+            args["drop_base"] = True
+        method = "dora" if dora else "lora"
+        if what.minor and path in what.loras and x.kind != "embedding" and not what.rslora:
+            method = "mica"                      # B is what the weight uses least, and stays
+        out.setdefault((method, tuple(args.items())), []).append(path)
     return out
 
 
@@ -322,11 +366,11 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
         for part in slot.parts:
             term = slot.module_of(part)
             if path in what.own and counts(term):
-                peft_own.fill(what.own[path], term, module, put, f"{folder}: {path}")
                 shared = term.__dict__.get("shared")
                 if shared is not None and not filled:
                     filled = True
                     _fill_beside(what, shared, put, folder)
+                peft_own.fill(what.own[path], term, module, put, f"{folder}: {path}")
             elif isinstance(term, Behind) and what.prompt is not None:
                 raise FormatError(f"{folder}: {BEHIND}")
             elif isinstance(term, Prepended) and what.prompt is not None:
@@ -336,8 +380,9 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
             elif isinstance(term, Magnitude):
                 put(term.m, what.loras[path].magnitude, f"{path}.lora_magnitude_vector")
             elif isinstance(term, Chain):
-                put(term.A, what.loras[path].A, f"{path}.lora_A")
-                put(term.B, what.loras[path].B, f"{path}.lora_B")
+                x = what.experts.get(part.place.name) or what.loras[path]
+                put(term.A, x.A, f"{path}.lora_A")
+                put(term.B, x.B, f"{path}.lora_B")
     for name, value in what.whole.items():
         put(tuned.model.get_parameter(name), value, name)
 
@@ -349,4 +394,4 @@ def _fill_beside(what: PeftFolder, shared: nn.Module, put: Any, folder: str | Pa
         raise FormatError(f"{folder} has no {missing[0]}, which its modules read; save it with "
                           "save_projection=True")
     for name, value in what.form.values_beside(what.beside, shared).items():
-        put(shared.get_buffer(name), value, name)
+        put(getattr(shared, name), value, name)

@@ -27,33 +27,19 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, FormatError
 from ..core.patterns import Pattern
-from ..core.reading import check_fields, shown
-from . import safe, staged
+from ..core.reading import shown
+from . import peft_settings, safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
+from .peft_experts import Stack
 from .peft_forms import OF_KIND, TOKENS
-from .peft_own import Form, Own, sort_out
+from .peft_own import BIAS, Form, Own, plain_bias, sort_out
+from .peft_settings import PROMPTS
 
 PREFIX = "base_model.model."
-#: types whose adapter is rows in front of the input, or (the last) of all keys and values: (length,
-#: layers 2 width); what makes them is gone once they are saved
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _ROWS, _NORM = "prompt_embeddings", ".ln_tuning_layers."
 #: where PEFT keeps the tokens that train beside a LoRA
 _BESIDE = "token_adapter."
-
-#: what the settings that are read are (see core/reading.py)
-KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_rslora": "flag?",
-         "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
-         "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
-         "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
-         "peft_type": "text"}
-#: settings that change what is computed; a folder that uses one is refused, not misread
-_UNREADABLE = ("alora_invocation_tokens", "layer_replication", "target_parameters",
-               "use_qalora", "lora_bias", "megatron_config", "arrow_config",
-               "use_bdlora", "velora_config", "monteclora_config", "exclude_parameters")
-#: starting values that PEFT takes off the base; the bare factors then mean nothing
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 
 
 @dataclass
@@ -79,12 +65,15 @@ class PeftFolder:
     kind: "LORA", "MISS", or one of peft_forms.py (`own` then, with the `settings` of all and what
     stands `beside` the modules; read from a file, its `form` and `config`). whole: parameter ->
     value, trained outright; saved: the modules that own them; norms: those that are the adapter
-    itself (LN_TUNING). prompt: rows in front of the input (PROMPT_TUNING, P_TUNING). mini: MISS
-    blocks are narrower than the outputs and repeat.
+    itself (LN_TUNING). experts: parameter -> its update; pairs: of a file, factors whose place only
+    the model tells (`target_parameters`). prompt: rows before the input. mini: MISS blocks repeat.
+    minor: a LoRA whose B is frozen (MiCA).
     """
 
     kind: str = "LORA"
     loras: dict[str, Lora] = field(default_factory=dict)
+    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: dict[str, Stack] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)       # MISS: module -> (rank, width)
     own: dict[str, Own] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +85,8 @@ class PeftFolder:
     whole: dict[str, Tensor] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     mini: bool = False
+    minor: bool = False
+    bias: str = "none"
     rslora: bool = False
     dropout: float = 0.0
     base: str = ""
@@ -108,7 +99,7 @@ class PeftFolder:
 
     @property
     def adapted(self) -> list[str]:
-        """The modules that the type itself is about; tokens beside a LoRA are said apart."""
+        """The modules that the type itself is about, without tokens beside a LoRA."""
         return [p for p in self.modules if self.kind != "LORA" or p not in self.own]
 
 
@@ -127,8 +118,7 @@ def read(folder: str | Path) -> PeftFolder:
                           "burnish.load(model, folder)")
     kind = config.get("peft_type")
     form = form_of(kind, config, folder)
-    check_fields(config, {**KINDS, **(form.fields if form else {})}, folder / CONFIG)
-    _check(config, folder)
+    peft_settings.check(config, form, folder)
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").exists():
         raise FormatError(f"{folder}/adapter_model.bin may hold a pickle and is not opened; "
                           "let peft save it again with safe_serialization=True")
@@ -142,6 +132,7 @@ def read(folder: str | Path) -> PeftFolder:
                      task_type=config.get("task_type"),
                      saved=list(config.get("modules_to_save") or []),
                      mini=config.get("init_weights") == "mini",
+                     bias=config.get("bias") or "none",
                      fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     if kind in PROMPTS:
         _read_prompt(out, tensors, config, folder)
@@ -151,7 +142,8 @@ def read(folder: str | Path) -> PeftFolder:
         _read_own(out, form, tensors, config, folder)
     else:
         {"LORA": _read_lora, "MISS": _read_miss}[kind](out, tensors, config, folder)
-    if not out.modules and out.prompt is None:
+    bare = form is not None and form.bare and out.beside
+    if not out.modules and not out.pairs and out.prompt is None and not bare:
         raise FormatError(f"{folder} holds no adapter tensor")
     return out
 
@@ -170,23 +162,6 @@ def form_of(kind: Any, config: Mapping[str, Any], folder: Path) -> Form | None:
     return OF_KIND[kind]
 
 
-def _check(config: Mapping[str, Any], folder: Path) -> None:
-    for name in _UNREADABLE:
-        if config.get(name):
-            raise FormatError(f"{folder}: {name} = {config[name]!r} has no counterpart in burnish")
-    if config.get("bias", "none") != "none":
-        raise FormatError(f"{folder}: biases trained by PEFT (bias = {config['bias']!r}) are not "
-                          "read; merge them with peft first")
-    for name in ("lora_dropout", "miss_dropout"):
-        if not 0 <= (config.get(name) or 0) <= 1:
-            raise FormatError(f"{folder}: {name} = {config[name]}; expected a share from 0 to 1")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(_RESIDUAL):
-        raise FormatError(
-            f"{folder}: init_lora_weights = {start!r} trained on a base PEFT had changed; save it "
-            "with path_initial_model_for_weight_conversion, which makes it plain LoRA")
-
-
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A",
           ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
           ".lora_magnitude_vector.weight": "m"}
@@ -196,7 +171,8 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
                folder: Path) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, str] = {}
-    asked = config.get("trainable_token_indices")
+    asked, out.config = config.get("trainable_token_indices"), config
+    out.minor = str(config.get("init_lora_weights")).lower() == "mica"
     rows = f".{_BESIDE}{next(iter(TOKENS.tensors))}"
     for key, value in tensors.items():
         name = _strip(key, folder)
@@ -209,7 +185,7 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
         if suffix is None:
             if ".lora_" in name:
                 raise FormatError(f"{folder}: tensor {key!r} has no counterpart in burnish")
-            out.whole[name] = value
+            _keep(out, name, value)
             continue
         path = name.removesuffix(suffix)
         found.setdefault(path, {})[_PARTS[suffix]] = value
@@ -228,11 +204,10 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
         A, B = A.flatten(1), B.flatten(1)
         if A.shape[0] != B.shape[1]:
             raise FormatError(f"{folder}: {path} has factors {list(A.shape)} and {list(B.shape)}")
-        rank = _pattern(config.get("rank_pattern"), path, config.get("r") or A.shape[0])
-        if rank != A.shape[0]:
-            raise FormatError(f"{folder}: {path} has rank {A.shape[0]}, its settings say {rank}")
-        alpha = _pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(A.shape[0]) if out.rslora else A.shape[0])
+        if config.get("target_parameters") and not kernel and path not in kinds:
+            out.pairs[path] = A, B
+            continue
+        scale = scale_of(out, path, A.shape[0], folder)
         m = parts.get("m")
         if bool(config.get("use_dora")) != (m is not None):
             raise FormatError(f"{folder}: use_dora is {config.get('use_dora')} but {path} has "
@@ -241,6 +216,21 @@ def _read_lora(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
     if asked and not out.own or out.own and not found:
         raise FormatError(f"{folder}: " + ("trainable_token_indices names tokens, and no tensor "
                                            "has their rows" if found else "it holds no factors"))
+
+
+def scale_of(out: PeftFolder, name: str, rank: int, folder: str | Path) -> float:
+    """The factor of an update, by the settings. Raises FormatError where they have another rank."""
+    config = out.config
+    if (said := _pattern(config.get("rank_pattern"), name, config.get("r") or rank)) != rank:
+        raise FormatError(f"{folder}: {name} has rank {rank}, its settings say {said}")
+    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(rank) if out.rslora else rank))
+
+
+def _keep(out: PeftFolder, name: str, value: Tensor) -> None:
+    """What is no adapter's: it trained outright."""
+    if own := name if out.bias == "none" else plain_bias(name):
+        out.whole[own] = value
 
 
 def _ids(asked: Any, path: str) -> list[Any]:
@@ -264,25 +254,30 @@ def _read_miss(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[s
                                   f"{r}")
             out.blocks[name.removesuffix(".miss_block")] = value
         else:
-            out.whole[name] = value
+            _keep(out, name, value)
 
 
 def _read_own(out: PeftFolder, form: Form, tensors: Mapping[str, Tensor],
               config: Mapping[str, Any], folder: Path) -> None:
-    for leaf, held in form.beside.items():
+    beside = form.stands_beside(k.removeprefix("base_model.") for k in tensors)
+    for leaf, held in beside.items():
         if (t := tensors.get(f"base_model.{leaf}")) is None:
             continue
-        if t.dim() not in held.dims or not t.numel() or not t.is_floating_point():
+        if t.dim() not in held.dims or not t.numel() or t.is_floating_point() == held.whole:
             raise FormatError(f"{folder}: {leaf} is {t.dtype} {list(t.shape)}")
         out.beside[leaf] = t
     inside: dict[str, Tensor] = {}
     for key, t in tensors.items():               # some versions write them once more per module
         leaf = key.rpartition(".")[2]
+        if key.removeprefix("base_model.") in out.beside:
+            continue
         if leaf not in form.beside:
             inside[_strip(key, folder)] = t
         elif leaf not in out.beside or not torch.equal(t, out.beside[leaf]):
             raise FormatError(f"{folder}: {key} is not base_model.{leaf}, which all modules read")
-    found, out.whole = sort_out(form, inside)
+    found, rest = sort_out(form, inside)
+    for name, value in rest.items():
+        _keep(out, name, value)
     out.form, out.config = form, config
     for path, parts in found.items():
         said = {n: _pattern(config.get(where), path, config.get(n))
@@ -290,6 +285,7 @@ def _read_own(out: PeftFolder, form: Form, tensors: Mapping[str, Tensor],
         if "r" in said and isinstance(said["r"], float):
             said["r"] = int(said["r"])
         out.own[path] = form.take(parts, {**config, **said}, f"{folder}: {path}")
+    form.all_read(out.own, config)
 
 
 def _read_norms(out: PeftFolder, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -350,13 +346,17 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
         "peft_type": what.kind, "task_type": what.task_type,
         "base_model_name_or_path": what.base or None, "revision": None, "inference_mode": True,
         "target_modules": targets(set(what.adapted), list(names)) if what.adapted else None,
-        "bias": "none",
+        "bias": what.bias,
         "modules_to_save": _modules_to_save(what.saved, list(names)),
     }
     if what.kind == "LORA":
         config |= _lora_config(what)
         for path, lora in what.loras.items():
             tensors |= _lora_tensors(PREFIX + path, lora)
+        if what.experts:
+            config["target_parameters"] = sorted(what.experts)
+            tensors |= {PREFIX + n: t for s in what.experts.values()
+                        for n, t in s.tensors().items()}
         if what.own:
             config["trainable_token_indices"] = {p: o.settings["token_indices"]
                                                  for p, o in what.own.items()}
@@ -379,7 +379,8 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
         tensors |= {f"{PREFIX}{p}.miss_block": D for p, D in what.blocks.items()}
     for n, t in what.whole.items():
         path, _, leaf = n.rpartition(".")
-        inside = f"{path}{_NORM}{leaf}" if path in what.norms else n
+        inside = f"{path}{_NORM}{leaf}" if path in what.norms else \
+            f"{path}{BIAS}" if what.bias != "none" and path in what.adapted else n
         tensors[("base_model." if what.kind in PROMPTS else PREFIX) + inside] = t
     with staged.replace(folder, "peft", [("the base model", what.base), *inputs]) as new:
         safe.save_file(tensors, new / TENSORS)
@@ -390,22 +391,22 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
 
 
 def _lora_config(what: PeftFolder) -> dict[str, Any]:
-    def alpha(x: Lora) -> float:
+    def alpha(x: Lora | Stack) -> float:
         value = x.scale * (math.sqrt(x.rank) if what.rslora else x.rank)
         near = round(value)
         return near if abs(value - near) < 1e-9 * max(1.0, abs(value)) else value
 
-    ranks = Counter(x.rank for x in what.loras.values())
+    each: dict[str, Lora | Stack] = {**what.loras, **what.experts}
+    ranks = Counter(x.rank for x in each.values())
     rank = ranks.most_common(1)[0][0]
-    alphas = Counter(alpha(x) for x in what.loras.values())
+    alphas = Counter(alpha(x) for x in each.values())
     common = alphas.most_common(1)[0][0]
     return {
         "r": rank, "lora_alpha": common, "lora_dropout": what.dropout,
-        "rank_pattern": {f"^{re.escape(p)}": x.rank for p, x in what.loras.items()
-                         if x.rank != rank},
-        "alpha_pattern": {f"^{re.escape(p)}": alpha(x) for p, x in what.loras.items()
+        "rank_pattern": {f"^{re.escape(p)}": x.rank for p, x in each.items() if x.rank != rank},
+        "alpha_pattern": {f"^{re.escape(p)}": alpha(x) for p, x in each.items()
                           if alpha(x) != common},
-        "use_rslora": what.rslora, "init_lora_weights": True,
+        "use_rslora": what.rslora, "init_lora_weights": "mica" if what.minor else True,
         "use_dora": any(x.magnitude is not None for x in what.loras.values()),
         "fan_in_fan_out": what.fan_in_fan_out,
     }

@@ -3,13 +3,18 @@
     OFT        oft_R.weight (blocks, b (b - 1) / 2); the exact rotation has the other sign of Q
     BOFT       boft_R (factors, blocks, b, b), whose skew part is -Q; boft_s (out, 1)
     HRA        hra_u (in, r)
+    HIRA       hira_A (r, in), hira_B (out, r): HUT with s = 1
     MISS       with init_weights "bat", Bone: miss_block (out / r, r, r)
     SHIRA      shira_weight (k,), shira_indices (2, k)
+    SUPERTUNING  supertuning_values (k,), supertuning_indices (k,), flat; with a LoRA beside them
+               supertuning_lora_A.weight (r, in), supertuning_lora_B.weight (out, r)
     ADALORA    lora_A (r, in), lora_B (out, r), lora_E (r, 1)
     IA3        ia3_l (out, 1), or (1, in) where the input is scaled
+    BEFT       beft_bias (1, out)
     TRAINABLE_TOKENS  trainable_tokens_delta (n, width): the rows themselves
 
-Those whose updates are products of small tensors are in peft_products.py.
+Those whose updates are products of small tensors are in peft_products.py, those of another
+structure in peft_structured.py, those in subspaces of the weight in peft_principal.py.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..blocks.state.gates import Affine
+from ..blocks.state.gates import Affine, Shift
 from ..blocks.weight.butterfly import Butterfly, Gained
 from ..blocks.weight.reflections import Reflections
 from ..blocks.weight.rotation import Rotation
@@ -31,19 +36,24 @@ from ..blocks.weight.triplets import Triplets
 from ..core.errors import FormatError
 from ..core.method import Method
 from ..methods.delta.ofw.bone import Guide
+from ..methods.delta.ofw.hut import Weighed
+from ..methods.delta.sparse.supertuning import Support
 from .peft_own import Form, Held, Own, Said, Tensors
-from .peft_products import FourierFT, Loha, Lokr, RandLora, Vera, kernel_of
+from .peft_principal import SPACES
+from .peft_products import FourierFT, Loha, Lokr, Pvera, RandLora, Vera, WaveFT, kernel_of
+from .peft_shared import BANKS
+from .peft_structured import Adamss, Adaption, C3a, Delora, Glora, Gralora, Road
 
 
 class Oft(Form):
     kind, method, terms = "OFT", "oft", (Rotation,)
     tensors = {"oft_R.weight": Held("upper")}
-    alone = {"module_dropout": 0.0}
     settings = {"block_share": Said("share", "flag", False), "coft": Said(None, "flag", False),
                 "eps": Said(None, "number", 6e-5), "r": Said(None, "count", 0),
                 "use_cayley_neumann": Said(None, "flag", True),
                 "num_cayley_neumann_terms": Said("terms", "count", 5),
-                "oft_block_size": Said("block", "count", 32)}
+                "oft_block_size": Said("block", "count", 32),
+                "module_dropout": Said("block_dropout", "number", 0.0)}
 
     def check_layer(self, module: nn.Module, path: str) -> None:
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -61,7 +71,8 @@ class Oft(Form):
         return {"oft_R.weight": upper if term.terms else -upper}, {
             "r": 0, "oft_block_size": term.block, "block_share": upper.shape[0] == 1,
             "coft": False, "use_cayley_neumann": bool(term.terms),
-            "num_cayley_neumann_terms": term.terms or 5, "init_weights": True} | self.alone
+            "num_cayley_neumann_terms": term.terms or 5, "init_weights": True,
+            "module_dropout": term.block_dropout}
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
         if "oft_R.weight" not in own.tensors:
@@ -83,8 +94,8 @@ class Oft(Form):
 class Boft(Form):
     kind, method, terms = "BOFT", "boft", (Butterfly, Gained)
     tensors = {"boft_R": Held("upper", (4,)), "boft_s": Held("s", (1, 2))}
-    alone = {"boft_dropout": 0.0}
     settings = {"boft_block_size": Said("block", "count", 4),
+                "boft_dropout": Said("block_dropout", "number", 0.0),
                 "boft_block_num": Said(None, "count", 0),
                 "boft_n_butterfly_factor": Said("factors", "count", 1)}
 
@@ -97,14 +108,15 @@ class Boft(Form):
         s = term.s.detach() if isinstance(term, Gained) else Q.new_ones(module.weight.shape[0])
         return {"boft_R": -Q.unflatten(0, (term.factors, -1)), "boft_s": s[:, None]}, {
             "boft_block_size": term.block, "boft_block_num": 0,
-            "boft_n_butterfly_factor": term.factors, "init_weights": True} | self.alone
+            "boft_n_butterfly_factor": term.factors, "init_weights": True,
+            "boft_dropout": term.block_dropout}
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
         if (R := own.tensors.get("boft_R")) is None:
             raise FormatError(f"{where} lacks boft_R")
         if R.shape[2] != R.shape[3]:
             raise FormatError(f"{where}: boft_R has blocks of {R.shape[2]} x {R.shape[3]}")
-        own.settings = {"block": R.shape[2], "factors": R.shape[0], "gains": True}
+        own.settings |= {"block": R.shape[2], "factors": R.shape[0], "gains": True}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         S = own.tensors["boft_R"].flatten(0, 1)
@@ -131,6 +143,24 @@ class Hra(Form):
         if own.said["apply_GS"] and U.shape[0] >= U.shape[1]:
             Q, R = torch.linalg.qr(U)            # axes at right angles: the chain of them is theirs
             own.tensors = {"hra_u": Q}
+
+
+class Hira(Form):
+    kind, method, terms, gpt2 = "HIRA", "hut", (Weighed,), True
+    tensors = {"hira_A": Held("A"), "hira_B": Held("B")}
+    settings = {"r": Said("rank", "count", 32), "hira_dropout": Said("dropout", "number", 0.0)}
+
+    def give(self, term: Any, method: Method, module: nn.Module, path: str
+             ) -> tuple[Tensors, dict[str, Any]]:
+        tensors, said = super().give(term, method, module, path)
+        return {**tensors, "hira_B": term.B.detach() * term.scale}, said
+
+    def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
+        A, said = own.tensors.get("hira_A"), own.said["r"]
+        rank = said if A is None else len(A)     # PEFT takes a pattern of ranks, which does nothing
+        if rank not in (said, *(config.get("rank_pattern") or {}).values()):
+            raise FormatError(f"{where} has rank {rank}, its settings say {said}")
+        own.settings |= {"rank": rank, "alpha": float(rank)}
 
 
 class Bone(Form):
@@ -170,21 +200,89 @@ class Shira(Form):
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         rows, columns = own.tensors["shira_indices"].long()
-        if int(rows.min()) < 0 or int(columns.min()) < 0 or int(rows.max()) >= term.out \
-                or int(columns.max()) >= term.inp:
+        if int(columns.min()) < 0 or int(columns.max()) >= term.inp:
             raise RuntimeError(f"entries outside {term.out} x {term.inp}")
-        flat, order = (rows * term.inp + columns).sort()
-        if bool((flat[1:] == flat[:-1]).any()):
-            raise RuntimeError("an entry stands twice")
-        return {"values": own.tensors["shira_weight"][order], "index": flat}
+        return _placed(own.tensors["shira_weight"], rows * term.inp + columns, term)
+
+
+def _placed(values: torch.Tensor, flat: torch.Tensor, term: Any) -> Tensors:
+    """Entries in the order of the matrix."""
+    if int(flat.min()) < 0 or int(flat.max()) >= term.out * term.inp:
+        raise RuntimeError(f"entries outside {term.out} x {term.inp}")
+    flat, order = flat.sort()
+    if bool((flat[1:] == flat[:-1]).any()):
+        raise RuntimeError("an entry stands twice")
+    return {"values": values[order], "index": flat}
+
+
+class Supertuning(Form):
+    kind, method, terms, several = "SUPERTUNING", "supertuning", (Support,), True
+    tensors = {"supertuning_values": Held("values", (1,)),
+               "supertuning_indices": Held("index", (1,)),
+               "supertuning_lora_A.weight": Held("A"), "supertuning_lora_B.weight": Held("B")}
+    settings = {"select_top": Said("largest", "flag", True), "r": Said("rank", "count?", None),
+                "lora_alpha": Said("alpha", "number?", None),
+                "lora_dropout": Said("dropout", "number", 0.0),
+                "sparsity": Said(None, "number", 0.99),
+                "save_precomputed_indices": Said(None, "flag", True)}
+
+    def give(self, term: Any, method: Method, module: nn.Module, path: str
+             ) -> tuple[Tensors, dict[str, Any]]:
+        first, *rest = term if isinstance(term, tuple) else (term,)
+        said, n, k = method.settings(), first.out * first.inp, first.values.numel()
+        near = [1 - said["density"] + step for step in (-1e-12, 0.0, 1e-12)]
+        zeros = next((s for s in near if s >= 0 and int(n * (1 - s)) == k), None)
+        if zeros is None:
+            raise FormatError(f"{path}: {k} of {n} entries are not the share of "
+                              f"{said['density']} that the recipe says; merge instead")
+        tensors = {"supertuning_values": first.values.detach(),
+                   "supertuning_indices": first.index.to(torch.int32)}
+        for chain in rest:
+            tensors |= {f"supertuning_lora_{leaf}.weight": getattr(chain, leaf).detach()
+                        for leaf in "AB"}
+        alpha = 2.0 * said["rank"] if rest and said["alpha"] is None else said["alpha"]
+        return tensors, {"sparsity": zeros, "select_top": said["largest"], "r": said["rank"],
+                         "lora_alpha": alpha, "lora_dropout": said["dropout"],
+                         "save_precomputed_indices": True, "init_weights": True}
+
+    def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
+        values, index = (own.tensors.get(f"supertuning_{n}") for n in ("values", "indices"))
+        if values is None or index is not None and (index.shape != values.shape
+                                                    or index.is_floating_point()):
+            raise FormatError(f"{where}: supertuning_indices should be as many whole numbers as "
+                              "supertuning_values has")
+        if not 0 <= own.said["sparsity"] < 1:
+            raise FormatError(f"{where}: sparsity = {own.said['sparsity']}; expected a share from "
+                              "0, below 1")
+        if own.settings["rank"] is None:
+            own.settings |= {"alpha": None, "dropout": 0.0}
+        elif own.settings["alpha"] is not None:
+            own.settings["alpha"] = float(own.settings["alpha"])
+        own.settings["density"] = round(1 - own.said["sparsity"], 12)
+        own.settled = {"entries": values.numel()}
+
+    def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
+        if not isinstance(term, Support):
+            return {leaf: own.tensors[f"supertuning_lora_{leaf}.weight"] for leaf in "AB"}
+        values, index = own.tensors["supertuning_values"], own.tensors.get("supertuning_indices")
+        n, share = term.out * term.inp, 1 - own.said["sparsity"]
+        if len(values) != int(n * share):
+            raise RuntimeError(f"{len(values)} of {n} entries, its settings say {int(n * share)}")
+        if index is None and own.said["save_precomputed_indices"]:
+            raise KeyError("supertuning_indices")
+        if index is None:                        # PEFT finds them again
+            size = module.weight.detach().abs().flatten()
+            index = torch.topk(size, len(values), largest=own.said["select_top"]).indices
+        return _placed(values, index.long().to(values.device), term)
 
 
 class AdaLora(Form):
     kind, method, terms = "ADALORA", "adalora", (Triplets,)
     gpt2, pairs = True, True
     tensors = {"lora_A": Held("Q"), "lora_B": Held("P"), "lora_E": Held("E")}
-    alone = {"lora_dropout": 0.0}
-    settings = {"target_r": Said("rank", "count", 8), "init_r": Said("init_rank", "count", 12),
+    settings = {"target_r": Said("rank", "count", 8),
+                "lora_dropout": Said("dropout", "number", 0.0),
+                "init_r": Said("init_rank", "count", 12),
                 "lora_alpha": Said("alpha", "number", 8), "tinit": Said(None, "count", 0),
                 "tfinal": Said(None, "count", 0), "deltaT": Said("every", "count", 1),
                 "orth_reg_weight": Said("ortho", "number", 0.5),
@@ -199,7 +297,7 @@ class AdaLora(Form):
         part = {n: said[s.ours] for n, s in self.settings.items() if s.ours}
         mask = [i < r for i in range(said["init_rank"])]
         return {"lora_A": term.Q.detach(), "lora_B": term.P.detach(),
-                "lora_E": term.E.detach()[:, None]}, part | self.alone | {
+                "lora_E": term.E.detach()[:, None]}, part | {
             "r": said["init_rank"], "tinit": round(said["warmup"] * steps), "total_step": steps,
             "tfinal": round(said["cooldown"] * steps), "rank_pattern": {f"{path}.lora_E": mask},
             "init_lora_weights": True, "beta1": 0.85, "beta2": 0.85}
@@ -245,6 +343,22 @@ class Ia3(Form):
         return {"gain": own.tensors["ia3_l"].flatten()}
 
 
+class Beft(Form):
+    kind, method, terms = "BEFT", "beft", (Shift,)
+    tensors = {"beft_bias": Held("shift")}
+    settings: ClassVar[dict[str, Said]] = {}
+
+    def give(self, term: Any, method: Method, module: nn.Module, path: str
+             ) -> tuple[Tensors, dict[str, Any]]:
+        if term.rows != ((0, module.out_features),):
+            raise FormatError(f"{path}: PEFT's BEFT adds a bias to all outputs of a layer, here to "
+                              "some of them; merge instead")
+        return {"beft_bias": term.shift.detach()[None]}, {"init_weights": True}
+
+    def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
+        return {"shift": own.tensors["beft_bias"].flatten()}
+
+
 class TrainableTokens(Form):
     kind, method, terms = "TRAINABLE_TOKENS", "trainable_tokens", (Tokens,)
     layers = (nn.Embedding,)
@@ -270,7 +384,10 @@ class TrainableTokens(Form):
 
 
 TOKENS = TrainableTokens()
-FORMS: tuple[Form, ...] = (Lokr(), Loha(), Oft(), Boft(), Hra(), Bone(), FourierFT(), Vera(),
-                           RandLora(), Shira(), AdaLora(), Ia3(), TOKENS)
+FORMS: tuple[Form, ...] = (*SPACES, *BANKS, Supertuning(), Beft(),
+                           Lokr(), Loha(), Oft(), Boft(), Hra(), Hira(), Bone(), FourierFT(),
+                           WaveFT(), Vera(), Pvera(), RandLora(), Shira(), AdaLora(), Ia3(), TOKENS,
+                           Road(), C3a(), Delora(), Gralora(), Adaption(),
+                           Adamss(), Glora())
 OF_TERM: dict[type[nn.Module], Form] = {t: f for f in FORMS for t in f.terms}
 OF_KIND: dict[str, Form] = {f.kind: f for f in FORMS}

@@ -7,26 +7,33 @@ the file alone; what needs the sizes of a matrix happens in :meth:`Form.values`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks.weight.term import Wrap
+from ..blocks.weight.term import Term, Wrap
 from ..core.errors import FormatError
 from ..core.method import Method
 
+if TYPE_CHECKING:
+    from ..core.anatomy import Anatomy
+
+#: the bias of a layer that PEFT wraps
+BIAS = ".base_layer.bias"
 Tensors = dict[str, Tensor]
 Layer = type[nn.Module]
 
 
 class Held(NamedTuple):
-    """One of PEFT's tensors: which of the term's it is, and the dimensions that it may have."""
+    """One of PEFT's tensors: which of the term's it is, the dimensions that it may have, and
+    whether it is of whole numbers."""
 
     name: str
     dims: tuple[int, ...] = (2,)
+    whole: bool = False
 
 
 class Said(NamedTuple):
@@ -70,10 +77,17 @@ class Form:
     alone: ClassVar[dict[str, Any]] = {}
     layers: ClassVar[tuple[Layer, ...]] = (nn.Linear,)
     gpt2: ClassVar[bool] = False
+    #: do all modules read something beside them? bare: may a module have no tensor of its own?
+    shares: ClassVar[bool] = False
+    bare: ClassVar[bool] = False
     patterned: ClassVar[dict[str, str]] = {}
     named: ClassVar[bool] = False
+    #: may a module have several terms of one part? They are given as a tuple then
+    several: ClassVar[bool] = False
     #: may an update of this type also be written as the low-rank pair that it is?
     pairs: ClassVar[bool] = False
+    #: does it change the weights of plain layers?
+    plain: ClassVar[bool] = True
 
     @property
     def fields(self) -> dict[str, str]:
@@ -91,7 +105,14 @@ class Form:
 
     def give_beside(self, shared: nn.Module, whole: Any) -> tuple[Tensors, dict[str, Any]]:
         """(what stands beside the modules, settings that say so)."""
-        return {leaf: shared.get_buffer(held.name) for leaf, held in self.beside.items()}, {}
+        return {leaf: getattr(shared, held.name).detach() for leaf, held in self.beside.items()}, {}
+
+    def check_all(self, terms: list[Any]) -> None:
+        """Raises FormatError for terms that PEFT could not have together."""
+
+    def check_found(self, modules: Mapping[str, nn.Module], terms: list[Any], method: Method
+                    ) -> None:
+        """Raises FormatError for modules that PEFT would find something else in."""
 
     def finish(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of all modules together, as PEFT is told them."""
@@ -101,12 +122,17 @@ class Form:
         """Raises FormatError for a layer that PEFT has no such update for."""
         conv1d = type(module).__name__ == "Conv1D"
         if not (self.gpt2 if conv1d else isinstance(module, self.layers)):
-            lora = "" if issubclass(self.terms[0], Wrap) else \
+            added = issubclass(self.terms[0], Term) and not issubclass(self.terms[0], Wrap)
+            lora = "" if not added else \
                 "export_peft(..., rank=16) writes the best LoRA of that rank, or "
             raise FormatError(f"{path}: PEFT's {self.kind} has no form for a "
                               f"{type(module).__name__}; {lora}merge instead")
 
     # -- in -------------------------------------------------------------------------------------
+    def stands_beside(self, names: Iterable[str]) -> Mapping[str, Held]:
+        """Which of these tensors stand beside the modules: by default those of `beside`."""
+        return self.beside
+
     def take(self, tensors: Tensors, config: Mapping[str, Any], where: str) -> Own:
         """A module as a file says it: what needs no matrix. Raises FormatError."""
         for name, idle in self.alone.items():
@@ -116,7 +142,7 @@ class Form:
             if t.dim() not in self.tensors[leaf].dims or not (t.numel() or self.pairs):
                 raise FormatError(f"{where}: {leaf} is {t.dtype} {list(t.shape)}; expected "
                                   f"{' or '.join(map(str, self.tensors[leaf].dims))} dimensions")
-            if not t.is_floating_point() and leaf != "shira_indices":
+            if not t.is_floating_point() and "_indices" not in leaf:
                 raise FormatError(f"{where}: {leaf} is {t.dtype} {list(t.shape)}; expected numbers "
                                   "of floating point")
         said = {n: s.default if config.get(n) is None else config[n]
@@ -129,6 +155,14 @@ class Form:
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
         """Settings that are more than another name. Raises FormatError."""
 
+    def all_read(self, owns: Mapping[str, Own], config: Mapping[str, Any]) -> None:
+        """What settings depend on all modules together."""
+
+    def aim(self, anatomy: Anatomy, paths: list[str]) -> dict[str, Any] | None:
+        """Settings that say where a part with these modules stands, if not targets do. Raises
+        FormatError."""
+        return None
+
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         """The term's own tensors of a module's. A KeyError names what is missing."""
         return {held.name: own.tensors[leaf] for leaf, held in self.tensors.items()}
@@ -140,6 +174,14 @@ class Form:
     def draw(self, config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Tensors:
         """What a file need not hold, since PEFT draws it again."""
         return {}
+
+
+def plain_bias(name: str) -> str | None:
+    """A name as it is in the model, where PEFT saved biases; None: of a module saved whole, once
+    more."""
+    if name.endswith((".modules_to_save.bias", ".original_module.bias")):
+        return None
+    return f"{name.removesuffix(BIAS)}.bias" if name.endswith(BIAS) else name
 
 
 def sort_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensors], Tensors]:

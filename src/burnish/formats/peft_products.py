@@ -6,7 +6,9 @@
     LOHA       hada_w1_a (out, r), hada_w1_b (r, in), hada_w2_a, hada_w2_b; with cores hada_t1,
                hada_t2 (r, r, kernel...) the _a are (r, out) and the _b (r, channels)
     FOURIERFT  fourierft_spectrum (n,); positions are torch.randperm of random_loc_seed
+    WAVEFT     waveft_spectrum (n,); positions are torch.randperm of random_loc_seed
     VERA       vera_lambda_d (r,), vera_lambda_b (out,); base_model.vera_A, base_model.vera_B
+    PVERA      the same with pvera, lambda_d (2 r,) and pvera_A (2 r, in)
     RANDLORA   randlora_lambda (r, n), randlora_gamma (n, p); base_model.randlora_A (r, 1, p),
                base_model.randlora_B (q, n, r)
 """
@@ -23,13 +25,15 @@ from torch import Tensor, nn
 from ..blocks.weight.cosines import Cosines
 from ..blocks.weight.hadamard import Hadamard
 from ..blocks.weight.kronecker import Kronecker
+from ..blocks.weight.wavelets import LOW, PLAIN, Wavelets
 from ..core.errors import FormatError
 from ..core.method import Method
-from ..methods.delta.shared import randlora, vera
+from ..core.reading import shown
+from ..methods.delta.shared import pvera, randlora, vera
 from .peft_own import Form, Held, Own, Said, Tensors
 
 CONVS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_DROPS = {"rank_dropout": 0.0, "module_dropout": 0.0}
+_DROPS = {n: Said(n, "number", 0.0) for n in ("rank_dropout", "module_dropout")}
 
 
 def kernel_of(module: nn.Module) -> tuple[int, ...]:
@@ -38,14 +42,15 @@ def kernel_of(module: nn.Module) -> tuple[int, ...]:
 
 class Lokr(Form):
     kind, method, terms = "LOKR", "lokr", (Kronecker,)
-    layers, alone = CONVS, {**_DROPS, "rank_dropout_scale": False}
+    layers = CONVS
     tensors = {"lokr_w1": Held("C.0"), "lokr_w1_a": Held("C.0"), "lokr_w1_b": Held("C.1"),
                "lokr_w2": Held("B.0", (2, 3, 4)), "lokr_w2_a": Held("B.0"),
                "lokr_w2_b": Held("B.1"), "lokr_t2": Held("B.1", (3, 4))}
     settings = {"r": Said("rank", "count", 8), "alpha": Said("alpha", "number", 8),
                 "decompose_both": Said("decompose_both", "flag", False),
                 "decompose_factor": Said("factor", "whole", -1),
-                "use_effective_conv2d": Said("tucker", "flag", False)}
+                "use_effective_conv2d": Said("tucker", "flag", False), **_DROPS,
+                "rank_dropout_scale": Said("rank_dropout_scale", "flag", False)}
     patterned = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     def give(self, term: Any, method: Method, module: nn.Module, path: str
@@ -64,7 +69,7 @@ class Lokr(Form):
             tensors |= {"lokr_w2_a": B[0], "lokr_w2_b": B[1]}
         else:
             tensors |= {"lokr_w2": B[0].unflatten(1, (-1, *kernel)) if kernel else B[0]}
-        return tensors, {n: said[s.ours] for n, s in self.settings.items()} | self.alone | {
+        return tensors, {n: said[s.ours] for n, s in self.settings.items()} | {
             "alpha": term.scale * said["rank"], "init_weights": True}
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
@@ -94,11 +99,11 @@ class Lokr(Form):
 
 class Loha(Form):
     kind, method, terms = "LOHA", "loha", (Hadamard,)
-    layers, alone, patterned = CONVS, _DROPS, Lokr.patterned
+    layers, patterned = CONVS, Lokr.patterned
     tensors = {"hada_w1_a": Held("first.0"), "hada_w1_b": Held("first.1"),
                "hada_w2_a": Held("second.0"), "hada_w2_b": Held("second.1"),
                "hada_t1": Held("first.1", (4,)), "hada_t2": Held("second.1", (4,))}
-    settings = {n: Lokr.settings[n] for n in ("r", "alpha", "use_effective_conv2d")}
+    settings = {n: Lokr.settings[n] for n in ("r", "alpha", "use_effective_conv2d", *_DROPS)}
 
     def give(self, term: Any, method: Method, module: nn.Module, path: str
              ) -> tuple[Tensors, dict[str, Any]]:
@@ -110,7 +115,7 @@ class Loha(Form):
             if core:
                 tensors[f"hada_t{i}"] = _core(core[0], kernel_of(module))
         said = method.settings()
-        return tensors, {n: said[s.ours] for n, s in self.settings.items()} | self.alone | {
+        return tensors, {n: said[s.ours] for n, s in self.settings.items()} | {
             "init_weights": True}
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
@@ -144,12 +149,49 @@ class FourierFT(Form):
         own.settings |= {"positions": "torch", "alpha": float(own.settings["alpha"])}
 
 
+class WaveFT(Form):
+    kind, method, terms, gpt2 = "WAVEFT", "waveft", (Wavelets,), True
+    tensors = {"waveft_spectrum": Held("c", (1,))}
+    settings = {"n_frequency": Said("n", "count", 2592), "scaling": Said("alpha", "number", 25.0),
+                "wavelet_family": Said("wavelet", "text", "db1"),
+                "use_idwt": Said(None, "flag", True),
+                "proportional_parameters": Said(None, "flag", False),
+                "random_loc_seed": Said("seed", "whole", 777)}
+    patterned = {"n_frequency": "n_frequency_pattern"}
+
+    def give(self, term: Any, method: Method, module: nn.Module, path: str
+             ) -> tuple[Tensors, dict[str, Any]]:
+        if method.settings()["positions"] != "torch":
+            raise FormatError(f"{path}: PEFT draws its positions by torch.randperm; train with "
+                              "waveft(positions='torch') to export, or merge instead")
+        tensors, said = super().give(term, method, module, path)
+        plain = said["wavelet_family"] == PLAIN
+        return tensors, said | {"use_idwt": not plain} | ({"wavelet_family": "db1"} if plain else
+                                                          {})
+
+    def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
+        n, family = own.tensors["waveft_spectrum"].numel(), own.settings["wavelet"]
+        if own.said["proportional_parameters"]:  # as its matrix is large, which the numbers say
+            own.settings["n"] = n
+        if own.settings["n"] != n:
+            raise FormatError(f"{where} has {n} coefficients, its settings say "
+                              f"{own.settings['n']}")
+        if not own.said["use_idwt"]:
+            own.settings["wavelet"] = PLAIN
+        elif family not in LOW:
+            faulty = "; PEFT's figures for it are no orthonormal wavelet's" \
+                if family.startswith("coif") else ""
+            raise FormatError(f"{where}: wavelet_family = {shown(family)} has no counterpart in "
+                              f"burnish{faulty}")
+        own.settings |= {"positions": "torch", "alpha": float(own.settings["alpha"])}
+
+
 class Vera(Form):
     kind, method, terms, gpt2 = "VERA", "vera", (vera.Scaled,), True
     tensors = {"vera_lambda_d": Held("d", (1,)), "vera_lambda_b": Held("b", (1,))}
     beside = {"vera_A": Held("A"), "vera_B": Held("B")}
-    alone = {"vera_dropout": 0.0}
-    settings = {"r": Said("rank", "count", 256), "d_initial": Said("d_start", "number", 0.1),
+    settings = {"r": Said("rank", "count", 256), "vera_dropout": Said("dropout", "number", 0.0),
+                "d_initial": Said("d_start", "number", 0.1),
                 "save_projection": Said(None, "flag", True),
                 "projection_prng_key": Said(None, "whole", 0)}
 
@@ -157,6 +199,12 @@ class Vera(Form):
         own.settings["bases"], own.settled = "stored", {"bases": True}
 
     def draw(self, config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Tensors:
+        return self.drawn(config, modules)
+
+    @staticmethod
+    def drawn(config: Mapping[str, Any], modules: Mapping[str, nn.Module], times: int = 1
+              ) -> Tensors:
+        """A (times rank, in) and B (out, rank) of the seed that a config says."""
         g = torch.Generator().manual_seed(int(config.get("projection_prng_key") or 0))
         shapes = [_matrix(m) for m in modules.values()]
         out, inp, r = (max(s[0] for s in shapes), max(s[1] for s in shapes),
@@ -166,15 +214,28 @@ class Vera(Form):
             bound = math.sqrt(6 / shape[1])
             return torch.empty(shape).uniform_(-bound, bound, generator=g)
 
-        return {"vera_A": uniform(r, inp), "vera_B": uniform(out, r)}
+        return {"vera_A": uniform(times * r, inp), "vera_B": uniform(out, r)}
+
+
+class Pvera(Vera):
+    kind, method, terms = "PVERA", "pvera", (pvera.Sampled,)
+    tensors = {"pvera_lambda_d": Held("d", (1,)), "pvera_lambda_b": Held("b", (1,))}
+    beside = {"pvera_A": Held("A"), "pvera_B": Held("B")}
+    alone = {"sample_at_inference": False}
+    settings = {("pvera_dropout" if n == "vera_dropout" else n): s
+                for n, s in Vera.settings.items()} | {"generator_seed": Said(None, "whole?", None)}
+
+    def draw(self, config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Tensors:
+        made = self.drawn(config, modules, 2)
+        return {f"p{name}": t for name, t in made.items()}
 
 
 class RandLora(Form):
     kind, method, terms, gpt2 = "RANDLORA", "randlora", (randlora.Scaled,), True
     tensors = {"randlora_lambda": Held("lam"), "randlora_gamma": Held("gamma")}
     beside = {"randlora_A": Held("A", (3,)), "randlora_B": Held("B", (3,))}
-    alone = {"randlora_dropout": 0.0}
     settings = {"r": Said("rank", "count", 32), "randlora_alpha": Said("alpha", "number", 640.0),
+                "randlora_dropout": Said("dropout", "number", 0.0),
                 "save_projection": Said(None, "flag", True), "sparse": Said(None, "flag", False),
                 "very_sparse": Said(None, "flag", False),
                 "projection_prng_key": Said(None, "whole", 0)}

@@ -59,9 +59,10 @@ def as_miss(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
 
 
 def counts(made: nn.Module) -> bool:
-    """Does it add something of its own: no store of tensors that places share, nor what only
-    decides what is kept for backward?"""
-    return not isinstance(made, Shared) and getattr(made, "changes", True)
+    """Does it add something of its own: no store of tensors that places share, nor the other end of
+    a tied table, nor what only decides what is kept for backward?"""
+    return not isinstance(made, Shared) and getattr(made, "changes", True) \
+        and not getattr(made, "mirrors", False)
 
 
 #: why a prompt of some models has no counterpart on the other side
@@ -106,25 +107,30 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
     for path, module, slot in slots(tuned.model):
         mine = [p for p in slot.parts if p.adapter in weights
                 and counts(slot.module_of(p))]
+        terms = [slot.module_of(part) for part in mine]
+        if len(mine) > 1 and not _one_part(terms):
+            return
         for part in mine:
-            term = slot.module_of(part)
-            if len(mine) > 1 or weights[part.adapter] != 1 or part.place is not None and (
+            if weights[part.adapter] != 1 or part.place is not None and (
                     part.place.param != "weight" or part.place.rows):
                 return
-            found.append((path, module, part, term))
-    forms = {OF_TERM.get(type(term)) for *_, term in found}
+        if mine:
+            found.append((path, module, mine[0], terms[0] if len(mine) == 1 else tuple(terms)))
+    forms = {OF_TERM.get(type(_first(term))) for *_, term in found}
     if len(forms) != 1 or (form := forms.pop()) is None:
         return
     given: dict[str, dict[str, Any]] = {}
     try:
         for path, module, part, term in found:
-            check_plain(module, path)
+            if form.plain:
+                check_plain(module, path)
             form.check_layer(module, path)
             recipe = tuned.adapters[part.adapter].recipe
-            key = getattr(term, "part", part.key)
+            key = getattr(_first(term), "part", part.key)
             method = next(m for m in recipe if key in (key_of(recipe, m), m.name))
             tensors, given[path] = form.give(term, method, module, path)
             what.own[path] = Own(method.name, {}, tensors, form=form)
+        form.check_found({p: m for p, m, *_ in found}, [t for *_, t in found], method)
         what.settings = form.finish(_together(form, given))
         what.beside, said = _beside(form, [term for *_, term in found])
         what.settings |= said
@@ -134,6 +140,17 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
             return                               # as a LoRA then
         raise
     what.kind = form.kind
+
+
+def _one_part(terms: list[nn.Module]) -> bool:
+    """Are they the answer of one part of the recipe, in a type that has several?"""
+    form = OF_TERM.get(type(terms[0]))
+    parts = {getattr(t, "part", id(t)) for t in terms}
+    return form is not None and form.several and len(parts) == 1
+
+
+def _first(term: Any) -> Any:
+    return term[0] if isinstance(term, tuple) else term
 
 
 def _together(form: Form, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -156,10 +173,11 @@ def _together(form: Form, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _beside(form: Form, terms: list[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What all modules read, and what settings say of it."""
-    if not form.beside:
+    if not (form.beside or form.shares):
         return {}, {}
+    form.check_all(terms)
     shared = {id(t.shared): t.shared for t in terms}
     if len(shared) > 1:
-        raise FormatError(f"PEFT's {form.kind} has one pair of bases for all modules; export one "
-                          "part at a time")
+        raise FormatError(f"PEFT's {form.kind} has one set of tensors that all modules read; "
+                          "export one part at a time")
     return form.give_beside(next(iter(shared.values())), terms)

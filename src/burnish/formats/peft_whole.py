@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..engine.adapters import moved_buffers
 from ..engine.tuned import Tuned
 from .fingerprint import check_tied
 from .peft_files import PeftFolder
+from .peft_settings import BIASED
 
 
 # -- out ------------------------------------------------------------------------------------
@@ -27,7 +29,8 @@ def gather(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
                           "name one adapter")
     names = {n for n, _ in tuned.model.named_parameters() if ".burnish." not in f".{n}"}
     owners: set[str] = set()
-    for n in selected:
+    biases = _alone(selected) if what.kind in BIASED and what.modules else set()
+    for n in selected - biases:
         owner = n.rpartition(".")[0]
         parent = owner.rpartition(".")[0]
         while parent and {m for m in names if m.startswith(parent + ".")} <= selected:
@@ -41,6 +44,9 @@ def gather(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
         what.saved.append(owner)
         state = tuned.model.get_submodule(owner).state_dict()
         what.whole |= {f"{owner}.{k}": v for k, v in state.items()}
+    if biases:
+        what.whole |= {n: tuned.model.get_parameter(n) for n in biases}
+        what.bias = _which(Anatomy.of(tuned.model), biases, what)
     for a in weights:                            # its own values also where another's stand
         own = {**tuned.adapters[a].values(), **moved_buffers(tuned, a)}
         what.whole |= {k: v for k, v in own.items() if k in what.whole}
@@ -56,10 +62,35 @@ def gather(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
         what.kind, what.saved = "LN_TUNING", [o for o in what.saved if o not in norms]
 
 
+def _alone(names: Iterable[str]) -> set[str]:
+    """The biases among them whose weight is not."""
+    return {n for n in names if n.rpartition(".")[2] == "bias"
+            and f"{n.rpartition('.')[0]}.weight" not in names}
+
+
+def _biases(anatomy: Anatomy) -> set[str]:
+    """Every bias outside the head, by PEFT's idea of a bias."""
+    heads = tuple(f"{h}." for h in anatomy.head)
+    return {n for n, _ in anatomy.model.named_parameters()
+            if n.endswith(".bias") and not n.startswith(heads) and ".burnish." not in n}
+
+
+def _which(anatomy: Anatomy, names: set[str], what: PeftFolder) -> str:
+    """What PEFT calls these biases."""
+    every = _biases(anatomy)
+    own = {n for n in every if n.rpartition(".")[0] in what.adapted}
+    for said, those in (("all", every), (BIASED[what.kind], own)):
+        if names == those:
+            return said
+    raise FormatError("PEFT trains all biases beside an adapter, or those of the layers it adapts, "
+                      f"not {sorted(names)[0]} and {len(names) - 1} others")
+
+
 # -- in -------------------------------------------------------------------------------------
 def expression(anatomy: Anatomy, paths: list[str], folder: str | Path) -> str:
     """Targets that name exactly the weights of these modules."""
-    wanted = {(p, "weight") for p in paths}
+    there = {p.name: (p.path, p.param) for p in anatomy.places if p.param != "weight"}
+    wanted = {there.get(p, (p, "weight")) for p in paths}
     last = ",".join(dict.fromkeys(p.rpartition(".")[2] for p in paths))
     for text in (last, ",".join(paths), "re:(" + "|".join(map(re.escape, paths)) + ")"):
         try:
@@ -68,7 +99,7 @@ def expression(anatomy: Anatomy, paths: list[str], folder: str | Path) -> str:
             continue
         if {(p.path, p.param) for p in found} == wanted and not any(p.rows for p in found):
             return text
-    known = {p.path for p in anatomy.places if p.param == "weight"}
+    known = {p.path for p in anatomy.places if p.param == "weight"} | set(there)
     odd = next((p for p in paths if p not in known), paths[0])
     raise FormatError(f"{folder} adapts {odd}, whose weight burnish cannot adapt by itself "
                       f"({type(anatomy.model.get_submodule(odd)).__name__})")
@@ -98,8 +129,13 @@ def trained(anatomy: Anatomy, what: PeftFolder, folder: str | Path) -> tuple[boo
     rest = [n for n in what.whole if n not in head]
     if head & set(what.whole) and not head <= set(what.whole):
         rest, head = list(what.whole), set()
-    norms = _norms(anatomy, {n for n in rest if n.rpartition(".")[0] in anatomy.norms}, folder)
-    rest = [n for n in rest if n.rpartition(".")[0] not in anatomy.norms]
+    lone = _alone(rest) if what.bias != "none" else set()
+    inside = {n for n in rest if n.rpartition(".")[0] in anatomy.norms and n not in lone}
+    norms = _norms(anatomy, inside, folder)
+    rest = [n for n in rest if n not in inside]
+    if lone:
+        norms += _bitfit(anatomy, lone, folder)
+        rest = [n for n in rest if n not in lone]
     single = [n.removesuffix(".weight") for n in rest if n.endswith(".weight")]
     if len(single) != len(rest):
         odd = next(n for n in rest if not n.endswith(".weight"))
@@ -108,6 +144,20 @@ def trained(anatomy: Anatomy, what: PeftFolder, folder: str | Path) -> tuple[boo
     if single:
         norms.append(make("full", {"targets": expression(anatomy, single, folder)}))
     return bool(head & set(what.whole)), norms
+
+
+def _bitfit(anatomy: Anatomy, names: set[str], folder: str | Path) -> list[Method]:
+    """The part that trains exactly these biases."""
+    every = _biases(anatomy)
+    if names == every:
+        return [make("bitfit", {})]
+    text = ",".join(sorted(n.removesuffix(".bias") for n in names))
+    try:
+        if set(tensors(anatomy, text, every, siblings=True)) == names:
+            return [make("bitfit", {"targets": text})]
+    except TargetError:
+        pass
+    raise FormatError(f"{folder} trained {sorted(names)[0]}, but neither all biases nor its weight")
 
 
 def _norms(anatomy: Anatomy, names: set[str], folder: str | Path) -> list[Method]:

@@ -7,4 +7,13 @@ PRESETS: dict[str, str] = {
     "qst": "nf4 + lst(reduction=16)",
     # MAM adapter (2022): prefix in attention, scaled parallel adapter on the feed-forward part
     "mam": "prefix(length=30) + parallel(bottleneck=512, scale=4.0)",
+    # GradNormLoRP (2025): lengths of rows and a low-rank direction, whose factors' gradients are
+    # projected on both sides; 0.25 in pre-training
+    "gradnormlorp": "dora(rank=8, alpha=16.0) + galore(rank=4, every=250, scale=4.0, "
+                    "proj_type='full')",
+    # QZO (2025): two forwards a step, and only the scales of 4-bit codes move
+    "qzo": "nf4 + peqa(group=64) + mezo(g_max=100.0)",
+    # LOMO (2023) and AdaLomo (2023): each tensor is stepped, and its gradient freed, in backward
+    "lomo": "full + sgd + step_in_backward",
+    "adalomo": "full + adafactor(scale_parameter=True) + step_in_backward",
 }

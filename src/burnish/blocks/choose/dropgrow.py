@@ -57,6 +57,10 @@ class Seeking(Rechosen):
     def found(self) -> Tensor:
         return self.index.new_empty(0) if self._best is None else self._best[1]
 
+    @property
+    def looks(self) -> bool:
+        return self.seek > 0
+
     def pull(self, i0: int, i1: int, G: Tensor, state: object,
              grads: list[Tensor | None]) -> Tensor:
         if self.seek:

@@ -72,6 +72,38 @@ class Moments(Norms):
         return self.spread / max(1, self.n)
 
 
+class Ranges(Statistic):
+    """The smallest and the largest number that a layer reads, and that it gives, (2,) each; zero
+    always counts, padding does not."""
+
+    reads: ClassVar[Reads] = "ends"
+
+    def __init__(self) -> None:
+        self.read = torch.zeros(2)
+        self.given = torch.zeros(2)
+
+    @property
+    def nbytes(self) -> int:
+        return 16
+
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        self.read = _wider(self.read, x, valid)
+
+    def answered(self, y: Tensor, valid: Tensor | None = None) -> None:
+        self.given = _wider(self.given, y, valid)
+
+
+@torch.no_grad()
+def _wider(known: Tensor, x: Tensor, valid: Tensor | None) -> Tensor:
+    """(low, high) of what is known and of the tokens of x."""
+    rows = wide(tokens(x, valid))
+    if not rows.numel():
+        return known
+    known = known.to(rows)
+    return torch.stack([torch.minimum(known[0], rows.amin()),
+                        torch.maximum(known[1], rows.amax())])
+
+
 class Sizes(Gradient):
     """Mean of |dL/dW|."""
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from ..linalg import svd
 
 #: what a statistic is shown
-Reads = Literal["input", "gradient", "both", "weight"]
+Reads = Literal["input", "ends", "gradient", "both", "weight"]
 
 
 class Statistic:
     """What is gathered at one place.
 
-    reads: "input" (the module's input), "gradient" (of the loss, by the weight), "both", or
-        "weight".
+    reads: "input" (the module's input), "ends" (its output too), "gradient" (of the loss, by the
+        weight), "both" (input and gradient), or "weight".
     alone: every sample makes a pass of its own.
     turns: how places take turns: "budget", in rounds that fit one; "blocks", one block of the model
         after the other, whole, each once the one before was dealt with; "once", all in one round.
@@ -56,9 +56,19 @@ class Statistic:
         """Nothing more need be read."""
         return False
 
+    def leads(self, way: Tensor) -> None:
+        """Told before a point is read from, where a method moves the weights (`Method.travel`): how
+        far this weight goes in all, (out, in)."""
+
     def update(self, x: Tensor, valid: Tensor | None = None) -> None:
         """Read one batch. valid: (batch, tokens) of bool, True where a token counts."""
         raise NotImplementedError
+
+    def weigh(self, W: Tensor) -> None:
+        """Shown the weight, (out, in), before any data, where it is overridden."""
+
+    def answered(self, y: Tensor, valid: Tensor | None = None) -> None:
+        """Read what the module makes of the last input (of one that reads "ends")."""
 
     def pull(self, g: Tensor) -> None:
         """Read the gradient of one batch, (out, in)."""

@@ -13,19 +13,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import RecipeError
+from .lowest import lowest
 
 #: entries handled at once, where entries of a row compete
 PANEL = 1 << 22
-
-
-def without(score: Tensor, k: int) -> Tensor:
-    """True but for the k lowest of each run of the last dimension."""
-    if not k:
-        return torch.ones_like(score, dtype=torch.bool)
-    last = score.kthvalue(k, keepdim=True).values
-    below, same = score < last, score == last
-    left = k - below.sum(-1, keepdim=True)           # of the equal ones, so many go
-    return ~(below | same & (same.cumsum(-1) <= left))
 
 
 def pattern(mask: str) -> tuple[int, int] | None:
@@ -59,14 +50,14 @@ def kept(score: Tensor, mask: str, ratio: float) -> Tensor:
     parts = pattern(mask)
     if mask == "matrix":
         flat = score.flatten(-2)
-        return without(flat, _share(ratio, flat.shape[-1])).view(score.shape)
+        return ~lowest(flat, _share(ratio, flat.shape[-1])).view(score.shape)
     rows = score.flatten(0, -2)
     out = torch.empty_like(rows, dtype=torch.bool)
     for at in panels(*rows.shape):
         part = rows[at]
-        out[at] = without(part, _share(ratio, part.shape[-1])) if parts is None else \
-            without(part.unflatten(-1, (-1, parts[1])), parts[1] - parts[0]).flatten(-2)
-    return out.view(score.shape)
+        out[at] = lowest(part, _share(ratio, part.shape[-1])) if parts is None else \
+            lowest(part.unflatten(-1, (-1, parts[1])), parts[1] - parts[0]).flatten(-2)
+    return out.logical_not_().view(score.shape)
 
 
 def _share(ratio: float, n: int) -> int:

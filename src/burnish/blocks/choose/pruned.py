@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .prune import kept
+
 #: bits of an fp32 magnitude that a bin leaves out: bins are 2^-12 of a magnitude wide
 COARSE = 11
 #: entries looked at together
@@ -48,6 +50,11 @@ class Pruned:
             for i in group:
                 self._take(i, edge)
         return sum(v.numel() for _, _, v in self.taken) / max(1, self.total)
+
+    @property
+    def size(self) -> float:
+        """What is smaller is out; of one ranking of all."""
+        return float(torch.tensor(self.edge[0] << COARSE, dtype=torch.int32).view(torch.float32))
 
     def restore(self) -> None:
         """Every entry as it was."""
@@ -86,3 +93,41 @@ class Pruned:
         for _, key in self._bins(i):
             counts += torch.bincount(key, minlength=len(counts)).cpu()
         return counts
+
+
+class PrunedRuns:
+    """Of every run of m inputs the smallest are zero, so that n stay.
+
+    weights: (..., out, in) views, changed in place; m divides `in`. seed: a random order, the
+    control. Masks are nested: :meth:`to` only goes further. A context, whose end puts all back.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], m: int, seed: int | None = None):
+        self.weights, self.m, self.seed = [w.detach() for w in weights], m, seed
+        self.taken: list[tuple[int, Tensor, Tensor]] = []
+
+    def __enter__(self) -> PrunedRuns:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def to(self, n: int) -> float:
+        """Take out until n of m stay; the share that is out then."""
+        for i, w in enumerate(self.weights):
+            if self.seed is None:
+                score = w.abs().float()
+            else:
+                g = torch.Generator(w.device).manual_seed(self.seed + 7919 * i)
+                score = torch.rand(w.shape, generator=g, device=w.device)
+            mask = (w != 0) & ~kept(score, f"{n}:{self.m}", 0.0)
+            index = mask.nonzero()
+            self.taken.append((i, index.to(torch.int32), w[mask]))
+            w.masked_fill_(mask, 0)
+        return 1 - n / self.m
+
+    def restore(self) -> None:
+        """Every entry as it was."""
+        for i, index, values in self.taken:
+            self.weights[i][index.long().unbind(1)] = values
+        self.taken = []

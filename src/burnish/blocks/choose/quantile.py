@@ -67,10 +67,15 @@ def quantile(stream: Stream, n: int, s: float, sample: Callable[[], Tensor], lik
     one is fast. like: a tensor of their dtype, where they are.
     near: of the same values as they were before; for tensors on the host.
     """
+    return between(lambda k: order_statistics(stream, n, k, sample, like, near), n, s)
+
+
+def between(ranked: Callable[[int], tuple[Tensor, Tensor]], n: int, s: float) -> Tensor:
+    """The s-quantile of n values, of which `ranked(k)` gives entries k and k + 1."""
     position = s * (n - 1)
     k = min(int(math.floor(position)), n - 1)
     fraction = position - k
-    low, high = order_statistics(stream, n, k, sample, like, near)
+    low, high = ranked(k)
     return low if fraction == 0 else torch.lerp(low, high, fraction)
 
 
@@ -166,10 +171,10 @@ def radix(stream: Stream, n: int, k: int) -> tuple[Tensor, Tensor]:
     ranks at once; no value ever reaches the host."""
     ranks = (k, min(k + 1, n - 1))
     counts = _counted(stream, lambda bits: [(bits >> LOW, None)], 1 << HIGH)
-    found = [_digit(counts[0], rank) for rank in ranks]
+    found = [digit_of(counts[0], rank) for rank in ranks]
     counts = _counted(stream, lambda bits: [(bits & ((1 << LOW) - 1), (bits >> LOW) == high)
                                             for high, _ in found], 1 << LOW)
-    low = [_digit(c, left)[0] for c, (_, left) in zip(counts, found, strict=True)]
+    low = [digit_of(c, left)[0] for c, (_, left) in zip(counts, found, strict=True)]
     first, second = (((high << LOW) + digit).to(torch.int32).view(torch.float32)
                      for (high, _), digit in zip(found, low, strict=True))
     return first, second
@@ -189,7 +194,7 @@ def _counted(stream: Stream, digits: Callable[[Tensor], list[tuple[Tensor, Tenso
     return counts
 
 
-def _digit(counts: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
+def digit_of(counts: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
     """(the digit of the entry of this rank, its rank among those with that digit)."""
     running = counts.cumsum(0)
     digit = (running <= rank).sum()

@@ -49,12 +49,16 @@ def unit_importance(group: Group, terms: Mapping[str, Chain], weight: Callable[[
     return torch.stack(parts).sum(0) if parts else None
 
 
+def off(share: float, units: int) -> int:
+    """How many of so many a share is, rounded down; one always lives."""
+    return min(int(share * units + 1e-9), units - 1)
+
+
 @torch.no_grad()
 def switch_off(mask: UnitMask, score: Tensor, share: float) -> None:
     """The ``floor(share units)`` weakest by score are off, the others on; one always lives."""
-    units = len(score)
     alive = torch.ones_like(mask.alive)
-    alive[score.argsort(stable=True)[: min(int(share * units + 1e-9), units - 1)]] = False
+    alive[score.argsort(stable=True)[: off(share, len(score))]] = False
     mask.alive.copy_(alive)
 
 

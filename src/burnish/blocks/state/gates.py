@@ -79,7 +79,7 @@ class Affine(nn.Module):
             return
         shift = None if self.shift is None else self.whole(self.shift, 0.0).to(wide)
         if weight.dim() == 1:
-            offset = _offset(module, weight)              # some norms store gamma - 1
+            offset = norm_offset(module, weight)              # some norms store gamma - 1
             values["weight"] = ((weight.to(wide) + offset) * gain - offset).to(weight.dtype)
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):    # (in, out / groups, ...)
             by_group = gain.view(module.groups, 1, -1, *(1,) * (weight.dim() - 2))
@@ -99,7 +99,7 @@ class Affine(nn.Module):
 
 
 class Shift(nn.Module):
-    """``y = h + shift`` on runs of rows of a bias: those rows of the bias as tensors of their own.
+    """``y = h + shift`` on runs of the outputs: those rows of a bias as a tensor of their own.
 
     shift (n,), n the length of `rows` together, starts at 0. Folds into the module's bias exactly.
     """
@@ -123,9 +123,15 @@ class Shift(nn.Module):
 
     @torch.no_grad()
     def fold(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        """Write the shift into the module's bias."""
-        bias = value_of(module, values, "bias")
-        wide = torch.promote_types(bias.dtype, torch.float32)
+        """Write the shift into the module's bias, which it gets where it has none."""
+        like = value_of(module, values, "weight")
+        if "bias" not in module._parameters:
+            raise CheckError(f"cannot merge: {type(module).__name__} has no bias to hold a shift")
+        bias = values.get("bias", module.bias)
+        if bias is None:
+            rows = like.shape[0] if out_first(module, like) else like.shape[1]
+            bias = like.new_zeros(rows)
+        bias, wide = bias.detach(), torch.promote_types(bias.dtype, torch.float32)
         values["bias"] = (bias.to(wide) + self._whole(bias.numel()).to(wide)).to(bias.dtype)
 
 
@@ -144,7 +150,7 @@ def out_first(module: nn.Module, weight: Tensor) -> bool:
     return not (weight.dim() == 2 and hasattr(module, "nf"))
 
 
-def _offset(module: nn.Module, weight: Tensor) -> float:
+def norm_offset(module: nn.Module, weight: Tensor) -> float:
     """1 for norms that compute ``(1 + weight) x``, 0 for those that compute ``weight x``.
 
     Asked of the module itself: with a weight of zero the first answers something, the second

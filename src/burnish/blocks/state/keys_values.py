@@ -24,6 +24,7 @@ from ...core.call import context
 from ...core.errors import DataError, RecipeError
 from ..choose.observe import samples
 from ..tape.replay import dropout
+from .attending import as_heads
 from .prompts import Listener, named
 
 _SDPA = F.scaled_dot_product_attention
@@ -131,8 +132,9 @@ class KeysValues(Listener):
         ahead = self.length if given.get("is_causal") else 0
         if ahead:
             q = F.pad(q, (0, 0, ahead, 0))
-        out = func(q, torch.cat([self._heads(P[0], k), k], -2),
-                   torch.cat([self._heads(P[1], v), v], -2), **given)
+        K, V = (torch.cat([as_heads(rows, *t.shape[:2], t.shape[-1]), t], -2)
+                for rows, t in zip(P, (k, v), strict=True))
+        out = func(q, K, V, **given)
         return out[..., ahead:, :] if ahead else out
 
     def _dropped(self, P: Tensor, samples: int) -> Tensor:
@@ -140,14 +142,6 @@ class KeysValues(Listener):
         if not (self.dropout and self.training):
             return P
         return dropout(P.expand(-1, samples, -1, -1), self.dropout)
-
-    def _heads(self, rows: Tensor, like: Tensor) -> Tensor:
-        """(1 or B, L, H h) as (B, heads of `like`, L, h)."""
-        B, heads, _, h = like.shape
-        rows = rows.unflatten(-1, (-1, h)).transpose(1, 2)
-        if rows.shape[1] != heads:                       # heads that were repeated for queries
-            rows = rows.repeat_interleave(heads // rows.shape[1], 1)
-        return rows.expand(B, -1, -1, -1)
 
     def _wider(self, mask: Tensor, keys: int) -> Tensor:
         """The mask with L open columns; layers that share a mask share the wider one."""

@@ -77,14 +77,52 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
             m.training = True
 
 
-class Rung(Listener):
+def run_elsewhere(who: Listener) -> bool:
+    """Does somebody else's checkpointing run what `who` listens to, or will it again?"""
+    cut = getattr(who.here, "grad", False) and not torch.is_grad_enabled()
+    return bool(cut or torch.is_grad_enabled() and who.state.tape.others())
+
+
+class Beside(Listener):
+    """Listens to one block of a backbone that runs without a graph."""
+
+    what = "a side network"
+
+    def alone(self, module: nn.Module, given: Tensor, args: tuple, kw: dict[str, Any]
+              ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments without a cache, where nothing forbids that the block runs so."""
+        self._runs_once(module)
+        if given.requires_grad and not (getattr(module, "gradient_checkpointing", False)
+                                        and not _trains(given.grad_fn)):
+            raise RecipeError(f"{self.adapter}: something below {type(module).__name__} trains or "
+                              "carries a gradient, but the backbone of a side network runs "
+                              "without a graph: its gradient would be cut; drop that part or the "
+                              "side network")
+        return self.uncached(args, kw)
+
+    def uncached(self, args: tuple, kw: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments, in training without a key-value cache: it would keep every layer's."""
+        if torch.is_grad_enabled():
+            args, kw = _uncached(args), dict(zip(kw, _uncached(tuple(kw.values())), strict=True))
+            if kw.get("use_cache"):
+                kw["use_cache"] = False
+        return args, kw
+
+    def _runs_once(self, module: nn.Module) -> None:
+        """Somebody else's checkpointing would run a block again without the state beside it."""
+        if run_elsewhere(self):
+            raise RecipeError(f"{self.adapter}: {type(module).__name__} runs inside a gradient "
+                              "checkpointing that is not burnish's; a second run would lack the "
+                              "state that climbs beside the blocks, and a frozen backbone keeps "
+                              "nothing for backward anyway: switch that checkpointing off")
+
+
+class Rung(Beside):
     """One step of a ladder beside one block: ``s <- g(gate(s, D h))``, h what the block returned.
 
     Listens to the block, which runs without a graph. down, gate and side are absent in a block
     the ladder skips. enter: this is the first block; s starts as ``D_first`` of its input.
     """
-
-    what = "a side network"
 
     def __init__(self, state: Any, adapter: str, side: nn.Module | None, width: int, small: int,
                  *, enter: bool = False, tau: float = 0.1):
@@ -97,17 +135,7 @@ class Rung(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = args[0] if args else next(iter(kw.values()))
-        self._runs_once(module)
-        if given.requires_grad and not (getattr(module, "gradient_checkpointing", False)
-                                        and not _trains(given.grad_fn)):
-            raise RecipeError(f"{self.adapter}: something below {type(module).__name__} trains or "
-                              "carries a gradient, but the backbone of a side network runs "
-                              "without a graph: its gradient would be cut; drop that part or the "
-                              "side network")
-        if torch.is_grad_enabled():              # a key-value cache would keep every layer's states
-            args, kw = _uncached(args), dict(zip(kw, _uncached(tuple(kw.values())), strict=True))
-            if kw.get("use_cache"):
-                kw["use_cache"] = False
+        args, kw = self.alone(module, given, args, kw)
         box, key = self.here.box, ("side", self.adapter)
         watch = Watch(self.state.tape) if isinstance(self.side, Plain) else None
         with watch or _nothing():
@@ -122,15 +150,6 @@ class Rung(Listener):
             else:
                 box[key] = self._again(u, module, args, kw)
         return out
-
-    def _runs_once(self, module: nn.Module) -> None:
-        """Somebody else's checkpointing would run a rung again without the state beside it."""
-        cut = getattr(self.here, "grad", False) and not torch.is_grad_enabled()
-        if cut or torch.is_grad_enabled() and self.state.tape.others():
-            raise RecipeError(f"{self.adapter}: {type(module).__name__} runs inside a gradient "
-                              "checkpointing that is not burnish's; a second run would lack the "
-                              "state that climbs beside the blocks, and a frozen backbone keeps "
-                              "nothing for backward anyway: switch that checkpointing off")
 
     def _again(self, u: Tensor, module: nn.Module, args: tuple, kw: dict[str, Any]) -> Tensor:
         """The side block on what its own block was given, with the state, the positions and the

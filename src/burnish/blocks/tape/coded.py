@@ -1,6 +1,7 @@
 """Kept tensors in a few bits, by what backward does with them (roles.py).
 
-linear input   k-bit codes of groups, rounded at random: gradients are right in the mean
+linear input,  k-bit codes of groups, rounded at random: gradients are right in the mean
+factor
 norm           x^ = (x - mean) / std in k bits, 1 / std exact; a linear that reads the norm's output
                makes it again from x^, so it keeps nothing of its own
 activation     ReLU one bit and GELU, SiLU the number of an interval of their derivative
@@ -25,7 +26,7 @@ from .codes import Codes, packed, pieces, unpacked
 from .derivatives import table
 from .functions import storage_of, version_of
 from .notes import View
-from .roles import Role, name_of
+from .roles import IN_THE_MEAN, Role, name_of
 from .saved import Policy
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Coded(Policy):
     # -- tensors --------------------------------------------------------------------------------
     def pack(self, t: Tensor, role: Role | None = None) -> Any:
         key = storage_of(t)
-        if role != "linear input" or not self.bits or key is None or not t.is_floating_point() \
+        if role not in IN_THE_MEAN or not self.bits or key is None or not t.is_floating_point() \
                 or t.element_size() * t.numel() <= Codes.nbytes(t.numel(), self.bits, self.group,
                                                                 t.dtype):
             return self._as_it_is(t, key, role)
@@ -128,7 +129,7 @@ class Coded(Policy):
         codes = self._found(self._made, t, key)
         if codes is None:
             codes = self._coded(t.detach().as_strided((whole,), (1,), 0))
-            self._made[key] = _weakly(t, codes)
+            self._made[key] = weakly(t, codes)
         return _Coded(codes, View(t), t.shape)
 
     def _coded(self, flat: Tensor) -> _Packed:
@@ -138,7 +139,7 @@ class Coded(Policy):
     def _as_it_is(self, t: Tensor, key: int | None, role: Role | None) -> Any:
         kept = self.inner.pack(t)
         if key is not None and role != "weight":
-            self._exact[key] = _weakly(t, kept)
+            self._exact[key] = weakly(t, kept)
         return kept
 
     @staticmethod
@@ -189,11 +190,31 @@ class Coded(Policy):
         return y
 
 
+class Steps:
+    """Tells the policy which step it is: a run that goes on draws what it would have drawn."""
+
+    def __init__(self, tuned: Any):
+        self.tuned = tuned
+
+    @property
+    def policy(self) -> Any:                     # the tape's own: taking an adapter out renews it
+        return self.tuned.state.tape.policy
+
+    def step_begin(self, step: int) -> None:
+        self.policy.begin(step)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.policy.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step_begin(state["step"])
+
+
 def _gone() -> None:
     return None
 
 
-def _weakly(t: Tensor, kept: Any) -> tuple[Any, int, Any]:
+def weakly(t: Tensor, kept: Any) -> tuple[Any, int, Any]:
     return weakref.ref(t.untyped_storage()), version_of(t), weakref.ref(kept)
 
 

@@ -17,6 +17,7 @@ from torch.autograd import Variable
 
 from . import replay
 from .functions import storage_of, version_of
+from .roles import IN_THE_MEAN
 
 if TYPE_CHECKING:
     from .roles import Role
@@ -159,7 +160,7 @@ class Entry:
         if not self.intact:
             return False
         if not self.settled:
-            if not self.linear or role != "linear input":
+            if not self.linear or role not in IN_THE_MEAN:
                 role = None
             self.approximate = self.approximate or role is not None
             self.settled = True

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
 from . import activations, replay, roles, unread
-from .functions import backward_runs, storage_of, transformed, version_of
+from .functions import backward_runs, storage_of, transformed, upon, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
 from .unmade import Logits
@@ -154,10 +154,6 @@ class Tape(TorchFunctionMode):
     def _stands(self) -> dict[int, list[Any]]:
         return self._here.stands
 
-    @property
-    def _depth(self) -> int:
-        return self._here.depth
-
     def last_opened(self) -> Call | None:
         """The call that kept what this thread's backward has asked for last.
 
@@ -212,10 +208,12 @@ class Tape(TorchFunctionMode):
 
     def _watch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func is F.linear:
-            out = unread.linear(func, args, kwargs)
+            out = unread.linear(func, args, kwargs, self.others())
             if self.notes_products and out.requires_grad:
-                self.note(out, func, args, kwargs, product=True)
+                self.note(out, unread.again(func), args, kwargs, product=True)
             return out
+        if func is torch.addmm and len(args) == 3 and not kwargs:
+            return unread.addmm(func, args, self.others())
         if not self.lean and not self.policy.moves:
             return func(*args, **kwargs)
         watched = self._watched.get(func)
@@ -427,7 +425,7 @@ class Tape(TorchFunctionMode):
     def answering(self, functions: dict[Any, Callable[..., Any]]) -> Iterator[None]:
         """Inside, in this thread, these functions are answered by others."""
         before = self.intercept
-        self.intercept = before | functions
+        self.intercept = before | {f: upon(before.get(f), a) for f, a in functions.items()}
         try:
             with self.recording():
                 yield

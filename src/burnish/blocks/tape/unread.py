@@ -17,13 +17,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .. import matmul
 from .cast import casting
+from .functions import applied, shaped
 from .roles import is_weight
 
 
@@ -133,37 +134,72 @@ def nothing(x: Tensor, out: int) -> Tensor:
     return x.new_full((*x.shape[:-1], out), float("nan"))
 
 
-def linear(func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """``F.linear`` of a module that nothing was added to, left out where it may be."""
-    if _here.run is None:
-        return func(*args, **kwargs)
+def linear(func: Any, args: tuple, kwargs: dict, stock: bool = False) -> Tensor:
+    """``F.linear`` of a module that nothing was added to: left out where it may be, else by the
+    library that is quickest at it. stock: let torch's own function save what is saved."""
     x, weight, bias = _bound(*args, **kwargs)
-    if begin() and type(x) is Tensor and casting(x) is None:
-        out = _Linear.apply(x, weight, bias)
+    left = begin()
+    if left and type(x) is Tensor and casting(x) is None or not stock and _quick(x, weight):
+        out: Tensor = applied(_Linear, x, weight, bias, left)
     else:
         out = func(*args, **kwargs)
     end()
     return out
 
 
+def addmm(func: Any, args: tuple, stock: bool) -> Tensor:
+    """``b + x W`` of a layer that holds its weight the other way (transformers' Conv1D)."""
+    bias, x, weight = args
+    if stock or bias.dim() != 1 or not _quick(x, weight.t()):
+        return cast("Tensor", func(*args))
+    return cast("Tensor", applied(_Linear, x, weight.t(), bias, False))
+
+
+def _quick(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and matmul.served(x, weight) and casting(x) is None
+
+
+def again(func: Any) -> Any:
+    """What makes the result of :func:`linear` another time."""
+
+    def product(*args: Any, **kwargs: Any) -> Tensor:
+        x, weight, bias = _bound(*args, **kwargs)
+        if matmul.served(x, weight) and casting(x) is None:
+            return _product(x, weight, bias)
+        out: Tensor = func(*args, **kwargs)
+        return out
+
+    return product
+
+
 def _bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
     return input, weight, bias
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = matmul.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return shaped(y, (*x.shape[:-1], weight.shape[0]))
+
+
 class _Linear(torch.autograd.Function):
-    """The backward of ``x W^T + b``, with no result."""
+    """``x W^T + b``, or its backward alone with no result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        need_x, need_w, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: bool) -> Tensor:
+        need_x, need_w, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_w else None, weight if need_x else None)
-        return nothing(x, weight.shape[0])
+        return nothing(x, weight.shape[0]) if left else _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
-        return (None if weight is None else g @ weight,
-                None if x is None else g2.t() @ x.reshape(-1, x.shape[-1]),
-                g2.sum(0) if ctx.needs_input_grad[2] else None)
+        g2, dx, dW = g.reshape(-1, g.shape[-1]), None, None
+        if torch.is_grad_enabled():                  # it is itself differentiated
+            dx = None if weight is None else g @ weight
+            dW = None if x is None else g2.t() @ x.reshape(-1, x.shape[-1])
+        else:
+            if weight is not None:
+                dx = shaped(matmul.mm(g2, weight), (*g.shape[:-1], weight.shape[1]))
+            if x is not None:
+                dW = matmul.tn(g2, x.reshape(-1, x.shape[-1]))
+        return dx, dW, g2.sum(0) if ctx.needs_input_grad[2] else None, None

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -35,7 +36,7 @@ PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply", "addcmul")
 CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
     **dict.fromkeys((*NORMS, *ACTIVATIONS), always),
     # products keep both factors as soon as both carry gradients; else a note costs no more
-    **dict.fromkeys(PRODUCTS, always),
+    **dict.fromkeys((*PRODUCTS, "turned"), always),      # (turned: blocks/state/planes.py)
     **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
 }
 
@@ -61,7 +62,8 @@ class Watched:
         self.switch = _position(func)
         self.may_change = self.changes_first or self.switch is not None
         self.read = name == "__get__"
-        self.idle = self.cheap is None and not self.may_change and func not in (F.linear, F.relu)
+        self.idle = self.cheap is None and not self.may_change \
+            and func not in (F.linear, F.relu, torch.addmm)
 
     def changes(self, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors this call writes into."""

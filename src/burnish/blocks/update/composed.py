@@ -29,17 +29,17 @@ from .codecs import SMALL, Block, Codec, Plain
 from .noise import CounterNoise
 from .numerics import NUMERICS
 from .plan import Plan, check_shape
-from .residual import Seen as Beside
-from .rules import Rows, Whole, accumulator
-from .subspace import Basis, in_memory_order, matrix, panels, rotate
-from .sweep import Bunch, State, cut, moved, state_parts, strip, sweep, sweep_whole
+from .projecting import Projecting
+from .rules import Whole, accumulator
+from .subspace import in_memory_order, matrix, panels
+from .sweep import Bunch, State, cut, state_parts, strip, sweep, sweep_whole
 from .transform import Seen
 
 #: of a tensor that is stepped with others: itself, its gradient, size, name and state
 _Small = tuple[nn.Parameter, Tensor, int, str, State]
 
 
-class Composed(torch.optim.Optimizer):
+class Composed(Projecting, torch.optim.Optimizer):
     """See the module. `param_groups` hold lr, weight_decay and the rule's hyperparameters.
 
     state of a parameter: ``step`` (int), each state of the rule (``exp_avg``, or
@@ -178,13 +178,6 @@ class Composed(torch.optim.Optimizer):
             self._done.add(p)
 
     # -- one tensor -----------------------------------------------------------------------
-    def _projected(self, p: nn.Parameter) -> bool:
-        if self.plan.subspace is None:
-            return False
-        if (known := self._covered.get(p)) is None:
-            known = self._covered[p] = self.plan.subspace.covers(self._where[p][1], p)
-        return known
-
     def _update(self, p: nn.Parameter, grad: Tensor | None) -> None:
         if grad is not None and grad.is_sparse:
             raise RecipeError(f"{self._where[p][1]} has a sparse gradient; dense ones only")
@@ -222,7 +215,8 @@ class Composed(torch.optim.Optimizer):
 
     def _whole_step(self, p: nn.Parameter, grad: Tensor) -> None:
         """A rule that reads the tensor at once; the weight is stepped some rows at a time."""
-        (group, name), state, rule = self._where[p], self.state[p], self.plan.rule
+        (group, name), state = self._where[p], self.state[p]
+        rule = self.plan.rule.of(name)  # type: ignore[attr-defined]
         state["step"] = t = state.get("step", 0) + 1
         w = in_memory_order(p.detach())[0].reshape(-1)
         shape = _form(p)
@@ -242,95 +236,6 @@ class Composed(torch.optim.Optimizer):
             x.add_(rows(lo, hi), alpha=-group["lr"])
             self._numerics.write(w, state, lo * width, hi * width, x.view(-1), noise, t)
 
-    # -- one projected matrix -------------------------------------------------------------
-    def _basis(self, p: nn.Parameter, G: Tensor) -> Basis:
-        """The current basis, refreshed first if its time has come."""
-        sub, state = self.plan.subspace, self.state[p]
-        name, done = self._where[p][1], state.get("step", 0)
-        noise = CounterNoise(self.seed, f"{name}/subspace")
-        turn, due = done // sub.every, done % sub.every == 0
-        dtype = p.dtype if p.dtype.is_floating_point else torch.float32
-        if not sub.map.stores():
-            basis = sub.map.basis(G, noise, turn, dtype)
-            if due and done and "folded" not in state:
-                self._move_moments(p, sub.map.basis(G, noise, turn - 1, dtype), basis)
-            return basis
-        old = None
-        if stored := state_parts(state, "projector"):
-            old = Basis(stored.get("left"), stored.get("right"), stored.get("columns"),
-                        G.shape[1], accumulator(p.dtype))
-            if not due or "folded" in state:
-                return old
-        basis = sub.map.basis(G, noise, turn, dtype, old)
-        state.update({f"projector.{k}": v for k, v in basis.tensors().items()})
-        if old is not None:
-            self._move_moments(p, old, basis)
-        return basis
-
-    def _move_moments(self, p: nn.Parameter, old: Basis, new: Basis) -> None:
-        how, state = self.plan.subspace.at_refresh, self.state[p]
-        if how == "keep":
-            return
-        m, n = matrix(p).shape
-        shape = self.plan.subspace.map.shape(m, n)
-        codec, name = self._codec(p, shape[0] * shape[1]), self._where[p][1]
-        for s, signed in self.plan.rule.states.items():
-            if parts := state_parts(state, s):
-                M = codec.read(parts, 0, shape[0] * shape[1]).view(shape)
-                M = torch.zeros_like(M) if how == "reset" else rotate(M, old, new, not signed)
-                codec.write(parts, 0, M.numel(), M.reshape(-1),
-                            CounterNoise(self.seed, f"{name}/{s}/refresh"), state["step"])
-
-    def _fold(self, p: nn.Parameter, grad: Tensor) -> None:
-        G = in_memory_order(grad, like=p)[0]
-        G = G.reshape(G.shape[0], -1)
-        R = self._basis(p, G).down(G)
-        state = self.state[p]
-        state["folded"] = R if "folded" not in state else state["folded"].add_(R)
-
-    def _project_step(self, p: nn.Parameter, grad: Tensor | None) -> None:
-        (group, name), state, sub = self._where[p], self.state[p], self.plan.subspace
-        W = matrix(p.detach())
-        m, n = W.shape
-        if grad is None:
-            G, R = None, state["folded"]
-            basis = self._basis(p, W)                # the stored one: no refresh while folded
-            del state["folded"]
-        else:
-            G = in_memory_order(grad, like=p)[0].reshape(m, n)
-            basis = self._basis(p, G)
-            R = basis.down(G)
-        state["step"] = t = state.get("step", 0) + 1
-        codec = self._codec(p, R.numel())
-        self._allocate(state, codec, R.numel(), p.device, tuple(R.shape))
-        self._numerics.prepare(W.view(-1), state)
-        axis = 0 if basis.left is not None else 1    # the rank dimension of R
-        beside = sub.beside if G is not None else None
-        norms = torch.linalg.vector_norm(R, dim=axis) if beside is not None else None
-        flat = R.view(-1)
-        for lo, hi in self._slices(R.numel(), p.device):
-            u = torch.zeros_like(flat[lo:hi])
-            moved(self.plan.rule, codec, Bunch([name], [state], [(lo, hi)], [], []), [u],
-                  [flat[lo:hi]], t, group, self.seed, -1.0, 0.0)
-            flat[lo:hi].copy_(u)
-        rows: Rows | None = None
-        if beside is not None:
-            rule = self.plan.rule
-            correction = rule.correction(t, group) if hasattr(rule, "correction") else 1.0
-            rows = beside.rows(Beside(G, basis, R, norms, axis, self._slice(p.device),
-                                      correction, sub.scale), state)
-        lr, decay = group["lr"], group["weight_decay"]
-        flat, noise = W.view(-1), CounterNoise(self.seed, f"{name}/round")
-        for lo, hi in panels(m, n, self._slice(p.device)):
-            x = self._numerics.read(flat, state, lo * n, hi * n)
-            if sub.scale or rows is None:
-                x.add_(basis.up(R, lo, hi).view(-1), alpha=-lr * sub.scale)
-            if rows is not None:
-                x.add_(rows(lo, hi).view(-1), alpha=-lr)
-            if decay:
-                x.mul_(1 - lr * decay)
-            self._numerics.write(flat, state, lo * n, hi * n, x, noise, t)
-
     # -- storage --------------------------------------------------------------------------
     def _codec(self, p: nn.Parameter, n: int) -> Codec:
         codec = self.plan.codec
@@ -346,7 +251,8 @@ class Composed(torch.optim.Optimizer):
                     state[f"{s}.{part}" if part else s] = tensor if part else tensor.view(shape)
 
     def _allocate_whole(self, state: State, p: Tensor) -> None:
-        for key, size in self.plan.rule.shapes(_form(p)).items():  # type: ignore[attr-defined]
+        rule = self.plan.rule.of(self._where[p][1])  # type: ignore[attr-defined]
+        for key, size in rule.shapes(_form(p)).items():
             if key not in state:
                 state[key] = torch.zeros(size, dtype=accumulator(p.dtype), device=p.device)
 

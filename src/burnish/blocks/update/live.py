@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
+from ...core.events import EARLY
 from .noise import fold
 
 OnLeave = Literal["drop", "cpu", "keep"]
@@ -60,6 +61,38 @@ class Draw:
             del pool[name]
             chosen.append(name)
         return frozenset(chosen)
+
+
+Order = Literal["descending", "ascending", "random"]
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """One of `names` for `every` steps, from step 0 on, until all have been; then again.
+
+    order: from the last one on, from the first, or as a round is drawn from (seed, round) alone.
+    """
+
+    names: Sequence[str]
+    every: int
+    order: Order = "descending"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise RecipeError(f"a period has at least 1 step, got {self.every}")
+
+    def __call__(self, step: int) -> frozenset[str] | None:
+        return self.period(step // self.every) if step % self.every == 0 else None
+
+    def period(self, k: int) -> frozenset[str]:
+        names = list(self.names)
+        turn, place = divmod(k, len(names))
+        if self.order == "descending":
+            names.reverse()
+        elif self.order == "random":
+            random.Random(fold("in turn", self.seed, turn)).shuffle(names)
+        return frozenset({names[place]})
 
 
 class TrainableSchedule:
@@ -137,6 +170,31 @@ class TrainableSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["live"] is not None:
             self.set(state["live"])
+
+
+@dataclass(frozen=True)
+class LiveBlocks:
+    """Asks the schedule before every step; early, so that other handlers see what is live.
+
+    dearest: what is live in steps that stand for all others in a promise; None: what would be.
+    """
+
+    schedule: TrainableSchedule
+    dearest: frozenset[str] | None = None
+    phase: ClassVar[int] = EARLY
+
+    def step_begin(self, step: int) -> None:
+        self.schedule.update(step)
+
+    def rehearse(self, step: int) -> None:
+        if self.dearest is not None:
+            self.schedule.set(self.dearest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state)
 
 
 def _move(state: dict[str, Any], device: torch.device) -> None:

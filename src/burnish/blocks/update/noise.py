@@ -129,6 +129,13 @@ class CounterNoise:
         lanes = words.view(torch.int16)[offset - 4 * first : offset - 4 * first + n]
         return lanes.to(torch.int32).add_(1 << 15)
 
+    def uniform(self, n: int, offset: int = 0, *, turn: int = 0,
+                device: torch.device | str | None = None) -> Tensor:
+        """Elements offset .. offset + n of u ~ U(0, 1), fp32: the middles of 2^23 equal steps, so
+        neither end is ever drawn."""
+        halves = self.bits16(2 * n, 2 * offset, turn=turn, device=device).view(n, 2)
+        return ((halves[:, 0] << 7) + (halves[:, 1] >> 9)).float().add_(0.5).mul_(2.0**-23)
+
     def _words(self, out: Tensor, first: int, turn: int, generator: torch.Generator) -> None:
         self._seeded("words", out, first, turn, _any_word, generator)
 
@@ -250,11 +257,6 @@ class ScalarLog:
 
     def __len__(self) -> int:
         return len(self.seeds)
-
-    def replay(self, apply: Callable[[int, float, Sequence[float], int], None]) -> None:
-        """Call ``apply(seed, g, lrs, index)`` for every entry in order."""
-        for i, entry in enumerate(zip(self.seeds, self.scalars, self.lrs, strict=True)):
-            apply(*entry, i)
 
     def tensors(self) -> dict[str, Tensor]:
         """The log as tensors for a safetensors file (seed int32, g fp32, lr fp64)."""

@@ -74,9 +74,11 @@ class Riding:
         self.outside = False                      # the caller will ask for the ride itself
         self.rode = False                         # a term joined an activation in this forward
         self._terms: list[Tensor] = []            # of a forward whose loss is made outside
+        self._other: Any = None                   # what stands in place of that loss
         self._due = False                         # and does anybody wait for its share?
-        self._portion = 1.0
+        self._portion: Any = None
         self.on_end: Callable[..., Any] | None = None
+        self._instead: Callable[..., Tensor] | None = None     # of a forward: the loss, for now
         self.on_share: Callable[[], None] | None = None
 
     # -- terms on activations -----------------------------------------------------------------
@@ -85,10 +87,23 @@ class Riding:
         """Is there any use for a term in this forward?"""
         return self.collected is not None or torch.is_grad_enabled()
 
+    @contextmanager
+    def replaced(self, by: Callable[..., Tensor] | None) -> Iterator[None]:
+        """Inside, the loss of a forward is ``by(args, keywords, outputs, given)``, whoever makes
+        it, at the scale the loss would have had; objectives keep out of it. None: everything is
+        itself."""
+        before, self._instead = self._instead, by
+        try:
+            yield
+        finally:
+            self._instead = before
+
     def on(self, h: Tensor, term: Tensor, weight: float) -> Tensor:
         """`h`, unchanged; on the way back ``share * weight * d term`` is added."""
         if self.collected is not None:
             self.collected.append(widened(term.detach()) * weight)
+            return h
+        if self._instead is not None:
             return h
         self.rode = True
         return Attached.apply(h, term, weight, self)
@@ -97,10 +112,13 @@ class Riding:
         return self.rest() if self.latest is None else self.latest
 
     # -- the end of a forward -----------------------------------------------------------------
-    def end(self, args: tuple, kw: dict[str, Any], out: Any) -> Any:
-        """The outputs of the model's forward, with the loss among them ready to tell its share."""
+    def end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]) -> Any:
+        """The outputs of the model's forward, with the loss among them ready to tell its share.
+        given: the keys of the batch that were taken off it."""
+        if self._instead is not None:
+            return self._replace(args, kw, out, given)
         rode, self.rode = self.rode, False
-        terms: list[Tensor] = self.on_end(args, kw, out) if self.on_end is not None else []
+        terms: list[Tensor] = self.on_end(args, kw, out, given) if self.on_end is not None else []
         if self.collected is not None:
             self.collected += [widened(t.detach()) for t in terms]
             return out
@@ -126,15 +144,27 @@ class Riding:
         finally:
             self.outside = before
 
+    def _replace(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]) -> Any:
+        self._other = self._instead(args, kw, out, given) * portion(kw)      # type: ignore[misc]
+        if self.outside:
+            return out
+        if loss_of(out) is None:
+            raise ConfigError("another loss is to be looked at, and this one is made outside of "
+                              "the model, unseen: take tuned.backward(batch, loss=...) or "
+                              "tuned.step; in fit, no label smoothing")
+        return with_loss(out, lambda _: self._other)
+
     def join(self, loss: Tensor) -> Tensor:
         """The loss of the last forward, unchanged in value; going backward it tells its share and
         takes the terms of that forward along."""
+        if self._instead is not None:
+            other: Tensor = self._other
+            return other
         terms, self._terms = self._terms, []
-        size, self._portion = self._portion, 1.0
         due, self._due = self._due, False
         if not (due and isinstance(loss, Tensor) and loss.requires_grad):
             return loss
-        return Ride.apply(loss, self, size, *terms)
+        return Ride.apply(loss, self, self._portion, *terms)
 
     def carry(self, share: Tensor) -> None:
         """A loss is going backward with this share."""
@@ -178,7 +208,8 @@ class Ride(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        share = g if isinstance(ctx.size, float) and ctx.size == 1 else g * ctx.size
+        whole = isinstance(ctx.size, float) and ctx.size == 1        # then nothing is made
+        share = g if whole else g * ctx.size
         ctx.riding.carry(share)
         return g, None, None, *[share.to(dtype=d, device=v) for d, v in ctx.likes]
 
@@ -196,7 +227,9 @@ class Attached(torch.autograd.Function):
         dtype, device = ctx.like
         share = ctx.riding.share()
         if isinstance(share, Tensor):
-            return g, share.to(dtype=dtype, device=device) * ctx.weight, None, None
+            wide = torch.promote_types(share.dtype, dtype)
+            own = (share.to(wide) * ctx.weight).to(dtype=dtype, device=device)
+            return g, own, None, None
         made = torch.full((), share * ctx.weight, dtype=dtype, device=device)
         return g, made, None, None
 
@@ -235,10 +268,13 @@ def on_outputs(out: Any, riding: Riding, terms: Sequence[Tensor]) -> Any:
     elif isinstance(out, tuple | list):
         for i, value in enumerate(out):
             if fits(value):
-                return type(out)([*out[:i], join(value), *out[i + 1 :]])
+                make: Any = getattr(out, "_make", type(out))           # of a named tuple
+                return make([*out[:i], join(value), *out[i + 1 :]])
     elif hasattr(out, "__dict__"):
         for key, value in vars(out).items():
             if fits(value):
+                if dataclasses.is_dataclass(out):    # it may be frozen
+                    return dataclasses.replace(out, **{key: join(value)})    # type: ignore[type-var]
                 setattr(out, key, join(value))
                 return out
     raise ConfigError("no output of the model carries a gradient, so an objective has nothing to "

@@ -14,6 +14,7 @@ from .codecs import Codec, Plain
 from .rules import Rule
 
 if TYPE_CHECKING:
+    from .groups import Rates
     from .step import Subspace
     from .transform import Transform
 
@@ -33,6 +34,7 @@ class Plan:
     subspace: Subspace | None = None
     transforms: tuple[Transform, ...] = ()
     rounding: RoundingKind = "nearest"
+    rates: Rates | None = None              # factors of learning rates and decays
     in_backward: bool = False
     clip_value: float = 0.0                 # of a gradient's entries, inside backward
     names: dict[str, str] = field(default_factory=dict)

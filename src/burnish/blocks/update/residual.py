@@ -71,19 +71,16 @@ class Plain:
 
 @dataclass(frozen=True, kw_only=True)
 class Sign:
-    """The sign of the part outside the subspace, times `scale`. In a columns subspace the two are
-    exactly disjoint, and rounding dust in its columns gets no sign."""
+    """The sign of the part outside the subspace, times `scale`. Where a subspace picks columns,
+    rows or entries the two are exactly disjoint, and rounding dust there gets no sign."""
 
     states: ClassVar[tuple[str, ...]] = ()
 
     scale: float = 1.0
 
     def rows(self, seen: Seen, state: dict[str, Any]) -> Rows:
-        outside, columns = seen.outside(), seen.basis.columns
-        if columns is None:
-            return lambda lo, hi: outside(lo, hi).sign_().mul_(self.scale)
-        dead = columns.long()
-        return lambda lo, hi: outside(lo, hi).index_fill_(1, dead, 0.0).sign_().mul_(self.scale)
+        outside, basis = seen.outside(), seen.basis
+        return lambda lo, hi: basis.mute_(outside(lo, hi), lo, hi).sign_().mul_(self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,21 @@ class Lion(_Hyper):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sign(_Hyper):
+    """``u = sign(g)``; no state."""
+
+    name: ClassVar[str] = "sign"
+    states: ClassVar[Mapping[str, bool]] = {}
+    decoupled: ClassVar[bool] = True
+
+    weight_decay: float = 0.0
+
+    def direction(self, g: Tensor, state: Mapping[str, Tensor], t: int,
+                  group: Mapping[str, Any]) -> Tensor:
+        return g.sign_()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SGD(_Hyper):
     """``b <- mu b + g``, ``u = b`` (``g + mu b`` with nesterov); no state when mu = 0.
 
@@ -239,6 +254,10 @@ class Whole(_Hyper):
         """
         u = self.update(G.to(accumulator(G.dtype), copy=True), weight(0, len(G)), state, t, group)
         return lambda lo, hi: u[lo:hi]
+
+    def of(self, name: str) -> Whole:
+        """The rule for the tensor of this name, where tensors are told apart."""
+        return self
 
     #: see the class
     together: ClassVar[Callable[..., list[Tensor]] | None] = None

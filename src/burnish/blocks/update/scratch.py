@@ -6,8 +6,9 @@ each parameter is found out by one plain evaluation (:class:`Callers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,12 +43,16 @@ def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
 
 
 class Scratch(AbstractContextManager[None]):
-    """Weights read as theta + scale z; the stored tensors are swapped out, never written."""
+    """Weights read as theta + scale z; the stored tensors are swapped out, never written.
+
+    elsewhere: name -> the tensor that stands for theta there, where it is not the stored one.
+    """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], seed: int, scale: float,
-                 callers: Callers | None, noise: type[CounterNoise] = CounterNoise):
+                 callers: Callers | None, noise: type[CounterNoise] = CounterNoise,
+                 elsewhere: Mapping[str, Tensor] = MappingProxyType({})):
         self.named, self.seed, self.scale, self.noise = dict(named), seed, scale, noise
-        self.callers = callers
+        self.callers, self.elsewhere = callers, elsewhere
         self.kept: dict[str, tuple[Tensor, int]] = {}         # name -> (theta, depth)
         self.hooks: list[Any] = []
 
@@ -77,7 +82,7 @@ class Scratch(AbstractContextManager[None]):
                 continue
             theta, depth = self.kept.get(name, (p.data, 0))
             if depth == 0:
-                p.data = perturbed(theta, name, self.seed, self.scale,
+                p.data = perturbed(self.elsewhere.get(name, theta), name, self.seed, self.scale,
                                    torch.empty_like(theta), self.noise)
             self.kept[name] = theta, depth + 1
 

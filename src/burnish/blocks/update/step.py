@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase as fnmatch
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -25,14 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError, nearest
-from ...core.processes import is_sharded
 from ...core.words import honours, why
 from .clip import check_norm, clip_norm_
 from .codecs import Plain, codec
+from .groups import param_groups
+from .natural import Natural
 from .plan import ROUNDINGS, Plan, RoundingKind, check_shape
 from .residual import Residual, Scaled, residual
+from .rota import Rota
 from .rules import FUSED, SGD, AdamW, Rule, Whole
-from .subspace import AtRefresh, SubspaceMap
+from .subspace import PICKED, AtRefresh, SubspaceMap
 
 #: a weight of a repeated block has a number in its path; embeddings and biases are not projected
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -123,7 +125,10 @@ class Subspace:
         W <- W - lr (scale back(u(R)) + residual)        then decay
 
     every: updates between refreshes of the basis; each tensor counts its own, from its first.
-    at_refresh: what happens to the moments ("keep" is GaLore's).
+    at_refresh: of the moments ("keep" is GaLore's; "restart": zero, and updates count from there).
+    decay_first: decay acts on the weight before the step, as in AdamW, instead of behind it.
+    rota: instead of a map, which of the covered matrices have moments in each period (rota.py).
+    image: what R goes through before the rule (natural.py).
     residual: what the part outside the subspace, G - back(R), adds: "none"; "sgd" itself; "sign"
         its sign; "scaled" itself times ||u_j|| / ||R_j|| per channel j of the long side, its norm
         growing by at most `limit` per step. Times `residual_scale`. Or an object (residual.py).
@@ -145,6 +150,9 @@ class Subspace:
     eps_first: bool = False
     default: Rule | None = None
     in_backward: bool = False
+    decay_first: bool = False
+    rota: Rota | None = None
+    image: Natural | None = None
     name: str = "subspace"
 
     def __post_init__(self) -> None:
@@ -152,7 +160,10 @@ class Subspace:
             raise RecipeError(f"{self.name}: every is at least 1, got {self.every}")
         if self.map.side == "full" and isinstance(self.beside, Scaled):
             raise RecipeError(f"{self.name}: a scaled residual needs a one-sided subspace")
-        if self.at_refresh == "rotate" and self.map.kind in ("columns", "gaussian"):
+        if self.rota is not None and self.at_refresh != "restart":
+            raise RecipeError(f"{self.name}: a matrix whose turn comes has no moments to go on "
+                              "with; at_refresh is restart")
+        if self.at_refresh == "rotate" and self.map.kind in (*PICKED, "gaussian"):
             raise RecipeError(f"{self.name}: rotating moments needs orthonormal factors, which a "
                               f"{self.map.kind} subspace has not; use keep or reset")
 
@@ -189,8 +200,9 @@ class Subspace:
         rest = n // max(shape[0], 1) if len(shape) > 1 else 0
         if len(shape) < 2 or self.where is None and min(shape[0], rest) <= self.map.rank:
             return 2 * wide * n
-        inside = math.prod(self.map.shape(shape[0], rest))
-        return self.map.bytes(shape[0], rest, itemsize) + 2 * wide * inside
+        R = self.map.shape(shape[0], rest)
+        more = 2 * math.prod(R) + (self.image.numbers(R) if self.image is not None else 0)
+        return self.map.bytes(shape[0], rest, itemsize) + wide * more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +252,9 @@ class Rounding:
 def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Parameter]],
             lr: float, *, seed: int = 0, accumulation: int = 1,
             max_grad_norm: float | None = None, scaler: Any = None,
-            inside: Callable[[str], bool] | None = None, **hyper: Any) -> torch.optim.Optimizer:
+            inside: Callable[[str], bool] | None = None,
+            outputs: Mapping[str, Any] | None = None, width: int | None = None,
+            **hyper: Any) -> torch.optim.Optimizer:
     """The optimizer a recipe names.
 
     answers: what each part's ``optimizer()`` returned, in recipe order; None is skipped.
@@ -250,6 +264,8 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
     max_grad_norm: the gradients of an update are cut to this norm, all together; a step inside
         backward learns it in a pass of its own (clip.py).  scaler: only checked.
     inside: is a weight of this name a matrix of a repeated block? None goes by the name's look.
+    outputs: name -> groups of a matrix's outputs, for rules that tell them apart (core/groups.py).
+    width: of the model's states, for learning rates that follow it.
     hyper: replaces hyperparameters of the innermost rule (betas, eps, weight_decay, momentum...).
     """
     inner, wrappers = _answers(answers)
@@ -262,12 +278,18 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
     if not builder:
         inner = dataclasses.replace(inner, rule=dataclasses.replace(inner.rule, **hyper))
     plan = _plan(inner, wrappers)
+    if outputs is not None and hasattr(plan.rule, "outputs"):
+        plan = dataclasses.replace(plan, rule=dataclasses.replace(plan.rule, outputs=outputs))
     if plan.subspace is not None and plan.subspace.where is None and inside is not None:
         where = block_matrices(plan.subspace.map.rank, inside)
         plan = dataclasses.replace(plan, subspace=dataclasses.replace(plan.subspace, where=where))
 
     named = list(named_parameters)
-    groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0))
+    if plan.subspace is not None and plan.subspace.rota is not None:
+        plan = dataclasses.replace(plan, subspace=dataclasses.replace(
+            plan.subspace, rota=plan.subspace.rota.among(named, plan.subspace.covers)))
+    rates = None if plan.rates is None else plan.rates.on(width, inside or in_block)
+    groups = param_groups(named, lr, {**defaults, **hyper}.get("weight_decay", 0.0), rates)
     norm = check_norm(max_grad_norm)
     check_loop(plan, accumulation=accumulation, max_grad_norm=norm, scaler=scaler is not None)
     for name, p in named:
@@ -284,7 +306,7 @@ def compose(answers: Iterable[Any], named_parameters: Iterable[tuple[str, nn.Par
         for g in groups:
             g.update({k: v for k, v in {**defaults, **hyper}.items() if k != "weight_decay"})
         return guarded(builder.build(groups, plan, seed, accumulation))
-    if not wrappers and isinstance(plan.codec, Plain):
+    if all(w.word == "groups" for w in wrappers) and isinstance(plan.codec, Plain):
         if native := _native(plan.rule, groups):
             return clipped(guarded(native), norm)
     from .composed import Composed
@@ -379,26 +401,6 @@ def check_loop(plan: Plan, *, accumulation: int = 1, max_grad_norm: float | None
         raise RecipeError(f"{who} steps in every backward, so gradients cannot accumulate over "
                           f"{accumulation}; use accumulation 1, or a subspace without residual "
                           "(galore), whose projected gradients do accumulate")
-
-
-def param_groups(named: Sequence[tuple[str, nn.Parameter]], lr: float,
-                 weight_decay: float) -> list[dict[str, Any]]:
-    """One group per (``burnish_lr``, ``burnish_decay``) met; tied parameters enter once. Sharded
-    tensors stand apart from whole ones: no kernel takes both at once."""
-    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
-    seen: set[int] = set()
-    for name, p in named:
-        if id(p) in seen:
-            continue
-        seen.add(id(p))
-        key = (float(getattr(p, "burnish_lr", 1.0)), bool(getattr(p, "burnish_decay", True)),
-               is_sharded(p))
-        group = groups.setdefault(key, {"params": [], "lr": lr * key[0],
-                                        "weight_decay": weight_decay if key[1] else 0.0})
-        group["params"].append((name, p))
-    if not groups:
-        raise ConfigError("nothing trains: the optimizer got no parameters")
-    return list(groups.values())
 
 
 def _sort(answers: list[Any]) -> tuple[Any, list[Any]]:

@@ -6,6 +6,9 @@ For W (m, n) a basis has a left factor P (m, r), a right factor Q (r, n), or bot
     right   R = G Q^T    (m, r)     back  N Q
     full    R = P^T G Q^T  (r, r)   back  P N Q
     columns R = G[:, idx] (m, r)    back  N in those columns, zero elsewhere
+    rows    R = G[idx]    (r, n)    back  N in those rows
+    entries R_ij = G[i, idx_ij]     (m, r)    back  N in r entries of each row
+    whole   R = G, or nothing       (a matrix whose turn it is, or is not)
 
 ``std`` is right when m >= n, else left: the factor sits on the short side, so with a = min(m, n)
 and c = max(m, n) the factor has a r entries and R has c r. ``reverse_std`` is the opposite.
@@ -27,9 +30,12 @@ from ...core.errors import RecipeError
 from .noise import CounterNoise
 from .rules import accumulator
 
-Kind = Literal["svd", "randomized", "gaussian", "columns"]
+Kind = Literal["svd", "randomized", "gaussian", "orthogonal", "columns", "rows", "entries"]
 Side = Literal["std", "reverse_std", "left", "right", "full"]
-AtRefresh = Literal["keep", "reset", "rotate"]
+AtRefresh = Literal["keep", "reset", "restart", "rotate"]
+
+#: kinds that pick entries as they stand, instead of combining them
+PICKED = ("columns", "rows", "entries")
 
 
 def matrix(p: Tensor) -> Tensor:
@@ -59,19 +65,30 @@ def panels(rows: int, width: int, numel: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Basis:
-    """The factors of one subspace, as stored; products are done in `dtype`."""
+    """The factors of one subspace, as stored; products are done in `dtype`. Or what it picks:
+    columns, rows, `entries` (m, r) by their column, all of the matrix or nothing of it (`live`).
+    """
 
     left: Tensor | None
     right: Tensor | None
     columns: Tensor | None
     width: int
     dtype: torch.dtype = torch.float32
+    rows: Tensor | None = None
+    entries: Tensor | None = None
+    live: bool | None = None
 
     def down(self, G_mn: Tensor, numel: int = 1 << 22) -> Tensor:
         """R in `dtype`; a low-precision G is widened one row panel at a time."""
         m, n = G_mn.shape
+        if self.live is not None:
+            return G_mn[: m * self.live].to(self.dtype, copy=True)
         if self.columns is not None:
             return G_mn[:, self.columns.long()].to(self.dtype)
+        if self.rows is not None:
+            return G_mn[self.rows.long()].to(self.dtype)
+        if self.entries is not None:
+            return G_mn.gather(1, self.entries).to(self.dtype)
         right = None if self.right is None else self.right.to(self.dtype).t()
         left = None if self.left is None else self.left.to(self.dtype).t()
         if left is None:
@@ -91,15 +108,40 @@ class Basis:
         return out
 
     def up(self, N: Tensor, lo: int, hi: int) -> Tensor:
-        """Rows lo:hi of back(N), a new tensor (hi - lo, n) in `dtype`."""
-        if self.columns is not None:
+        """Rows lo:hi of back(N), (hi - lo, n) in `dtype`, not to be changed."""
+        if self.live:
+            return N[lo:hi]
+        if self.rows is not None:
+            here, at = self._rows(lo, hi, N.device)
+            return N[at].masked_fill_(~here[:, None], 0.0)
+        if self.left is None and self.right is None:
             out = torch.zeros(hi - lo, self.width, dtype=self.dtype, device=N.device)
-            return out.index_copy_(1, self.columns.long(), N[lo:hi])
+            if self.entries is not None:
+                return out.scatter_(1, self.entries[lo:hi], N[lo:hi])
+            return out if self.columns is None else \
+                out.index_copy_(1, self.columns.long(), N[lo:hi])
         rows = N[lo:hi] if self.left is None else self.left[lo:hi].to(self.dtype) @ N
         return rows if self.right is None else rows @ self.right.to(self.dtype)
 
+    def _rows(self, lo: int, hi: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(is this row picked, its place among those that are)."""
+        wanted = torch.arange(lo, hi, dtype=torch.int32, device=device)
+        at = torch.searchsorted(self.rows, wanted).clamp_(max=len(self.rows) - 1)
+        return self.rows[at] == wanted, at
+
+    def mute_(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        """Rows lo:hi of a matrix, zero where entries are picked; x itself where none are."""
+        if self.live:
+            return x.zero_()
+        if self.columns is not None:
+            return x.index_fill_(1, self.columns.long(), 0.0)
+        if self.rows is not None:
+            return x.masked_fill_(self._rows(lo, hi, x.device)[0][:, None], 0.0)
+        return x if self.entries is None else x.scatter_(1, self.entries[lo:hi], 0.0)
+
     def tensors(self) -> dict[str, Tensor]:
-        named = {"left": self.left, "right": self.right, "columns": self.columns}
+        named = {"left": self.left, "right": self.right, "columns": self.columns,
+                 "rows": self.rows}
         return {k: v for k, v in named.items() if v is not None}
 
 
@@ -111,30 +153,44 @@ class SubspaceMap:
         on every device); "randomized" finds their span with
         a Gaussian sketch (oversampling 8, two power iterations; Halko et al., 2011); "gaussian"
         draws N(0, 1/r) entries again from the counter stream at every use and stores nothing;
-        "columns" draws input dimensions without replacement.
-    rank: clamped to min(m, n) (columns: to n).
+        "orthogonal" draws orthonormal vectors, of any direction alike. "columns" and "rows" draw
+        those numbers without replacement; "entries" draws r of each row, again at every use.
+    rank: clamped to min(m, n) (columns and entries: to n, rows: to m).
+    density: the rank as a share of what it is clamped to, at least 1; with 0 nothing is inside.
     """
 
-    rank: int
+    rank: int = 0
+    density: float | None = None
     kind: Kind = "svd"
     side: Side = "std"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if self.density is not None:
+            if not 0 <= self.density <= 1:
+                raise RecipeError(f"a subspace's density is a share from 0 to 1, got "
+                                  f"{self.density:g}")
+        elif self.rank < 1:
             raise RecipeError(f"a subspace needs rank >= 1, got {self.rank}")
         if self.kind == "gaussian" and self.side == "full":
             raise RecipeError("a gaussian subspace has one side; use left, right or std")
 
     def sides(self, m: int, n: int) -> tuple[bool, bool]:
         """(has a left factor, has a right factor)."""
-        if self.kind == "columns":
-            return False, True
+        if self.kind in PICKED:
+            return self.kind == "rows", self.kind != "rows"
         right = {"std": m >= n, "reverse_std": m < n, "left": False}.get(self.side, True)
         return self.side == "full" or not right, right
 
+    def size(self, m: int, n: int) -> int:
+        """r of a matrix of this shape."""
+        side = {"columns": n, "entries": n, "rows": m}.get(self.kind, min(m, n))
+        if self.density is None:
+            return min(self.rank, side)
+        return max(1, round(self.density * side)) if self.density else 0
+
     def shape(self, m: int, n: int) -> tuple[int, int]:
         """Shape of R."""
-        r = min(self.rank, n if self.kind == "columns" else min(m, n))
+        r = self.size(m, n)
         left, right = self.sides(m, n)
         return r if left else m, r if right else n
 
@@ -143,13 +199,13 @@ class SubspaceMap:
         if not self.stores():
             return 0
         left, right = self.sides(m, n)
-        r = min(self.rank, n if self.kind == "columns" else min(m, n))
-        if self.kind == "columns":
+        r = self.size(m, n)
+        if self.kind in PICKED:
             return 4 * r
         return itemsize * r * (m * left + n * right)
 
     def stores(self) -> bool:
-        return self.kind != "gaussian"
+        return self.kind not in ("gaussian", "entries") and self.density != 0
 
     def basis(self, G_mn: Tensor, noise: CounterNoise, turn: int, dtype: torch.dtype,
               old: Basis | None = None) -> Basis:
@@ -157,16 +213,19 @@ class SubspaceMap:
         m, n = G_mn.shape
         left, right = self.sides(m, n)
         wide = accumulator(G_mn.dtype)
-        r = min(self.rank, n if self.kind == "columns" else min(m, n))
+        r = self.size(m, n)
+        if not r:
+            return Basis(None, None, None, n, wide, live=False)
         if self.kind == "gaussian":
             side = m if left else n
             z = noise.normal(side * r, turn=turn, device=G_mn.device).div_(math.sqrt(r))
             z = z.to(wide)
             return Basis(z.view(m, r) if left else None, z.view(r, n) if right else None,
                          None, n, wide)
-        if self.kind == "columns":
-            keys = noise.normal(n, turn=turn, device=G_mn.device)
-            return Basis(None, None, keys.topk(r).indices.sort().values.int(), n, wide)
+        if self.kind in PICKED:
+            return self._picked(m, n, r, noise, turn, wide, G_mn.device)
+        if self.kind == "orthogonal":
+            return self._drawn(m, n, r, noise, turn, dtype, wide, G_mn.device)
         if not _usable(G_mn):                        # nothing to learn from: no new basis
             if old is not None:
                 return old
@@ -178,6 +237,26 @@ class SubspaceMap:
             Q = None if Q is None else Q * _signs(Q, 1)
         return Basis(None if P is None else P.to(dtype).contiguous(),
                      None if Q is None else Q.to(dtype).contiguous(), None, n, wide)
+
+    def _picked(self, m: int, n: int, r: int, noise: CounterNoise, turn: int,
+                wide: torch.dtype, device: torch.device) -> Basis:
+        if self.kind == "entries":
+            return Basis(None, None, None, n, wide,
+                         entries=_spread(m, n, r, noise.uniform(m * (r + 1), turn=turn,
+                                                                device=device).view(m, r + 1)))
+        keys = noise.normal(m if self.kind == "rows" else n, turn=turn, device=device)
+        chosen = keys.topk(r).indices.sort().values.int()
+        return Basis(None, None, None, n, wide, rows=chosen) if self.kind == "rows" else \
+            Basis(None, None, chosen, n, wide)
+
+    def _drawn(self, m: int, n: int, r: int, noise: CounterNoise, turn: int, dtype: torch.dtype,
+               wide: torch.dtype, device: torch.device) -> Basis:
+        left, right = self.sides(m, n)
+        z = noise.normal((m * left + n * right) * r, turn=turn, device=device).to(wide)
+        P = torch.linalg.qr(z[: m * r].view(m, r))[0].to(dtype) if left else None
+        Q = torch.linalg.qr(z[-n * r :].view(n, r))[0].t().to(dtype).contiguous() \
+            if right else None
+        return Basis(P, Q, None, n, wide)
 
     def _span(self, G: Tensor, r: int, noise: CounterNoise, turn: int, left: bool,
               right: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -198,6 +277,20 @@ class SubspaceMap:
             Y, _ = torch.linalg.qr(G @ Z)
         U, _, Vh = torch.linalg.svd(Y.t() @ G, full_matrices=False)
         return (Y @ U[:, :r] if left else None), (Vh[:r] if right else None)
+
+
+def _spread(m: int, n: int, r: int, u: Tensor) -> Tensor:
+    """(m, r) numbers below n, those of a row all different: one of each of r runs as long as one
+    another, in a circle that begins anywhere, so that each number is as likely as any other.
+
+    u: (m, r + 1) of U(0, 1).
+    """
+    if r == n:                                       # in order: a moment stays with its entry
+        return torch.arange(n, device=u.device).expand(m, n)
+    edges = torch.arange(r + 1, device=u.device) * n // r
+    lo, width = edges[:-1], edges[1:] - edges[:-1]
+    inside = torch.minimum((u[:, :r] * width).long(), width - 1)
+    return (lo + inside + (u[:, r:] * n).long()) % n
 
 
 def _signs(vectors: Tensor, along: int) -> Tensor:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +50,8 @@ from .subspace import in_memory_order
 Mode = Literal["scratch", "in_place"]
 #: updates in a row without a difference between the losses before the run is stopped
 PATIENCE = 5
+#: what a log's header says of its run, and not of the optimizer that may repeat it
+OF_A_RUN = ("first_update", "resting", "factors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,12 @@ class ZerothOrder:
     eps: radius of the probe.  queries: probes averaged per update, all at the same theta.
     mode: see the module.  weight_decay: on matrices only, as published.
     noise: "portable" draws the same z on every kind of device, slowly.
+    bound: of |g|, which a probe's is cut to; 0: none.
     """
 
     #: words of other parts that it carries out; it refuses the rest (core/words.py)
-    honours: ClassVar[frozenset[str]] = frozenset({"objective", "schedule", "rounding"})
+    honours: ClassVar[frozenset[str]] = frozenset({"objective", "schedule", "rounding",
+                                                  "groups"})
     why: ClassVar[Mapping[str, str]] = {
         "subspace": "a step of evaluations makes no gradient that could be projected",
         "transform": "a step of evaluations makes no gradient that could be changed",
@@ -76,12 +80,19 @@ class ZerothOrder:
     mode: Mode = "scratch"
     weight_decay: float = 0.0
     noise: Literal["device", "portable"] = "device"
+    bound: float = 0.0
     name: str = "mezo"
+
+    #: how many radii lie between the two evaluations of a probe
+    width: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.eps <= 0 or self.queries < 1:
             raise RecipeError(f"{self.name}: eps is positive and queries at least 1, got "
                               f"eps={self.eps}, queries={self.queries}")
+        if self.bound < 0:
+            raise RecipeError(f"{self.name}: a bound of |g| is positive, or 0 for none, got "
+                              f"{self.bound:g}")
 
     def hyper(self) -> dict[str, Any]:
         return {"eps": self.eps, "weight_decay": self.weight_decay}
@@ -91,6 +102,10 @@ class ZerothOrder:
         if accumulation > 1:
             raise RecipeError(f"{self.name} makes no gradient that could accumulate; average the "
                               "loss over the micro-batches inside the closure")
+        return self.make(groups, plan, seed)
+
+    def make(self, groups: list[dict[str, Any]], plan: Plan, seed: int) -> ZerothOrderOptimizer:
+        """Its optimizer."""
         return ZerothOrderOptimizer(groups, self, plan, seed)
 
 
@@ -113,13 +128,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
         self.spec, self.seed = spec, seed
-        self.noise = STREAMS[spec.noise]
+        self.noise: Any = STREAMS[spec.noise]        # (seed, name) -> z of a probe
+        self.moves = self.noise                      # and what is moved along
         self.model: nn.Module | None = None
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
         self._callers: Callers | None = None
         self.terms: Sequence[OnWeights] = ()
         self.riding: Riding | None = None
         self._terms: list[Tensor] | None = None
+        self._only: frozenset[str] | None = None     # of one unit alone
+        self._there: Mapping[str, Tensor] = {}       # what a probe stands at, if not at theta
         self._flat = 0                       # updates in a row that found no difference
         super().__init__(groups, {"lr": 1e-6, **spec.hyper(), "updates": 0})
         self.log = ScalarLog(header={
@@ -129,7 +147,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         """What is live: a schedule may have put the others to rest."""
-        return [(n, p) for n, p in self._all() if _live(p)]
+        return [(n, p) for n, p in self._all()
+                if _live(p) and (self._only is None or n in self._only)]
 
     def _device(self) -> str:
         return self.param_groups[0]["params"][0].device.type
@@ -149,18 +168,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if closure is None:
             raise RecipeError(f"{self.spec.name} needs evaluations of the loss, not gradients: "
                               "use tuned.step(batch), or optimizer.step(closure)")
-        passes = self.passes()
-        where = next(passes)
-        while True:
-            with where:
-                value = closure()
-                loss, self.simulated = host_float(value, self.spec.name), _fake(value)
-                self.smooth = isinstance(value, Tensor)
-                del value
-            try:
-                where = passes.send(loss)
-            except StopIteration as done:
-                return done.value
+        with closing(self.passes()) as passes:       # one that breaks off leaves all as it was
+            where = next(passes)
+            while True:
+                with where:
+                    value = closure()
+                    loss, self.simulated = host_float(value, self.spec.name), _fake(value)
+                    self.smooth = isinstance(value, Tensor)
+                    del value
+                try:
+                    where = passes.send(loss)
+                except StopIteration as done:
+                    return done.value
 
     def passes(self) -> Generator[Evaluate, float, float]:
         """One update as a generator: yields contexts to evaluate the loss in, receives losses."""
@@ -169,24 +188,64 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             yield Evaluation(callers.watch(), self.model)
             self._callers = callers
         update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
-        seeds = [fold("query", self.seed, update, q) & 0x7FFFFFFF for q in range(self.spec.queries)]
+        lrs, units, q = self._rates(update), self.units(), self.spec.queries
         found, losses = [], []
-        for s in seeds:
-            up, down = self._of_all(*(yield from self._pair(s, eps)))
-            losses += [up, down]
-            g = as_fp32((up - down) / (2 * eps * len(seeds)))
-            found.append(g if math.isfinite(g) else 0.0)     # a failed probe moves nothing
-        self._moving(found, losses)
-        lrs = [g["lr"] for g in self.param_groups]
-        if not len(self.log):
-            self.log.header["first_update"] = update
-        self.log.rests(self.resting())
-        for q, (s, g) in enumerate(zip(seeds, found, strict=True)):
-            self.log.append(s, g, lrs)
-            self._apply(s, g, lrs, update * len(seeds) + q)
+        try:
+            yield from self._begin(update)
+            for u, self._only in enumerate(units):
+                seeds = [self._seed(update, k, u) for k in range(q)]
+                here = []
+                for s in seeds:
+                    up, down = self._of_all(*(yield from self._pair(s, eps)))
+                    losses += [up, down]
+                    g = as_fp32((up - down) / (self.spec.width * eps * q))
+                    if not math.isfinite(g):
+                        g = 0.0                      # a failed probe moves nothing
+                    here.append(_cut(g, self.spec.bound / q))
+                found += here
+                here = yield from self._decided(seeds, here, lrs)
+                if u == len(units) - 1:
+                    self._moving(found, losses)
+                if not len(self.log):
+                    self.log.header["first_update"] = update
+                self._only = None
+                self.log.rests(self.resting())
+                for s, g in zip(seeds, here, strict=True):
+                    self.log.append(s, g, lrs)
+                self._take(seeds, here, lrs, (update * len(units) + u) * q)
+        finally:
+            self._only = None
         for group in self.param_groups:
             group["updates"] = update + 1
         return sum(losses) / len(losses)
+
+    # -- what relatives say otherwise (zoo.py) ----------------------------------------------
+    def units(self) -> Sequence[frozenset[str] | None]:
+        """Names of what is probed and moved together, one after the other; None: all."""
+        return (None,)
+
+    def _seed(self, update: int, query: int, unit: int) -> int:
+        return fold("query", self.seed, update, query) & 0x7FFFFFFF
+
+    def _rates(self, update: int) -> list[float]:
+        """The learning rate of each group."""
+        return [g["lr"] for g in self.param_groups]
+
+    def _begin(self, update: int) -> Generator[Evaluate, float, None]:
+        """Before the probes of an update."""
+        yield from ()
+
+    def _decided(self, seeds: list[int], found: list[float], lrs: list[float]
+                 ) -> Generator[Evaluate, float, list[float]]:
+        """What is logged and moved along, of what the probes found."""
+        yield from ()
+        return found
+
+    def _take(self, seeds: list[int], found: list[float], lrs: Sequence[float], index: int,
+              rest: frozenset[str] | None = None) -> None:
+        """The moves of one unit's queries, of which the first is number `index` of the run."""
+        for k, (s, g) in enumerate(zip(seeds, found, strict=True)):
+            self._apply(s, g, lrs, index + k, rest)
 
     def _of_all(self, *losses: float) -> tuple[float, ...]:
         """Means over the processes of a run: each sees its own rows, and all take one step."""
@@ -201,7 +260,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if self.spec.mode == "scratch":
             both = []
             for scale in (eps, -eps):
-                where = Scratch(self.named(), seed, scale, self._callers, self.noise)
+                where = Scratch(self.named(), seed, scale, self._callers, self.noise,
+                                self._there)
                 both.append((yield self._at(where)) + self._beside(seed, scale))
             return both[0], both[1]
         away = 0.0                           # how far along z the stored weights stand
@@ -233,7 +293,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         names = {p: n for n, p in live.items()}
         for term in self.terms:
             moved = {names[p]: p for p in term.params if p in names} if scale else {}
-            with Scratch(moved.items(), seed, scale, None, self.noise):
+            with Scratch(moved.items(), seed, scale, None, self.noise, self._there):
                 total += host_float(widened(term.value()), self.spec.name)
         return total
 
@@ -268,9 +328,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if rest is None:
             rest = self.resting()
         numerics, first = NUMERICS[self._rounding], index % self.spec.queries == 0
+        units = self.units()
+        only = units[index // self.spec.queries % len(units)]
         for group, lr in zip(self.param_groups, lrs, strict=True):
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                if rest is not None and name in rest:
+                if name in rest or only is not None and name not in only:
                     continue
                 w = in_memory_order(p.detach())[0].view(-1)
                 state = self.state[p] if p in self.state else {}
@@ -278,7 +340,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if state:
                     self.state[p] = state
                 keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
-                stream, low = self.noise(seed, name), self.noise(seed, f"{name}/round")
+                stream, low = self.moves(seed, name), self.noise(seed, f"{name}/round")
                 size = strip(p.device)
                 for lo in range(0, p.numel(), size):
                     hi = min(lo + size, p.numel())
@@ -291,19 +353,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def replay(self, log: ScalarLog) -> None:
         """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
-        for key in ("queries", "rounding", "weight_decay", "noise", "stream"):
+        for key in (k for k in self.log.header if k not in ("seed", "method", *OF_A_RUN)):
             if log.header.get(key) != self.log.header[key]:
                 raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
                                   f"optimizer has {self.log.header[key]!r}")
         if len(log) and len(log.lrs[0]) != len(self.param_groups):
             raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
                               f"optimizer has {len(self.param_groups)} parameter groups")
-        first = int(log.header.get("first_update", 0))  # type: ignore[call-overload]
-        log.replay(lambda seed, g, lrs, i: self._apply(seed, g, lrs, first * self.spec.queries + i,
-                                                       log.resting(i)))
+        first, q = int(log.header.get("first_update", 0)), self.spec.queries  # type: ignore
+        each = q * len(self.units())
+        for i in range(0, len(log), q):
+            self._take(log.seeds[i : i + q], log.scalars[i : i + q], log.lrs[i],
+                       first * each + i, log.resting(i))
         self.log = log
         for group in self.param_groups:
-            group["updates"] = first + len(log) // self.spec.queries
+            group["updates"] = first + len(log) // each
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The log, for :func:`burnish.blocks.named.named_state`."""
@@ -323,9 +387,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         ids = [i for g in rest["param_groups"] for i in g["params"]]
         for i, p in zip(ids, params, strict=True):       # torch casts to the weight's dtype
             for key, value in rest["state"].get(i, {}).items():
-                self.state[p][key] = value.detach().clone().to(p.device)
+                self.state[p][key] = value.detach().clone().to(p.device) \
+                    if isinstance(value, Tensor) else value
         if "log" in state_dict:
             self.load_extra_state(*state_dict["log"])
+
+
+def _cut(g: float, bound: float) -> float:
+    return as_fp32(max(-bound, min(g, bound))) if bound else g
 
 
 def _live(p: nn.Parameter) -> bool:

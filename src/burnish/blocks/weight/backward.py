@@ -71,3 +71,34 @@ class _Again(torch.autograd.Function):
         got = iter(torch.autograd.grad(y, wanted, g, allow_unused=True))
         dx = next(got) if need_x else None
         return dx, None, *[next(got) if need else None for need in needs]
+
+
+def remade(fn: Callable[[], tuple[Tensor, ...]], theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What ``fn()`` makes of theta (and of what stays as it is), of which backward keeps nothing
+    but theta: it is run again there."""
+    return _Remade.apply(fn, *theta)
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fn: Callable[[], tuple[Tensor, ...]], *theta: Tensor
+                ) -> tuple[Tensor, ...]:
+        ctx.fn, ctx.theta, ctx.call = fn, theta, current()
+        ctx.save_for_backward(*theta)
+        return fn()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _Remade.pulled(ctx, grads)
+
+    @staticmethod
+    @as_then
+    def pulled(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors                    # refuses what has changed since
+        needs = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            made = ctx.fn()
+        wanted = [t for t, need in zip(ctx.theta, needs, strict=True) if need]
+        got = iter(torch.autograd.grad(made, wanted, grads, allow_unused=True))
+        return None, *[next(got) if need else None for need in needs]

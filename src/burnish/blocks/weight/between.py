@@ -7,12 +7,15 @@ a matrix alike). Tokens see r numbers, which are all that backward keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Site
 from .path import Path
+from .rotation import cayley, skew
 from .start import decomposed
 
 
@@ -38,6 +41,10 @@ class Between(Path):
 
     def path(self, h: Tensor) -> Tensor:
         return self.core(h) @ self.L.t().to(h.dtype) * self.scale
+
+    def take(self, index: Tensor, padding: int | None = None) -> Tensor:
+        h = F.embedding(index, self.R.t(), padding)
+        return self.path(h.flatten(0, -2)).view(*index.shape, -1)
 
     @torch.no_grad()
     def read(self, site: Site, split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Between:
@@ -104,3 +111,67 @@ class Patterned(Between):
 
     def core(self, h: Tensor) -> Tensor:
         return h @ self.matrix().t().to(h.dtype)
+
+
+class Steered(Between):
+    """``Delta = L (sum_j v_j P_j) R``, L and R with the roots of the values; P (dimension, r, r)
+    stays and is in the file, v is ``shared.<name>`` (dimension,), which several matrices read."""
+
+    def __init__(self, out: int, inp: int, P: Tensor, shared: Any, name: str):
+        super().__init__(out, inp, P.shape[-1], 1.0)
+        self.register_buffer("P", P)
+        self.__dict__["shared"], self.name = shared, name         # the root owns it
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        return (getattr(self.shared, self.name),)
+
+    def begin(self, values: Tensor) -> None:
+        self.L.mul_(values.sqrt())
+        self.R.mul_(values.sqrt()[:, None])
+
+    def core(self, h: Tensor) -> Tensor:
+        (v,) = self.borrowed
+        return h @ torch.tensordot(v, self.P.to(v.dtype), 1).t().to(h.dtype)
+
+
+class Turned(Between):
+    """``Delta = L (diag(b) T diag(a) - I) R``, L and R with the values of the decomposition: all in
+    L, or (`balanced`) their roots in both.
+
+    T = ``(I + Q)(I - Q)^-1`` of a skew Q, `upper` (1, r (r - 1) / 2) its entries above the
+    diagonal (see rotation.py for `terms`), or, free, a matrix T (r, r). bound: where ``||Q||_F`` is
+    larger, Q stands for its multiple that long. a, b (r,), or None; all at the identity.
+    """
+
+    def __init__(self, out: int, inp: int, rank: int, *, terms: int, bound: float | None,
+                 free: bool, gain_in: bool, gain_out: bool, balanced: bool):
+        super().__init__(out, inp, rank, 1.0)
+        self.terms, self.bound, self.balanced = terms, bound, balanced
+        self.upper = None if free else nn.Parameter(torch.zeros(1, rank * (rank - 1) // 2))
+        self.T = nn.Parameter(torch.eye(rank)) if free else None
+        self.a = nn.Parameter(torch.ones(rank)) if gain_in else None
+        self.b = nn.Parameter(torch.ones(rank)) if gain_out else None
+
+    def begin(self, values: Tensor) -> None:
+        root = values.sqrt()
+        self.L.mul_(root if self.balanced else values)
+        if self.balanced:
+            self.R.mul_(root[:, None])
+
+    def move(self) -> Tensor:
+        """What stands between L and R: (r, r), exactly nothing at the start."""
+        if self.upper is None:
+            M = self.T - torch.eye(len(self.T), dtype=self.T.dtype, device=self.T.device)
+        else:
+            Q = skew(self.upper, self.R.shape[0])
+            if self.bound is not None:
+                Q = Q * (self.bound / torch.linalg.vector_norm(Q).clamp_min(self.bound))
+            M = cayley(Q, self.terms)[0]
+        for gain, axis in ((self.a, 0), (self.b, 1)):
+            if gain is not None:                 # g T - I = g (T - I) + (g - I), g a diagonal
+                M = M * gain.unsqueeze(axis) + torch.diag(gain - 1)
+        return M
+
+    def core(self, h: Tensor) -> Tensor:
+        return h @ self.move().t().to(h.dtype)

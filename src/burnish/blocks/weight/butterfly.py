@@ -56,8 +56,9 @@ class Gained(Butterfly):
         self.s = nn.Parameter(torch.ones(out))
         self.s.burnish_decay = False
 
-    def own(self) -> tuple[Tensor, Tensor]:         # type: ignore[override]
-        return self.move(), self.s
+    def own(self, drawn: Tensor | None = None       # type: ignore[override]
+            ) -> tuple[Tensor, Tensor]:
+        return self.move(drawn), self.s
 
     def before(self, x_NI: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:   # type: ignore[override]
         return super().before(x_NI, own[0])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .term import Term
+from .dropped import Dropping
 
 
-class Columns(Term):
+class Columns(Dropping):
     """``Delta[:, i0:i1] = columns(i0, i1)``. Subclasses give :meth:`columns` and `inp`."""
 
     tiled = True

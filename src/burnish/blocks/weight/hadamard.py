@@ -11,6 +11,7 @@ from .columns import Columns
 class Hadamard(Columns):
     """``Delta = s (B1 A1) * (B2 A2)``, entry by entry: B_i (out, r), A_i (r, in), A_i with its
     kernel flattened. tucker: ``A_i[r, (d, k)] = sum_q T_i[r, q, k] V_i[q, d]``, V_i (r, channels).
+    All are normal: B1 of deviation 0.1, T_i too, B2 zero, the others of 1.
     """
 
     def __init__(self, out: int, inp: int, rank: int, scale: float, kernel: int, tucker: bool):
@@ -23,6 +24,8 @@ class Hadamard(Columns):
             made = nn.ParameterList(nn.Parameter(torch.randn(s)) for s in ((out, rank), *right))
             with torch.no_grad():
                 made[0].mul_(std)
+                for core in list(made)[1:-1]:
+                    core.mul_(0.1)
             for p in made:
                 p.burnish_decay = False
             return made

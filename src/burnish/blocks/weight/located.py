@@ -34,6 +34,12 @@ class Located(Columns):
         u, v = self.at.detach().round().long()
         return u.clamp(0, self.out - 1), v.clamp(0, self.inp - 1)
 
+    @property
+    def met(self) -> int:
+        """How many coefficients stand where an earlier one does."""
+        u, v = self.places()
+        return u.numel() - (u * self.inp + v).unique().numel()
+
     @torch.no_grad()
     def confine(self) -> None:
         """Bring numbers that have left the matrix back to its border."""

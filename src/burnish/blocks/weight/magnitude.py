@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..tape.replay import dropout
+from .dropped import drops
 from .panels import Panels
+from .provided import Weighted, linear, straight
 from .term import Wrap
 
 
@@ -16,9 +19,13 @@ class Magnitude(Wrap):
 
     m: (out,), starts as the row norms of the base. c is read off the panels of V in one pass, so
     no (out, in) temporary outlives a panel. A row of zeros keeps gain 1.
+
+    dropout: what differs from the base sees ``drop(x)``, ``y = W x + (W' - W) drop(x) + b``: two
+    products, ``W (x - drop(x)) + W' drop(x)``, and drop(x) is kept, not x.
     """
 
     diagonal: ClassVar[bool] = True
+    dropout = 0.0
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -33,6 +40,14 @@ class Magnitude(Wrap):
         zero = c == 0
         f = torch.where(zero, 1.0, self.m.to(V.dtype) / torch.where(zero, 1.0, c))
         return f.unsqueeze(-1) * V
+
+    def linear(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None
+               ) -> Tensor | None:
+        if not drops(self):
+            return None
+        xd = dropout(x, self.dropout)
+        base = Weighted(op.base, [], None, op.held, op.room, op.coded)
+        return linear(x - xd, base, bias, weight) + straight(xd, xd, op, None, weight)
 
     def gains(self, V: Panels) -> tuple[Tensor, Any]:
         c = V.row_squares().clamp_(min=0).sqrt_().to(self.m.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choose.lowest import lowest
 from ..tape.functions import transformed
 
 
@@ -35,14 +36,6 @@ class _Straight(torch.autograd.Function):
         return G * M if dW else None, G * W if dS else None, None
 
 
-@torch.no_grad()
 def most(S: Tensor, keep: int) -> Tensor:
-    """Truth values: the `keep` largest of S, of equal ones those that come first. Asks for no
-    count, so no device waits for it."""
-    flat = S.flatten()
-    if keep <= 0 or keep >= flat.numel():
-        return torch.full_like(S, keep > 0, dtype=torch.bool)
-    least = flat.kthvalue(flat.numel() - keep + 1).values
-    above, equal = flat > least, flat == least
-    first = equal.cumsum(0, dtype=torch.int32) <= keep - above.sum()
-    return above.logical_or_(equal.logical_and_(first)).view(S.shape)
+    """Truth values: the `keep` largest of S, of equal ones those that come first."""
+    return lowest(S.detach().flatten().neg(), keep).view(S.shape)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..gpu.coded import Coded
 from ..matmul import linear, mm
 from .term import Term
 
@@ -24,7 +24,7 @@ Piece = tuple[int, int, Tensor]
 class Panels:
     """V = base + tiles, panel by panel over the inputs; the only place that knows the loop."""
 
-    def __init__(self, weight: Tensor, terms: list[tuple[Term, float]], states: list[Any]):
+    def __init__(self, weight: Tensor | Coded, terms: list[tuple[Term, float]], states: list[Any]):
         self.weight, self.terms, self.states = weight, terms, states
         self.out, self.inp = weight.shape[-2:]
 
@@ -33,6 +33,11 @@ class Panels:
         whole = any(not t.tiled and not t.cheap_tile for t, _ in self.terms)
         step = self.inp if whole else max(1, min(self.inp, PANEL // max(1, self.out)))
         return [(i0, min(self.inp, i0 + step)) for i0 in range(0, self.inp, step)]
+
+    def columns(self, i0: int, i1: int) -> Tensor:
+        """Those of the base: a view, or decoded."""
+        part = self.weight[..., i0:i1]
+        return part.decode() if isinstance(part, Coded) else part
 
     def added(self, i0: int, i1: int) -> Tensor | None:
         """What the terms add to columns i0:i1: a fresh panel, in their own precision."""
@@ -44,9 +49,9 @@ class Panels:
         return panel
 
     def value(self, i0: int, i1: int) -> Tensor:
-        """V[:, i0:i1]: a fresh panel, or a view of the base when nothing is added."""
+        """V[:, i0:i1]: a fresh panel, or the base's columns when nothing is added."""
         panel = self.added(i0, i1)
-        base = self.weight[..., i0:i1]
+        base = self.columns(i0, i1)
         if panel is None:
             return base
         if panel.dtype == base.dtype or panel.element_size() < base.element_size():
@@ -92,14 +97,18 @@ def product(x2: Tensor, pieces: Iterable[Piece], bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def product_beside(x2: Tensor, weight: Tensor, pieces: Iterable[Piece], bias: Tensor | None,
+def product_beside(x2: Tensor, weight: Tensor | Coded, pieces: Iterable[Piece], bias: Tensor | None,
                    wide: bool) -> Tensor:
     """The same with base and update as products of their own.
 
     In half precision: added to the weight first, what is below half its spacing would be lost.
     wide: in fp32, as it is accumulated.
     """
-    y = _mm(x2, weight.t(), True) if wide else F.linear(x2, weight, bias)
+    if not wide:
+        y = linear(x2, weight, bias)
+    else:
+        y = weight.linear(x2, wide=True) if isinstance(weight, Coded) else \
+            _mm(x2, weight.t(), True)
     for i0, i1, added in pieces:
         if wide:
             y.add_(_mm(x2[:, i0:i1], added.t(), True))
@@ -116,7 +125,11 @@ def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: list[list[Tens
     half = g2.element_size() < 4                 # as in product_beside: two products
     dx = None
     if need_x:
-        dx = g2 @ V.weight if half else None
+        dx = mm(g2, V.weight) if half else None
+    keeps = [pulls and not t.pull_straight(g2, x2, s, own)
+             for (t, s), pulls, own in zip(V.terms, keeps, grads, strict=True)]
+    if not need_x and not any(keeps):
+        return None
     for i0, i1 in V.ranges():
         total: Tensor | None = None
         G = None
@@ -134,7 +147,7 @@ def product_back(g2: Tensor, x2: Tensor | None, V: Panels, grads: list[list[Tens
         if half:
             dx[:, i0:i1].addmm_(g2, total.to(g2.dtype))
             continue
-        panel = V.weight[..., i0:i1]
+        panel = V.columns(i0, i1)
         total = total.add_(panel) if total.dtype == panel.dtype else \
             (total + panel).to(panel.dtype)
         if i1 - i0 == V.inp:

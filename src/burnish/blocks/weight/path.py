@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..tape.replay import replay, rng_state
-from .provided import Term
+from .dropped import Dropping
 
 
-class Path(Term):
+class Path(Dropping):
     """``Delta x = path(into x)``, linear in x. Subclasses give :meth:`path`.
 
     draws: the path draws random numbers in training (dropout); they are drawn again in backward.
+    One that drops so says `own_drops`; others drop by what stands around them (dropped.py).
     """
 
     tokenwise = True
@@ -45,7 +46,7 @@ class Path(Term):
     def keeps_input(self) -> bool:
         return self.into is None and (self.draws or super().keeps_input)
 
-    def plain(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         h = x.reshape(-1, x.shape[-1])
         h = h if self.into is None else h @ self.into.t().to(h.dtype)
         return self.path(h).view(*x.shape[:-1], -1)

@@ -25,32 +25,47 @@ def table(rank: int, pieces: int, public: int, private: int, number: int, key: s
     return torch.cat([drawn, own])
 
 
-class Pooled(Path):
-    """``Delta = s B A``: rows of A (r, in) and columns of B (out, r) are shards of two pools.
+class OfShared(Path):
+    """``Delta = B A`` of factors that are made of what the recipe owns and many matrices read.
 
-    pools: whose attributes `names` are the pools (shards, in / pieces) and (shards, out / pieces);
-    the recipe owns them. a, b: the shards of each factor (see :func:`table`). Backward keeps x and
-    gathers again.
+    Subclasses give :meth:`pair`. shared: whose attributes `names` train. Backward keeps x and makes
+    the factors again.
     """
 
-    def __init__(self, place: Place, scale: float, a: Tensor, b: Tensor, pools: Any,
-                 names: tuple[str, str]):
+    def __init__(self, place: Place, shared: Any, names: tuple[str, ...]):
         super().__init__()
-        self.out, self.inp, self.scale, self.names = place.out, place.inp, scale, names
-        self.__dict__["shared"] = pools                # the root owns it
-        self.register_buffer("a", a, persistent=False)
-        self.register_buffer("b", b, persistent=False)
+        self.out, self.inp, self.names = place.out, place.inp, names
+        self.__dict__["shared"] = shared               # the root owns it
 
     @property
     def borrowed(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self.shared, n) for n in self.names)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        pool_a, pool_b = self.borrowed
-        A = pool_a.index_select(0, self.a).view(-1, self.inp)
-        B = pool_b.index_select(0, self.b).view(-1, self.out).t()
-        return A, B * self.scale
+        """A (r, in) and B (out, r), differentiable."""
+        raise NotImplementedError
 
     def path(self, h: Tensor) -> Tensor:
         A, B = self.pair()
         return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)
+
+
+class Pooled(OfShared):
+    """``Delta = s B A``: rows of A (r, in) and columns of B (out, r) are shards of two pools.
+
+    pools: whose attributes `names` are the pools (shards, in / pieces) and (shards, out / pieces).
+    a, b: the shards of each factor (see :func:`table`).
+    """
+
+    def __init__(self, place: Place, scale: float, a: Tensor, b: Tensor, pools: Any,
+                 names: tuple[str, str]):
+        super().__init__(place, pools, names)
+        self.scale = scale
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        pool_a, pool_b = self.borrowed
+        A = pool_a.index_select(0, self.a).view(-1, self.inp)
+        B = pool_b.index_select(0, self.b).view(-1, self.out).t()
+        return A, B * self.scale

@@ -22,13 +22,15 @@ from torch.autograd.function import once_differentiable
 
 from ...core.call import current
 from .. import matmul
+from ..gpu.coded import Coded
 from ..tape import cast, unread
 from ..tape.activations import strips
 from ..tape.functions import applied, as_required, is_stored, plainly, shaped, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
-from .dropped import Dropped, Dropping, drops
+from .base import Base
+from .dropped import Dropped, Dropping, stands_beside
 from .folded import NOTHING, Fold, Made, Room
 from .panels import Panels, Piece, product, product_back, product_beside
 from .term import Term, Wrap
@@ -38,8 +40,10 @@ class Weighted:
     """One place's answer: where the base comes from, which terms are added, what wraps them."""
 
     def __init__(self, base: Any, terms: list[tuple[Term, float]], wrap: Wrap | None = None,
-                 held: Callable[[], Sequence[Tensor]] = tuple, room: Room | None = None):
+                 held: Callable[[], Sequence[Tensor]] = tuple, room: Room | None = None,
+                 coded: Callable[[Tensor], Coded | None] | None = None):
         self.base = base                      # callable -> (out, in) view of the frozen weight
+        self.coded = coded                    # of tokens -> the same as it is held, or None
         self.held = held                      # callable -> the tensors that base() reads
         self.terms = terms
         self.wrap = wrap
@@ -58,7 +62,8 @@ class Weighted:
     def unwrapped(self) -> Weighted:
         """The same without the function of W."""
         if self._unwrapped is None:              # (a cached_property locks: no graph holds that)
-            self._unwrapped = Weighted(self.base, self.terms, None, self.held, self.room)
+            self._unwrapped = Weighted(self.base, self.terms, None, self.held, self.room,
+                                       self.coded)
         return self._unwrapped
 
     def made(self, x: Tensor) -> Made:
@@ -73,10 +78,16 @@ class Weighted:
         """This answer for one forward on x: a generated update that drops stands beside W."""
         if not self._may_drop:
             return self
-        own = [(Dropped(t, x) if drops(t) else t, s) for t, s in self.terms]
+        own = [(Dropped(t, x) if stands_beside(t) else t, s) for t, s in self.terms]
         if all(a is b for (a, _), (b, _) in zip(own, self.terms, strict=True)):
             return self
-        return Weighted(self.base, own, self.wrap, self.held)       # type: ignore[arg-type]
+        return Weighted(self.base, own, self.wrap, self.held,        # type: ignore[arg-type]
+                        coded=self.coded)
+
+    def frozen(self, like: Tensor) -> Tensor | Coded:
+        """The base, as products with such tokens take it."""
+        coded = None if self.coded is None else self.coded(like)
+        return self.base() if coded is None else coded
 
     def theta(self) -> list[Tensor]:
         return [p for t in self.all for p in t.theta()]
@@ -108,7 +119,7 @@ class Weighted:
             for t, s in self.terms:
                 y = y + s * t.plain(x).to(y.dtype)
             return y
-        for t, _ in self.terms:
+        for t in self.all:
             t.undropped()
         return F.linear(x, self.dense(weight).to(x.dtype), bias)
 
@@ -118,11 +129,11 @@ class Weighted:
         theta = self.theta()
         return self.dense(weight) if plainly(theta) else applied(_Effective, weight, self, *theta)
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """The same by the obvious route: the reference, and what merge writes."""
+    def dense(self, weight: Tensor, final: bool = False) -> Tensor:
+        """The same by the obvious route: the reference, and (`final`) what merge writes."""
         V = weight
         for t, s in self.terms:
-            V = V + s * t.dense().to(V.dtype)
+            V = V + s * (t.final() if final else t.dense()).to(V.dtype)
         return self.wrap.of(V) if self.wrap else V
 
 
@@ -204,10 +215,20 @@ def linear(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None =
     theta = op.theta()
     if plainly(theta):
         return op.plain(x, op.base() if weight is None else weight, bias)
-    if op.wrap is not None and not op.wrap.diagonal:
+    if op.wrap is not None:
         if (turned := op.wrap.linear(x, op, bias, weight)) is not None:
             return turned
-        return _remade(x, op, bias, weight)
+        if not op.wrap.diagonal:
+            return _remade(x, op, bias, weight)
+    return straight(given, x, op, bias, weight)
+
+
+def straight(given: Tensor, x: Tensor, op: Weighted, bias: Tensor | None,
+             weight: Tensor | None = None) -> Tensor:
+    """The same by one function of base and terms, a diagonal function of W around them.
+
+    given: x as the module was given it, before it was cast."""
+    theta = op.theta()
     if (now := op.run(given)) is not op:
         op, theta = now, now.theta()
     graph = torch.is_grad_enabled()
@@ -246,34 +267,12 @@ def _seen(op: Weighted, need_x: bool, panels: bool, base: bool) -> Seen | None:
     return None if torch.compiler.is_compiling() else Seen(op.reads(need_x, panels, base))
 
 
-class _Base:
-    """The frozen weight of one forward, brought (and decoded) when it is first asked for."""
-
-    def __init__(self, op: Weighted, weight: Tensor | None, dtype: torch.dtype):
-        self.op, self.given, self.dtype = op, weight, dtype
-        self._value: Tensor | None = None
-
-    @property
-    def stored(self) -> Tensor:
-        if self.given is None:
-            self.given = self.op.base()
-        return self.given
-
-    @property
-    def value(self) -> Tensor:
-        """In the precision of the tokens."""
-        if self._value is None:
-            stored = self.stored
-            self._value = stored if stored.dtype == self.dtype else stored.to(self.dtype)
-        return self._value
-
-
 class _Ran(NamedTuple):
     """A forward: the result (N, O), the base where it was asked for, and what was made on the
     way: states of tiled terms, what token terms keep, the gain and what that keeps."""
 
     y: Tensor
-    base: _Base
+    base: Base
     states: list[Any]
     kept: list[Any]
     gain: Tensor | None
@@ -285,7 +284,7 @@ def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
     """``x V^T + b``, with what is made of the weight taken from `made`, or left there.
 
     left: nobody reads the result, so the product with V is left out."""
-    base = _Base(op, weight, x.dtype)
+    base = Base(op, weight, x)
     b = None if bias is None else bias.to(x.dtype)
     x2 = x.reshape(-1, x.shape[-1])
     half = x2.element_size() < 4
@@ -330,7 +329,7 @@ def _run(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None,
     return _Ran(y2, base, states, kept, gain, wrap_kept)
 
 
-def _size(op: Weighted, base: _Base, x2: Tensor, made: Made) -> int:
+def _size(op: Weighted, base: Base, x2: Tensor, made: Made) -> int:
     """Bytes of V, once it is known that anybody keeps it."""
     if made is NOTHING:
         return 0
@@ -343,7 +342,7 @@ def _alone(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) 
         if op.tiled or op.wrap is not None:
             y = _run(x, op, bias, weight, op.made(x)).y
         else:                                    # a token of a generation: little but the products
-            W = op.base() if weight is None else weight
+            W = op.frozen(x) if weight is None else weight
             W, b = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
             x2 = x.reshape(-1, x.shape[-1])
             y = matmul.linear(x2, W, b)
@@ -364,7 +363,8 @@ class _Linear(torch.autograd.Function):
         # as in stock torch: what backward reads is kept or watched, and nothing else
         panels = op.wrap is not None and op.wrap.keeps_input
         reads_w = ctx.needs_input_grad[0] or panels
-        keep_w = reads_w and (weight is not None or is_stored(stored))
+        keep_w = reads_w and (weight is not None
+                              or isinstance(stored, Tensor) and is_stored(stored))
         ctx.seen_as = ctx.needs_input_grad[0], panels, not keep_w
         ctx.seen = _seen(op, *ctx.seen_as)
         ctx.keeps = [t.keeps_input for t, _ in op.tiled], panels
@@ -405,7 +405,7 @@ class _Linear(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) else x
         keeps, panels = ctx.keeps
         if need_x or panels:
-            W = op.base() if stored is None else stored
+            W = op.frozen(g2) if stored is None else stored
             W = W if W.dtype == g2.dtype else W.to(g2.dtype)
         else:                                    # only its shape is asked
             W = g2.new_empty(()).expand(ctx.weight[1])
@@ -431,7 +431,7 @@ class _Linear(torch.autograd.Function):
         dx = product_back(g2, x2, V, grads[:tiled], need_x, keeps)
         for k, ((t, s), part) in enumerate(zip(op.token, kept, strict=True), tiled):
             grads[k] = t.backward_(g2, x2, part, dx, s)
-        dW = (g2.t() @ x2).to(ctx.weight[0]) if need_w else None
+        dW = matmul.tn(g2, x2).to(ctx.weight[0]) if need_w else None
         flat = [p for own in grads for p in own]
         return (None if dx is None else shaped(dx, ctx.shape)), dW, db, None, None, *flat
 

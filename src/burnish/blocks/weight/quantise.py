@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.errors import ConfigError
+from ..gpu.coded import Coded
+from ..gpu.road import refusal
 from ..update.codecs import dynamic_map
 from .term import Provider
 
@@ -132,6 +134,10 @@ class Nf4Tensor:
         if not out.is_contiguous() or out.shape != self.shape:
             raise ConfigError(f"decode: out must be contiguous and {tuple(self.shape)}, "
                               f"got {tuple(out.shape)}")
+        if not refusal(out, self.codes):
+            n = self.shape.numel()
+            return self.coded(out.dtype).decode(out) if len(self.shape) == 2 else \
+                self.coded(out.dtype, (1, n)).decode(out.view(1, n)).view(self.shape)
         if self.codes.is_cuda and not is_fake(self.codes) and out.dtype in _KERNEL_DTYPES:
             kernels = _bitsandbytes()
             if kernels is not None:
@@ -141,6 +147,11 @@ class Nf4Tensor:
         for i in _pieces(n, self.codes):
             self._decode_piece(i, flat[i : i + PIECE], pairs)
         return out
+
+    def coded(self, dtype: torch.dtype, shape: tuple[int, int] | None = None) -> Coded:
+        """As Triton's kernels take it, decoded to `dtype`."""
+        return Coded(self.codes, shape or tuple(self.shape), dtype, self.absmax, self.absmax_max,
+                     self.offset, _table("nf4", self.codes), _table("dynamic", self.codes))
 
     def _decode_piece(self, i: int, out: Tensor, pairs: Tensor) -> None:
         m = len(out)
@@ -229,11 +240,26 @@ def _decode_kernel(q: Nf4Tensor, out: Tensor, kernels: Any) -> Tensor:
 
 
 # -- providers ------------------------------------------------------------------------------
-class Nf4Provider(Provider):
-    """Holds a weight in NF4 and decodes it, a temporary, each time it is asked.
+class Held(Provider):
+    """Keeps the dtype of what it holds through ``module.to(dtype)``, which changes the one that it
+    decodes to."""
 
-    ``module.to(dtype)`` changes the dtype it decodes to and leaves the scales in fp32.
-    """
+    dtype: torch.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        like = next(b for b in self._buffers.values() if b is not None)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=like.device)).dtype
+        kept = {n: b for n, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class Nf4Provider(Held):
+    """Holds a weight in NF4 and decodes it, a temporary, each time it is asked."""
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
         super().__init__()
@@ -249,21 +275,19 @@ class Nf4Provider(Provider):
     def weight(self) -> Tensor:
         return self.held().decode()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        kept = {n: b for n, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
+    def road(self) -> str:
+        return refusal(torch.empty(0, dtype=self.dtype, device=self.codes.device), self.codes)
+
+    def coded(self, like: Tensor) -> Coded | None:
+        if len(self.shape) != 2 or refusal(like, self.codes):
+            return None
+        return self.held().coded(self.dtype)
 
     def extra_repr(self) -> str:
         return f"nf4, {tuple(self.shape)}, {self.held().bits:.3f} bits per weight"
 
 
-class Bf16Provider(Provider):
+class Bf16Provider(Held):
     """Holds a weight in bfloat16; what it returns has the dtype the module stored."""
 
     def __init__(self, weight: Tensor):
@@ -276,13 +300,15 @@ class Bf16Provider(Provider):
     def weight(self) -> Tensor:
         return self.held.to(self.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.held.device)).dtype
-        old = self.held
-        super()._apply(fn, recurse)
-        if self.held.dtype != torch.bfloat16:
-            self.held = old.to(self.held.device)
-        return self
+    def road(self) -> str | None:
+        like = torch.empty(0, dtype=self.dtype, device=self.held.device)
+        return refusal(like, self.held) if self.dtype != self.held.dtype else None
+
+    def coded(self, like: Tensor) -> Coded | None:
+        # in the tokens' precision it is a weight like any other
+        if self.held.dim() != 2 or like.dtype == self.held.dtype or refusal(like, self.held):
+            return None
+        return Coded(self.held, tuple(self.held.shape), self.dtype)
 
     def extra_repr(self) -> str:
         return f"bf16, {tuple(self.held.shape)}"

@@ -16,7 +16,13 @@ class Rotation(Turn):
     upper (k, b (b - 1) / 2): the entries of Q above the diagonal, row by row; k = 1 when shared.
     Realised as x + x M with ``M = R - I = 2 Q (I - Q)^-1``: exactly x at Q = 0, and a small turn is
     not lost beside the identity in half precision.
+
+    block_dropout: the share of the blocks of one factor that do not turn in a forward; which ones
+    is drawn, and so is whether a broken part of a block counts. A single block always turns.
     """
+
+    factors = 1
+    block_dropout = 0.0
 
     def __init__(self, inp: int, block: int, share: bool, terms: int):
         super().__init__()
@@ -24,24 +30,25 @@ class Rotation(Turn):
         self.upper = nn.Parameter(torch.zeros(blocks, block * (block - 1) // 2))
         self.block, self.terms = block, terms
 
-    def skew(self) -> Tensor:
-        """Q: (k, b, b)."""
-        i, j = torch.triu_indices(self.block, self.block, 1, device=self.upper.device)
-        Q = self.upper.new_zeros(self.upper.shape[0], self.block, self.block)
-        Q = Q.index_put((torch.arange(Q.shape[0], device=Q.device)[:, None], i, j), self.upper)
-        return Q - Q.transpose(-1, -2)
+    def draw(self) -> Tensor | None:
+        """(k, 1): 0 for the blocks that stay where they are, else 1."""
+        k = self.upper.shape[0] // self.factors
+        if not (self.training and self.block_dropout) or k == 1:
+            return None
+        device = self.upper.device
+        still = int(self.block_dropout * k + torch.rand(()).item())
+        turns = self.upper.new_ones(self.factors, k)
+        which = int(torch.randint(self.factors, ()))
+        turns[which, torch.randperm(k, device=device)[:still]] = 0
+        return turns.view(-1, 1)
 
-    def move(self) -> Tensor:
-        """R - I: (k, b, b), by a solve, or by `terms` terms of its series in Q."""
-        Q = self.skew()
-        if not self.terms:
-            eye = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
-            return torch.linalg.solve(eye - Q, 2 * Q)           # the two commute
-        power, M = Q, torch.zeros_like(Q)
-        for n in range(1, self.terms):           # 2 Q + 2 Q^2 + ... + Q^(terms - 1)
-            M = M + (2 if n < self.terms - 1 else 1) * power
-            power = power @ Q
-        return M
+    def skew(self, turns: Tensor | None = None) -> Tensor:
+        """Q: (k, b, b)."""
+        return skew(self.upper if turns is None else self.upper * turns, self.block)
+
+    def move(self, turns: Tensor | None = None) -> Tensor:
+        """R - I: (k, b, b)."""
+        return cayley(self.skew(turns), self.terms)
 
     def _turned(self, rows: Tensor, M: Tensor) -> Tensor:
         cut = rows.reshape(rows.shape[0], -1, self.block).transpose(0, 1)
@@ -55,6 +62,26 @@ class Rotation(Turn):
 
     def of(self, V: Tensor) -> Tensor:
         return self._turned(V, self.move().transpose(-1, -2))
+
+
+def skew(upper: Tensor, block: int) -> Tensor:
+    """Q (k, b, b) of its entries above the diagonal, row by row: (k, b (b - 1) / 2)."""
+    i, j = torch.triu_indices(block, block, 1, device=upper.device)
+    Q = upper.new_zeros(upper.shape[0], block, block)
+    Q = Q.index_put((torch.arange(Q.shape[0], device=Q.device)[:, None], i, j), upper)
+    return Q - Q.transpose(-1, -2)
+
+
+def cayley(Q: Tensor, terms: int) -> Tensor:
+    """``(I + Q)(I - Q)^-1 - I`` by a solve, or by `terms` terms of its series in Q."""
+    if not terms:
+        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        return torch.linalg.solve(eye - Q, 2 * Q)               # the two commute
+    power, M = Q, torch.zeros_like(Q)
+    for n in range(1, terms):                    # 2 Q + 2 Q^2 + ... + Q^(terms - 1)
+        M = M + (2 if n < terms - 1 else 1) * power
+        power = power @ Q
+    return M
 
 
 @dataclass(frozen=True)

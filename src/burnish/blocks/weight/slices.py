@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...core.site import Place
 from ..matmul import mm
+from .integer import Grid, codes, decoded
 from .term import Term
 
 
@@ -23,6 +24,8 @@ class Slice(Term):
     """
 
     tokenwise = True
+    #: of the layer's input, where what holds the weight says one: the codes are kept then
+    grid: Grid | None = None
 
     def __init__(self, place: Place, at: Tensor, rows: bool = False):
         super().__init__()
@@ -31,6 +34,9 @@ class Slice(Term):
         shape = (at.numel(), place.inp) if rows else (place.out, at.numel())
         self.V = nn.Parameter(torch.zeros(shape, device=at.device))
         self.counted = {"channels": at.numel()}
+
+    def reads_on(self, grid: Grid | None) -> None:
+        self.grid = grid
 
     @property
     def keeps_input(self) -> bool:
@@ -51,7 +57,7 @@ class Slice(Term):
             return ()
         x_NK = x_NI.index_select(1, self.at)
         y_NO.addmm_(x_NK.to(y_NO.dtype), V.t().to(y_NO.dtype), alpha=scale)
-        return (x_NK if self.V.requires_grad else None,)
+        return (codes(x_NK, self.grid) if self.V.requires_grad else None,)
 
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[Any, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
@@ -64,5 +70,5 @@ class Slice(Term):
         else:
             if dx_NI is not None:
                 dx_NI.index_add_(1, self.at, mm(g_NO, V).to(dx_NI.dtype), alpha=scale)
-            dV = mm(g_NO.t(), kept[0].to(g_NO.dtype)) if trains else None
+            dV = mm(g_NO.t(), decoded(kept[0], self.grid, g_NO.dtype)) if trains else None
         return [None if dV is None else dV.mul_(scale).to(self.V.dtype)]

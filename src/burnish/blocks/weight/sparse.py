@@ -3,7 +3,8 @@
 ``y = x W^T + x Delta^T`` with ``Delta[row_k, col_k] = v_k``. Gradient: the entries of g^T x at the
 indices, nothing else. Two evaluations, both exact: when the entries touch few columns, only those
 columns of x are read and kept; otherwise the values are added to panels of W and one product
-serves base and update.
+serves base and update. On CUDA the entries are summed by themselves (blocks/gpu/entries.py);
+elsewhere they are picked from panels of g^T x.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
+from ..gpu.entries import at_entries
+from ..gpu.road import refusal
 from .provided import Term
 
 
@@ -86,6 +89,11 @@ class SparseDelta(Term):
     def entries(self) -> tuple[Tensor, Tensor]:
         return self.index.long(), self.values.detach()
 
+    @property
+    def looks(self) -> bool:
+        """Does it look at the gradient of whole panels, beside its own entries?"""
+        return type(self).pull is not SparseDelta.pull
+
     # -- few columns: x[:, columns] is all that is read and kept -----------------------------------
     @property
     def keeps_input(self) -> bool:
@@ -116,7 +124,9 @@ class SparseDelta(Term):
         small, rows, where = self._narrow()
         if dx_NI is not None:
             dx_NI[:, self.columns] += (g_NO @ small.to(g_NO.dtype)).mul_(scale)
-        return [(g_NO.t() @ x_NC)[rows, where].mul_(scale).to(self.values.dtype)]
+        found = (g_NO.t() @ x_NC)[rows, where] if self._refused(g_NO, x_NC) else \
+            at_entries(g_NO, x_NC, rows, where)
+        return [found.mul_(scale).to(self.values.dtype)]
 
     # -- panels ------------------------------------------------------------------------------------
     def _inside(self, i0: int, i1: int, most: int) -> tuple[Tensor, Tensor, Tensor | slice]:
@@ -135,6 +145,21 @@ class SparseDelta(Term):
         panel[rows, cols] = standing[inside]
         return panel
 
+    def road(self) -> str:
+        return refusal(self.values, self.index)
+
+    def _refused(self, g_NO: Tensor, x_NI: Tensor) -> bool:
+        return bool(self.road() or refusal(g_NO) or refusal(x_NI))
+
+    @torch.no_grad()
+    def pull_straight(self, g_NO: Tensor, x_NI: Tensor, scale: float,
+                      grads: list[Tensor | None]) -> bool:
+        if self.looks or self._refused(g_NO, x_NI):
+            return False
+        rows, cols = (at[: len(self.values)] for at in self._rows_cols())
+        grads[0] = at_entries(g_NO, x_NI, rows, cols).mul_(scale).to(self.values.dtype)
+        return True
+
     @torch.no_grad()
     def pull(self, i0: int, i1: int, G: Tensor, state: object,
              grads: list[Tensor | None]) -> Tensor:
@@ -143,6 +168,42 @@ class SparseDelta(Term):
             grads[0] = torch.zeros_like(self.values)
         grads[0][inside] += G[rows, cols].to(self.values.dtype)
         return self.tile(i0, i1, state)
+
+
+class Few(SparseDelta):
+    """A few entries beside what keeps x whole in any case: nothing more is kept, and only their
+    columns of it are read. As few as a quarter of the inputs; more of them go by panels."""
+
+    def __init__(self, place: Place, index: Tensor, portable: bool):
+        super().__init__(place, index, portable, narrow=False)
+        if index.numel() <= self.inp // 4:
+            self.tokenwise, self.tiled = True, False
+            if not _fake(self.index):
+                self.columns = torch.unique(self.index.long() % self.inp)
+
+    @property
+    def keeps_input(self) -> bool:
+        return self.values.requires_grad
+
+    def _columns(self) -> Tensor:
+        if not _fake(self.index):
+            return super()._columns()
+        self.columns = self.index.long() % self.inp      # no values: as many as there may be
+        return self.columns
+
+    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
+        super().forward_(x_NI, y_NO, scale)
+        return ()
+
+    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
+                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
+        at = self._columns()
+        small, rows, where = self._narrow()
+        if dx_NI is not None:
+            dx_NI[:, at] += (g_NO @ small.to(g_NO.dtype)).mul_(scale)
+        if x_NI is None or not self.values.requires_grad:
+            return [None]
+        return [(g_NO.t() @ x_NI[:, at])[rows, where].mul_(scale).to(self.values.dtype)]
 
 
 def _fake(t: Tensor) -> bool:

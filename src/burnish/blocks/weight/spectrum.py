@@ -120,5 +120,5 @@ class BaseSpaces:
 
 def curve(cosines: Sequence[Tensor], steps: int = 20) -> list[tuple[float, int]]:
     """(threshold, intruders of all matrices together) for thresholds spread over (0, 1)."""
-    flat = torch.cat([c.flatten().double().cpu() for c in cosines]) if cosines else torch.empty(0)
+    flat = torch.cat([c.flatten().double().cpu() for c in cosines]) if cosines else torch.zeros(0)
     return [(i / steps, int((flat < i / steps).sum())) for i in range(1, steps)]

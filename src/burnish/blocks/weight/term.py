@@ -15,8 +15,20 @@ from ...core.errors import RecipeError
 from .persample import term_norms
 
 if TYPE_CHECKING:
+    from ...core.site import Place
+    from ..gpu.coded import Coded
+    from .integer import Grid
     from .panels import Panels
     from .provided import Weighted
+
+
+#: what a term may drop in training: see dropped.py, and rotation.py for the last
+DROPS = ("dropout", "drop_path", "rank_dropout", "module_dropout", "block_dropout")
+
+
+def asks_to_drop(term: Any) -> bool:
+    """Is a probability of dropping set on a term, or on a part of a recipe?"""
+    return any(getattr(term, word, 0) for word in DROPS)
 
 
 class Provider(nn.Module):
@@ -29,9 +41,33 @@ class Provider(nn.Module):
         """The weight as stored by the module, possibly a temporary; asked again in backward."""
         raise NotImplementedError
 
+    def coded(self, like: Tensor) -> Coded | None:
+        """The weight in the form that it is held in, where products with tokens like these decode
+        it themselves; None where they take :meth:`weight`."""
+        return None
+
+    def road(self) -> str | None:
+        """Why products with it run by torch's operators, "" where by Triton's kernels; None where
+        there are none (see blocks/gpu/road.py)."""
+        return None
+
     def remade(self, weight: Tensor, state: Tensor) -> None:
         """Hold the weight, as it was, by the choice that an extra state says."""
         raise NotImplementedError
+
+    @property
+    def grid(self) -> Grid | None:
+        """The 8-bit grid on which its layer reads its input; it then answers :meth:`given` and
+        :meth:`gives`. None: the layer reads what it is given."""
+        return None
+
+    def given(self, x: Tensor) -> Tensor:
+        """What the layer reads of its input."""
+        return x
+
+    def gives(self, y: Tensor) -> Tensor:
+        """What is passed on of the layer's result."""
+        return y
 
     @property
     def nbytes(self) -> int:
@@ -50,8 +86,18 @@ class Term(nn.Module):
 
     tokenwise: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
+    #: has it a form beside a convolution, on what that reads (``beside(conv, x)``)?
+    alongside: ClassVar[bool] = False
     #: may a tokenwise update be asked for panel by panel (:meth:`tile` never makes all of it)?
     cheap_tile: ClassVar[bool] = False
+
+    #: is it the same update once more, for another module that reads a tied tensor?
+    mirrors: ClassVar[bool] = False
+
+    def mirrored(self, end: Place) -> Term:
+        """The same update of a tied tensor at another module that reads it: a table, or a linear
+        whose matrix is the transpose. It owns nothing."""
+        raise NotImplementedError
 
     @property
     def borrowed(self) -> tuple[Tensor, ...]:
@@ -69,10 +115,24 @@ class Term(nn.Module):
         """The update as an (out, in) tensor, (experts, out, in) for expert places."""
         raise NotImplementedError
 
+    def reads_on(self, grid: Grid | None) -> None:
+        """Told before each plan: the 8-bit grid on which its layer reads its input, None where it
+        reads it as it is; for what keeps input for backward."""
+
+    def final(self) -> Tensor:
+        """What a merged weight takes of it: the update, unless what answers after training is
+        another than what trains."""
+        return self.dense()
+
     def panel(self, i0: int, i1: int) -> Tensor:
         """Columns i0:i1 of it, differentiable; an update that need not make the rest for them
         overrides this (and says `cheap_tile` or `tiled`)."""
         return self.dense()[..., i0:i1]
+
+    def road(self) -> str | None:
+        """Why it runs by torch's operators, "" where by Triton's kernels; None where there are none
+        (see blocks/gpu/road.py)."""
+        return None
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """(A, B) of shapes (r, in) and (out, r) where the update is ``B A`` with a small r, scale
@@ -108,7 +168,7 @@ class Term(nn.Module):
 
     def undropped(self) -> None:
         """RecipeError where dropout would act: an update as a matrix has no place for it."""
-        if self.training and (getattr(self, "dropout", 0) or getattr(self, "drop_path", 0)):
+        if self.training and asks_to_drop(self):
             raise RecipeError(f"{type(self).__name__} with dropout has no form that torch.func or "
                               "forward-mode differentiation can transform here; set dropout=0 or "
                               "call eval()")
@@ -160,6 +220,12 @@ class Term(nn.Module):
                 grads[k] = part if grads[k] is None else grads[k].add_(part)
         return d.detach()
 
+    def pull_straight(self, g_NO: Tensor, x_NI: Tensor, scale: float,
+                      grads: list[Tensor | None]) -> bool:
+        """The same from tokens, where they tell more cheaply than a panel's gradient; False where
+        they do not, and nothing is done."""
+        return False
+
     # -- each sample's own gradient ---------------------------------------------------------
     def sample_norms(self, x_BTI: Tensor, g_BTO: Tensor) -> list[Tensor | None]:
         """Squared norm of each sample's gradient, (B,) per tensor of ``theta()`` (None where no
@@ -181,6 +247,8 @@ class Wrap(Term):
     """
 
     diagonal: ClassVar[bool] = False
+    #: is W' the same whatever V is? Then nothing may stand beside it
+    deaf: ClassVar[bool] = False
 
     def of(self, V: Tensor) -> Tensor:
         """W' as a differentiable function of V and of this term's parameters."""
@@ -190,6 +258,11 @@ class Wrap(Term):
                ) -> Tensor | None:
         """``y = x W'^T + b`` without W', where the function of W has such a form (see turn.py)."""
         return None
+
+    @property
+    def whole(self) -> bool:
+        """Does it take V as a matrix, so that no term under it can drop its input?"""
+        return not self.diagonal and type(self).linear is Wrap.linear
 
     def low_rank_of(self, V: Tensor) -> tuple[Tensor, Tensor] | None:
         """(A, B) as :meth:`low_rank` has them, with ``W' = V + B A``; None where no such pair of

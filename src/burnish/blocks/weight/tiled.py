@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ...core.site import Place
 from ..choose import quantile
+from ..gpu.distances import Entries
+from ..gpu.road import refusal
 from .distance import Distances, on_host
 from .dropped import Dropping
 from .panels import PANEL
@@ -37,23 +39,28 @@ LONG_STRIP = 1 << 20
 
 
 class _State:
-    """tau of one forward, and, until it is used, the panel that the quantile pass has made."""
+    """tau of one forward, and, until it is used, the panel that the quantile pass has made.
 
-    __slots__ = ("tau", "panel")
+    stats: of Triton's kernels, where there is a softmax (blocks/gpu/distances.py)."""
 
-    def __init__(self, tau: Tensor | None, panel: Tensor | None):
-        self.tau, self.panel = tau, panel
+    __slots__ = ("tau", "panel", "stats")
+
+    def __init__(self, tau: Tensor | None, panel: Tensor | None, stats: Tensor | None = None):
+        self.tau, self.panel, self.stats = tau, panel, stats
 
 
 class KernelDelta(Dropping):
     """The update above on one matrix.
 
     A: (2, in, q), B: (2, out, q), q = rank // 2; alpha, gamma, beta: scalars when `mixed`.
-    sparsity: share of entries that are zero, in [0, 1); a controller may change it.
+    sparsity: share of entries that are zero, in [0, 1); a controller may change it; `budgeted`
+    says that one does.
     magnitude: "signed_square" (Delta = K |K| on survivors) or "linear" (Delta = K, the dense
     form the authors use at s = 0).
     dropout, drop_path: in training; see dropped.py.
     """
+
+    tiled = True
 
     def __init__(self, place: Place, rank: int, sparsity: float, mixed: bool, norm_p: float = 2.0,
                  magnitude: str = "signed_square", dropout: float = 0.0, drop_path: float = 0.0):
@@ -69,7 +76,7 @@ class KernelDelta(Dropping):
             self.alpha = nn.Parameter(torch.ones(()))
             self.gamma = nn.Parameter(torch.ones(()))
             self.beta = nn.Parameter(torch.zeros(()))
-        self.sparsity = float(sparsity)
+        self.sparsity, self.budgeted = float(sparsity), False
         self._near = quantile.Near()
 
     # the sparsity a controller has set is part of the adapter
@@ -78,6 +85,12 @@ class KernelDelta(Dropping):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.sparsity = float(state[0])
+
+    def road(self) -> str:
+        """Why torch's operators make it, or "": one place decides (blocks/gpu/road.py)."""
+        if self.norm_p != 2.0:
+            return f"norm_p={self.norm_p:g}, and Triton's kernels are for 2"
+        return refusal(self.A, self.B)
 
     # -- the kernel -----------------------------------------------------------------------------
     # Strips are (n, out): one row per input feature, so softmax and sums run along memory, and a
@@ -151,6 +164,10 @@ class KernelDelta(Dropping):
     # -- the threshold --------------------------------------------------------------------------
     @torch.no_grad()
     def prepare(self) -> _State:
+        if not self.road():
+            own = Entries(self)
+            tau = own.threshold(self.sparsity) if self.sparsity > 0 else None
+            return _State(tau, None, own.stats if self.mixed else None)
         if self.sparsity <= 0:
             return _State(None, None)
         whole = self.out * self.inp <= PANEL
@@ -196,6 +213,8 @@ class KernelDelta(Dropping):
 
     @torch.no_grad()
     def tile(self, i0: int, i1: int, state: _State) -> Tensor:
+        if not self.road():
+            return Entries(self, state.stats).panel(i0, i1, state.tau).t()
         ready = state.panel is not None          # the quantile pass has made K already
         panel = state.panel[i0:i1] if ready else self.A.new_empty(i1 - i0, self.out)
         if i1 == self.inp:
@@ -214,12 +233,14 @@ class KernelDelta(Dropping):
     @torch.no_grad()
     def pull(self, i0: int, i1: int, G: Tensor, state: _State,
              grads: list[Tensor | None]) -> Tensor:
-        Gt = G.t().to(self.A.dtype)
-        panel = self.A.new_empty(i1 - i0, self.out)
         if grads[0] is None:
             grads[0], grads[1] = torch.zeros_like(self.A), torch.zeros_like(self.B)
             if self.mixed:
                 grads[2:5] = [torch.zeros_like(p) for p in (self.alpha, self.gamma, self.beta)]
+        if not self.road():
+            return Entries(self, state.stats).pull(i0, i1, G, state.tau, grads).t()
+        Gt = G.t().to(self.A.dtype)
+        panel = self.A.new_empty(i1 - i0, self.out)
         d = self._distances(i0, i1, 4)
         for a, b in self._strips(i0, i1):
             D, S, dK, spare = (d.buffer(k, b - a) for k in (0, 1, 2, 3))
@@ -256,12 +277,12 @@ class KernelDelta(Dropping):
     @torch.no_grad()
     def nnz(self) -> int:
         """Entries of the update that are not zero now."""
-        tau = self.prepare().tau
+        state = self.prepare()
+        tau = state.tau
         if tau is None:
             return self.out * self.inp
+        if not self.road():
+            return Entries(self, state.stats).alive(tau)
         d = self._distances(0, self.inp)
         return sum(int((self._kernel(d, a, b).abs_() > tau).sum())
                    for a, b in self._strips(0, self.inp))
-
-    def stats(self) -> dict[str, Any]:
-        return {"sparsity": self.sparsity}

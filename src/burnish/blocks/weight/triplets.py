@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ...core.site import Place
 from ..linalg import over_tokens
 from ..update.objective import OnWeights
-from .provided import Term
+from .dropped import Dropping
 
 #: what stands for E in the components that wait
 WAITING = 1e-5
 
 
-class Triplets(Term):
+class Triplets(Dropping):
     """``Delta = s P diag(E) Q``: P (out, r), E (r,), Q (r, in). Keeps x and r numbers per token.
 
     waiting: further components of P and Q, which train while 1e-5 stands for their E: all but

@@ -33,6 +33,8 @@ class Tucker(Path):
         for p in self.parameters():
             p.burnish_decay = False
 
+    own_drops = True
+
     @property
     def draws(self) -> bool:
         return self.training and self.dropout > 0

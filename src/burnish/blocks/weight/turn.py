@@ -29,9 +29,13 @@ class Turn(Wrap):
     besides.
     """
 
-    def own(self) -> Any:
-        """What `before` and `after` read of this term."""
+    def own(self, drawn: Any = None) -> Any:
+        """What `before` and `after` read of this term. drawn: what this forward has drawn."""
         return ()
+
+    def draw(self) -> Any:
+        """What a forward draws once for all its tokens, small; None where nothing is drawn."""
+        return None
 
     def before(self, x_NI: Tensor, own: Any) -> Tensor:
         """The tokens that the weight is given, (N, in)."""
@@ -56,10 +60,13 @@ class Turn(Wrap):
     def linear(self, x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None
                ) -> Tensor:
         inner, theta, made = op.unwrapped, self.theta(), op.made(x)
-        x2 = x.reshape(-1, x.shape[-1])
+        x2, drawn = x.reshape(-1, x.shape[-1]), self.draw()
+
+        def own() -> Any:
+            return made.small("own", self.own) if drawn is None else self.own(drawn)
 
         def before(x_NI: Tensor) -> Tensor:
-            return self.before(x_NI, made.small("own", self.own))
+            return self.before(x_NI, own())
 
         if type(self).after is Turn.after:
             y = linear(again(before, x2, theta), inner, bias, weight)
@@ -67,8 +74,8 @@ class Turn(Wrap):
         reads = theta if weight is None else (*theta, weight)
 
         def product(x_NI: Tensor) -> Tensor:
-            own = made.small("own", self.own)
-            return self.after(linear(self.before(x_NI, own), inner, None, weight), own)
+            mine = own()
+            return self.after(linear(self.before(x_NI, mine), inner, None, weight), mine)
 
         y = again(product, x2, (*reads, *inner.theta()))
         y = y if bias is None else y + bias.to(y.dtype)

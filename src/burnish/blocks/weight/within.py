@@ -73,5 +73,9 @@ class Within(Term):
     def tile(self, i0: int, i1: int, state: Any) -> Tensor:
         return self._padded(self.term.tile(i0, i1, state), -2)
 
+    def pull_straight(self, g_NO: Tensor, x_NI: Tensor, scale: float,
+                      grads: list[Tensor | None]) -> bool:
+        return self.term.pull_straight(g_NO[:, self.rows], x_NI, scale, grads)
+
     def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
         return self._padded(self.term.pull(i0, i1, G[..., self.rows, :], state, grads), -2)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...blocks.tape.coded import Coded as Policy
+from ...blocks.tape.coded import Steps
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:
@@ -70,23 +71,3 @@ class CodedSwitch:
         m = self.method
         attacher.state.tape.keep(Policy(m.bits, m.norm_bits, m.derivative_bits, m.group,
                                         attacher.adapter.seed))
-
-
-class Steps:
-    """Tells the policy which step it is: a run that goes on draws what it would have drawn."""
-
-    def __init__(self, tuned: Tuned):
-        self.tuned = tuned
-
-    @property
-    def policy(self) -> Any:                     # the tape's own: taking an adapter out renews it
-        return self.tuned.state.tape.policy
-
-    def step_begin(self, step: int) -> None:
-        self.policy.begin(step)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.policy.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step_begin(state["step"])

@@ -32,7 +32,8 @@ class Ia3(Method):
     places: what is named as fc2 or down is scaled at its input, everything else at its output;
     ``at="input"`` or ``at="output"`` says it for all that are named.
     Refused where keys and values are not the output of a module (``nn.MultiheadAttention``, qkv
-    interleaved head by head); experts held in one 3-D parameter have no inner state to scale.
+    interleaved head by head); experts held in one 3-D parameter have no inner state to scale. The
+    losses that T-Few adds (unlikelihood, length-normalised) are no part of it.
     """
 
     paper: ClassVar[str] = ("Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than "

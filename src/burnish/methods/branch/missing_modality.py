@@ -30,6 +30,8 @@ class MissingModality(Method):
     sample that lacks all of them is refused. A norm that has no shift (RMSNorm) gets the scale
     only. `targets` narrows it, say to the encoders that are left and to what joins them.
 
+    (The paper tries a LoRA or biases per combination too; not offered.)
+
     What stands in for a missing input is the data's: the paper gives zeros. Biases make an encoder
     answer zeros with something, so feeding zeros and leaving the encoder out are not the same.
 

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...blocks.update.live import Draw, TrainableSchedule
-from ...core.errors import RecipeError
-from ...core.events import EARLY
+from ...blocks.update.live import Draw, LiveBlocks
 from ...core.method import Method, setting
 from ...core.site import Selection
+from ._blocks import drawn, everything
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -53,37 +52,8 @@ class Lisa(Method):
         return ("the schedule of live blocks",)
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
-        if not 0 <= self.layers <= len(anatomy.blocks):
-            raise RecipeError(f"lisa: layers={self.layers}, but this model has "
-                              f"{len(anatomy.blocks)} repeated blocks to draw from")
-        for name, p in anatomy.model.named_parameters():
-            if p.is_floating_point() and ".burnish." not in f".{name}":
-                yield Selection(name)
+        return everything(self, self.layers, anatomy)
 
     def controller(self, tuned: Tuned) -> LiveBlocks:
-        paths = [b.path for b in tuned.anatomy.blocks]
-        named = [(n, p) for n, p in tuned.model.named_parameters(remove_duplicate=False)
-                 if p.is_floating_point() and ".burnish." not in f".{n}"]
-        outside = {id(p) for n, p in named if not any(n.startswith(f"{b}.") for b in paths)}
-        groups = {b: [p for n, p in named if n.startswith(f"{b}.") and id(p) not in outside]
-                  for b in paths}
-        return LiveBlocks(TrainableSchedule(
-            groups, Draw(paths, self.layers, self.every, self.seed),
-            optimizer=lambda: tuned.current_optimizer, state_on_leave=self.state_on_leave))
-
-
-@dataclass(frozen=True)
-class LiveBlocks:
-    """Asks the schedule before every step; early, so that other handlers see what is live."""
-
-    schedule: TrainableSchedule
-    phase: ClassVar[int] = EARLY
-
-    def step_begin(self, step: int) -> None:
-        self.schedule.update(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.schedule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.schedule.load_state_dict(state)
+        return drawn(tuned, lambda paths: Draw(paths, self.layers, self.every, self.seed),
+                     self.state_on_leave)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.choose.budget import cubic
-from ...blocks.choose.units import Pruner, unit_importance
+from ...blocks.choose.units import Pruner, off, unit_importance
 from ...blocks.state.mask import UnitMask
 from ...blocks.weight.factor import Chain
 from ...core.errors import RecipeError
-from ...core.groups import Group, groups
+from ...core.groups import Group, groups, not_taken
 from ...core.method import Method, setting
 from ...core.site import Branch, Place, Site
+from ..delta.lowrank.lora import check_dropout
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -32,14 +33,15 @@ class Loraprune(Method):
     of the run; who is off may come back. The first `spare` of the blocks and the last stay whole.
 
     ``tuned.shrink()`` merges and slices: a smaller dense model. With ``spare=0`` all blocks end
-    alike, which is what a transformers config can say (of heads only where it names their width,
-    as Llama's, and their number divides the width; elsewhere ``units="channels"``). One unit of
-    each always lives.
+    alike, which is what a transformers config can say: of heads where it names their width, and of
+    a Llama's only a number that divides the hidden size (a note says so beforehand); elsewhere
+    ``units="channels"``. One unit of each always lives.
 
     Start: B = 0, the pre-trained function exactly. Trains rank (in + out) per matrix; kept for
-    backward as LoRA, and the masked inputs. Importance is reduced panel by panel: nothing of W's
-    size is made, and W needs no gradient. Without the number of steps (``tuned.total_steps``)
-    nothing is pruned. (The authors' code has 32 heads of 128 written into it.)
+    backward as LoRA, and one number per masked channel. Importance is reduced panel by panel:
+    nothing of W's size is made, and W needs no gradient. Without ``tuned.total_steps`` nothing is
+    pruned. `dropout` acts on the input of A (published: 0.05). Importance is the authors' code's;
+    the paper's text squares it. (That code has 32 heads of 128 written into it.)
     """
 
     paper: ClassVar[str] = ("LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient "
@@ -63,8 +65,11 @@ class Loraprune(Method):
                            unseen="of two blocks none can be spared: "
                                   "tests/methods/test_loraprune.py")
     decay: float = setting(0.9, "of the smoothed importance")
+    dropout: float = setting(0.0, "dropout on the input of A (the authors: 0.05)",
+                             alias=("lora_dropout",))
 
     def __post_init__(self) -> None:
+        check_dropout("loraprune", self.dropout)
         if not 0 <= self.ratio < 1 or not 0 <= self.spare < 1 or not 0 <= self.decay < 1:
             raise RecipeError("loraprune: ratio, spare and decay are shares in [0, 1)")
         if self.every < 1 or min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
@@ -78,7 +83,7 @@ class Loraprune(Method):
 
     def delta(self, site: Site) -> Chain:
         site.place.check_rank(self.rank, "loraprune")
-        term = Chain(site.place, self.rank, self.alpha / self.rank)
+        term = Chain(site.place, self.rank, self.alpha / self.rank, self.dropout)
         term.A.burnish_decay = term.B.burnish_decay = False
         return term
 
@@ -95,10 +100,25 @@ class Loraprune(Method):
             raise RecipeError("loraprune: this model has no attention and no MLP whose units can "
                               f"be told outside the {self.spare:.0%} of its blocks that are "
                               "spared; spare=0 spares none")
+        self._foresee(anatomy, made)
         for g in made:
             place, width = g.columns[0]
             yield Branch(place.path, UnitMask(g.units, width), compose="replace",
                          at="input")
+
+    def _foresee(self, anatomy: Anatomy, made: list[Group]) -> None:
+        """A note where the number of heads in the end is one that no folder of this model has."""
+        heads = next((g for g in made if g.kind == "heads"), None)
+        if heads is None or self.spare:                  # ragged in any case
+            return
+        n = heads.units - off(self.ratio, heads.units)
+        if n < heads.units and (why := not_taken(anatomy, heads, n)):
+            fit = [k for k in range(1, heads.units) if not not_taken(anatomy, heads, k)]
+            anatomy.asked.notes.append(
+                f"loraprune(ratio={self.ratio}) leaves {n} of {heads.units} key-value heads, which "
+                f"{why} shrink() will want ragged=True; "
+                + (f"{', '.join(map(str, fit))} would do, or " if fit else "")
+                + "units='channels'")
 
     def share(self, step: int, total: int) -> float:
         """r(t)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.weight.checkpoints import Checkpoint, facts, mixed, weight_gradients
+from ...blocks.weight.taskvector import Rule, Task
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
 
@@ -90,6 +91,12 @@ class Soup(Method):
 
     kind: Literal["greedy", "uniform", "learned"] = setting("greedy",
                                                             "which models enter, and how")
+
+    def rule(self, tasks: Sequence[Task]) -> Rule:
+        if self.kind != "uniform":
+            raise ConfigError(f"a {self.kind} soup is made of whole runs on held-out data, by "
+                              "`burnish soup`; soup(kind='uniform') is a rule among others")
+        return lambda taus, *_: taus.mean(0)
 
     def lifecycle(self, *models: Checkpoint, score: Callable[[Checkpoint], float] | None = None,
                   model: nn.Module | None = None, batches: Iterable[tuple[Any, Tensor]] = ()

@@ -52,8 +52,9 @@ class Spdf(Method):
 
     Start: the pruned model, not the pre-trained one. Trains nothing of its own. Kept for backward:
     x; while M stands W' is formed anew in forward and in backward. Merges: to M * W at first, then
-    there is nothing to merge. Time is that of dense training: no machine gains from scattered zeros
-    without kernels for them.
+    there is nothing to merge. (A second phase of the revived entries alone, or of a LoRA, is
+    another recipe on the merged model.) Time is that of dense training: no machine gains from
+    scattered zeros without kernels for them.
     """
 
     paper: ClassVar[str] = ("SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language "

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from ...blocks.weight.checkpoints import Checkpoint
-from ...blocks.weight.taskvector import TaskVector, combine
+from ...blocks.weight.taskvector import Rule, Task, TaskVector, combine
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
+
+#: scales that held-out data choose from
+GRID = tuple(k / 20 for k in range(21))
 
 
 def task_arithmetic(base: Checkpoint, tuned: Sequence[Checkpoint],
@@ -29,7 +32,7 @@ def task_arithmetic(base: Checkpoint, tuned: Sequence[Checkpoint],
 
 def best_scale(base: Checkpoint, tuned: Sequence[Checkpoint],
                score: Callable[[dict[str, Tensor]], float],
-               grid: Sequence[float] = tuple(k / 20 for k in range(21)),
+               grid: Sequence[float] = GRID,
                ) -> tuple[float, dict[float, float]]:
     """The shared lambda with the best held-out score (the smallest of equals), and all scores."""
     scores = {x: float(score(dict(task_arithmetic(base, tuned, x)))) for x in grid}
@@ -57,13 +60,17 @@ class TaskArithmetic(Method):
     for bit. Heads whose shapes differ, integers and running statistics stay the base's; tied
     tensors are subtracted once. Cost: a read of every file, one tensor at a time.
     Low-rank updates are summed by stacking (``blocks.weight.factor_algebra.cat``), never factor by
-    factor. ``burnish arithmetic`` is its command.
+    factor. ``burnish arithmetic`` and ``combine`` are its commands.
     """
 
     paper = "Editing Models with Task Arithmetic (2023), arXiv:2212.04089"
     tier = "checked against an independent equation"
+    grid = GRID
 
     scale: float = setting(0.4, "lambda, shared by all tasks")
+
+    def rule(self, tasks: Sequence[Task]) -> Rule:
+        return lambda taus, *_: self.scale * taus.sum(0)
 
     def lifecycle(self, base: Checkpoint, *tuned: Checkpoint) -> dict[str, Tensor]:
         """The merged checkpoint."""

@@ -48,7 +48,7 @@ def linears(anatomy: Anatomy, method: Any, places: list[Place], *, anywhere: boo
             continue
         rows = tuple(sorted(p.rows for p in places if p.rows)) or None
         out = next(p.out for p in anatomy.places if p.path == path and not p.rows)
-        if rows and rows[0][0] == 0 and sum(b - a for a, b in rows) == out:
+        if rows and sum(b - a for a, b in rows) == out:
             rows = None
         yield first, rows, out
 

@@ -35,7 +35,8 @@ class MtLora(Method):
     Departure: the authors run every task on every picture, each as a stream of its own from the
     last blocks of a stage to a decoder, beside a stream for all that goes on to the next stage.
     Here a sample has one task and one stream, so what follows a stage's last block reads it too
-    (shared=True is their "matrixv2" there, False their "matrix"). Norms, patch embeddings and
+    (shared=True is their "matrixv2" there, False their "matrix"; "addition", a norm of the sum of
+    all tasks' streams, has none to sum). Norms, patch embeddings and
     whatever else trains beside it are parts of their own: ``mtlora + norms``.
 
     Start: A uniform in +-1/sqrt(in), B = 0: the pre-trained function exactly. Trains rank (in +

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
-from ...core.outputs import next_token
+from ...core.outputs import LOGITS, next_token
 
 if TYPE_CHECKING:
     from ...engine.tuned import Tuned
@@ -40,8 +40,9 @@ class Distill(Method):
 
     z the logits of this forward, t those of the base (or of another `adapter`) on the same batch,
     without gradients and in eval mode. With labels per token, rows that answer no label do not
-    count (row n of a model that writes on answers label n + 1; see core/outputs.py). Models whose
-    forward declares outputs without ``logits`` are refused when the recipe is joined.
+    count (row n of a model that writes on answers label n + 1; see core/outputs.py). Where pictures
+    are compared with texts z are the logits per picture. Models whose forward declares outputs
+    without logits are refused when the recipe is joined.
     T^2 keeps the size of the gradient as T changes.
 
     Trains nothing of its own; needs no second model: the base is the tuned model switched off, its
@@ -66,12 +67,19 @@ class Distill(Method):
             raise RecipeError(f"distill(temperature={self.temperature}): expected a positive one")
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
-        student, teacher = _logits(run.outputs), _logits(run.reference(self.adapter))
-        yield self.weight * divergence(student, teacher, self.temperature,
-                                       _counts(tuned.model, run.batch, student.shape[:-1]))
+        yield self.weight * from_reference(tuned, run, self.temperature, self.adapter)
 
 
-def _counts(model: nn.Module, batch: Any, rows: torch.Size) -> Tensor | None:
+def from_reference(tuned: Tuned, run: Any, temperature: float, adapter: str | None = None
+                   ) -> Tensor:
+    """:func:`divergence` of a forward from the base's (or another adapter's), over the rows that
+    answer a label."""
+    student, teacher = logits_of(run.outputs), logits_of(run.reference(adapter))
+    return divergence(student, teacher, temperature,
+                      counted(tuned.model, run.batch, student.shape[:-1]))
+
+
+def counted(model: nn.Module, batch: Any, rows: torch.Size) -> Tensor | None:
     """Which rows of logits answer a label; None where labels are not per row. A model
     that writes on is given its own input as labels: row n answers for the token n + 1."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -82,12 +90,14 @@ def _counts(model: nn.Module, batch: Any, rows: torch.Size) -> Tensor | None:
     return labels != -100
 
 
-def _logits(out: Any) -> Tensor:
-    found = out if isinstance(out, Tensor) else \
-        out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+def logits_of(out: Any, part: str = "distill") -> Tensor:
+    """What a model answers, among its outputs."""
+    found = out if isinstance(out, Tensor) else next(
+        (t for name in LOGITS if (t := out.get(name) if isinstance(out, Mapping)
+                                  else getattr(out, name, None)) is not None), None)
     if found is None and isinstance(out, tuple):
         found = next((t for t in out if isinstance(t, Tensor) and t.dim() > 1), None)
     if not isinstance(found, Tensor) or not found.dim():
-        raise ConfigError("distill compares logits, and this model returns none (a tensor, or "
-                          "outputs with .logits)")
+        raise ConfigError(f"{part} compares logits, and this model returns none (a tensor, or "
+                          "outputs with .logits or .logits_per_image)")
     return found

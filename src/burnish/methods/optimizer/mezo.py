@@ -24,7 +24,8 @@ class Mezo(Method):
 
     Objectives of the recipe are evaluated at both points and added; tensors that a schedule keeps
     at rest (lisa) are neither perturbed nor moved; parts that read gradients (adalora, snella)
-    are refused. Losses are evaluated in fp32 whatever the logits are held in.
+    are refused. Losses are evaluated in fp32 whatever the logits are held in. `g_max` cuts |g| of
+    each probe, so that no step is longer than lr g_max ||z|| (QZO's clipping).
 
     The whole run is its starting weights and ``optimizer.log``: 16 bytes per query; ``replay``
     repeats it bit for bit. L may be any number, also one without a gradient.
@@ -35,6 +36,7 @@ class Mezo(Method):
 
     eps: float = setting(1e-3, "radius of the probe; 1e-2 with LoRA, 1e-1 with prefixes")
     queries: int = setting(1, "probes averaged per update, two forwards each")
+    g_max: float = setting(0.0, "what |g| of a probe is cut to; 0: nothing is", other=(1e-4,))
     weight_decay: float = setting(0.0, "decay of matrices, times lr")
     mode: Literal["scratch", "in_place"] = setting("scratch", "where the perturbed weights live")
     noise: Literal["device", "portable"] = setting(
@@ -45,7 +47,7 @@ class Mezo(Method):
 
     def optimizer(self) -> ZerothOrder:
         return ZerothOrder(eps=self.eps, queries=self.queries, mode=self.mode, noise=self.noise,
-                           weight_decay=self.weight_decay)
+                           weight_decay=self.weight_decay, bound=self.g_max)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         """Bytes of state beside a trained tensor."""

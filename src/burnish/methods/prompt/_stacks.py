@@ -14,6 +14,7 @@ from ...core.families import rotary
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
+    from ...core.site import Place
 
 
 def embedding_stacks(anatomy: Anatomy) -> dict[str, str]:
@@ -90,7 +91,8 @@ def attentions(anatomy: Anatomy) -> Iterator[tuple[str, int]]:
                 yield path, key_width(anatomy, number, block, prefix)
 
 
-def key_width(anatomy: Anatomy, number: int, block: Block, prefix: str) -> int:
+def key_width(anatomy: Anatomy, number: int, block: Block, prefix: str,
+              part: str = "prefix") -> int:
     """Of the keys of one attention (`prefix` of its roles: "" or "cross_"), from its weights."""
     mine = [p for p in anatomy.places if p.block == number]
     for place in mine:
@@ -100,5 +102,17 @@ def key_width(anatomy: Anatomy, number: int, block: Block, prefix: str) -> int:
     fused = next((p for p in mine if p.role == f"{prefix}qkv"), None)
     if fused is not None and block.heads and block.kv_heads:
         return fused.out * block.kv_heads // (block.heads + 2 * block.kv_heads)
-    raise RecipeError(f"prefix: the width of the keys in {block.path} cannot be told from its "
+    raise RecipeError(f"{part}: the width of the keys in {block.path} cannot be told from its "
                       "weights")
+
+
+def key_value_linears(anatomy: Anatomy, number: int, attn: str, part: str) -> tuple[Place, Place]:
+    """The linears of the self-attention at `attn`, of block `number`, that make its keys and its
+    values, or the runs of a fused one that do. RecipeError where there are none."""
+    mine = [s for p in anatomy.places if p.block == number and p.kind in ("linear", "conv1d")
+            and p.path.startswith(f"{attn}.") for s in (p, *anatomy.slices(p))]
+    found = [next((p for p in mine if p.role == role), None) for role in ("k", "v")]
+    if found[0] is None or found[1] is None:
+        raise RecipeError(f"{part}: {attn} has no linear whose outputs are its keys, or its "
+                          "values, alone and in one run, so nothing else can be sent through it")
+    return found[0], found[1]

@@ -33,6 +33,7 @@ class Bitfit(Method):
     """
 
     paper: ClassVar[str] = "BitFit (2022), arXiv:2106.10199"
+    tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"biases"})
 
     which: Literal["all", "query-mlp"] = setting("all", "which biases")

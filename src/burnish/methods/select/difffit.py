@@ -34,7 +34,8 @@ class Difffit(Method):
     `targets` narrows it to some tensors and to the gamma of some linears.
 
     No complete code was published: that gamma is a vector, and which blocks have it (the paper's
-    are said to be a part of them; here all), is our reading. Position tables are the loader's.
+    are said to be a part of them; here all), is our reading; so is the table, with which DiT-XL/2
+    trains more than the 0.12 % that the paper reports. Position tables are the loader's.
     """
 
     paper: ClassVar[str] = "DiffFit: Unlocking Transferability of Large Diffusion Models (2023)"

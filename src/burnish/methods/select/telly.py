@@ -23,7 +23,9 @@ class Telly(Method):
 
     Start: the pre-trained function. Trains (L - k) times the parameters of a block. Backward ends
     at block k: nothing below it is kept, and its dropout goes on in training, as in the paper.
-    What stands between or behind the blocks without being one (a last norm) stays as it is.
+    What stands between or behind the blocks without being one (a last norm) stays as it is. A head
+    that is tied to the embeddings stays with them; ``head=True`` trains both, and backward goes to
+    the bottom for it.
     `targets` narrows it to some tensors of the blocks that train.
     """
 

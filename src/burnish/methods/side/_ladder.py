@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ...blocks.state.sideblocks import Plain, shrunk
-from ...blocks.state.taps import Crown, Foot, Rung, Still
+from ...blocks.state.taps import Crown, Foot, Rung
 from ...blocks.weight import slicing
 from ...core.errors import RecipeError
 from ...core.families import rotary
 from ...core.method import Method
+from ._beside import frozen, still, width
 from ._cutting import Scores, embedding_channels, prune
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ class Ladder:
     stacks: tuple[tuple[list[Block], frozenset[int]], ...]
 
     def install(self, attacher: Any, part: Method) -> None:
-        self._backbone_is_frozen(attacher, part)
-        d = self._width(attacher)
+        anatomy, stacks = attacher.anatomy, [blocks for blocks, _ in self.stacks]
+        end = anatomy.final_norms.get(stacks[-1][0].stack)
+        frozen(attacher, part, tuple(f"{p}." for p in (*anatomy.head, end) if p))
+        d = width(anatomy, part, stacks)
         s = self.method.narrow(d, "the width")
-        self._still(attacher, part)
+        still(attacher, part, stacks)
         scores = Scores(attacher.anatomy)
         if self.method.init == "fisher":
             scores.read(attacher, part, [b for blocks, kept in self.stacks
@@ -73,42 +76,6 @@ class Ladder:
             attacher.slot(end or blocks[-1].path), f"{part.name}_end")
         return keep
 
-    # -- what it stands beside -----------------------------------------------------------------
-    def _width(self, attacher: Any) -> int:
-        blocks = [b for stack, _ in self.stacks for b in stack]
-        d = blocks[0].hidden_size or attacher.anatomy.hidden_size
-        if d is None or len({b.hidden_size for b in blocks}) > 1:
-            raise RecipeError("lst: the blocks have different widths; a ladder has one")
-        return d
-
-    def _still(self, attacher: Any, part: Method) -> None:
-        """The backbone drops nothing, run as a whole or in parts (without the head; an encoder)."""
-        name, stacks = attacher.adapter.name, [b[0].stack.split(".") for b, _ in self.stacks]
-        above = {p for names in stacks for p in _prefixes(names[:-1])}
-        stems = {names[0] for names in stacks if len(names) > 1}
-        heads = [next(p for p in _prefixes(h.split(".")) if p not in above)
-                 for h in attacher.anatomy.head]         # with what stands beside it: its dropout
-        inside = {p: x for p, x in attacher.model.named_modules()
-                  if p and "burnish" not in p.split(".")
-                  and not any(f"{p}.".startswith(f"{h}.") for h in heads)
-                  and (not stems or p.split(".")[0] in stems)}
-        Still(attacher.state, name, list(inside.values())).listen(attacher.slot(""), part.name)
-        for top in sorted(above):
-            mine = [x for p, x in inside.items() if f"{p}.".startswith(f"{top}.")]
-            Still(attacher.state, name, mine, part=True).listen(attacher.slot(top), part.name)
-
-    def _backbone_is_frozen(self, attacher: Any, part: Method) -> None:
-        """What trains may stand behind the blocks (the last norm, the head), nowhere else."""
-        anatomy, name = attacher.anatomy, attacher.adapter.name
-        end = anatomy.final_norms.get(self.stacks[-1][0][0].stack)
-        behind = tuple(f"{p}." for p in (*anatomy.head, end) if p)
-        own = [n for n, p in attacher.model.named_parameters()
-               if f".burnish.{name}." in f".{n}" and p.requires_grad]
-        for n in (*own, *attacher.adapter.selected):
-            if not n.startswith(behind):
-                raise RecipeError(f"{part.name} runs the backbone without a graph, so {n} could "
-                                  "not train: drop that part of the recipe")
-
     # -- its blocks ----------------------------------------------------------------------------
     def _side(self, attacher: Any, blocks: list[Block], i: int, s: int, table: bool) -> nn.Module:
         m, model, block = self.method, attacher.model, blocks[i]
@@ -142,8 +109,3 @@ class Ladder:
             raise RecipeError(f"lst(reduction={R}): heads of width {s // heads} cannot "
                               "be rotated; rotary positions need an even width, so a smaller "
                               "reduction")
-
-
-def _prefixes(names: list[str]) -> list[str]:
-    """The paths of a module and of those above it, the outermost first."""
-    return [".".join(names[: n + 1]) for n in range(len(names))]

@@ -32,8 +32,8 @@ class Gblm(Pruning):
     Blocks are pruned one after the other, each by what the pruned ones before it pass on and by the
     gradients of the model as it is then: the gradients of one block wait on the host, and no more
     than one stands on the device. (Published: inputs so, gradients of the whole model beforehand,
-    which all have to wait.) The mean, not the sum, over samples is our reading of both norms
-    (unconfirmed).
+    which all have to wait.) 100 is the paper's alpha. The mean, not the sum, over samples is our
+    reading of both norms (unconfirmed).
 
     Holds: the weight's own bytes, zeros included. Trains: nothing; what is added on top (a LoRA) is
     dense, and a merge with it is; ``sparse_peft`` keeps the zeros. Step 0 is the pruned model. The

@@ -80,7 +80,8 @@ def declared_count(name: str, model: str) -> Skip | None:
     for _, _, slot in slots(tuned.model):
         by_place: dict[Any, int] = {}
         for part in slot.parts:
-            if part.place is not None and part.key.startswith(name):
+            if part.place is not None and part.key.startswith(name) \
+                    and not getattr(slot.module_of(part), "mirrors", False):
                 n = sum(p.numel() for p in slot.module_of(part).parameters() if p.requires_grad)
                 by_place[part.place] = by_place.get(part.place, 0) + n
         for place, n in by_place.items():

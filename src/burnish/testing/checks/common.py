@@ -220,6 +220,8 @@ def dense_weights(tuned: Tuned, base: nn.Module) -> Iterator[None]:
             made[f"{path}.{param}" if path else param] = slot._stored(module, param).detach()
         groups, _, _ = slot._planned(module, tuned.state.active)
         for place, op in groups:
+            if all(t.mirrors for t in op.all):       # a tied tensor is one for all that read it
+                continue
             key = f"{path}.{place.param}" if path else place.param
             stored = made.get(key, slot._stored(module, place.param).detach())
             whole = op.dense(place.view(stored))

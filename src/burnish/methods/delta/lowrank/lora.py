@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from ....blocks.weight.factor import Chain
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
@@ -18,17 +20,19 @@ class Lora(Method):
     alpha / sqrt(rank) with ``scaling="rs"`` (rsLoRA: the size of the update does not shrink as the
     rank grows). Convolutions see W as (out, in * kernel); embeddings look up columns of A.
 
-    Start: A uniform in +-1/sqrt(in), B = 0 (embeddings: A = 0, B normal): the pre-trained function
-    exactly. Trains rank (in + out) per matrix, rank out with ``train_a=False`` (LoRA-FA).
-    Kept for backward: x (once for all layers that read it) and rank numbers per token; with
-    train_a=False only those. With dropout the mask is drawn again, never kept; beside a convolution
-    the two factors run on its input then. Refused on what is read as a weight or looked up
-    (attention of torch, experts, embeddings), which has no input to drop.
+    Start: A uniform in +-1/sqrt(in), or with ``init="normal"`` of deviation 1/rank, B = 0
+    (embeddings: A = 0, B normal): the pre-trained function exactly. Trains rank (in + out) per
+    matrix, rank out with ``train_a=False`` (LoRA-FA). Kept for backward: x (once for all layers
+    that read it) and rank numbers per token; with train_a=False only those. With dropout the mask
+    is drawn again, never kept; beside a convolution the two factors run on its input then. Refused
+    on what is read as a weight or looked up (attention of torch, experts, embeddings), which has
+    no input to drop.
     Merges exactly: ``W + s B A``.
 
     ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16), `embedding_rate`
-    that of the factors of embeddings instead (the authors give those 1e-6). No weight decay on the
-    factors. Factors are fp32 whatever the base.
+    that of the factors of embeddings instead (the authors give those 1e-6). (Their code gives B's
+    rate to every tensor of one dimension that trains besides, biases and norms; here those keep
+    their own.) No weight decay on the factors. Factors are fp32 whatever the base.
 
     Example: ``lora(rank=16, alpha=32, targets="q,v")``.
     """
@@ -42,6 +46,8 @@ class Lora(Method):
     scaling: Literal["lora", "rs"] = setting("lora", "s = alpha/rank, or alpha/sqrt(rank)")
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
     train_a: bool = setting(True, "False freezes A (LoRA-FA): x is not kept")
+    init: Literal["uniform", "normal"] = setting(
+        "uniform", "start of A: within 1/sqrt(in), or of deviation 1/rank")
     b_rate: float = setting(1.0, "learning rate of B relative to A (LoRA+)")
     embedding_rate: float = setting(
         1.0, "learning rate of both factors of embeddings relative to the others",
@@ -59,6 +65,8 @@ class Lora(Method):
     def delta(self, site: Site) -> Chain:
         site.place.check_rank(self.rank, "lora")
         term = Chain(site.place, self.rank, self.scale, self.dropout, self.train_a)
+        if self.init == "normal" and site.place.kind != "embedding":
+            nn.init.normal_(term.A, std=1 / self.rank)
         term.A.burnish_decay = term.B.burnish_decay = False
         term.B.burnish_lr = self.b_rate
         if site.place.kind == "embedding":
@@ -76,10 +84,10 @@ class Lora(Method):
         return per * max(1, place.experts)
 
 
-def check_dropout(name: str, p: float) -> None:
+def check_dropout(name: str, p: float, word: str = "dropout") -> None:
     """A probability below one."""
     if not 0 <= p < 1:
-        raise RecipeError(f"{name}: dropout is a probability in [0, 1), got {p}")
+        raise RecipeError(f"{name}: {word} is a probability in [0, 1), got {p}")
 
 
 def check_rate(name: str, rate: float, setting: str = "b_rate") -> None:

@@ -7,6 +7,7 @@ from ....blocks.weight.butterfly import Butterfly, Gained
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Boft(Method):
     Start: Q = 0: the pre-trained function exactly. Trains m in (b - 1) / 2 per matrix, and out
     more with `gains`. Kept for backward: x, once for all layers that read it; x is turned, never W;
     the product in front of a gain is made again. Merges exactly. No weight decay. b must divide
-    `in`, 2^(m-1) b too, and b must be even beyond one factor.
+    `in`, 2^(m-1) b too, and b must be even beyond one factor. In training `block_dropout` leaves
+    that share of the blocks of one factor, drawn for each forward, where they are (see oft).
     """
 
     paper: ClassVar[str] = ("Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization "
@@ -37,7 +39,11 @@ class Boft(Method):
     terms: int = setting(0, "0: exact; n: the first n terms of the series", other=(5,))
     gains: bool = setting(False, "a gain for each output trains too")
 
+    block_dropout: float = setting(0.0, "share of blocks that do not turn in a forward",
+                                   alias=("boft_dropout",))
+
     def __post_init__(self) -> None:
+        check_dropout("boft", self.block_dropout, "block_dropout")
         if self.block < 2 or self.factors < 1 or self.terms == 1 or self.terms < 0:
             raise RecipeError("boft: block >= 2, factors >= 1 and terms 0 (exact) or at least 2 "
                               "are expected")
@@ -59,7 +65,7 @@ class Boft(Method):
                               f"{place.inp} inputs of {place.name}")
         wiring = (place.inp, self.block, self.factors, self.terms)
         term = Gained(place.out, *wiring) if self.gains else Butterfly(*wiring)
-        term.upper.burnish_decay = False
+        term.upper.burnish_decay, term.block_dropout = False, self.block_dropout
         return term
 
     def per_token(self, place: Place) -> int:

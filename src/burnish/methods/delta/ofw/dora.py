@@ -29,9 +29,10 @@ class Dora(Method):
     a look-up costs one pass over the table, for c, and keeps its index; the row of ``padding_idx``
     gives no gradient, to m neither (PEFT gives m one where that row is not zero).
 
-    With dropout ``y = m / c * (W x + s B A drop(x)) + b`` (the authors also drop the input of W in
-    the part that differs from the base, at the price of a second base product; not built), and
-    ``dm = sum_n g * (W x + s B A drop(x)) / c``. Refused on convolutions, whose weight is all a
+    With dropout ``y = m / c * (W x + s B A drop(x)) + b`` and ``dm = sum_n g * (W x + s B A
+    drop(x)) / c``. The authors, and PEFT, drop the input of all that differs from the base, at the
+    price of a second base product: ``drop_base=True``, ``y = W x + (W' - W) drop(x) + b``, which
+    keeps drop(x), of each layer its own. Refused on convolutions, whose weight is all a
     length can act on. In half precision the product is multiplied by its gain before it is
     rounded, so that a gain near 1 counts.
     """
@@ -49,6 +50,8 @@ class Dora(Method):
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     scaling: Literal["lora", "rs"] = setting("lora", "s = alpha/rank, or alpha/sqrt(rank)")
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+    drop_base: bool = setting(False, "all that differs from the base sees the dropped input",
+                              beside={"dropout": 0.5})
     train_a: bool = setting(True, "False freezes A")
     b_rate: float = setting(1.0, "learning rate of B relative to A and m")
 
@@ -66,7 +69,9 @@ class Dora(Method):
     def delta(self, site: Site) -> tuple[Chain, Magnitude]:
         place, weight = site.place, site.weight
         place.check_rank(self.rank, "dora")
-        terms = Chain(place, self.rank, self.scale, self.dropout, self.train_a), Magnitude(weight)
+        inner = 0.0 if self.drop_base else self.dropout
+        terms = Chain(place, self.rank, self.scale, inner, self.train_a), Magnitude(weight)
+        terms[1].dropout = self.dropout - inner
         for p in (terms[0].A, terms[0].B, terms[1].m):
             p.burnish_decay = False
         terms[0].B.burnish_lr = self.b_rate

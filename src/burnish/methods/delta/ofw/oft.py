@@ -7,6 +7,7 @@ from ....blocks.weight.rotation import Near, Rotation
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
@@ -25,7 +26,10 @@ class Oft(Method):
     Start: Q = 0: the pre-trained function exactly. Trains in (b - 1) / 2 per matrix, b (b - 1) / 2
     shared. Kept for backward: x, once for all layers that read it; x is turned, never W, which may
     be held in any form. Merges exactly. No weight decay. `in` must be a multiple of b.
-    Beside another delta on the same weight that trains, the turned x is kept too.
+    Beside another delta on the same weight that trains, the turned x is kept too. In training
+    `block_dropout` (the authors' multiplicative dropout) leaves that share of the blocks, drawn for
+    each forward, where they are. A shared block always turns. (They take whole blocks, so that
+    little of few is none; here whether the broken part of one counts is drawn too.)
     """
 
     paper: ClassVar[str] = ("Controlling Text-to-Image Diffusion by Orthogonal Finetuning (2023), "
@@ -40,7 +44,11 @@ class Oft(Method):
     terms: int = setting(0, "0: exact; n: the first n terms of the series",
                          alias=("num_cayley_neumann_terms",), other=(5,))
 
+    block_dropout: float = setting(0.0, "share of blocks that do not turn in a forward",
+                                   alias=("module_dropout",))
+
     def __post_init__(self) -> None:
+        check_dropout("oft", self.block_dropout, "block_dropout")
         if self.block < 2 or self.terms == 1 or self.terms < 0:
             raise RecipeError("oft: block >= 2 and terms 0 (exact) or at least 2 are expected")
         if self.bound is not None and not self.bound > 0:
@@ -56,7 +64,7 @@ class Oft(Method):
                               f"inputs of {site.place.name}; "
                               f"{', '.join(map(str, fits)) or 'none'} would")
         term = Rotation(site.place.inp, self.block, self.share, self.terms)
-        term.upper.burnish_decay = False
+        term.upper.burnish_decay, term.block_dropout = False, self.block_dropout
         return term
 
     def per_token(self, place: Place) -> int:

@@ -13,6 +13,7 @@ from ....blocks.weight.triplets import Triplets, crooked
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 if TYPE_CHECKING:
     from ....engine.tuned import Tuned
@@ -37,16 +38,18 @@ class Adalora(Method):
     `init_rank`. Objective: ``ortho * mean ||P^T P - I||_F`` over all P and Q (the authors' code;
     the paper sums squares). Scores after every update: ``I = |w dw|`` smoothed as ``I' U``;
     triplet i: ``S_i = s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij)``. Budget: r0 per matrix until
-    `warmup`, then cubically down to `rank` at 1 - `cooldown`; every `every` updates the triplets
+    `warmup`, then cubically down to `rank` at 1 - `cooldown` (as the code; the paper prints one
+    `cooldown` too many, with which b would not begin at r0); every `every` updates the triplets
     that are not among the b(t) best of the whole model get E = 0 and may revive. At 1 - `cooldown`
     (at the latest after the last update) those that are not among the rank x matrices best go for
     good: tensors, moments and file shrink, and the objective sees what is left. (The authors'
     code keeps them at E = 0.)
 
     Start: P, Q normal with std 0.02, E = 0: the pre-trained function exactly. Trains
-    r0 (in + out + 1) per matrix. Kept for backward: x and r0 numbers per token; scores hold two
-    floats per parameter. Merges exactly. No weight decay. The number of steps must be known
-    (``tuned.total_steps``, set by fit); without it the budget stays at r0.
+    r0 (in + out + 1) per matrix. Kept for backward: x and r0 numbers per token (a mask of dropout
+    is drawn again); scores hold two floats per parameter. Merges exactly. No weight decay. The
+    number of steps must be known (``tuned.total_steps``, set by fit); without it the budget stays
+    at r0.
     Ties at the threshold are broken by place, so exactly b(t) triplets live.
     """
 
@@ -62,9 +65,11 @@ class Adalora(Method):
     warmup: float = setting(0.1, "share of training before pruning starts")
     cooldown: float = setting(0.3, "share of training after the pattern is fixed",
                               alias=("final",))
+    dropout: float = setting(0.0, "dropout on the input of Q", alias=("lora_dropout",))
     every: int = setting(10, "updates between prunings", alias=("interval", "deltaT"))
 
     def __post_init__(self) -> None:
+        check_dropout("adalora", self.dropout)
         if not 1 <= self.rank <= self.init_rank:
             raise RecipeError(f"adalora: rank {self.rank} must be between 1 and init_rank "
                               f"{self.init_rank}")
@@ -78,7 +83,9 @@ class Adalora(Method):
     def delta(self, site: Site) -> Triplets:
         site.place.check_rank(self.init_rank, "adalora")
         rank = site.settled.get("rank", self.init_rank)
-        return Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
+        term = Triplets(site.place, rank, self.alpha / (self.init_rank + 1e-5))
+        term.dropout = self.dropout
+        return term
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:
         yield from crooked([(t.P, t.Q) for _, t in tuned.terms(Triplets)], self.ortho)

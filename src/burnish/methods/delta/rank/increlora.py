@@ -64,7 +64,8 @@ class Increlora(Method):
     Start: P, Q normal with std 0.02, E = 0; the function is the pre-trained one up to
     1e-5 alpha |p| |q| (exactly with ``advance=False``). Trains (r + waiting)(in + out) + r per
     matrix. Kept for backward: x and r + waiting numbers per token. Until growth ends scoring costs
-    a full gradient's operations, never its size. Merges exactly. No decay, no restart of the rate.
+    a full gradient's operations, never its size. Merges exactly. No decay, and no warm-up of the
+    rate for new components, which the paper tells of (unconfirmed: its code).
     """
 
     paper: ClassVar[str] = ("IncreLoRA: Incremental Parameter Allocation Method for "

@@ -40,6 +40,8 @@ class Tiles(Path):
     def borrowed(self) -> tuple[Tensor, ...]:
         return tuple(self.shared.parameters())
 
+    own_drops = True
+
     @property
     def draws(self) -> bool:
         return bool(self.dropout and self.training)

@@ -29,7 +29,8 @@ class Mos(Method):
     pieces) and P_B (n, out / pieces); a row of A is `pieces` shards of P_A side by side, a column
     of B as many of P_B. Which ones is a table drawn once from `seed` and the matrix's name, for A
     and B apart, no shard twice in a factor. `private` rows of each factor are shards that no other
-    matrix reads, aligned in A and B; they are part of the budget. No gate depends on tokens.
+    matrix reads, aligned in A and B; they are part of the budget (how many the authors take is
+    unconfirmed). No gate depends on tokens.
 
     Start: P_A uniform in +-1/sqrt(in), of the whole input (unconfirmed), P_B = 0: the pre-trained
     function exactly. Trains budget L (in + out) per kind, whatever the rank: what LoRA of rank

@@ -12,6 +12,7 @@ from ....blocks.weight.shared import Seeded, check_stored, stored
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 
 class Scaled(Columns):
@@ -22,8 +23,8 @@ class Scaled(Columns):
     "peft", whose B_i has column ``c = k n + i`` of all of them as its k-th.
     """
 
-    def __init__(self, place: Place, rank: int, scale: float, shared: Any, pairing: str = "paper",
-                 kept: bool = False):
+    def __init__(self, place: Place, rank: int, scale: float, shared: Any, pairing: str,
+                 kept: bool):
         super().__init__()
         self.pairing = pairing
         #: what a file must say so that a load waits for the bases (engine/attach.py)
@@ -66,8 +67,9 @@ class Randlora(Method):
 
     Start: lam = 0, gamma = 1 / max(n, p): the pre-trained function exactly. Trains n (rank + p) per
     matrix: a *larger* rank trains fewer. Kept for backward: x; the update is made again panel by
-    panel, one product of the cost of min(out, in) tokens. Files hold lam and gamma alone. Merges
-    exactly. No weight decay. The bases cost about q p numbers of the largest matrix, once.
+    panel, one product of the cost of min(out, in) tokens; with dropout it is a product of its own
+    with the tokens too. Files hold lam and gamma alone. Merges exactly. No weight decay. The bases
+    cost about q p numbers of the largest matrix, once.
 
     pairing="peft" is PEFT's function: where n > 1 it pairs the columns of all B_i with the rows of
     A in another order, which depends on the matrix: ``(i, k) -> column k n + i``. bases="stored" is
@@ -87,7 +89,10 @@ class Randlora(Method):
         "uniform", "how they are drawn, or those of a file", other=("sparse", "very sparse"))
     pairing: Literal["paper", "peft"] = setting("paper", "which column of B meets which row of A")
 
+    dropout: float = setting(0.0, "dropout on the input", alias=("randlora_dropout",))
+
     def __post_init__(self) -> None:
+        check_dropout("randlora", self.dropout)
         if self.rank < 1:
             raise RecipeError(f"randlora: rank={self.rank}: expected at least 1")
 
@@ -104,8 +109,10 @@ class Randlora(Method):
         site.place.check_rank(self.rank, "randlora")
         if self.bases == "stored":
             check_stored(site, "randlora")
-        return Scaled(site.place, self.rank, self.alpha / self.rank, site.shared, self.pairing,
+        term = Scaled(site.place, self.rank, self.alpha / self.rank, site.shared, self.pairing,
                       self.bases == "stored")
+        term.dropout = self.dropout
+        return term
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""

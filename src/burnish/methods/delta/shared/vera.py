@@ -11,12 +11,13 @@ from ....blocks.weight.path import Path
 from ....blocks.weight.shared import Seeded, check_stored, stored
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 
 class Scaled(Path):
     """``Delta = diag(b) B[:out] diag(d) A[:, :in]``; d (rank,) and b (out,) train."""
 
-    def __init__(self, place: Place, rank: int, start: float, shared: Any, kept: bool = False):
+    def __init__(self, place: Place, rank: int, start: float, shared: Any, kept: bool):
         super().__init__()
         self.out, self.inp = place.out, place.inp
         #: what a file must say so that a load waits for the bases (engine/attach.py)
@@ -47,7 +48,8 @@ class Vera(Method):
     exactly. Trains rank + out per matrix. Kept for backward: x A^T (rank numbers per token), not
     x. Files hold d and b_v alone: A and B are drawn again. Merges exactly:
     ``W + diag(b_v) B diag(d) A``. No weight decay. bases="stored" is what an adapter read from a
-    PEFT folder has: A and B are that folder's, and in our files too.
+    PEFT folder has: A and B are that folder's, and in our files too. Dropout acts on the input of
+    A; its mask is drawn again, never kept.
 
     The rank is large (256 to 1024) and so is the learning rate (ten times LoRA's). A and B cost
     rank (widest in + widest out) numbers once, and two products of that rank per matrix.
@@ -60,9 +62,13 @@ class Vera(Method):
 
     rank: int = setting(256, "rows of the shared A", alias=("r",))
     d_start: float = setting(0.1, "start of d", alias=("d_initial",))
+    dropout: float = setting(0.0, "dropout on the input of A", alias=("vera_dropout",))
     bases: Literal["drawn", "stored"] = setting(
         "drawn", "how they are drawn, or those of a file",
         unseen="a new adapter has no file: tests/methods/test_vera.py")
+
+    def __post_init__(self) -> None:
+        check_dropout("vera", self.dropout)
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, Tensor | Seeded]:
         bases = {"A": Seeded((self.rank, max(p.inp for p in places))),
@@ -73,6 +79,7 @@ class Vera(Method):
         if self.bases == "stored":
             check_stored(site, "vera")
         term = Scaled(site.place, self.rank, self.d_start, site.shared, self.bases == "stored")
+        term.dropout = self.dropout
         term.d.burnish_decay = term.b.burnish_decay = False
         return term
 

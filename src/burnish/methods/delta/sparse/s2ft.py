@@ -29,9 +29,10 @@ class S2ft(Method):
     Start: V = 0, the pre-trained function exactly. Trains k out (k in) per matrix; rank(Delta) <=
     k. Kept for backward: x[:, at], `density` of the input; of rows the input. Merges exactly.
 
-    Departure: nothing is permuted. The authors bring chosen channels together by turning coupled
+    Departures: nothing is permuted. The authors bring chosen channels together by turning coupled
     matrices, which changes no function; here the k columns are gathered, and a file holds where
-    they are. So channels of attention need not go by heads either.
+    they are. So channels of attention need not go by heads either, and coupled matrices choose by
+    themselves. Not offered of their choices: by activations, by products, the smallest.
     """
 
     paper: ClassVar[str] = "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by " \

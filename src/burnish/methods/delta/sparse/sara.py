@@ -42,7 +42,8 @@ class Sara(Method):
 
     ``M = 1[|W0| < tau]``, ``W' = W0 + scatter(index of M, v)``,
     ``dv_k = sum_n g[n, o_k] x[n, i_k]``. Loss ``+ nuclear ||P * M||_*`` with P = W' on one matrix a
-    step, drawn among those with both sides above 64: the subgradient is ``U V^T`` at the entries of
+    step, drawn among those with both sides above 64 (kernels of convolutions, which are no
+    matrices in the authors' code, are left out): the subgradient is ``U V^T`` at the entries of
     M. After `switch` updates the entries that have grown are held at what they have learned, and
     ``M <- M * 1[|W'| < tau]`` trains on with a fresh optimizer state.
 
@@ -103,7 +104,8 @@ class Sara(Method):
 
     def wide(self, tuned: Tuned) -> list[Small]:
         """The terms that can be braked."""
-        return [t for _, t in tuned.terms(Small) if min(t.out, t.inp) > WIDE]
+        return [t for _, t in tuned.terms(Small)
+                if min(t.out, t.inp) > WIDE and t.place.kind != "conv"]
 
     def controller(self, tuned: Tuned) -> Phases:
         return Phases(self, tuned)

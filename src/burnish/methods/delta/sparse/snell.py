@@ -24,7 +24,8 @@ class Snell(Method):
 
     Start: A uniform in +-1/sqrt(in q), B in +-1/sqrt(out q): close to, not equal to, the
     pre-trained function (rms of Delta about 3e-6 at 768 x 768, rank 8). Trains rank (in + out) per
-    matrix (rank even). Kept for backward: x, once for all layers that read it, and tau.
+    matrix (rank even); the class token, which the authors train too, is ``+
+    full(targets="cls_token")``. Kept for backward: x, once for all layers that read it, and tau.
     Panels of Delta are made in forward and again in backward; the published code keeps checkpoints
     and sorts instead. Merges exactly in fp32.
 
@@ -53,7 +54,8 @@ class Snell(Method):
     s: float = setting(0.5, "share of entries that stay zero, in [0, 1)", alias=("sparsity",))
     norm_p: float = setting(2.0, "p of the distance")
     magnitude: Literal["auto", "signed_square", "linear"] = setting(
-        "auto", "Delta from K: auto is linear at s = 0, else signed_square", other=("linear",))
+        "auto", "Delta from K: auto is linear where nothing competes, else signed_square",
+        other=("linear",))
     dropout: float = setting(0.0, "dropout on the input of the update (the authors: 0.1)")
     drop_path: float = setting(0.0, "drops the whole update of a sample (the authors: 0.1)")
 

@@ -37,12 +37,14 @@ class Snella(Method):
     gradient (`metric` "ipt"), or |theta| ("mag"; the authors' third, w_mag, does not run).
 
     With s = s_target = 0 nothing competes: Delta = K, dense and unsquared (the authors' mixk), and
-    what a budget would read is refused. `dropout` and `drop_path` are SNELL's.
+    what a budget would read is refused. `magnitude` "linear" is Delta = K 1[|K| > tau_l] with a
+    budget as well; "auto" is what the authors run. `dropout` and `drop_path` are SNELL's.
 
     Start: alpha = gamma = 1, beta = 0, factors as SNELL: near, not equal to, the pre-trained
-    function (mixk: Delta about 1 / out everywhere). Trains rank (in + out) + 3 per matrix. Kept
-    for backward: x and tau; scores hold two floats per factor element. Merges exactly in fp32.
-    Saved: factors, scalars and every s_l.
+    function (mixk: Delta about 1 / out everywhere). Trains rank (in + out) + 3 per matrix; factors
+    decay, the three scalars do not (unconfirmed). Kept for backward: x and tau, and with
+    Triton's kernels two floats per input feature; scores hold two floats per factor element. Merges
+    exactly in fp32. Saved: factors, scalars and every s_l.
 
     Where the number of steps is unknown (a bare loop), the budget stays at `s` unless
     ``tuned.total_steps`` is set. The authors count `rounds` in epochs (100).
@@ -64,6 +66,9 @@ class Snella(Method):
     s: float = setting(0.01, "share of zeros at the start", alias=("s_init",))
     s_target: float = setting(0.5, "share of zeros at the end")
     metric: Literal["ipt", "mag"] = setting("ipt", "importance: |theta dtheta| or |theta|")
+    magnitude: Literal["auto", "signed_square", "linear"] = setting(
+        "auto", "Delta from K: auto is linear where nothing competes, else signed_square",
+        other=("linear",))
     rounds: int = setting(100, "how often the budget is reallocated in a run", other=(2,))
     warmup: float = setting(0.0, "share of training before the budget starts to fall")
     cooldown: float = setting(0.0, "share of training after it has arrived")
@@ -94,11 +99,15 @@ class Snella(Method):
         return () if self.dense else ("the budget of generated entries",)
 
     def delta(self, site: Site) -> KernelDelta:
+        form = self.magnitude
+        if form == "auto":
+            form = "linear" if self.dense else "signed_square"
         term = KernelDelta(site.place, self.rank, self.s, mixed=True,
-                           magnitude="linear" if self.dense else "signed_square",
-                           dropout=dropped(site.place, self.dropout), drop_path=self.drop_path)
+                           magnitude=form, dropout=dropped(site.place, self.dropout),
+                           drop_path=self.drop_path)
         for p in (term.alpha, term.gamma, term.beta):
             p.burnish_decay = False
+        term.budgeted = not self.dense
         return term
 
     def per_token(self, place: Place) -> int:
@@ -112,7 +121,6 @@ class Snella(Method):
     def controller(self, tuned: Tuned) -> Sharing | None:
         if self.dense:
             return None
-        return Sharing({n: t for n, t in tuned.terms(KernelDelta)
-                        if t.mixed and t.magnitude == "signed_square"},
+        return Sharing({n: t for n, t in tuned.terms(KernelDelta) if t.budgeted},
                        Falling(1 - self.s, 1 - self.s_target, self.warmup, self.cooldown),
                        self.rounds, IMPORTANCE[self.metric])

@@ -33,9 +33,10 @@ class Spt(Method):
     candidates go on. The file holds plan and index: a load needs no data. Without data (a
     simulation) every matrix has a LoRA.
 
-    Departures: gradients are read in evaluation mode; vectors (biases, norms) are no candidates:
-    set bitfit beside it. (The authors' sparse linear keeps a copy of its weight and makes
-    gradients of k entries as the diagonal of a k x k product.)
+    Departures: gradients are read in evaluation mode; vectors (biases, norms) are no candidates
+    (there: one trains whole with a fifth of its entries): set bitfit beside it; every number of
+    entries is tried, not steps of 20,000; a LoRA, never an adapter. (The authors' sparse linear
+    keeps a copy of its weight and makes gradients of k entries as the diagonal of a k x k product.)
     """
 
     paper: ClassVar[str] = "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning, ICCV 2023"

@@ -18,13 +18,15 @@ class TrainableTokens(Method):
 
     Start: rows = 0, the pre-trained function exactly. Trains n width per table. Kept for backward:
     the ids of the batch. Merges exactly. No weight decay. The row of a padding id gets no
-    gradient, as in the table. A table that is tied to the head is refused: what is added to one
-    end would not reach the other.
+    gradient, as in the table. Where the table is tied to other modules (the head of a language
+    model, the tables of an encoder and its decoder) they read the same rows: at a head
+    ``logits[id_k] += x . rows_k``, which keeps x. There a padding id has its gradient.
     """
 
     paper: ClassVar[str] = "trainable tokens of huggingface/peft"
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    needs: ClassVar[frozenset[str]] = frozenset({"loose embedding"})
+    needs: ClassVar[frozenset[str]] = frozenset({"tables"})
+    ties: ClassVar[bool] = True
     excused: ClassVar[dict[str, str]] = {
         "every_kind_of_place": "it stands on tables alone: tests/methods/test_trainable_tokens.py"}
     small: ClassVar[dict[str, tuple[int, ...]]] = {"ids": tuple(range(1, 48))}

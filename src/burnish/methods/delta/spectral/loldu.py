@@ -32,8 +32,8 @@ class Loldu(Method):
     min(out, in)), ``W' = (W - s L_r diag(D_r) U_r) + s L_r diag(z) U_r``, s = alpha / rank, the
     first `rank` columns of L and rows of U, in the order of the pivots. Realised as ``W + s L_r
     diag(z - D_r) U_r``: the base is left alone. (The authors' other starts of z change the model at
-    step 0, since their residual is built with D_r; they are not offered. Their scale is declared a
-    parameter but never trained.)
+    step 0, since their residual is built with D_r; with a residual of their own only z - z_0 would
+    act, as here. They are not offered. Their scale is declared a parameter but never trained.)
 
     Start: z = D_r: the pre-trained function exactly. Trains rank per matrix. Kept for backward:
     x U_r^T (rank numbers per token), not x. The file holds the factors and D_r, rank (in + out + 1)

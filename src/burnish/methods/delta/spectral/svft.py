@@ -19,9 +19,10 @@ class Svft(Method):
 
     ``W = U S V^T``, ``W' = U (S + M) V^T``, M (m, m), m = min(out, in), zero but for a pattern:
     "plain" (the diagonal), "banded" (the diagonal and `band` neighbours on either side of it),
-    "random" (the diagonal and as many others as banded has, drawn from `seed`). (The authors' top-k
-    pattern picks pairs u_i, v_j that point the same way, which a matrix that is not square does not
-    say; it is not offered.) Realised as ``W + U M V^T``: the base is left alone.
+    "random" (the diagonal and as many others as banded has, drawn from `seed`), "aligned" (as many
+    as banded has, where ``|<u_i, v_j>|`` is largest; of square matrices alone, others are refused).
+    Realised as ``W + U M V^T``: the base is left alone. (The authors compare without the absolute
+    value, which depends on the signs that a decomposition happens to give.)
 
     Start: M = 0: the pre-trained function exactly. Trains m, or m (2 band + 1) - band (band + 1).
     Kept for backward: x V (m numbers per token), not x. The frozen factors take (in + out) m
@@ -34,7 +35,8 @@ class Svft(Method):
     keeps_input: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
-    pattern: Literal["plain", "banded", "random"] = setting("banded", "which entries of M train")
+    pattern: Literal["plain", "banded", "random", "aligned"] = setting(
+        "banded", "which entries of M train", other=("plain", "random"))
     band: int = setting(2, "neighbours of the diagonal on either side", alias=("off_diag",),
                         other=(1,))
     seed: int = setting(0, "of the random pattern", beside={"pattern": "random"})
@@ -48,9 +50,11 @@ class Svft(Method):
             raise RecipeError(f"svft: {idle[0]} does nothing beside pattern={self.pattern!r}")
 
     def index(self, place: Place) -> Tensor:
-        """Flat positions in M, ascending."""
+        """Flat positions in M, ascending; as many, where the weight says which."""
         m = self.width(place)
         at = torch.arange(m)
+        if self.pattern == "aligned":
+            return torch.arange(self.count(place))
         if self.pattern == "random":
             others = drawn(m * (m - 1), self.count(place) - m, self.seed, place.name)
             rows, cols = others // (m - 1), others % (m - 1)
@@ -66,8 +70,16 @@ class Svft(Method):
 
     def delta(self, site: Site) -> Between:
         place = site.place
+        if self.pattern == "aligned" and place.out != place.inp:
+            raise RecipeError(f"svft: pattern='aligned' compares u_i with v_j, and those of "
+                              f"{place.name} ({place.out} x {place.inp}) differ in length; leave "
+                              "it out of targets, or take another pattern")
         term = Patterned(place.out, place.inp, self.width(place), self.index(place))
-        return term.read(site, lambda W: torch.linalg.svd(W, full_matrices=False))
+        term.read(site, lambda W: torch.linalg.svd(W, full_matrices=False))
+        if self.pattern == "aligned" and not site.blank:
+            alike = (term.R @ term.L).abs().t().flatten()      # i * m + j: |<u_i, v_j>|
+            term.index.copy_(alike.topk(term.index.numel()).indices.sort().values)
+        return term
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward, and no input."""

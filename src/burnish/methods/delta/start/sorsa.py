@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Sorsa(Method):
     """SORSA: the principal singular triplets of W train, and are kept close to orthonormal.
 
-    ``W = U S V^T``, P0 = U_r (out, rank), E0 = S_r / s, Q0 = V_r^T (rank, in), ``W' = (W - s P0
-    diag(E0) Q0) + s P diag(E) Q``, s = alpha / rank, 1 by default; realised as an update on W, so
-    the base is never written. Added to the loss: ``ortho * mean over all P, Q of ||P^T P - I||_F,
-    ||Q Q^T - I||_F`` (not squared). The paper's pull is gamma / (largest learning rate) times that,
-    4e-4 / 3e-5 = 13.3, which is the default; it rides on the loss, so once per update, however many
-    batches are accumulated (the authors' code adds it once per batch).
+    ``W = U S V^T``, P0 = U_r (out, rank), E0 = S_r, Q0 = V_r^T (rank, in), ``W' = (W - s P0
+    diag(E0) Q0) + s P diag(E) Q``, s = alpha / rank, 1 by default (only then is the residual W
+    without its principal part); realised as an update on W, so the base is never written. Added to
+    the loss: ``ortho * mean over all P, Q of ||P^T P - I||_F, ||Q Q^T - I||_F`` (not squared). The
+    paper's pull is gamma / (largest learning rate) times that, 4e-4 / 3e-5 = 13.3, which is the
+    default; it rides on the loss, so once per update, however many batches are accumulated (the
+    authors' code adds it once per batch).
 
     Start: P0, E0, Q0: the pre-trained function exactly, the penalty nearly nothing. Trains rank
     (in + out + 1) per matrix. Kept for backward: x; the path runs again there. Merges exactly;
@@ -54,7 +55,7 @@ class Sorsa(Method):
         term = LessTriplets(place, self.rank, scale).to(site.weight.device)
         if not site.blank:
             U, S, Vt = decomposed(site, lambda W: svd(W, self.rank))
-            term.begin(U, S / scale, Vt)
+            term.begin(U, S, Vt)
         return term
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:

@@ -3,9 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
-from ....blocks.choose.masks import drawn
+from ....blocks.choose.masks import as_torch, drawn
 from ....blocks.weight.cosines import Cosines
 from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
@@ -26,8 +24,8 @@ class Fourierft(Method):
 
     Start: c ~ N(0, 1), so step 0 is *not* the pre-trained function (the factor makes it nearly
     so); ``zero=True`` starts at c = 0, which is. Trains n per matrix, whatever its size. Kept for
-    backward: x; the update is made again, panel by panel. The file holds c alone. Merges exactly.
-    No weight decay.
+    backward: x; the update is made again, panel by panel. The file holds c alone; a load draws the
+    positions again. Merges exactly. No weight decay.
     """
 
     paper: ClassVar[str] = ("Parameter-Efficient Fine-Tuning with Discrete Fourier Transform "
@@ -54,13 +52,9 @@ class Fourierft(Method):
             raise RankError(f"fourierft: n={self.n} coefficients, {place.name} has {out * inp} "
                             "entries")
         index = drawn(out * inp, self.n, self.seed, f"{out}x{inp}") \
-            if self.positions == "portable" else self._as_torch(out * inp)
+            if self.positions == "portable" else as_torch(out * inp, self.n, self.seed)
         return Cosines(out, inp, index.to(site.weight.device), self.alpha,
                        0.0 if self.zero else 1.0)
-
-    def _as_torch(self, entries: int) -> torch.Tensor:
-        g = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(entries, generator=g, device="cpu")[: self.n].clone()
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""

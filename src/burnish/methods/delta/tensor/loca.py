@@ -22,7 +22,8 @@ class Loca(Method):
     ``W' = W + alpha C^T S D``, C (out, out) and D (in, in) orthonormal DCT-II, S (out, in) zero but
     for ``S[u_k, v_k] += a_k``, k = 1..n. Places are real numbers that forward rounds; the gradient
     of u_k is ``alpha a_k (T[u_k + 1, v_k] - T[u_k - 1, v_k]) / 2``, T the transform of dL/dW, that
-    of v_k alike, one-sided at a border: an estimate. Entries that meet add up.
+    of v_k alike, one-sided at a border: an estimate. Entries that meet add up
+    (`met` of the term counts them).
 
     By turns `coefficient_steps` updates move the a alone and `location_steps` the places alone,
     within the matrix; after the share `search` of the run the places stay what they round to.

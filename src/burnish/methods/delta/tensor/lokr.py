@@ -8,6 +8,7 @@ from ....blocks.weight.kronecker import Kronecker
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
+from ..lowrank.lora import check_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,11 @@ class Lokr(Method):
     Start: C, B_a (U, T) Kaiming-uniform, B_b (V, or B) 0: the pre-trained function exactly. Trains
     o1 i1 + rank (o2 + i2 k) per matrix, o1 i1 + o2 i2 k with a whole B, o1 i1 + rank (o2 + i2 +
     rank k) with `tucker`. rank(Delta) = rank(C) rank(B). Kept for backward: x; the path runs again
-    there. Merges exactly. No weight decay. A side that is prime leaves nothing to split and is
-    refused when both are.
+    there. Merges exactly. No weight decay. KronA is this with a rank that makes both whole, but
+    that its C is normal and its s is not 1. A side that is prime leaves nothing to split and is
+    refused when both are. In training `rank_dropout` leaves outputs out of a forward, each with
+    that probability (`rank_dropout_scale`: the others are scaled by what is left), and
+    `module_dropout` a whole matrix, as LyCORIS and PEFT have them.
     """
 
     paper: ClassVar[str] = ("Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to "
@@ -47,7 +51,14 @@ class Lokr(Method):
         alias=("use_effective_conv2d", "use_effective_conv", "use_tucker"),
         unseen="no kernel is among the default targets: tests/methods/test_lokr.py")
 
+    rank_dropout: float = setting(0.0, "probability that an output gets no update in a forward")
+    rank_dropout_scale: bool = setting(False, "the outputs that get one get more for it",
+                                       beside={"rank_dropout": 0.5})
+    module_dropout: float = setting(0.0, "probability that a matrix gets none in a forward")
+
     def __post_init__(self) -> None:
+        check_dropout("lokr", self.rank_dropout, "rank_dropout")
+        check_dropout("lokr", self.module_dropout, "module_dropout")
         if self.rank < 1 or self.factor == 0 or self.factor < -1:
             raise RecipeError("lokr: rank >= 1 and factor -1 (near the square root) or at least 1 "
                               "are expected")
@@ -63,8 +74,11 @@ class Lokr(Method):
 
     def delta(self, site: Site) -> Kronecker:
         outer, inner, whole = self.shapes(site.place)
-        return Kronecker(outer, inner, self.rank, whole, 1.0 if all(whole) else
+        term = Kronecker(outer, inner, self.rank, whole, 1.0 if all(whole) else
                          self.alpha / self.rank, site.place.kernel, self.tucker)
+        term.rank_dropout, term.rescale = self.rank_dropout, self.rank_dropout_scale
+        term.module_dropout = self.module_dropout
+        return term
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""

@@ -36,7 +36,8 @@ class Soka(Method):
 
     The paper speaks of components of the update, of which there are none at step 0: that W is taken
     apart, as PiSSA does, is our reading; so are the defaults, which it does not give, and a
-    truncated decomposition (the chord spans what was decomposed, not the whole spectrum).
+    truncated decomposition (the chord spans what was decomposed, not the whole spectrum). Its total
+    of 0.99M on LLaMA-2-7B takes targets and ranks that are not given.
     """
 
     paper: ClassVar[str] = ("Singular Value Decomposition on Kronecker Adaptation for Large "

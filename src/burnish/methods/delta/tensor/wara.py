@@ -30,7 +30,7 @@ class Wara(Method):
     The paper's code cannot be read: s, the defaults and which form it runs are our readings. A
     later revision transforms over the grid of image patches instead: a linear map shared by all
     bands is then LoRA itself and is refused; which gates set it apart is not known, so that form is
-    not built. Haar alone, one level.
+    not built, nor Tiny-WaRA, whose core is not known either. Haar alone, one level.
     """
 
     paper: ClassVar[str] = "WaRA: Wavelet Low Rank Adaptation (2025)"

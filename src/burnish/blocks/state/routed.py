@@ -1,0 +1,216 @@
+"""An MLP whose inner channels fall into experts, of which a router takes a few for each token.
+
+    p = sigmoid(W_r x + b_r)        c_e = 2 p_e, e among the k largest
+    h_e = act(c_e (W1_e x + b1_e) + D1_e x)        y = sum_e (c_e W2_e h_e + D2_e h_e) + b2
+
+W1_e: the rows of the first matrix (gate and up alike) of expert e's channels, W2_e those columns
+of the last; D: what adapters add to these, as factors. c = 1 and all experts: the MLP itself.
+
+Tokens stand expert by expert from the first product to the last: N k rows of F / E channels, of
+which the activation between knows nothing. A product is one per expert, on the rows that are its.
+Kept for backward: x, N k (F / E) inner numbers (as N F of the whole MLP), R numbers per token, 4 E
+bytes per token of the routing; weights are read again.
+
+Letters: N tokens, M = N k rows, I width in, F inner channels, f = F / E, E experts, R rank, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from ...core.errors import RecipeError
+from ..tape.cast import autocast, uncast
+from ..tape.functions import applied, transformed
+from .prompts import Listener
+
+#: what gives a matrix (out, in)
+Matrix = Callable[[], Tensor]
+
+
+@dataclass(eq=False)
+class Routing:
+    """of: the state that was routed. order (M,): the (token, choice) pair of each row, expert by
+    expert; ends: where an expert's rows begin, and their number. c (M, 1): 2 p of each row."""
+
+    of: Tensor
+    order: Tensor
+    token: Tensor
+    ends: Sequence[int]
+    c: Tensor
+    k: int
+
+    @property
+    def experts(self) -> int:
+        return len(self.ends) - 1
+
+    def back(self, rows: Tensor) -> Tensor:
+        """(M, ...) summed by token: (N, ...), in the same order whatever the device."""
+        whole = torch.empty_like(rows).index_copy_(0, self.order, rows)
+        return whole.view(-1, self.k, rows.shape[-1]).sum(1)
+
+
+def routed(x: Tensor, router: nn.Linear, k: int) -> Routing:
+    """Who takes which rows of x (..., I). On a simulated device all experts take as many."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x2 = x.reshape(-1, x.shape[-1]).to(wide)
+    with uncast(x):
+        p = torch.sigmoid(F.linear(x2, router.weight.to(wide), router.bias.to(wide)))
+    E = p.shape[-1]
+    value, index = p.topk(k, -1)
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    each = (flat.unsqueeze(1) == torch.arange(E, device=x.device)).sum(0).cumsum(0)
+    simulated = isinstance(x, FakeTensor) or x.is_meta
+    ends = [len(flat) * e // E for e in range(1, E + 1)] if simulated else each.tolist()
+    c = 2 * value.flatten().index_select(0, order).unsqueeze(1)
+    return Routing(x, order, order // k, [0, *ends], c, k)
+
+
+def _parts(x: Tensor, weights: Sequence[Tensor], ends: Sequence[int]) -> Tensor:
+    """Row by row the product with its expert's matrix (in, out): (M, out)."""
+    y = x.new_empty(len(x), weights[0].shape[1])
+    for W, (a, b) in zip(weights, pairwise(ends), strict=True):
+        torch.mm(x[a:b], W.to(x.dtype), out=y[a:b])
+    return y
+
+
+def _sums(g: Tensor, x: Tensor, ends: Sequence[int], into: Sequence[Tensor]) -> None:
+    """Expert by expert g^T x, written into these."""
+    for y, (a, b) in zip(into, pairwise(ends), strict=True):
+        y.copy_(g[a:b].t() @ x[a:b])
+
+
+class _Up(torch.autograd.Function):
+    """(M, f) of x (N, I): ``c (W_e x + b_e) + B_e A x``. W (F, I), A (R, I), B (F, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None,
+                B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
+        y = _parts(x[r.token], [w.t() for w in matrix().chunk(r.experts)], r.ends)
+        if bias is not None:
+            for b, (i, j) in zip(bias.chunk(r.experts), pairwise(r.ends), strict=True):
+                y[i:j] += b.to(y.dtype)
+        y.mul_(c)
+        z = None
+        if A is not None and B is not None:
+            z = x @ A.t().to(x.dtype)
+            y += _parts(z[r.token], [b.t() for b in B.chunk(r.experts)], r.ends)
+        ctx.matrix, ctx.r = matrix, r
+        ctx.save_for_backward(x, c, bias, A, B, z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, c, bias, A, B, z = ctx.saved_tensors
+        r, needs = ctx.r, ctx.needs_input_grad
+        own = _parts(g, ctx.matrix().chunk(r.experts), r.ends)               # W_e^T g
+        dc = (own * x[r.token]).sum(-1, keepdim=True)
+        db = None
+        if bias is not None:
+            dc += _parts(g, [b.unsqueeze(1) for b in bias.chunk(r.experts)], r.ends)
+            if needs[2]:
+                db, gc = torch.empty_like(bias), g * c
+                for to, (i, j) in zip(db.chunk(r.experts), pairwise(r.ends), strict=True):
+                    to.copy_(gc[i:j].sum(0))
+        dx = r.back(own.mul_(c)) if needs[0] else None
+        if z is None:
+            return dx, dc.to(c.dtype), db, None, None, None, None
+        dB = torch.empty_like(B)
+        _sums(g, z[r.token], r.ends, dB.chunk(r.experts))
+        dz = r.back(_parts(g, B.chunk(r.experts), r.ends))
+        if dx is not None:
+            dx += dz @ A.to(dz.dtype)
+        return dx, dc.to(c.dtype), db, (dz.t() @ x).to(A.dtype), dB, None, None
+
+
+class _Down(torch.autograd.Function):
+    """(N, O) of h (M, f): ``sum_e (c W_e h + B A_e h) + b``. W (O, F), A (R, F), B (O, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None,
+                B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
+        y = r.back(_parts(h, [w.t() for w in matrix().chunk(r.experts, 1)], r.ends).mul_(c))
+        if bias is not None:
+            y += bias.to(y.dtype)
+        z = None
+        if A is not None and B is not None:
+            z = r.back(_parts(h, [a.t() for a in A.chunk(r.experts, 1)], r.ends))
+            y += z @ B.t().to(z.dtype)
+        ctx.matrix, ctx.r = matrix, r
+        ctx.save_for_backward(h, c, bias, A, B, z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, c, bias, A, B, z = ctx.saved_tensors
+        r, needs = ctx.r, ctx.needs_input_grad
+        dh = _parts(g[r.token], ctx.matrix().chunk(r.experts, 1), r.ends)    # W_e^T g
+        dc = (dh * h).sum(-1, keepdim=True).to(c.dtype)
+        dh.mul_(c)
+        db = g.sum(0).to(bias.dtype) if bias is not None and needs[2] else None
+        if z is None:
+            return dh, dc, db, None, None, None, None
+        dz = (g @ B.to(g.dtype))[r.token]
+        dA = torch.empty_like(A)
+        _sums(dz, h, r.ends, dA.chunk(r.experts, 1))
+        dh += _parts(dz, A.chunk(r.experts, 1), r.ends)
+        return dh, dc, db, dA, (g.t() @ z).to(B.dtype), None, None
+
+
+class Routed(Listener):
+    """Answers for a first linear of an MLP, whose output is rows expert by expert, or for the last,
+    which makes tokens of them again.
+
+    key: of the MLP, shared by its listeners. router: of the one that runs first, (I -> E). slot:
+    what stands at the linear (``slot.pairs``). k: experts of a token.
+    """
+
+    what = "a routed MLP"
+    part = "routed_ffn"
+
+    def __init__(self, state: Any, adapter: str, slot: Any, key: str, last: bool, k: int = 0,
+                 router: nn.Linear | None = None):
+        super().__init__(state, adapter)
+        self.__dict__["slot"] = slot              # of the module that owns this one
+        self.key, self.last, self.k, self.router = key, last, k, router
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if transformed():
+            raise RecipeError(f"{self.part}: where tokens go is decided by their values, which "
+                              "torch.func does not transform")
+        given = args[0] if args else next(iter(kw.values()))
+        matrix, A, B = self.slot.pairs(module, self.here.active, self.part)
+        box, name = self.here.box, (self.part, self.key)
+        bias: Tensor | None = module.bias         # type: ignore[assignment]
+        x = autocast(given)
+        if not self.last:
+            r = box.get(name)
+            if r is None or r.of is not given:
+                if self.router is None:
+                    raise RecipeError(f"{self.part}: {self.slot.path} ran before the linear that "
+                                      f"routes {self.key}, or on another state")
+                r = box[name] = routed(given, self.router, self.k)
+            return self._applied(_Up, x.reshape(-1, x.shape[-1]), bias, A, B, matrix, r)
+        r = box.pop(name, None)
+        if r is None or x.shape[:-1] != r.order.shape:
+            raise RecipeError(f"{self.part}: {self.slot.path} was given {tuple(x.shape)}, no rows "
+                              f"of its experts: {self.key} does more between its linears than an "
+                              "activation")
+        y = self._applied(_Down, x, bias, A, B, matrix, r)
+        return y.view(*r.of.shape[:-1], y.shape[-1])
+
+    def _applied(self, function: Any, x: Tensor, bias: Tensor | None, A: Tensor | None,
+                 B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
+        with uncast(x):
+            return applied(function, x, r.c.to(x.dtype), bias, A, B, matrix, r)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ....blocks.weight.interpolated import Interpolated
+from ....core.errors import RecipeError
+from ....core.keys import Key
+from ....core.method import Method, setting
+from ....core.site import Place, Site
+from ....core.stage import Stage
+from ...objective.distill import counted, logits_of
+from .lora import check_dropout
+
+if TYPE_CHECKING:
+    from ....engine.tuned import Tuned
+
+
+@dataclass(frozen=True)
+class Following:
+    """The long-term factors follow the working ones after every update."""
+
+    terms: Sequence[Interpolated]
+    ema: float
+
+    def after_update(self, step: int) -> None:
+        for term in self.terms:
+            term.follow(self.ema)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ILora(Method):
+    """I-LoRA: a LoRA that trains, and its running mean that answers and that it stays near.
+
+        W' = W + s B A,   s = alpha / rank                        while a graph is wanted
+        A_slow <- ema A_slow + (1 - ema) A,  B_slow alike         after each update
+        W' = W + s B_slow A_slow                                  in evaluation without one
+        loss + weight mean (z - z_slow)^2                         over samples of the memory
+
+    A (rank, in), B (out, rank), z the logits of the working set, z_slow those of the long-term one
+    on the same samples, in evaluation mode and without gradients. ``replay`` in the batch says
+    which samples are from the memory (``blocks.state.reservoir.Reservoir`` holds one and mixes
+    batches); without any the term is zero. With labels per token, rows that answer none do not
+    count. Several data sets are tasks, one after the other in the same adapter.
+
+    Start: B = 0, both sets the same: the pre-trained function exactly. Trains rank (in + out) per
+    matrix; as many numbers beside them in memory and in the file. Kept for backward as LoRA; costs
+    a forward on the samples of the memory. Merges exactly, and leaves as a plain LoRA: the
+    long-term set. No weight decay. The paper averages factors, not updates (``E[B] E[A]`` is not
+    ``E[B A]``). Our readings (unconfirmed): the logits are what is compared, as a mean over
+    entries; ema and weight.
+    """
+
+    paper: ClassVar[str] = ("Analyzing and Reducing Catastrophic Forgetting in Parameter Efficient "
+                            "Tuning (2024), arXiv:2402.18865")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    context: ClassVar[dict[str, Key]] = {
+        "replay": Key("1 for a sample of the memory, else 0", training=True)}
+    sees_run: ClassVar[bool] = True
+    by_data: ClassVar[bool] = True                       # how many samples are of the memory
+    excused: ClassVar[dict[str, str]] = {
+        "it_acts": "what trains does not answer in evaluation, where the check looks; "
+                   "tests/methods/test_i_lora.py"}
+
+    rank: int = setting(8, "rank of the update", alias=("r",))
+    alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
+    dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
+    ema: float = setting(0.99, "lambda_e, what the long-term set keeps at an update",
+                         alias=("lambda_e",), other=(0.5,))
+    weight: float = setting(1.0, "gamma, of the term that holds on to the memory", other=(100.0,))
+
+    def __post_init__(self) -> None:
+        check_dropout("i_lora", self.dropout)
+        if not 0 <= self.ema < 1 or self.weight < 0:
+            raise RecipeError("i_lora: ema from 0 to below 1 and a weight of at least 0 are "
+                              f"expected, got {self.ema} and {self.weight}")
+
+    def delta(self, site: Site) -> Interpolated:
+        site.place.check_rank(self.rank, "i_lora")
+        term = Interpolated(site.place, self.rank, self.alpha / self.rank, self.dropout)
+        for p in term.theta():
+            p.burnish_decay = False                      # type: ignore[attr-defined]
+        return term
+
+    def controller(self, tuned: Tuned) -> Following:
+        return Following([t for _, t in tuned.terms(Interpolated)], self.ema)
+
+    def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
+        z = logits_of(run.outputs, self.name)
+        rows = _memory(run.given.get("replay", 0), z) if self.weight else []
+        if not rows:                                     # nothing to hold on to in this batch
+            yield 0 * z.sum()
+            return
+        slow = logits_of(run.reference(tuned.training, rows), self.name)
+        off = (z[rows] - slow).to(torch.promote_types(z.dtype, torch.float32)).square().mean(-1)
+        counts = counted(tuned.model, run.batch, z.shape[:-1])
+        m = torch.ones_like(off) if counts is None else counts[rows].to(off.dtype)
+        yield self.weight * (off * m).sum() / m.sum().clamp_min(1)
+
+    def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:
+        """A task after the other, all in this adapter."""
+        for task in tasks:
+            yield Stage(tuned.training or next(iter(tuned.adapters)), data=task)
+
+    def per_token(self, place: Place) -> int:
+        """Numbers per token kept for backward besides the input."""
+        return self.rank
+
+    def count(self, place: Place) -> int:
+        """Trainable parameters on one matrix."""
+        return self.rank * (place.out + place.inp)
+
+
+def _memory(replay: Any, z: Tensor) -> list[int]:
+    """Which samples are from the memory; all of them where nobody knows (a simulation)."""
+    given = torch.as_tensor(replay)
+    if isinstance(given, FakeTensor):
+        return list(range(len(z)))
+    return given.expand(len(z)).nonzero().flatten().tolist()

@@ -1,0 +1,58 @@
+"""What a side network stands beside: a backbone that is frozen, runs without a graph and drops
+nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...blocks.state.taps import Still
+from ...core.errors import RecipeError
+from ...core.method import Method
+
+if TYPE_CHECKING:
+    from ...core.anatomy import Anatomy, Block
+
+
+def width(anatomy: Anatomy, part: Method, stacks: Sequence[Sequence[Block]]) -> int:
+    """The one width of the residual stream."""
+    blocks = [b for stack in stacks for b in stack]
+    d = blocks[0].hidden_size or anatomy.hidden_size
+    if d is None or len({b.hidden_size for b in blocks}) > 1:
+        raise RecipeError(f"{part.name}: the blocks have different widths; a side network has one")
+    return d
+
+
+def still(attacher: Any, part: Method, stacks: Sequence[Sequence[Block]]) -> None:
+    """The backbone drops nothing, run as a whole or in parts (without the head; an encoder)."""
+    name, names_of = attacher.adapter.name, [b[0].stack.split(".") for b in stacks]
+    above = {p for names in names_of for p in _prefixes(names[:-1])}
+    stems = {names[0] for names in names_of if len(names) > 1}
+    heads = [next(p for p in _prefixes(h.split(".")) if p not in above)
+             for h in attacher.anatomy.head]             # with what stands beside it: its dropout
+    inside = {p: x for p, x in attacher.model.named_modules()
+              if p and "burnish" not in p.split(".")
+              and not any(f"{p}.".startswith(f"{h}.") for h in heads)
+              and (not stems or p.split(".")[0] in stems)}
+    Still(attacher.state, name, list(inside.values())).listen(attacher.slot(""), part.name)
+    for top in sorted(above):
+        mine = [x for p, x in inside.items() if f"{p}.".startswith(f"{top}.")]
+        Still(attacher.state, name, mine, part=True).listen(attacher.slot(top), part.name)
+
+
+def frozen(attacher: Any, part: Method, behind: tuple[str, ...]) -> None:
+    """RecipeError where something trains that is not behind the side network.
+
+    behind: how the names of what may train begin (the head, the last norm)."""
+    name = attacher.adapter.name
+    own = [n for n, p in attacher.model.named_parameters()
+           if f".burnish.{name}." in f".{n}" and p.requires_grad]
+    for n in (*own, *attacher.adapter.selected):
+        if not n.startswith(behind):
+            raise RecipeError(f"{part.name} runs the backbone without a graph, so {n} could "
+                              "not train: drop that part of the recipe")
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """The paths of a module and of those above it, the outermost first."""
+    return [".".join(names[: n + 1]) for n in range(len(names))]
