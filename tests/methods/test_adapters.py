@@ -43,6 +43,7 @@ def test_counts_on_published_shapes(published):
     assert trained(bert, "pfeiffer(reduction=16)") == 12 * 74_544 == 894_528
     assert trained(roberta, "parallel(bottleneck=512)") == 9_452_544
     assert trained(vit, "parallel(bottleneck=64, tap='residual')") == 1_189_632
+    assert trained(vit, "adaptformer") == 1_189_632
     norms = sum(bert.model.get_parameter(s.name).numel()
                 for s in parse("houlsby")[0].select(bert))
     assert norms == 25 * 2 * 768, "two per block and the embeddings'"
@@ -57,7 +58,8 @@ def test_counts_are_what_the_helpers_say():
 # -- starts -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("model", ["vit", "bert", "gpt2", "llama", "t5", "mixtral", "swin"])
 @pytest.mark.parametrize("recipe", ["houlsby(bottleneck=4, init='zero')",
-                                    "pfeiffer(reduction=4, init='zero')", "parallel(bottleneck=4)"])
+                                    "pfeiffer(reduction=4, init='zero')", "parallel(bottleneck=4)",
+                                    "adaptformer"])
 def test_a_zero_start_is_the_base_bit_for_bit(model, recipe):
     net, batch = tiny(model)
     before = logits(net.eval(), batch)
@@ -242,6 +244,33 @@ def test_mam_is_a_prefix_and_a_parallel_adapter():
     tuned.optimizer(lr=1e-3)
     losses = [float(tuned.step(batch)) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_adaptformer_is_a_parallel_adapter_of_the_stream(beside):
+    """x' = x + Attn(LN1 x), out = x' + MLP(LN2 x') + s W_up ReLU(W_down x' + b) + s b_up; s = 0.1
+    multiplies all of it, so that ten times s is ten times the branch."""
+    (m,) = parse("adaptformer")
+    assert (m.name, m.bottleneck, m.scale, m.train_scale, m.act, m.dropout, m.tap) == \
+        ("parallel", 64, 0.1, False, "relu", 0.1, "residual")
+    one = beside("vit", "adaptformer")
+    for i in range(2):
+        layer = one.base.vit.layers[i]
+        A, a, B, b = (one.theta[f"vit.layers.{i}.mlp", leaf] for leaf in
+                      ("down.weight", "down.bias", "up.weight", "up.bias"))
+
+        def out(module, args, got, A=A, a=a, B=B, b=b):
+            stream = module.stream
+            return got + 0.1 * (torch.relu(stream @ A.t() + a) @ B.t() + b)
+
+        layer.layernorm_after.register_forward_pre_hook(
+            lambda m, args, mlp=layer.mlp: setattr(mlp, "stream", args[0]))
+        layer.mlp.register_forward_hook(out)
+    one.agree()
+    first = adapters(one.tuned)[0][1]
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    small = first(x)
+    first.scale = 1.0
+    torch.testing.assert_close(first(x), 10 * small)
 
 
 def test_a_mixture_of_experts_is_one_mlp():

@@ -7,6 +7,8 @@ PRESETS: dict[str, str] = {
     "qst": "nf4 + lst(reduction=16)",
     # MAM adapter (2022): prefix in attention, scaled parallel adapter on the feed-forward part
     "mam": "prefix(length=30) + parallel(bottleneck=512, scale=4.0)",
+    # AdaptFormer (2022): beside the MLP of every block, reading the residual stream before its norm
+    "adaptformer": "parallel(bottleneck=64, scale=0.1, dropout=0.1, tap='residual')",
     # GradNormLoRP (2025): lengths of rows and a low-rank direction, whose factors' gradients are
     # projected on both sides; 0.25 in pre-training
     "gradnormlorp": "dora(rank=8, alpha=16.0) + galore(rank=4, every=250, scale=4.0, "
