@@ -16,6 +16,8 @@ from burnish.testing import changed, choose, conformance
 from burnish.testing.models import NAMES, tiny
 
 METHODS = conformance.methods()
+#: what few of the small models have
+FEW = {"stream", "pictures", "batch norms"}
 LIVE = conformance.live(METHODS)
 
 
@@ -138,7 +140,7 @@ def test_every_method_has_three_models_where_it_applies_to_three():
         every = choose.models_for(method, all=True)
         assert len(chosen) == min(3, len(every)) and set(chosen) <= set(every), method
         cls = registry.find(method)
-        if set(cls.kinds) != {"conv"} and "stream" not in cls.needs:     # few small models have one
+        if set(cls.kinds) != {"conv"} and not FEW & cls.needs:
             assert len(every) >= 5, f"{method} applies to {every} only"
 
 

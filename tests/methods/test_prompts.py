@@ -318,6 +318,45 @@ def test_counts():
     assert one["vpt(deep=True)"].count(768, 12) == 460_800
 
 
+def test_counts_of_published_shapes(published):
+    """Rows and widths as the anatomies of T5-base, RoBERTa and ViT-B/16 have them."""
+    t5, _ = published("T5Config", "T5ForConditionalGeneration", d_model=768, d_kv=64, d_ff=3072,
+                      num_layers=12, num_heads=12)
+    assert parse("prompt_tuning(length=100)")[0].count(t5.hidden_size) == 76_800
+    for recipe, d, layers, want in (("prefix(length=10)", 768, 12, 184_320),
+                                    ("p_tuning_v2", 1024, 24, 983_040)):
+        net, _ = published("RobertaConfig", "RobertaForSequenceClassification", hidden_size=d,
+                           num_hidden_layers=layers, num_attention_heads=d // 64)
+        method = parse(recipe)[0]
+        widths = [width for _, width in method.prompt(net).sites]
+        assert len(widths) == layers and sum(method.count(1, w, d) for w in widths) == want
+    vit, _ = published("ViTConfig", "ViTForImageClassification")
+    among = parse("vpt(deep=True)")[0].prompt(vit)
+    d, n = among.blocks[0].hidden_size, len(among.blocks)
+    assert (among.method.count(d, n), parse("vpt")[0].count(d, n)) == (460_800, 38_400)
+
+
+def test_p_tuning_v2_is_a_prefix_beside_a_head_that_trains():
+    """Rows N(0, 0.02^2) in every attention, dropped at random; no verbaliser but a linear head."""
+    method = parse("p_tuning_v2")[0]
+    assert (method.name, method.length, method.hidden, method.dropout) == ("prefix", 20, 0, 0.1)
+    tuned = burnish.tune(tiny("roberta")[0], "p_tuning_v2")
+    rows = [p for n, p in tuned.named_parameters() if n.endswith("rows")]
+    head = [n for n, _ in tuned.named_parameters() if n.startswith("classifier.")]
+    assert len(rows) == 2 and head
+    assert float(torch.stack(rows).detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_second_step_of_a_cache_puts_no_prompt_in():
+    """Generation with the rows in the cache once is the full forward, logit by logit."""
+    tuned, base, batch = with_text("llama")
+    ids = batch["input_ids"]
+    first = tuned.model(input_ids=ids[:, :5], use_cache=True)
+    got = logits(tuned.model, input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    want = logits(base, input_ids=prepended(ids))[:, 8:]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("model, recipe, args", [
     ("llama", "prompt_tuning(length=4)", (32,)), ("gpt2", "prefix(length=4)", (2, 32, 32)),
     ("llama", "prefix(length=4)", (2, 16, 32)),
