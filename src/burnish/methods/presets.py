@@ -9,7 +9,7 @@ PRESETS: dict[str, str] = {
     "mam": "prefix(length=30) + parallel(bottleneck=512, scale=4.0)",
     # AdaptFormer (2022): beside the MLP of every block, reading the residual stream before its norm
     "adaptformer": "parallel(bottleneck=64, scale=0.1, dropout=0.1, tap='residual')",
-    # P-Tuning v2 (2022): rows before keys and values, dropped at random; a linear head trains beside
+    # P-Tuning v2 (2022): rows before keys and values, dropped at random, and a linear head
     "p_tuning_v2": "prefix(length=20, dropout=0.1)",
     # GradNormLoRP (2025): lengths of rows and a low-rank direction, whose factors' gradients are
     # projected on both sides; 0.25 in pre-training
