@@ -8,7 +8,7 @@ of a fused qkv, a projection inside `nn.MultiheadAttention`, or the matrix of ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,8 @@ class Site:
         parts before this one.
     places: all the places that the part is asked about.
     weight_of: ``with weight_of(place) as W``, the weight of another of these.
+    rounded: (out, in) weight -> what the recipe's storage would make of it here, decoded again; it
+        gives None where none of the recipe will hold this weight, or data tell what it holds.
     """
 
     place: Place
@@ -131,6 +133,7 @@ class Site:
     beside: Sequence[tuple[Place, Any]] = ()
     places: Sequence[Place] = ()
     weight_of: Any = None
+    rounded: Callable[[torch.Tensor], torch.Tensor | None] = lambda W: None
 
 
 @dataclass(frozen=True)

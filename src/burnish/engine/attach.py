@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class Attacher(Informed):
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
         self.placed: dict[str, list[Place]] = {}
+        self.held: dict[int, set[Place]] = {}                # what a storage will take, by part
         self.names = {id(p): n for n, p in model.named_parameters()}    # one name per tied tensor
 
     # -- where ---------------------------------------------------------------------------------
@@ -201,7 +203,8 @@ class Attacher(Informed):
                             f"{part.name}: {place.name} holds {weight.dtype}, nothing can be "
                             "added to it; load the weights in a floating-point type")
                     answer = part.delta(Site(place, weight, seen, settled, shared, blank,
-                                             slot.beside(place), placed, self._weight))
+                                             slot.beside(place), placed, self._weight,
+                                             functools.partial(self._rounded, place)))
                     del weight                       # one that was read for this is gone then
             except RankError as error:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
@@ -276,6 +279,23 @@ class Attacher(Informed):
                 raise RecipeError(f"{other.key} and {part.name} are both functions of "
                                   f"{place.name}; one function of W wraps the terms: "
                                   "give them different targets or drop one")
+
+    def _rounded(self, place: Place, W: torch.Tensor) -> torch.Tensor | None:
+        """What the storage of the recipe would make of a weight (out, in) at a place, decoded
+        again; None where it would not take it."""
+        stored = self._module(place)._parameters.get(place.param)
+        for part in self.adapter.recipe if stored is not None and not place.rows else ():
+            if "storage" not in part.axes() or type(part).observe is not Method.observe:
+                continue
+            held = self.held.get(id(part))
+            if held is None:
+                held = self.held[id(part)] = set(self._found(part)[1])
+            if place not in held or self._elsewhere(stored):
+                continue
+            like = place.unview(W.to(stored.dtype), stored)
+            provider = part.storage(Site(place, like))
+            return None if provider is None else place.view(provider.weight())
+        return None
 
     def _storage(self, part: Method) -> None:
         places, left = self.places(part), list[str]()

@@ -118,7 +118,7 @@ def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | No
         return Factors(term.A.detach(), term.B.detach(), term.scale), 0.0
     if (known := term.low_rank()) is not None:
         return Factors(*(t.detach().contiguous() for t in known)), 0.0
-    if rank is None:
+    if rank is None or getattr(term, "folded", False):     # a storage has the rest of what it adds
         return None
     dense = term.final().detach().float()
     if dense.dim() != 2:
@@ -166,7 +166,7 @@ def _lora(module: nn.Module, slot: Slot, path: str, parts: _Parts, rank: int | N
             kind = type(term).__name__.lower()
             raise FormatError(
                 f"{place.name}: {kind} has no exact LoRA form" + (
-                    "" if isinstance(term, Wrap)
+                    "" if isinstance(term, Wrap) or getattr(term, "folded", False)
                     else "; export_peft(..., rank=16) writes the best approximation of that rank"))
         pair, error = made
         if error:

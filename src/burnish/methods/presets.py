@@ -3,6 +3,8 @@
 PRESETS: dict[str, str] = {
     # QLoRA (2023): 4-bit frozen weights, LoRA on every linear
     "qlora": "nf4 + lora(rank=64, alpha=16, dropout=0.05)",
+    # LLM.int8() (2022), of the weights alone: 8 bits, one symmetric grid for each output
+    "int8": "rtn(bits=8, group=0, symmetric=True)",
     # Quantized Side Tuning (2024): a ladder beside a 4-bit backbone
     "qst": "nf4 + lst(reduction=16)",
     # MAM adapter (2022): prefix in attention, scaled parallel adapter on the feed-forward part

@@ -56,11 +56,15 @@ class LessStart(Chain):
         product in a fixed order: the same bits on every device."""
         out = stored.clone()
         view = place.view(out)
-        left = view.to(self.A0.dtype).clone()
+        view.copy_(self.less(view))
+        return place.unview(view, out)
+
+    def less(self, W: Tensor) -> Tensor:
+        """An (out, in) weight minus the start, in the precision of its factors."""
+        left = W.to(self.A0.dtype).clone()
         for k in range(self.A0.shape[-2]):
             left -= self.B0[..., :, k, None] * self.A0[..., None, k, :] * self.scale
-        view.copy_(left)
-        return place.unview(view, out)
+        return left
 
     def start(self) -> Tensor:
         """What a storage has absorbed, (out, in)."""

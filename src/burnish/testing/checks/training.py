@@ -15,8 +15,10 @@ from torch import Tensor
 from ...engine.slot import ATTR
 from ...formats.adapter import load
 from .common import (
+    TRAINS,
     Batch,
     Skip,
+    axes_of,
     fresh,
     join,
     logits,
@@ -78,7 +80,9 @@ def exactly_what_trains_moves(name: str, model: str) -> Skip | None:
 
 
 def _trains_itself(name: str) -> Skip | None:
-    return None if partner(name) else Skip("trains something itself; `it_acts` looks at it")
+    beside = partner(name)
+    return None if beside and TRAINS & axes_of(beside) else \
+        Skip("trains something itself; `it_acts` looks at it")
 
 
 def _no_schedule(name: str) -> Skip | None:
