@@ -17,7 +17,7 @@ from burnish.testing.models import NAMES, tiny
 
 METHODS = conformance.methods()
 #: what few of the small models have
-FEW = {"stream", "pictures", "batch norms"}
+FEW = {"stream", "pictures", "batch norms", "linear head"}
 LIVE = conformance.live(METHODS)
 
 

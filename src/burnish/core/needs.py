@@ -163,6 +163,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                      lambda a: any(b.mlp_out for b in a.blocks)),
     "queries": ("linears that make queries, keys and values", lambda a: bool(qkv_linears(a))),
     "head": ("a task head", lambda a: bool(a.head)),
+    "linear head": ("a task head of one linear", lambda a: head_linear(a) is not None),
     "vocabulary": ("a linear head over a vocabulary", lambda a: vocabulary_head(a) is not None),
     "logits": ("logits among its outputs", _logits),
     "own loss": ("a loss that a sample has by itself (a contrastive one has none)",
