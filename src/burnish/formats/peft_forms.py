@@ -14,7 +14,8 @@
     TRAINABLE_TOKENS  trainable_tokens_delta (n, width): the rows themselves
 
 Those whose updates are products of small tensors are in peft_products.py, those of another
-structure in peft_structured.py, those in subspaces of the weight in peft_principal.py.
+structure in peft_structured.py, those in subspaces of the weight in peft_principal.py, those that
+follow the sample in peft_mixtures.py.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ..core.method import Method
 from ..methods.delta.ofw.bone import Guide
 from ..methods.delta.ofw.hut import Weighed
 from ..methods.delta.sparse.supertuning import Support
+from .peft_mixtures import MIXTURES
 from .peft_own import Form, Held, Own, Said, Tensors
 from .peft_principal import SPACES
 from .peft_products import FourierFT, Loha, Lokr, Pvera, RandLora, Vera, WaveFT, kernel_of
@@ -384,7 +386,7 @@ class TrainableTokens(Form):
 
 
 TOKENS = TrainableTokens()
-FORMS: tuple[Form, ...] = (*SPACES, *BANKS, Supertuning(), Beft(),
+FORMS: tuple[Form, ...] = (*SPACES, *BANKS, *MIXTURES, Supertuning(), Beft(),
                            Lokr(), Loha(), Oft(), Boft(), Hra(), Hira(), Bone(), FourierFT(),
                            WaveFT(), Vera(), Pvera(), RandLora(), Shira(), AdaLora(), Ia3(), TOKENS,
                            Road(), C3a(), Delora(), Gralora(), Adaption(),
