@@ -34,7 +34,7 @@ def same(a, b):
 def test_peft_computes_what_we_exported(heads, tmp_path):
     model, batch = tiny("llama")
     base = outputs(model, batch)
-    tuned = stir(burnish.tune(model, f"poly(rank=3, alpha=5.0, experts=3, tasks=3, heads={heads})",
+    tuned = stir(burnish.tune(model, f"poly(rank=3, alpha=5.0, experts=3, tasks=3, slices={heads})",
                               head=False))
     ours = outputs(model, batch, task=TASK)
     assert (ours - base).abs().max() > 1e-4

@@ -40,7 +40,7 @@ def update(A, B, Z, scale):
 @pytest.mark.parametrize("model", ["vit", "gpt2", "swin"])
 def test_the_equation_written_out(model, heads):
     """y = W x + (alpha / rank) B_t A_t x; the logits of a task that no sample has stay."""
-    tuned, batch = make(f", heads={heads}", model)
+    tuned, batch = make(f", slices={heads}", model)
     mine = dict(tuned.branches(Skills))
     base = tiny(model, dtype=torch.float64, batch=3)[0].eval()
 
@@ -68,7 +68,7 @@ def test_the_equation_written_out(model, heads):
 
 def test_more_samples_than_tasks_are_the_same_samples_one_by_one():
     """Every task's factors are made once then, and picked."""
-    tuned, batch = make(", heads=2")
+    tuned, batch = make(", slices=2")
     many = {n: torch.cat([v, v.flip(0)]) for n, v in batch.items()}
     task = torch.tensor([2, 0, 2, 1, 1, 0])
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_more_samples_than_tasks_are_the_same_samples_one_by_one():
 
 
 def test_a_task_has_the_rank_of_one_skill_and_equal_logits_are_the_mean():
-    tuned, _ = make(", heads=4")
+    tuned, _ = make(", slices=4")
     for _, m in tuned.branches(Skills):
         for task in (0, 1, None):
             made = m.plain(task)
@@ -105,7 +105,7 @@ def test_one_head_is_poly():
 
 @pytest.mark.parametrize("model, targets", [("vit", None), ("timm_qkv", "q,v,fc1")])
 def test_a_settled_task_is_a_lora_that_merges(model, targets, tmp_path):
-    tuned, batch = make(", heads=2", model, **({} if targets is None else {"targets": targets}))
+    tuned, batch = make(", slices=2", model, **({} if targets is None else {"targets": targets}))
     with torch.no_grad():
         want = [tuned.model(**batch, task=k).logits for k in range(3)]
         assert not torch.allclose(want[0], want[2])
@@ -124,7 +124,7 @@ def test_a_settled_task_is_a_lora_that_merges(model, targets, tmp_path):
 
 
 def test_mhr_mu_is_the_average_as_a_lora():
-    tuned, batch = make(", heads=2")
+    tuned, batch = make(", slices=2")
     before = dict(tuned.branches(Skills))
     with torch.no_grad():
         for m in before.values():
@@ -139,7 +139,7 @@ def test_mhr_mu_is_the_average_as_a_lora():
 @pytest.mark.parametrize("then, task", [("all", None), ("router", None), ("router", 2)])
 def test_a_new_task_begins_from_the_skills(then, task, tmp_path):
     """Of MHR-z heads x experts numbers a router train; a file keeps the skills it weighs."""
-    tuned, batch = make(", heads=2")
+    tuned, batch = make(", slices=2")
     for _, m in tuned.branches(Skills):
         with torch.no_grad():
             m.Z[1].zero_()
@@ -238,7 +238,7 @@ def test_start_counts_and_defaults():
     assert {g["weight_decay"] for g in
             tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} == {0.0}
     assert burnish.parse("poly")[0].settings() == {
-        "targets": None, "rank": 1, "alpha": 1.0, "experts": 8, "tasks": 2, "heads": 1,
+        "targets": None, "rank": 1, "alpha": 1.0, "experts": 8, "tasks": 2, "slices": 1,
         "noisy": False, "train_skills": True}
     assert burnish.parse("poly(tasks=1)")[0].keys() == {} and burnish.parse("poly")[0].keys()
 
@@ -246,7 +246,7 @@ def test_start_counts_and_defaults():
 def test_the_count_on_roberta_base(published):
     """24 matrices of 768 x 768, 8 skills of rank 8, 8 tasks, 8 heads: 24 (98,304 + 512)."""
     anatomy, _ = published("RobertaConfig", "RobertaForSequenceClassification")
-    (m,) = burnish.parse("poly(rank=8, experts=8, tasks=8, heads=8, targets='q,v')")
+    (m,) = burnish.parse("poly(rank=8, experts=8, tasks=8, slices=8, targets='q,v')")
     with torch.device("meta"):
         made = list(m.mixture(anatomy))
     assert len(made) == 24
@@ -254,11 +254,11 @@ def test_the_count_on_roberta_base(published):
     assert m.count(Place("a", "weight", "linear", 768, 768)) == 98_304 + 512
 
 
-@pytest.mark.parametrize("settings", ["rank=0", "experts=0", "tasks=0", "heads=0"])
+@pytest.mark.parametrize("settings", ["rank=0", "experts=0", "tasks=0", "slices=0"])
 def test_what_cannot_act_is_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^poly"):
         burnish.parse(f"poly({settings})")
-    assert burnish.parse("poly(rank=1, experts=1, tasks=1, heads=1)")
+    assert burnish.parse("poly(rank=1, experts=1, tasks=1, slices=1)")
 
 
 def test_tasks_and_forms_that_are_none_are_refused():
@@ -285,7 +285,7 @@ def test_linears_that_have_no_equal_slices():
 
     def sites(heads, **kw):
         net = nn.Sequential(Block(), Block())
-        tuned = burnish.tune(net, f"poly(rank=2, tasks=1, heads={heads})", head=False, **kw)
+        tuned = burnish.tune(net, f"poly(rank=2, tasks=1, slices={heads})", head=False, **kw)
         return {p for p, _ in tuned.branches(Skills)}
 
     assert sites(4) == {"0.fc1", "1.fc1", "0.fc2", "1.fc2"}
@@ -293,7 +293,7 @@ def test_linears_that_have_no_equal_slices():
         with pytest.raises(burnish.RecipeError, match="outputs, which are no 8 equal slices"):
             sites(8, **kw)
     net, _ = tiny("llama")
-    tuned = burnish.tune(net, "poly(rank=2, heads=32)", head=False)
+    tuned = burnish.tune(net, "poly(rank=2, slices=32)", head=False)
     assert {p.rpartition(".")[2] for p, _ in tuned.branches(Skills)} == {"q_proj", "o_proj"}
 
 

@@ -23,7 +23,7 @@ class Poly(Form):
     tensors = {"poly_lora_A": Held("A", (4,)), "poly_lora_B": Held("B", (4,)),
                "poly_router.module_logits": Held("Z")}
     settings = {"r": Said("rank", "count", 8), "n_tasks": Said("tasks", "count", 1),
-                "n_skills": Said("experts", "count", 4), "n_splits": Said("heads", "count", 1)}
+                "n_skills": Said("experts", "count", 4), "n_splits": Said("slices", "count", 1)}
     alone = {"poly_type": "poly"}
 
     def give(self, term: Any, method: Method, module: nn.Module, path: str
@@ -41,7 +41,7 @@ class Poly(Form):
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
         s = own.settings
-        want = s["heads"], s["experts"]
+        want = s["slices"], s["experts"]
         for leaf in ("poly_lora_A", "poly_lora_B"):
             if (t := own.tensors.get(leaf)) is not None and t.shape[:2] != want:
                 raise FormatError(f"{where}: {leaf} has {t.shape[0]} slices of {t.shape[1]} "
@@ -49,7 +49,7 @@ class Poly(Form):
         s |= {"alpha": 1.0, "noisy": True}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
-        t, h = own.tensors, own.settings["heads"]
+        t, h = own.tensors, own.settings["slices"]
         return {"A": t["poly_lora_A"].permute(1, 3, 0, 2).flatten(2),
                 "B": t["poly_lora_B"].permute(1, 0, 3, 2).flatten(1, 2),
                 "Z": t["poly_router.module_logits"].unflatten(1, (h, -1))}

@@ -18,7 +18,7 @@ PRESETS: dict[str, str] = {
     "gradnormlorp": "dora(rank=8, alpha=16.0) + galore(rank=4, every=250, scale=4.0, "
                     "proj_type='full')",
     # MHR (2022): Poly whose skills are weighed slice by slice
-    "mhr": "poly(heads=8)",
+    "mhr": "poly(slices=8)",
     # QZO (2025): two forwards a step, and only the scales of 4-bit codes move
     "qzo": "nf4 + peqa(group=64) + mezo(g_max=100.0)",
     # LOMO (2023) and AdaLomo (2023): each tensor is stepped, and its gradient freed, in backward

@@ -27,18 +27,18 @@ class Poly(Method):
     ``y = W x + b + s B_t A_t x``, s = alpha / rank, t the sample's task: the batch names ``task``.
     Slice h of A_t (rank, in), by its inputs, is ``sum_m w_m A_m``, and slice h of B_t (out, rank),
     by its outputs, ``sum_m w_m B_m``, with ``w_m = sigma(Z_t,h,m) / sum_j sigma(Z_t,h,j)``; A
-    (experts, rank, in), B (experts, out, rank), Z (tasks, heads, experts), a router for every
-    linear. heads=1 is Poly, more are MHR (preset ``mhr``). Factors are averaged, not outputs: a
+    (experts, rank, in), B (experts, out, rank), Z (tasks, slices, experts), a router for every
+    linear. slices=1 is Poly, more are MHR (preset ``mhr``). Factors are averaged, not outputs: a
     task's update has the rank of one skill, and costs what one does. With one task no key is read.
 
     :meth:`lifecycle` makes of a trained inventory what comes next: a task's own ``lora``, which
     merges exactly; the average of all skills as a ``lora`` to tune on (MHR-mu); or an inventory
     for one new task, of which all trains (MHR), or the logits alone (MHR-z). A routed expert of
     the model, which is given the tokens of all samples together, is left as it is, and a linear
-    whose sides `heads` does not divide, where nobody asked for it.
+    whose sides `slices` does not divide, where nobody asked for it.
 
     Start: A uniform in +-1/sqrt(in), B = 0, Z uniform in +-0.001: the pre-trained function
-    exactly. Trains experts rank (in + out) + tasks heads experts per matrix;
+    exactly. Trains experts rank (in + out) + tasks slices experts per matrix;
     train_skills=False the latter alone, among skills that lifecycle gave it. Kept for backward: x;
     the rest is made again there. No weight decay. (rank and alpha are unconfirmed; the gates
     are drawn in training, noisy=True, in PEFT's POLY, and not in the paper's equation.)
@@ -56,15 +56,16 @@ class Poly(Method):
     alpha: float = setting(1.0, "numerator of the scale", alias=("lora_alpha",))
     experts: int = setting(8, "skills of an inventory", alias=("n_skills", "skills"))
     tasks: int = setting(2, "how many tasks", alias=("n_tasks",))
-    heads: int = setting(1, "slices with gates of their own", alias=("n_splits",), other=(2,))
+    slices: int = setting(1, "of the factors, with gates of their own", alias=("n_splits",),
+                          other=(2,))
     noisy: bool = setting(False, "gates are drawn in training: relaxed Bernoulli of the logits")
     train_skills: bool = setting(
         True, "False freezes A and B (MHR-z)",
         unseen="it is refused before there are skills: tests/methods/test_poly.py")
 
     def __post_init__(self) -> None:
-        if min(self.rank, self.experts, self.tasks, self.heads) < 1:
-            raise RecipeError(f"{self}: expected rank, experts, tasks and heads of at least 1")
+        if min(self.rank, self.experts, self.tasks, self.slices) < 1:
+            raise RecipeError(f"{self}: expected rank, experts, tasks and slices of at least 1")
 
     def keys(self) -> Mapping[str, Key]:
         return self.context if self.tasks > 1 else {}
@@ -80,17 +81,17 @@ class Poly(Method):
         found = [(place, rows, out, out if rows is None else sum(b - a for a, b in rows))
                  for place, rows, out in sites]
         for place, rows, out, width in found:
-            if place.inp % self.heads or width % self.heads:
-                left = f"poly(heads={self.heads}): {place.path} has {place.inp} inputs and " \
-                       f"{width} outputs, which are no {self.heads} equal slices"
+            if place.inp % self.slices or width % self.slices:
+                left = f"poly(slices={self.slices}): {place.path} has {place.inp} inputs and " \
+                       f"{width} outputs, which are no {self.slices} equal slices"
                 if anatomy.asked.of(self)[0] is not None:
                     raise RecipeError(left)
                 continue
             yield Branch(place.path, Skills(
-                place.inp, out, self.experts, self.rank, self.tasks, self.heads,
+                place.inp, out, self.experts, self.rank, self.tasks, self.slices,
                 scale=self.alpha / self.rank, noisy=self.noisy, routed=not self.train_skills,
                 rows=rows), read=(place.path, "input"))
-        if left and all(p.inp % self.heads or w % self.heads for p, _, _, w in found):
+        if left and all(p.inp % self.slices or w % self.slices for p, _, _, w in found):
             raise RecipeError(left)
 
     def lifecycle(self, tuned: Any, task: int | None, name: str,
@@ -120,4 +121,4 @@ class Poly(Method):
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         skills = self.experts * self.rank * (place.inp + place.out) if self.train_skills else 0
-        return skills + self.tasks * self.heads * self.experts
+        return skills + self.tasks * self.slices * self.experts
