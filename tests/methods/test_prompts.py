@@ -114,9 +114,10 @@ def test_padding_on_the_left_changes_nothing(model):
                        generate(tuned.model, ids, 4, attention_mask=torch.ones_like(ids))[:, 5:])
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("recipe", ["prompt_tuning(length=3)", "prefix(length=3)",
-                                    "prefix(length=3, hidden=5)"])
+@pytest.mark.parametrize("model, recipe", [
+    (m, r) for m in ("llama", "gpt2") for r in ("prompt_tuning(length=3)", "prefix(length=3)",
+                                                "prefix(length=3, hidden=5)")]
+    + [("mamba", "prompt_tuning(length=3)")])                 # a scan's state holds the rows once
 def test_generation_with_a_cache_is_the_full_forward(model, recipe):
     net, batch = tiny(model)
     tuned = burnish.tune(net, recipe)

@@ -86,7 +86,7 @@ def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None
         what.settings = {"num_virtual_tokens": n, "token_dim": width, "num_layers": len(made),
                          "num_transformer_submodules": 1, "prefix_projection": False}
         return
-    rows = [m for m in mine if isinstance(m, Prepended)]
+    rows = [m for m in mine if isinstance(m, Prepended) and m.edit is None and m.maker is None]
     if len(rows) != 1 or any(not isinstance(m, Prepended | Behind | Lengthened) for m in mine) \
             or set(weights.values()) != {1.0}:
         return

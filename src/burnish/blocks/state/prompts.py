@@ -114,6 +114,10 @@ def accepts(module: nn.Module, *names: str) -> bool:
     return set(names) <= set(inspect.signature(own).parameters)
 
 
+#: what a scan's state says of the tokens it has read
+_TOKENS = "burnish_tokens"
+
+
 # -- embeddings in front of a sequence ------------------------------------------------------------
 class Prepended(Listener):
     """``[P; E(x)]``: rows (L, D) before the embeddings of a stack of blocks.
@@ -123,29 +127,48 @@ class Prepended(Listener):
     heads need no care (``stay=True`` leaves them: a decoder reads them, see :class:`Lengthened`).
     Positions count from the first unmasked token, so padding on the left changes nothing. With a
     filled key-value cache the rows are in it already: they are not put in again.
+
+    edit: what is added to the embeddings, by the place of a token in the text. maker: makes P of
+    the rows and the edit (generators.py); None: the rows are P.
     """
 
-    def __init__(self, state: Any, adapter: str, rows: Tensor, causal: bool, stay: bool = False):
+    def __init__(self, state: Any, adapter: str, rows: Tensor, causal: bool, stay: bool = False,
+                 edit: Positioned | None = None, maker: nn.Module | None = None):
         super().__init__(state, adapter)
         self.rows = nn.Parameter(rows)
+        self.edit, self.maker = edit, maker
         self.causal, self.stay = causal, stay
+
+    def made(self) -> Tensor:
+        """P."""
+        return self.rows if self.maker is None else self.maker(self.rows, self.edit)
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        """Its tensors once training is over: P, whatever made it, and the edit."""
+        own = {} if self.edit is None else {f"edit.{n}": t.detach() for n, t in
+                                            self.edit.named_parameters()}
+        return {"rows": self.made().detach().contiguous(), **own}
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         kw = named(module, args, kw)
-        past = kw.get("past_key_values")
-        L = len(self.rows)
-        mask = kw.get("attention_mask")
+        L, known = len(self.rows), _known(kw)
+        text = mask = kw.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise RecipeError("a prompt in front of the tokens needs attention_mask as "
                                   "(batch, tokens); a mask made for this length cannot be extended")
             kw["attention_mask"] = mask = F.pad(mask, (L, 0), value=1)
         at = kw.get("position_ids")
-        if past is not None and past.get_seq_length() > 0:
+        if known:
             if at is not None:
                 kw["position_ids"] = at + L
-            return call(**kw)
-        kw["inputs_embeds"] = x = self.put(module, kw)
+            if self.edit is not None:
+                kw["inputs_embeds"] = self.embedded(module, kw, known - L, text)
+                kw["input_ids"] = None
+            return _noted(call(**kw), known, kw)
+        x = self.embedded(module, kw, 0, text)
+        kw["inputs_embeds"] = x = torch.cat([self.made().to(x.dtype).expand(len(x), -1, -1), x], 1)
         kw["input_ids"] = None
         if kw.get("token_type_ids") is not None:
             kw["token_type_ids"] = F.pad(kw["token_type_ids"], (L, 0))
@@ -154,15 +177,58 @@ class Prepended(Listener):
             kw["position_ids"] = torch.cat([first, at + L], -1)
         elif self.causal and mask is not None and accepts(module, "position_ids"):
             kw["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
-        out = call(**kw)
+        out = _noted(call(**kw), 0, kw)
         return out if self.stay else _shorter(out, L)
 
-    def put(self, module: nn.Module, kw: dict[str, Any]) -> Tensor:
-        """The embeddings with the rows in front."""
-        x = kw.get("inputs_embeds")
+    def embedded(self, module: nn.Module, kw: dict[str, Any], first: int, text: Tensor | None
+                 ) -> Tensor:
+        """E(x), edited: of tokens behind `first` others of the text, whose mask is `text`."""
+        x: Tensor | None = kw.get("inputs_embeds")
         if x is None:
             x = module.get_input_embeddings()(kw["input_ids"])
-        return torch.cat([self.rows.to(x.dtype).expand(len(x), -1, -1), x], 1)
+        return x if self.edit is None else x + self.edit(first, x.shape[1], text).to(x.dtype)
+
+
+class Positioned(nn.Module):
+    """Row i of ``A B`` for the i-th token of a text; A (S, R), B (R, D). Tokens of padding have
+    none, nor have those behind the S-th."""
+
+    def __init__(self, tokens: int, rank: int, width: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(tokens, rank) * 0.02)
+        self.B = nn.Parameter(torch.zeros(rank, width))
+
+    def table(self) -> Tensor:
+        """A B, (S, D)."""
+        return self.A @ self.B
+
+    def forward(self, first: int, tokens: int, valid: Tensor | None = None) -> Tensor:
+        """(tokens, D) or (B, tokens, D): for tokens behind `first` others; valid (B, all of them):
+        the mask that says which count."""
+        if valid is None:
+            some = self.A[first : first + tokens]
+            return F.pad(some @ self.B, (0, 0, 0, tokens - len(some)))
+        at = (valid.long().cumsum(-1) - 1)[:, -tokens:]
+        inside = valid[:, -tokens:].bool() & (at < len(self.A))
+        rows = F.embedding(at.clamp(0, len(self.A) - 1), self.A)
+        return (rows * inside.unsqueeze(-1)) @ self.B
+
+
+def _known(kw: dict[str, Any]) -> int:
+    """How many tokens, the rows among them, a cache holds already."""
+    past, scan = kw.get("past_key_values"), kw.get("cache_params")
+    if past is not None:
+        return int(past.get_seq_length())
+    return getattr(scan, _TOKENS, 0) if scan is not None and scan.has_previous_state() else 0
+
+
+def _noted(out: Any, known: int, kw: dict[str, Any]) -> Any:
+    """The outputs; the state of a scan, which does not count them, is told its tokens."""
+    scan = None if isinstance(out, tuple | Tensor) else out.get("cache_params")
+    if (scan := kw.get("cache_params") if scan is None else scan) is not None:
+        x = kw.get("inputs_embeds")
+        setattr(scan, _TOKENS, known + (kw["input_ids"] if x is None else x).shape[1])
+    return out
 
 
 def _shorter(out: Any, L: int) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...blocks.state.prompts import Behind, Lengthened, Prepended, accepts
+from ...blocks.state.prompts import Behind, Lengthened, Positioned, Prepended, accepts
 from ...core.errors import RecipeError
 from ...core.families import OFFSET_POSITIONS
 from ...core.method import Method, setting
@@ -52,9 +52,9 @@ class PromptTuning(Method):
 
     def prompt(self, anatomy: Anatomy) -> Front:
         if self.targets is not None:
-            raise RecipeError("prompt_tuning takes no targets: it stands before the whole input")
+            raise RecipeError(f"{self.name} takes no targets: it stands before the whole input")
         if self.length < 1:
-            raise RecipeError(f"prompt_tuning(length={self.length}): expected at least one row")
+            raise RecipeError(f"{self.name}(length={self.length}): expected at least one row")
         check_ids(self, "vocabulary")
         return Front(self)
 
@@ -68,6 +68,10 @@ class PromptTuning(Method):
         else:
             index = torch.randint(min(len(table), _FREQUENT), (self.length,))
         return table.detach()[index.to(table.device)].float()
+
+    def beside(self, width: int) -> tuple[Positioned | None, nn.Module | None]:
+        """(what is added to the embeddings, what makes P of its rows), for methods built on it."""
+        return None, None
 
     def count(self, d: int) -> int:
         """Trainable parameters at embedding width d."""
@@ -94,7 +98,9 @@ class Front:
         causal = not offset and any(getattr(m, "is_causal", False) for m in stack.modules())
         readers = [p for p in others
                    if accepts(anatomy.model.get_submodule(p), "encoder_attention_mask")]
-        Prepended(state, name, rows, causal, stay=bool(readers)).listen(
+        edit, maker = (None if m is None else m.to(rows.device)
+                       for m in self.method.beside(rows.shape[1]))
+        Prepended(state, name, rows, causal, bool(readers), edit, maker).listen(
             attacher.slot(path), part.name)
         if isinstance(getattr(stack, "pooler", None), nn.Module):
             pooler = f"{path}.pooler" if path else "pooler"
