@@ -39,7 +39,7 @@ def letters(one):
                                            (None, "right", "left")] + [("mamba", None)])
 def test_the_equation_written_out(beside, model, padded):
     """[P; E(x) + A B] through the stock model; five rows for eight tokens."""
-    one = beside(model, "dept(length=3, rank=2, tokens=5)")
+    one = beside(model, "dept(length=3, rank=2, edited=5)")
     P, A, B = letters(one)
     ids = one.batch["input_ids"]
     one.batch = {"input_ids": ids}
@@ -57,13 +57,13 @@ def test_the_equation_written_out(beside, model, padded):
 
 
 def test_an_encoder_and_an_encoder_decoder(beside):
-    one = beside("bert", "dept(length=3, rank=2, tokens=20)")
+    one = beside("bert", "dept(length=3, rank=2, edited=20)")
     (P, A, B), ids = letters(one), one.batch["input_ids"]
     one.batch = {"input_ids": ids}
     x = edited(one.base.bert.embeddings.word_embeddings(ids), torch.ones_like(ids), A, B)
     one.base.bert.pooler.register_forward_pre_hook(lambda m, args: (args[0][:, 3:],))
     one.agree(one.base(inputs_embeds=torch.cat([P.expand(len(ids), -1, -1), x], 1)).logits)
-    one = beside("t5", "dept(length=3, rank=2, tokens=5)")
+    one = beside("t5", "dept(length=3, rank=2, edited=5)")
     (P, A, B), ids, labels = letters(one), one.batch["input_ids"], one.batch["labels"]
     x = edited(one.base.shared(ids), torch.ones_like(ids), A, B)
     one.agree(one.base(inputs_embeds=torch.cat([P.expand(len(ids), -1, -1), x], 1),
@@ -83,14 +83,14 @@ def test_without_an_edit_it_is_prompt_tuning():
 def test_the_budget(published):
     """l d = m d + r (s + d): 40 rows and rank 45 at 256 tokens of T5-base are a prompt of 100."""
     m = parse("dept")[0]
-    assert (m.length, m.rank, m.tokens, m.edit_rate) == (40, 45, 256, 1e-3)
+    assert (m.length, m.rank, m.edited, m.edit_rate) == (40, 45, 256, 1e-3)
     t5, _ = published("T5Config", "T5ForConditionalGeneration", d_model=768, d_kv=64, d_ff=3072,
                       num_layers=12, num_heads=12)
     d = t5.hidden_size
     assert m.count(d) == parse("prompt_tuning(length=100)")[0].count(d) == 76_800
-    tuned = burnish.tune(tiny("t5")[0], "dept(length=3, rank=2, tokens=5)", head=False)
+    tuned = burnish.tune(tiny("t5")[0], "dept(length=3, rank=2, edited=5)", head=False)
     assert sum(p.numel() for p in tuned.parameters()) == \
-        parse("dept(length=3, rank=2, tokens=5)")[0].count(32) == 3 * 32 + 2 * (5 + 32)
+        parse("dept(length=3, rank=2, edited=5)")[0].count(32) == 3 * 32 + 2 * (5 + 32)
 
 
 def test_two_learning_rates():
@@ -104,7 +104,7 @@ def test_two_learning_rates():
 
 def test_rows_behind_the_text_have_no_gradient():
     net, batch = tiny("llama")
-    tuned = burnish.tune(net, "dept(length=2, rank=2, tokens=20)", head=False)
+    tuned = burnish.tune(net, "dept(length=2, rank=2, edited=20)", head=False)
     stir(tuned)
     (A,) = (p for n, p in tuned.named_parameters() if n.endswith("edit.A"))
     tokens = batch["input_ids"].shape[1]
@@ -119,11 +119,11 @@ def test_rows_behind_the_text_have_no_gradient():
 def test_generation_goes_on_behind_the_last_row(model):
     """Token by token from a cache, full forwards without one: alike, in the edit and behind it."""
     net, batch = tiny(model)
-    tuned = burnish.tune(net, "dept(length=3, rank=2, tokens=6)")
+    tuned = burnish.tune(net, "dept(length=3, rank=2, edited=6)")
     stir(tuned, size=0.5)
     net.eval()
     ids = batch["input_ids"][:, :4]
-    out = net.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None,
+    out = net.generate(ids, max_new_edited=5, do_sample=False, eos_token_id=None,
                        attention_mask=torch.ones_like(ids))
     with torch.no_grad():
         for _ in range(5):
@@ -133,7 +133,7 @@ def test_generation_goes_on_behind_the_last_row(model):
 
 def test_a_step_from_a_cache_without_a_mask():
     net, batch = tiny("llama", dtype=torch.float64)
-    tuned = burnish.tune(net, "dept(length=3, rank=2, tokens=6)")
+    tuned = burnish.tune(net, "dept(length=3, rank=2, edited=6)")
     stir(tuned, size=0.5)
     net.eval()
     ids = batch["input_ids"]
@@ -167,7 +167,7 @@ def test_peft_has_no_such_folder(tmp_path):
 
 @pytest.mark.parametrize("recipe, why", [
     ("dept(length=0)", "at least one row"), ("dept(targets='q')", "dept takes no targets"),
-    ("dept(rank=0)", "rank 1"), ("dept(tokens=0)", "at least one token"),
+    ("dept(rank=0)", "rank 1"), ("dept(edited=0)", "at least one token"),
     ("dept(edit_rate=0.0)", "a rate above 0"), ("dept(ids=[64])", "ids from 0 to 63"),
 ])
 def test_what_it_refuses(recipe, why):

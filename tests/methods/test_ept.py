@@ -15,7 +15,7 @@ from burnish.core.recipe import parse
 from burnish.testing import stir
 from burnish.testing.models import tiny
 
-SMALL = "length=3, rank=2, tokens=5"
+SMALL = "length=3, rank=2, edited=5"
 
 
 def softmax(x):
@@ -105,7 +105,7 @@ def test_the_gate_adds_up_to_one():
 def test_counts_and_defaults():
     """76,800 at d = 768 as they stand: a prompt of 100 rows."""
     m = parse("ept")[0]
-    assert (m.length, m.rank, m.tokens, m.fusion, m.spaces, m.space_rank) == (40, 30, 256, 4, 4, 1)
+    assert (m.length, m.rank, m.edited, m.fusion, m.spaces, m.space_rank) == (40, 30, 256, 4, 4, 1)
     assert m.count(768) == 76_800
     for more in ("", ", fusion=0", ", spaces=1", ", spaces=3, space_rank=2"):
         recipe = f"ept({SMALL}{more})"

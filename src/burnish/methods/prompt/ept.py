@@ -16,7 +16,7 @@ from .dept import Dept
 class Ept(Dept):
     """EPT: a short prompt that has looked at the edit of the embeddings, seen in several spaces.
 
-    As in `dept` P (length, d) stands before embeddings that T = A B (tokens, d) is added to, and
+    As in `dept` P (length, d) stands before embeddings that T = A B (edited, d) is added to, and
 
         F = P + softmax((P Q)(T K)^T / sqrt(d)) T
         P* = sum_j g_j (F + (F U_j) V_j),   g = softmax(G mean(F))
@@ -28,7 +28,7 @@ class Ept(Dept):
 
     Start: B, V and G zero, so P* = P: a prompt of this length. Trains what `dept` does and
     2 d fusion + spaces (2 d space_rank + d): with the defaults 76,800 at d = 768, as a prompt of
-    100 rows. Kept for backward: as in `dept`, and a few times length d and tokens d in all. All but
+    100 rows. Kept for backward: as in `dept`, and a few times length d and edited d in all. All but
     P learns at `edit_rate`. Not mergeable.
 
     Unconfirmed: the equations are the best reading of the text; that one space stands for none,
