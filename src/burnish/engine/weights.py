@@ -126,7 +126,7 @@ class Weights(nn.Module):
     def ends(self) -> Provider | None:
         """The provider that holds what this module reads and gives on grids, if one does."""
         return next((p for name in self.providers.values()
-                     if (p := self._modules[name]).grid is not None), None)
+                     if (p := self._modules[name]).at_ends), None)
 
     def grid(self, param: str) -> Grid | None:
         """On which the layer reads its input, where what holds the parameter says one."""
@@ -227,7 +227,7 @@ class Weights(nn.Module):
             raise RecipeError(f"{part}: {self.path} holds more than low-rank updates without "
                               "dropout (functions of its weight, branches, prompts), which cannot "
                               "be divided among experts: give them different targets")
-        if self.grid("weight") is not None:
+        if self.ends is not None:
             raise RecipeError(f"{part}: {self.path} reads and gives numbers on a grid, which its "
                               "experts would not; hold its weight in another form")
         if self._stored(module, "weight").requires_grad:

@@ -104,6 +104,28 @@ def _wider(known: Tensor, x: Tensor, valid: Tensor | None) -> Tensor:
                         torch.maximum(known[1], rows.amax())])
 
 
+class ChannelRanges(Statistic):
+    """The smallest and the largest number of each input feature, (2, in); padding does not count,
+    nor does zero by itself."""
+
+    def __init__(self, width: int):
+        self.width = width
+        self.value: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 8 * self.width
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        rows = wide(tokens(x, valid))
+        if rows.numel():
+            low, high = torch.aminmax(rows, dim=0)
+            if self.value is not None:
+                low, high = torch.minimum(low, self.value[0]), torch.maximum(high, self.value[1])
+            self.value = torch.stack([low, high])
+
+
 class Sizes(Gradient):
     """Mean of |dL/dW|."""
 

@@ -57,9 +57,14 @@ class Provider(nn.Module):
 
     @property
     def grid(self) -> Grid | None:
-        """The 8-bit grid on which its layer reads its input; it then answers :meth:`given` and
-        :meth:`gives`. None: the layer reads what it is given."""
+        """The one 8-bit grid on which its layer reads all of its input, where there is one."""
         return None
+
+    @property
+    def at_ends(self) -> bool:
+        """Does its layer read, or pass on, other numbers than it is given and makes, so that
+        :meth:`given` and :meth:`gives` are to be asked?"""
+        return self.grid is not None
 
     def given(self, x: Tensor) -> Tensor:
         """What the layer reads of its input."""
