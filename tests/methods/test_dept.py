@@ -123,7 +123,7 @@ def test_generation_goes_on_behind_the_last_row(model):
     stir(tuned, size=0.5)
     net.eval()
     ids = batch["input_ids"][:, :4]
-    out = net.generate(ids, max_new_edited=5, do_sample=False, eos_token_id=None,
+    out = net.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None,
                        attention_mask=torch.ones_like(ids))
     with torch.no_grad():
         for _ in range(5):
