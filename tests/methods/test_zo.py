@@ -70,11 +70,15 @@ UNITS = {"whole": lambda n: "", "module": lambda n: n.rpartition(".")[0],
 
 @torch.no_grad()
 def reference(seeds, steps=6, rule="sgd", queries=1, one_sided=False, unit="whole", sparsity=0.0,
-              resample=1, size="none", unbiased=True, weight_decay=0.0, size_seeds=()):
+              resample=1, size="none", unbiased=True, weight_decay=0.0, size_seeds=(),
+              mask="layer"):
     """Every equation of the docstring, over whole tensors."""
     model = Stack().double().eval()
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
     seeds, state = iter(seeds), {}
+    border = torch.cat([p.flatten() for p in theta.values()]).abs().quantile(sparsity)
+    share = {n: sparsity if mask == "layer" else float((p.abs() < border).double().mean())
+             for n, p in theta.items()}
 
     def noise(seed, t):
         out = {}
@@ -82,7 +86,7 @@ def reference(seeds, steps=6, rule="sgd", queries=1, one_sided=False, unit="whol
             z = CounterNoise(seed, n).normal(p.numel()).double()
             if sparsity:
                 u = CounterNoise(SEED, f"{n}/mask").uniform(p.numel(), turn=t // resample)
-                z = z * (u >= sparsity)
+                z = z * (u >= share[n])
             out[n] = z.view(p.shape)
         return out
 
@@ -158,6 +162,9 @@ CASES = {
     ", s=0.4": {"sparsity": 0.4}, ", s=0.4, resample=2, rule='adam'":
     {"sparsity": 0.4, "resample": 2, "rule": "adam"},
     ", s=0.4, rule='cons'": {"sparsity": 0.4, "rule": "cons"},
+    ", s=0.4, mask='global'": {"sparsity": 0.4, "mask": "global"},
+    ", s=0.7, mask='global', resample=2, rule='adam'":
+    {"sparsity": 0.7, "mask": "global", "resample": 2, "rule": "adam"},
     ", unit='block', s=0.4, resample=2": {"unit": "block", "sparsity": 0.4, "resample": 2},
     ", measure='weights'": {"size": "weights"}, ", measure='weights', unbiased=False":
     {"size": "weights", "unbiased": False}, ", measure='probe', unbiased=False":
@@ -227,6 +234,26 @@ def test_the_mask_has_its_share_and_stays_for_its_time(sparsity):
     assert not torch.equal(moved[1], moved[2])
 
 
+def test_by_all_weights_a_tensor_of_small_ones_has_more_zeros_and_shares_stay_what_they_were():
+    small, large = nn.Parameter(torch.randn(20000) * 0.1), nn.Parameter(torch.randn(30000))
+    with torch.no_grad():
+        small[0] = 0.0                                   # zeros fall on any entry alike
+    border = torch.cat([small, large]).detach().abs().quantile(0.5)
+    want = [float((p.detach().abs() < border).float().mean()) for p in (small, large)]
+    assert want[0] > 0.9 and 0.1 < want[1] < 0.4
+    opt = build("zo(s=0.5, mask='global', eps=1.0)", [("a", small), ("b", large)], seed=SEED)
+    for _ in range(3):
+        before = [p.detach().clone() for p in (small, large)]
+        opt.step(lambda: small.detach().sum() + large.detach().sum())
+        for p, b, s in zip((small, large), before, want, strict=True):
+            off = abs(float((p.detach() == b).float().mean()) - s)
+            assert off <= 3 * math.sqrt(s * (1 - s) / len(p)) + 1e-4
+        assert opt.log.header["shares"] == pytest.approx(dict(zip("ab", want, strict=True)))
+        large.data.mul_(100)
+    with pytest.raises(RecipeError, match="no share of zeros to deal out"):
+        parse("zo(mask='global')")
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_by_size_the_mean_is_the_gradient_or_one_divided_by_its_block_s(unbiased):
     n, wa, wb = 4000, torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([3.0], dtype=F64)
@@ -261,7 +288,8 @@ def test_what_is_kept_is_what_it_says(rule, count, dtype):
 
 
 REPLAYED = [", rule='adam', queries=2", ", rule='cons'", ", unit='block', s=0.3",
-            ", measure='probe', rule='adam'", ", rule='scalar', one_sided=True"]
+            ", s=0.5, mask='global', measure='weights'", ", measure='probe', rule='adam'",
+            ", rule='scalar', one_sided=True"]
 
 
 @pytest.mark.parametrize("settings", REPLAYED)

@@ -12,7 +12,7 @@ stand in its header.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import RecipeError
+from ..choose.quantile import SAMPLE, quantile
 from .noise import STREAMS, fold
 from .numerics import NUMERICS
 from .plan import Plan
@@ -50,7 +51,9 @@ class Zoo(ZerothOrder):
     rule: what is made of the estimate; None: plain descent. scalar_sign: g is replaced by its sign.
     one_sided: against the loss at theta itself. conservative: of theta and theta -+ lr g z the one
     with the least loss is kept. unit: see :data:`Unit`. sparsity: share of entries that stay, drawn
-    anew every `resample` updates. size: see :data:`Size`; unbiased: d z is moved along, not z.
+    anew every `resample` updates; mask: the same share of each tensor ("layer"), or of each the
+    share of its entries that lie below the quantile `sparsity` of all |theta| ("global"), as the
+    weights were at the first update. size: see :data:`Size`; unbiased: d z is moved along, not z.
     """
 
     rule: Rule | None = None
@@ -60,6 +63,7 @@ class Zoo(ZerothOrder):
     unit: Unit = "whole"
     sparsity: float = 0.0
     resample: int = 1
+    mask: Literal["layer", "global"] = "layer"
     size: Size = "none"
     unbiased: bool = True
     name: str = "zo"
@@ -95,15 +99,16 @@ class Shaped:
     spec: Zoo
     seed: int
     factors: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)       # of zeros, where they differ
     turn: int = 0
 
     def __call__(self, seed: int, name: str) -> Any:
         stream = self.base(seed, name)
         factor = self.factors.get(name, 1.0)
-        if not self.spec.sparsity and factor == 1.0 or name.endswith("/round"):
+        share = self.shares.get(name, self.spec.sparsity)
+        if not share and factor == 1.0 or name.endswith("/round"):
             return stream
-        return _Stream(stream, factor, self.spec.sparsity, self.base(self.seed, f"{name}/mask"),
-                       self.turn)
+        return _Stream(stream, factor, share, self.base(self.seed, f"{name}/mask"), self.turn)
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,8 @@ class ZooOptimizer(ZerothOrderOptimizer):
 
     spec: Zoo
     #: hyperparameters that stand in a log's header, so that no other optimizer repeats it
-    TOLD: ClassVar[tuple[str, ...]] = ("scalar_sign", "unit", "sparsity", "resample", "size",
-                                       "unbiased")
+    TOLD: ClassVar[tuple[str, ...]] = ("scalar_sign", "unit", "sparsity", "resample", "mask",
+                                       "size", "unbiased")
 
     def __init__(self, groups: list[dict[str, Any]], spec: Zoo, plan: Plan, seed: int):
         super().__init__(groups, spec, plan, seed)
@@ -162,6 +167,9 @@ class ZooOptimizer(ZerothOrderOptimizer):
     # -- sizes and masks ---------------------------------------------------------------------
     def _begin(self, update: int) -> Generator[Evaluate, float, None]:
         self._turn(update)
+        if self.spec.mask == "global" and "shares" not in self.log.header:
+            self.log.header["shares"] = self._shares()
+            self._sized()
         if self.spec.size != "none" and "factors" not in self.log.header:
             sizes: dict[str, float] = {}
             for k, names in enumerate(self._grouped("block").values()):
@@ -171,6 +179,26 @@ class ZooOptimizer(ZerothOrderOptimizer):
 
     def _turn(self, update: int) -> None:
         self.noise.turn = self.moves.turn = update // self.spec.resample
+
+    @torch.no_grad()
+    def _shares(self) -> dict[str, float]:
+        """Of each tensor the share of entries below the quantile of all of them."""
+        every = [(n, p.detach()) for n, p in self._all()]
+        n, like = sum(p.numel() for _, p in every), every[0][1]
+
+        def stream() -> Iterator[Tensor]:
+            for _, p in every:
+                yield from (part.abs().float() for part in p.reshape(-1).split(strip(p.device)))
+
+        def sample() -> Tensor:
+            step = max(1, n // SAMPLE)
+            return torch.cat([p.reshape(-1)[::step].abs().float().to(like.device)
+                              for _, p in every])
+
+        border = host_float(quantile(stream, n, self.spec.sparsity, sample, like.float()))
+        return {name: sum(host_float((part.abs().float() < border).sum().double())
+                          for part in p.reshape(-1).split(strip(p.device))) / max(1, p.numel())
+                for name, p in every}
 
     def _size(self, names: frozenset[str], number: int) -> Generator[Evaluate, float, float]:
         self._only = names
@@ -189,15 +217,17 @@ class ZooOptimizer(ZerothOrderOptimizer):
         known: Mapping[str, float] = self.log.header.get("factors") or {}  # type: ignore
         self.noise.factors = {n: 1 / d for n, d in known.items()}
         self.moves.factors = dict(known) if self.spec.unbiased else {}
+        self.noise.shares = self.moves.shares = dict(self.log.header.get("shares") or {})  # type: ignore
 
     def load_extra_state(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         super().load_extra_state(tensors, header)
         self._sized()
 
     def replay(self, log: Any) -> None:
-        if "factors" in log.header:
-            self.log.header["factors"] = log.header["factors"]
-            self._sized()
+        for key in ("factors", "shares"):
+            if key in log.header:
+                self.log.header[key] = log.header[key]
+        self._sized()
         super().replay(log)
 
     # -- probes and moves --------------------------------------------------------------------

@@ -31,9 +31,11 @@ class Zo(Method):
     ``unit="block"`` (or "module") the parts are probed and moved one after the other, each with
     noise of its own: two evaluations a part, and the variance of a part alone. With `s` that share
     of z is zero, drawn anew every `resample` updates; the mean of G is then (1 - s) of the
-    gradient. ``measure="weights"`` probes z / d in each block, d the root mean square of its
-    weights, "probe" |g| of that block alone, once, at the first update; d z is moved along (the
-    mean is the gradient), or z itself with ``unbiased=False``, a gradient normalised by block.
+    gradient. With ``mask="global"`` the zeros of a tensor are as many as it has weights below the
+    s-quantile of all |theta| (as they are at the first update), drawn among all its entries.
+    ``measure="weights"`` probes z / d in each block, d the root mean square of its weights, "probe"
+    |g| of that block alone, once, at the first update; d z is moved along (the mean is the
+    gradient), or z itself with ``unbiased=False``, a gradient normalised by block.
 
     Start: the function as it is. Noise, scratch, objectives, schedules, rounding and the log that
     repeats a run: as in `mezo`; masks and sizes come back with it. Learning rates of 1e-8 to 1e-5
@@ -55,6 +57,9 @@ class Zo(Method):
     s: float = setting(0.0, "share of entries that an update leaves as they are",
                        alias=("sparsity",))
     resample: int = setting(1, "updates between two masks", other=(5,), beside={"s": 0.5})
+    mask: Literal["layer", "global"] = setting(
+        "layer", "the same share of zeros in each tensor, or by the sizes of all weights",
+        beside={"s": 0.5})
     measure: Literal["none", "weights", "probe"] = setting(
         "none", "what a block's share of the probe is measured by")
     unbiased: bool = setting(True, "the mean of a probe by size is the gradient",
@@ -70,6 +75,8 @@ class Zo(Method):
                               "measure='none' d is 1; take measure='weights' or 'probe'")
         if self.resample != 1 and not self.s:
             raise RecipeError("zo: resample has no mask to draw with s=0")
+        if self.mask != "layer" and not self.s:
+            raise RecipeError("zo: mask='global' has no share of zeros to deal out with s=0")
 
     def claims(self) -> tuple[str, ...]:
         return ("the innermost rule",)
@@ -80,8 +87,8 @@ class Zo(Method):
         return Zoo(rule=rules.get(self.rule), scalar_sign=self.rule == "scalar",
                    conservative=self.rule == "cons", eps=self.eps, queries=self.queries,
                    one_sided=self.one_sided, unit=self.unit, sparsity=self.s,
-                   resample=self.resample, size=self.measure, unbiased=self.unbiased,
-                   mode=self.mode, noise=self.noise,
+                   resample=self.resample, mask=self.mask, size=self.measure,
+                   unbiased=self.unbiased, mode=self.mode, noise=self.noise,
                    weight_decay=self.weight_decay)
 
     def state_bytes(self, shape: tuple[int, ...], itemsize: int) -> int:
