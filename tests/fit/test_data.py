@@ -198,14 +198,10 @@ def test_prose_with_a_column_of_few_words_is_not_guessed(tmp_path):  # newcomer 
     assert read(path, **ways[-1]).task == "language-modelling"
 
 
-def test_questions_about_a_context_and_preferences_say_that_they_are_not_served(tmp_path):
-    squad = {"id": "1", "title": "t", "context": "a b c", "question": "b or c", "answers":
-             {"text": ["b"], "answer_start": [2]}}
-    for row, words in ((squad, "answering questions about a context .*not served yet"),
-                       ({"prompt": "a b", "chosen": "c d", "rejected": "e f"},
-                        "preference tuning .*not served yet")):
-        with pytest.raises(DataError, match=words):
-            read(lines(tmp_path / "x.jsonl", [row] * 4))
+def test_preferences_say_that_they_are_not_served(tmp_path):
+    with pytest.raises(DataError, match="preference tuning .*not served yet"):
+        read(lines(tmp_path / "x.jsonl", [{"prompt": "a b", "chosen": "c d",
+                                           "rejected": "e f"}] * 4))
 
 
 def test_answers_marked_good_and_bad_are_not_all_learnt(tmp_path):
@@ -224,8 +220,11 @@ def test_labels_with_fractions_are_no_classes(tmp_path, suffix):  # newcomer A3
         table(path, rows)
     else:
         lines(path, [{"text": t, "label": x} for t, x in rows[1:]])
+    data = read(path, validation=0)
+    assert data.task == "text-regression" and data.labels is None
+    assert data.train["label"][:3] == [0.37, 0.74, 1.11]
     with pytest.raises(DataError, match="line .*the label is 0.37, .*regression"):
-        read(path)
+        read(path, task="text-classification")
 
 
 def test_whole_numbers_are_classes_however_they_are_written(tmp_path):

@@ -15,7 +15,8 @@ from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
 from burnish.fit.heads import resize_head
 from burnish.fit.pictures import Picture, processor_of
-from burnish.fit.tasks import classification, task_for
+from burnish.fit.tasks import task_for
+from burnish.fit.tasks.classes import classification
 
 
 def lines(path, rows):

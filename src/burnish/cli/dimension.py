@@ -54,7 +54,7 @@ def dimension(
         run = burnish.fit(model=model, data=data, recipe=recipe, output=output / folder, **settings)
         if "validation" not in run.metrics:
             raise ConfigError(f"{data} has no validation rows, and sizes are compared by them")
-        return best(run.metrics["validation"], metric)
+        return best(run.metrics["validation"], metric, run.facts["data"]["task"])
 
     found = method.lifecycle(score=score)
     told = {"dimension": found.reached, "below": found.below, "share": share, "full": found.whole,

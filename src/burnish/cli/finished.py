@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..core.errors import CheckError, ConfigError, DataError
+from ..core.errors import CheckError, ConfigError
+from . import asked
 
 #: either says that a run left its tokenizer or image processor in the folder
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
@@ -51,10 +52,12 @@ class Finished:
         name = base or facts.get("model") or recorded
         about = facts["data"]
         data = Data(about["task"], {}, about["source"], about["layout"],
-                    tuple(about["labels"]) if about["labels"] else None)
+                    tuple(about["labels"]) if about["labels"] else None,
+                    form=about.get("form"))
         own = any((folder / f).is_file() for f in PROCESSORS)   # as it was used in training
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
-                        None, max_length=facts.get("max_length"))
+                        None, max_length=facts.get("max_length"),
+                        seed=int(facts["training"].get("seed", 42)))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
             module = task.load(name, unread=unread or stores(facts["recipe"]))
@@ -73,7 +76,11 @@ class Finished:
     # -- answers -------------------------------------------------------------------------------
     def predict(self, inputs: Sequence[str], tokens: int = 64,
                 keys: Mapping[str, float] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
-        """One answer per input: a label with its probability, or text that goes on.
+        """One answer per input: what the task makes of it, beside what was given and ``said``, the
+        answer in a line.
+
+        inputs: pictures and folders of them; texts, `.txt` files of one a line, tables of rows with
+            the columns of the task, rows as JSON objects.
 
         keys: entries of the keys that the recipe reads beside an input, for all inputs.
         """
@@ -83,15 +90,11 @@ class Finished:
             if name not in keys and not read.key.training:
                 raise ConfigError(f"{read.part} reads {name!r} ({read.key.meaning}): give "
                                   f"--given {name}=..., {read.range}")
-        for given, row in self._rows(inputs):
+        model = self.tuned.model
+        for given, row in asked.rows(inputs, self.task, self.facts["data"].get("reading", {})):
             with torch.no_grad(), self.tuned.given(**keys):
-                if self.task.data.labels:
-                    share = self._logits(row)[0].float().softmax(-1)
-                    best = int(share.argmax())
-                    yield {"input": given, "label": self.task.data.labels[best],
-                           "probability": float(share[best])}
-                else:
-                    yield {"input": given, "text": self._go_on(row, tokens)}
+                made = self.task.answer(model, row, tokens)
+            yield {"input": given, **made, "said": self.task.said(made)}
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -99,26 +102,6 @@ class Finished:
         from ..core.keys import keys_of
 
         return keys_of(self.tuned.recipe)
-
-    def _rows(self, inputs: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        if self.task.data.task == "image-classification":
-            for path in _pictures(inputs):
-                yield str(path), {"pixel_values": self.task.processor(_picture(path))[None]}
-            return
-        for text in _texts(inputs):
-            if self.task.data.task == "instruction-tuning":
-                turn = [{"role": "user", "content": text}]
-                yield text, self.task.processor.apply_chat_template(
-                    turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-            else:
-                yield text, self.task.processor(text, return_tensors="pt", truncation=True,
-                                                max_length=self.task.max_length)
-
-    def _go_on(self, row: dict[str, Any], tokens: int) -> str:
-        made = self.tuned.model.generate(**row, max_new_tokens=tokens, do_sample=False,
-                                         pad_token_id=self.task.processor.pad_token_id)
-        return self.task.processor.decode(made[0, row["input_ids"].shape[1]:],
-                                          skip_special_tokens=True)
 
     # -- figures -------------------------------------------------------------------------------
     def evaluate(self, data: Any, split: str | None = None, batch: int = 16,
@@ -134,11 +117,11 @@ class Finished:
         from ..fit.tasks import evaluate
 
         rows, name, these = self._split(data, split, columns)
-        first = self.task.collate([rows[i] for i in range(min(batch, len(rows)))])
+        first = self.task.feed(self.task.collate([rows[i] for i in range(min(batch, len(rows)))]))
         with torch.no_grad():
-            logits = self._logits(first)
+            logits = self.task.logits(self.tuned.model(**first))
             with self.tuned.disabled():
-                plain = self._logits(first)
+                plain = self.task.logits(self.tuned.model(**first))
         if logits.equal(plain):
             raise CheckError(f"{self.folder} changes nothing: its outputs are those of the base")
         tuned = evaluate(self.tuned.model, self.task, name, batch)
@@ -187,49 +170,8 @@ class Finished:
         these = "the rows this run was trained on" if name == "train" else "held out by this run"
         return self.task.rows(name), name, these if same else "all of them"
 
-    def _logits(self, batch: dict[str, Any]) -> Any:
-        from ..fit.tasks import logits_of
-
-        return logits_of(self.tuned.model(**{k: v for k, v in batch.items() if k != "labels"}))
-
 
 def quiet() -> None:
     from ..fit.driving import quiet_libraries
 
     quiet_libraries()
-
-
-def _pictures(inputs: Sequence[str]) -> Iterator[Path]:
-    from ..fit.layouts import IMAGES
-
-    for given in map(Path, inputs):
-        if given.is_dir():
-            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES)
-            if not inside:
-                raise DataError(f"{given} holds no pictures")
-            yield from inside
-        elif given.is_file():
-            yield given
-        else:
-            raise DataError(f"there is no picture at {given}")
-
-
-def _picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: the picture cannot be read: {error}") from None
-
-
-def _texts(inputs: Sequence[str]) -> Iterator[str]:
-    """The words themselves, or the lines of a file of that name."""
-    for given in inputs:
-        path = Path(given)
-        if path.suffix == ".txt" and path.is_file():
-            yield from filter(None, map(str.strip, path.read_text("utf-8").splitlines()))
-        else:
-            yield given

@@ -15,21 +15,30 @@ def scorer(kind: str, folders: Sequence[Path], data: str, split: str | None, bat
     figures = _adapter if kind == "adapter" else Models(folders[0], data, split, batch).figures
 
     def of(folder: Path) -> float:
-        return best(figures(folder, data, split, batch), metric)
+        found, task = figures(folder, data, split, batch)
+        return best(found, metric, task)
 
     return of
 
 
-def best(figures: dict[str, float], metric: str | None) -> float:
-    """One figure, turned so that more is better: `metric`, else accuracy, else the loss."""
-    name = metric or ("accuracy" if "accuracy" in figures else "loss")
+#: figures of which less is better
+LESS = ("loss", "perplexity", "mae")
+
+
+def best(figures: dict[str, float], metric: str | None, task: str) -> float:
+    """One figure, turned so that more is better: `metric`, else what the task goes by."""
+    from ..fit.tasks import TASKS
+
+    name = metric or TASKS[task].metric
     if name not in figures:
         raise ConfigError(f"there is no figure {name!r}; there is {', '.join(figures)}"
                           f"{nearest(name, figures)}")
-    return -figures[name] if name in ("loss", "perplexity") else figures[name]
+    return -figures[name] if name in LESS else figures[name]
 
 
-def _adapter(folder: Path, data: str, split: str | None, batch: int) -> dict[str, float]:
+def _adapter(folder: Path, data: str, split: str | None, batch: int
+             ) -> tuple[dict[str, float], str]:
+    """The figures, and the task they are of."""
     import torch
 
     from ..fit.tasks import evaluate
@@ -38,7 +47,7 @@ def _adapter(folder: Path, data: str, split: str | None, batch: int) -> dict[str
     run = Finished.open(folder)
     name = run.held_out(data, split)
     with torch.no_grad():
-        return evaluate(run.tuned.model, run.task, name, batch)
+        return evaluate(run.tuned.model, run.task, name, batch), run.task.data.task
 
 
 class Models:
@@ -46,6 +55,7 @@ class Models:
 
     def __init__(self, folder: Path, data: str, split: str | None, batch: int):
         from ..fit.data import read
+        from ..fit.places import suited
         from ..fit.tasks import task_for
         from .finished import quiet
 
@@ -53,7 +63,7 @@ class Models:
         found = read(data, validation=0)
         if found.labels and (names := _labels(folder, found.labels)):
             found = read(data, validation=0, labels=names)
-        self.task = task_for(found, str(folder))
+        self.task = task_for(suited(found, str(folder)), str(folder))
         self.split, self.batch = split or _held_out(data, list(found.splits)), batch
         if self.split not in found.splits:
             raise ConfigError(f"{data} has no split {self.split!r}; it has "
@@ -67,13 +77,14 @@ class Models:
         self.task.settle(model)
         return model.eval()
 
-    def figures(self, folder: Path, *_: Any) -> dict[str, float]:
+    def figures(self, folder: Path, *_: Any) -> tuple[dict[str, float], str]:
         import torch
 
         from ..fit.tasks import evaluate
 
         with torch.no_grad():
-            return evaluate(self.load(folder), self.task, self.split, self.batch)
+            return evaluate(self.load(folder), self.task, self.split, self.batch), \
+                self.task.data.task
 
     def score(self, model: Any, metric: str | None) -> float:
         """The figure of a model that stands, higher is better."""
@@ -82,13 +93,14 @@ class Models:
         from ..fit.tasks import evaluate
 
         with torch.no_grad():
-            return best(evaluate(model, self.task, self.split, self.batch), metric)
+            return best(evaluate(model, self.task, self.split, self.batch), metric,
+                        self.task.data.task)
 
     def batches(self) -> list[tuple[dict[str, Any], Any]]:
         rows, out = self.task.rows(self.split), []
         for i in range(0, len(rows), self.batch):
             made = self.task.collate([rows[k] for k in range(i, min(i + self.batch, len(rows)))])
-            out.append((made, made.pop("labels")))
+            out.append((self.task.feed(made), self.task.right(made)))
         return out
 
 
@@ -99,7 +111,7 @@ def learn(folders: Sequence[Path], data: str, split: str | None, batch: int) -> 
 
     models = open_models(folders)
     held = Models(folders[0], data, split, batch)
-    if not held.task.data.labels:
+    if not held.task.data.task.endswith("-classification"):
         raise ConfigError(f"--learned takes rows with a class each; {data} is for "
                           f"{held.task.data.task}: take --greedy")
     alpha, _ = learned(held.load(folders[0]), models, held.batches())

@@ -132,8 +132,9 @@ Cache = Annotated[str | None, typer.Option(help="Memory in which weights with th
 @app.command()
 def predict(
     run: Run,
-    inputs: Annotated[list[str], typer.Argument(help="Pictures or folders of them; texts, or .txt "
-                                                     "files of one text per line.")],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures or folders of them; texts, .txt "
+                                                     "files of one a line, tables of rows, rows as "
+                                                     "JSON objects.")],
     base: Base = None,
     cache: Cache = None,
     tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
@@ -141,15 +142,14 @@ def predict(
                                                          "input, e.g. task=1; may repeat.")] = None,
     json: Json = False,
 ) -> None:
-    """Answers of a finished run: a label with its probability, or text that goes on."""
+    """Answers of a finished run: labels, numbers, tags, stretches of a context, or text."""
     from .finished import Finished
 
     keys = {k: v for k, v in map(_key, given or ())}
     finished = Finished.open(run, base)
     with finished.cached(cache):
         answers = list(finished.predict(inputs, tokens, keys))
-    lines = [f"{a['input']}: {a['text']}" if "text" in a else
-             f"{a['input']}: {a['label']} ({a['probability']:.3f})" for a in answers]
+    lines = [f"{a['input']}: {a['said']}" for a in answers]
     emit(json, {"run": run, "answers": answers}, "\n".join(lines))
 
 

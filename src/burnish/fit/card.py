@@ -7,22 +7,17 @@ from typing import Any
 
 from ..formats.card import code, quoted, words
 from ..memory import format_bytes
+from .kinds import KINDS
 from .report import sources
 
-PIPELINE = {"image-classification": "image-classification",
-            "text-classification": "text-classification",
-            "language-modelling": "text-generation", "instruction-tuning": "text-generation"}
 #: figures that hubs know by these names
 KNOWN = {"accuracy": "Accuracy", "f1": "F1", "perplexity": "Perplexity"}
-_AUTO = {"image-classification": "AutoModelForImageClassification",
-         "text-classification": "AutoModelForSequenceClassification",
-         "text-generation": "AutoModelForCausalLM"}
 
 
 def card(run: Mapping[str, Any]) -> str:
     """README.md of a finished run, from the facts of its `run.json`."""
     data, recipe, base = run["data"], run["recipe"], run["model"]
-    pipeline = PIPELINE[data["task"]]
+    auto, pipeline = KINDS[data["task"]].auto, KINDS[data["task"]].pipeline
     hub = "/" in base and not base.startswith((".", "/", "~"))
     head = ["---", "library_name: burnish"]
     if hub:
@@ -34,8 +29,10 @@ def card(run: Mapping[str, Any]) -> str:
     head += _index(run, pipeline)
     head.append("---")
 
-    loader = f"{_AUTO[pipeline]}.from_pretrained({base!r}"
-    if data["labels"]:
+    loader = f"{auto}.from_pretrained({base!r}"
+    if data["task"].endswith("-regression"):
+        loader += ", num_labels=1, ignore_mismatched_sizes=True"
+    elif data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
     lines = [
         f"# {words(recipe)} on {words(', then '.join(map(_short, sources(run))))}", "",
@@ -43,7 +40,7 @@ def card(run: Mapping[str, Any]) -> str:
         f"{run['trainable']:,} of "
         f"{run['parameters']:,} parameters trained.", "",
         *_figures(run), "## Use", "", "```python", "import burnish",
-        f"from transformers import {_AUTO[pipeline]}", "",
+        f"from transformers import {auto}", "",
         f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")', "```", "",
         "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
         *[line for name, about in run.get("tasks", {"": data}).items() for line in (

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError, nearest
-from ..core.reading import plain
+from .kinds import form_of_label, pictured
+from .labels import quantities
 from .layouts import Table
-from .readings import ambiguous, aside, label_like, texts
-
-if TYPE_CHECKING:
-    import datasets
+from .readings import ambiguous, aside, label_like, tagged, texts
 
 #: names people give these columns, likeliest first
 TEXT = ("text", "sentence", "content", "document", "review", "comment", "body", "message",
@@ -24,9 +18,6 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
         "question": "sentence"}
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
-
-#: "3.0", which tables make of 3
-_WHOLE = re.compile(r"^(-?\d+)\.0+$")
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system", "tool": "tool", "function": "tool"}
@@ -41,6 +32,8 @@ class Roles:
     label: str | None = None
     image: str | None = None
     pair: str | None = None
+    #: words, one by one
+    tokens: str | None = None
     #: messages, conversations, alpaca, completion
     form: str | None = None
     prompt: str | None = None
@@ -48,9 +41,12 @@ class Roles:
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "text", "pair", "label", "prompt", "completion")
+        parts = {k: v for k in ("image", "text", "pair", "tokens", "label", "prompt",
+                                   "completion")
                  if (v := getattr(self, k)) is not None}
         used = set(parts.values()) | _FORMS.get(self.form or "", set())
+        if self.label is not None:
+            used |= {n.strip() for n in self.label.split(",")}
         left = [n for n in names if n not in used]
         read = ", ".join(f"{k} from {v!r}" for k, v in parts.items() if k != v) or (
             f"read as {self.form}" if self.form else "")
@@ -60,7 +56,8 @@ class Roles:
 #: the columns that each form of conversation is made of
 _FORMS = {"messages": {"messages"}, "conversations": {"conversations"},
           "alpaca": {"instruction", "input", "output", "system"},
-          "completion": {"prompt", "completion"}}
+          "completion": {"prompt", "completion"},
+          "questions": {"context", "question", "answers"}}
 
 
 def assign(table: Table, flags: Roles) -> Roles:
@@ -70,15 +67,23 @@ def assign(table: Table, flags: Roles) -> Roles:
         raise DataError("prompt= and completion= name two columns that belong together; give both")
     for flag in ("text", "label", "image", "prompt", "completion"):
         given = getattr(flags, flag)
-        if given is not None and given not in names:
-            raise DataError(f"{flag}={given!r} is no column of the data; it has "
-                            f"{', '.join(names)}{nearest(given, names)}")
+        if given is None or given in names:
+            continue
+        if flag == "label" and "," in given:              # columns of ones and noughts, by name
+            continue
+        raise DataError(f"{flag}={given!r} is no column of the data; it has "
+                        f"{', '.join(names)}{nearest(given, names)}")
     found = flags.task or _task(table, flags)
-    if found == "instruction-tuning":
-        form = "completion" if flags.prompt else _form(names)
+    if found in ("instruction-tuning", "sequence-to-sequence"):
+        form = "completion" if flags.prompt else _form(names, found)
         return replace(flags, task=found, form=form)
+    if found == "question-answering":
+        return replace(flags, task=found, form=_questions(names))
+    if found == "token-classification":
+        return _words(table, flags)
     image = label = text = pair = None
-    if found == "image-classification":
+    labelled = form_of_label(found) is not None
+    if pictured(found):
         image = flags.image or _first(names, IMAGE)
         if image is None:
             raise DataError(f"no column holds pictures; the data has {', '.join(names)}; name it "
@@ -86,9 +91,9 @@ def assign(table: Table, flags: Roles) -> Roles:
     else:
         known = flags.label or _label(names)
         told = bool(flags.task or flags.label)
-        text = flags.text or _text(table, known if found != "language-modelling" else None, told)
+        text = flags.text or _text(table, known if labelled else None, told)
         pair = PAIR.get(text) if PAIR.get(text) in names else None
-    if found != "language-modelling":
+    if labelled:
         label = flags.label or _label(names)
         if label is None:
             raise DataError(f"cannot tell which column holds the label; the data has "
@@ -102,19 +107,58 @@ def _task(table: Table, flags: Roles) -> str:
     if flags.prompt:
         return "instruction-tuning"
     label = flags.label or _label(names)
-    if not flags.text and not flags.label and (form := _form(names, ask=True)):
-        if form == "completion" and label is not None:    # answers marked good and bad, perhaps
-            raise ambiguous(table)
-        return "instruction-tuning"
+    if not flags.text and not flags.label:
+        if form := _form(names):
+            if form == "completion" and label is not None:    # answers marked good and bad, perhaps
+                raise ambiguous(table)
+            return "instruction-tuning"
+        if _questions(names, ask=True):
+            return "question-answering"
+    if tagged(table, flags.text, flags.label):
+        return "token-classification"
     if flags.image or _first(names, IMAGE):
-        return "image-classification"
+        return f"image-{_learnt(table, label)}"
     if flags.label or (label is not None and not _prose(table, label)):
-        return "text-classification"
+        return f"text-{_learnt(table, label)}"
     text = flags.text or (texts(table) or [None])[0]
     others = [n for n in names if n != text and not aside(n)]
     if text is not None and (not others or (text.lower() == "text" and others == ["title"])):
         return "language-modelling"
     raise ambiguous(table)
+
+
+def _learnt(table: Table, label: str | None) -> str:
+    """What a label's values are: a class, several of them, or a quantity."""
+    if label is None:
+        return "classification"                            # said to be missing where it is read
+    if label not in table.columns:
+        return "multi-label"
+    seen = [v for v in table.columns[label] if v is not None]
+    if seen and all(isinstance(v, list | tuple) for v in seen):
+        return "multi-label"
+    return "regression" if quantities(seen) else "classification"
+
+
+def _words(table: Table, flags: Roles) -> Roles:
+    """Which column holds the words, and which a tag for each."""
+    found = tagged(table, flags.text, flags.label)
+    if not found:
+        raise DataError(f"token classification reads two columns of lists of one length, words and "
+                        f"their tags; the data has {', '.join(table.columns)}; name them with "
+                        "text= and label=")
+    if len(found) > 1:
+        raise ambiguous(table)
+    tokens, tags = found[0]
+    return Roles("token-classification", label=tags, tokens=tokens)
+
+
+def _questions(names: list[str], ask: bool = False) -> str | None:
+    if {"context", "question", "answers"} <= set(names):
+        return "questions"
+    if ask:
+        return None
+    raise DataError("question answering reads context, question and answers; the data has "
+                    f"{', '.join(names)}")
 
 
 def _prose(table: Table, name: str) -> bool:
@@ -160,7 +204,9 @@ def _text(table: Table, label: str | None, told: bool) -> str:
                     "it with text=")
 
 
-def _form(names: list[str], ask: bool = False) -> str | None:
+def _form(names: list[str], task: str | None = None) -> str | None:
+    """Which form of conversation the columns are. Raises DataError where `task` reads one and there
+    is none."""
     have = set(names)
     if "messages" in have:
         return "messages"
@@ -170,195 +216,13 @@ def _form(names: list[str], ask: bool = False) -> str | None:
         return "alpaca"
     if {"prompt", "completion"} <= have:
         return "completion"
-    if ask:
+    if task is None:
         return None
-    raise DataError("instruction tuning reads messages, conversations, instruction and output, or "
-                    f"prompt and completion; the data has {', '.join(names)}")
+    raise DataError(f"{task} reads messages, conversations, instruction and output, or prompt and "
+                    f"completion; the data has {', '.join(names)}; name two columns with prompt= "
+                    "and completion=")
 
 
 def _first(names: list[str], wanted: Iterable[str]) -> str | None:
     lower = {n.lower(): n for n in reversed(names)}
     return next((lower[w] for w in wanted if w in lower), None)
-
-
-# -- values ----------------------------------------------------------------------------------
-def canonical(table: Table, roles: Roles, classes: tuple[str, ...] | None,
-              source: str) -> tuple[datasets.Dataset, tuple[str, ...] | None]:
-    """The canonical rows of `table`, and the classes (found here unless given)."""
-    import datasets
-
-    if roles.task == "instruction-tuning":
-        return datasets.Dataset.from_list(_conversations(table, roles)), None
-    columns: dict[str, Any] = {}
-    features: dict[str, Any] = {}
-    for role in ("image", "text", "pair"):
-        name = getattr(roles, role)
-        if name is None:
-            continue
-        if name not in table.columns:
-            raise DataError(f"{table.where(0)}: a split lacks the column {name!r}")
-        values = table.columns[name]
-        if role == "image":
-            features[role] = datasets.Image()
-            _images(values, name, table)
-        else:
-            features[role] = datasets.Value("string")
-            _texts(values, name, table)
-        columns[role] = values
-    if roles.label is not None:
-        if roles.label not in table.columns:
-            raise DataError(f"{table.where(0)}: a split lacks the column {roles.label!r}")
-        _no_fractions(table, roles.label)
-        given = [class_name(v, table.where(i), roles.label)
-                 for i, v in enumerate(table.columns[roles.label])]
-        classes = classes or table.classes or _classes(given, roles.label, source)
-        number = {c: i for i, c in enumerate(classes)}
-        for i, c in enumerate(given):
-            if c not in number:
-                raise DataError(f"{table.where(i)}, field {roles.label!r}: class {c!r} is not "
-                                f"among the training classes{nearest(c, classes)}")
-        columns["label"] = [number[c] for c in given]
-        features["label"] = datasets.ClassLabel(names=list(classes))
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
-
-
-def _no_fractions(table: Table, field: str) -> None:
-    """Numbers with fractions are quantities, however few of them there are."""
-    values = table.columns[field]
-    numbers = []
-    for v in values:
-        try:
-            numbers.append(float(v))
-        except (TypeError, ValueError):
-            return
-    for i, x in enumerate(numbers):
-        if math.isfinite(x) and not x.is_integer():
-            raise DataError(f"{table.where(i)}, field {field!r}: the label is {values[i]}, a "
-                            "number with a fraction: that is regression, and fit serves "
-                            "classification; put the numbers into classes, or name another column "
-                            "with label=")
-
-
-def class_name(value: Any, where: str, field: str) -> str:
-    """A class as a name; 3, 3.0 and "3" are one class. Missing, NaN and 3.5 are errors."""
-    at = f"{where}, field {field!r}"
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{at}: the label is missing")
-    if isinstance(value, str):
-        value = value.strip()
-        if value.lower() in ("nan", "none", "null", "n/a"):
-            raise DataError(f"{at}: the label is {value!r}; name the class, or remove the row")
-        return _WHOLE.sub(r"\1", value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        if math.isnan(value):
-            raise DataError(f"{at}: the label is NaN")
-        if not value.is_integer() or abs(value) > 2**63:
-            raise DataError(f"{at}: the label is {value}; burnish fits classes, and a class is a "
-                            "name or a whole number")
-        value = int(value)
-    if not isinstance(value, int) or abs(value) > 2**63:
-        raise DataError(f"{at}: a label is a name or a whole number, not {type(value).__name__}")
-    return str(value)
-
-
-def _classes(given: list[str], field: str, source: str) -> tuple[str, ...]:
-    classes = sorted(set(given), key=_numbers_first)
-    if len(classes) < 2:
-        raise DataError(f"{source}: every row of {field!r} is {classes[0]!r}; classification needs "
-                        "two classes or more")
-    if len(classes) > max(50, len(given) // 2):
-        raise DataError(f"{source}: column {field!r} has {len(classes)} different values in "
-                        f"{len(given)} rows, which are no classes; name the label with label=")
-    return tuple(classes)
-
-
-def _numbers_first(name: str) -> tuple[bool, int, str]:
-    number = re.fullmatch(r"-?[0-9]{1,18}", name)
-    return number is None, int(name) if number else 0, name
-
-
-def _texts(values: list[Any], field: str, table: Table) -> None:
-    for i, v in enumerate(values):
-        if not isinstance(v, str):
-            what = "missing" if v is None or v != v else f"a {type(v).__name__}"
-            raise DataError(f"{table.where(i)}, field {field!r}: expected text, it is {what}")
-        if not v.strip():
-            raise DataError(f"{table.where(i)}, field {field!r}: the text is empty")
-
-
-def _images(values: list[Any], field: str, table: Table) -> None:
-    for i, v in enumerate(values):
-        if isinstance(v, dict):
-            v = v.get("bytes") or v.get("path")
-        if v is None or not (isinstance(v, str | bytes) or hasattr(v, "convert")):
-            raise DataError(f"{table.where(i)}, field {field!r}: expected a picture (a path, "
-                            f"encoded bytes or a PIL image), found {type(v).__name__}")
-        if isinstance(v, str) and not Path(v).is_file():      # nor a pipe, nor an address
-            raise DataError(f"{table.where(i)}, field {field!r}: there is no picture at "
-                            f"{plain(v)}")
-
-
-def _conversations(table: Table, roles: Roles) -> list[dict[str, Any]]:
-    """Every form as `messages`, except that plain prompts and completions stay plain."""
-    rows, form = [], roles.form
-    asked, answer = roles.prompt or "prompt", roles.completion or "completion"
-    for i, row in enumerate(table.rows()):
-        at = table.where(i)
-        if form in ("messages", "conversations"):
-            rows.append({"messages": _messages(row[form], at, form)})
-        elif form == "alpaca":
-            said = _words(row, "instruction", at)
-            extra = row.get("input")
-            if extra:
-                said += "\n\n" + _words(row, "input", at)
-            turns = [{"role": "user", "content": said},
-                     {"role": "assistant", "content": _words(row, "output", at)}]
-            if row.get("system"):
-                turns.insert(0, {"role": "system", "content": _words(row, "system", at)})
-            rows.append({"messages": turns})
-        elif isinstance(row.get(asked), list):
-            rows.append({"messages": _messages([*row[asked], *(row[answer] or ())], at,
-                                               f"{asked} and {answer}")})
-        else:
-            rows.append({"prompt": _words(row, asked, at),
-                         "completion": _words(row, answer, at)})
-    if len({tuple(r) for r in rows}) > 1:
-        raise DataError(f"{table.where(0)}: prompts are texts in some rows and messages in others; "
-                        "write them one way")
-    return rows
-
-
-def _words(row: dict[str, Any], field: str, at: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        what = "missing or empty" if not value or isinstance(value, str) else (
-            f"a {type(value).__name__}")
-        raise DataError(f"{at}, field {field!r}: expected text, it is {what}")
-    return value
-
-
-def _messages(turns: Any, at: str, field: str) -> list[dict[str, str]]:
-    """Both spellings (role and content, from and value), checked turn by turn."""
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{at}, field {field!r}: expected a list of turns, found "
-                        f"{'an empty one' if turns == [] else type(turns).__name__}")
-    out = []
-    for k, turn in enumerate(turns):
-        here = f"{at}, field '{field}[{k}]'"
-        if not isinstance(turn, dict):
-            raise DataError(f"{here}: expected role and content, found {type(turn).__name__}")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise DataError(f"{here}: role {role!r} is not one of {', '.join(ROLES)}"
-                            f"{nearest(str(role), ROLES)}")
-        if not isinstance(content, str):
-            raise DataError(f"{here}: content is {'missing' if content is None else 'no text'}")
-        out.append({"role": ROLES[role], "content": content})
-    if out[-1]["role"] != "assistant":
-        raise DataError(f"{at}, field {field!r}: the last turn is {out[-1]['role']}'s; it must be "
-                        "the assistant's, which is what is learnt")
-    return out
-

@@ -27,23 +27,26 @@ from ..core.keys import Read
 from ..core.reading import reading
 from . import layouts
 from .beside import apart, missing
-from .columns import Roles, assign, canonical
+from .columns import Roles, assign
+from .kinds import TASKS
 from .layouts import SPLITS, Table
+from .turns import as_rows_of
+from .values import canonical
 
 if TYPE_CHECKING:
     import datasets
-
-TASKS = ("image-classification", "text-classification", "language-modelling",
-         "instruction-tuning")
 
 
 @dataclass
 class Data:
     """Splits of one task, in canonical columns.
 
-    image-classification: ``image``, ``label``.  text-classification: ``text`` (and ``pair``),
-    ``label``.  language-modelling: ``text``.  instruction-tuning: ``messages``, or ``prompt`` and
-    ``completion``.
+    image-...: ``image``, ``label``.  text-...: ``text`` (and ``pair``), ``label``.  A label is a
+    class (-classification), a list of classes (-multi-label) or a number (-regression).
+    token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
+    ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
+    ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
+    sequence-to-sequence: ``prompt`` and ``completion``.
     """
 
     task: str
@@ -52,6 +55,8 @@ class Data:
     layout: str
     labels: tuple[str, ...] | None = None
     where: dict[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
+    #: messages, or completion: prompts and answers joined as they are
+    form: str | None = None
     #: which columns are read as what, in words
     columns: str = ""
     #: what :func:`read` was told, so that the same rows can be found again
@@ -71,21 +76,28 @@ class Data:
     def test(self) -> datasets.Dataset | None:
         return self.splits.get("test")
 
+    def as_task(self, task: str) -> Data:
+        """The same rows, learnt in another way. Raises DataError with the row that cannot be."""
+        splits = {n: as_rows_of(task, rows, self.where.get(n)) for n, rows in self.splits.items()}
+        return replace(self, task=task, splits=splits,
+                       form="completion" if task == "sequence-to-sequence" else self.form)
+
     def samples(self, n: int = 3) -> list[str]:
         """The first rows of each kind, as people read them."""
         seen: list[str] = []
         step = max(1, len(self.train) // max(1, n))
         for i in range(0, len(self.train), step)[:n]:
             row = self.train[i]
-            seen.append("  ".join(f"{k}={_short(v, self.labels if k == 'label' else None)}"
-                                  for k, v in row.items()))
+            seen.append("  ".join(
+                f"{k}={_short(v, self.labels if k in ('label', 'tags') else None)}"
+                for k, v in row.items()))
         return seen
 
     def summary(self) -> dict[str, Any]:
         """The facts written into `run.json`."""
         return {"source": self.source, "layout": self.layout, "task": self.task,
                 "rows": {k: len(v) for k, v in self.splits.items()},
-                "labels": list(self.labels) if self.labels else None,
+                "labels": list(self.labels) if self.labels else None, "form": self.form,
                 "reading": self.reading, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
@@ -160,13 +172,17 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     for name in order:
         splits[name], classes = canonical(tables[name], roles, classes, source)
         for key, entries in beside[name][1].items():
-            if roles.task == "language-modelling":
+            if roles.task in ("language-modelling", "masked-language-modelling"):
                 raise DataError(f"language modelling runs documents end to end, so no row has a "
                                 f"{key!r} of its own, which {keys[key].part} reads")
             splits[name] = splits[name].add_column(key, entries)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
+    form = None
+    if roles.task in ("instruction-tuning", "sequence-to-sequence"):
+        form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
-                {k: t.where for k, t in tables.items()}, roles.said(tables["train"].columns),
+                {k: t.where for k, t in tables.items()}, form,
+                roles.said(tables["train"].columns),
                 {"task": task, "text": text, "label": label, "image": image, "prompt": prompt,
                  "completion": completion, "split": split, "validation": validation,
                  "seed": seed}, known)
@@ -185,7 +201,7 @@ def set_aside(data: Data, part: float | int, seed: int) -> Data:
         raise ConfigError(f"validation={part} would take {count} of the {rows} training rows")
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=g).tolist()
-    if data.labels:
+    if data.task.endswith("-classification") and "label" in data.train.column_names:
         labels = data.train["label"][:]
         by_class: dict[int, list[int]] = {}
         for i in order:
@@ -274,15 +290,20 @@ def _from_datasets(data: Any, split: str | None, layout: str) -> dict[str, Table
 def _from_dataset(rows: Any, name: str, layout: str) -> Table:
     import datasets
 
-    classes = None
+    classes: dict[str, tuple[str, ...]] = {}
     columns: dict[str, Any] = {}
     for column, kind in rows.features.items():
         if isinstance(kind, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
+        inner = getattr(kind, "feature", None)
         if isinstance(kind, datasets.ClassLabel):
             names = kind.names
             columns[column] = [None if v is None or v < 0 else names[v] for v in rows[column]]
-            classes = tuple(names)
+            classes[column] = tuple(names)
+        elif isinstance(inner, datasets.ClassLabel):        # a list of classes, or of tags
+            columns[column] = [None if row is None else [inner.names[v] for v in row]
+                               for row in rows[column]]
+            classes[column] = tuple(inner.names)
         else:
             columns[column] = rows[column][:]
     return Table(columns, lambda i: f"{name}[{i}]", layout, classes)
@@ -305,7 +326,7 @@ def digits() -> dict[str, Table]:
 
     def part(first: int, last: int) -> Table:
         return Table({"image": scans[first:last], "label": names[first:last]},
-                     lambda i: f"digit {first + i}", "8 x 8 scans", tuple("0123456789"))
+                     lambda i: f"digit {first + i}", "8 x 8 scans", {"label": tuple("0123456789")})
 
     return {k: part(*v) for k, v in cuts.items()}
 
@@ -316,7 +337,8 @@ def _short(value: Any, names: Sequence[str] | None = None, width: int = 60) -> s
     if hasattr(value, "size") and hasattr(value, "mode"):
         return f"{value.size[0]}x{value.size[1]} {value.mode}"
     if isinstance(value, list):
-        return "[" + ", ".join(_short(v) for v in value[:4]) + ("...]" if len(value) > 4 else "]")
+        said = ", ".join(_short(v, names) for v in value[:4])
+        return f"[{said}{'...' if len(value) > 4 else ''}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_short(v, width=40)}" for k, v in value.items()) + "}"
     text = repr(value)

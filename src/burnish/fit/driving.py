@@ -12,10 +12,13 @@ from torch.utils.data import Sampler
 
 
 class Shuffled(Sampler[int]):
-    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows."""
+    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows.
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
+    redrawn: rows know which pass they are asked for in (:class:`burnish.fit.rows.Rows`).
+    """
+
+    def __init__(self, size: int, seed: int, redrawn: bool = False):
+        self.size, self.seed, self.epoch, self.redrawn = size, seed, 0, redrawn
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -25,7 +28,8 @@ class Shuffled(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.size, generator=g).tolist())
+        order = torch.randperm(self.size, generator=g)
+        return iter((order + self.epoch * self.size if self.redrawn else order).tolist())
 
 
 class Driven(torch.optim.Optimizer):

@@ -54,8 +54,10 @@ def learning(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> s
     """Loss over steps, and the validation metric beside it."""
     train = [(h["step"], h["loss"]) for h in history if "loss" in h]
     held = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
-    metric = next((k for h in history for k in ("eval_accuracy", "eval_token_accuracy")
-                   if k in h), None)
+    by = (best.get("by") or "").removeprefix("eval_")
+    names = [f"eval_{n}" for n in (by, "accuracy", "token_accuracy", "f1", "spearman")
+             if n not in ("", "loss")]
+    metric = next((n for n in names if any(n in h for h in history)), None)
     scores = [(h["step"], h[metric]) for h in history if metric and metric in h]
     if not train:
         return ""

@@ -39,10 +39,12 @@ def drawn(model: nn.Module, fresh: Sequence[str], train_head: bool | str) -> lis
             ] if rest else []
 
 
-def resize_head(model: nn.Module, labels: Sequence[str]) -> nn.Module:
+def resize_head(model: nn.Module, labels: Sequence[str],
+                problem: str | None = "single_label_classification") -> nn.Module:
     """Replaces the head where its width is not ``len(labels)``; new rows start afresh.
 
-    A transformers model also gets the names of its classes. A head of the right width is kept.
+    A transformers model also gets the names of its classes, and `problem`, its name of the loss. A
+    head of the right width is kept.
     Raises ConfigError where no head can be told.
     """
     wanted = len(labels)
@@ -68,7 +70,7 @@ def resize_head(model: nn.Module, labels: Sequence[str]) -> nn.Module:
                         nn.init.zeros_(new.bias)
                 setattr(parent, name.rpartition(".")[2], new)
     if config is not None and hasattr(config, "num_labels"):
-        config.problem_type = "single_label_classification"  # not what the base was trained for
+        config.problem_type = problem                       # not what the base was trained for
         config.num_labels = wanted
         config.id2label = dict(enumerate(labels))
         config.label2id = {v: k for k, v in enumerate(labels)}

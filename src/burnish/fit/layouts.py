@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..core.reading import parse_json, plain, read_text, reading, regular
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
                     ".pgm"})
-TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet"})
+TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll"})
 PROSE = frozenset({".txt", ".md", ".rst", ".py"})
 
 #: names of splits people use, and what they mean here
@@ -42,8 +42,8 @@ class Table:
     columns: dict[str, list[Any]]
     where: Callable[[int], str]
     layout: str
-    #: class names in their order, where the layout itself gives them (folders)
-    classes: tuple[str, ...] | None = None
+    #: column -> its classes in their order, where the layout itself says them
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -69,7 +69,8 @@ def files(path: Path) -> dict[str, Table]:
 
 def table(path: Path) -> Table:
     """One CSV, TSV, JSON, JSONL, parquet or plain text file."""
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet,
+               ".conll": _conll}
     kind = path.suffix.lower()
     if kind == ".txt":
         return passages(path)
@@ -136,7 +137,7 @@ def pictures(path: Path) -> Table:
         labels += [name] * len(found)
     look(paths)
     return Table({"image": paths, "label": labels}, paths.__getitem__, "image folder",
-                 tuple(classes))
+                 {"label": tuple(classes)})
 
 
 def look(paths: Sequence[str]) -> None:
@@ -257,6 +258,8 @@ def _json(path: Path) -> Table:
         return _jsonl(path)  # many `.json` files are JSON lines; its errors name the line
     rows = parse_json(text, path, DataError)
     if isinstance(rows, dict):
+        if (found := _squad(rows, path)) is not None:
+            return found
         inner = [k for k, v in rows.items() if isinstance(v, list)]
         if len(inner) != 1:
             raise DataError(f"{path}: expected a list of rows, or an object with one list of rows; "
@@ -269,6 +272,45 @@ def _json(path: Path) -> Table:
             raise DataError(f"{path}, row {n}: expected an object with fields, found "
                             f"{type(row).__name__}")
     return Table(_columns(rows), lambda i: f"{path}, row {i}", "JSON")
+
+
+def _squad(file: dict[str, Any], path: Path) -> Table | None:
+    """SQuAD's own nesting: articles of paragraphs of questions. None for another object."""
+    articles = file.get("data")
+    if not isinstance(articles, list) or not articles or not all(
+            isinstance(a, dict) and isinstance(a.get("paragraphs"), list) for a in articles):
+        return None
+    rows, at = [], []
+    for i, article in enumerate(articles):
+        for j, paragraph in enumerate(article["paragraphs"]):
+            for k, asked in enumerate(paragraph["qas"]):
+                rows.append({"context": paragraph["context"], "question": asked["question"],
+                             "answers": asked.get("answers", [])})
+                at.append(f"{path}, data[{i}].paragraphs[{j}].qas[{k}]")
+    return Table(_columns(rows), at.__getitem__, "SQuAD")
+
+
+def _conll(path: Path) -> Table:
+    """A word a line, its tag last, sentences between blank lines."""
+    tokens: list[list[str]] = []
+    tags: list[list[str]] = []
+    starts: list[int] = []
+    gap = True
+    for n, line in enumerate(read_text(path, DataError).split("\n"), 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            gap = True
+            continue
+        if len(fields) < 2:
+            raise DataError(f"{path}, line {n}: expected a word and its tag, found {line!r}")
+        if gap:
+            tokens.append([])
+            tags.append([])
+            starts.append(n)
+            gap = False
+        tokens[-1].append(fields[0])
+        tags[-1].append(fields[-1])
+    return Table({"tokens": tokens, "tags": tags}, lambda i: f"{path}, line {starts[i]}", "CoNLL")
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -58,6 +58,7 @@ class Trainer(transformers.Trainer):
         self.fingerprint, self.leg, self.past, self.stages = fingerprint, leg, past, stages
         self.plain = not isinstance(tuned.model, transformers.PreTrainedModel)
         self.zeroth = False
+        self._looked_at: Any = None  # the rows of an evaluation
         self._pending = False  # an evaluation that the newest checkpoint has not seen
         self._resumed: tuple[list[float], bool] | None = None
         self._rng: dict[str, Any] | None = None
@@ -109,12 +110,14 @@ class Trainer(transformers.Trainer):
 
     def _figures(self, prediction: Any) -> dict[str, float]:
         answers, losses = prediction.predictions
-        found = self.task.figures(answers, losses, prediction.label_ids)
+        found = self.task.figures(answers, losses, self.task.right(prediction.label_ids),
+                                  self._looked_at)
         return {_PLAIN: found.pop("loss"), **found}
 
-    def evaluation_loop(self, *args: Any, **kw: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kw: Any) -> Any:
         """The loss is the task's own, per answer: not smoothed, not a mean of batches' means."""
-        made = super().evaluation_loop(*args, **kw)
+        self._looked_at = dataloader.dataset
+        made = super().evaluation_loop(dataloader, *args, **kw)
         prefix = next((k.removesuffix(_PLAIN) for k in made.metrics if k.endswith(_PLAIN)), None)
         if prefix is not None:
             made.metrics[f"{prefix}loss"] = made.metrics.pop(f"{prefix}{_PLAIN}")
@@ -130,7 +133,7 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        return Shuffled(len(rows), self._seed)
+        return Shuffled(len(rows), self._seed, getattr(rows, "redrawn", False))
 
     @property
     def _seed(self) -> int:
@@ -193,7 +196,7 @@ class Trainer(transformers.Trainer):
             riding = self.tuned.state.riding
             with riding.to_join():
                 logits = model(self.task.input(inputs))
-            loss = riding.join(self.task.loss(logits, inputs["labels"], self._smoothing()))
+            loss = riding.join(self.task.loss(logits, self.task.right(inputs), self._smoothing()))
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
             made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -437,7 +440,8 @@ class GoOn(transformers.TrainerCallback):
 
 def _answers(task: Task) -> Any:
     """What evaluation keeps of the logits: the answer, and the loss of each row."""
-    def keep(logits: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keep(logits: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = task.logits(logits), task.right(labels)
         return task.reduce(logits, labels), task.losses(logits, labels)
 
     return keep

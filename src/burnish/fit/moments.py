@@ -34,7 +34,7 @@ from ..memory.simulate import SimulationError
 from .arguments import Options
 from .processes import world
 from .promise import device
-from .tasks import Task, logits_of
+from .tasks import Task
 
 
 @dataclass
@@ -169,8 +169,8 @@ def longest(tasks: Mapping[str, Task], size: int, test: bool | None, plain: bool
 def answers(task: Task) -> Any:
     """What evaluation makes of the model's answer to a batch: figures of its logits."""
     def made(out: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-        logits = logits_of(out)
+        labels = task.right(batch if isinstance(batch, Mapping) else batch[1])
+        logits = task.logits(out)
         return task.reduce(logits, labels), task.losses(logits, labels)
 
     return made

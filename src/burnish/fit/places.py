@@ -10,14 +10,8 @@ from torch import nn
 from ..core.errors import ConfigError, nearest
 from ..core.reading import plain, reading
 from ..formats.model_files import loading
-
-#: the class of transformers that holds the models of a task
-AUTO = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "language-modelling": "AutoModelForCausalLM",
-    "instruction-tuning": "AutoModelForCausalLM",
-}
+from .data import Data
+from .kinds import INSTEAD, KINDS, pictured
 
 
 def check_there(name: str) -> Path:
@@ -56,7 +50,7 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     """The tokenizer or image processor that lies with `model`: a folder, a name or a module."""
     from .pictures import processor_of
 
-    if task == "image-classification":
+    if pictured(task):
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:
@@ -65,9 +59,13 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     import transformers
 
     with reading(f"the tokenizer of {name}", ConfigError, "give processor="):
+        how = {"trust_remote_code": trust_remote_code}
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust_remote_code)
+            found = transformers.AutoTokenizer.from_pretrained(name, **how)
+            if task == "token-classification" and getattr(found, "add_prefix_space", None) is False:
+                found = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True,
+                                                                   **how)
+            return found
         except (OSError, ValueError) as e:
             raise ConfigError(f"no tokenizer could be loaded from {name}: {_first(e)}"
                               f"{_near(name) or '; give processor='}") from None
@@ -77,27 +75,47 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
 _BOTH_WAYS = "AutoModelForMaskedLM"
 
 
-def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
+def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) -> Data:
+    """`data` as the model can learn it: an encoder fills gaps in texts that a decoder would go on
+    with, an encoder-decoder answers prompts. Where somebody has said the task it stays."""
+    instead = INSTEAD.get(data.task)
+    if data.reading.get("task") is not None or instead is None:
+        return data
+    config = _config(model, data.task, trust_remote_code)
+    named = isinstance(model, str)
+    if config is None or _unserved(data.task, config, named) is None or \
+            _unserved(instead, config, named) is not None:
+        return data
+    return data.as_task(instead)
+
+
+def _config(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any:
+    """The model's configuration, None where it is no model of transformers."""
     import transformers
 
-    if isinstance(model, str):
-        with loading(model, "the configuration of"):
-            try:
-                config = transformers.AutoConfig.from_pretrained(
-                    model, trust_remote_code=trust_remote_code)
-            except (OSError, ValueError, KeyError) as e:
-                raise ConfigError(f"{model} cannot be loaded for {task}: {_first(e)}"
-                                  f"{_near(model)}") from None
-    else:
+    if isinstance(model, nn.Module):
         config = getattr(model, "config", None)
-        if not isinstance(config, transformers.PretrainedConfig):
-            return
-    reason = _unserved(task, config, by_name=isinstance(model, str))
+        return config if isinstance(config, transformers.PretrainedConfig) else None
+    with loading(model, "the configuration of"):
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(f"{model} cannot be loaded for {task}: {_first(e)}"
+                              f"{_near(model)}") from None
+
+
+def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
+    config = _config(model, task, trust_remote_code)
+    if config is None:
+        return
+    named = isinstance(model, str)
+    reason = _unserved(task, config, by_name=named)
     if reason is None:
         return
-    fits = [t for t in AUTO if t != task and _unserved(t, config, by_name=True) is None]
-    name = model if isinstance(model, str) else type(model).__name__
+    fits = [t for t in KINDS if t != task and _unserved(t, config, by_name=True) is None]
+    name = model if named else type(model).__name__
     tail = f"fit can train it for {' or '.join(fits)}" if fits else "fit serves no task of it yet"
     raise ConfigError(f"{name} is {config.model_type}, {reason}; {tail}")
 
@@ -105,7 +123,7 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
 def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     import transformers
 
-    auto = AUTO[task]
+    auto = KINDS[task].auto
     own = getattr(config, "auto_map", None) or {}
     if auto in own:
         return None
@@ -115,6 +133,8 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
         if both and not getattr(config, "is_decoder", False):
             return f"an encoder that reads in both directions, and {task} is served for decoders"
+    if task == "sequence-to-sequence" and not getattr(config, "is_encoder_decoder", False):
+        return f"no encoder-decoder, and {task} is for those"
     if by_name and type(config) not in getattr(transformers, auto)._model_mapping:
         return f"for which transformers has no model for {task}"
     return None

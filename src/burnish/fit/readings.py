@@ -21,6 +21,8 @@ ANSWERED = (("instruction", "response"), ("prompt", "response"), ("question", "a
             ("query", "response"), ("input", "output"), ("source", "target"),
             ("document", "summary"), ("article", "highlights"), ("dialogue", "summary"),
             ("text", "summary"))
+#: names that a column of words, one by one, has
+WORDS = ("tokens", "words")
 _LOOKED_AT = 200
 
 
@@ -41,6 +43,25 @@ class AmbiguousError(DataError):
     def __init__(self, at: str, message: str, readings: tuple[Reading, ...] = ()):
         super().__init__(f"{at}: {message}")
         self.at, self.readings = at, readings
+
+
+def tagged(table: Table, text: str | None = None, label: str | None = None
+           ) -> list[tuple[str, str]]:
+    """Pairs of columns of words, one by one, and of a tag for each. More than one: a choice."""
+    lists = {n: [v for v in values[:_LOOKED_AT] if v is not None]
+             for n, values in table.columns.items()}
+    lists = {n: v for n, v in lists.items() if v and all(isinstance(x, list) for x in v)}
+    spoken = [n for n, rows in lists.items() if any(rows) and all(
+        isinstance(x, str) for row in rows for x in row)]
+    words = [text] if text in spoken else [] if text else (
+        [n for n in spoken if n.lower() in WORDS] or [])
+    found = []
+    for w in words:
+        # a row that has a tag too few is named later, not taken for another kind of data
+        marks = [n for n, rows in lists.items() if n != w and 2 * sum(
+            len(a) == len(b) for a, b in zip(rows, lists[w], strict=False)) > len(rows)]
+        found += [(w, n) for n in ([label] if label in lists else [] if label else marks)]
+    return found
 
 
 def aside(name: str) -> bool:
@@ -72,10 +93,11 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
     """What to say of a table whose names do not decide. Likeliest readings first."""
     names, at = list(table.columns), table.where(0).partition(", ")[0]
     listed = ", ".join(names)
-    if {"context", "question", "answers"} <= set(names):
-        return DataError(f"{at}: answering questions about a context ({listed}) is not served yet; "
-                         "as one column of prompts and one of answers it is: prompt= and "
-                         "completion=")
+    if len(pairs := tagged(table)) > 1:
+        ways = tuple(Reading((("text", w), ("label", t)), f"learns the {t} of {w}")
+                     for w, t in pairs)
+        return AmbiguousError(at, f"its columns ({listed}) can be read in more than one way; say "
+                                  f"which: {'; or '.join(map(str, ways))}", ways)
     if {"chosen", "rejected"} <= set(names):
         return DataError(f"{at}: preference tuning (chosen, rejected) is not served yet; to learn "
                          "the chosen answers give prompt= and completion='chosen'")

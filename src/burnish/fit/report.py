@@ -20,6 +20,7 @@ from ..engine.tuned import Tuned
 from ..engine.updates import updates
 from ..memory import MemoryReport, format_bytes
 from . import figures
+from .kinds import pictured
 
 if TYPE_CHECKING:
     from .data import Data
@@ -153,8 +154,8 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
 
 
 def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]]:
-    """(picture as a data URI, class) of rows spread over the training split."""
-    if data.task != "image-classification":
+    """(picture as a data URI, its label) of rows spread over the training split."""
+    if not pictured(data.task):
         return []
     step = max(1, len(data.train) // count)
     out = []
@@ -166,8 +167,15 @@ def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]
         buffer = io.BytesIO()
         image.save(buffer, "png")
         coded = base64.b64encode(buffer.getvalue()).decode()
-        out.append((f"data:image/png;base64,{coded}", data.labels[row["label"]]))
+        out.append((f"data:image/png;base64,{coded}", _label(row["label"], data.labels)))
     return out
+
+
+def _label(label: Any, names: Sequence[str] | None) -> str:
+    """A class, several, or a number."""
+    if names is None:
+        return f"{label:.4g}"
+    return ", ".join(names[i] for i in label) if isinstance(label, list) else names[label]
 
 
 def _on_command_line() -> bool:

@@ -26,6 +26,9 @@ class Rows(Dataset):
     """
 
     context: Mapping[str, Sequence[int]] = MappingProxyType({})
+    #: whether a later pass over the rows makes other tensors of them: row i of pass k is asked for
+    #: as ``i + k * len(rows)``
+    redrawn = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -33,7 +36,7 @@ class Rows(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.row(i)
         return row if not self.context else \
-            row | {k: v[self.source(i)] for k, v in self.context.items()}
+            row | {k: v[self.source(i % len(self))] for k, v in self.context.items()}
 
     def row(self, i: int) -> dict[str, Any]:
         raise NotImplementedError
@@ -44,6 +47,13 @@ class Rows(Dataset):
 
     def length(self, i: int) -> int:
         return 1
+
+
+def cut(coded: Any, max_length: int | None, what: str = "rows") -> list[str]:
+    """A note on the rows that a tokenizer read only up to `max_length` tokens."""
+    many = sum(bool(e.overflowing) for e in coded.encodings or ())
+    return [f"{many} of {len(coded['input_ids'])} {what} are longer than max_length={max_length} "
+            "tokens, and are read up to there"] if many else []
 
 
 class Pictures(Rows):
@@ -74,7 +84,7 @@ class Pictures(Rows):
             x = self._read(i)
             if self.keep:
                 self.kept[i] = x
-        return {"pixel_values": x, "labels": torch.tensor(self.labels[i])}
+        return {"pixel_values": x, "labels": self.labels[i]}
 
 
 class Sentences(Rows):
@@ -83,10 +93,7 @@ class Sentences(Rows):
         pair = rows["pair"][:] if "pair" in rows.column_names else None
         coded = tokenizer(rows["text"][:], pair, truncation=max_length is not None,
                           max_length=max_length)
-        cut = sum(bool(e.overflowing) for e in coded.encodings or ())
-        if cut:
-            self.notes.append(f"{cut} of {len(rows)} rows are longer than max_length={max_length} "
-                              "tokens, and are read up to there")
+        self.notes += cut(coded, max_length)
         self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
         self.labels = rows["label"][:]
 
@@ -171,3 +178,172 @@ class Turns(Rows):
     def row(self, i: int) -> dict[str, Any]:
         t = self.tokens[i]
         return {"input_ids": t.input_ids, "labels": t.labels}
+
+
+class Tagged(Rows):
+    """Words with a tag each: a word's tag is its first token's."""
+
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int | None):
+        coded = tokenizer(rows["tokens"][:], is_split_into_words=True,
+                          truncation=max_length is not None, max_length=max_length)
+        self.notes = cut(coded, max_length)
+        self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
+        self.labels = []
+        for i, tags in enumerate(rows["tags"]):
+            words = coded.word_ids(i)
+            self.labels.append([-100 if w is None or w == before else tags[w]
+                                for w, before in zip(words, [None, *words], strict=False)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, i: int) -> int:
+        return len(self.labels[i])
+
+    def row(self, i: int) -> dict[str, Any]:
+        return {k: v[i] for k, v in self.columns.items()} | {"labels": self.labels[i]}
+
+
+class Answers(Rows):
+    """Prompts to be read and answers to be written, both up to `max_length` tokens."""
+
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int | None):
+        how = {"truncation": max_length is not None, "max_length": max_length}
+        coded = tokenizer(rows["prompt"][:], **how)
+        answers = tokenizer(text_target=rows["completion"][:], **how)
+        self.notes = cut(coded, max_length, "prompts") + cut(answers, max_length, "answers")
+        self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
+        self.labels = answers["input_ids"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, i: int) -> int:
+        return len(self.columns["input_ids"][i]) + len(self.labels[i])
+
+    def row(self, i: int) -> dict[str, Any]:
+        return {k: v[i] for k, v in self.columns.items()} | {"labels": self.labels[i]}
+
+
+class Windows(Rows):
+    """Questions with windows of their contexts, and where in each the answer begins and ends.
+
+    question: the question's number, per window.  places: token -> (start, stop) in the context, of
+    the context's own tokens.  right: texts that answer a question.  silent: whether some question
+    has none.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int):
+        self.contexts = rows["context"][:]
+        self.right = [a["text"] for a in rows["answers"]]
+        self.silent = not all(self.right)
+        right = tokenizer.padding_side == "right"
+        pair = (rows["question"][:], self.contexts) if right else \
+            (self.contexts, rows["question"][:])
+        own = 1 if right else 0
+        coded = tokenizer(*pair, truncation="only_second" if right else "only_first",
+                          max_length=max_length, stride=max_length // 3,
+                          return_overflowing_tokens=True, return_offsets_mapping=True)
+        self.question = coded["overflow_to_sample_mapping"]
+        self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
+        self.places: list[dict[int, tuple[int, int]]] = []
+        self.ends: list[tuple[int, int]] = []
+        for i, which in enumerate(self.question):
+            places = {t: span for t, (span, part) in enumerate(zip(
+                coded["offset_mapping"][i], coded.sequence_ids(i), strict=True)) if part == own}
+            self.places.append(places)
+            self.ends.append(self._ends(places, rows["answers"][which]))
+        lost = len(self.right) - len({q for q, e in zip(self.question, self.ends, strict=True)
+                                      if e != (0, 0)} | {q for q, r in enumerate(self.right)
+                                                         if not r})
+        self.notes = [f"{lost} of {len(self.right)} answers lie in no window of "
+                      f"max_length={max_length} tokens, and are not learnt"] if lost else []
+
+    def _ends(self, places: dict[int, tuple[int, int]], answers: dict[str, Any]) -> tuple[int, int]:
+        """The first and last token of the first answer, where the window holds it whole."""
+        if not answers["text"] or not places:
+            return 0, 0
+        start = answers["answer_start"][0]
+        stop = start + len(answers["text"][0])
+        if min(a for a, _ in places.values()) > start or max(b for _, b in places.values()) < stop:
+            return 0, 0
+        inside = [t for t, (a, b) in places.items() if b > start and a < stop]
+        return (inside[0], inside[-1]) if inside else (0, 0)
+
+    def __len__(self) -> int:
+        return len(self.question)
+
+    def source(self, i: int) -> int:
+        return self.question[i]
+
+    def text(self, i: int) -> str:
+        return self.contexts[self.question[i]]
+
+    def length(self, i: int) -> int:
+        return len(self.columns["input_ids"][i])
+
+    def row(self, i: int) -> dict[str, Any]:
+        begin, end = self.ends[i]
+        return {k: v[i] for k, v in self.columns.items()} | {"start_positions": begin,
+                                                             "end_positions": end}
+
+
+class Gaps(Rows):
+    """All documents end to end in rows of `size` tokens, the tokenizer's own at both ends, with
+    words to be told.
+
+    again: each pass over the rows hides others: row i of pass k is asked for as ``i + k *
+    len(rows)``. What is hidden is a function of seed, pass and row.
+    """
+
+    #: share of tokens to be told, and of those the share that is hidden and that becomes another
+    TOLD, HIDDEN, OTHER = 0.15, 0.8, 0.1
+
+    def __init__(self, rows: Any, tokenizer: Any, size: int, seed: int, again: bool):
+        before, behind = _edges(tokenizer, rows["text"])
+        ends = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else \
+            tokenizer.eos_token_id
+        stream: list[int] = []
+        for text in rows["text"]:
+            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+            stream += [ends] if ends is not None else []
+        room = max(1, size - len(before) - len(behind))
+        self.ids = [[*before, *stream[k:k + room], *behind] for k in range(0, len(stream), room)]
+        self.mask, self.words = tokenizer.mask_token_id, len(tokenizer)
+        self.special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+        self.seed, self.redrawn = seed, again
+        if not any(len(set(ids) - set(tokenizer.all_special_ids)) for ids in self.ids):
+            raise DataError("the documents hold no word; nothing can be learnt")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def length(self, i: int) -> int:
+        return len(self.ids[i])
+
+    def row(self, i: int) -> dict[str, Any]:
+        turn, i = divmod(i, len(self))
+        g = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) * 1_000_003 + i)
+        ids = torch.tensor(self.ids[i])
+        free = ~torch.isin(ids, self.special)
+        told = free & (torch.rand(ids.shape, generator=g) < self.TOLD)
+        if not told.any() and free.any():               # a short row is asked one word at least
+            told[free.nonzero()[torch.randint(int(free.sum()), (1,), generator=g)]] = True
+        how = torch.rand(ids.shape, generator=g)
+        other = torch.randint(self.words, ids.shape, generator=g)
+        labels = torch.where(told, ids, -100)
+        ids = torch.where(told & (how < self.HIDDEN), self.mask, ids)
+        ids = torch.where(told & (how >= 1 - self.OTHER), other, ids)
+        return {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids),
+                "labels": labels.tolist()}
+
+
+def _edges(tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What the tokenizer writes before and behind a text."""
+    for text in texts:
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text)["input_ids"]
+        at = next((k for k in range(len(whole)) if whole[k:k + len(bare)] == bare), None)
+        if bare and at is not None:
+            return whole[:at], whole[at + len(bare):]
+    return [], []

@@ -30,7 +30,7 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
-from .places import check_local, check_served
+from .places import check_local, check_served, suited
 from .processes import alone, settle, spread
 from .promise import (
     as_trained,
@@ -154,7 +154,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         say(f"note: {note}")
     named = model if isinstance(model, nn.Module) else str(model)
     keys = keys_of(parse(recipe)) if recipe is not None else {}
-    found = _read(data, own, int(args.get("seed", 42)), keys, say)
+    found = _read(data, named, own, int(args.get("seed", 42)), keys, say)
     size = int(args.setdefault("per_device_train_batch_size", 16))
     first = next(iter(found.values()))
     for one in found.values():                  # values, before a model is loaded
@@ -162,7 +162,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
-                    trust_remote_code=own.trust_remote_code)
+                    trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)))
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):
@@ -228,8 +228,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
 
 
 # -- before ------------------------------------------------------------------------------------
-def _read(data: dict[str, Any], own: Options, seed: int, keys: Mapping[str, Read], say: Any
-          ) -> dict[str, Data]:
+def _read(data: dict[str, Any], model: str | nn.Module, own: Options, seed: int,
+          keys: Mapping[str, Read], say: Any) -> dict[str, Data]:
     """Every data set; those after the first are of its task, with its classes."""
     found: dict[str, Data] = {}
     for name, where in data.items():
@@ -238,6 +238,7 @@ def _read(data: dict[str, Any], own: Options, seed: int, keys: Mapping[str, Read
                    prompt=own.prompt, completion=own.completion, split=own.split,
                    validation=own.validation, seed=seed, keys=keys,
                    labels=first.labels if first else None)
+        one = suited(one, model, own.trust_remote_code)
         if first is not None and one.task != first.task:
             raise ConfigError(f"{name} is {one.task} and {next(iter(found))} {first.task}: tasks "
                               "one after the other share the model's head; give task=")

@@ -33,7 +33,10 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
     Without `tuned`, when there is none yet, what depends on it is a stand-in. What a stage says of
     its optimizer stands over what the run says.
     """
-    args = dict(args)
+    from .tasks import TASKS, smooths
+
+    args, kind = dict(args), TASKS[found.task]
+    smooths(found.task, args.get("label_smoothing_factor", 0.0))
     if stage is not None and "lr" in stage.optimizer:
         args["learning_rate"] = stage.optimizer["lr"]
     keep = args.pop("save_total_limit", 2)
@@ -53,7 +56,7 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         "logging_steps": 0.01, "save_strategy": strategy, "report_to": [],
         "eval_strategy": strategy if evaluates else "no", "seed": 42, "disable_tqdm": True,
         "per_device_eval_batch_size": args["per_device_train_batch_size"],
-        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
+        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": list(kind.truth),
         "logging_nan_inf_filter": False, "remove_unused_columns": False,
         "use_cpu": not torch.accelerator.is_available(),  # else several processes stay strangers
     }
@@ -70,9 +73,6 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         settings["save_strategy"] == "epoch" or
         settings.get("save_steps", 500) == settings.get("eval_steps", settings.get("save_steps")))
     if evaluates and together:
-        from .tasks import TASKS
-
-        kind = TASKS[found.task]
         settings.setdefault("load_best_model_at_end", True)
         settings.setdefault("metric_for_best_model", kind.metric)
         settings.setdefault("greater_is_better", kind.greater_is_better)

@@ -1,0 +1,104 @@
+"""What a finished run is asked about: pictures, texts, and rows with several columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ConfigError, DataError
+from ..core.reading import parse_json, plain
+
+Row = dict[str, Any]
+
+
+def rows(inputs: Sequence[str], task: Any, reading: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    """(what was given, its columns as the task reads them) of every input.
+
+    reading: how the run's own columns were named. Raises DataError and ConfigError where an input
+    is not there, or lacks a column.
+    """
+    if task.takes == ("image",):
+        for path in _pictures(inputs):
+            yield str(path), {"image": _picture(path)}
+        return
+    names = {k: reading.get("text" if k == "tokens" else k) or k for k in task.takes}
+    for given in inputs:
+        path = Path(given)
+        if path.suffix == ".txt" and path.is_file():
+            for line in filter(None, map(str.strip, path.read_text("utf-8").splitlines())):
+                yield line, _text(line, task)
+        elif _table(path):
+            yield from _tabled(path, names, task)
+        elif given.lstrip().startswith("{"):
+            yield given, _row(parse_json(given, "the input", DataError), names, task,
+                              plain(given, 60))
+        else:
+            yield given, _text(given, task)
+
+
+def _text(text: str, task: Any) -> Row:
+    if task.takes[-1] == "context":
+        raise ConfigError(f"{task.data.task} is asked with a question and a context: give a JSON "
+                          'object such as \'{"question": "Who?", "context": "It was she."}\', or a '
+                          f"table with these columns, not {plain(text, 60)!r}")
+    return {task.takes[0]: text}
+
+
+def _table(path: Path) -> bool:
+    from ..fit.layouts import TABLES
+
+    return path.suffix.lower() in TABLES and path.is_file()
+
+
+def _tabled(path: Path, names: Mapping[str, str], task: Any) -> Iterator[tuple[str, Row]]:
+    from ..fit.layouts import table
+
+    found = table(path)
+    for i, row in enumerate(found.rows()):
+        yield found.where(i), _row(row, names, task, found.where(i))
+
+
+def _row(given: Any, names: Mapping[str, str], task: Any, where: str) -> Row:
+    """A row by the task's own names of its columns, or by the run's."""
+    if not isinstance(given, dict):
+        raise DataError(f"{where}: expected an object with columns, found {type(given).__name__}")
+    row = {k: given.get(name, given.get(k)) for k, name in names.items()}
+    if row.get(task.takes[0]) is None and "prompt" in given and task.takes == ("text",):
+        row["text"] = given["prompt"]
+    missing = [names[k] for k in task.takes if row[k] is None and k != "pair"]
+    if missing:
+        raise DataError(f"{where}: there is no {' and no '.join(missing)}; it has "
+                        f"{plain(', '.join(map(str, given)), 120)}")
+    for k, value in row.items():
+        good = isinstance(value, str) or (k == "tokens" and isinstance(value, list))
+        if value is not None and not good:
+            raise DataError(f"{where}, field {names[k]!r}: expected text, it is a "
+                            f"{type(value).__name__}")
+    return {k: v for k, v in row.items() if v is not None}
+
+
+def _pictures(inputs: Sequence[str]) -> Iterator[Path]:
+    from ..fit.layouts import IMAGES
+
+    for given in map(Path, inputs):
+        if given.is_dir():
+            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES)
+            if not inside:
+                raise DataError(f"{given} holds no pictures")
+            yield from inside
+        elif given.is_file():
+            yield given
+        else:
+            raise DataError(f"there is no picture at {given}")
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path}: the picture cannot be read: {error}") from None

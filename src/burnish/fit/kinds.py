@@ -1,0 +1,51 @@
+"""The tasks that `fit` serves, and what is known of each before anything is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """auto: the class of transformers that holds the models. pipeline: the task's name on hubs."""
+
+    auto: str
+    pipeline: str
+
+
+_SEQUENCE, _IMAGE = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
+_CAUSAL = "AutoModelForCausalLM"
+
+KINDS = {
+    "image-classification": Kind(_IMAGE, "image-classification"),
+    "image-multi-label": Kind(_IMAGE, "image-classification"),
+    "image-regression": Kind(_IMAGE, "image-classification"),
+    "text-classification": Kind(_SEQUENCE, "text-classification"),
+    "text-multi-label": Kind(_SEQUENCE, "text-classification"),
+    "text-regression": Kind(_SEQUENCE, "text-classification"),
+    "token-classification": Kind("AutoModelForTokenClassification", "token-classification"),
+    "question-answering": Kind("AutoModelForQuestionAnswering", "question-answering"),
+    "language-modelling": Kind(_CAUSAL, "text-generation"),
+    "masked-language-modelling": Kind("AutoModelForMaskedLM", "fill-mask"),
+    "instruction-tuning": Kind(_CAUSAL, "text-generation"),
+    "sequence-to-sequence": Kind("AutoModelForSeq2SeqLM", "text2text-generation"),
+}
+
+TASKS = tuple(KINDS)
+
+#: what rows are learnt as by a model that is not made for their first reading: an encoder fills
+#: gaps in texts, an encoder-decoder answers prompts
+INSTEAD = {"language-modelling": "masked-language-modelling",
+           "instruction-tuning": "sequence-to-sequence"}
+
+
+def pictured(task: str) -> bool:
+    return task.startswith("image-")
+
+
+def form_of_label(task: str) -> str | None:
+    """"class", "several", "number" or "tags"; None where rows have no label."""
+    if task == "token-classification":
+        return "tags"
+    ends = {"classification": "class", "multi-label": "several", "regression": "number"}
+    return next((form for end, form in ends.items() if task.endswith(f"-{end}")), None)

@@ -1,0 +1,69 @@
+"""From rows of a task to batches of a model, and from its answers to figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...core.errors import ConfigError
+from ..data import Data
+from ..places import check_local, check_there, processor_for
+from .base import Batch, Task, evaluate
+from .classes import (
+    ImageClassification,
+    ImageMultiLabel,
+    ImageRegression,
+    TextClassification,
+    TextMultiLabel,
+    TextRegression,
+)
+from .language import InstructionTuning, LanguageModelling
+from .masked import MaskedLanguageModelling
+from .sequences import SequenceToSequence
+from .spans import QuestionAnswering
+from .tokens import TokenClassification
+
+__all__ = ["TASKS", "Batch", "Task", "evaluate", "task_for"]
+
+TASKS: dict[str, type[Task]] = {
+    "image-classification": ImageClassification,
+    "image-multi-label": ImageMultiLabel,
+    "image-regression": ImageRegression,
+    "text-classification": TextClassification,
+    "text-multi-label": TextMultiLabel,
+    "text-regression": TextRegression,
+    "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
+    "language-modelling": LanguageModelling,
+    "masked-language-modelling": MaskedLanguageModelling,
+    "instruction-tuning": InstructionTuning,
+    "sequence-to-sequence": SequenceToSequence,
+}
+
+
+def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
+             max_length: int | None = None, trust_remote_code: bool = False, seed: int = 0) -> Task:
+    """The task of `data`, with the tokenizer or image processor that belongs to `model`.
+
+    seed: of what the task itself draws (which words are masked).
+    """
+    kind = TASKS[data.task]
+    if isinstance(processor, str | Path):
+        check_there(str(processor))
+        processor = processor_for(data.task, str(processor), trust_remote_code)
+    if processor is None:
+        if isinstance(model, str):
+            check_local(model)
+        processor = processor_for(data.task, model, trust_remote_code)
+    made = kind(data, processor, max_length, seed)
+    made.prepare()
+    return made
+
+
+def smooths(task: str, smoothing: float) -> None:
+    """Raises ConfigError where `smoothing` of labels was asked for and the task has none."""
+    if smoothing and not TASKS[task].smooths:
+        raise ConfigError(f"label_smoothing_factor={smoothing} smooths classes over others, and "
+                          f"{task} has no such classes; leave it out")

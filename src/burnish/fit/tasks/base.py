@@ -1,0 +1,233 @@
+"""What a task is: how a model is loaded for it, a row becomes tensors, rows a batch, and what is
+measured. The tasks differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...core.errors import ConfigError
+from ...core.reading import plain
+from ...formats.model_files import check_weights, loading
+from ...formats.opened import opened_as, opens
+from ..data import Data
+from ..kinds import KINDS
+from ..places import check_local, check_served
+from ..rows import Rows
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Task:
+    """One way from rows to a loss. `processor` is the tokenizer or image processor."""
+
+    data: Data
+    processor: Any = None
+    max_length: int | None = None
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+    #: tensors of the loaded model that its files lack, or have in another size: drawn anew
+    fresh: list[str] = field(default_factory=list)
+    _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
+
+    #: columns of a row that is asked about, the last ones where they are there
+    takes: ClassVar[tuple[str, ...]] = ("text",)
+    #: entries of a batch that say what is right
+    truth: ClassVar[tuple[str, ...]] = ("labels",)
+    #: whether what is right is one of several classes, which may be smoothed
+    smooths: ClassVar[bool] = True
+    #: what best-checkpoint goes by, and whether more of it is better
+    metric: ClassVar[str] = "loss"
+    greater_is_better: ClassVar[bool] = False
+
+    # -- the model -----------------------------------------------------------------------
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        """The pre-trained model at `name`, with a head of the right width.
+
+        unread: a folder's weights are left in its files, for a recipe to read one by one
+            (formats/opened.py), where they can be.
+        """
+        import transformers
+
+        check_local(name)
+        check_served(self.data.task, name, trust_remote_code)
+        auto = getattr(transformers, KINDS[self.data.task].auto)
+        with loading(name, f"the model for {self.data.task},"):
+            if not trust_remote_code:
+                check_weights(name, lambda: auto.from_config(
+                    transformers.AutoConfig.from_pretrained(name)))
+            try:
+                if unread and not trust_remote_code and opens(name):
+                    model, found = opened_as(auto, name, **self.head(), **kw)
+                else:
+                    model, found = auto.from_pretrained(
+                        name, trust_remote_code=trust_remote_code, use_safetensors=True,
+                        output_loading_info=True, **self.head(), **kw)
+            except (OSError, ValueError) as e:
+                raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
+                                  f"{plain(str(e).strip().partition(chr(10))[0])}") from None
+        changed = (k[0] if isinstance(k, tuple) else k for k in found["mismatched_keys"])
+        self.fresh = sorted({*found["missing_keys"], *changed})
+        return model
+
+    def prepare(self) -> None:
+        """Readies what reads the rows. Raises ConfigError where it cannot read them."""
+
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    def fit_head(self, model: nn.Module) -> nn.Module:
+        """Gives a model that is already here the right number of classes."""
+        return model
+
+    def settle(self, model: nn.Module) -> None:
+        """Makes the model and what reads its data agree, before any row is read.
+
+        Raises ConfigError where they cannot.
+        """
+
+    def check(self, model: nn.Module) -> None:
+        """Looks through the rows for what the model cannot take. Raises DataError with the row."""
+
+    # -- the rows ------------------------------------------------------------------------
+    def rows(self, split: str) -> Rows:
+        """The split as tensors; made once and kept."""
+        source = self.data.splits[split]
+        kept = self._made.get(split)
+        if kept is None or kept[0] is not source:
+            kept = self._made[split] = (source, self.make(split))
+            kept[1].context = {k: source[k][:] for k in self.data.keys}
+        return kept[1]
+
+    def make(self, split: str) -> Rows:
+        raise NotImplementedError
+
+    def preview(self, n: int = 3) -> list[str]:
+        """A few rows as people read them."""
+        return self.data.samples(n)
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Rows as one batch, with the keys of context that they have."""
+        keys = [k for k in self.data.keys if k in rows[0]]
+        bare = [{k: v for k, v in r.items() if k not in keys} for r in rows] if keys else rows
+        return self.together(bare) | {k: torch.tensor([r[k] for r in rows]) for k in keys}
+
+    def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+    def example(self, batch_size: int, split: str = "train") -> Batch:
+        """The costliest batch of a split's rows: what the memory must be planned for."""
+        rows = self.rows(split)
+        longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
+        return self.collate([rows[i] for i in longest])
+
+    # -- models that are no transformers models --------------------------------------------
+    def input(self, batch: Batch) -> torch.Tensor:
+        """What a plain module is called with."""
+        return batch["input_ids"]
+
+    def loss(self, outputs: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        """The task's loss of a module's outputs."""
+        return nn.functional.cross_entropy(self.logits(outputs), labels, label_smoothing=smoothing)
+
+    def feed(self, batch: Batch) -> Batch:
+        """What a model is given to answer, without what is right."""
+        return {k: v for k, v in batch.items() if k not in self.truth}
+
+    def logits(self, outputs: Any) -> torch.Tensor:
+        """The logits among a model's outputs: named so, or the first."""
+        if isinstance(outputs, torch.Tensor):
+            return outputs
+        if hasattr(outputs, "logits"):
+            return outputs.logits
+        return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+
+    def right(self, truth: Any) -> torch.Tensor:
+        """What is right, of a batch, or of its entries named in `truth` as a trainer hands them."""
+        if isinstance(truth, Mapping):
+            truth = tuple(truth[k] for k in self.truth)
+        elif not isinstance(truth, tuple | list):
+            return torch.as_tensor(truth)
+        return truth[0] if len(truth) == 1 else torch.stack([torch.as_tensor(t) for t in truth], -1)
+
+    def call(self, batch: Batch, plain: bool, smoothing: float = 0.0
+             ) -> tuple[Any, Callable[[Any, Any], Any] | None]:
+        """(batch, loss) as :meth:`burnish.Tuned.step`, simulate and measure take them."""
+        if plain:
+            return (self.input(batch), self.right(batch)), \
+                lambda out, b: self.loss(out, b[1], smoothing)
+        if smoothing:
+            return batch, lambda out, b: self.loss(out, self.right(b), smoothing)
+        return batch, None
+
+    # -- the figures -----------------------------------------------------------------------
+    def reduce(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What of the model's answer is kept for the figures (evaluation holds all of it)."""
+        return logits.argmax(-1)
+
+    def losses(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """(rows, 2): per row the sum of -log p over what was asked, and how much was asked.
+
+        Kept apart, so that the mean weighs every answer alike, however rows are batched.
+        """
+        sums = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return torch.stack([sums, torch.ones_like(sums)], -1)
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+    def figures(self, answers: Any, losses: Any, labels: Any, rows: Rows | None = None
+                ) -> dict[str, float]:
+        """``loss``, the plain task loss per answer, and what :meth:`measure` finds beside it.
+
+        rows: that were answered, in their order, for figures that need more than labels.
+        """
+        total, count = torch.as_tensor(losses).double().sum(0).tolist()
+        return {"loss": total / max(count, 1.0), **self.measure(answers, labels)}
+
+    # -- answers to people -------------------------------------------------------------------
+    def encode(self, row: Mapping[str, Any]) -> Batch:
+        """A batch of one row, without what is right. `row` has the columns of `takes`."""
+        raise NotImplementedError
+
+    def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """What the model says of a row, as plain values. tokens: the longest text that it writes.
+        """
+        raise NotImplementedError
+
+    def said(self, answer: Mapping[str, Any]) -> str:
+        """An answer in a line."""
+        return str(answer["text"])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> dict[str, float]:
+    """The task's figures of a transformers model on one split, in row order, without a trainer."""
+    rows, was = task.rows(split), model.training
+    model.eval()
+    answers: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        stop = min(start + batch_size, len(rows))
+        batch = task.collate([rows[i] for i in range(start, stop)])
+        logits, right = task.logits(model(**task.feed(batch))), task.right(batch)
+        answers += task.reduce(logits, right)
+        losses += task.losses(logits, right)
+        labels += right
+    model.train(was)
+    return task.figures(together(answers), torch.stack(losses), together(labels), rows)
+
+
+def together(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of unlike length side by side; what is filled in was never asked."""
+    if not rows[0].dim():
+        return torch.stack(rows)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)

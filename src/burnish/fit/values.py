@@ -1,0 +1,149 @@
+"""From a table's values to canonical rows, with whatever is wrong said by its row and field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import DataError
+from ..core.reading import plain
+from . import labels, turns
+from .columns import Roles
+from .kinds import form_of_label
+from .labels import Classes
+from .layouts import Table
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def canonical(table: Table, roles: Roles, classes: Classes, source: str
+              ) -> tuple[datasets.Dataset, Classes]:
+    """The canonical rows of `table`, and the classes (found here unless given)."""
+    import datasets
+
+    if roles.task in ("instruction-tuning", "sequence-to-sequence"):
+        return datasets.Dataset.from_list(turns.canonical(table, roles)), None
+    if roles.task == "question-answering":
+        return datasets.Dataset.from_list(_questions(table)), None
+    columns: dict[str, Any] = {}
+    features: dict[str, Any] = {}
+    words = datasets.List(datasets.Value("string"))
+    for role, feature, check in (("image", datasets.Image(), _images),
+                                 ("text", datasets.Value("string"), _texts),
+                                 ("pair", datasets.Value("string"), _texts),
+                                 ("tokens", words, _tokens)):
+        name = getattr(roles, role)
+        if name is not None:
+            columns[role], features[role] = _column(table, name), feature
+            check(columns[role], name, table)
+    form = form_of_label(roles.task or "")
+    if form is None or roles.label is None:
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
+    if form == "several" and roles.label not in table.columns:
+        given = labels.marked(table, roles.label.split(","))
+    else:
+        given = _column(table, roles.label)
+    number = datasets.Value("int64")
+    if form == "number":
+        columns["label"], features["label"] = labels.numbers(given, roles.label, table), \
+            datasets.Value("float64")
+    elif form == "class":
+        columns["label"], classes = labels.single(given, roles.label, table, classes, source)
+        features["label"] = datasets.ClassLabel(names=list(classes))
+    elif form == "several":
+        columns["label"], classes = labels.several(given, roles.label, table, classes, source)
+        features["label"] = datasets.List(number)
+    else:
+        columns["tags"], classes = labels.tags(given, columns["tokens"], roles.label, table,
+                                               classes, source)
+        features["tags"] = datasets.List(number)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
+
+
+def _column(table: Table, name: str) -> list[Any]:
+    if name not in table.columns:
+        raise DataError(f"{table.where(0)}: a split lacks the column {name!r}")
+    return table.columns[name]
+
+
+def _tokens(values: list[Any], field: str, table: Table) -> None:
+    for i, row in enumerate(values):
+        at = f"{table.where(i)}, field {field!r}"
+        if not isinstance(row, list) or not row:
+            raise DataError(f"{at}: expected a list of words, it is "
+                            f"{'empty' if row == [] else f'a {type(row).__name__}'}")
+        for k, word in enumerate(row):
+            if not isinstance(word, str) or not word.strip():
+                raise DataError(f"{at}: word {k} is {word!r}; expected text")
+
+
+def _questions(table: Table) -> list[dict[str, Any]]:
+    """``context``, ``question`` and the answers as texts with the place where each begins."""
+    rows = []
+    for i, row in enumerate(table.rows()):
+        at = table.where(i)
+        context, question = (turns.words(row, k, at) for k in ("context", "question"))
+        texts, starts = _answers(row.get("answers"), context, f"{at}, field 'answers'")
+        rows.append({"context": context, "question": question,
+                     "answers": {"text": texts, "answer_start": starts}})
+    return rows
+
+
+def _answers(given: Any, context: str, at: str) -> tuple[list[str], list[int]]:
+    """SQuAD's ``{"text": [...], "answer_start": [...]}``, a list of such, one of either, or texts
+    that stand in the context once. No answer at all is an answer: the context does not say."""
+    if given is None or given == []:
+        return [], []
+    if isinstance(given, list) and all(isinstance(a, dict) for a in given):
+        given = {"text": [a.get("text") for a in given],
+                 "answer_start": [a.get("answer_start") for a in given]}
+    if isinstance(given, str):
+        given = {"text": [given]}
+    elif isinstance(given, list):
+        given = {"text": given}
+    if not isinstance(given, dict) or "text" not in given:
+        raise DataError(f"{at}: expected texts with answer_start, found {type(given).__name__}")
+    texts = given["text"] if isinstance(given["text"], list) else [given["text"]]
+    starts = given.get("answer_start")
+    starts = starts if isinstance(starts, list) else [starts] * len(texts)
+    if len(texts) != len(starts):
+        raise DataError(f"{at}: {len(texts)} texts and {len(starts)} starts")
+    found = []
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{at}: an answer is {text!r}; expected text")
+        if start is None:
+            times = context.count(text)
+            if times != 1:
+                raise DataError(f"{at}: {plain(text, 60)!r} stands in the context "
+                                f"{'nowhere' if not times else f'{times} times'}; say which with "
+                                "answer_start")
+            start = context.index(text)
+        if not isinstance(start, int) or context[start:start + len(text)] != text or start < 0:
+            there = context[start:start + len(text)] if isinstance(start, int) else start
+            raise DataError(f"{at}: at answer_start {start} the context says {plain(there, 60)!r}, "
+                            f"not {plain(text, 60)!r}")
+        found.append(start)
+    return texts, found
+
+
+def _texts(values: list[Any], field: str, table: Table) -> None:
+    for i, v in enumerate(values):
+        if not isinstance(v, str):
+            what = "missing" if v is None or v != v else f"a {type(v).__name__}"
+            raise DataError(f"{table.where(i)}, field {field!r}: expected text, it is {what}")
+        if not v.strip():
+            raise DataError(f"{table.where(i)}, field {field!r}: the text is empty")
+
+
+def _images(values: list[Any], field: str, table: Table) -> None:
+    for i, v in enumerate(values):
+        if isinstance(v, dict):
+            v = v.get("bytes") or v.get("path")
+        if v is None or not (isinstance(v, str | bytes) or hasattr(v, "convert")):
+            raise DataError(f"{table.where(i)}, field {field!r}: expected a picture (a path, "
+                            f"encoded bytes or a PIL image), found {type(v).__name__}")
+        if isinstance(v, str) and not Path(v).is_file():      # nor a pipe, nor an address
+            raise DataError(f"{table.where(i)}, field {field!r}: there is no picture at "
+                            f"{plain(v)}")
