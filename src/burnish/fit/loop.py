@@ -67,7 +67,7 @@ class Trainer(transformers.Trainer):
             tuned.model._is_accelerate_prepared = True
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
-                         preprocess_logits_for_metrics=_answers(task), **kw)
+                         preprocess_logits_for_metrics=task.kept, **kw)
         self.pop_callback(PrinterCallback)
         if self.label_smoother is not None:
             self.label_smoother = Smoothed(self.label_smoother.epsilon)
@@ -94,7 +94,7 @@ class Trainer(transformers.Trainer):
     def look_at(self, task: Task) -> None:
         """Evaluate another task from now on."""
         self.task, self.data_collator = task, task.collate
-        self.preprocess_logits_for_metrics = _answers(task)
+        self.preprocess_logits_for_metrics = task.kept
 
     def let_go(self) -> None:
         """Nothing of the update stays: a later stage has an optimizer of its own."""
@@ -436,15 +436,6 @@ class GoOn(transformers.TrainerCallback):
         if self.trainer is not None:
             self.trainer.tuned.total_steps = state.max_steps
             self.trainer.go_on()
-
-
-def _answers(task: Task) -> Any:
-    """What evaluation keeps of the logits: the answer, and the loss of each row."""
-    def keep(logits: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, labels = task.logits(logits), task.right(labels)
-        return task.reduce(logits, labels), task.losses(logits, labels)
-
-    return keep
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -169,9 +169,7 @@ def longest(tasks: Mapping[str, Task], size: int, test: bool | None, plain: bool
 def answers(task: Task) -> Any:
     """What evaluation makes of the model's answer to a batch: figures of its logits."""
     def made(out: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = task.right(batch if isinstance(batch, Mapping) else batch[1])
-        logits = task.logits(out)
-        return task.reduce(logits, labels), task.losses(logits, labels)
+        return task.kept(out, batch if isinstance(batch, Mapping) else batch[1])
 
     return made
 

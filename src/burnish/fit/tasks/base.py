@@ -172,6 +172,11 @@ class Task:
         """What of the model's answer is kept for the figures (evaluation holds all of it)."""
         return logits.argmax(-1)
 
+    def kept(self, outputs: Any, truth: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What evaluation keeps of a batch: its answers, and the loss of each row."""
+        logits, right = self.logits(outputs), self.right(truth)
+        return self.reduce(logits, right), self.losses(logits, right)
+
     def losses(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """(rows, 2): per row the sum of -log p over what was asked, and how much was asked.
 
@@ -218,10 +223,10 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> 
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         batch = task.collate([rows[i] for i in range(start, stop)])
-        logits, right = task.logits(model(**task.feed(batch))), task.right(batch)
-        answers += task.reduce(logits, right)
-        losses += task.losses(logits, right)
-        labels += right
+        said, lost = task.kept(model(**task.feed(batch)), batch)
+        answers += said
+        losses += lost
+        labels += task.right(batch)
     model.train(was)
     return task.figures(together(answers), torch.stack(losses), together(labels), rows)
 
