@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from torch import nn
 
 from . import families
-from .anatomy import Anatomy
+from .anatomy import Anatomy, Block
 from .errors import BurnishError, RecipeError
 from .groups import Group, groups
 from .method import Method
@@ -135,6 +135,36 @@ def _logits(a: Anatomy) -> bool:
     return said is None or not said.isdisjoint(LOGITS)
 
 
+@dataclass(frozen=True)
+class Towers:
+    """A model that matches images and texts. text, vision: their blocks. table: the text's token
+    embeddings. image: what projects images into the common width `joint`."""
+
+    text: list[Block]
+    vision: list[Block]
+    table: str
+    image: str
+    joint: int
+
+
+def towers(a: Anatomy) -> Towers | None:
+    """The two towers of a model that takes images and token ids, None where it has none."""
+    if "logits_per_image" not in (declared(a.model) or ()) or len(a.stacks()) != 2:
+        return None
+    text = [b for stack, b in a.stacks().items() if _reads_text(a, stack)]
+    vision = [b for stack, b in a.stacks().items() if not _reads_text(a, stack)]
+    if len(text) != 1 or len(vision) != 1:
+        return None
+    top = f"{text[0][0].stack.split('.')[0]}."
+    tables = [p for p in a.places if p.kind == "embedding" and p.path.startswith(top)]
+    outside = [p for p in a.places if p.block is None and p.kind == "linear" and "." not in p.path]
+    image = [p for p in outside if p.path.startswith("vis") or "image" in p.path]
+    if not tables or len(image) != 1:
+        return None
+    longest = max(tables, key=lambda p: p.inp)
+    return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out)
+
+
 def _tables(a: Anatomy) -> bool:
     try:
         return all(a.ends(p) or not a.tied(p) for p in match(a, "embedding"))
@@ -177,6 +207,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
     "tables": ("an embedding of tokens, tied to nothing but linears and embeddings", _tables),
+    "two towers": ("two towers, one that reads token ids and one that reads pictures, and a linear "
+                   "that projects pictures", lambda a: towers(a) is not None),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "inner channels": ("MLPs of linears whose inner channels can be told",
                        lambda a: bool(inner(a))),

@@ -1,0 +1,120 @@
+"""Rows in the place of some of a text's tokens: its length, its masks and its end stay as they are.
+
+A text brings placeholders where the rows stand, behind `after` tokens. Any token will do that does
+not end a text: where that is, is read off the ids.
+
+Letters: B texts, L rows, D width; C classes, each of which has a text; I images, P the width in
+which images and texts meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.errors import RecipeError
+from .prompts import Listener, named
+
+
+class Placed(Listener):
+    """Listens to a table of embeddings, or (``entering=True``) to a block: of what the table
+    returns, or the block is given, the tokens from `after` on are the rows.
+
+    rows (L, D), or (C, L, D): each text of C has its own. meta: what is added to them for an image
+    (:class:`PerImage` is needed then).
+    """
+
+    def __init__(self, state: Any, adapter: str, rows: Tensor, *, after: int = 1,
+                 entering: bool = False, meta: nn.Module | None = None):
+        super().__init__(state, adapter)
+        self.rows, self.meta = nn.Parameter(rows), meta
+        self.after, self.entering = after, entering
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if not self.entering:
+            return self.put(call(*args, **kw))
+        if args:
+            return call(self.put(args[0]), *args[1:], **kw)
+        name, x = next(iter(kw.items()))
+        return call(**{**kw, name: self.put(x)})
+
+    def put(self, x: Tensor) -> Tensor:
+        """The tokens with the rows in their place."""
+        L, a = self.rows.shape[-2], self.after
+        if x.dim() != 3 or x.shape[1] <= a + L:
+            raise RecipeError(f"{L} rows stand in the place of the tokens {a} to {a + L - 1} of a "
+                              f"text, and this one is {tuple(x.shape[:-1])}: write as many "
+                              "placeholders before the name of the class")
+        return torch.cat([x[:, :a], self.given(len(x)).to(x.dtype), x[:, a + L :]], 1)
+
+    def given(self, texts: int) -> Tensor:
+        """The rows of so many texts, (texts, L, D): image by image, class by class."""
+        rows, own = self.rows, self.rows.dim() == 3
+        if self.meta is None:
+            rows = rows if own else rows.expand(texts, -1, -1)
+        else:
+            if (seen := self.here.box.get(("image", self.adapter))) is None:
+                raise RecipeError("these rows follow an image, and none has been seen before the "
+                                  "text: call the model with both")
+            shift = self.meta(seen)
+            rows = rows + shift.view(len(shift), *[1] * (rows.dim() - 1), -1)
+            rows = rows.flatten(0, 1) if own else rows.repeat_interleave(texts // len(shift), 0)
+        if len(rows) != texts:
+            raise RecipeError(f"{len(self.rows)} classes have rows of their own, and other texts "
+                              "are given: one of each class, in their order")
+        return rows
+
+
+class Meta(nn.Module):
+    """``W_2 relu(W_1 x + b_1) + b_2`` of normalised image features x (I, P)."""
+
+    def __init__(self, width: int, hidden: int, out: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.down.weight.dtype)
+        y: Tensor = self.up(F.relu(self.down(x)))
+        return y
+
+
+class Image(Listener):
+    """Listens to what projects images into the common width: its normalised answer waits for the
+    texts of this call."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        out: Tensor = call(*args, **kw)
+        self.here.box["image", self.adapter] = F.normalize(out, dim=-1)
+        return out
+
+
+class PerImage(Listener):
+    """Listens to a model of two towers: every image reads texts of its own, C for each of I, so
+    ``logits_per_image[i, c]`` is of image i and of the text that c has for it."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        kw = named(module, args, kw)
+        ids, images = kw.get("input_ids"), kw.get("pixel_values")
+        if ids is None or images is None:
+            raise RecipeError("texts that follow an image need both: input_ids and pixel_values")
+        n, wanted = len(images), kw.pop("return_loss", None)
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if kw.get(name) is not None and len(kw[name]) == len(ids):
+                kw[name] = kw[name].repeat(n, *[1] * (kw[name].dim() - 1))
+        out = call(**kw)
+        self.here.box.pop(("image", self.adapter), None)
+        texts = out["logits_per_text"]                           # (I C, I)
+        mine = torch.arange(n, device=texts.device)
+        per = texts.unflatten(0, (n, -1))[mine, :, mine]         # (I, C)
+        out["logits_per_image"], out["logits_per_text"] = per, per.t()
+        if wanted:
+            out["loss"] = (_matched(per) + _matched(per.t())) / 2
+        return out
+
+
+def _matched(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
