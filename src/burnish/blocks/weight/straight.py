@@ -48,8 +48,9 @@ class Straight(Wrap):
         """What of the weight is rounded: differentiable, linear or nearly so."""
         return V
 
-    def rounded(self, V: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(values of a weight that is ready, where it is inside its range; None: everywhere)."""
+    def rounded(self, made: Tensor, V: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(values of the weight V, made ready, where that is inside its range; None: everywhere);
+        no gradients are asked of it."""
         raise NotImplementedError
 
     def restored(self, V: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Straight(Wrap):
         """The rounded weight as the module's coordinates have it, with gradients straight through;
         its tokens are another matter."""
         made = self.ready(V)
-        values, inside = self.rounded(made.detach())
+        values, inside = self.rounded(made.detach(), V.detach())
         through = made if inside is None else made * inside
         return self.restored(values.to(made.dtype) + (through - through.detach()))
 
@@ -73,7 +74,7 @@ class Straight(Wrap):
 
         def values() -> Tensor:
             V = op.unwrapped.dense(op.base() if weight is None else weight)
-            return self.rounded(self.ready(V))[0].to(dtype)
+            return self.rounded(self.ready(V), V)[0].to(dtype)
 
         if not torch.is_grad_enabled():
             size = made.small("entries", lambda: op.base().numel()) if made is not NOTHING else 0
@@ -90,11 +91,11 @@ class Straight(Wrap):
 
 class _Straight(torch.autograd.Function):
     @staticmethod
-    def inner(ctx: Any) -> Tensor:
-        """The weight that is ready to be rounded."""
+    def inner(ctx: Any) -> tuple[Tensor, Tensor]:
+        """The weight made ready to be rounded, and as it is."""
         op: Weighted = ctx.op
-        V = ctx.reads[-1] if ctx.trained else op.base()
-        return ctx.how.ready(op.unwrapped.dense(V))
+        V = op.unwrapped.dense(ctx.reads[-1] if ctx.trained else op.base())
+        return ctx.how.ready(V), V.detach()
 
     @staticmethod
     @uncast
@@ -103,7 +104,7 @@ class _Straight(torch.autograd.Function):
         ctx.how, ctx.op, ctx.trained, ctx.reads = how, op, trained, reads
         ctx.call, ctx.shape, ctx.dtype = current(), x.shape, x.dtype
         kept = how.code(x.reshape(-1, x.shape[-1]))
-        y = how.opened(kept, x.dtype) @ how.rounded(_Straight.inner(ctx))[0].to(x.dtype).t()
+        y = how.opened(kept, x.dtype) @ how.rounded(*_Straight.inner(ctx))[0].to(x.dtype).t()
         ctx.n = len(kept)
         ctx.save_for_backward(*kept, *reads)
         return shaped(y, (*x.shape[:-1], y.shape[-1]))
@@ -118,8 +119,8 @@ class _Straight(torch.autograd.Function):
         need_x, *needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
         g2 = g.reshape(-1, g.shape[-1])
         with torch.enable_grad():
-            made = _Straight.inner(ctx)
-        values, inside = how.rounded(made.detach())
+            made, V = _Straight.inner(ctx)
+        values, inside = how.rounded(made.detach(), V)
         dx = None
         if need_x:
             dx = shaped(how.passed(g2 @ values.to(g2.dtype), kept), ctx.shape)

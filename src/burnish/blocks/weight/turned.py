@@ -45,8 +45,8 @@ class Turned(Straight):
     def ready(self, V: Tensor) -> Tensor:
         return V if self.walsh is None else self.walsh.turn(V)
 
-    def rounded(self, V: Tensor) -> tuple[Tensor, Tensor | None]:
-        return values(V, self.grid_w), None
+    def rounded(self, made: Tensor, V: Tensor) -> tuple[Tensor, Tensor | None]:
+        return values(made, self.grid_w), None
 
     def restored(self, V: Tensor) -> Tensor:
         return V if self.walsh is None else self.walsh.back(V)
