@@ -210,11 +210,11 @@ class Weights(nn.Module):
                 out = out + (made if scale == 1 else scale * made)
         return out
 
-    def pairs(self, module: nn.Module, active: Any, part: str
+    def pairs(self, module: nn.Module, active: Any, part: str, whole: bool = False
               ) -> tuple[Callable[[], Tensor], Tensor | None, Tensor | None]:
         """(what gives the matrix (out, in) of a frozen linear, A (r, in), B (out, r) with B A all
         that is added to it, or None and None), for a listener that answers for it in the name of
-        `part`. RecipeError where anything else stands here."""
+        `part`. whole: it may train itself. RecipeError where anything else stands here."""
         groups, before, after = self._planned(module, active)
         found, other = [], before or after or self.reads or len(self.listeners) > 1
         for place, op in groups:
@@ -230,7 +230,7 @@ class Weights(nn.Module):
         if self.ends is not None:
             raise RecipeError(f"{part}: {self.path} reads and gives numbers on a grid, which its "
                               "experts would not; hold its weight in another form")
-        if self._stored(module, "weight").requires_grad:
+        if not whole and self._stored(module, "weight").requires_grad:
             raise RecipeError(f"{part}: {self.path} trains whole; it is divided among experts "
                               "frozen: train a low-rank update there instead")
         matrix = functools.partial(self._matrix, module, "weight")

@@ -39,7 +39,8 @@ Matrix = Callable[[], Tensor]
 @dataclass(eq=False)
 class Routing:
     """of: the state that was routed. order (M,): the (token, choice) pair of each row, expert by
-    expert; ends: where an expert's rows begin, and their number. c (M, 1): 2 p of each row."""
+    expert; ends: where an expert's rows begin, and their number. c (M, 1): what the first products
+    are multiplied by, 2 p of each row; last: what the last one is, None: c."""
 
     of: Tensor
     order: Tensor
@@ -47,6 +48,7 @@ class Routing:
     ends: Sequence[int]
     c: Tensor
     k: int
+    last: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -64,15 +66,26 @@ def routed(x: Tensor, router: nn.Linear, k: int) -> Routing:
     x2 = x.reshape(-1, x.shape[-1]).to(wide)
     with uncast(x):
         p = torch.sigmoid(F.linear(x2, router.weight.to(wide), router.bias.to(wide)))
-    E = p.shape[-1]
     value, index = p.topk(k, -1)
-    flat = index.flatten()
+    return dealt(x, index, p.shape[-1], 2 * value)
+
+
+def dealt(x: Tensor, index: Tensor, experts: int, c: Tensor | None, last: Tensor | None = None
+          ) -> Routing:
+    """The rows of x (..., I) for the experts of each token, index (N, k). c, last (N, k): see
+    :class:`Routing`; None: 1, and c."""
+    k, flat = index.shape[-1], index.flatten()
     order = flat.argsort(stable=True)
-    each = (flat.unsqueeze(1) == torch.arange(E, device=x.device)).sum(0).cumsum(0)
+    each = (flat.unsqueeze(1) == torch.arange(experts, device=x.device)).sum(0).cumsum(0)
     simulated = isinstance(x, FakeTensor) or x.is_meta
-    ends = [len(flat) * e // E for e in range(1, E + 1)] if simulated else each.tolist()
-    c = 2 * value.flatten().index_select(0, order).unsqueeze(1)
-    return Routing(x, order, order // k, [0, *ends], c, k)
+    ends = [len(flat) * e // experts for e in range(1, experts + 1)] if simulated \
+        else each.tolist()
+
+    def rows(of: Tensor) -> Tensor:
+        return of.flatten().index_select(0, order).unsqueeze(1)
+
+    ones = x.new_ones(len(flat), 1) if c is None else rows(c)
+    return Routing(x, order, order // k, [0, *ends], ones, k, None if last is None else rows(last))
 
 
 def _parts(x: Tensor, weights: Sequence[Tensor], ends: Sequence[int]) -> Tensor:
@@ -114,23 +127,25 @@ class _Up(torch.autograd.Function):
         x, c, bias, A, B, z = ctx.saved_tensors
         r, needs = ctx.r, ctx.needs_input_grad
         own = _parts(g, ctx.matrix().chunk(r.experts), r.ends)               # W_e^T g
-        dc = (own * x[r.token]).sum(-1, keepdim=True)
+        dc = (own * x[r.token]).sum(-1, keepdim=True) if needs[1] else None
         db = None
         if bias is not None:
-            dc += _parts(g, [b.unsqueeze(1) for b in bias.chunk(r.experts)], r.ends)
+            if dc is not None:
+                dc += _parts(g, [b.unsqueeze(1) for b in bias.chunk(r.experts)], r.ends)
             if needs[2]:
                 db, gc = torch.empty_like(bias), g * c
                 for to, (i, j) in zip(db.chunk(r.experts), pairwise(r.ends), strict=True):
                     to.copy_(gc[i:j].sum(0))
         dx = r.back(own.mul_(c)) if needs[0] else None
+        dc = None if dc is None else dc.to(c.dtype)
         if z is None:
-            return dx, dc.to(c.dtype), db, None, None, None, None
+            return dx, dc, db, None, None, None, None
         dB = torch.empty_like(B)
         _sums(g, z[r.token], r.ends, dB.chunk(r.experts))
         dz = r.back(_parts(g, B.chunk(r.experts), r.ends))
         if dx is not None:
             dx += dz @ A.to(dz.dtype)
-        return dx, dc.to(c.dtype), db, (dz.t() @ x).to(A.dtype), dB, None, None
+        return dx, dc, db, (dz.t() @ x).to(A.dtype), dB, None, None
 
 
 class _Down(torch.autograd.Function):
@@ -156,7 +171,7 @@ class _Down(torch.autograd.Function):
         h, c, bias, A, B, z = ctx.saved_tensors
         r, needs = ctx.r, ctx.needs_input_grad
         dh = _parts(g[r.token], ctx.matrix().chunk(r.experts, 1), r.ends)    # W_e^T g
-        dc = (dh * h).sum(-1, keepdim=True).to(c.dtype)
+        dc = (dh * h).sum(-1, keepdim=True).to(c.dtype) if needs[1] else None
         dh.mul_(c)
         db = g.sum(0).to(bias.dtype) if bias is not None and needs[2] else None
         if z is None:
@@ -166,6 +181,31 @@ class _Down(torch.autograd.Function):
         _sums(dz, h, r.ends, dA.chunk(r.experts, 1))
         dh += _parts(dz, A.chunk(r.experts, 1), r.ends)
         return dh, dc, db, dA, (g.t() @ z).to(B.dtype), None, None
+
+
+def _whole(x: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, W: Tensor,
+           r: Routing, last: bool) -> Tensor:
+    """What :class:`_Up` and :class:`_Down` give, by autograd, for a W that trains: it keeps what
+    each expert is given."""
+    dim, rows = (1, x) if last else (0, x[r.token])
+    parts = zip(W.to(x.dtype).chunk(r.experts, dim), pairwise(r.ends), strict=True)
+    y = torch.cat([rows[a:b] @ w.t() for w, (a, b) in parts])
+    if bias is not None and not last:
+        y = y + torch.cat([t.to(y.dtype).expand(b - a, -1) for t, (a, b) in
+                           zip(bias.chunk(r.experts), pairwise(r.ends), strict=True)])
+    y = y * c
+    if last:
+        y = r.back(y) if bias is None else r.back(y) + bias.to(y.dtype)
+    if A is None or B is None:
+        return y
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    if last:
+        z = torch.cat([rows[a:b] @ t.t() for t, (a, b) in
+                       zip(A.chunk(r.experts, 1), pairwise(r.ends), strict=True)])
+        return y + r.back(z) @ B.t()
+    z = (x @ A.t())[r.token]
+    return y + torch.cat([z[a:b] @ t.t() for t, (a, b) in
+                          zip(B.chunk(r.experts), pairwise(r.ends), strict=True)])
 
 
 class Routed(Listener):
@@ -178,10 +218,13 @@ class Routed(Listener):
 
     what = "a routed MLP"
     part = "routed_ffn"
+    #: may weights that train whole be divided?
+    whole = False
 
     def __init__(self, state: Any, adapter: str, slot: Any, key: str, last: bool, k: int = 0,
-                 router: nn.Linear | None = None):
+                 router: nn.Linear | None = None, part: str = part):
         super().__init__(state, adapter)
+        self.part = part
         self.__dict__["slot"] = slot              # of the module that owns this one
         self.key, self.last, self.k, self.router = key, last, k, router
 
@@ -190,7 +233,7 @@ class Routed(Listener):
             raise RecipeError(f"{self.part}: where tokens go is decided by their values, which "
                               "torch.func does not transform")
         given = args[0] if args else next(iter(kw.values()))
-        matrix, A, B = self.slot.pairs(module, self.here.active, self.part)
+        matrix, A, B = self.slot.pairs(module, self.here.active, self.part, self.whole)
         box, name = self.here.box, (self.part, self.key)
         bias: Tensor | None = module.bias         # type: ignore[assignment]
         x = autocast(given)
@@ -200,7 +243,7 @@ class Routed(Listener):
                 if self.router is None:
                     raise RecipeError(f"{self.part}: {self.slot.path} ran before the linear that "
                                       f"routes {self.key}, or on another state")
-                r = box[name] = routed(given, self.router, self.k)
+                r = box[name] = self.route(given)
             return self._applied(_Up, x.reshape(-1, x.shape[-1]), bias, A, B, matrix, r)
         r = box.pop(name, None)
         if r is None or x.shape[:-1] != r.order.shape:
@@ -212,5 +255,13 @@ class Routed(Listener):
 
     def _applied(self, function: Any, x: Tensor, bias: Tensor | None, A: Tensor | None,
                  B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
+        c = r.last if self.last and r.last is not None else r.c
+        if self.whole and (W := matrix()).requires_grad:
+            return _whole(x, c.to(x.dtype), bias, A, B, W, r, self.last)
         with uncast(x):
-            return applied(function, x, r.c.to(x.dtype), bias, A, B, matrix, r)
+            return applied(function, x, c.to(x.dtype), bias, A, B, matrix, r)
+
+    def route(self, x: Tensor) -> Routing:
+        """Which experts take which rows of x."""
+        assert self.router is not None
+        return routed(x, self.router, self.k)

@@ -10,6 +10,7 @@ from ...blocks.state.routed import Routed
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import inner
+from ._routed import divide
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -86,15 +87,10 @@ class Experts:
     group: Group
 
     def install(self, attacher: Attacher, part: Method) -> None:
-        m, g = self.method, self.group
-        if g.units % m.experts:
-            raise RecipeError(f"{m.name}(experts={m.experts}) does not divide the {g.units} inner "
-                              f"channels of {g.path}")
-        for n, place in enumerate([p for p, _ in g.rows] + [g.out]):
-            slot = attacher.slot(place.path)
-            router = None if n else nn.Linear(place.inp, m.experts).to(attacher.device(place.path))
-            made = Routed(attacher.state, attacher.adapter.name, slot, g.path, place == g.out,
-                          m.taken(len(g.rows) > 1), router)
-            made.listen(slot, part.name)
-            slot.pairs(attacher.model.get_submodule(place.path), ((attacher.adapter.name, 1.0),),
-                       m.name)
+        m, gated = self.method, len(self.group.rows) > 1
+
+        def made(slot: Any, last: bool, router: nn.Linear | None) -> Routed:
+            return Routed(attacher.state, attacher.adapter.name, slot, self.group.path, last,
+                          m.taken(gated), router)
+
+        divide(attacher, part, self.group, m.experts, made)
