@@ -150,9 +150,9 @@ def test_k_rises_evenly_from_the_first_to_the_last():
     ks = [m.at(t, 80) for t in range(81)]
     assert ks[0] == 8 and ks[80] == 16 and ks == sorted(ks) and set(ks) == set(range(8, 17))
     assert all(ks[t] == round(8 * t / 80) + 8 for t in range(81)) and m.at(100, 80) == 16
-    assert parse("smoe_dropout(last=8)")[0].at(40, 80) == 8
+    assert parse("smoe_dropout(k_end=8)")[0].at(40, 80) == 8
     seen, steps = [], 8
-    tuned, net = made("experts=4, k=1, last=3")
+    tuned, net = made("experts=4, k=1, k_end=3")
     tuned.total_steps = steps
     tuned.optimizer(lr=1e-3)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_the_schedule_goes_on_where_a_run_was_left():
 
 
 def test_the_router_stays_and_is_kept_in_the_file(tmp_path):
-    tuned, net = made("experts=4, k=2, last=2", "lora(rank=2)")
+    tuned, net = made("experts=4, k=2, k_end=2", "lora(rank=2)")
     routers = {n: p.detach().clone() for n, p in net.named_parameters() if "router" in n}
     assert len(routers) == 4 and not any(p.requires_grad for n, p in net.named_parameters()
                                          if "router" in n)
@@ -255,17 +255,17 @@ def test_models_and_defaults():
         torch.testing.assert_close(net(**batch).logits, want, rtol=1e-5, atol=1e-5)
         assert tuned.loss(batch).isfinite()
     assert parse("smoe_dropout")[0].settings() == {"targets": None, "experts": 16, "k": None,
-                                                   "last": None}
+                                                   "k_end": None}
     anatomy = Anatomy.of(tiny("llama", meta=True, hidden_size=4096, intermediate_size=11008,
                               num_hidden_layers=32, num_attention_heads=32)[0])
     assert [e.group.units for e in parse("smoe_dropout")[0].branch(anatomy)] == [11008] * 32
 
 
 def test_refusals():
-    for text in ("experts=1", "k=0", "k=17", "last=7", "last=17", "experts=4, k=5"):
+    for text in ("experts=1", "k=0", "k=17", "k_end=7", "k_end=17", "experts=4, k=5"):
         with pytest.raises(burnish.RecipeError, match=r"^smoe_dropout.*expected at least 2"):
             parse(f"smoe_dropout({text})")
-    assert parse("smoe_dropout(experts=2, k=1, last=1)")
+    assert parse("smoe_dropout(experts=2, k=1, k_end=1)")
     with pytest.raises(burnish.RecipeError, match="does not divide the 16 inner channels"):
         burnish.tune(Net(), "full + smoe_dropout(experts=3, k=1)", head=False)
     with pytest.raises(burnish.RecipeError, match="this model has none|needs MLPs"):

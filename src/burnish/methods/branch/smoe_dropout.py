@@ -26,9 +26,9 @@ class SmoeDropout(Method):
 
     The F inner channels are `experts` runs of F / experts. ``l = R x + r``, the `k` largest of them
     answer: ``y = E sum_e w_e W2_e act(W1_e x + b1_e) + b2`` (gate and up alike), w the softmax of
-    those l in fp32, E experts. In update t of T ``k(t) = round((last - k) t / T) + k``, cut to the
+    those l in fp32, E experts. In update t of T ``k(t) = round((k_end - k) t / T) + k``, cut to the
     two; without a known length (``tuned.total_steps``, set by fit) it stays at `k`. In evaluation
-    `last` answer, all by default, and :meth:`lifecycle` lets fewer answer where that is to be
+    `k_end` answer, all by default, and :meth:`lifecycle` lets fewer answer where that is to be
     cheap. R and r are torch's own start, and stay.
 
     Ours, for MLPs that are trained already: the factor E, without which convex weights would shrink
@@ -59,13 +59,13 @@ class SmoeDropout(Method):
     experts: int = setting(16, "runs of inner channels", other=(8, 2))
     k: int | None = setting(None, "experts of a token as training begins; None: half of them",
                             other=(2, 1))
-    last: int | None = setting(None, "as it ends, and in evaluation; None: all of them",
-                               other=(3, 2), beside={"k": 1})
+    k_end: int | None = setting(None, "as it ends, and in evaluation; None: all of them",
+                                other=(3, 2), beside={"k": 1})
 
     def __post_init__(self) -> None:
         if self.experts < 2 or not 1 <= self.begins <= self.answers <= self.experts:
-            raise RecipeError(f"{self}: expected at least 2 experts, and k and last from 1 to as "
-                              "many, k no more than last")
+            raise RecipeError(f"{self}: expected at least 2 experts, and k and k_end from 1 to as "
+                              "many, k no more than k_end")
 
     @property
     def begins(self) -> int:
@@ -75,7 +75,7 @@ class SmoeDropout(Method):
     @property
     def answers(self) -> int:
         """Experts of a token in evaluation."""
-        return self.experts if self.last is None else self.last
+        return self.experts if self.k_end is None else self.k_end
 
     def claims(self) -> tuple[str, ...]:
         return ("which inner channels of an MLP answer",)
@@ -96,7 +96,7 @@ class SmoeDropout(Method):
         return max(first, min(self.answers, round((self.answers - first) * step / total) + first))
 
     def lifecycle(self, tuned: Any, k: int) -> None:
-        """From now on k experts answer in evaluation, in the adapter in use. (A file says `last`.)
+        """From now on k experts answer in evaluation, in the adapter in use. (A file says `k_end`.)
         Raises RecipeError for a number that they do not have."""
         if not 1 <= k <= self.experts:
             raise RecipeError(f"smoe_dropout has 1 to {self.experts} experts, not {k}")
