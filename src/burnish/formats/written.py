@@ -68,7 +68,7 @@ def contents(tuned: Tuned, whole: bool = False) -> dict[str, Tensor]:
     for path, module in () if whole else tuned.model.named_modules():
         if f".{ATTR}." in f".{path}" and hasattr(module, "finished"):
             tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{path}.")}
-            tensors |= {f"{path}.{leaf}": t for leaf, t in module.finished().items()}
+            tensors |= {f"{path}.{leaf}": gathered(t) for leaf, t in module.finished().items()}
     return tensors
 
 

@@ -1,8 +1,8 @@
 """What makes the rows of a prompt, where they do not train as they stand.
 
-A generator is a module that is given the rows and what else the prompt owns, and answers with P
-(L, D). Its answer is the same for every input, so that P can be kept in its place once training is
-over.
+A generator is a module that is given the rows and what else the prompt owns, or knows whose they
+are, and answers with P (L, D). Its answer is the same for every input, so that P can be kept in its
+place once training is over.
 """
 
 from __future__ import annotations
@@ -50,3 +50,21 @@ class Fused(nn.Module):
         """g, of sum 1: how much each space counts."""
         g: Tensor = (self.G @ P.mean(0)).softmax(-1)
         return g
+
+
+class Projected(nn.Module):
+    """``rows W^T + b`` of rows that a prompt elsewhere owns: W (out, D) as linears start."""
+
+    def __init__(self, source: nn.Module, width: int, out: int):
+        super().__init__()
+        self.__dict__["source"] = source             # of the model, no part of this module
+        self.linear = nn.Linear(width, out)
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """What another place holds, for whoever runs this again in backward."""
+        return (self.source.rows,)
+
+    def forward(self) -> Tensor:
+        made: Tensor = self.linear(self.source.rows)
+        return made

@@ -275,16 +275,28 @@ class Tokens(Listener):
     """Rows among the tokens of one block: put in, replaced, carried or taken out.
 
     rows: (L, D), or None when the block only carries what came before. enter: the block is the
-    first, rows are put in behind `after` tokens; else they replace the L that are there.
-    leave: the block is the last, the L states are taken out behind it.
+    first, rows are put in behind `after` tokens (None: behind all); else they replace the L that
+    are there. leave: the block is the last, the L states are taken out behind it. maker: makes the
+    rows, in their place (generators.py).
     """
 
-    def __init__(self, state: Any, adapter: str, length: int, rows: Tensor | None, *, after: int,
-                 enter: bool, leave: bool, dropout: float = 0.0):
+    def __init__(self, state: Any, adapter: str, length: int, rows: Tensor | None, *,
+                 after: int | None, enter: bool, leave: bool, dropout: float = 0.0,
+                 maker: nn.Module | None = None):
         super().__init__(state, adapter)
         self.rows = None if rows is None else nn.Parameter(rows)
         self.length, self.after, self.dropout = length, after, dropout
-        self.enter, self.leave = enter, leave
+        self.enter, self.leave, self.maker = enter, leave, maker
+
+    def made(self) -> Tensor | None:
+        """The rows, or None."""
+        return self.rows if self.maker is None else self.maker()
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        """Its tensors once training is over: the rows, whatever made them."""
+        made = self.made()
+        return {} if made is None else {"rows": made.detach().contiguous()}
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = named(module, args, kw)
@@ -305,13 +317,17 @@ class Tokens(Listener):
         if x.dim() != 3:
             raise RecipeError(f"vpt needs tokens (batch, tokens, width); this block is given "
                               f"{tuple(x.shape)}")
-        if self.rows is None:
+        if (made := self.made()) is None:
             return x
-        rows = self.rows.to(x.dtype).expand(len(x), -1, -1)
+        rows = made.to(x.dtype).expand(len(x), -1, -1)
         rows = F.dropout(rows, self.dropout, self.training)
+        if self.after is None:
+            return torch.cat([x if self.enter else self.take(x), rows], 1)
         rest = self.after if self.enter else self.after + self.length
         return torch.cat([x[:, : self.after], rows, x[:, rest:]], 1)
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of the model, without the rows."""
+        if self.after is None:
+            return x[:, : x.shape[1] - self.length]
         return torch.cat([x[:, : self.after], x[:, self.after + self.length :]], 1)
