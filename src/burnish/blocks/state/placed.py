@@ -9,7 +9,7 @@ which images and texts meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import RecipeError
+from ..tape.replay import dropout
 from .prompts import Listener, named
 
 
@@ -67,6 +68,30 @@ class Placed(Listener):
             raise RecipeError(f"{len(self.rows)} classes have rows of their own, and other texts "
                               "are given: one of each class, in their order")
         return rows
+
+
+class Words(Listener):
+    """Listens to a table of embeddings: of the tokens `ids` it returns other rows, wherever they
+    stand. rows (n, D) train; dropout acts on their numbers, once for a call, so that a word is the
+    same in all texts.
+    """
+
+    def __init__(self, state: Any, adapter: str, ids: Sequence[int], rows: Tensor,
+                 dropout: float = 0.0):
+        super().__init__(state, adapter)
+        self.rows, self.dropout = nn.Parameter(rows), dropout
+        self.rows.burnish_decay = False              # type: ignore[attr-defined]
+        order = torch.tensor(ids).sort()
+        self.register_buffer("sorted", order.values, persistent=False)
+        self.register_buffer("order", order.indices, persistent=False)
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        ids: Tensor = args[0] if args else next(iter(kw.values()))
+        x: Tensor = call(*args, **kw)
+        at = torch.searchsorted(self.sorted, ids.contiguous()).clamp_(max=len(self.sorted) - 1)
+        rows = dropout(self.rows, self.dropout) if self.dropout and self.training else self.rows
+        mine = F.embedding(self.order[at], rows).to(x.dtype)
+        return torch.where((self.sorted[at] == ids).unsqueeze(-1), mine, x)
 
 
 class Meta(nn.Module):
