@@ -56,8 +56,8 @@ class Csp(Method):
         if not ids or len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
             raise RecipeError(f"csp: ids={self.ids!r}: expected whole numbers from 0, each once")
         if self.spelt is not None and (len(self.spelt) != len(ids) or not all(self.spelt)):
-            raise RecipeError(f"csp: {len(ids)} ids, and spellings of {len(self.spelt)}: expected the "
-                              "tokens of each, one at least")
+            raise RecipeError(f"csp: {len(ids)} ids, and spellings of {len(self.spelt)}: expected "
+                              "the tokens of each, one at least")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"csp(dropout={self.dropout}): expected 0 or more, and below 1")
 
