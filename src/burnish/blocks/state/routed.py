@@ -16,7 +16,7 @@ Letters: N tokens, M = N k rows, I width in, F inner channels, f = F / E, E expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -40,7 +40,8 @@ Matrix = Callable[[], Tensor]
 class Routing:
     """of: the state that was routed. order (M,): the (token, choice) pair of each row, expert by
     expert; ends: where an expert's rows begin, and their number. c (M, 1): what the first products
-    are multiplied by, 2 p of each row; last: what the last one is, None: c."""
+    are multiplied by, 2 p of each row; last: what the last one is, None: c. channels (F,): those
+    of the experts, expert by expert; None: they are runs."""
 
     of: Tensor
     order: Tensor
@@ -49,6 +50,23 @@ class Routing:
     c: Tensor
     k: int
     last: Tensor | None = None
+    channels: Tensor | None = None
+
+    def pieces(self, W: Tensor, dim: int) -> Iterable[Tensor]:
+        """Expert by expert its rows (dim 0) or columns of a matrix, one copy at a time."""
+        if self.channels is None:
+            return W.chunk(self.experts, dim)
+        return (W.index_select(dim, own) for own in self.channels.chunk(self.experts))
+
+    def put(self, W: Tensor, dim: int, values: Iterable[Tensor]) -> Tensor:
+        """W with these in the place of its pieces."""
+        if self.channels is None:
+            for to, value in zip(W.chunk(self.experts, dim), values, strict=True):
+                to.copy_(value)
+        else:
+            for own, value in zip(self.channels.chunk(self.experts), values, strict=True):
+                W.index_copy_(dim, own, value.to(W.dtype))
+        return W
 
     @property
     def experts(self) -> int:
@@ -88,10 +106,11 @@ def dealt(x: Tensor, index: Tensor, experts: int, c: Tensor | None, last: Tensor
     return Routing(x, order, order // k, [0, *ends], ones, k, None if last is None else rows(last))
 
 
-def _parts(x: Tensor, weights: Sequence[Tensor], ends: Sequence[int]) -> Tensor:
+def _parts(x: Tensor, weights: Iterable[Tensor], ends: Sequence[int]) -> Tensor:
     """Row by row the product with its expert's matrix (in, out): (M, out)."""
-    y = x.new_empty(len(x), weights[0].shape[1])
+    y: Any = None
     for W, (a, b) in zip(weights, pairwise(ends), strict=True):
+        y = x.new_empty(len(x), W.shape[1]) if y is None else y
         torch.mm(x[a:b], W.to(x.dtype), out=y[a:b])
     return y
 
@@ -102,13 +121,18 @@ def _sums(g: Tensor, x: Tensor, ends: Sequence[int], into: Sequence[Tensor]) -> 
         y.copy_(g[a:b].t() @ x[a:b])
 
 
+def _outer(g: Tensor, x: Tensor, ends: Sequence[int]) -> Iterable[Tensor]:
+    """Expert by expert g^T x."""
+    return (g[a:b].t() @ x[a:b] for a, b in pairwise(ends))
+
+
 class _Up(torch.autograd.Function):
     """(M, f) of x (N, I): ``c (W_e x + b_e) + B_e A x``. W (F, I), A (R, I), B (F, R)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None,
-                B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
-        y = _parts(x[r.token], [w.t() for w in matrix().chunk(r.experts)], r.ends)
+                B: Tensor | None, matrix: Matrix, r: Routing, W: Tensor | None) -> Tensor:
+        y = _parts(x[r.token], (w.t() for w in r.pieces(matrix(), 0)), r.ends)
         if bias is not None:
             for b, (i, j) in zip(bias.chunk(r.experts), pairwise(r.ends), strict=True):
                 y[i:j] += b.to(y.dtype)
@@ -126,7 +150,7 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, c, bias, A, B, z = ctx.saved_tensors
         r, needs = ctx.r, ctx.needs_input_grad
-        own = _parts(g, ctx.matrix().chunk(r.experts), r.ends)               # W_e^T g
+        own = _parts(g, r.pieces(ctx.matrix(), 0), r.ends)                   # W_e^T g
         dc = (own * x[r.token]).sum(-1, keepdim=True) if needs[1] else None
         db = None
         if bias is not None:
@@ -138,14 +162,16 @@ class _Up(torch.autograd.Function):
                     to.copy_(gc[i:j].sum(0))
         dx = r.back(own.mul_(c)) if needs[0] else None
         dc = None if dc is None else dc.to(c.dtype)
+        dW = r.put(torch.empty_like(ctx.matrix()), 0, _outer(g * c, x[r.token], r.ends)) \
+            if needs[7] else None
         if z is None:
-            return dx, dc, db, None, None, None, None
+            return dx, dc, db, None, None, None, None, dW
         dB = torch.empty_like(B)
         _sums(g, z[r.token], r.ends, dB.chunk(r.experts))
         dz = r.back(_parts(g, B.chunk(r.experts), r.ends))
         if dx is not None:
             dx += dz @ A.to(dz.dtype)
-        return dx, dc, db, (dz.t() @ x).to(A.dtype), dB, None, None
+        return dx, dc, db, (dz.t() @ x).to(A.dtype), dB, None, None, dW
 
 
 class _Down(torch.autograd.Function):
@@ -153,8 +179,8 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None,
-                B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
-        y = r.back(_parts(h, [w.t() for w in matrix().chunk(r.experts, 1)], r.ends).mul_(c))
+                B: Tensor | None, matrix: Matrix, r: Routing, W: Tensor | None) -> Tensor:
+        y = r.back(_parts(h, (w.t() for w in r.pieces(matrix(), 1)), r.ends).mul_(c))
         if bias is not None:
             y += bias.to(y.dtype)
         z = None
@@ -170,42 +196,19 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         h, c, bias, A, B, z = ctx.saved_tensors
         r, needs = ctx.r, ctx.needs_input_grad
-        dh = _parts(g[r.token], ctx.matrix().chunk(r.experts, 1), r.ends)    # W_e^T g
+        dh = _parts(g[r.token], r.pieces(ctx.matrix(), 1), r.ends)           # W_e^T g
         dc = (dh * h).sum(-1, keepdim=True).to(c.dtype) if needs[1] else None
         dh.mul_(c)
         db = g.sum(0).to(bias.dtype) if bias is not None and needs[2] else None
+        dW = r.put(torch.empty_like(ctx.matrix()), 1, _outer(g[r.token] * c, h, r.ends)) \
+            if needs[7] else None
         if z is None:
-            return dh, dc, db, None, None, None, None
+            return dh, dc, db, None, None, None, None, dW
         dz = (g @ B.to(g.dtype))[r.token]
         dA = torch.empty_like(A)
         _sums(dz, h, r.ends, dA.chunk(r.experts, 1))
         dh += _parts(dz, A.chunk(r.experts, 1), r.ends)
-        return dh, dc, db, dA, (g.t() @ z).to(B.dtype), None, None
-
-
-def _whole(x: Tensor, c: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, W: Tensor,
-           r: Routing, last: bool) -> Tensor:
-    """What :class:`_Up` and :class:`_Down` give, by autograd, for a W that trains: it keeps what
-    each expert is given."""
-    dim, rows = (1, x) if last else (0, x[r.token])
-    parts = zip(W.to(x.dtype).chunk(r.experts, dim), pairwise(r.ends), strict=True)
-    y = torch.cat([rows[a:b] @ w.t() for w, (a, b) in parts])
-    if bias is not None and not last:
-        y = y + torch.cat([t.to(y.dtype).expand(b - a, -1) for t, (a, b) in
-                           zip(bias.chunk(r.experts), pairwise(r.ends), strict=True)])
-    y = y * c
-    if last:
-        y = r.back(y) if bias is None else r.back(y) + bias.to(y.dtype)
-    if A is None or B is None:
-        return y
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    if last:
-        z = torch.cat([rows[a:b] @ t.t() for t, (a, b) in
-                       zip(A.chunk(r.experts, 1), pairwise(r.ends), strict=True)])
-        return y + r.back(z) @ B.t()
-    z = (x @ A.t())[r.token]
-    return y + torch.cat([z[a:b] @ t.t() for t, (a, b) in
-                          zip(B.chunk(r.experts), pairwise(r.ends), strict=True)])
+        return dh, dc, db, dA, (g.t() @ z).to(B.dtype), None, None, dW
 
 
 class Routed(Listener):
@@ -240,7 +243,7 @@ class Routed(Listener):
         if not self.last:
             r = box.get(name)
             if r is None or r.of is not given:
-                if self.router is None:
+                if not self.routes:
                     raise RecipeError(f"{self.part}: {self.slot.path} ran before the linear that "
                                       f"routes {self.key}, or on another state")
                 r = box[name] = self.route(given)
@@ -256,10 +259,18 @@ class Routed(Listener):
     def _applied(self, function: Any, x: Tensor, bias: Tensor | None, A: Tensor | None,
                  B: Tensor | None, matrix: Matrix, r: Routing) -> Tensor:
         c = r.last if self.last and r.last is not None else r.c
-        if self.whole and (W := matrix()).requires_grad:
-            return _whole(x, c.to(x.dtype), bias, A, B, W, r, self.last)
+        trains = W if self.whole and (W := matrix()).requires_grad else None
+        if r.channels is not None:               # as the experts have them
+            bias = bias if bias is None or self.last else bias[r.channels]
+            A = A if A is None or not self.last else A[:, r.channels]
+            B = B if B is None or self.last else B[r.channels]
         with uncast(x):
-            return applied(function, x, c.to(x.dtype), bias, A, B, matrix, r)
+            return applied(function, x, c.to(x.dtype), bias, A, B, matrix, r, trains)
+
+    @property
+    def routes(self) -> bool:
+        """Does it say which experts take which rows?"""
+        return self.router is not None
 
     def route(self, x: Tensor) -> Routing:
         """Which experts take which rows of x."""

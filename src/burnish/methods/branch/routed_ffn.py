@@ -4,18 +4,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
 from ...blocks.state.routed import Routed
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import inner
-from ._routed import divide
+from ._routed import divide, router
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
     from ...core.groups import Group
     from ...core.protocols import Attacher
+    from ...core.site import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +86,11 @@ class Experts:
     group: Group
 
     def install(self, attacher: Attacher, part: Method) -> None:
-        m, gated = self.method, len(self.group.rows) > 1
+        m, g = self.method, self.group
 
-        def made(slot: Any, last: bool, router: nn.Linear | None) -> Routed:
-            return Routed(attacher.state, attacher.adapter.name, slot, self.group.path, last,
-                          m.taken(gated), router)
+        def made(slot: Any, place: Place, first: bool) -> Routed:
+            return Routed(attacher.state, attacher.adapter.name, slot, g.path, place == g.out,
+                          m.taken(len(g.rows) > 1),
+                          router(attacher, place, m.experts) if first else None)
 
-        divide(attacher, part, self.group, m.experts, made)
+        divide(attacher, part, g, m.experts, made)

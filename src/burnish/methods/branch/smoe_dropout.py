@@ -4,19 +4,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
 from ...blocks.state.slimmed import Slimmed
 from ...core.errors import RecipeError
 from ...core.events import EARLY
 from ...core.method import Method, setting
 from ...core.needs import inner
-from ._routed import divide
+from ._routed import divide, router
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
     from ...core.groups import Group
     from ...core.protocols import Attacher, Tuned
+    from ...core.site import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,7 @@ class SmoeDropout(Method):
     nothing of its own; R and r are experts (d + 1) frozen numbers per MLP. Beside it stand
     low-rank updates without dropout, and weights that train whole; functions of weights and
     branches there are refused. k / experts of an MLP's products are made, and as many of its inner
-    states kept; with `full` the rows that each expert is given besides. Not mergeable, and nothing
-    to merge where all answer.
+    states kept. Not mergeable, and nothing to merge where all answer.
     """
 
     paper: ClassVar[str] = ("Sparse MoE as the New Dropout: Scaling Dense and Self-Slimmable "
@@ -120,13 +118,14 @@ class Experts:
     group: Group
 
     def install(self, attacher: Attacher, part: Method) -> None:
-        m = self.method
+        m, g = self.method, self.group
 
-        def made(slot: Any, last: bool, router: nn.Linear | None) -> Slimmed:
-            return Slimmed(attacher.state, attacher.adapter.name, slot, self.group.path, last,
-                           k=m.begins, answers=m.answers, router=router)
+        def made(slot: Any, place: Place, first: bool) -> Slimmed:
+            return Slimmed(attacher.state, attacher.adapter.name, slot, g.path, place == g.out,
+                           k=m.begins, answers=m.answers,
+                           router=router(attacher, place, m.experts) if first else None)
 
-        divide(attacher, part, self.group, m.experts, made)
+        divide(attacher, part, g, m.experts, made)
 
 
 class Growing:
