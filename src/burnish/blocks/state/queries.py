@@ -158,8 +158,8 @@ class Columns(Listener):
         found = torch.cat(self.here.box.pop(("queries", self.adapter)), -1)
         y = call(*args, **kw)
         if y.shape[:-1] != found.shape[:-1]:
-            raise RecipeError(f"vqt: the head answers {tuple(y.shape)}, where one row a sample is "
-                              "expected: queries are read beside what stands for the whole input")
+            raise RecipeError(f"the head answers {tuple(y.shape)}, where one row a sample is "
+                              "expected: further features stand beside those of the whole input")
         return y + F.linear(found * self.alive, self.weight.to(found.dtype)).to(y.dtype)
 
     def lasso(self) -> Tensor:
