@@ -15,10 +15,11 @@ from burnish.blocks.choose.inputs import Norms, NormsAndGradient
 from burnish.blocks.choose.observe import Covariance, Gradient, Spectrum
 from burnish.blocks.weight.factor import Chain
 from burnish.core.anatomy import Anatomy
+from burnish.core.batches import cut
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.method import Method
 from burnish.core.registry import register
-from burnish.engine.observe import Batches, Pass, cut, valid_tokens
+from burnish.engine.observe import Batches, Pass, valid_tokens
 from burnish.testing.models import tiny
 
 

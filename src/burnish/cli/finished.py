@@ -57,7 +57,7 @@ class Finished:
         own = any((folder / f).is_file() for f in PROCESSORS)   # as it was used in training
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
                         None, max_length=facts.get("max_length"),
-                        seed=int(facts["training"].get("seed", 42)))
+                        seed=int(facts["training"].get("seed", 42)), **facts.get("task", {}))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
             module = task.load(name, unread=unread or stores(facts["recipe"]))
@@ -117,6 +117,7 @@ class Finished:
         from ..fit.tasks import evaluate
 
         rows, name, these = self._split(data, split, columns)
+        self.task.ready(self.tuned, next(self.tuned.model.parameters()).device, batch)
         first = self.task.feed(self.task.collate([rows[i] for i in range(min(batch, len(rows)))]))
         with torch.no_grad():
             logits = self.task.logits(self.tuned.model(**first))

@@ -46,6 +46,7 @@ def _adapter(folder: Path, data: str, split: str | None, batch: int
 
     run = Finished.open(folder)
     name = run.held_out(data, split)
+    run.task.ready(run.tuned, next(run.tuned.model.parameters()).device, batch)
     with torch.no_grad():
         return evaluate(run.tuned.model, run.task, name, batch), run.task.data.task
 
@@ -65,6 +66,9 @@ class Models:
             found = read(data, validation=0, labels=names)
         self.task = task_for(suited(found, str(folder)), str(folder))
         self.split, self.batch = split or _held_out(data, list(found.splits)), batch
+        if found.task == "preference-tuning":
+            raise ConfigError("preferences are compared with what a base says, and model folders "
+                              "have none; give adapters")
         if self.split not in found.splits:
             raise ConfigError(f"{data} has no split {self.split!r}; it has "
                               f"{', '.join(found.splits)}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.update.step import compose
+from ..core.batches import call
 from ..core.call import Call, by_rows
 from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
@@ -28,7 +29,6 @@ from .observe import Batches
 from .planned import make_plan
 from .slot import Slot, settle, slots
 from .spread import let_go, refuse
-from .step import forward
 from .swap import ATTR, PROVIDED, provider_of
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ class Adapters(dict[str, Adapter]):
 
     def _run(self, batch: Any, loss: bool = False) -> Any:
         """One batch through the model, for a data pass."""
-        return self.tuned.loss(batch) if loss else forward(self.tuned.model, batch)
+        return self.tuned.loss(batch) if loss else call(self.tuned.model, batch)
 
     def remove(self, name: str) -> None:
         """Take one out; where it was in use, the first of the others is."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..blocks.update.objective import OnWeights
+from ..core.batches import size
 from ..core.call import giving
 from ..core.errors import CheckError, ConfigError
 from ..core.method import Method
-from .observe import size
 
 if TYPE_CHECKING:
     from .tuned import Tuned

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.choose.observe import Statistic
+from ..core.batches import cut, inputs, singly, size
 from ..core.errors import ConfigError, DataError
 from ..core.method import Method
 from ..core.site import Place
@@ -62,45 +63,14 @@ class Batches:
             yield batch
 
 
-def _leaves(batch: Any) -> Iterator[Tensor]:
-    for v in batch.values() if isinstance(batch, Mapping) else \
-            batch if isinstance(batch, tuple | list) else [batch]:
-        if isinstance(v, Tensor) and v.dim():
-            yield v
-
-
-def size(batch: Any) -> int:
-    """Samples in a batch."""
-    first = next(_leaves(batch), None)
-    if first is None:
-        raise DataError(f"a calibration batch is a mapping, a tuple or a tensor with samples along "
-                        f"its first dimension, not {type(batch).__name__}")
-    return first.shape[0]
-
-
-def cut(batch: Any, stop: int, start: int = 0) -> Any:
-    """Samples start:stop of a batch."""
-    whole = size(batch)
-
-    def some(v: Any) -> Any:
-        return v[start:stop] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
-
-    if isinstance(batch, Mapping):
-        return {k: some(v) for k, v in batch.items()}
-    return type(batch)(some(v) for v in batch) if isinstance(batch, tuple | list) else some(batch)
-
-
-def singly(batch: Any) -> Iterator[Any]:
-    """Its samples, one by one."""
-    return (cut(batch, i + 1, i) for i in range(size(batch)))
-
-
 def valid_tokens(batch: Any) -> Tensor | None:
     """(batch, tokens), True where a token counts: attended to and, where labels stand per token,
     learnt from."""
+    right = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
+    batch = inputs(batch)
     if not isinstance(batch, Mapping):
         return None
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    mask, labels = batch.get("attention_mask"), batch.get("labels", right)
     out = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() \
             and (out is None or out.shape == labels.shape):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..blocks.weight.persample import product_norms, sum_norms
 from ..blocks.weight.provided import Term, Wrap
+from ..core.batches import cut, size
 from .layout import is_conv1d
-from .observe import cut, size
 from .slot import slots
 
 Norms = Callable[[Tensor, Tensor], list[tuple[nn.Parameter, Tensor]]]

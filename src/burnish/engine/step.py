@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..blocks.update.clip import check_norm, clip_norm_
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_side
 from ..core.anatomy import Anatomy
+from ..core.batches import call, singly
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
 from ..core.groups import outputs
@@ -24,7 +25,6 @@ from ..core.words import honours, why
 from .around import Each, Pass, probe
 from .check import check_gradients
 from .objectives import Objectives
-from .observe import singly
 from .spread import check_own, watch
 
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 
 #: ``loss(outputs, batch) -> scalar``
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's answer to a batch: a mapping is passed as keywords, a tuple is (inputs, target),
-    anything else is the inputs."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 def block_weights(anatomy: Anatomy) -> Callable[[str], bool]:
@@ -236,7 +228,7 @@ class Steps:
         """The task's loss on a batch, objectives on its back."""
         riding = self.tuned.state.riding
         with riding.to_join(loss is not None):
-            out = forward(self.through or self.tuned.model, batch)
+            out = call(self.through or self.tuned.model, batch)
         if loss is not None:
             return riding.join(loss(out, batch))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)

@@ -41,7 +41,8 @@ OWN_ALIASES = {
     "resume_from_checkpoint": "resume",
     "torch_dtype": "dtype",
     "text_column": "text", "label_column": "label", "image_column": "image",
-    "tokenizer": "processor", "image_processor": "processor",
+    "preference": "loss_type", "pref_loss": "loss_type", "pref_beta": "beta",
+    "simpo_gamma": "gamma", "tokenizer": "processor", "image_processor": "processor",
 }
 
 #: names of transformers that have no say here, with what has
@@ -70,6 +71,8 @@ class Options:
 
     task, text, label, image, prompt, completion, split, validation: see
         :func:`burnish.fit.data.read`.
+    loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
+        and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`).
     max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
@@ -91,6 +94,9 @@ class Options:
     completion: str | None = None
     split: str | None = None
     validation: float | int = 0.1
+    loss_type: str | None = None
+    beta: float | None = None
+    gamma: float | None = None
     max_length: int | None = None
     processor: Any = None
     targets: Any = None

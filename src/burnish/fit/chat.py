@@ -87,6 +87,11 @@ def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") ->
     return Marked(text, tuple(learnt))
 
 
+def last(marked: Marked) -> Marked:
+    """Of the stretches that are learnt the last one alone."""
+    return Marked(marked.text, marked.learnt[-1:])
+
+
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where: str = "") -> str:
     """The conversation as text. A template is somebody else's program: whatever it raises is a
     DataError with the row (roles it refuses, turns it wants to alternate, a template that is no

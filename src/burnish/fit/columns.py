@@ -57,7 +57,8 @@ class Roles:
 _FORMS = {"messages": {"messages"}, "conversations": {"conversations"},
           "alpaca": {"instruction", "input", "output", "system"},
           "completion": {"prompt", "completion"},
-          "questions": {"context", "question", "answers"}}
+          "questions": {"context", "question", "answers"},
+          "preferences": {"prompt", "chosen", "rejected"}}
 
 
 def assign(table: Table, flags: Roles) -> Roles:
@@ -79,6 +80,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return replace(flags, task=found, form=form)
     if found == "question-answering":
         return replace(flags, task=found, form=_questions(names))
+    if found == "preference-tuning":
+        return replace(flags, task=found, form=_preferences(names))
     if found == "token-classification":
         return _words(table, flags)
     image = label = text = pair = None
@@ -108,6 +111,8 @@ def _task(table: Table, flags: Roles) -> str:
         return "instruction-tuning"
     label = flags.label or _label(names)
     if not flags.text and not flags.label:
+        if _preferences(names, ask=True):
+            return "preference-tuning"
         if form := _form(names):
             if form == "completion" and label is not None:    # answers marked good and bad, perhaps
                 raise ambiguous(table)
@@ -150,6 +155,15 @@ def _words(table: Table, flags: Roles) -> Roles:
         raise ambiguous(table)
     tokens, tags = found[0]
     return Roles("token-classification", label=tags, tokens=tokens)
+
+
+def _preferences(names: list[str], ask: bool = False) -> str | None:
+    if {"chosen", "rejected"} <= set(names):
+        return "preferences"
+    if ask:
+        return None
+    raise DataError("preference tuning reads prompt, chosen and rejected (or chosen and rejected "
+                    f"turns that begin alike); the data has {', '.join(names)}")
 
 
 def _questions(names: list[str], ask: bool = False) -> str | None:

@@ -46,7 +46,8 @@ class Data:
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
-    sequence-to-sequence: ``prompt`` and ``completion``.
+    sequence-to-sequence: ``prompt`` and ``completion``.  preference-tuning: ``chosen`` and
+    ``rejected`` turns, or texts beside a ``prompt``.
     """
 
     task: str
@@ -178,7 +179,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
             splits[name] = splits[name].add_column(key, entries)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
     form = None
-    if roles.task in ("instruction-tuning", "sequence-to-sequence"):
+    if roles.task in ("instruction-tuning", "sequence-to-sequence", "preference-tuning"):
         form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: t.where for k, t in tables.items()}, form,

@@ -28,6 +28,7 @@ KINDS = {
     "language-modelling": Kind(_CAUSAL, "text-generation"),
     "masked-language-modelling": Kind("AutoModelForMaskedLM", "fill-mask"),
     "instruction-tuning": Kind(_CAUSAL, "text-generation"),
+    "preference-tuning": Kind(_CAUSAL, "text-generation"),
     "sequence-to-sequence": Kind("AutoModelForSeq2SeqLM", "text2text-generation"),
 }
 

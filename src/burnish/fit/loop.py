@@ -24,9 +24,9 @@ from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
+from ..core.batches import call, singly
 from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
-from ..engine.observe import singly
 from ..engine.tuned import Tuned
 from ..formats import safe
 from ..formats.adapter import put
@@ -176,7 +176,8 @@ class Trainer(transformers.Trainer):
         def whole() -> torch.Tensor:
             shared = not self.tuned.steps.still or self.args.world_size == 1
             with contextlib.nullcontext() if shared else self.accelerator.no_sync(model):
-                return super(Trainer, self).training_step(model, dict(inputs), items)
+                return super(Trainer, self).training_step(
+                    model, dict(inputs), None if self.task.own_loss else items)
 
         def alone() -> torch.Tensor:
             model.train()
@@ -192,11 +193,12 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
-        if self.plain:
-            riding = self.tuned.state.riding
+        if self.plain or self.task.own_loss:
+            riding, (batch, own) = self.tuned.state.riding, \
+                self.task.call(inputs, self.plain, self._smoothing())
             with riding.to_join():
-                logits = model(self.task.input(inputs))
-            loss = riding.join(self.task.loss(logits, self.task.right(inputs), self._smoothing()))
+                logits = self.task.logits(call(model, batch))
+            loss = riding.join(own(logits, batch))
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
             made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -98,9 +98,6 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
                      for w, t in pairs)
         return AmbiguousError(at, f"its columns ({listed}) can be read in more than one way; say "
                                   f"which: {'; or '.join(map(str, ways))}", ways)
-    if {"chosen", "rejected"} <= set(names):
-        return DataError(f"{at}: preference tuning (chosen, rejected) is not served yet; to learn "
-                         "the chosen answers give prompt= and completion='chosen'")
     words = texts(table)
     labels = [n for n in names if label_like(table, n)]
     found = []

@@ -204,6 +204,53 @@ class Tagged(Rows):
         return {k: v[i] for k, v in self.columns.items()} | {"labels": self.labels[i]}
 
 
+class Choices(Rows):
+    """Pairs of answers to one prompt, the better one first.
+
+    reference: (rows, 2), what the base would have said of each, log-probabilities summed over the
+    answer; zeros until somebody has asked it.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int | None,
+                 where: Callable[[int], str] | None):
+        plain = "prompt" in rows.column_names
+        self.notes: list[str] = []
+        self.tokens: list[tuple[chat.Tokens, chat.Tokens]] = []
+        self.sources: list[int] = []
+        lost = 0
+        for i, row in enumerate(rows):
+            at, pair = where(i) if where else f"row {i}", []
+            for k in ("chosen", "rejected"):
+                marked = chat.mark_completion(tokenizer, row["prompt"], row[k]) if plain else \
+                    chat.last(chat.mark(tokenizer, row[k], at))
+                pair.append(chat.tokenize(tokenizer, marked, max_length, special=plain))
+            if any(all(y == -100 for y in t.labels[1:]) for t in pair):
+                lost += 1
+                continue
+            self.tokens.append((pair[0], pair[1]))
+            self.sources.append(i)
+        if lost:
+            self.notes.append(f"{lost} of {len(rows)} rows are longer than max_length={max_length} "
+                              "before an answer starts, and are left out")
+        if not self.tokens:
+            raise DataError(f"no row has both answers within max_length={max_length} tokens; raise "
+                            "it")
+        self.reference: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def source(self, i: int) -> int:
+        return self.sources[i]
+
+    def length(self, i: int) -> int:
+        return max(len(t.input_ids) for t in self.tokens[i])
+
+    def row(self, i: int) -> dict[str, Any]:
+        said = [0.0, 0.0] if self.reference is None else self.reference[i].tolist()
+        return {"pair": self.tokens[i], "reference": said}
+
+
 class Answers(Rows):
     """Prompts to be read and answers to be written, both up to `max_length` tokens."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.batches import moved
 from ..core.errors import CheckError, ConfigError
 from ..core.keys import Read, keys_of
 from ..core.recipe import parse
@@ -162,7 +163,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
-                    trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)))
+                    trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
+                    loss_type=own.loss_type, beta=own.beta, gamma=own.gamma)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):
@@ -307,6 +309,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                 eval_dataset=task.rows("validation") if task.data.validation is not None else None)
             go_on.trainer = trainer
             tuned.total_steps = total_steps(trainer)
+            task.ready(tuned, trainer.args.device, arguments.per_device_eval_batch_size)
             trainer.train(resume_from_checkpoint=str(here) if here else None)
             peak = max(peak, process_peak())
             if stop.asked is not None:
@@ -332,7 +335,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
     if truth is not None:
         moments.was("train", truth)
     if looked_at is not None:
-        moments.evaluates(tuned, looked_at[0], _to_device(looked_at[1], trainer.args.device))
+        moments.evaluates(tuned, looked_at[0], moved(looked_at[1], trainer.args.device))
     from .report import facts_of
 
     facts = facts_of(tuned, tasks, name, metrics, promise, truth, trainer, past,
@@ -366,7 +369,7 @@ def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str,
 
     batch = next(example[0][n] for n, t in tasks.items() if t is task)
     tuned.model.train()
-    truth = measure(tuned, _to_device(batch, trainer.args.device), example[1], through=through)
+    truth = measure(tuned, moved(batch, trainer.args.device), example[1], through=through)
     tuned.model.eval()
     return truth
 
@@ -433,13 +436,6 @@ def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
             if k.startswith(f"{prefix}_") and not k.endswith(skip)}
-
-
-# -- small things ----------------------------------------------------------------------------------
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {k: v.to(device) for k, v in batch.items()}
-    return tuple(v.to(device) for v in batch)
 
 
 def _say(quiet: bool) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ..core.batches import cut
 from ..core.errors import ConfigError
 from ..core.recipe import parse
 from ..core.sampling import Sampling
-from ..engine.observe import cut
 
 
 class Drawn(Sampler[list[int]]):

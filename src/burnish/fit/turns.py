@@ -64,6 +64,50 @@ def _single(row: dict[str, Any], at: str) -> dict[str, str]:
     return {"prompt": said[0]["content"], "completion": said[1]["content"]}
 
 
+def preferences(table: Table, roles: Roles) -> list[dict[str, Any]]:
+    """``chosen`` and ``rejected``: turns from the beginning, which differ in the last; or texts
+    beside a ``prompt``, joined to it as they are."""
+    rows = []
+    for i, row in enumerate(table.rows()):
+        at, prompt = table.where(i), row.get(roles.prompt or "prompt")
+        said = {k: row.get(k) for k in ("chosen", "rejected")}
+        if not any(isinstance(v, list) for v in said.values()):
+            if isinstance(prompt, list):
+                said = {k: [{"role": "assistant", "content": words(row, k, at)}] for k in said}
+            else:
+                rows.append({"prompt": words(row, roles.prompt or "prompt", at),
+                             **{k: words(row, k, at) for k in said}})
+                _differ(rows[-1], at)
+                continue
+        opens = prompt if isinstance(prompt, list) else []
+        if isinstance(prompt, str) and all(isinstance(v, list) and v and isinstance(v[0], dict)
+                                           and _role(v[0]) == "assistant" for v in said.values()):
+            opens = [{"role": "user", "content": words(row, roles.prompt or "prompt", at)}]
+        made = {}
+        for k, v in said.items():
+            v = [{"role": "assistant", "content": v}] if isinstance(v, str) else v
+            whole = isinstance(v, list) and v[:len(opens)] == opens
+            made[k] = _messages(v if whole else [*opens, *(v or ())], at, k)
+        _differ(made, at)
+        rows.append(made)
+    if len({tuple(r) for r in rows}) > 1:
+        raise DataError(f"{table.where(0)}: answers are texts in some rows and messages in others; "
+                        "write them one way")
+    return rows
+
+
+def _role(turn: dict[str, Any]) -> Any:
+    return ROLES.get(turn.get("role", turn.get("from")))
+
+
+def _differ(row: dict[str, Any], at: str) -> None:
+    if row["chosen"] == row["rejected"]:
+        raise DataError(f"{at}: chosen and rejected are the same; nothing is preferred")
+    if isinstance(row["chosen"], list) and row["chosen"][:-1] != row["rejected"][:-1]:
+        raise DataError(f"{at}: chosen and rejected answer different turns; they should differ in "
+                        "the last one alone")
+
+
 def words(row: dict[str, Any], field: str, at: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():

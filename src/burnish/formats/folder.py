@@ -58,7 +58,7 @@ KINDS = {"recipe": "text", "parts": "list", "base": "mapping", "targets": "text 
 BASE_KINDS = {"name": "text?", "fingerprint": "mapping?"}
 #: what `predict` and `evaluate` need of a run
 RUN_KINDS = {"model": "text?", "data": "mapping", "tasks": "mapping?", "training": "mapping",
-             "max_length": "count?"}
+             "max_length": "count?", "task": "mapping?"}
 DATA_KINDS = {"task": "text", "source": "text", "layout": "text", "labels": "texts?",
               "reading": "mapping", "fingerprint": "text"}
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.batches import call
 from .ledger import Ledger
 from .report import MemoryReport
 
@@ -84,7 +85,7 @@ def evaluated(tuned: Any, ledger: Ledger, batch: Any, read: Read = None) -> None
     with ledger, torch.no_grad():
         watch_originals(tuned, ledger)
         for _ in range(2):
-            out = tuned.model(**batch) if isinstance(batch, Mapping) else tuned.model(batch[0])
+            out = call(tuned.model, batch)
             made = read(out, batch) if read is not None else None
             del out, made
             if not tuned.state.room.held:

@@ -18,8 +18,9 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..core.batches import cut, tensors
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
 from .answers import answered, goal_of, place, training_of
@@ -217,7 +218,8 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     settings = {"dtype": dtype_of(dtype), "targets": targets, "head": head, "loss": loss,
                 "tasks": tasks, **World.of(world_size, shard, shard_offload).settings()}
     kind = torch.device(device).type
-    named = isinstance(batch, int | tuple) and not any(isinstance(n, Tensor) for n in _seq(batch))
+    named = isinstance(batch, int) or isinstance(batch, tuple) and all(
+        isinstance(n, int) for n in batch)
     search = Search(model, budget, samples, lambda n: _part(batch, n), kind, settings,
                     _kept(model, settings, kind) if cache and named else None)
     if candidates is not None:
@@ -230,10 +232,6 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     plans.gpu, plans.shape = card.label if card else None, _shape(batch, samples)
     answered(plans, search, batch, training, limits, goal, lambda r: quality_of(r)[0])
     return plans
-
-
-def _seq(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
 
 
 def shipped() -> list[list[str]]:
@@ -354,11 +352,10 @@ def _samples(batch: Any) -> int:
         return batch
     if isinstance(batch, tuple) and batch and all(isinstance(n, int) for n in batch):
         return batch[0]
-    values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
-    if not sizes:
+    first = next(tensors(batch), None)
+    if first is None:
         raise ConfigError("the batch holds no tensor; write for example 8 or (8, 512)")
-    return sizes[0]
+    return first.shape[0]
 
 
 def _shape(batch: Any, samples: int) -> str:
@@ -372,11 +369,4 @@ def _part(batch: Any, samples: int) -> Any:
         return samples
     if isinstance(batch, tuple) and all(isinstance(n, int) for n in batch):
         return (samples, *batch[1:])
-    whole = _samples(batch)
-
-    def cut(v: Any) -> Any:
-        return v[:samples] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
-
-    if isinstance(batch, Mapping):
-        return {k: cut(v) for k, v in batch.items()}
-    return type(batch)(cut(v) for v in batch)
+    return cut(batch, samples)

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from ..core.batches import inputs
 from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
@@ -304,7 +305,7 @@ def _batch(model: nn.Module, batch: Any, ledger: FakeLedger, device: str,
 
 
 def _accepted(model: nn.Module, batch: Any, declared: set[str]) -> None:
-    known = inspect.signature(model.forward).parameters
+    known, batch = inspect.signature(model.forward).parameters, inputs(batch)
     if isinstance(batch, Mapping) and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         for name in batch:
             if name not in known and name not in declared:

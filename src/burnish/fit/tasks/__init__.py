@@ -21,6 +21,7 @@ from .classes import (
 )
 from .language import InstructionTuning, LanguageModelling
 from .masked import MaskedLanguageModelling
+from .preferences import PreferenceTuning
 from .sequences import SequenceToSequence
 from .spans import QuestionAnswering
 from .tokens import TokenClassification
@@ -39,17 +40,25 @@ TASKS: dict[str, type[Task]] = {
     "language-modelling": LanguageModelling,
     "masked-language-modelling": MaskedLanguageModelling,
     "instruction-tuning": InstructionTuning,
+    "preference-tuning": PreferenceTuning,
     "sequence-to-sequence": SequenceToSequence,
 }
 
 
 def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
-             max_length: int | None = None, trust_remote_code: bool = False, seed: int = 0) -> Task:
+             max_length: int | None = None, trust_remote_code: bool = False, seed: int = 0,
+             **how: Any) -> Task:
     """The task of `data`, with the tokenizer or image processor that belongs to `model`.
 
-    seed: of what the task itself draws (which words are masked).
+    seed: of what the task itself draws (which words are masked).  how: settings of the task.
+    Raises ConfigError for a setting that is not this task's.
     """
-    kind = TASKS[data.task]
+    kind, how = TASKS[data.task], {k: v for k, v in how.items() if v is not None}
+    for name in how:
+        if name not in kind.settings:
+            whose = ", ".join(t for t, k in TASKS.items() if name in k.settings)
+            raise ConfigError(f"{name}={how[name]!r} is a setting of {whose}, and the data are for "
+                              f"{data.task}")
     if isinstance(processor, str | Path):
         check_there(str(processor))
         processor = processor_for(data.task, str(processor), trust_remote_code)
@@ -57,7 +66,7 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
         if isinstance(model, str):
             check_local(model)
         processor = processor_for(data.task, model, trust_remote_code)
-    made = kind(data, processor, max_length, seed)
+    made = kind(data, processor, max_length, seed, how)
     made.prepare()
     return made
 

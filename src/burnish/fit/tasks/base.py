@@ -31,6 +31,8 @@ class Task:
     processor: Any = None
     max_length: int | None = None
     seed: int = 0
+    #: what was said of :attr:`settings`
+    how: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     #: tensors of the loaded model that its files lack, or have in another size: drawn anew
     fresh: list[str] = field(default_factory=list)
@@ -40,6 +42,10 @@ class Task:
     takes: ClassVar[tuple[str, ...]] = ("text",)
     #: entries of a batch that say what is right
     truth: ClassVar[tuple[str, ...]] = ("labels",)
+    #: whether the loss is this task's and not the model's
+    own_loss: ClassVar[bool] = False
+    #: settings of the run that the task itself reads
+    settings: ClassVar[tuple[str, ...]] = ()
     #: whether what is right is one of several classes, which may be smoothed
     smooths: ClassVar[bool] = True
     #: what best-checkpoint goes by, and whether more of it is better
@@ -160,6 +166,9 @@ class Task:
     def call(self, batch: Batch, plain: bool, smoothing: float = 0.0
              ) -> tuple[Any, Callable[[Any, Any], Any] | None]:
         """(batch, loss) as :meth:`burnish.Tuned.step`, simulate and measure take them."""
+        if self.own_loss:
+            return (self.feed(batch), tuple(batch[k] for k in self.truth)), \
+                lambda out, b: self.loss(out, b[1], smoothing)
         if plain:
             return (self.input(batch), self.right(batch)), \
                 lambda out, b: self.loss(out, b[1], smoothing)
@@ -196,6 +205,9 @@ class Task:
         """
         total, count = torch.as_tensor(losses).double().sum(0).tolist()
         return {"loss": total / max(count, 1.0), **self.measure(answers, labels)}
+
+    def ready(self, tuned: Any, device: Any, batch_size: int) -> None:
+        """What the rows still lack once the recipe has joined the model and before it trains."""
 
     # -- answers to people -------------------------------------------------------------------
     def encode(self, row: Mapping[str, Any]) -> Batch:

@@ -1,0 +1,183 @@
+"""Preferences: rows in every layout, losses from their equations, a base that is asked once."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from burnish.core.batches import call
+from burnish.core.errors import ConfigError, DataError
+from burnish.fit.data import read
+from burnish.fit.tasks import evaluate, task_for
+from burnish.fit.tasks.preferences import BETAS, preference
+
+
+def lines(path, rows):
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    return path
+
+
+PLAIN = [{"prompt": f"say {w}:", "chosen": f" {w}", "rejected": " no"} for w in ("ab", "cd", "e")]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": [turn("user", "a?")], "chosen": [turn("assistant", "b")],
+     "rejected": [turn("assistant", "c")]},
+    {"prompt": [turn("user", "a?")], "chosen": "b", "rejected": "c"},
+    {"prompt": "a?", "chosen": [turn("assistant", "b")], "rejected": [turn("assistant", "c")]},
+    {"prompt": "a?", "chosen": [turn("user", "a?"), turn("assistant", "b")],
+     "rejected": [turn("user", "a?"), turn("assistant", "c")]},
+    {"chosen": [turn("user", "a?"), turn("assistant", "b")],
+     "rejected": [turn("user", "a?"), turn("assistant", "c")]},
+    {"prompt": [turn("user", "a?")], "chosen": [turn("user", "a?"), turn("assistant", "b")],
+     "rejected": [turn("user", "a?"), turn("assistant", "c")]}])
+def test_every_way_to_write_a_preference(tmp_path, row):
+    data = read(lines(tmp_path / "x.jsonl", [row] * 4), validation=0)
+    assert data.task == "preference-tuning" and data.form == "messages"
+    assert data.train[0] == {"chosen": [turn("user", "a?"), turn("assistant", "b")],
+                             "rejected": [turn("user", "a?"), turn("assistant", "c")]}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+    ({"prompt": "", "chosen": "b", "rejected": "c"}, "field 'prompt': expected text"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected': expected text"),
+    ({"chosen": [turn("user", "a"), turn("assistant", "b")], "rejected": [
+        turn("user", "x"), turn("assistant", "c")]}, "answer different turns"),
+    ({"chosen": [turn("user", "a")], "rejected": [turn("user", "b")]}, "the last turn is user's")])
+def test_what_prefers_nothing_is_named(tmp_path, row, words):
+    with pytest.raises(DataError, match=words):
+        read(lines(tmp_path / "x.jsonl", [row] * 3), task="preference-tuning")
+
+
+# -- losses ----------------------------------------------------------------------------------------
+def by_hand(kind, c, r, bc, br, nc, nr, beta, gamma):
+    def less(x):                                           # -log sigma(x)
+        return math.log1p(math.exp(-x))
+
+    def odds(x):
+        return math.log(math.exp(x) / (1 - math.exp(x)))
+
+    if kind == "dpo":
+        return less(beta * ((c - bc) - (r - br)))
+    if kind == "ipo":
+        return ((c - bc) / nc - (r - br) / nr - 1 / (2 * beta))**2
+    if kind == "hinge":
+        return max(0.0, 1 - beta * ((c - bc) - (r - br)))
+    if kind == "orpo":
+        return -c / nc + beta * less(odds(c / nc) - odds(r / nr))
+    return less(beta * (c / nc - r / nr) - gamma)
+
+
+@pytest.mark.parametrize("kind", BETAS)
+def test_losses_are_their_equations(kind):
+    g = torch.Generator().manual_seed(0)
+    said, base = (-torch.rand(6, 2, generator=g, dtype=torch.float64) * 9 for _ in range(2))
+    n, beta, gamma = torch.randint(1, 9, (6, 2), generator=g), 0.3, 0.7
+    loss, reward = preference(kind, said, n, base, beta, gamma)
+    for i in range(6):
+        (c, r), (bc, br), (nc, nr) = said[i].tolist(), base[i].tolist(), n[i].tolist()
+        wanted = by_hand(kind, c, r, bc, br, nc, nr, beta, gamma)
+        assert loss[i].item() == pytest.approx(wanted, rel=1e-9)
+    if kind in ("dpo", "ipo", "hinge"):
+        assert torch.allclose(reward, beta * (said - base))
+
+
+@pytest.fixture
+def made(tmp_path, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2))
+
+    def build(rows=PLAIN, **how):
+        data = read(lines(tmp_path / "x.jsonl", rows), validation=0)
+        return task_for(data, "", processor=tokenizer, **how), model
+    return build
+
+
+def test_the_log_probability_of_an_answer_is_that_of_its_tokens(made, tokenizer):
+    task, model = made()
+    rows = task.rows("train")
+    batch = task.together([rows[i] for i in range(3)])
+    assert batch["input_ids"].shape[:2] == (3, 2)
+    said, counts = task.spoken(call(model, task.feed(batch)).logits, batch["labels"])
+    for i, row in enumerate(PLAIN):
+        for k, key in enumerate(("chosen", "rejected")):
+            ids = torch.tensor([[1, *tokenizer(row["prompt"] + row[key])["input_ids"], 2]])
+            n = len(row[key]) + 1                                    # and the stop
+            logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            wanted = logp.gather(1, ids[0, 1:, None])[-n:].sum()
+            assert said[i, k].item() == pytest.approx(wanted.item(), abs=1e-5)
+            assert counts[i, k] == n
+
+
+def test_the_base_is_asked_once_with_the_adapter_off(made):
+    import burnish
+
+    task, model = made()
+    tuned = burnish.tune(model, "lora(rank=2)")
+    with torch.no_grad():
+        for _, p in tuned.named_parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    task.ready(tuned, "cpu", 2)
+    rows = task.rows("train")
+    with tuned.disabled(), torch.no_grad():
+        batch = task.together([rows[i] for i in range(3)])
+        base = task.spoken(call(tuned.model, task.feed(batch)).logits, batch["labels"])[0]
+    assert torch.allclose(batch["reference"], base, atol=1e-5)
+    with tuned.disabled(), torch.no_grad():                          # nothing apart: log 2 each
+        figures = evaluate(tuned.model, task, "train", 2)
+    assert figures["loss"] == pytest.approx(0.693147, abs=1e-4) and figures["margin"] == \
+        pytest.approx(0, abs=1e-5)
+    before = rows.reference
+    task.ready(tuned, "cpu", 2)
+    assert rows.reference is before
+
+
+def test_a_task_says_which_settings_are_its_own(made, tmp_path, tokenizer):
+    for how, words in (({"loss_type": "dop"}, "did you mean 'dpo'"), ({"beta": 0.0}, "beta=0.0"),
+                       ({"gamma": 0.5}, "gamma is a margin that simpo asks for")):
+        with pytest.raises(ConfigError, match=words):
+            made(**how)
+    with pytest.raises(ConfigError, match="beta=0.1 is a setting of preference-tuning"):
+        made([{"prompt": "a", "completion": "b"}] * 3, beta=0.1)
+
+
+# -- a whole run -----------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, {"loss_type": "orpo"}, {"loss_type": "simpo"},
+                                 {"loss_type": "ipo"}])
+def test_a_run_learns_what_is_preferred(made, tmp_path, tokenizer, how, capsys):
+    import burnish
+    from burnish.cli import main
+
+    _, model = made()
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": f"{a}{b}:", "chosen": " yes", "rejected": " no"} for a in "abcdefgh"
+            for b in "abcd"]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    run = burnish.fit(str(folder), str(path), "lora(rank=4)", output=tmp_path / "out", lr=3e-3,
+                      epochs=4, batch_size=4, quiet=True, **how)
+    assert run.metrics["validation"]["accuracy"] == 1.0
+    assert run.promise.peak_bytes == run.truth.peak_bytes
+    moments = run.facts["memory"]["moments"]["evaluate"]
+    assert moments["promised"] == moments["measured"]
+    assert run.facts["recipe"] == "lora(rank=4) + chunked_loss"
+    assert main(["evaluate", str(tmp_path / "out"), str(path), "--split", "validation",
+                 "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tuned"]
+    assert found == pytest.approx(run.metrics["validation"], abs=1e-6)
+    assert main(["predict", str(tmp_path / "out"), "aa:", "--tokens", "3"]) == 0
