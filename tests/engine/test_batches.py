@@ -20,7 +20,7 @@ def loss(out, batch):
     return F.cross_entropy(out.logits, batch[1])
 
 
-@pytest.mark.parametrize("recipe", ["lora(rank=2)", "eva(rank=2)", "lora(rank=2) + checkpoint",
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "corda(rank=2)", "lora(rank=2) + checkpoint",
                                     "lora(rank=2) + mezo"])
 def test_a_mapping_beside_its_target_is_a_batch_like_any(recipe):
     """Promise, truth and step are those of the mapping with its labels inside."""
