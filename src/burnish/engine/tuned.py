@@ -249,8 +249,7 @@ class Tuned:
     def step(self, batch: Any, loss: Loss | None = None) -> Tensor:
         """One whole training step, right for every recipe; returns the loss (detached).
 
-        batch: a mapping (passed as keywords), or a tuple ``(inputs, target)``
-            whose inputs may be a mapping.
+        batch: a mapping (passed as keywords), or ``(inputs, target)``, inputs a mapping or not.
         loss: ``loss(outputs, batch) -> scalar``; default: ``outputs.loss``, or scalar outputs.
 
         Raises BurnishError when the loss is not finite: nothing has been updated then.
