@@ -26,8 +26,8 @@ class Templates(nn.Module):
     """For task ids (B,): P (B, D, R) and Q (B, R, M) of the first matrix, those (B, M, R) and
     (B, R, D) of the second.
 
-    z (T, K) is N(0, 1); generators (rows, K) are normal, so that templates have entries of
-    deviation 1 / sqrt(D) and 1 / sqrt(M). lite: the factor of D is one tensor (D, R), for both
+    z (T, K) is N(0, 1 / K), of length one or so; generators (rows, K) are normal, so that templates
+    have entries of deviation 1 / sqrt(D) and 1 / sqrt(M). lite: the factor of D is one tensor (D, R), for both
     matrices and all tasks, and only the other is generated.
     """
 
@@ -35,12 +35,13 @@ class Templates(nn.Module):
         super().__init__()
         self.d, self.m, self.rank = d, m, rank
         self.task = nn.Embedding(tasks, embedding)
+        nn.init.normal_(self.task.weight, std=embedding**-0.5)
         self.wide = nn.Parameter(torch.randn(d, rank) * d**-0.5) if lite else None
         shapes = {"down_q": (rank * m, rank), "up_p": (m * rank, m)}
         if not lite:
             shapes |= {"down_p": (d * rank, d), "up_q": (rank * d, rank)}
         for name, (rows, over) in shapes.items():
-            value = torch.randn(rows, embedding) * (embedding * over) ** -0.5
+            value = torch.randn(rows, embedding) * over**-0.5
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
