@@ -27,8 +27,8 @@ class Templates(nn.Module):
     (B, R, D) of the second.
 
     z (T, K) is N(0, 1 / K), of length one or so; generators (rows, K) are normal, so that templates
-    have entries of deviation 1 / sqrt(D) and 1 / sqrt(M). lite: the factor of D is one tensor (D, R), for both
-    matrices and all tasks, and only the other is generated.
+    have entries of deviation 1 / sqrt(D) and 1 / sqrt(M). lite: the factor of D is one tensor
+    (D, R), for both matrices and all tasks, and only the other is generated.
     """
 
     def __init__(self, tasks: int, embedding: int, d: int, m: int, rank: int, lite: bool):
