@@ -76,6 +76,8 @@ class Options:
     max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
+    init_from: the folder of an earlier run on this base: what it has learnt, its head left out, is
+        where this one begins.
     overwrite: start afresh in a folder that holds checkpoints of an earlier run, and remove them.
     tensorboard: also write TensorBoard files.
     test: also evaluate the test split at the end (default: when there is one).
@@ -102,6 +104,7 @@ class Options:
     targets: Any = None
     head: bool | str = "auto"
     resume: bool | str = False
+    init_from: str | None = None
     overwrite: bool = False
     tensorboard: bool = False
     test: bool | None = None

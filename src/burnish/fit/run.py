@@ -23,6 +23,7 @@ from ..engine.tune import tune
 from ..engine.tuned import DEFAULT, Tuned
 from ..formats import claim, safe, staged, written
 from ..formats.model_files import PROCESSOR
+from ..formats.warm import begin
 from ..memory import MemoryReport, parse_bytes, process_peak, steady_heap
 from ..memory.allocator import reset_peak, resident
 from ..memory.usual import CHUNKED, usual
@@ -224,6 +225,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         tuned = tune(module, recipe, targets=own.targets, head=own.head, name=next(
             iter(batches), DEFAULT), calibration=calibration(task), seed=int(args.get("seed", 42)))
     say(repr(tuned))
+    begin(tuned, own.init_from, say)
     with tuned.cached(0):                        # between two steps nothing was promised to that
         return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own,
                       args, say, (moments, looked_at))

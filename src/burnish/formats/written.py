@@ -83,6 +83,11 @@ def read_base(tuned: Tuned) -> None:
         tuned.base_lines |= fingerprint.lines(tuned.model, trained, tuned.base_lines)
 
 
+def base_lines(tuned: Tuned) -> dict[str, str]:
+    """What a file says of the base, tensor by tensor."""
+    return dict(_fingerprint(tuned).tensors)
+
+
 def _fingerprint(tuned: Tuned) -> fingerprint.Fingerprint:
     """Of the base as it was before anything trained; tensors that wait aside are read there."""
     trained = {n for a in tuned.adapters.values() for n in a.selected}
