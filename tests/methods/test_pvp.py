@@ -142,16 +142,12 @@ def test_a_few_samples_are_learnt_better_from_there(tmp_path):
 def test_fit_begins_there(tmp_path, capsys):
     net = tiny("vit", num_labels=10, num_channels=1)[0]
     base = copy.deepcopy(net)
-    words = {"max_steps": 2, "batch_size": 4, "report": False, "measure": False, "test": False,
-             "validation": 0, "lr": 1e-30}
-    run = burnish.fit(net, "digits", "vpt(length=2)", output=tmp_path / "one", lr=1e-2,
-                      **{k: v for k, v in words.items() if k != "lr"})
+    words = {"max_steps": 1, "batch_size": 4, "report": False, "measure": False, "test": False,
+             "validation": 0}
+    run = burnish.fit(net, "digits", "vpt(length=2)", output=tmp_path / "one", lr=1e-2, **words)
     was = own(run.tuned)
     again = burnish.fit(base, "digits", "vpt(length=2)", output=tmp_path / "two",
-                        init_from=str(tmp_path / "one"), **words)
+                        lr=1e-30, init_from=str(tmp_path / "one"), **words)
     (n,) = (n for n in was if n.endswith("rows"))
     torch.testing.assert_close(own(again.tuned)[n], was[n])
     assert "begins where" in capsys.readouterr().out
-    with pytest.raises(burnish.RecipeError, match="length was 2"):
-        burnish.fit(tiny("vit", num_labels=10, num_channels=1)[0], "digits", "vpt(length=3)",
-                    output=tmp_path / "three", init_from=str(tmp_path / "one"), **words)
