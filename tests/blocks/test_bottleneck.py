@@ -51,6 +51,28 @@ def test_the_equation_written_out():
     torch.testing.assert_close(b(h), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("train_scale", [False, True])
+def test_heads_read_their_own_part_of_the_bottleneck(train_scale):
+    b = Bottleneck(6, 4, 10, act="gelu", scale=0.7, train_scale=train_scale, heads=2,
+                   init="bert").double()
+    with torch.no_grad():
+        for p in b.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    h = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True)
+    z = F.gelu(h @ b.down.weight.t() + b.down.bias)
+    want = b.scale * (torch.cat([z[..., :2] @ b.up.weight[:5].t(), z[..., 2:]
+                                 @ b.up.weight[5:].t()], -1) + b.up.bias)
+    torch.testing.assert_close(b.dense(h), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(b(h), want, rtol=1e-12, atol=1e-12)
+    inputs = (h, *b.parameters())
+    for x, y in zip(torch.autograd.grad(b(h).square().sum(), inputs),
+                    torch.autograd.grad(want.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    assert sum(p.numel() for p in b.parameters()) - train_scale == Bottleneck.count(6, 4, 10, 2)
+    with pytest.raises(ConfigError, match="equal heads"):
+        Bottleneck(6, 4, 9, heads=2)
+
+
 def test_a_zero_start_is_exactly_nothing():
     b = Bottleneck(8, 3, act="gelu")
     assert not b(torch.randn(7, 8)).any()

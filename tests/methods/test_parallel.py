@@ -116,3 +116,135 @@ def test_a_scale_that_trains_is_counted_saved_and_not_decayed(tmp_path):       #
     again = burnish.load(tiny("vit")[0], tmp_path / "a")
     assert [float(p.detach()) for n, p in again.named_parameters() if n.endswith("scale")] == \
         [float(s.detach()) for s in scales]
+
+
+# -- the other points of the unified view --------------------------------------------------------
+ATTENTION = {"vit": [("vit.layers.{}.attention", "vit.layers.{}.attention.o_proj")],
+             "bert": [("bert.encoder.layer.{}.attention",
+                       "bert.encoder.layer.{}.attention.output.dense")],
+             "llama": [("model.layers.{}.self_attn", "model.layers.{}.self_attn.o_proj")],
+             "encoder": [("encoder.layers.{}.self_attn", "encoder.layers.{}.self_attn")],
+             "t5": [("decoder.block.{}.layer.1.EncDecAttention",
+                     "decoder.block.{}.layer.1.EncDecAttention.o"),
+                    ("decoder.block.{}.layer.0.SelfAttention",
+                     "decoder.block.{}.layer.0.SelfAttention.o"),
+                    ("encoder.block.{}.layer.0.SelfAttention",
+                     "encoder.block.{}.layer.0.SelfAttention.o")]}
+
+
+def reads(one, read):
+    """What a module of the base was given last, in a list."""
+    seen = []
+    one.base.get_submodule(read).register_forward_pre_hook(
+        lambda m, args, kw: seen.append((args or tuple(kw.values()))[0]), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("model", ATTENTION)
+def test_beside_attention_it_reads_what_attention_reads(beside, model):
+    """Attn(x) + s f(x), x what the attention is given; of cross-attention what its queries are."""
+    one = beside(model, "parallel(bottleneck=4, scale=3.0, placement='attention')")
+    sites = [(r.format(i), w.format(i)) for i in range(2) for r, w in ATTENTION[model]]
+    assert {p for p, _ in one.at("down.weight")} == {w for _, w in sites}
+    for read, write in sites:
+        seen = reads(one, read)
+
+        def after(m, args, out, seen=seen, path=write):
+            first = out[0] if isinstance(out, tuple) else out
+            made = first + branch(one, path, seen[-1], 3.0)
+            return (made, *out[1:]) if isinstance(out, tuple) else made
+
+        one.base.get_submodule(write).register_forward_hook(after)
+    one.tuned.model.train(model == "encoder")     # in eval torch takes a fused path of its own
+    one.base.train(model == "encoder")
+    one.agree()
+
+
+@pytest.mark.parametrize("train_scale", [False, True])
+def test_a_gate_weighs_the_output_and_the_branch(beside, train_scale):
+    """F <- (1 - l) F + l f(x)."""
+    one = beside("vit", f"parallel(bottleneck=8, scale=0.3, compose='blend', placement='both', "
+                        f"train_scale={train_scale})")
+    sites = [("vit.layers.{}.mlp", "vit.layers.{}.mlp"), *ATTENTION["vit"]]
+    for i in range(2):
+        for read, write in sites:
+            path, seen = write.format(i), reads(one, read.format(i))
+            gate = one.theta[path, "scale"] if train_scale else 0.3
+            one.base.get_submodule(path).register_forward_hook(
+                lambda m, args, out, path=path, seen=seen, gate=gate:
+                (1 - gate) * out + branch(one, path, seen[-1], gate))
+    one.agree()
+
+
+def test_a_gate_that_starts_closed_is_the_base():
+    net, batch = tiny("vit")
+    before = net.eval()(**batch).logits
+    tuned = burnish.tune(net, "parallel(bottleneck=4, scale=0.0, compose='blend', "
+                              "train_scale=True)", head=False)
+    assert torch.equal(net.eval()(**batch).logits, before)
+    tuned.step(batch)
+    gates = [p for n, p in tuned.named_parameters() if n.endswith("scale")]
+    assert all(p.detach() != 0 for p in gates), "d loss / d l = <g, f(x) - F>, not 0"
+
+
+@pytest.mark.parametrize("model", ["vit", "bert", "llama", "t5"])
+@pytest.mark.parametrize("compose", ["add", "blend"])
+def test_a_bottleneck_for_each_head(beside, model, compose):
+    """head_i <- head_i + s act(x W_down,i^T + b_i) W_up,i^T + s c_i before W_o, r / heads wide."""
+    s = 0.6
+    one = beside(model, f"parallel(bottleneck=8, scale={s}, placement='attention', "
+                        f"compose={compose!r}, per_head=True)")
+    for read, write in [(r.format(i), w.format(i)) for i in range(2) for r, w in ATTENTION[model]]:
+        A, a, B, b = (one.theta[write, leaf] for leaf in
+                      ("down.weight", "down.bias", "up.weight", "up.bias"))
+        wide = one.base.get_submodule(write).in_features
+        assert B.shape == (wide, 2), "4 heads share 8"
+        seen = reads(one, read)
+
+        def before(m, args, A=A, a=a, B=B, b=b, seen=seen, h=wide // 4):
+            made = [torch.relu(seen[-1] @ A[2 * i:2 * i + 2].t() + a[2 * i:2 * i + 2])
+                    @ B[h * i:h * i + h].t() + b[h * i:h * i + h] for i in range(4)]
+            kept = 1 - s if compose == "blend" else 1
+            return (kept * args[0] + s * torch.cat(made, -1),)
+
+        one.base.get_submodule(write).register_forward_pre_hook(before)
+    one.agree()
+
+
+def test_heads_share_the_budget(published):
+    """r = 30 heads' worth: 12 heads of r / 12 each; a twelfth of the plain one's way up."""
+    bert, _ = published("BertConfig", "BertForSequenceClassification")
+    m = parse("parallel(bottleneck=360, placement='attention', per_head=True)")[0]
+    with torch.device("meta"):
+        count = sum(p.numel() for b in m.branch(bert) for p in b.module.parameters())
+    assert count == 12 * m.count(768, 768, 12)
+    assert m.count(768, 768, 12) == 768 * 360 + 768 * 30 + 360 + 768
+
+
+@pytest.mark.parametrize("model, settings, why", [
+    ("vit", "placement='both', tap='residual'", "of the MLP"),
+    ("vit", "per_head=True", "of attention"),
+    ("vit", "compose='blend', scale=4.0", "from 0 to 1"),
+    ("vit", "placement='attention', per_head=True, bottleneck=6", "multiple of 4"),
+    ("encoder", "placement='attention', per_head=True, bottleneck=4", "cannot be reached"),
+    ("mamba", "placement='attention', per_head=True, bottleneck=4", "cannot be reached"),
+])
+def test_what_it_refuses(model, settings, why):
+    with pytest.raises(burnish.RecipeError, match=why):
+        burnish.tune(tiny(model)[0], f"parallel({settings})")
+
+
+@pytest.mark.parametrize("settings", ["placement='both'", "placement='attention', per_head=True"])
+def test_under_checkpointing_it_is_the_same(settings):
+    grads = []
+    for extra in ("", " + checkpoint"):
+        net, batch = tiny("llama")
+        tuned = burnish.tune(net.train(), f"parallel(bottleneck=4, {settings}){extra}")
+        for i, p in enumerate(tuned.parameters()):
+            torch.manual_seed(i)
+            p.data.normal_(std=0.1)
+        tuned.loss(batch).backward()
+        grads.append([p.grad for p in tuned.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

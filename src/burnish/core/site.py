@@ -155,7 +155,8 @@ class Branch:
     read: (path, "input" | "output") of the hidden state the branch looks at.
     write: path of the module whose output it changes; one with ``read=(write, "output")`` is
     sequential, with ``read=(write, "input")`` parallel, with another path it spans modules.
-    compose: "add" adds the branch's result; "replace" takes it instead of the output.
+    compose: "add" adds the branch's result; "replace" takes it instead of the output; "blend" adds
+        it to (1 - l) times the output, l the module's ``scale``, which its result holds already.
     at: "output" changes what `write` returns, "input" what it is given, which it then reads.
     """
 

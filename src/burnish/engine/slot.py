@@ -211,7 +211,9 @@ class Slot(Weights):
         self._tap("input", given, call)
         for part, own, scale in before:
             x = first_of(args, kw)
-            made = _branch(part, own, scale, x, x)
+            path, what = part.branch.read
+            seen = x if path in ("", self.path) else self._seen(path, what, part, call)
+            made = _branch(part, own, scale, seen, x)
             args, kw = ((made, *args[1:]), kw) if args else ((), {**kw, next(iter(kw)): made})
         out = self._answer(module, forward, groups, args, kw)
         if after:
@@ -251,6 +253,8 @@ def _branch(part: Part, own: nn.Module, scale: float, seen: Tensor, h: Tensor) -
     made = own(seen)
     if part.branch.compose == "replace":
         return made if scale == 1 else h + scale * (made - h)
+    if part.branch.compose == "blend":
+        made = made - own.scale * h
     return h + (made if scale == 1 else scale * made)
 
 

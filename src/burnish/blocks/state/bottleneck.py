@@ -43,7 +43,8 @@ class Bottleneck(nn.Module):
     """``f(h) = s (W_up mix(act(W_down norm(h) + b_down)) + b_up)``; norm may stand at either end.
 
     down.weight (R, D), down.bias (R,), up.weight (O, R), up.bias (O,): R (D + O) + R + O numbers,
-    plus 2 D or 2 O for a norm and whatever the mixer holds.
+    plus 2 D or 2 O for a norm and whatever the mixer holds. heads: R and O fall into as many equal
+    runs, and a run of outputs reads its own run of R: up.weight (O, R / heads).
 
     act: a name of :data:`ACTIVATIONS`. norm: None, "in" or "out" (a LayerNorm that trains).
     scale: s multiplies the whole branch, its bias too; with `train_scale` it is one number more
@@ -58,19 +59,22 @@ class Bottleneck(nn.Module):
     def __init__(self, d_in: int, width: int, d_out: int | None = None, *, act: str = "relu",
                  norm: Literal["in", "out"] | None = None, scale: float = 1.0,
                  train_scale: bool = False, dropout: float = 0.0, bias: bool = True,
-                 mixer: nn.Module | None = None,
+                 mixer: nn.Module | None = None, heads: int = 1,
                  init: Literal["zero", "bert", "truncated"] = "zero"):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         activation(act)
-        self.act, self.dropout = act, dropout
+        if width % heads or d_out % heads:
+            raise ConfigError(f"a bottleneck of {width} and {d_out} outputs do not fall into "
+                              f"{heads} equal heads")
+        self.act, self.dropout, self.heads = act, dropout, heads
         self.scale: Any = scale
         if train_scale:
             made: Any = nn.Parameter(torch.tensor(float(scale)))
             made.burnish_decay = False                # it would pull the branch to nothing
             del self.scale
             self.scale = made
-        self.down, self.up = nn.Linear(d_in, width, bias), nn.Linear(width, d_out, bias)
+        self.down, self.up = nn.Linear(d_in, width, bias), nn.Linear(width // heads, d_out, bias)
         self.norm_in = nn.LayerNorm(d_in) if norm == "in" else None
         self.norm_out = nn.LayerNorm(d_out) if norm == "out" else None
         self.mixer = mixer
@@ -94,7 +98,7 @@ class Bottleneck(nn.Module):
         if self.norm_in is not None:
             h = _in_dtype_of(self.norm_in, h)
         p = self.dropout if self.training else 0.0
-        if self.mixer is None and not transformed():
+        if self.mixer is None and self.heads == 1 and not transformed():
             h = autocast(h)
             with reading((h,)):
                 y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
@@ -102,14 +106,32 @@ class Bottleneck(nn.Module):
         else:
             z = F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0)
             z = z if self.mixer is None else self.mixer(z)
-            y = _linear(self.up, z) * self.scale
+            y = self._widened(z * self.scale)          # a product of R numbers, not of O
         return y if self.norm_out is None else _in_dtype_of(self.norm_out, y)
+
+    def _widened(self, z: Tensor) -> Tensor:
+        """``z W_up^T + s b_up``, head by head."""
+        W, b = self.up.weight.to(z.dtype), self.up.bias
+        if self.heads == 1:
+            y = F.linear(z, W)
+        else:
+            z_HNR = z.reshape(-1, self.heads, W.shape[1]).transpose(0, 1)
+            W_HRO = W.view(self.heads, -1, W.shape[1]).transpose(1, 2)
+            y = (z_HNR @ W_HRO).transpose(0, 1).reshape(*z.shape[:-1], -1)
+        return y if b is None else y + (b * self.scale).to(y.dtype)
 
     def dense(self, h: Tensor) -> Tensor:
         """The same by the obvious route, without dropout: the reference."""
         h = h if self.norm_in is None else self.norm_in(h)
         z = activation(self.act)(self.down(h))
-        y = self.up(z if self.mixer is None else self.mixer(z)) * self.scale
+        z = z if self.mixer is None else self.mixer(z)
+        if self.heads == 1:
+            y = self.up(z) * self.scale
+        else:
+            eye = torch.eye(self.heads, dtype=z.dtype, device=z.device)
+            W = self.up.weight.view(self.heads, -1, 1, self.up.weight.shape[1])
+            W = (W * eye[:, None, :, None]).reshape(len(self.up.weight), -1)
+            y = F.linear(z, W, self.up.bias) * self.scale
         return y if self.norm_out is None else self.norm_out(y)
 
     @torch.no_grad()
@@ -123,10 +145,10 @@ class Bottleneck(nn.Module):
             self.scale = 1.0
 
     @staticmethod
-    def count(d_in: int, width: int, d_out: int | None = None) -> int:
+    def count(d_in: int, width: int, d_out: int | None = None, heads: int = 1) -> int:
         """Trainable numbers of one bottleneck without norm and mixer."""
         d_out = d_in if d_out is None else d_out
-        return width * (d_in + d_out) + width + d_out
+        return width * d_in + width // heads * d_out + width + d_out
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ def attention_ends(anatomy: Anatomy) -> Iterator[Site]:
                 yield Site(b, path, width(anatomy, path, b))
 
 
+def attention_inputs(block: Block, end: str) -> str:
+    """The module that is given what the sub-layer reads of which `end` is the end."""
+    read = block.cross if end == block.cross_out else block.mixer
+    assert read is not None
+    return read
+
+
 def mlp_ends(anatomy: Anatomy) -> Iterator[Site]:
     """Behind the MLP, or behind a whole mixture of experts."""
     for b in anatomy.blocks:
