@@ -1,11 +1,13 @@
-"""Linear low-rank heads beside a linear: of its input, or of its own result; both fold into it.
+"""Bottlenecks beside a linear, of its input or of its own result.
+
+Without an activation they are low-rank heads, which both fold into it:
 
     f(h) = s (B drop(A h + a) + b)
 
 h = x:        W' = W + s B A        bias' = bias + s (B a + b)
 h = W x + c:  W' = W + s B A W      bias' = c + s (B A c + B a + b)
 
-A bottleneck without an activation: kept for backward are h and R numbers per token.
+Kept for backward are h and R numbers per token.
 """
 
 from __future__ import annotations
@@ -23,24 +25,18 @@ from .gates import out_first, value_of
 Rows = tuple[tuple[int, int], ...] | None
 
 
-class Head(Bottleneck):
-    """``f(h) = s (B drop(A h + a) + b)``: down (rank, in), up (out, rank); nothing at the start.
+class Around(Bottleneck):
+    """``f(h) = s (B drop(act(A h + a)) + b)``: down (R, in), up (out, R); nothing at the start.
 
     of: "input" or "output" of the linear it stands beside, which has `out` outputs. rows: runs of
-    these that it adds to, and of which alone it reads; None for all. init of A: "kaiming" uniform
-    (a = sqrt 5), "normal" (0.02) or "xavier" uniform; B, a and b are zero.
+    these that it adds to, and of which alone it reads; None for all. Other words: a bottleneck's.
     """
 
-    def __init__(self, inp: int, out: int, rank: int, *, of: Literal["input", "output"],
-                 scale: float, dropout: float, bias: bool, init: str, rows: Rows = None):
+    def __init__(self, inp: int, out: int, width: int, *, of: Literal["input", "output"],
+                 rows: Rows = None, **bottleneck: Any):
         n = out if rows is None else sum(b - a for a, b in rows)
-        super().__init__(inp if of == "input" else n, rank, n, act="linear", scale=scale,
-                         dropout=dropout, bias=bias)
+        super().__init__(inp if of == "input" else n, width, n, **bottleneck)
         self.of, self.out, self.rows = of, out, rows
-        if init == "normal":
-            nn.init.normal_(self.down.weight, std=0.02)
-        elif init == "xavier":
-            nn.init.xavier_uniform_(self.down.weight)
 
     def forward(self, h: Tensor) -> Tensor:
         return spread(super().forward(self._read(h, -1)), self.rows, self.out)
@@ -50,6 +46,20 @@ class Head(Bottleneck):
         if self.of == "input" or self.rows is None:
             return h
         return torch.cat([h.narrow(axis, a, b - a) for a, b in self.rows], axis)
+
+
+class Head(Around):
+    """The same without an activation. init of A: "kaiming" uniform (a = sqrt 5), "normal" (0.02) or
+    "xavier" uniform; B, a and b are zero."""
+
+    def __init__(self, inp: int, out: int, rank: int, *, of: Literal["input", "output"],
+                 scale: float, dropout: float, bias: bool, init: str, rows: Rows = None):
+        super().__init__(inp, out, rank, of=of, rows=rows, act="linear", scale=scale,
+                         dropout=dropout, bias=bias)
+        if init == "normal":
+            nn.init.normal_(self.down.weight, std=0.02)
+        elif init == "xavier":
+            nn.init.xavier_uniform_(self.down.weight)
 
     @torch.no_grad()
     def fold(self, module: nn.Module, values: dict[str, Tensor]) -> None:
