@@ -151,6 +151,14 @@ class Anatomy:
         return out
 
 
+    def runs(self) -> list[list[Block]]:
+        """The blocks of each stack in the order they run; stages that follow each other (Swin's)
+        are one run."""
+        out: dict[str, list[Block]] = {}
+        for b in self.blocks:
+            out.setdefault(re.sub(r"\d+", "*", b.stack), []).append(b)
+        return list(out.values())
+
     def encoder_decoder(self) -> tuple[str, str] | None:
         """(stack that encodes, stack whose blocks attend to it) where those are the stacks."""
         reads = {stack: [b.cross is not None for b in blocks]

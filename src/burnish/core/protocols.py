@@ -77,7 +77,7 @@ class Pass(Protocol):
 
     def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
         """Inside, what the active adapter adds within these modules counts `factor` times; gives
-        how many updates and branches that are (functions of W are none)."""
+        how many updates and branches that are (functions of W are none, but at 0)."""
 
     def updated(self, grads: dict[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
         """Inside, weights stand after one update with these gradients; gives them as they were."""

@@ -116,7 +116,7 @@ def check_rows(tuned: Tuned, rows: tuple[str | None, ...]) -> None:
                               "batch shares; per-sample adapters leave running statistics alone "
                               "(train them with those modules in evaluation mode)")
         for (path, _), readers in tuned.state.readers.items():
-            if name in readers:
+            if any(part.adapter == name for part in readers):
                 raise ConfigError(f"{name!r} reads states of {path} elsewhere; per-sample adapters "
                                   "read where they write")
 

@@ -15,7 +15,7 @@ measurement. Parts stand inside each other by phase, then in written order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,25 +103,11 @@ class Pass:
         return self._tuned.state.riding.replaced(
             lambda args, kw, out, given: of(Run(self._tuned, args, kw, out, given, dict)))
 
-    @contextmanager
-    def damped(self, paths: Iterable[str], factor: float) -> Iterator[int]:
+    def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
         """Inside, what the active adapter adds within these modules counts `factor` times; a
-        function of W, which has no such form, as it is. Gives how many updates and branches."""
-        state, name = self._tuned.state, self._tuned.active.name
-        inside = tuple(f"{p}." for p in paths)
-        parts = [p for path, _, slot in slots(self._tuned.model) for p in slot.parts
-                 if p.adapter == name and f"{path}.".startswith(inside)
-                 and (p.place is not None or p.branch is not None)
-                 and not isinstance(slot.module_of(p), Wrap)]
-        try:
-            for p in parts:
-                p.damp = factor
-            state.changed()
-            yield len(parts)
-        finally:
-            for p in parts:
-                p.damp = 1.0
-            state.changed()
+        function of W, which has no such form but at 0, as it is. Gives how many updates and
+        branches."""
+        return damped(self._tuned, paths, factor)
 
     def updated(self, grads: dict[str, Tensor]) -> Any:
         """Inside, the weights stand where one update with these gradients takes them; then weights
@@ -136,6 +122,44 @@ class Pass:
     def unmoved(self) -> Any:
         """Inside, running statistics are not moved: for a pass elsewhere than at the weights."""
         return statistics_kept(self._tuned.model)
+
+
+@contextmanager
+def damped(tuned: Tuned, paths: Iterable[str], factor: float) -> Iterator[int]:
+    """See :meth:`Pass.damped`."""
+    state, name = tuned.state, tuned.active.name
+    inside = tuple(f"{p}." for p in paths)
+    parts = [p for path, _, slot in slots(tuned.model) for p in slot.parts
+             if p.adapter == name and f"{path}.".startswith(inside)
+             and (p.place is not None or p.branch is not None)
+             and not (factor and isinstance(slot.module_of(p), Wrap))]
+    was = [p.damp for p in parts]
+    try:
+        for p in parts:
+            p.damp = factor * p.damp
+        state.changed()
+        yield len(parts)
+    finally:
+        for p, damp in zip(parts, was, strict=True):
+            p.damp = damp
+        state.changed()
+
+
+@contextmanager
+def dropped(tuned: Tuned, blocks: int) -> Iterator[None]:
+    """Inside, so many blocks of each stack, from the first, answer without what the active adapter
+    adds there (AdapterDrop): what several tasks share is the same for all then, and may run once.
+    It holds for all threads, and a backward belongs inside.
+
+    Raises ConfigError for more blocks than the shortest stack has.
+    """
+    tuned.check_ready()
+    runs = tuned.anatomy.runs()
+    most = min(map(len, runs), default=0)
+    if not 0 <= blocks <= most:
+        raise ConfigError(f"dropped({blocks}): expected 0 to {most} of the repeated blocks")
+    with damped(tuned, (b.path for run in runs for b in run[:blocks]), 0.0):
+        yield
 
 
 def probe(tuned: Tuned, run: Callable[[], Tensor], grads: bool, statistics: bool) -> Probe:

@@ -383,7 +383,7 @@ class Attacher(Informed):
         path, what = branch.read
         if path not in ("", branch.write):
             slot_of(self.model.get_submodule(path), self.state, path).reads.add((path, what))
-            self.state.readers.setdefault((path, what), []).append(self.adapter.name)
+            self.state.readers.setdefault((path, what), []).append(slot.parts[-1])
         if (ready := getattr(branch.module, "attached", None)) is not None:
             ready(self)
 

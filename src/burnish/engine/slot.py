@@ -85,8 +85,8 @@ class Slot(Weights):
         self._modules.pop(adapter, None)
         self.parts = [p for p in self.parts if p.adapter != adapter]
         self.absorbed = [p for p in self.absorbed if p.adapter != adapter]
-        for names in self.state.readers.values():
-            names[:] = [n for n in names if n != adapter]
+        for readers in self.state.readers.values():
+            readers[:] = [p for p in readers if p.adapter != adapter]
         self.state.changed()
         self.state.gone[adapter] = self.state.version
         self.state.context.pop(adapter, None)
@@ -233,7 +233,8 @@ class Slot(Weights):
         """Keep a state for the branches elsewhere that read it, until the last one has."""
         if (self.path, what) in self.reads:
             wanted = dict(call.active)
-            n = sum(bool(wanted.get(a)) for a in self.state.readers.get((self.path, what), ()))
+            n = sum(bool(wanted.get(p.adapter, 0.0) * p.damp)
+                    for p in self.state.readers.get((self.path, what), ()))
             if n:
                 call.box[self.path, what] = [value, n]
 

@@ -32,7 +32,7 @@ class State:
     training: str | None = None                      # the active adapter that trains
     version: int = 0                                 # grows when `active` or the parts change
     ready: bool = False                              # are `Slot.now` of what is active? (settle)
-    readers: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # tap -> adapters
+    readers: dict[tuple[str, str], list[Part]] = field(default_factory=dict)  # of each tap
     gone: dict[str, int] = field(default_factory=dict)      # adapter -> version that dropped it
     listening: list[str] = field(default_factory=list)      # adapters, one entry per listener
     #: adapter -> key of the batch -> how a part reads it

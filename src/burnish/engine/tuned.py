@@ -21,7 +21,7 @@ from ..core.sampling import Sampling
 from ..core.site import Place
 from ..core.stage import Stage
 from .adapters import Adapter, Adapters, still_there
-from .around import Each, Probe, probe
+from .around import Each, Probe, dropped, probe
 from .base import Base
 from .buffers import Buffers
 from .leave import give_back
@@ -327,11 +327,12 @@ class Tuned:
     def disabled(self) -> Iterator[None]:
         """Inside, in this thread, the model answers as the base: what was added is left out, and
         base weights that train and buffers that move answer with the values they had. Nothing is
-        written, so it may stand between a forward and its backward (distillation, a penalty
-        against the base)."""
+        written, so it may stand between a forward and its backward (distillation, penalties)."""
         self.check_ready()
         with off(self.state, Base(self.model, self.originals, self.buffers)):
             yield
+
+    dropped = dropped                                # see around.py
 
     @contextlib.contextmanager
     def cached(self, limit: int | str) -> Iterator[None]:
@@ -340,8 +341,7 @@ class Tuned:
         512 MiB. Keeping all of it takes the bytes of the weights that an update without a cheap
         path on tokens (snell, shira, bone), a convolution or attention's projection touches.
 
-        Answers have the same bits with and without. It holds for all threads. Raises ConfigError
-        for what is no size.
+        Answers have the same bits either way. For all threads. ConfigError for what is no size.
         """
         self.check_ready()
         with allowing(self.state.room, limit):
