@@ -98,27 +98,30 @@ class Bottleneck(nn.Module):
         if self.norm_in is not None:
             h = _in_dtype_of(self.norm_in, h)
         p = self.dropout if self.training else 0.0
+        A, a, B, b = self.sides()
         if self.mixer is None and self.heads == 1 and not transformed():
             h = autocast(h)
             with reading((h,)):
-                y = _Pair.apply(h, self.act, self.scale, p, self.down.weight, self.down.bias,
-                                self.up.weight, self.up.bias)
+                y = _Pair.apply(h, self.act, self.scale, p, A, a, B, b)
         else:
-            z = F.dropout(activation(self.act)(_linear(self.down, h)), p, p > 0)
+            z = F.linear(h, A.to(h.dtype), None if a is None else a.to(h.dtype))
+            z = F.dropout(activation(self.act)(z), p, p > 0)
             z = z if self.mixer is None else self.mixer(z)
-            y = self._widened(z * self.scale)          # a product of R numbers, not of O
+            y = self._widened(z * self.scale, B.to(z.dtype))   # a product of R numbers, not of O
+            y = y if b is None else y + (b * self.scale).to(y.dtype)
         return y if self.norm_out is None else _in_dtype_of(self.norm_out, y)
 
-    def _widened(self, z: Tensor) -> Tensor:
-        """``z W_up^T + s b_up``, head by head."""
-        W, b = self.up.weight.to(z.dtype), self.up.bias
+    def sides(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """W_down, b_down, W_up, b_up."""
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+    def _widened(self, z: Tensor, W: Tensor) -> Tensor:
+        """``z W^T``, head by head."""
         if self.heads == 1:
-            y = F.linear(z, W)
-        else:
-            z_HNR = z.reshape(-1, self.heads, W.shape[1]).transpose(0, 1)
-            W_HRO = W.view(self.heads, -1, W.shape[1]).transpose(1, 2)
-            y = (z_HNR @ W_HRO).transpose(0, 1).reshape(*z.shape[:-1], -1)
-        return y if b is None else y + (b * self.scale).to(y.dtype)
+            return F.linear(z, W)
+        z_HNR = z.reshape(-1, self.heads, W.shape[1]).transpose(0, 1)
+        W_HRO = W.view(self.heads, -1, W.shape[1]).transpose(1, 2)
+        return (z_HNR @ W_HRO).transpose(0, 1).reshape(*z.shape[:-1], -1)
 
     def dense(self, h: Tensor) -> Tensor:
         """The same by the obvious route, without dropout: the reference."""
@@ -149,11 +152,6 @@ class Bottleneck(nn.Module):
         """Trainable numbers of one bottleneck without norm and mixer."""
         d_out = d_in if d_out is None else d_out
         return width * d_in + width // heads * d_out + width + d_out
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def _in_dtype_of(norm: nn.LayerNorm, x: Tensor) -> Tensor:
