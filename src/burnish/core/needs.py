@@ -165,6 +165,11 @@ def towers(a: Anatomy) -> Towers | None:
     return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out)
 
 
+def token_tables(a: Anatomy) -> list[Place]:
+    """Tables that turn token ids into states."""
+    return [p for p in a.places if p.kind == "embedding" and p.role == "embed" and p.block is None]
+
+
 def _tables(a: Anatomy) -> bool:
     try:
         return all(a.ends(p) or not a.tied(p) for p in match(a, "embedding"))
@@ -209,6 +214,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "tables": ("an embedding of tokens, tied to nothing but linears and embeddings", _tables),
     "two towers": ("two towers, one that reads token ids and one that reads pictures, and a linear "
                    "that projects pictures", lambda a: towers(a) is not None),
+    "token table": ("one table of token embeddings", lambda a: len(token_tables(a)) == 1),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "inner channels": ("MLPs of linears whose inner channels can be told",
                        lambda a: bool(inner(a))),
