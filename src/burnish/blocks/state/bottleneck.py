@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
     act: a name of :data:`ACTIVATIONS`. norm: None, "in" or "out" (a LayerNorm that trains).
     scale: s multiplies the whole branch, its bias too; with `train_scale` it is one number more
     that trains, without weight decay, from there on. dropout acts on the activation and is drawn
-    again in backward. mixer: any module from (..., R) to (..., R), None for none.
+    again in backward. mixer: any module from (..., R) to (..., `inner`), None for none; inner: R.
     init: "zero" (down Kaiming-uniform(sqrt 5), everything else 0: the branch is exactly 0),
     "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0).
 
@@ -60,6 +60,7 @@ class Bottleneck(nn.Module):
                  norm: Literal["in", "out"] | None = None, scale: float = 1.0,
                  train_scale: bool = False, dropout: float = 0.0, bias: bool = True,
                  mixer: nn.Module | None = None, heads: int = 1,
+                 inner: int | None = None,
                  init: Literal["zero", "bert", "truncated"] = "zero"):
         super().__init__()
         d_out = d_in if d_out is None else d_out
@@ -74,7 +75,8 @@ class Bottleneck(nn.Module):
             made.burnish_decay = False                # it would pull the branch to nothing
             del self.scale
             self.scale = made
-        self.down, self.up = nn.Linear(d_in, width, bias), nn.Linear(width // heads, d_out, bias)
+        self.down = nn.Linear(d_in, width, bias)
+        self.up = nn.Linear((inner or width) // heads, d_out, bias)
         self.norm_in = nn.LayerNorm(d_in) if norm == "in" else None
         self.norm_out = nn.LayerNorm(d_out) if norm == "out" else None
         self.mixer = mixer

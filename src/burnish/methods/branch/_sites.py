@@ -180,5 +180,16 @@ def mlp_norm(anatomy: Anatomy, block: Block) -> str | None:
     return None
 
 
+def norm_before(anatomy: Anatomy, block: Block, attends: bool) -> str | None:
+    """The norm whose output a block's attention or MLP reads; None where it stands in another
+    block, or there is none."""
+    mine = outer_norms(block)
+    if post_norm(anatomy, block):
+        return None if attends else mine[-2]
+    if attends or block.mixer is None or len(mine) < 2:
+        return mine[0] if mine else None
+    return mlp_norm(anatomy, block)
+
+
 def module(anatomy: Anatomy, path: str) -> nn.Module:
     return anatomy.model.get_submodule(path)
