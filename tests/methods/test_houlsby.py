@@ -92,3 +92,10 @@ def test_norms_are_left_out_of_weight_decay():                                # 
     norms = {n for n in decay if "norm" in n}
     assert norms and all(decay[n] == 0 for n in norms)
     assert all(decay[n] == 0.3 for n in decay if n.endswith(("down.weight", "up.weight")))
+
+
+@pytest.mark.parametrize("init", ["bert", "truncated", "zero"])
+def test_every_start_can_be_simulated(init):
+    net, batch = tiny("vit")
+    report = burnish.simulate(net, f"houlsby(bottleneck=4, init={init!r})", batch)
+    assert report.peak_bytes > 0

@@ -3,6 +3,7 @@ matrix, whatever was drawn before."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,3 +107,11 @@ class _Walsh(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, t: Tensor) -> Tensor:
         return walsh(t)
+
+
+@torch.no_grad()
+def truncated_normal_(t: Tensor, std: float) -> Tensor:
+    """Normal numbers of deviation `std`, cut at two of it; torch's own reads values, which a
+    simulation does not have."""
+    most = math.erf(2 / math.sqrt(2))
+    return t.uniform_(-most, most).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2 * std, 2 * std)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
-from ..linalg import over_tokens
+from ..linalg import over_tokens, truncated_normal_
 from ..tape.cast import autocast, uncast
 from ..tape.functions import shaped, transformed
 from ..tape.replay import States, replay, rng_state
@@ -88,7 +88,7 @@ class Bottleneck(nn.Module):
             if init == "bert":
                 nn.init.normal_(linear.weight, std=0.02)
             elif init == "truncated":
-                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+                truncated_normal_(linear.weight, 0.01)
             elif linear is self.up:
                 nn.init.zeros_(linear.weight)
             else:

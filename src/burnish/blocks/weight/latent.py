@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..linalg import truncated_normal_
 from ..tape.codes import packed, unpacked
 from ..tape.functions import transformed
 
@@ -129,7 +130,7 @@ class Latent(nn.Module):
         if std is None:
             nn.init.uniform_(self.weight, -inp ** -0.5, inp ** -0.5)
         else:
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+            truncated_normal_(self.weight, std)
 
     def matrix(self) -> Tensor:
         """W^, differentiable."""

@@ -50,7 +50,8 @@ class Parallel(Method):
     dropout: float = setting(0.0, "dropout on the activation")
     tap: Literal["norm", "residual"] = setting("norm", "what the bottleneck reads")
     placement: Literal["mlp", "attention", "both"] = setting("mlp", "where it reads and writes")
-    compose: Literal["add", "blend"] = setting("add", "blend: the output counts 1 - s then")
+    compose: Literal["add", "blend"] = setting("add", "blend: the output counts 1 - s then",
+                                               beside={"scale": 0.5})
     per_head: bool = setting(False, "beside attention, a bottleneck for each head",
                              beside={"placement": "attention"})
 

@@ -44,7 +44,7 @@ class AdapterDrop(Method):
                             "arXiv:2010.11918")
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
-    shown_beside: ClassVar[str] = "houlsby(bottleneck=4, norms=False)"
+    shown_beside: ClassVar[str] = "houlsby(bottleneck=4, norms=False, init='zero')"
     relies_on: ClassVar[tuple[str, ...]] = ("around_step", "schedule")
 
     seed: int = setting(0, "of the draws")
