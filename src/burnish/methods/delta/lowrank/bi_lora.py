@@ -29,6 +29,7 @@ class BiLora(Method):
                             "of Precision Redundancy, ICCV 2023, arXiv:2307.16867")
     tier: ClassVar[str] = "checked against an independent equation"
     identity: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "mha"})
 
     rank: int = setting(32, "of the update", alias=("r", "h"))
