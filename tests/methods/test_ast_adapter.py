@@ -64,7 +64,7 @@ def conformer(one, path, kernel, train=False):
 @pytest.mark.parametrize("mixer", ["none", "conformer"])
 def test_the_equation_written_out(beside, mode, residual, placement, mixer):
     inside = ", mixer='conformer', kernel=3" if mixer == "conformer" else ""
-    one = wide(beside("vit", f"ast_adapter(bottleneck=4, mode={mode!r}, residual={residual}, "
+    one = wide(beside("vit", f"ast_adapter(bottleneck=4, mode={mode!r}, own_residual={residual}, "
                              f"placement={placement!r}{inside})"))
     sites = SITES.values() if placement == "both" else [SITES["mlp"]]
     for i in range(2):
@@ -129,7 +129,7 @@ def test_what_is_padding_is_not_seen():
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", ["", "placement='both'", "mode='series', residual=True",
+@pytest.mark.parametrize("settings", ["", "placement='both'", "mode='series', own_residual=True",
                                       "mixer='conformer', kernel=3"])
 def test_the_start_is_the_base(settings):
     net, batch = tiny("vit")
@@ -139,7 +139,7 @@ def test_the_start_is_the_base(settings):
         assert torch.equal(net.eval()(**batch).logits, before)
 
 
-@pytest.mark.parametrize("settings", ["mode='series'", "residual=True"])
+@pytest.mark.parametrize("settings", ["mode='series'", "own_residual=True"])
 def test_without_the_right_residual_it_is_not(settings):
     net, batch = tiny("vit")
     before = net.eval()(**batch).logits
@@ -207,7 +207,7 @@ def test_what_it_refuses(recipe, why):
 
 def test_the_defaults():
     m = parse("ast_adapter")[0]
-    assert (m.bottleneck, m.mode, m.placement, m.residual, m.mixer, m.kernel, m.norms) == \
+    assert (m.bottleneck, m.mode, m.placement, m.own_residual, m.mixer, m.kernel, m.norms) == \
         (12, "parallel", "mlp", False, "none", 31, True)
     assert isinstance(next(iter(parse("ast_adapter(mixer='conformer')")[0].branch(
         burnish.tune(tiny("vit")[0], "lora(rank=2)").anatomy))).module, nn.Module)

@@ -193,7 +193,7 @@ def test_a_bottleneck_for_each_head(beside, model, compose):
     """head_i <- head_i + s act(x W_down,i^T + b_i) W_up,i^T + s c_i before W_o, r / heads wide."""
     s = 0.6
     one = beside(model, f"parallel(bottleneck=8, scale={s}, placement='attention', "
-                        f"compose={compose!r}, per_head=True)")
+                        f"compose={compose!r}, multi_head=True)")
     for read, write in [(r.format(i), w.format(i)) for i in range(2) for r, w in ATTENTION[model]]:
         A, a, B, b = (one.theta[write, leaf] for leaf in
                       ("down.weight", "down.bias", "up.weight", "up.bias"))
@@ -214,7 +214,7 @@ def test_a_bottleneck_for_each_head(beside, model, compose):
 def test_heads_share_the_budget(published):
     """r = 30 heads' worth: 12 heads of r / 12 each; a twelfth of the plain one's way up."""
     bert, _ = published("BertConfig", "BertForSequenceClassification")
-    m = parse("parallel(bottleneck=360, placement='attention', per_head=True)")[0]
+    m = parse("parallel(bottleneck=360, placement='attention', multi_head=True)")[0]
     with torch.device("meta"):
         count = sum(p.numel() for b in m.branch(bert) for p in b.module.parameters())
     assert count == 12 * m.count(768, 768, 12)
@@ -223,18 +223,18 @@ def test_heads_share_the_budget(published):
 
 @pytest.mark.parametrize("model, settings, why", [
     ("vit", "placement='both', tap='residual'", "of the MLP"),
-    ("vit", "per_head=True", "of attention"),
+    ("vit", "multi_head=True", "of attention"),
     ("vit", "compose='blend', scale=4.0", "from 0 to 1"),
-    ("vit", "placement='attention', per_head=True, bottleneck=6", "multiple of 4"),
-    ("encoder", "placement='attention', per_head=True, bottleneck=4", "cannot be reached"),
-    ("mamba", "placement='attention', per_head=True, bottleneck=4", "cannot be reached"),
+    ("vit", "placement='attention', multi_head=True, bottleneck=6", "multiple of 4"),
+    ("encoder", "placement='attention', multi_head=True, bottleneck=4", "cannot be reached"),
+    ("mamba", "placement='attention', multi_head=True, bottleneck=4", "cannot be reached"),
 ])
 def test_what_it_refuses(model, settings, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], f"parallel({settings})")
 
 
-@pytest.mark.parametrize("settings", ["placement='both'", "placement='attention', per_head=True"])
+@pytest.mark.parametrize("settings", ["placement='both'", "placement='attention', multi_head=True"])
 def test_under_checkpointing_it_is_the_same(settings):
     grads = []
     for extra in ("", " + checkpoint"):

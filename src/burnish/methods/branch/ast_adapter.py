@@ -22,7 +22,7 @@ class AstAdapter(Method):
     """Adapters of the audio spectrogram transformer study: four placements, plain or conformer.
 
     A block reads n1, n2 behind its norms: ``h = x + Attn(n1)``, ``out = h + FFN(n2)``.
-    ``mode="parallel"``: ``out = h + FFN(n2) + A(n2)``, and with ``residual=True`` n2 once more;
+    ``mode="parallel"``: ``out = h + FFN(n2) + A(n2)``, and with ``own_residual=True`` n2 once more;
     ``mode="series"``: ``out = h + A(FFN(n2))``, and with residual ``FFN(n2)`` itself, which without
     it is gone: not near the pre-trained function. ``placement="both"`` does the same to attention
     with n1 ("Houlsby"; "mlp" is "Pfeiffer"). ``A(z) = W_up gelu(W_down z + b) + b'``;
@@ -49,11 +49,11 @@ class AstAdapter(Method):
     bottleneck: int = setting(12, "r, width of the bottleneck")
     mode: Literal["parallel", "series"] = setting("parallel", "beside a sub-layer, or behind it")
     placement: Literal["mlp", "both"] = setting("mlp", "where it reads and writes")
-    residual: bool = setting(False, "what it reads is added once more")
+    own_residual: bool = setting(False, "what it reads is added once more")
     mixer: Literal["none", "conformer"] = setting("none", "what looks at other tokens inside")
     kernel: int = setting(31, "tokens that the conformer's convolution sees",
                           beside={"mixer": "conformer"}, other=(3,))
-    norms: bool = setting(True, "train the norms before the sub-layers")
+    norms: bool = setting(True, "train the norms too")
 
     def __post_init__(self) -> None:
         if min(self.bottleneck, self.kernel) < 1:
@@ -78,11 +78,11 @@ class AstAdapter(Method):
                 s.block.mlp or s.block.mlp_in[0]
             if self.mode == "parallel":
                 yield Branch(end, self._made(s.width), read=(read, "input"))
-                if self.residual:
+                if self.own_residual:
                     yield Branch(end, nn.Identity(), read=(read, "input"))
             else:
                 yield Branch(end, self._made(s.width),
-                             compose="add" if self.residual else "replace")
+                             compose="add" if self.own_residual else "replace")
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for s in self._sites(anatomy) if self.norms else ():

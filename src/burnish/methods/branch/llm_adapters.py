@@ -48,7 +48,7 @@ class LlmAdapters(Method):
     act: str = setting("tanh", "activation inside", alias=("non_linearity",), other=("relu",))
     scale: float = setting(1.0, "s, what the bottleneck's result is multiplied by")
     dropout: float = setting(0.0, "dropout on the activation")
-    bias: bool = setting(False, "give both matrices a bias")
+    bias: bool = setting(False, "give every factor a bias")
 
     def __post_init__(self) -> None:
         check_dropout("llm_adapters", self.dropout)

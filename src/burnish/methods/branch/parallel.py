@@ -27,13 +27,13 @@ class Parallel(Method):
 
     The unified view's other points: `placement` puts it beside attention (self- and cross-) too, or
     there alone; ``act="linear"`` is LoRA's form; ``compose="blend"`` gates, ``F <- (1 - s) F + s
-    f(x)``; ``per_head=True`` is the multi-head adapter: r falls into runs of r / heads, and each
+    f(x)``; ``multi_head=True`` is the multi-head adapter: r falls into runs of r / heads, and each
     widens to one head of what attention's output projection reads, before that projection.
 
     Start: W_up and biases 0: the pre-trained function exactly, unless blended at s > 0.
-    Trains 2 d r + r + d per site, r = `bottleneck`, and s if it does; per_head d r + d' r / heads +
-    r + d', d' the width of all heads. Kept for backward: r numbers per token (per_head, twice); x
-    is made again from the norm's input, which is kept anyway; blended, F too where s trains. Not
+    Trains 2 d r + r + d per site, r = `bottleneck`, and s if it does; multi_head d r + d' r / heads
+    + r + d', d' the width of all heads. Kept for backward: r numbers per token (multi_head, twice);
+    x is made again from the norm's input, which is kept anyway; blended, F too where s trains. Not
     mergeable; s folds into W_up (``Bottleneck.absorb_scale``) unless blended.
     """
 
@@ -52,15 +52,15 @@ class Parallel(Method):
     placement: Literal["mlp", "attention", "both"] = setting("mlp", "where it reads and writes")
     compose: Literal["add", "blend"] = setting("add", "blend: the output counts 1 - s then",
                                                beside={"scale": 0.5})
-    per_head: bool = setting(False, "beside attention, a bottleneck for each head",
+    multi_head: bool = setting(False, "beside attention, a bottleneck for each head",
                              beside={"placement": "attention"})
 
     def __post_init__(self) -> None:
         if self.tap == "residual" and self.placement != "mlp":
             raise RecipeError("parallel: tap='residual' is of the MLP; beside attention expected "
                               "tap='norm'")
-        if self.per_head and self.placement == "mlp":
-            raise RecipeError("parallel: per_head=True is of attention; expected "
+        if self.multi_head and self.placement == "mlp":
+            raise RecipeError("parallel: multi_head=True is of attention; expected "
                               "placement='attention' or 'both'")
         if self.compose == "blend" and not 0 <= self.scale <= 1:
             raise RecipeError(f"parallel: compose='blend' takes a scale from 0 to 1, not "
@@ -81,13 +81,13 @@ class Parallel(Method):
 
     def _attention(self, anatomy: Anatomy, s: Site) -> Branch:
         read = (attention_inputs(s.block, s.path), "input")
-        if not self.per_head:
+        if not self.multi_head:
             return Branch(s.path, self._made(s.width), read=read, compose=self.compose)
         ends = [p for p in anatomy.places if p.path == s.path and p.kind in ("linear", "conv1d")]
         if not ends or not s.block.heads:
             raise RecipeError(f"parallel: the heads of {read[0]} cannot be reached, since its "
                               "output projection is no module that it calls; expected "
-                              "per_head=False")
+                              "multi_head=False")
         heads, wide = s.block.heads, ends[0].inp
         if self.bottleneck % heads or wide % heads:
             raise RecipeError(f"parallel: bottleneck={self.bottleneck} does not fall into the "
