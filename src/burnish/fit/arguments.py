@@ -73,6 +73,7 @@ class Options:
         :func:`burnish.fit.data.read`.
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`).
+    pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
     max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
@@ -99,6 +100,8 @@ class Options:
     loss_type: str | None = None
     beta: float | None = None
     gamma: float | None = None
+    pooling: str | None = None
+    scale: float | None = None
     max_length: int | None = None
     processor: Any = None
     targets: Any = None

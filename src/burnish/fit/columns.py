@@ -19,6 +19,12 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
 
+#: what is looked for and what is to be near it, as data sets call them
+NEAR = (("anchor", "positive"), ("query", "positive"), ("query", "passage"), ("query", "document"))
+#: two texts whose nearness has a number
+SCORED = (("sentence1", "sentence2", "score"), ("text1", "text2", "score"),
+          ("sentence1", "sentence2", "similarity_score"))
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 
@@ -32,6 +38,8 @@ class Roles:
     label: str | None = None
     image: str | None = None
     pair: str | None = None
+    #: texts that are not near the first
+    negative: str | None = None
     #: words, one by one
     tokens: str | None = None
     #: messages, conversations, alpaca, completion
@@ -41,8 +49,8 @@ class Roles:
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "text", "pair", "tokens", "label", "prompt",
-                                   "completion")
+        parts = {k: v for k in ("image", "text", "pair", "negative", "tokens", "label",
+                                   "prompt", "completion")
                  if (v := getattr(self, k)) is not None}
         used = set(parts.values()) | _FORMS.get(self.form or "", set())
         if self.label is not None:
@@ -84,6 +92,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return replace(flags, task=found, form=_preferences(names))
     if found == "token-classification":
         return _words(table, flags)
+    if found == "embedding":
+        return _near(names, flags)
     image = label = text = pair = None
     labelled = form_of_label(found) is not None
     if pictured(found):
@@ -119,6 +129,8 @@ def _task(table: Table, flags: Roles) -> str:
             return "instruction-tuning"
         if _questions(names, ask=True):
             return "question-answering"
+        if _pairs(names) is not None:
+            return "embedding"
     if tagged(table, flags.text, flags.label):
         return "token-classification"
     if flags.image or _first(names, IMAGE):
@@ -164,6 +176,28 @@ def _preferences(names: list[str], ask: bool = False) -> str | None:
         return None
     raise DataError("preference tuning reads prompt, chosen and rejected (or chosen and rejected "
                     f"turns that begin alike); the data has {', '.join(names)}")
+
+
+def _pairs(names: list[str]) -> tuple[str, ...] | None:
+    """Columns of texts that are near each other: two, with a third that is not where it is there,
+    or with a score."""
+    have = set(names)
+    for pair in NEAR:
+        if set(pair) <= have:
+            return (*pair, *(n for n in ("negative",) if n in have))
+    return next((s for s in SCORED if set(s) <= have), None)
+
+
+def _near(names: list[str], flags: Roles) -> Roles:
+    found = _pairs(names)
+    if found is None:
+        raise DataError("an embedding is learnt from anchor and positive (and negative), query and "
+                        "passage, or sentence1, sentence2 and score; the data has "
+                        f"{', '.join(names)}")
+    scored = found in SCORED
+    return replace(flags, task="embedding", text=found[0], pair=found[1],
+                   label=found[2] if scored else None,
+                   negative=found[2] if not scored and len(found) > 2 else None)
 
 
 def _questions(names: list[str], ask: bool = False) -> str | None:

@@ -46,6 +46,7 @@ class Data:
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
+    embedding: ``text`` and ``pair``, with ``negative`` or ``label``, a number.
     sequence-to-sequence: ``prompt`` and ``completion``.  preference-tuning: ``chosen`` and
     ``rejected`` turns, or texts beside a ``prompt``.
     """

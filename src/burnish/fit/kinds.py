@@ -28,6 +28,7 @@ KINDS = {
     "language-modelling": Kind(_CAUSAL, "text-generation"),
     "masked-language-modelling": Kind("AutoModelForMaskedLM", "fill-mask"),
     "instruction-tuning": Kind(_CAUSAL, "text-generation"),
+    "embedding": Kind("AutoModel", "sentence-similarity"),
     "preference-tuning": Kind(_CAUSAL, "text-generation"),
     "sequence-to-sequence": Kind("AutoModelForSeq2SeqLM", "text2text-generation"),
 }
@@ -46,7 +47,7 @@ def pictured(task: str) -> bool:
 
 def form_of_label(task: str) -> str | None:
     """"class", "several", "number" or "tags"; None where rows have no label."""
-    if task == "token-classification":
-        return "tags"
+    if task in ("token-classification", "embedding"):
+        return "tags" if task == "token-classification" else "number"
     ends = {"classification": "class", "multi-label": "several", "regression": "number"}
     return next((form for end, form in ends.items() if task.endswith(f"-{end}")), None)

@@ -81,7 +81,7 @@ def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) 
     instead = INSTEAD.get(data.task)
     if data.reading.get("task") is not None or instead is None:
         return data
-    config = _config(model, data.task, trust_remote_code)
+    config = config_of(model, data.task, trust_remote_code)
     named = isinstance(model, str)
     if config is None or _unserved(data.task, config, named) is None or \
             _unserved(instead, config, named) is not None:
@@ -89,7 +89,7 @@ def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) 
     return data.as_task(instead)
 
 
-def _config(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any:
+def config_of(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any:
     """The model's configuration, None where it is no model of transformers."""
     import transformers
 
@@ -107,7 +107,7 @@ def _config(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any:
 
 def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
     """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
-    config = _config(model, task, trust_remote_code)
+    config = config_of(model, task, trust_remote_code)
     if config is None:
         return
     named = isinstance(model, str)
@@ -133,6 +133,9 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
         if both and not getattr(config, "is_decoder", False):
             return f"an encoder that reads in both directions, and {task} is served for decoders"
+    if task == "embedding" and (getattr(config, "is_encoder_decoder", False)
+                                or not hasattr(config, "vocab_size")):
+        return f"no encoder or decoder of text, and {task} is for those"
     if task == "sequence-to-sequence" and not getattr(config, "is_encoder_decoder", False):
         return f"no encoder-decoder, and {task} is for those"
     if by_name and type(config) not in getattr(transformers, auto)._model_mapping:

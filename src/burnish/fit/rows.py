@@ -251,6 +251,31 @@ class Choices(Rows):
         return {"pair": self.tokens[i], "reference": said}
 
 
+class Neighbours(Rows):
+    """Texts that belong together: two, a third that does not, or a number of how near two are."""
+
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int | None):
+        self.notes: list[str] = []
+        self.coded = []
+        for name in ("text", "pair", "negative"):
+            if name in rows.column_names:
+                coded = tokenizer(rows[name][:], truncation=max_length is not None,
+                                  max_length=max_length)
+                self.notes += cut(coded, max_length, f"texts ({name})")
+                self.coded.append(coded["input_ids"])
+        self.scores = rows["label"][:] if "label" in rows.column_names else None
+
+    def __len__(self) -> int:
+        return len(self.coded[0])
+
+    def length(self, i: int) -> int:
+        return max(len(c[i]) for c in self.coded)
+
+    def row(self, i: int) -> dict[str, Any]:
+        return {"texts": [c[i] for c in self.coded],
+                "labels": 1.0 if self.scores is None else self.scores[i]}
+
+
 class Answers(Rows):
     """Prompts to be read and answers to be written, both up to `max_length` tokens."""
 

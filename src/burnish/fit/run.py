@@ -46,7 +46,7 @@ from .promise import (
 from .secret import drawn_by, rows_read
 from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
-from .tasks import Task, task_for
+from .tasks import Task, by_itself, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
@@ -162,10 +162,13 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     for one in found.values():                  # values, before a model is loaded
         with transformers_errors():
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
+    if recipe is not None:
+        by_itself(first.task, parse(recipe))
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
-                    loss_type=own.loss_type, beta=own.beta, gamma=own.gamma)
+                    loss_type=own.loss_type, beta=own.beta, gamma=own.gamma,
+                    pooling=own.pooling, scale=own.scale)
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):

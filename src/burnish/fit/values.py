@@ -34,6 +34,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     for role, feature, check in (("image", datasets.Image(), _images),
                                  ("text", datasets.Value("string"), _texts),
                                  ("pair", datasets.Value("string"), _texts),
+                                 ("negative", datasets.Value("string"), _texts),
                                  ("tokens", words, _tokens)):
         name = getattr(roles, role)
         if name is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import ConfigError
+from ...core.recipe import Recipe
 from ..data import Data
 from ..places import check_local, check_there, processor_for
 from .base import Batch, Task, evaluate
@@ -19,6 +20,7 @@ from .classes import (
     TextMultiLabel,
     TextRegression,
 )
+from .embeddings import Embedding
 from .language import InstructionTuning, LanguageModelling
 from .masked import MaskedLanguageModelling
 from .preferences import PreferenceTuning
@@ -40,6 +42,7 @@ TASKS: dict[str, type[Task]] = {
     "language-modelling": LanguageModelling,
     "masked-language-modelling": MaskedLanguageModelling,
     "instruction-tuning": InstructionTuning,
+    "embedding": Embedding,
     "preference-tuning": PreferenceTuning,
     "sequence-to-sequence": SequenceToSequence,
 }
@@ -69,6 +72,14 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
     made = kind(data, processor, max_length, seed, how)
     made.prepare()
     return made
+
+
+def by_itself(task: str, recipe: Recipe) -> None:
+    """Raises ConfigError where a part reads each sample's own loss and the task gives none."""
+    parts = [m.name for m in recipe if m.private or "own loss" in m.needs]
+    if parts and not TASKS[task].alone:
+        raise ConfigError(f"{parts[0]} looks at each sample by itself, and a sample of {task} is "
+                          "told apart from those beside it: take another task or leave it out")
 
 
 def smooths(task: str, smoothing: float) -> None:

@@ -44,6 +44,8 @@ class Task:
     truth: ClassVar[tuple[str, ...]] = ("labels",)
     #: whether the loss is this task's and not the model's
     own_loss: ClassVar[bool] = False
+    #: whether a sample has a loss by itself, whatever stands beside it
+    alone: ClassVar[bool] = True
     #: settings of the run that the task itself reads
     settings: ClassVar[tuple[str, ...]] = ()
     #: whether what is right is one of several classes, which may be smoothed

@@ -1,0 +1,172 @@
+"""Texts as directions: those that belong together close to each other, others apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ...core.errors import ConfigError, nearest
+from ..places import config_of
+from ..rows import Neighbours, Rows
+from .base import Batch
+from .textual import Textual
+
+POOLINGS = ("mean", "cls", "last")
+#: anchors compared with all others at once
+AT_ONCE = 1024
+
+
+def pooled(states: Tensor, mask: Tensor, how: str) -> Tensor:
+    """(n, d) of length one, from the states (n, T, d) of tokens that count (n, T)."""
+    if how == "mean":
+        m = mask.unsqueeze(-1).to(states.dtype)
+        found = (states * m).sum(1) / m.sum(1).clamp(min=1)
+    else:
+        places = torch.arange(mask.shape[1], device=mask.device) * mask
+        at = mask.argmax(1) if how == "cls" else places.argmax(1)
+        found = states[torch.arange(len(states), device=states.device), at]
+    return F.normalize(found.float(), dim=-1)
+
+
+def ranking(e: Tensor, scale: float, same: Tensor) -> Tensor:
+    """(B,) losses of B anchors e_:,0 whose neighbours are e_:,1 and strangers e_:,2 where they are
+    there: ``-log softmax(scale cos(a_i, .))_i`` over the neighbours and strangers of the batch
+    (InfoNCE: van den Oord et al., 2018; multiple negatives ranking: Henderson et al., 2017).
+    same (B, B): neighbours that are one text, and no stranger to each other's anchor."""
+    others = e[:, 1:].transpose(0, 1).flatten(0, 1)                    # neighbours, then strangers
+    scores = scale * e[:, 0] @ others.t()
+    own = torch.arange(len(e), device=e.device)
+    hidden = same.clone()
+    hidden[own, own] = False
+    scores[:, :len(e)] = scores[:, :len(e)].masked_fill(hidden, float("-inf"))
+    return F.cross_entropy(scores, own, reduction="none")
+
+
+class Embedding(Textual):
+    """``input_ids``, ``attention_mask`` (B, K, T) of K texts a row, ``counted`` (B, K T) the mask,
+    ``labels`` (B,) how near two are (1 where nobody says).
+
+    Two texts, or three: the neighbours of a batch are ranked for each anchor (:func:`ranking`).
+    With a score: the square of ``cos - score``.
+    """
+
+    smooths = False
+    own_loss = True
+    takes = ("text", "pair")
+    truth = ("labels", "counted", "texts")
+    settings = ("pooling", "scale")
+    alone = False
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}"
+                              f"{nearest(str(self.pooling), POOLINGS)}")
+        scale = self.how.get("scale", 20.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+            raise ConfigError(f"scale={scale!r}: expected a number above 0")
+
+    @property
+    def pooling(self) -> str:
+        return self.how.get("pooling", "mean")
+
+    @property
+    def scored(self) -> bool:
+        return any("label" in rows.column_names for rows in self.data.splits.values())
+
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        """The model without a pooler of its own, which nothing would read."""
+        import transformers
+
+        config = config_of(name, self.data.task, trust_remote_code)
+        found = transformers.AutoModel._model_mapping.get(type(config), None)
+        if found is not None and "add_pooling_layer" in inspect.signature(found).parameters:
+            kw["add_pooling_layer"] = False
+        return super().load(name, trust_remote_code, unread, **kw)
+
+    def make(self, split: str) -> Rows:
+        made = Neighbours(self.data.splits[split], self.processor, self.max_length)
+        self.tell(split, made.notes)
+        return made
+
+    def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        flat = [torch.tensor(t) for r in rows for t in r["texts"]]
+        ids = pad_sequence(flat, batch_first=True, padding_value=self.processor.pad_token_id)
+        mask = pad_sequence([torch.ones_like(t) for t in flat], batch_first=True)
+        n, k = len(rows), len(rows[0]["texts"])
+        return {"input_ids": ids.view(n, k, -1), "attention_mask": mask.view(n, k, -1),
+                "labels": torch.tensor([float(r["labels"]) for r in rows]),
+                "counted": mask.view(n, -1).clone(), "texts": ids.view(n, -1).clone()}
+
+    def feed(self, batch: Batch) -> Batch:
+        return {k: v.flatten(0, 1) for k, v in batch.items() if k not in self.truth}
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The states of the tokens."""
+        if isinstance(outputs, Tensor):
+            return outputs
+        return outputs[0] if isinstance(outputs, tuple) else outputs["last_hidden_state"]
+
+    def right(self, truth: Any) -> Tensor:
+        return torch.as_tensor(truth["labels"] if isinstance(truth, Mapping) else truth[0])
+
+    def compared(self, states: Tensor, labels: Tensor, counted: Tensor, texts: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+        """(embeddings (B, K, d), the loss of each row)."""
+        n, T = len(labels), states.shape[1]
+        e = pooled(states, counted.view(-1, T), self.pooling).view(n, -1, states.shape[-1])
+        if self.scored:
+            return e, ((e[:, 0] * e[:, 1]).sum(-1) - labels).square()
+        near = texts.view(n, -1, T)[:, 1]
+        same = (near.unsqueeze(0) == near.unsqueeze(1)).all(-1)
+        return e, ranking(e, float(self.how.get("scale", 20.0)), same)
+
+    def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
+        return self.compared(self.logits(outputs), *labels)[1].mean()
+
+    def kept(self, outputs: Any, truth: Any) -> tuple[Tensor, Tensor]:
+        truth = tuple(truth[k] for k in self.truth) if isinstance(truth, Mapping) else truth
+        e, losses = self.compared(self.logits(outputs), *truth)
+        return e, torch.stack([losses, torch.ones_like(losses)], -1)
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        """With scores, the rank correlation of cosines with them; else, among all neighbours of the
+        split, how often an anchor's own is the nearest, and the mean of one over its rank."""
+        e = torch.as_tensor(answers)
+        if self.scored:
+            from .classes import regression
+
+            return regression((e[:, 0] * e[:, 1]).sum(-1), torch.as_tensor(labels))
+        ranks = []
+        for start in range(0, len(e), AT_ONCE):
+            cos = e[start:start + AT_ONCE, 0] @ e[:, 1].t()
+            own = cos[torch.arange(len(cos)), torch.arange(start, start + len(cos))]
+            ranks.append((cos > own.unsqueeze(1) + 1e-6).sum(1) + 1)
+        rank = torch.cat(ranks).double()
+        return {"recall_at_1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
+
+    # -- answers to people -------------------------------------------------------------------
+    def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """A text's direction, or how near two texts are."""
+        coded = [self.processor(row[k], truncation=self.max_length is not None,
+                                max_length=self.max_length)["input_ids"]
+                 for k in self.takes if k in row]
+        batch = self.together([{"texts": coded, "labels": 1.0}])
+        states = self.logits(model(**self.feed(batch)))
+        e = pooled(states, batch["counted"].view(len(coded), -1), self.pooling)
+        if len(e) > 1:
+            return {"cosine": float(e[0] @ e[1])}
+        return {"embedding": e[0].tolist()}
+
+    def said(self, answer: Mapping[str, Any]) -> str:
+        if "cosine" in answer:
+            return f"{answer['cosine']:.4f}"
+        first = ", ".join(f"{x:.4f}" for x in answer["embedding"][:4])
+        return f"[{first}, ...] ({len(answer['embedding'])} numbers)"
