@@ -47,8 +47,7 @@ class Lily(Method):
     experts: int = setting(2, "factors B of a group", alias=("num_B",))
     scale: float = setting(1.0, "s, what the update is multiplied by", alias=("scaling",))
     grouping: Literal["name", "size"] = setting(
-        "name", "what makes linears of one size a group",
-        unseen="not all models have two names of one size: tests/methods/test_lily.py")
+        "name", "what makes linears of one size a group")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.stride < 1 or self.experts < 1:
