@@ -120,6 +120,10 @@ class Options:
     trust_remote_code: bool = False
     callbacks: list[Any] = field(default_factory=list)
 
+    def of_task(self) -> dict[str, Any]:
+        """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
+        return {n: getattr(self, n) for n in ("loss_type", "beta", "gamma", "pooling", "scale")}
+
 
 def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict[str, Any]]:
     """(own options, transformers' arguments, LoRA's old flags) of keyword arguments.

@@ -167,8 +167,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
-                    loss_type=own.loss_type, beta=own.beta, gamma=own.gamma,
-                    pooling=own.pooling, scale=own.scale)
+                    **own.of_task())
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):
