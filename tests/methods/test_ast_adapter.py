@@ -189,11 +189,14 @@ def test_statistics_are_in_the_file(tmp_path):
 def test_which_norms_train_in_other_blocks():
     names = {m: [n for n, _ in burnish.tune(tiny(m)[0], "ast_adapter(bottleneck=4, "
                                             "placement='both')", head=False).named_parameters()
-                 if ".burnish." not in n and ".0." in n] for m in ("bert", "llama")}
+                 if ".burnish." not in n and ".0." in n] for m in ("bert", "llama", "whisper")}
     assert {n.rpartition(".layer.0.")[2] for n in names["bert"]} == \
         {"attention.output.LayerNorm.weight", "attention.output.LayerNorm.bias"}
     assert {n.rpartition(".layers.0.")[2] for n in names["llama"]} == \
         {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert {n for n in names["whisper"] if "decoder" in n and n.endswith("weight")} == \
+        {f"model.decoder.layers.0.{leaf}.weight" for leaf in
+         ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")}
 
 
 @pytest.mark.parametrize("recipe, why", [

@@ -180,13 +180,16 @@ def mlp_norm(anatomy: Anatomy, block: Block) -> str | None:
     return None
 
 
-def norm_before(anatomy: Anatomy, block: Block, attends: bool) -> str | None:
-    """The norm whose output a block's attention or MLP reads; None where it stands in another
-    block, or there is none."""
-    mine = outer_norms(block)
+def norm_before(anatomy: Anatomy, s: Site) -> str | None:
+    """The norm whose output the sub-layer of a site reads; None where it stands in another block,
+    or there is none."""
+    block, mine = s.block, outer_norms(s.block)
+    mlp, cross = s.path in (block.mlp_out, block.mlp), s.path == block.cross_out
     if post_norm(anatomy, block):
-        return None if attends else mine[-2]
-    if attends or block.mixer is None or len(mine) < 2:
+        return mine[-2] if mlp else mine[0] if cross else None
+    if cross and len(mine) > 2:
+        return mine[1]
+    if not mlp or block.mixer is None or len(mine) < 2:
         return mine[0] if mine else None
     return mlp_norm(anatomy, block)
 

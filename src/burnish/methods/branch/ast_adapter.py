@@ -86,8 +86,7 @@ class AstAdapter(Method):
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for s in self._sites(anatomy) if self.norms else ():
-            attends = s.path not in (s.block.mlp_out, s.block.mlp)
-            if norm := norm_before(anatomy, s.block, attends):
+            if norm := norm_before(anatomy, s):
                 for leaf, _ in anatomy.model.get_submodule(norm).named_parameters(recurse=False):
                     yield Selection(f"{norm}.{leaf}", decay=False)
 
