@@ -89,14 +89,16 @@ def _is_steady(func: Any) -> bool:
     if known is None:
         known = _steady[func] = (
             func.namespace in ("aten", "prims") and not any(t in func.tags for t in _FORGETFUL)
-            and not func._schema.name.endswith(("::set_", "::resize_", "::_local_scalar_dense")))
+            and not func._schema.name.endswith(("::set_", "::resize_", "::_local_scalar_dense",
+                                                  "::_efficientzerotensor")))
     return known
 
 
 def _key(value: Any, tensors: list[FakeTensor]) -> Any:
     kind = type(value)
     if kind is FakeTensor:
-        if value.constant is not None or value.layout is not torch.strided:
+        if value.constant is not None or value.layout is not torch.strided \
+                or value._is_zerotensor():           # a tangent of nothing but zeros has no memory
             raise _Odd
         tensors.append(value)
         return (value.shape, value.stride(), value.dtype, value.fake_device,

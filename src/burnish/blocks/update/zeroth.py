@@ -173,7 +173,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             while True:
                 with where:
                     value = closure()
-                    loss, self.simulated = host_float(value, self.spec.name), _fake(value)
+                    loss, self.simulated = self._read(value), _fake(value)
                     self.smooth = isinstance(value, Tensor)
                     del value
                 try:
@@ -196,9 +196,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 seeds = [self._seed(update, k, u) for k in range(q)]
                 here = []
                 for s in seeds:
-                    up, down = self._of_all(*(yield from self._pair(s, eps)))
-                    losses += [up, down]
-                    g = as_fp32((up - down) / (self.spec.width * eps * q))
+                    slope, seen = yield from self._slope(s, eps)
+                    losses += seen
+                    g = as_fp32(slope / q)
                     if not math.isfinite(g):
                         g = 0.0                      # a failed probe moves nothing
                     here.append(_cut(g, self.spec.bound / q))
@@ -255,6 +255,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         both = torch.tensor(losses, dtype=torch.float64, device=device)
         torch.distributed.all_reduce(both)
         return tuple((both / processes()).tolist())
+
+    def _read(self, value: Any) -> float:
+        """What a closure gave, as a number; asked for within the context it was evaluated in."""
+        return host_float(value, self.spec.name)
+
+    def _slope(self, seed: int, eps: float
+               ) -> Generator[Evaluate, float, tuple[float, Sequence[float]]]:
+        """(the slope of the loss along z, the losses seen)."""
+        up, down = self._of_all(*(yield from self._pair(seed, eps)))
+        return (up - down) / (self.spec.width * eps), (up, down)
 
     def _pair(self, seed: int, eps: float) -> Generator[Evaluate, float, tuple[float, float]]:
         if self.spec.mode == "scratch":
