@@ -78,13 +78,13 @@ class TurnErrors(Statistic):
 
     @torch.no_grad()
     def weigh(self, W: Tensor) -> None:
-        W = wide(W)
-        self.weight = torch.stack([(values(V, self.term.grid_w) - V).square().sum()
-                                   for V in (W, self.term.ready(W))]) / W.square().sum()
+        W, t = wide(W), self.term.to(W.device)
+        self.weight = torch.stack([(values(V, t.grid_w) - V).square().sum()
+                                   for V in (W, t.ready(W))]) / W.square().sum()
 
     @torch.no_grad()
     def update(self, x: Tensor, valid: Tensor | None = None) -> None:
-        rows, t = wide(tokens(x, valid)), self.term
+        rows, t = wide(tokens(x, valid)), self.term.to(x.device)
         off = torch.stack([
             (token_values(token_codes(r, t.input_bits, t.span), t.input_bits, t.inp, r.dtype)
              - r).square().sum() for r in (rows, t.ready(rows))])

@@ -80,6 +80,7 @@ class Loftq(Starting):
                               "storage that reads no data beside it (nf4 + loftq), give both the "
                               "same targets, or take pissa")
         if not site.blank:
+            term.to(site.weight.device)
             A0, B0, A, B = decomposed(site, lambda W: self.closest(term, site, W))
             term.begin(A, B)
             term.A0, term.B0 = A0, B0
