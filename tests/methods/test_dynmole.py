@@ -7,6 +7,7 @@ import torch
 
 import burnish
 from burnish.blocks.weight.entropic import EntropicChains, chosen, highest, tsallis
+from burnish.core.call import Call, resume
 from burnish.core.site import Place
 from burnish.testing import stir, tiny
 
@@ -105,8 +106,10 @@ def test_the_one_that_crosses_stays_out_and_all_of_the_mass_is_all():
     assert chosen(p, 1.0, 9.0, 0.75, 1).tolist() == [[False, True, False, True]]
     assert chosen(p, 1.0, 9.0, 0.74, 1).tolist() == [[False, True, False, False]]
     assert chosen(p, 1.0, 9.0, 0.74, 3).tolist() == [[False, True, True, True]]
-    third = torch.tensor([[0.7, 0.2, 0.1]]).double().softmax(-1).float()
-    assert chosen(third, 1.0, 9.0, 1.0, 1).all()
+    over = next(p for seed in range(99) if (p := torch.randn(
+        1, 8, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+        ).sort(descending=True).values.cumsum(-1)[0, -1] > 1)
+    assert chosen(over, 1.0, 9.0, 1.0, 1).all()         # a sum of all that was rounded up
 
 
 def test_the_entropy_its_limit_and_its_largest_value():
@@ -132,6 +135,20 @@ def test_the_entropy_term_sharpens():
         with torch.no_grad():
             x -= g
     assert x.detach().softmax(0).max() > before + 0.3
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_the_means_are_over_the_tokens_that_count(tokens):
+    m = EntropicChains(6, 6, 4, 2, q=1.1, threshold=0.9, top_p=0.5, always=1, entropy=0.7,
+                       balance=0.3)
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    valid = torch.zeros(2, 5, dtype=torch.long)
+    valid[1, :tokens] = 1
+    with resume(Call(valid=valid)):
+        got = m.imbalance(*m.gates(x), x)
+    p, g = (t[1, 0] for t in m.gates(x))
+    want = 0.7 * tsallis(p, 1.1) + 0.3 * 4 * (p * g).sum()
+    torch.testing.assert_close(got, want if tokens else torch.zeros(()))
 
 
 def test_terms_alone_and_neither():

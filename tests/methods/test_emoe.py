@@ -140,6 +140,10 @@ def test_every_channel_has_one_cluster_and_every_cluster_as_many():
     assert torch.bincount(labels).tolist() == [10] * 6
 
 
+def test_keys_that_are_all_alike_have_clusters_too():
+    assert sorted(clusters(torch.ones(12, 3), 4, seed=0).tolist()) == list(range(12))
+
+
 def test_the_nearest_are_served_first():
     """Entry by entry from the largest, by hand."""
     likes = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))

@@ -181,6 +181,24 @@ def test_gates_alone_weigh_skills_that_exist():
         net(**batch)
 
 
+def test_skills_may_be_made_again_where_nothing_has_a_value():
+    """A file's own recipe is simulated without its skills."""
+    net, batch = tiny("vit")
+    said = burnish.simulate(net, "poly(rank=2, tasks=1, train_skills=False)", batch, head=False)
+    assert said.peak_bytes > 0
+
+
+def test_gates_that_are_all_shut_give_nothing():
+    """Not a division of nothing by nothing."""
+    layer = stir(Skills(6, 6, 2, 3, 1, 1, scale=1.0), size=0.5)
+    with torch.no_grad():
+        layer.Z.fill_(-300.0)
+    y = layer(torch.randn(2, 5, 6))
+    assert not y.any()
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_drawn_gates():
     """Every sample its own, by RelaxedBernoulli of temperature 1; in evaluation the sigmas."""
     layer = stir(Skills(6, 6, 2, 6, 1, 1, scale=1.0, noisy=True), size=0.5)

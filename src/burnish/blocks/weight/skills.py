@@ -76,8 +76,7 @@ class Skills(nn.Module):
     def factors(self, Z: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """(n, R, I) and (n, O, R) of n rows of logits (n, H, M)."""
         if noisy:
-            u = torch.rand_like(Z).clamp(1e-6, 1 - 1e-6)
-            Z = Z + u.logit()
+            Z = Z + torch.rand_like(Z).logit()
         w = torch.sigmoid(Z)
         w = w / (w.sum(-1, keepdim=True) + 1e-12)
         H = Z.shape[1]
