@@ -83,6 +83,8 @@ class Method:
     without them is of the most it may take.
     takes_head: ``head="auto"`` trains a classification-like head beside it; False: it says itself
     all that trains of the model.
+    of_task: settings that say something of the task and nothing of what is learnt: a run that
+    begins where another has ended may have others.
     small: settings the suite shows it with on its models of width 32, beside the usual small ones
     (``testing/checks/common.py``).
     shown_beside: the parts that the suite shows it beside, where it is nothing alone and the usual

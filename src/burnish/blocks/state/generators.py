@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .prompts import Positioned
@@ -67,4 +68,53 @@ class Projected(nn.Module):
 
     def forward(self) -> Tensor:
         made: Tensor = self.linear(self.source.rows)
+        return made
+
+
+class Unified(nn.Module):
+    """Rows of two towers that have looked at each other in a transformer of one block and one head:
+
+        x = [U_0 A_0 + a_0; U_1 A_1 + a_1],  x += softmax(q k^T / sqrt(W)) v,  x += MLP(Norm x)
+
+    q, k and v of Norm x, with a projection behind; the two runs of x then go to P_i = x B_i + b_i.
+    U_0 (L, D_0) and U_1 (L, D_1) begin N(0, 0.02^2), the rest as linears start; MLP of 4 W.
+    """
+
+    def __init__(self, length: int, widths: tuple[int, int], width: int):
+        super().__init__()
+        self.rows = nn.ParameterList(torch.randn(length, d) * 0.02 for d in widths)
+        self.enter = nn.ModuleList(nn.Linear(d, width) for d in widths)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.leave = nn.ModuleList(nn.Linear(width, d) for d in widths)
+
+    def forward(self, side: int) -> Tensor:
+        x = torch.cat([enter(U) for enter, U in zip(self.enter, self.rows, strict=True)])
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.proj((q @ k.t() / math.sqrt(x.shape[1])).softmax(-1) @ v)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        made: Tensor = self.leave[side](x.chunk(2)[side])
+        return made
+
+
+class Side(nn.Module):
+    """One side's rows of a :class:`Unified` bank. Who `owns` it holds it, the other borrows it;
+    each makes its own, since a tower may be run without the other."""
+
+    def __init__(self, bank: Unified, side: int, owns: bool):
+        super().__init__()
+        self.side = side
+        if owns:
+            self.bank = bank
+        else:
+            self.__dict__["bank"] = bank
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """What another place holds, for whoever runs this again in backward."""
+        return () if "bank" in self._modules else tuple(self.bank.parameters())
+
+    def forward(self) -> Tensor:
+        made: Tensor = self.bank(self.side)
         return made

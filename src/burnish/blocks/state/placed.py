@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.call import context
 from ...core.errors import RecipeError
 from ..tape.replay import dropout
 from .prompts import Listener, named
@@ -26,14 +27,27 @@ class Placed(Listener):
     returns, or the block is given, the tokens from `after` on are the rows.
 
     rows (L, D), or (C, L, D): each text of C has its own. meta: what is added to them for an image
-    (:class:`PerImage` is needed then).
+    (:class:`PerImage` is needed then). maker: makes the rows, in their place (generators.py).
     """
 
-    def __init__(self, state: Any, adapter: str, rows: Tensor, *, after: int = 1,
-                 entering: bool = False, meta: nn.Module | None = None):
+    def __init__(self, state: Any, adapter: str, rows: Tensor | None, *, after: int = 1,
+                 entering: bool = False, meta: nn.Module | None = None,
+                 maker: nn.Module | None = None):
         super().__init__(state, adapter)
-        self.rows, self.meta = nn.Parameter(rows), meta
+        self.rows = None if rows is None else nn.Parameter(rows)
+        self.meta, self.maker = meta, maker
         self.after, self.entering = after, entering
+
+    def made(self) -> Tensor:
+        """The rows."""
+        return self.rows if self.maker is None else self.maker()
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        """Its tensors once training is over: the rows, whatever made them, and what is added."""
+        own = {} if self.meta is None else {f"meta.{n}": t.detach() for n, t in
+                                            self.meta.named_parameters()}
+        return {"rows": self.made().detach().contiguous(), **own}
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if not self.entering:
@@ -45,16 +59,17 @@ class Placed(Listener):
 
     def put(self, x: Tensor) -> Tensor:
         """The tokens with the rows in their place."""
-        L, a = self.rows.shape[-2], self.after
+        rows, a = self.made(), self.after
+        L = rows.shape[-2]
         if x.dim() != 3 or x.shape[1] <= a + L:
             raise RecipeError(f"{L} rows stand in the place of the tokens {a} to {a + L - 1} of a "
                               f"text, and this one is {tuple(x.shape[:-1])}: write as many "
                               "placeholders before the name of the class")
-        return torch.cat([x[:, :a], self.given(len(x)).to(x.dtype), x[:, a + L :]], 1)
+        return torch.cat([x[:, :a], self.given(rows, len(x)).to(x.dtype), x[:, a + L :]], 1)
 
-    def given(self, texts: int) -> Tensor:
+    def given(self, rows: Tensor, texts: int) -> Tensor:
         """The rows of so many texts, (texts, L, D): image by image, class by class."""
-        rows, own = self.rows, self.rows.dim() == 3
+        own, classes = rows.dim() == 3, len(rows)
         if self.meta is None:
             rows = rows if own else rows.expand(texts, -1, -1)
         else:
@@ -65,7 +80,7 @@ class Placed(Listener):
             rows = rows + shift.view(len(shift), *[1] * (rows.dim() - 1), -1)
             rows = rows.flatten(0, 1) if own else rows.repeat_interleave(texts // len(shift), 0)
         if len(rows) != texts:
-            raise RecipeError(f"{len(self.rows)} classes have rows of their own, and other texts "
+            raise RecipeError(f"{classes} classes have rows of their own, and other texts "
                               "are given: one of each class, in their order")
         return rows
 
@@ -143,3 +158,32 @@ class PerImage(Listener):
 
 def _matched(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+class ByTask(Listener):
+    """Listens to a model of two towers whose texts are the classes of several tasks, one task after
+    the other: of an image's logits those of its own task's classes are left.
+
+    classes: how many each task has. The batch names the ``task`` of every image.
+    """
+
+    def __init__(self, state: Any, adapter: str, classes: Sequence[int]):
+        super().__init__(state, adapter)
+        owner = torch.arange(len(classes)).repeat_interleave(torch.tensor(list(classes)))
+        self.register_buffer("owner", owner, persistent=False)
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        kw = named(module, args, kw)
+        if kw.get("return_loss"):
+            raise RecipeError("a contrastive loss pairs texts and images, and these texts are "
+                              "classes of tasks: give tuned.step(..., loss=) one of "
+                              "logits_per_image")
+        out = call(**kw)
+        logits = out["logits_per_image"]
+        if logits.shape[1] != len(self.owner):
+            raise RecipeError(f"the tasks have {len(self.owner)} classes together, and "
+                              f"{logits.shape[1]} texts are given")
+        task = context().per_row("task", logits)
+        logits = logits.masked_fill(self.owner != task.unsqueeze(1), -torch.inf)
+        out["logits_per_image"], out["logits_per_text"] = logits, logits.t()
+        return out

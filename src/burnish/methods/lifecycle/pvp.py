@@ -27,7 +27,8 @@ class Pvp(Method):
     Two runs: ``burnish.fit(base, source, recipe, output="first")``, then ``burnish.fit(base,
     target, recipe, init_from="first")``; beside one's own loop ``begin_from(tuned, "first")`` of
     burnish.formats.warm. Both recipes must add the same, setting by setting, to one base; all that
-    belongs to the head, and what stands on it, is left out, so that classes may be others.
+    belongs to the head, and what stands on it, is left out, so that classes may be others. Parts
+    whose finished file has another form (rows instead of what makes them) begin from a checkpoint.
 
     Start: of stage 2 what stage 1 left. Trains, keeps and merges as the recipe does. (MVLPT's
     transfer from a prompt of many tasks is this too.)
@@ -78,6 +79,6 @@ def check_alike(earlier: Recipe, now: Recipe) -> None:
                           f"is {' + '.join(m.name for m in here)}: stage 2 goes on with the same")
     for a, b in zip(was, here, strict=True):
         for name, value in a.settings().items():
-            if (other := b.settings()[name]) != value:
+            if (other := b.settings()[name]) != value and name not in a.of_task:
                 raise RecipeError(f"{a.name}: {name} was {value!r} in the earlier adapter, it is "
                                   f"{other!r} here")
