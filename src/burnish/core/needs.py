@@ -64,6 +64,14 @@ def patches(a: Anatomy) -> list[Place]:
     return [p for p in a.places if p.role == "patch" and p.block is None and p.kind == "conv"]
 
 
+def behind_patches(a: Anatomy) -> list[list[Block]]:
+    """The stacks of blocks that read pictures cut into patches by a convolution, in order."""
+    tops = {p.path.split(".")[0] for p in patches(a)}
+    stacks = a.stacks()
+    return [blocks for stack, blocks in stacks.items()
+            if tops and (len(stacks) == 1 or stack.split(".")[0] in tops)]
+
+
 def head_linear(a: Anatomy) -> Place | None:
     """The linear that the task head consists of; None where it is another, or more."""
     found = [p for p in a.places if a.in_head(p)]
@@ -228,6 +236,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                       "whole and writes nothing on", _reads_whole),
     "pictures": ("transformer blocks of one width between a convolution that cuts pictures into "
                  "patches and a head of one linear", _pictures),
+    "patches": ("blocks behind a convolution that cuts pictures into patches",
+                lambda a: bool(behind_patches(a))),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),
 }

@@ -217,6 +217,9 @@ class Steps:
     def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
         was, opt.model = self.tuned.model.training, self.tuned.model
         self.tuned.model.eval()
+        for m in self.tuned.model.modules():         # what learns by passing, in every pass
+            if was and getattr(m, "moves_by_passing", False):
+                m.train()
         try:
             with torch.no_grad():
                 value = opt.step(lambda: self.loss(batch, loss))

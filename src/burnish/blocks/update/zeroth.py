@@ -187,7 +187,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             callers = Callers(self.model, self._all())
             yield Evaluation(callers.watch(), self.model)
             self._callers = callers
-        update, eps = self.param_groups[0]["updates"], self.param_groups[0]["eps"]
+        update = self.param_groups[0]["updates"]
+        eps = self._radius(update)
         lrs, units, q = self._rates(update), self.units(), self.spec.queries
         found, losses = [], []
         try:
@@ -230,6 +231,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _rates(self, update: int) -> list[float]:
         """The learning rate of each group."""
         return [g["lr"] for g in self.param_groups]
+
+    def _radius(self, update: int) -> float:
+        """How far from the weights an update probes."""
+        return self.param_groups[0]["eps"]
 
     def _begin(self, update: int) -> Generator[Evaluate, float, None]:
         """Before the probes of an update."""
