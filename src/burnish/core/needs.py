@@ -218,6 +218,10 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
         for m in a.model.modules())),
     "text": ("a stack that takes embeddings in place of token ids",
              lambda a: any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
+    "writes on": ("a stack that takes embeddings in place of token ids, in a model that writes on "
+                  "with a linear head over its vocabulary", lambda a: next_token(a.model)
+                  and vocabulary_head(a) is not None and len(a.stacks()) == 1
+                  and any(_reads_text(a, s, "inputs_embeds") for s in a.stacks())),
     "states": ("a stack of transformer blocks of one width that reads no token ids", _states),
     "tables": ("an embedding of tokens, tied to nothing but linears and embeddings", _tables),
     "two towers": ("two towers, one that reads token ids and one that reads pictures, and a linear "
