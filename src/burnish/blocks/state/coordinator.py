@@ -21,6 +21,7 @@ from ...core.call import resume
 from ...core.errors import RecipeError
 from ..tape.cast import uncast
 from .prompts import Listener
+from .taps import evaluating
 
 #: channels of the map that z and the trigger fill, and behind each doubling but the last
 CHANNELS = (32, 64, 32, 32, 16)
@@ -95,22 +96,12 @@ class Drawn(Listener):
              kw: dict[str, Any]) -> Tensor:
         """z, of a run with nothing of the recipe."""
         runs = module if self.encoder is None else self.encoder
-        was = [m for m in runs.modules() if m.training and m not in self._mine()]
-        own = self.here.inner(off=True)
-        try:
-            for m in was:
-                m.training = False
-            with resume(own):
-                if self.encoder is not None:
-                    return self.read(self.encoder(x))
-                call(*args, **kw)
-                return self.read(own.box.pop(Heard))
-        finally:
-            for m in was:
-                m.training = True
-
-    def _mine(self) -> set[nn.Module]:
-        return set(self.modules())
+        own, mine = self.here.inner(off=True), set(self.modules())
+        with evaluating([m for m in runs.modules() if m.training and m not in mine]), resume(own):
+            if self.encoder is not None:
+                return self.read(self.encoder(x))
+            call(*args, **kw)
+            return self.read(own.box.pop(Heard))
 
 
 class Heard(Listener):

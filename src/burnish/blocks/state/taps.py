@@ -61,12 +61,12 @@ class Still(Listener):
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if not self.part:
             self.here.box["whole", self.adapter] = True
-        with _evaluating(self.still):
+        with evaluating(self.still):
             return call(*args, **kw)
 
 
 @contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
     was = [m for m in modules if m.training]
     for m in was:
         m.training = False
