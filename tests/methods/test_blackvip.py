@@ -204,7 +204,7 @@ def test_the_model_is_given_pixels_that_there_are_and_nothing_else():
     conv = net.vit.embeddings.patch_embeddings.projection
     hook = conv.register_forward_pre_hook(lambda m, a: given.append(a[0]))
     net(**batch)
-    plain, x = (t.detach() for t in given)                                      # the look, and the model's own run
+    plain, x = (t.detach() for t in given)                # the look, and the model's own run
     hook.remove()
     assert torch.equal(plain, batch["pixel_values"])
     assert float(x.min()) == -1.0 and float(x.max()) == 1.0

@@ -65,8 +65,8 @@ class Tpt(Method):
                               f"{self.confident:g} and {self.similar:g}")
         if self.updates < 1 or self.step_rate <= 0 or self.weight_decay < 0:
             raise ConfigError("tpt: updates of at least 1, a positive step_rate and a weight_decay "
-                              f"of at least 0 are expected, got {self.updates}, {self.step_rate:g} and "
-                              f"{self.weight_decay:g}")
+                              f"of at least 0 are expected, got {self.updates}, "
+                              f"{self.step_rate:g} and {self.weight_decay:g}")
 
     def lifecycle(self, tuned: Any, views: Mapping[str, Any], *, over: Sequence[str] | None = None,
                   made: int = 0, features: Callable[[Any], Tensor] | None = None) -> Any:
