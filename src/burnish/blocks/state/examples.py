@@ -50,21 +50,25 @@ class Examples(Prepended):
     """
 
     def __init__(self, state: Any, adapter: str, ids: Sequence[int], radii: Sequence[float],
-                 width: int, labels: Sequence[int], device: Any):
-        super().__init__(state, adapter, torch.zeros(len(ids), width, device=device), causal=True)
+                 embed: nn.Module, labels: Sequence[int]):
+        table: Any = embed.weight
+        super().__init__(state, adapter, torch.zeros(len(ids), table.shape[1], device=table.device),
+                         causal=True)
+        self.__dict__["embed"] = embed               # the model's own, no child of this one
         self.rows.burnish_decay = False              # it would pull to the plain examples
         self.ids, self.radii, self.labels = tuple(ids), tuple(radii), tuple(labels)
         self.__dict__["said"] = None                 # of the forward under way
 
-    def put(self, module: nn.Module, kw: dict[str, Any]) -> Tensor:
-        embed = module.get_input_embeddings()
-        x = kw.get("inputs_embeds")
-        if x is None:
-            x = embed(kw["input_ids"])
-        e = embed(torch.tensor(self.ids, device=x.device))
-        free = torch.tensor(self.radii, device=x.device).unsqueeze(1) > 0
-        front = e + (self.rows * free).to(e.dtype)
-        return torch.cat([front.to(x.dtype).expand(len(x), -1, -1), x], 1)
+    def made(self) -> Tensor:
+        """``e(c) + m d``."""
+        e = self.embed(torch.tensor(self.ids, device=self.rows.device))
+        free = torch.tensor(self.radii, device=self.rows.device).unsqueeze(1) > 0
+        return e + (self.rows * free).to(e.dtype)
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        """Its tensors once training is over: d; the tokens are settings."""
+        return {"rows": self.rows.detach()}
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if not self.labels or not self.state.riding.wanted:

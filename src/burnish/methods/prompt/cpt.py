@@ -87,7 +87,8 @@ class Cpt(Method):
         if len(paths) != 1 or not next_token(model) or vocabulary_head(attacher.anatomy) is None:
             raise RecipeError(f"cpt needs a model that writes on, reading embeddings in place of "
                               f"token ids; {type(model).__name__} does not: see prompt_tuning")
-        table = model.get_submodule(paths[0]).get_input_embeddings().weight
+        embed = model.get_submodule(paths[0]).get_input_embeddings()
+        table = embed.weight
         if not self.ids or not (0 <= min(self.ids) and max(self.ids) < len(table)):
             raise RecipeError("cpt needs the tokens of its examples: ids=..., from 0 to "
                               f"{len(table) - 1}")
@@ -96,8 +97,8 @@ class Cpt(Method):
         if not any(radii):
             raise RecipeError("cpt: nothing may move: no token is an input or a template of a "
                               "radius above 0")
-        Examples(attacher.state, attacher.adapter.name, self.ids, radii, table.shape[1],
-                 types.labels, attacher.device(paths[0])).listen(attacher.slot(paths[0]), part.name)
+        Examples(attacher.state, attacher.adapter.name, self.ids, radii, embed, types.labels
+                 ).listen(attacher.slot(paths[0]), part.name)
 
     def controller(self, tuned: Tuned) -> Projecting:
         return Projecting(self._rows(tuned))
