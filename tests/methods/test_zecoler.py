@@ -149,7 +149,7 @@ def test_a_mask_is_asked_for_a_word():
 
     tuned.optimizer(lr=2e-2)
     losses = [float(tuned.step({"input_ids": batch["input_ids"]}, loss)) for _ in range(60)]
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < 0.96 * losses[0]
 
 
 def test_counts_at_codebert_s_width():
