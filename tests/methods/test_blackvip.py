@@ -18,7 +18,7 @@ CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float6
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
 
 
-def joined(model="vit", recipe="blackvip(grid=2)", **kw):
+def joined(model="vit", recipe="blackvip(map_side=2)", **kw):
     net, batch = tiny(model, **kw)
     net.double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -85,7 +85,7 @@ def seen(base, model, x):
 @pytest.mark.parametrize("model", ["vit", "swin", "convnext"])
 @pytest.mark.parametrize("eps", [1.0, 0.25])
 def test_the_equation(model, eps):
-    tuned, batch, base = joined(model, f"blackvip(grid=2, eps={eps})")
+    tuned, batch, base = joined(model, f"blackvip(map_side=2, scale={eps})")
     theta = {n: p.detach().clone().requires_grad_() for n, p in parts(tuned).items()}
     z = seen(base, model, batch["pixel_values"])
     x = drawn(batch["pixel_values"], prompt(theta, z, 2), eps)
@@ -142,7 +142,7 @@ def service_batch():
 
 def test_a_closed_model_is_trained_by_its_answers_alone():
     model = Service()
-    tuned = burnish.tune(model, "blackvip(grid=1, encoder='encoder', features=12) + "
+    tuned = burnish.tune(model, "blackvip(map_side=1, encoder='encoder', encoder_width=12) + "
                                 "spsa_gc(queries=3)", head=False)
     assert sum(p.numel() for p in tuned.parameters()) == 32 - 12 + 9120
     before = {n: t.clone() for n, t in model.encoder.state_dict().items()}
@@ -161,8 +161,8 @@ def test_a_closed_model_is_trained_by_its_answers_alone():
 def test_the_encoder_answers_in_evaluation_whatever_the_mode():
     """Its dropout would make other pictures of one picture; batch norms are held still here."""
     model = Service()
-    tuned = burnish.tune(model, "blackvip(grid=1, encoder='encoder', features=12) + spsa_gc",
-                         head=False)
+    tuned = burnish.tune(model, "blackvip(map_side=1, encoder='encoder', encoder_width=12) + "
+                                "spsa_gc", head=False)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = 0.0
@@ -176,7 +176,7 @@ def test_the_encoder_answers_in_evaluation_whatever_the_mode():
 
 def test_batch_norms_take_the_batch_in_every_evaluation_and_the_running_mean_after():
     model = Service()
-    tuned = burnish.tune(model, "blackvip(grid=1, encoder='encoder', features=12) + "
+    tuned = burnish.tune(model, "blackvip(map_side=1, encoder='encoder', encoder_width=12) + "
                                 "spsa_gc(queries=1)", head=False)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     model.train()
@@ -198,8 +198,8 @@ def test_batch_norms_take_the_batch_in_every_evaluation_and_the_running_mean_aft
 
 def test_the_model_is_given_pixels_that_there_are_and_nothing_else():
     net, batch = tiny("vit")
-    tuned = burnish.tune(net, "blackvip(grid=2, eps=100.0, mean=(0.5, 0.5, 0.5), "
-                              "std=(0.5, 0.5, 0.5))", head=False)
+    tuned = burnish.tune(net, "blackvip(map_side=2, scale=100.0, pixel_mean=(0.5, 0.5, 0.5), "
+                              "pixel_std=(0.5, 0.5, 0.5))", head=False)
     given = []
     conv = net.vit.embeddings.patch_embeddings.projection
     hook = conv.register_forward_pre_hook(lambda m, a: given.append(a[0]))
@@ -215,7 +215,7 @@ def test_the_model_is_given_pixels_that_there_are_and_nothing_else():
 
 def test_positional_pictures_are_replaced_too():
     net, batch = tiny("vit")
-    burnish.tune(net, "blackvip(grid=2)", head=False)
+    burnish.tune(net, "blackvip(map_side=2)", head=False)
     net.eval()
     with torch.no_grad():
         a = net(batch["pixel_values"]).logits
@@ -225,7 +225,7 @@ def test_positional_pictures_are_replaced_too():
 
 def test_the_look_sees_nothing_of_a_recipe_beside_it():
     net, batch = tiny("vit")
-    tuned = burnish.tune(net, "lora(rank=2) + blackvip(grid=2)", head=False)
+    tuned = burnish.tune(net, "lora(rank=2) + blackvip(map_side=2)", head=False)
     found = []
     made = next(m for m in net.modules() if type(m).__name__ == "Coordinator")
     made.register_forward_pre_hook(lambda m, a: found.append(a[0].clone()))
@@ -257,20 +257,20 @@ def test_what_an_encoder_may_answer():
 
 def test_its_settings_are_the_paper_s():
     made = parse("blackvip")[0]
-    assert (made.eps, made.grid, made.encoder) == (1.0, 7, None)
+    assert (made.scale, made.map_side, made.encoder) == (1.0, 7, None)
 
 
 @pytest.mark.parametrize("model, recipe, says", [
     ("cnn", "blackvip", "no blocks behind a patch convolution.*give it an encoder"),
-    ("vit", "blackvip(grid=1)", "z alone has 32 numbers, and the map 32: take a larger grid"),
+    ("vit", "blackvip(map_side=1)", "z alone has 32 numbers, and the map 32: take a larger"),
     ("vit", "blackvip(encoder='nowhere')", "no module of that path"),
-    ("cnn", "blackvip(encoder='features')", "cannot be told; say it, features="),
-    ("vit", "blackvip(eps=0.0)", "eps is positive and grid at least 1"),
-    ("vit", "blackvip(grid=0)", "eps is positive and grid at least 1"),
-    ("vit", "blackvip(std=(1.0,))", "one number a channel"),
-    ("vit", "blackvip(std=(1.0, 0.0, 1.0))", "one number a channel, std positive"),
-    ("vit", "blackvip(mean=(), std=())", "one number a channel"),
-    ("vit", "blackvip(features=3)", "features says how wide `encoder` answers"),
+    ("cnn", "blackvip(encoder='features')", "cannot be told; say it, encoder_width="),
+    ("vit", "blackvip(scale=0.0)", "scale is positive and map_side at least 1"),
+    ("vit", "blackvip(map_side=0)", "scale is positive and map_side at least 1"),
+    ("vit", "blackvip(pixel_std=(1.0,))", "one number a channel"),
+    ("vit", "blackvip(pixel_std=(1.0, 0.0, 1.0))", "one number a channel, the latter positive"),
+    ("vit", "blackvip(pixel_mean=(), pixel_std=())", "one number a channel"),
+    ("vit", "blackvip(encoder_width=3)", "encoder_width says how wide `encoder` answers"),
     ("vit", "blackvip(targets='q')", "takes no targets"),
 ])
 def test_what_cannot_act_is_refused(model, recipe, says):
@@ -280,10 +280,12 @@ def test_what_cannot_act_is_refused(model, recipe, says):
 
 def test_other_channels_and_no_picture_are_refused():
     net, batch = tiny("vit")
-    tuned = burnish.tune(net, "blackvip(grid=2, mean=(0.5,), std=(0.5,))", head=False)
+    tuned = burnish.tune(net, "blackvip(map_side=2, pixel_mean=(0.5,), pixel_std=(0.5,))",
+                         head=False)
     with pytest.raises(burnish.RecipeError, match="pictures of 1 channels, and is given"):
         tuned.loss(batch)
     net, batch = tiny("mlp")
-    tuned = burnish.tune(net, "blackvip(grid=2, encoder='layers', features=32)", head=False)
+    tuned = burnish.tune(net, "blackvip(map_side=2, encoder='layers', encoder_width=32)",
+                         head=False)
     with pytest.raises(burnish.RecipeError, match="the model was given none"):
         tuned.loss(batch)

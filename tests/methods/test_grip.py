@@ -96,7 +96,7 @@ def run(method, seen=lambda r, tuned: None):
     ("ifpl", 3, [4, 4, 4]), ("fpl", 10, [4])])
 def test_the_rounds(mode, rounds, ks):
     found, rest = [], []
-    method = Grip(mode=mode, rounds=rounds, shots=4)
+    method = Grip(mode=mode, turns=rounds, shots=4)
     run(method, lambda r, tuned: (found.append(r), rest.append(
         [p.detach().clone() for p in tuned.parameters()])))
     assert [r.k for r in found] == ks and [r.number for r in found] == list(range(1, len(ks) + 1))
@@ -121,7 +121,7 @@ def test_the_base_labels_first_and_what_was_trained_after():
         model.eval()
         plain = model(x).softmax(1)
         model.train()
-    rounds = Grip(mode="ifpl", rounds=2, shots=5).lifecycle(tuned, lambda: model(x).softmax(1),
+    rounds = Grip(mode="ifpl", turns=2, shots=5).lifecycle(tuned, lambda: model(x).softmax(1),
                                                             classes=3)
     first = next(rounds)
     assert list(zip(first.index.tolist(), first.labels.tolist(), strict=True)) == boards(plain, 5)
@@ -141,8 +141,8 @@ def test_a_run_is_repeatable_and_learns_from_what_it_says():
     model, x, labels = problem()
     model.eval()
     before = (model(x).argmax(1) == labels).float().mean().item()
-    a, one = run(Grip(rounds=5))
-    b, two = run(Grip(rounds=5))
+    a, one = run(Grip(turns=5))
+    b, two = run(Grip(turns=5))
     assert a == b > before
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -155,18 +155,18 @@ def test_beside_labelled_samples_each_set_counts_alike():
 
 def test_its_settings_are_the_paper_s():
     made = parse("grip")[0]
-    assert (made.mode, made.rounds, made.shots) == ("grip", 10, 16)
+    assert (made.mode, made.turns, made.shots) == ("grip", 10, 16)
     assert [made.size(i, 1000, 10) for i in (1, 2, 10)] == [10, 20, 100]
 
 
 def test_what_cannot_act_is_refused():
-    for settings in ({"rounds": 0}, {"shots": 0}):
-        with pytest.raises(burnish.ConfigError, match="rounds and shots are at least 1"):
+    for settings in ({"turns": 0}, {"shots": 0}):
+        with pytest.raises(burnish.ConfigError, match="turns and shots are at least 1"):
             Grip(**settings)
     model, x, _ = problem()
     tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
-    with pytest.raises(burnish.ConfigError, match="too few for 3 classes in 40 rounds.*rounds=30"):
-        next(Grip(rounds=40).lifecycle(tuned, lambda: model(x).softmax(1), classes=3))
+    with pytest.raises(burnish.ConfigError, match="too few for 3 classes in 40 rounds.*turns=30"):
+        next(Grip(turns=40).lifecycle(tuned, lambda: model(x).softmax(1), classes=3))
     with pytest.raises(burnish.ConfigError, match=r"\(samples, 4\) probabilities"):
         next(Grip().lifecycle(tuned, lambda: model(x).softmax(1), classes=4))
     for p in tuned.parameters():

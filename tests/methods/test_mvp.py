@@ -66,7 +66,7 @@ def test_scores_are_the_mean_over_templates_and_words(kind, side):
     base = copy.deepcopy(net).eval()
     tuned = burnish.tune(net, "full", head=False)
     net.train()
-    got = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK).lifecycle(tuned, batch(side))
+    got = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK).lifecycle(tuned, batch(side))
     with torch.no_grad():                                # untrained: the model's own words
         torch.testing.assert_close(got, want(base), rtol=1e-9, atol=1e-11)
     assert net.training and not got.requires_grad
@@ -78,7 +78,7 @@ def test_a_step_is_of_the_cross_entropy_of_these_scores(recipe):
     tuned = burnish.tune(net, recipe, head=False)
     twin = copy.deepcopy(tuned)
     tuned.optimizer(lr=1e-2)
-    method = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
     got = method.step(tuned, batch())
     loss = F.cross_entropy(want(twin.model), batch()["labels"])
     torch.testing.assert_close(got, loss.detach(), rtol=1e-9, atol=1e-11)
@@ -95,7 +95,7 @@ def test_no_parameter_is_new_and_the_loss_falls():
     tuned = burnish.tune(net, "full", head=False)
     assert {n for n, _ in tuned.named_parameters()} == names
     tuned.optimizer(lr=1e-3)
-    method = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
     losses = [float(method.step(tuned, batch())) for _ in range(12)]
     assert losses[-1] < losses[0] / 2
     assert method.lifecycle(tuned, batch()).argmax(1).tolist() == [0, 2, 1]
@@ -138,7 +138,8 @@ def test_the_term_of_moved_embeddings(recipe, epsilon):
     grads = {}
     tuned.current_optimizer.register_step_pre_hook(
         lambda *_: grads.update({n: p.grad.clone() for n, p in tuned.named_parameters()}))
-    got = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK, epsilon=epsilon).step(tuned, batch())
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK, attack=epsilon)
+    got = method.step(tuned, batch())
     loss = F.cross_entropy(want(twin.model), batch()["labels"]) + moved(twin.model, epsilon)
     torch.testing.assert_close(got, loss.detach(), rtol=1e-8, atol=1e-10)
     loss.backward()
@@ -153,7 +154,7 @@ def test_the_head_sees_one_token_a_row():
     net, seen = model(), []
     net.cls.register_forward_hook(lambda m, a, o: seen.append(o.shape))
     tuned = burnish.tune(net, "full", head=False)
-    method = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
     method.step(tuned, batch())
     method.lifecycle(tuned, batch())
     assert seen == [(6, 1, 64)] * 2
@@ -177,7 +178,7 @@ def test_rows_as_they_are_written():
 
 def test_without_a_mask_all_tokens_are_real():
     tuned = burnish.tune(model(), "full", head=False)
-    method = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
     ids = torch.tensor([[CLS, 30, 31, SEP]])
     a = method.lifecycle(tuned, {"input_ids": ids})
     assert torch.equal(a, method.lifecycle(tuned, {"input_ids": ids,
@@ -187,23 +188,23 @@ def test_without_a_mask_all_tokens_are_real():
 def test_what_cannot_act_is_refused():
     for templates in (((10, 11),), ((MASK, MASK),)):
         with pytest.raises(burnish.ConfigError, match="every template has the mask"):
-            Mvp(templates=templates, words=WORDS, mask=MASK)
+            Mvp(templates=templates, label_words=WORDS, mask_token=MASK)
     for words in (((1,),), ((1,), ()), ((1,), ((2, 3),))):
         with pytest.raises(burnish.ConfigError, match="two classes or more, a token id each"):
-            Mvp(templates=TEMPLATES, words=words, mask=MASK)
-    with pytest.raises(burnish.ConfigError, match="epsilon is a length"):
-        Mvp(epsilon=-1.0)
+            Mvp(templates=TEMPLATES, label_words=words, mask_token=MASK)
+    with pytest.raises(burnish.ConfigError, match="attack is a length"):
+        Mvp(attack=-1.0)
     tuned = burnish.tune(model(), "full", head=False)
     with pytest.raises(burnish.ConfigError, match="needs templates"):
         parse("mvp")[0].lifecycle(tuned, batch())
-    full = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK)
+    full = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
     for name in ("gpt2", "bert", "vit"):
         net, b = tiny(name)
         other = burnish.tune(net, "full", head=False)
         with pytest.raises(burnish.ConfigError, match="take a ...ForMaskedLM"):
             full.lifecycle(other, {"input_ids": b.get("input_ids")})
-    at = Mvp(templates=TEMPLATES, words=WORDS, mask=MASK, epsilon=1.0)
+    at = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK, attack=1.0)
     for recipe in ("full + mezo", "full + l2_sp"):
         other = burnish.tune(model(), recipe, head=False)
-        with pytest.raises(burnish.ConfigError, match="leave epsilon out"):
+        with pytest.raises(burnish.ConfigError, match="leave attack out"):
             at.step(other, batch())

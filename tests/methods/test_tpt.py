@@ -201,7 +201,6 @@ def test_its_settings():
     made = parse("tpt")[0]
     assert (made.confident, made.similar, made.updates, made.step_rate, made.weight_decay) \
         == (0.1, 1.0, 1, 5e-3, 0.01)
-    assert parse("tpt(lr=0.1, steps=2)")[0] == Tpt(step_rate=0.1, updates=2)
     assert sure(torch.randn(64, 5), made.confident).numel() == 6         # a tenth of 64
 
 

@@ -92,14 +92,14 @@ def compare(tuned, batch, want, t):
 
 
 @pytest.mark.parametrize("model", ["bert", "roberta", "gpt2", "t5"])
-@pytest.mark.parametrize("more, hidden", [("", 32), (", hidden=5", 5), (", encoder='none'", 0)])
+@pytest.mark.parametrize("more, hidden", [("", 32), (", hidden=5", 5), (", made_by='none'", 0)])
 def test_in_the_text(model, more, hidden):
     tuned, batch, base = joined(model, f"zecoler(length=3, placeholder={MARK}{more})")
     t = theta(tuned)
     compare(tuned, batch, inside(base, batch, rows(t, hidden)), t)
 
 
-@pytest.mark.parametrize("more, hidden", [("", 32), (", encoder='none'", 0)])
+@pytest.mark.parametrize("more, hidden", [("", 32), (", made_by='none'", 0)])
 def test_in_front_it_is_a_prompt_of_these_rows(more, hidden):
     tuned, batch, base = joined("gpt2", f"zecoler(length=3{more})")
     t = theta(tuned)
@@ -128,7 +128,7 @@ def test_the_file_holds_what_the_encoder_made(where, tmp_path):
     torch.testing.assert_close(held, made.detach())
     net, _ = tiny("gpt2", dtype=torch.float64)
     again = burnish.load(net, tmp_path)
-    assert again.recipe[0].encoder == "none"
+    assert again.recipe[0].made_by == "none"
     net.eval()
     with torch.no_grad():
         torch.testing.assert_close(net(**batch).logits, want)
@@ -157,7 +157,7 @@ def test_counts_at_codebert_s_width():
     count = 7680 + sum(p.numel() for p in made.parameters())
     assert parse("zecoler")[0].count(768) == count == 10 * 768 + 8 * 768 * 1537 + 8 * 768 * 2305 \
         + 2 * 768 * 768 + 768 + 768 * 769
-    assert parse("zecoler(encoder='none')")[0].count(768) == 7680
+    assert parse("zecoler(made_by='none')")[0].count(768) == 7680
     small = PromptEncoder(6, 3)
     assert parse("zecoler(length=4, hidden=3)")[0].count(6) == \
         24 + sum(p.numel() for p in small.parameters())
@@ -165,9 +165,9 @@ def test_counts_at_codebert_s_width():
 
 def test_its_settings():
     made = parse("zecoler")[0]
-    assert (made.length, made.hidden, made.encoder, made.placeholder) == (10, 0, "lstm", None)
+    assert (made.length, made.hidden, made.made_by, made.placeholder) == (10, 0, "lstm", None)
     done = parse("zecoler(hidden=8, placeholder=3)")[0].finished()
-    assert (done.encoder, done.hidden, done.placeholder, done.length) == ("none", 0, 3, 10)
+    assert (done.made_by, done.hidden, done.placeholder, done.length) == ("none", 0, 3, 10)
 
 
 def test_a_decoder_may_have_none_and_an_encoder_all_or_an_error():
@@ -191,7 +191,7 @@ def test_a_decoder_may_have_none_and_an_encoder_all_or_an_error():
 @pytest.mark.parametrize("model, recipe, says", [
     ("bert", "zecoler(length=0)", "at least one row"),
     ("bert", "zecoler(hidden=-1)", "a width of at least 0"),
-    ("bert", "zecoler(hidden=4, encoder='none')", "leave one of them out"),
+    ("bert", "zecoler(hidden=4, made_by='none')", "leave one of them out"),
     ("bert", "zecoler(placeholder=64)", "from 0 to 63"),
     ("bert", "zecoler(placeholder=-1)", "from 0 to 63"),
     ("bert", "zecoler(targets='q')", "takes no targets"),

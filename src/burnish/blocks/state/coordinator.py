@@ -81,7 +81,7 @@ class Drawn(Listener):
         x = args[where] if isinstance(where, int) else kw[where]
         if x.shape[1] != len(self.low):
             raise RecipeError(f"blackvip draws on pictures of {len(self.low)} channels, and is "
-                              f"given {tuple(x.shape)}: give mean and std of as many")
+                              f"given {tuple(x.shape)}: give pixel_mean and pixel_std of as many")
         h = self.coordinator(self.seen(module, call, x, args, kw)).to(x.dtype)
         if h.shape[-2:] != x.shape[-2:]:
             h = F.interpolate(h, size=x.shape[-2:], mode="bilinear", align_corners=False)
@@ -130,7 +130,7 @@ def features(out: Any, width: int, first: bool) -> Tensor:
         out = out[0] if isinstance(out, tuple) else out.last_hidden_state
     if width not in (out.shape[-1], out.shape[1]):
         raise RecipeError(f"blackvip: its encoder answers {tuple(out.shape)}, which has no axis of "
-                          f"{width}: say how wide it is, features=...")
+                          f"{width}: say how wide it is, encoder_width=...")
     if out.dim() == 2:
         return out
     if out.shape[-1] == width:

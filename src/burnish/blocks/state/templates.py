@@ -74,3 +74,8 @@ def through(table: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
         yield
     finally:
         hook.remove()
+
+
+def filled(tokens: Tensor, where: Tensor, words: Tensor) -> Tensor:
+    """The rows with these words (rows,) in place of their masks."""
+    return tokens.scatter(1, where.unsqueeze(1), words.unsqueeze(1))

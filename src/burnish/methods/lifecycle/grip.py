@@ -44,8 +44,8 @@ class Grip(Method):
 
         mode      rounds                K of round i
         fpl       1                     `shots`                       the base labels
-        ifpl      I = `rounds`          `shots`                       then the model of round i - 1
-        grip      I = `rounds`          floor(i |U| / (I C))          until all of U is used
+        ifpl      I = `turns`           `shots`                       then the model of round i - 1
+        grip      I = `turns`           floor(i |U| / (I C))          until all of U is used
 
     The loop is the caller's own, with any data loader, schedule and recipe::
 
@@ -69,19 +69,19 @@ class Grip(Method):
     tier: ClassVar[str] = "checked against an independent equation"
 
     mode: Literal["grip", "ifpl", "fpl"] = setting("grip", "how many labels a round has")
-    rounds: int = setting(10, "I, of labelling and training")
+    turns: int = setting(10, "I, of labelling and training")
     shots: int = setting(16, "K of fpl and ifpl", alias=("K",))
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.shots < 1:
-            raise ConfigError(f"grip: rounds and shots are at least 1, got {self.rounds} and "
+        if self.turns < 1 or self.shots < 1:
+            raise ConfigError(f"grip: turns and shots are at least 1, got {self.turns} and "
                               f"{self.shots}")
 
     def size(self, number: int, pool: int, classes: int) -> int:
         """K of a round."""
         if self.mode != "grip":
             return self.shots
-        return number * pool // (self.rounds * classes)
+        return number * pool // (self.turns * classes)
 
     def lifecycle(self, tuned: Any, say: Callable[[], Tensor], *, classes: int) -> Iterator[Round]:
         """The rounds; between one and the next the caller trains."""
@@ -89,13 +89,13 @@ class Grip(Method):
         if not start:
             raise ConfigError("grip: nothing trains just now; tuned.use(name) for one adapter "
                               "alone")
-        of = 1 if self.mode == "fpl" else self.rounds
+        of = 1 if self.mode == "fpl" else self.turns
         for number in range(1, of + 1):
             p = self._said(tuned, say, classes, base=number == 1)
             k = self.size(number, len(p), classes)
             if not k:
                 raise ConfigError(f"grip: {len(p)} samples are too few for {classes} classes in "
-                                  f"{self.rounds} rounds: the first would have none; take rounds="
+                                  f"{self.turns} rounds: the first would have none; take turns="
                                   f"{max(1, len(p) // classes)} or fewer")
             found = boards(p, k)
             now = dict(tuned.named_parameters())

@@ -22,23 +22,23 @@ Ids = tuple[tuple[int, ...], ...] | list[list[int]]
 class Mvp(Method):
     """MVP: a masked language model is tuned as a classifier through words, without a head.
 
-    Each text stands in M `templates`, ``[x; template_m with the mask]``; class c has a few `words`
-    of one token each, and
+    Each text stands in M `templates`, ``[x; template_m with the mask]``; class c has a few
+    `label_words` of one token each, and
 
         s_c = mean over templates and words of c of the logit at the mask,   p = softmax(s)
 
     with the cross-entropy of p. No parameter is new, so before training the model answers as it
     does unseen; whatever the recipe trains is tuned (all weights as published)::
 
-        method = Mvp(templates=..., words=..., mask=tokenizer.mask_token_id)
+        method = Mvp(templates=..., label_words=..., mask_token=tokenizer.mask_token_id)
         tuned = burnish.tune(model, "full")                  # a ...ForMaskedLM
         tuned.optimizer(lr=1e-5)
         method.step(tuned, batch)                            # through tuned.step
         method.lifecycle(tuned, batch)                       # (B, C) scores of new texts
 
     batch: ``input_ids``, ``attention_mask``, and ``labels`` (B,) for a step. A template is put
-    before a text's last token (its separator). With `epsilon` a second term trains against the
-    worst small change: the loss where the word embeddings of every row are moved by ``epsilon g /
+    before a text's last token (its separator). With `attack` a second term trains against the
+    worst small change: the loss where the word embeddings of every row are moved by ``attack g /
     ||g||``, g their gradient (AT; 1 as published).
 
     Takes M forwards, as one batch of M B rows; the head sees the mask's states alone, so logits of
@@ -51,29 +51,29 @@ class Mvp(Method):
     tier: ClassVar[str] = "checked against an independent equation"
 
     templates: Ids | None = setting(None, "token ids of each, the mask among them")
-    words: Ids | None = setting(None, "of each class, the token ids of its words")
-    mask: int | None = setting(None, "token id of the mask", alias=("mask_token_id",))
-    epsilon: float = setting(0.0, "how far embeddings are moved against the loss; 0: not")
+    label_words: Ids | None = setting(None, "of each class, the token ids of its words")
+    mask_token: int | None = setting(None, "token id of the mask", alias=("mask_token_id",))
+    attack: float = setting(0.0, "how far embeddings are moved against the loss; 0: not")
 
     def __post_init__(self) -> None:
         for template in self.templates or ():
-            if list(template).count(self.mask) != 1:        # type: ignore[arg-type]
-                raise ConfigError(f"mvp: every template has the mask ({self.mask}) once, unlike "
-                                  f"{tuple(template)}")
-        if self.words is not None and (len(self.words) < 2 or not all(
-                len(w) and all(isinstance(i, int) for i in w) for w in self.words)):
+            if list(template).count(self.mask_token) != 1:        # type: ignore[arg-type]
+                raise ConfigError(f"mvp: every template has the mask ({self.mask_token}) once, "
+                                  f"unlike {tuple(template)}")
+        if self.label_words is not None and (len(self.label_words) < 2 or not all(
+                len(w) and all(isinstance(i, int) for i in w) for w in self.label_words)):
             raise ConfigError("mvp: words are given for two classes or more, a token id each (no "
-                              f"answer of several tokens), got {self.words}")
-        if self.epsilon < 0:
-            raise ConfigError(f"mvp: epsilon is a length of at least 0, got {self.epsilon:g}")
+                              f"answer of several tokens), got {self.label_words}")
+        if self.attack < 0:
+            raise ConfigError(f"mvp: attack is a length of at least 0, got {self.attack:g}")
 
     def _asked(self, tuned: Any, batch: Mapping[str, Any]
                ) -> tuple[dict[str, Tensor], Tensor, nn.Module, Sequence[Sequence[int]]]:
         """(what the model is given, where the masks are, the body, the words)."""
         model = tuned.model
-        if not self.templates or not self.words:
-            raise ConfigError("mvp needs templates=... and words=...: token ids, the mask among "
-                              "those of a template")
+        if not self.templates or not self.label_words:
+            raise ConfigError("mvp needs templates=... and label_words=...: token ids, the mask "
+                              "among those of a template")
         body = above(tuned.anatomy, next(iter(tuned.anatomy.stacks()), ""), "input_ids",
                      "inputs_embeds")
         if not body or next_token(model) or vocabulary_head(tuned.anatomy) is None:
@@ -82,10 +82,10 @@ class Mvp(Method):
         ids, config = batch["input_ids"], getattr(model, "config", None)
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        tokens, seen, where = written(ids, mask, self.templates, int(self.mask or 0),
+        tokens, seen, where = written(ids, mask, self.templates, int(self.mask_token or 0),
                                       getattr(config, "pad_token_id", None) or 0)
         return ({"input_ids": tokens, "attention_mask": seen}, where, model.get_submodule(body),
-                self.words)
+                self.label_words)
 
     def lifecycle(self, tuned: Any, batch: Mapping[str, Any]) -> Tensor:
         """(B, C) scores of texts; softmax makes them probabilities."""
@@ -115,17 +115,17 @@ class Mvp(Method):
             clean = told(out)
             (g,) = torch.autograd.grad(clean, at[0], retain_graph=True)
             size = g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1)
-            with through(table, lambda e: e + self.epsilon * g / size):
+            with through(table, lambda e: e + self.attack * g / size):
                 return clean + told(tuned.model(**given))
 
         with only_at(body, where):
-            if not self.epsilon:
+            if not self.attack:
                 return tuned.step(given, lambda out, _: told(out))
             optimizer = tuned.current_optimizer or tuned.optimizer()
             if getattr(optimizer, "zeroth_order", False) or any(
                     "objective" in m.axes() for m in tuned.recipe):
-                raise ConfigError("mvp(epsilon=...) makes a second forward along a gradient: it "
+                raise ConfigError("mvp(attack=...) makes a second forward along a gradient: it "
                                   "goes with no zeroth-order steps and no objectives; leave "
-                                  "epsilon out")
+                                  "attack out")
             with through(table, heard):
                 return tuned.step(given, both)

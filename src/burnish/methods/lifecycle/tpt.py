@@ -55,8 +55,8 @@ class Tpt(Method):
 
     confident: float = setting(0.1, "share of the views that is kept, of least entropy")
     similar: float = setting(1.0, "share of the made views that may be kept, nearest first")
-    updates: int = setting(1, "of AdamW on one sample", alias=("steps",))
-    step_rate: float = setting(5e-3, "learning rate of these updates", alias=("lr",))
+    updates: int = setting(1, "of AdamW on one sample")
+    step_rate: float = setting(5e-3, "learning rate of these updates")
     weight_decay: float = setting(0.01, "of AdamW, times the rate")
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class Zecoler(Method):
     wide each (0: d, as published). The text has the token `placeholder` where a pseudo-token
     stands, `length` of them a sample, the k-th of which reads P_k (an id that means nothing else;
     masks and positions are the text's). Without `placeholder` P stands in front, as in
-    `prompt_tuning`. With ``encoder="none"`` the rows train themselves.
+    `prompt_tuning`. With ``made_by="none"`` the rows train themselves.
 
     A task is a word at the mask: ``tuned.step(batch, loss)`` with the cross-entropy of the logits
     of "yes" and "no" there. As published the language model trains too (``full + zecoler``, 1e-5)
@@ -36,7 +36,7 @@ class Zecoler(Method):
 
     Start: Q ~ N(0, 0.02^2), the encoder as torch's LSTM and linears: not the pre-trained function.
     Trains length d + 8 h (d + h + 1) + 8 h (3 h + 1) + 2 h d + d + d (d + 1), h = hidden or d;
-    ``encoder="none"``: length d. A finished file (``tuned.save``) holds P alone, a checkpoint of a
+    ``made_by="none"``: length d. A finished file (``tuned.save``) holds P alone, a checkpoint of a
     run all of it. Kept for backward: what frozen blocks keep. Not mergeable.
 
     CodePrompt, the other method of these prompts, pools the mask's states of several layers; it
@@ -53,7 +53,7 @@ class Zecoler(Method):
     length: int = setting(10, "rows of P", alias=("num_virtual_tokens",))
     hidden: int = setting(0, "width of each direction of the LSTM; 0: the embeddings'",
                           alias=("encoder_hidden_size",), other=(8,))
-    encoder: Literal["lstm", "none"] = setting("lstm", "what makes the rows")
+    made_by: Literal["lstm", "none"] = setting("lstm", "what makes the rows")
     placeholder: int | None = setting(
         None, "token id that stands for a pseudo-token; None: P stands in front",
         unseen="a text without it is refused: tests/methods/test_zecoler.py")
@@ -62,8 +62,8 @@ class Zecoler(Method):
         if self.length < 1 or self.hidden < 0:
             raise RecipeError(f"zecoler: at least one row and a width of at least 0 are expected, "
                               f"got length={self.length} and hidden={self.hidden}")
-        if self.hidden and self.encoder == "none":
-            raise RecipeError("zecoler: hidden is the width of the LSTM, and encoder='none' has "
+        if self.hidden and self.made_by == "none":
+            raise RecipeError("zecoler: hidden is the width of the LSTM, and made_by='none' has "
                               "none; leave one of them out")
 
     def prompt(self, anatomy: Anatomy) -> Any:
@@ -71,7 +71,7 @@ class Zecoler(Method):
             raise RecipeError("zecoler takes no targets: its rows stand in the text")
         if self.placeholder is not None:
             return self
-        return Front(self, Prepended if self.encoder == "none" else Made)
+        return Front(self)                           # type: ignore[arg-type]
 
     def start(self, table: Tensor) -> Tensor:
         """Q, or P itself, for this embedding table."""
@@ -97,11 +97,11 @@ class Zecoler(Method):
                  self.placeholder, apart=len(paths) > 1).listen(attacher.slot(where), part.name)
 
     def finished(self) -> Zecoler:
-        return replace(self, encoder="none", hidden=0)
+        return replace(self, made_by="none", hidden=0)
 
     def count(self, d: int) -> int:
         """Trainable parameters at embedding width d."""
         h, rows = self.hidden or d, self.length * d
-        if self.encoder == "none":
+        if self.made_by == "none":
             return rows
         return rows + 8 * h * (d + h + 1) + 8 * h * (3 * h + 1) + 2 * h * d + d + d * (d + 1)
