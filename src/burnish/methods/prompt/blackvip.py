@@ -56,7 +56,8 @@ class Blackvip(Method):
                                   "the model itself", unseen="its answer is another module's: "
                                   "tests/methods/test_blackvip.py")
     encoder_width: int | None = setting(None, "d, where the encoder's config does not say it",
-                                   unseen="it has a meaning only beside encoder: tests/methods/test_blackvip.py")
+                                   unseen="it has a meaning only beside encoder: "
+                                          "tests/methods/test_blackvip.py")
     pixel_mean: tuple[float, ...] = setting(_MEAN, "of the pixels, by channel")
     pixel_std: tuple[float, ...] = setting(_STD, "of the pixels, by channel")
 
