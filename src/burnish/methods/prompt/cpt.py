@@ -56,7 +56,7 @@ class Cpt(Method):
     ids: tuple[int, ...] | list[int] | None = setting(None, "tokens of the examples, in order",
                                                    other=((5, 9, 7, 11, 6, 9, 8, 13),))
     types: tuple[int, ...] | list[int] | None = setting(
-        None, "what each token is; None: all are input", other=((1, 2, 2, 4, 5, 6, 6, 8),))
+        None, "what each token is; None: all are input", other=((1, 2, 3, 4, 5, 6, 8, 8),))
     input_radius: float = setting(0.1, "how far an input's embedding may go, at width 2048")
     format_radius: float = setting(0.1, "how far a template's embedding may go, at width 2048")
     label_decay: float = setting(0.95, "of a label's weight, per example back", alias=("gamma",))
@@ -119,6 +119,7 @@ class Cpt(Method):
             raise ConfigError("cpt weighs the labels of its context against those of the query: "
                               "put labels in the batch, and let the model make the loss")
         head = tuned.model.get_submodule(str(vocabulary_head(tuned.anatomy)))
+        said = said.to(head.weight.dtype)        # a model whose states are wider casts there too
         yield of_all(head(said), rows, self.coded().weights(self.label_decay), loss, labels,
                      run.batch.get("num_items_in_batch"))
 
