@@ -162,7 +162,7 @@ def test_a_step_trains_on_it():
 def test_its_settings():
     made = parse("hint_aug")[0]
     assert (made.layer, made.patches, made.limit_of_change, made.pixel_rate, made.pixel_updates,
-            made.low, made.high) == (4, 2, 0.7, 0.1, 1, -1.0, 1.0)
+            made.least_pixel, made.largest_pixel) == (4, 2, 0.7, 0.1, 1, -1.0, 1.0)
 
 
 def test_what_cannot_act_is_refused():
@@ -170,7 +170,7 @@ def test_what_cannot_act_is_refused():
         with pytest.raises(burnish.ConfigError, match="layer of at least 0"):
             HintAug(**settings)
     with pytest.raises(burnish.ConfigError, match="which leaves none"):
-        HintAug(low=1.0)
+        HintAug(least_pixel=1.0)
     tuned, batch, _ = joined()
     with pytest.raises(burnish.ConfigError, match="has 2 blocks"):
         HintAug().augmented(tuned, batch, torch.eye(3))

@@ -60,17 +60,17 @@ class HintAug(Method):
     limit_of_change: float = setting(0.7, "of attention, from where on lost patches are chosen")
     pixel_rate: float = setting(0.1, "of the updates of delta")
     pixel_updates: int = setting(1, "of delta")
-    low: float = setting(-1.0, "smallest pixel there is, as the model is given it")
-    high: float = setting(1.0, "largest pixel there is")
+    least_pixel: float = setting(-1.0, "smallest pixel there is, as the model is given it")
+    largest_pixel: float = setting(1.0, "largest pixel there is")
 
     def __post_init__(self) -> None:
         if self.layer < 0 or self.patches < 1 or self.pixel_updates < 1 or self.pixel_rate <= 0:
             raise ConfigError("hint_aug: layer of at least 0, patches and pixel_updates of at "
                               f"least 1 and a positive pixel_rate are expected, got {self.layer}, "
                               f"{self.patches}, {self.pixel_updates} and {self.pixel_rate:g}")
-        if not self.low < self.high:
-            raise ConfigError(f"hint_aug: pixels are between low={self.low:g} and high="
-                              f"{self.high:g}, which leaves none")
+        if not self.least_pixel < self.largest_pixel:
+            raise ConfigError(f"hint_aug: pixels are between {self.least_pixel:g} and "
+                              f"{self.largest_pixel:g}, which leaves none")
 
     @torch.no_grad()
     def lifecycle(self, tuned: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -102,7 +102,8 @@ class HintAug(Method):
         with evaluating([m for m in tuned.model.modules() if m.training]):
             here = self._chosen(tuned, given, x)
             u = torch.rand(x.shape, generator=generator, device=x.device).to(x.dtype)
-            delta = here * (self.low + (self.high - self.low) * u - x)
+            low, high = self.least_pixel, self.largest_pixel
+            delta = here * (low + (high - low) * u - x)
             rule = AdamW(weight_decay=0.0)
             state = rule.init(delta)
             for t in range(1, self.pixel_updates + 1):
@@ -114,7 +115,7 @@ class HintAug(Method):
                 with torch.no_grad():
                     u = rule.direction(g.to(state["exp_avg"].dtype), state, t, rule.hyper())
                     delta = here * (delta - self.pixel_rate * u.to(x.dtype))
-                    delta = (x + delta).clamp(self.low, self.high) - x
+                    delta = (x + delta).clamp(low, high) - x
                     delta = here * delta
         return {**batch, key: (x + delta).detach()}
 
