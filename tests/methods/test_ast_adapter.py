@@ -209,6 +209,7 @@ def test_what_it_refuses(recipe, why):
 
 
 def test_the_defaults():
+    assert parse("ast_adapter(bottleneck=1, mixer='conformer', kernel=1)")[0].kernel == 1
     m = parse("ast_adapter")[0]
     assert (m.bottleneck, m.mode, m.placement, m.own_residual, m.mixer, m.kernel, m.norms) == \
         (12, "parallel", "mlp", False, "none", 31, True)

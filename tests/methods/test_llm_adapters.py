@@ -120,6 +120,7 @@ def test_defaults_and_refusals():
         (256, "parallel", "tanh", 1.0, 0.0, False)
     with pytest.raises(burnish.RecipeError, match="at least 1"):
         parse("llm_adapters(bottleneck=0)")
+    assert parse("llm_adapters(bottleneck=1)")[0].bottleneck == 1
     with pytest.raises(burnish.RecipeError, match="dropout"):
         parse("llm_adapters(dropout=1.5)")
     with pytest.raises(burnish.CheckError, match="no form as a plain weight"):
