@@ -54,7 +54,7 @@ class SmoeDropout(Method):
         "a_known_length_acts": "shown with all experts, whose number cannot rise; "
                                "tests/methods/test_smoe_dropout.py"}
 
-    experts: int = setting(16, "runs of inner channels", other=(8, 2))
+    experts: int = setting(16, "runs of inner channels", other=(8,), beside={"k": 1})
     k: int | None = setting(None, "experts of a token as training begins; None: half of them",
                             other=(2, 1))
     k_end: int | None = setting(None, "as it ends, and in evaluation; None: all of them",
