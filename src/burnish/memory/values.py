@@ -171,6 +171,8 @@ def _values(value: Any) -> Any:
             raise _Unknown
         if type(found) is _Later:
             found = value._burnish_value = found.now()       # type: ignore[attr-defined]
+        if found._is_zerotensor():               # a tangent of zeros alone: it has no memory
+            raise _Unknown
         return found
     if isinstance(value, (list, tuple)):
         return type(value)([_values(v) for v in value])
