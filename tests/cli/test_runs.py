@@ -119,7 +119,8 @@ def test_dimension_trains_everything_and_then_sizes(capsys, monkeypatch, tmp_pat
 
     def fit(**kw):
         asked.append(kw)
-        return SimpleNamespace(metrics={"validation": {"loss": 2.0 if len(asked) == 2 else 1.0}})
+        return SimpleNamespace(metrics={"validation": {"loss": 2.0 if len(asked) == 2 else 1.0}},
+                               facts={"data": {"task": "image-classification"}})
 
     monkeypatch.setattr("burnish.fit", fit)
     code, out, _ = run(capsys, "dimension", "--model", GLYPH_VIT, "--data", "digits", "--output",
@@ -149,7 +150,8 @@ def test_dimension_says_what_was_found(points, last, capsys, monkeypatch, tmp_pa
 
     scores = {f"said(dimension={d})": p for d, p in points} | {"full": 1.0}
     monkeypatch.setattr("burnish.fit", lambda **kw: SimpleNamespace(
-        metrics={"validation": {"accuracy": scores[kw["recipe"]]}}))
+        metrics={"validation": {"accuracy": scores[kw["recipe"]]}},
+        facts={"data": {"task": "image-classification"}}))
     code, out, _ = run(capsys, "dimension", "--model", "m", "--data", "d", "--output", tmp_path,
                        "--least", points[0][0], "--most", points[-1][0], "--beyond", 0)
     assert code == 0 and out.rstrip().splitlines()[-1] == last

@@ -198,12 +198,6 @@ def test_prose_with_a_column_of_few_words_is_not_guessed(tmp_path):  # newcomer 
     assert read(path, **ways[-1]).task == "language-modelling"
 
 
-def test_preferences_say_that_they_are_not_served(tmp_path):
-    with pytest.raises(DataError, match="preference tuning .*not served yet"):
-        read(lines(tmp_path / "x.jsonl", [{"prompt": "a b", "chosen": "c d",
-                                           "rejected": "e f"}] * 4))
-
-
 def test_answers_marked_good_and_bad_are_not_all_learnt(tmp_path):
     rows = [{"prompt": f"what is {i}", "completion": f"it is {i % 7}", "label": i % 2 == 0}
             for i in range(20)]

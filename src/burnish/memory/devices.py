@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
+
+from ..blocks.tape.functions import once_differentiable
 
 _aten = torch.ops.aten
 MiB = 1 << 20

@@ -16,12 +16,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.errors import ConfigError, nearest
 from ..linalg import over_tokens, truncated_normal_
 from ..tape.cast import autocast, uncast
-from ..tape.functions import shaped, transformed
+from ..tape.functions import once_differentiable, shaped, transformed
 from ..tape.replay import States, replay, rng_state
 from ..tape.roles import reading
 

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.call import context
 from ...core.errors import RecipeError
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from ..tape.replay import replay, rng_state
 from .attending import Attending, named
 from .quantised import Codebook

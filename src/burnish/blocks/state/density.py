@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.call import call_of
 from ..tape.codes import pieces
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from ..weight.experts import counted
 from .prompts import Listener
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.autograd.function import once_differentiable
 
 from ...core.call import context
+from ..tape.functions import once_differentiable
 from ..weight.sparse import spread
 
 #: of the call: which expert answers; without it all do

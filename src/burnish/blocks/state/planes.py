@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..tape.functions import applied, shaped, transformed
+from ..tape.functions import applied, once_differentiable, shaped, transformed
 from .gates import out_first, value_of
 
 #: numbers that are turned at a time on a processor

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.errors import RecipeError
 from ..tape.executor import no_grad
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from .attending import SDPA
 from .attending import named as attention_arguments
 from .prompts import Listener, named

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from ...core.errors import RecipeError
 from ..tape.cast import autocast, uncast
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from .prompts import Listener
 
 #: what gives a matrix (out, in)

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.errors import RecipeError
 from ..tape.cast import autocast
 from ..tape.executor import checkpoint
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from .bottleneck import Bottleneck, activation
 
 

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ...core.errors import ConfigError, nearest
 from .cast import uncast
+from .functions import once_differentiable
 
 CHUNK = 256
 

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .codes import Codes, packed, pieces, unpacked
 from .derivatives import table
-from .functions import storage_of, version_of
+from .functions import once_differentiable, storage_of, version_of
 from .notes import View
 from .roles import IN_THE_MEAN, Role, name_of
 from .saved import Policy

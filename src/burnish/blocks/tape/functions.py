@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a backward that cannot be differentiated, and says so when a graph of it is asked for.
+
+    torch's own mark says it only to a second backward that runs through it; one that asks for some
+    tensors alone (``autograd.grad(g, inputs)``, a product with the Hessian) goes round it, and
+    leaves out in silence all that it stands for.
+    """
+    inner = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph=True asks for a graph of a gradient that burnish makes by hand, and "
+                "is once_differentiable; for second derivatives take torch.func (jvp, grad, "
+                "hessian of torch.func.functional_call), where plain operations run")
+        return inner(ctx, *grads)
+
+    return once
 
 
 def storage_of(t: Tensor) -> int | None:

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from ...core.call import again, current
 from . import replay, unread
-from .functions import unviewed, version_of
+from .functions import once_differentiable, unviewed, version_of
 from .selective import Answers
 
 _TENSOR = object()

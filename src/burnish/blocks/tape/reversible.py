@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from ...core.call import again, current
@@ -43,7 +42,7 @@ from ..state.prompts import Listener
 from . import replay
 from .codes import packed, unpacked
 from .executor import _uncached, trained
-from .functions import transformed, version_of
+from .functions import once_differentiable, transformed, version_of
 from .notes import Seen
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core.call import current, resume
 from ..tape import cast
+from ..tape.functions import once_differentiable
 from ..tape.roles import reading
 
 

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import grad
 
 from ...core.site import Place
 from ..choose.contribution import channels
 from ..tape import cast
-from ..tape.functions import applied
+from ..tape.functions import applied, once_differentiable
 from .backward import uncast
 from .integer import Grid, codes, decoded
 from .term import Term

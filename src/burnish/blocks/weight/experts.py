@@ -17,12 +17,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.call import context
 from ...core.errors import RecipeError
 from ..tape.cast import autocast, uncast
-from ..tape.functions import shaped, transformed
+from ..tape.functions import once_differentiable, shaped, transformed
 from ..tape.replay import Mask
 from ..update.objective import Riding
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from ...core.call import current
 from ..tape import cast
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from ..tape.notes import Seen
 from .backward import as_then, uncast
 

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..linalg import truncated_normal_
 from ..tape.codes import packed, unpacked
-from ..tape.functions import transformed
+from ..tape.functions import once_differentiable, transformed
 
 EPS = 1e-5
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...core.site import Place
 from ..linalg import over_tokens
+from ..tape.functions import once_differentiable
 from .term import Term
 
 #: numbers of the random tensors that are drawn at once

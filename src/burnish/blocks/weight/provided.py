@@ -18,14 +18,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core.call import current
 from .. import matmul
 from ..gpu.coded import Coded
 from ..tape import cast, unread
 from ..tape.activations import strips
-from ..tape.functions import applied, as_required, is_stored, plainly, shaped, unwatched
+from ..tape.functions import (
+    applied,
+    as_required,
+    is_stored,
+    once_differentiable,
+    plainly,
+    shaped,
+    unwatched,
+)
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast

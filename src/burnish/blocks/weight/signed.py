@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core.errors import RecipeError
 from ..state.attending import Attending, named
-from ..tape.functions import applied, transformed
+from ..tape.functions import applied, once_differentiable, transformed
 from .pruned import packed, unpacked
 from .straight import Straight
 

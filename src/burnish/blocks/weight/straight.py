@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...core.call import current
 from ...core.errors import RecipeError
 from ..tape import cast
 from ..tape.codes import packed, unpacked
-from ..tape.functions import applied, shaped
+from ..tape.functions import applied, once_differentiable, shaped
 from .backward import as_then, uncast
 from .folded import NOTHING
 from .provided import Weighted, Wrap
