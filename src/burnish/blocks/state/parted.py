@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tape.functions import once_differentiable
+
 Send = Callable[[Tensor], Tensor]
 
 
@@ -39,6 +41,7 @@ class Border(torch.autograd.Function):
         return _cross(x, traffic, out, send)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         return _cross(g, ctx.traffic, not ctx.out, ctx.send), None, None, None
 
