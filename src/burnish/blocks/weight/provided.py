@@ -22,17 +22,9 @@ from torch import Tensor
 from ...core.call import current
 from .. import matmul
 from ..gpu.coded import Coded
-from ..tape import cast, unread
+from ..tape import cast, functions, unread
 from ..tape.activations import strips
-from ..tape.functions import (
-    applied,
-    as_required,
-    is_stored,
-    once_differentiable,
-    plainly,
-    shaped,
-    unwatched,
-)
+from ..tape.functions import applied, as_required, is_stored, plainly, shaped, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
 from .backward import again, as_then, uncast
@@ -169,7 +161,7 @@ class _Effective(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @functions.once_differentiable
     @as_then
     @uncast
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
@@ -392,7 +384,7 @@ class _Linear(torch.autograd.Function):
         return shaped(y2.to(x.dtype), (*x.shape[:-1], y2.shape[-1]))
 
     @staticmethod
-    @once_differentiable
+    @functions.once_differentiable
     @as_then
     @uncast
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
