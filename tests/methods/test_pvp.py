@@ -77,6 +77,39 @@ def test_what_is_not_alike_is_refused_and_nothing_moves(tmp_path, recipe, why):
     assert all(torch.equal(t, before[n]) for n, t in own(tuned).items())
 
 
+@pytest.mark.parametrize("recipe", ["vera(rank=4)", "pvera(rank=4)", "randlora(rank=2)",
+                                    "lora(rank=2) + vera(rank=4, targets='mlp')"])
+def test_what_stands_beside_drawn_tensors_goes_on_under_their_seed(tmp_path, recipe):
+    """Under another one the trained values would count in another random basis."""
+    net, batch = tiny("vit")
+    was = burnish.tune(net, recipe, head=False, seed=4)
+    stir(was, size=0.3)
+    was.save(tmp_path)
+    tuned = burnish.tune(tiny("vit")[0], recipe, head=False)
+    before = own(tuned)
+    with pytest.raises(burnish.RecipeError, match="seed, which was 4 .* is 0 here.*seed=4"):
+        begin_from(tuned, tmp_path)
+    assert all(torch.equal(t, before[n]) for n, t in own(tuned).items())
+    same = burnish.tune(tiny("vit")[0], recipe, head=False, seed=4)
+    assert begin_from(same, tmp_path) == []
+    with torch.no_grad():
+        want = net.eval()(**batch).logits
+        assert torch.equal(same.model.eval()(**batch).logits, want)
+        with same.disabled():
+            assert not torch.allclose(same.model(**batch).logits, want, atol=1e-3)
+
+
+def test_a_basis_that_follows_its_own_setting_needs_no_seed(tmp_path):
+    net, batch = tiny("vit")
+    was = burnish.tune(net, "unilora(rank=2, dimension=20)", head=False, seed=4)
+    stir(was, size=0.3)
+    was.save(tmp_path)
+    tuned = burnish.tune(tiny("vit")[0], "unilora(rank=2, dimension=20)", head=False)
+    begin_from(tuned, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(tuned.model.eval()(**batch).logits, net.eval()(**batch).logits)
+
+
 def test_shapes_that_do_not_fit():
     """Of tensors handed over directly: of another size, too few, too many."""
     tuned = burnish.tune(tiny("vit")[0], "vpt(length=3)", head=False)

@@ -114,6 +114,7 @@ class Method:
     context: ClassVar[Mapping[str, Key]] = MappingProxyType({})
     #: what this part needs of the optimizer beside it (see core/words.py); axes are read off
     relies_on: ClassVar[tuple[str, ...]] = ()
+    of_task: ClassVar[frozenset[str]] = frozenset()
     #: what of a step nothing beside it may rely on, word -> reason
     denies: ClassVar[Mapping[str, str]] = MappingProxyType({})
     #: an update is to say little of any one sample: fit draws each by itself (core/sampling.py),

@@ -23,7 +23,8 @@ def begin(tuned: Tuned, path: str | Path | None, say: Callable[[str], None]) -> 
 def begin_from(tuned: Tuned, path: str | Path) -> list[str]:
     """Give the adapter that trains the values of one saved in a folder, all but the head's, whose
     names are returned. Nothing is changed where FormatError (no such folder, another base: the
-    first difference is named) or RecipeError (another recipe, settings or shapes) is raised."""
+    first difference is named) or RecipeError (another recipe, settings or shapes; another seed,
+    where a part draws tensors from it) is raised."""
     config, tensors = folder.read_adapter(path)
     adapters = config.get("adapters") or {DEFAULT: config}
     name = config.get("training") or next(iter(adapters))
@@ -32,7 +33,8 @@ def begin_from(tuned: Tuned, path: str | Path) -> list[str]:
                    if ".burnish." not in f".{n}" or f".burnish.{name}." in f".{n}"}
     _check_base((config["base"].get("fingerprint") or {}).get("tensors", {}), tuned, path)
     try:
-        return Pvp().lifecycle(tuned, tensors, parse(adapters[name]["recipe"]), name)
+        return Pvp().lifecycle(tuned, tensors, parse(adapters[name]["recipe"]), name,
+                               adapters[name].get("seed", 0))
     except RecipeError as e:
         raise RecipeError(f"{path}: {e}") from e
 

@@ -4,7 +4,7 @@ dealt out."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Dealt(Seeded):
     """The table of :func:`dealt` for shape (n,) as whole numbers, or, `counted`, for shape
     (numbers,) how often each is dealt."""
 
+    follows: ClassVar[bool] = False              # its seed is a setting
     n: int
     numbers: int
     seed: int

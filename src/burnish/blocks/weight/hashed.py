@@ -19,7 +19,7 @@ would, projected on what psi can say.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Map:
 class Lengths(Seeded):
     """``1 / d`` for shape (M,): of (entries, lam^2) of every matrix, in order."""
 
+    follows: ClassVar[bool] = False              # nothing is drawn
     map: Map
     spans: tuple[tuple[int, float], ...]
 

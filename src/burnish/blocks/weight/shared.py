@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,10 @@ class Seeded:
     """A frozen tensor that its seed makes again: U(-1/sqrt(n), 1/sqrt(n)), n its last dimension.
 
     unit: with a standard deviation of one instead. share: of the entries that are not zero; below
-    one they are +1 or -1 before that.
+    one they are +1 or -1 before that. follows: does another seed of the adapter draw another?
     """
 
+    follows: ClassVar[bool] = True
     shape: tuple[int, ...]
     unit: bool = False
     share: float = 1.0
@@ -44,10 +46,11 @@ class Seeded:
 
 class Shared(nn.Module):
     """Named tensors of one part of a recipe; terms keep this module and read its attributes, so
-    that they follow it across devices."""
+    that they follow it across devices. follows: has it drawn any from the adapter's seed?"""
 
     def __init__(self, tensors: Mapping[str, Tensor | nn.Parameter | Seeded], seed: int = 0):
         super().__init__()
+        self.follows = any(isinstance(t, Seeded) and t.follows for t in tensors.values())
         for name, t in tensors.items():
             if isinstance(t, Seeded):
                 self.register_buffer(name, t.draw(seed, name), persistent=False)

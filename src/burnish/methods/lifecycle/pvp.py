@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...blocks.weight.shared import Shared
 from ...core.errors import RecipeError
 from ...core.method import Method
 from ...core.processes import assign
@@ -29,6 +30,7 @@ class Pvp(Method):
     burnish.formats.warm. Both recipes must add the same, setting by setting, to one base; all that
     belongs to the head, and what stands on it, is left out, so that classes may be others. Parts
     whose finished file has another form (rows instead of what makes them) begin from a checkpoint.
+    What is learnt beside tensors that the adapter's seed draws (`vera`) goes on under that seed.
 
     Start: of stage 2 what stage 1 left. Trains, keeps and merges as the recipe does. (MVLPT's
     transfer from a prompt of many tasks is this too.)
@@ -38,15 +40,23 @@ class Pvp(Method):
     tier: ClassVar[str] = "from the text"
 
     def lifecycle(self, tuned: Any, earlier: Mapping[str, Tensor], recipe: Recipe,
-                  adapter: str = "default") -> list[str]:
+                  adapter: str = "default", seed: int | None = None) -> list[str]:
         """Give the adapter that trains the values of an earlier one, all but the head's; returns
         the names that were left out.
 
-        earlier: the tensors of its file. recipe, adapter: what it was, and its name there. Raises
+        earlier: the tensors of its file. recipe, adapter, seed: what it was, its name there, and
+        the seed it was drawn from (None: unknown, which is taken for this one's). Raises
         RecipeError where the two are not alike, and then nothing has been changed.
         """
         check_alike(recipe, tuned.recipe)
         mine = f".burnish.{tuned.training}."
+        if seed not in (None, tuned.active.seed):
+            for n, m in tuned.model.named_modules():
+                if isinstance(m, Shared) and m.follows and mine in f".{n}.":
+                    part = n.rpartition(".")[2].removesuffix("_shared")
+                    raise RecipeError(f"{part} draws what it learns beside from the adapter's seed,"
+                                      f" which was {seed} in the earlier adapter and is "
+                                      f"{tuned.active.seed} here: tune with seed={seed}")
         found = {f".{n}".replace(f".burnish.{adapter}.", mine)[1:]: t for n, t in earlier.items()}
         inside = head_of(tuned.anatomy)
         values = {n: t for n, t in found.items() if not inside(n)}
