@@ -223,18 +223,21 @@ def test_positional_pictures_are_replaced_too():
     assert torch.equal(a, b)
 
 
-def test_the_look_sees_nothing_of_a_recipe_beside_it():
+@pytest.mark.parametrize("beside", ["lora(rank=2)", "bitfit", "full", "norms"])
+def test_the_look_sees_nothing_of_a_recipe_beside_it(beside):
     net, batch = tiny("vit")
-    tuned = burnish.tune(net, "lora(rank=2) + blackvip(map_side=2)", head=False)
+    tuned = burnish.tune(net, f"{beside} + blackvip(map_side=2)", head=False)
     found = []
     made = next(m for m in net.modules() if type(m).__name__ == "Coordinator")
     made.register_forward_pre_hook(lambda m, a: found.append(a[0].clone()))
     net(**batch)
     for n, p in tuned.named_parameters():
-        if ".lora." in n:
-            p.data.add_(1.0)
-    net(**batch)
+        if ".coordinator." not in n:
+            p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    moved = net(**batch)
     assert torch.equal(found[0], found[1]) and not found[0].requires_grad
+    with tuned.disabled():
+        assert not torch.allclose(net(**batch).logits, moved.logits, atol=1e-2)
 
 
 def test_what_an_encoder_may_answer():

@@ -18,6 +18,8 @@ from ..core.call import Call, given_to, giving, rows_given, switched_off
 from ..core.errors import ConfigError, RecipeError, nearest
 from ..core.keys import Read
 from ..core.site import Branch, Place
+from .base import Base
+from .owners import tuned_of
 
 
 @dataclass
@@ -73,6 +75,12 @@ class State:
     def off(self) -> bool:
         """Is the recipe switched off in this thread?"""
         return switched_off(self)[0]
+
+    def base_of(self, model: nn.Module) -> Base | None:
+        """What gives the base's values of what trains and moves in a tuned model, as `disabled`
+        has it; None for a copy of the model alone, without its handle."""
+        tuned = tuned_of(model)
+        return None if tuned is None else Base(model, tuned.originals, tuned.buffers)
 
     @property
     def by_rows(self) -> bool:

@@ -96,7 +96,8 @@ class Drawn(Listener):
              kw: dict[str, Any]) -> Tensor:
         """z, of a run with nothing of the recipe."""
         runs = module if self.encoder is None else self.encoder
-        own, mine = self.here.inner(off=True), set(self.modules())
+        own = self.here.inner(off=True, base=self.state.base_of(module))
+        mine = set(self.modules())
         with evaluating([m for m in runs.modules() if m.training and m not in mine]), resume(own):
             if self.encoder is not None:
                 return self.read(self.encoder(x))
