@@ -226,13 +226,38 @@ def test_counts_and_defaults(published):
 @pytest.mark.parametrize("model, recipe, why", [
     ("vit", "vqt(length=0)", "at least one query"), ("vit", "vqt(targets='q')", "no targets"),
     ("vit", "vqt(density=0.0)", "density above 0"), ("vit", "vqt(weight=-1.0)", "weight of 0"),
-    ("vit", "vqt(search=1.0)", "between 0 and 1"), ("llama", "vqt", "a task head of one linear"),
+    ("vit", "vqt(search=1.0)", "between 0 and 1"), ("vit", "vqt(search=0.3)", "density=1 chooses"),
+    ("llama", "vqt", "a task head of one linear"),
     ("vit", "vqt + lora(rank=2)", "without a graph"), ("vit", "vqt + checkpoint", "cannot be join"),
     ("clip", "vqt", "needs"), ("encoder", "vqt", "open|MultiheadAttention|queries and keys"),
 ])
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], recipe)
+
+
+def test_a_bias_that_goes_by_the_query_is_refused():
+    """BEiT's relative positions: queries stand nowhere. A mask of keys, whose rows are alike, is
+    read however it is laid out."""
+    from transformers import BeitConfig, BeitForImageClassification
+
+    made = BeitConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=3,
+                      intermediate_size=64, image_size=16, patch_size=4,
+                      use_relative_position_bias=True)
+    net = BeitForImageClassification(made).eval()
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if "relative_position" in n:
+                p.normal_()
+    burnish.tune(net, "vqt(length=2)", head=False)
+    with pytest.raises(burnish.RecipeError, match="BeitLayer adds .* by the place of the query"):
+        net(torch.randn(2, 3, 16, 16))
+    from burnish.blocks.state.queries import _of_keys
+
+    row = torch.randn(2, 1, 1, 5)
+    for mask in (row, row.expand(-1, 4, 7, -1), row.expand(-1, 4, 7, -1).clone()):
+        assert torch.equal(_of_keys(mask, net), mask[..., :1, :])
+    assert _of_keys(None, net) is None and _of_keys(row[0, 0, 0], net) is not None
 
 
 def test_eager_attention_is_refused():

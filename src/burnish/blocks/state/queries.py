@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
 from ..tape.executor import no_grad
@@ -91,6 +92,19 @@ def _together(p: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return apart.mT @ v
 
 
+def _of_keys(mask: Tensor | None, module: nn.Module) -> Tensor | None:
+    """A mask that all queries share, as one row; RecipeError for one that goes by the query."""
+    if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    row = mask[..., :1, :]
+    known = not isinstance(mask, FakeTensor) and mask.device.type != "meta" and mask.stride(-2)
+    if known and not torch.equal(mask, row.expand_as(mask)):
+        raise RecipeError(f"vqt: {type(module).__name__} adds a mask or a bias to its attention "
+                          "that goes by the place of the query (relative positions, windows), and "
+                          "queries of their own have none")
+    return row
+
+
 class Queried(Beside):
     """Listens to one block, which runs without a graph. rows (T, D) then go through it as queries
     alone: its attention reads the keys and values it has just made of its tokens, the rest of it
@@ -119,9 +133,8 @@ class Queried(Beside):
 
         def answer(func: Callable[..., Tensor], a: tuple, k: dict) -> Tensor:
             mine, own = attention_arguments(a, k), seen[0]
-            mask = own.get("attn_mask")                  # of keys alone: all its rows are alike
             return read(mine["query"], own["key"], own["value"], own.get("scale"),
-                        None if mask is None else mask[..., :1, :])
+                        _of_keys(own.get("attn_mask"), module))
 
         with self.state.tape.answering({SDPA: watch}):
             out = no_grad(module, call, args, kw)

@@ -66,6 +66,9 @@ class Vqt(Method):
             raise RecipeError(f"vqt(weight={self.weight}, density={self.density}, search="
                               f"{self.search}): expected a weight of 0 or more, a density above 0 "
                               "and up to 1, a share of the run between 0 and 1")
+        if self.density == 1 and self.search != Vqt.search:
+            raise RecipeError(f"vqt: search={self.search} says when features are chosen, and "
+                              "density=1 chooses none: leave it out, or take a density below 1")
 
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
