@@ -122,6 +122,39 @@ def test_the_teacher_is_the_base_and_prompts_are_no_patches():
     torch.testing.assert_close(now.norm(dim=1), torch.ones(6, dtype=now.dtype))
 
 
+@pytest.mark.parametrize("kind", ["bias", "mask"])
+def test_a_bias_of_relative_positions_is_part_of_the_map(kind):
+    """BEiT's maps are those of its own eager attention; a mask of what may be seen, likewise."""
+    from transformers import BeitConfig, BeitForImageClassification
+
+    from burnish.blocks.choose.patches import Maps
+
+    torch.manual_seed(0)
+    net = BeitForImageClassification(BeitConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=16, patch_size=4, num_labels=3, use_relative_position_bias=True,
+        attn_implementation="sdpa")).double().eval()
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if "relative_position" in n:
+                p.normal_()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    if kind == "mask":
+        attention, seen = net.beit.layers[1].attention, torch.rand(1, 1, 17, 17) < 0.6
+        seen[..., 0] = True
+        attention.forward = lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=seen)
+        h = torch.randn(2, 4, 17, 8, dtype=torch.float64)
+        with Maps(attention) as maps:
+            attention(h)
+        z = (h @ h.mT / 8 ** 0.5).masked_fill(~seen, -torch.inf)
+        want = F.normalize(z.softmax(-1).mean((1, 2))[:, 1:], dim=1)
+    else:
+        want = eager(net, x, 1)
+        with torch.no_grad(), Maps(net.beit.layers[1].attention) as maps:
+            net(pixel_values=x)
+    torch.testing.assert_close(maps.map(16), want, rtol=1e-6, atol=1e-8)
+
+
 def test_confusions():
     tuned, batch, base = joined()
     labels = torch.tensor([0, 0, 1, 2, 2, 2])

@@ -53,6 +53,9 @@ class Maps(TorchFunctionMode):
             wide = torch.promote_types(q.dtype, torch.float32)
             scale = given.get("scale") or q.shape[-1] ** -0.5
             z = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
+            if (mask := given.get("attn_mask")) is not None:
+                z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else \
+                    z + mask.detach().to(wide)
             self.seen = z.softmax(-1).mean((1, 2))
         return func(*args, **kwargs)
 
