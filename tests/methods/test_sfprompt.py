@@ -156,6 +156,62 @@ def test_a_round_that_breaks_off_leaves_the_server_s_state():
     assert "forward" not in vars(tuned.model.vit.layers[1])
 
 
+def test_a_client_without_batches_does_nothing():
+    tuned, batch, _ = joined()
+    method, twin = Sfprompt(local_updates=1), copy.deepcopy(tuned)
+    alone = method.client(twin, [batch], lr=1e-2)
+    none, some = method.lifecycle(tuned, [[], [batch]], lr=1e-2)
+    assert (none.state, none.samples, none.kept, none.traffic.total) == ({}, 0, 0, 0)
+    assert some.samples == 8
+    for n, p in tuned.named_parameters():
+        torch.testing.assert_close(p.detach(), alone.state[n], rtol=1e-12, atol=1e-14)
+    held = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    assert [r.samples for r in method.lifecycle(tuned, [[], []], lr=1e-2)] == [0, 0]
+    assert all(torch.equal(p, held[n]) for n, p in tuned.named_parameters())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_client_s_optimizer_is_left_behind(broken):
+    tuned, batch, _ = joined()
+    mine = tuned.optimizer(lr=1e-2)
+    Sfprompt().lifecycle(tuned, [])
+    assert tuned.current_optimizer is mine                   # no client, no other optimizer
+    found = []
+
+    def loss(out, batch):
+        found.append(tuned.current_optimizer)
+        if broken and len(found) > 1:
+            raise ConnectionError("gone")
+        return out.loss
+
+    try:
+        Sfprompt(local_updates=1).lifecycle(tuned, [[batch]], loss, lr=1e-2)
+    except ConnectionError:
+        assert broken
+    assert found[0] not in (None, mine) and tuned.current_optimizer is None
+    with pytest.raises(burnish.ConfigError, match="no optimizer yet"):
+        tuned.timeline          # noqa: B018
+
+
+def test_a_forward_that_another_library_has_put_on_a_block_comes_back():
+    tuned, batch, _ = joined()
+    block, seen = tuned.model.vit.layers[1], []
+    own = block.forward
+
+    def hooked(*args, **kw):
+        seen.append(1)
+        return own(*args, **kw)
+
+    block.forward = hooked
+    with Sfprompt().bypass(tuned), torch.no_grad():
+        tuned.loss(batch)
+    assert not seen and vars(block)["forward"] is hooked
+    assert "forward" not in vars(tuned.model.vit.layers[2])
+    with torch.no_grad():
+        tuned.loss(batch)
+    assert seen == [1]
+
+
 def test_local_steps_send_nothing_and_train():
     tuned, batch, _ = joined()
     before = {n: p.detach().clone() for n, p in tuned.named_parameters()}

@@ -86,14 +86,17 @@ def left_out(last_of_head: nn.Module, body: Sequence[nn.Module]) -> Iterator[Non
         form[:] = [(None, *out[1:]) if isinstance(out, tuple) else None]
 
     hook = last_of_head.register_forward_hook(heard)
+    own = [vars(block).get("forward") for block in body]     # of other libraries, round the class's
     try:
         for block in body:
             block.__dict__["forward"] = passed       # before the class's own
         yield
     finally:
         hook.remove()
-        for block in body:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(body, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:

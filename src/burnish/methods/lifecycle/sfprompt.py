@@ -44,9 +44,10 @@ class Sfprompt(Method):
         for _ in range(100):
             reports = method.lifecycle(tuned, some(clients, 5), lr=1e-2)    # a round
 
-    clients: for each a list of batches with ``labels``. `split` and `bypass` are its passes by
-    themselves: ``with method.split(tuned, send) as traffic: tuned.step(batch)``. `send` is what
-    stands between client and server, both ways (a cast, a code, noise; as it is by default).
+    clients: for each a list of batches with ``labels``; one without any has no part in the round.
+    `split` and `bypass` are its passes by themselves: ``with method.split(tuned, send) as traffic:
+    tuned.step(batch)``. `send` is what stands between client and server, both ways (a cast, a code,
+    noise; as it is by default).
 
     What trains is the recipe's: a prompt before the first block (tokens carried through, as `vpt`
     shallow), a head, parts in the client's blocks; a part in the body is refused. Traffic of a
@@ -115,7 +116,9 @@ class Sfprompt(Method):
 
     def client(self, tuned: Any, batches: Sequence[Mapping[str, Any]], loss: Loss | None = None,
                send: Send = lambda t: t, **optimizer: Any) -> Report:
-        """One client's round, from what stands in the model."""
+        """One client's round, from what stands in the model; one without batches does nothing."""
+        if not batches:
+            return Report()
         tuned.optimizer(**optimizer)
         with self.bypass(tuned):
             for batch in (b for _ in range(self.local_updates) for b in batches):
@@ -134,10 +137,11 @@ class Sfprompt(Method):
                   loss: Loss | None = None, send: Send = lambda t: t, **optimizer: Any
                   ) -> list[Report]:
         """A round of these clients; what trains is their mean afterwards. optimizer: words for
-        ``tuned.optimizer``, made anew for each client."""
+        ``tuned.optimizer``, made anew for each client; no client's is left afterwards, and one
+        that was made before is of no more use, as whenever another is made."""
         params = dict(tuned.named_parameters())
         start = {n: p.detach().clone() for n, p in params.items()}
-        reports = list[Report]()
+        reports, before = list[Report](), tuned.current_optimizer
         try:
             for batches in clients:
                 self._put(params, start)
@@ -145,8 +149,12 @@ class Sfprompt(Method):
         except BaseException:
             self._put(params, start)
             raise
-        self._put(params, averaged([r.state for r in reports], [r.samples for r in reports])
-                  if reports else start)
+        finally:
+            if tuned.current_optimizer is not before:
+                tuned.steps.let_go()                 # a client's moments are no server's
+        some = [r for r in reports if r.samples]
+        self._put(params, averaged([r.state for r in some], [r.samples for r in some])
+                  if some else start)
         return reports
 
     @torch.no_grad()
