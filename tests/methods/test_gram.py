@@ -155,6 +155,48 @@ def test_downstream_psi_is_frozen_and_on_every_gradient():
     torch.testing.assert_close(p.detach(), want, rtol=1e-9, atol=1e-12)
 
 
+def test_psi_goes_on_from_where_it_has_been_frozen():
+    tuned, support, query, psi = joined()
+    twin, again = copy.deepcopy((tuned, psi))
+    method, rounds = Gram(inner_rate=0.5, meta_rate=0.1), [[(support, query)]] * 4
+    whole = method.lifecycle(tuned, rounds, psi=psi)
+    half = method.lifecycle(twin, rounds[:2], psi=again)
+    assert half is again and not any(p.requires_grad for p in half.parameters())
+    method.lifecycle(twin, rounds[2:], psi=half)
+    for a, b in zip([*whole.parameters(), *tuned.parameters()],
+                    [*half.parameters(), *twin.parameters()], strict=True):
+        assert torch.equal(a, b)
+    assert not any(p.requires_grad for p in half.parameters())
+
+
+def test_a_round_that_fails_is_named_and_psi_is_frozen():
+    tuned, support, query, psi = joined()
+    twin, again = copy.deepcopy((tuned, psi))
+    method, calls = Gram(inner_rate=0.5, meta_rate=0.1), []
+
+    def loss(out, batch):
+        calls.append(1)
+        return out.loss * (float("nan") if len(calls) > 4 else 1.0)      # two a task
+
+    with pytest.raises(burnish.ConfigError, match="in round 3, which has moved nothing"):
+        method.lifecycle(tuned, [[(support, query)]] * 5, loss, psi=psi)
+    assert not any(p.requires_grad for p in psi.parameters())
+    method.lifecycle(twin, [[(support, query)]] * 2, psi=again)
+    for a, b in zip(psi.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_a_width_that_psi_was_not_learned_for():
+    tuned, support, query, psi = joined()
+    net, _ = tiny("vit")
+    other = burnish.tune(net, "bitfit", head=False)
+    with pytest.raises(burnish.ConfigError, match="tensor .* has rows of 64.*learned for rows of"):
+        with psi.regulating(other.optimizer(lr=0.1)):
+            pass
+    with pytest.raises(burnish.ConfigError, match="fc1.bias has rows of 64.*for rows of 32"):
+        Gram().lifecycle(other, [[(support, query)]], psi=psi)
+
+
 def test_tasks_are_of_two_domains():
     g = torch.Generator().manual_seed(0)
     centres = 10 * torch.randn(4, 6, generator=g)
@@ -184,10 +226,12 @@ def test_what_cannot_act_is_refused():
     for settings in ({"inner_rate": -1.0}, {"meta_rate": -1.0}, {"inner_updates": -1}):
         with pytest.raises(burnish.ConfigError, match="rates and inner_updates are at least 0"):
             Gram(**settings)
+    with pytest.raises(burnish.ConfigError, match="inner_updates=0 has none"):
+        Gram(inner_updates=0, order="first")
     with pytest.raises(burnish.ConfigError, match="at least 2, not 1"):
         Gram(domains=1)
     tuned, support, query, psi = joined()
-    with pytest.raises(burnish.ConfigError, match="the loss of a query is nan.*nothing was moved"):
+    with pytest.raises(burnish.ConfigError, match="a query is nan in round 1, which has moved"):
         Gram().lifecycle(tuned, [[(support, query)]], lambda out, b: out.loss * float("nan"))
     for recipe in ("lora(rank=2)", "vpt(length=2) + houlsby(bottleneck=4)", "bitfit + lean"):
         other, support, query, _ = joined(recipe=recipe)

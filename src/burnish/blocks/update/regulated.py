@@ -33,6 +33,14 @@ class Regulation(nn.Module):
                     nn.init.zeros_(tensor)
                 self.width[str(p.shape[-1])] = gate
 
+    def check(self, params: Mapping[str, Tensor]) -> None:
+        """ConfigError where one of these has rows of a width that no gate was made for."""
+        for name, p in params.items():
+            if p.dim() and str(p.shape[-1]) not in self.width:
+                raise ConfigError(f"gram: {name} has rows of {p.shape[-1]}, and this psi was "
+                                  f"learned for rows of {', '.join(self.width) or 'no width'}: "
+                                  "learn one with what trains here, or train what it knows")
+
     def forward(self, g: Tensor) -> Tensor:
         gate: Any = self.width[str(g.shape[-1])] if g.dim() else None
         if gate is None:
@@ -43,10 +51,14 @@ class Regulation(nn.Module):
     @contextmanager
     def regulating(self, optimizer: Any) -> Iterator[None]:
         """Inside, every gradient passes Psi on its way into the optimizer's step; Psi stays as it
-        is. ConfigError for an optimizer whose step reads no gradients."""
+        is. ConfigError for an optimizer whose step reads no gradients, or has tensors with rows of
+        a width that no gate was made for."""
         if getattr(optimizer, "zeroth_order", False) or hasattr(optimizer, "muted"):
             raise ConfigError("gram changes gradients that wait for the step, and this recipe's "
                               "step has none: it evaluates, or steps while backward runs")
+
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        self.check({f"tensor {n} of the optimizer": p for n, p in enumerate(every)})
 
         @torch.no_grad()
         def change(opt: Any, *_: Any) -> None:

@@ -64,6 +64,10 @@ class Gram(Method):
         if self.inner_rate < 0 or self.meta_rate < 0 or self.inner_updates < 0:
             raise ConfigError("gram: rates and inner_updates are at least 0, got "
                               f"{self.inner_rate:g}, {self.meta_rate:g} and {self.inner_updates}")
+        if not self.inner_updates and self.order != type(self).order:
+            raise ConfigError(f"gram: order={self.order!r} says how the outer derivative passes a "
+                              "step on the support, and inner_updates=0 has none: leave one of "
+                              "them out")
         if self.domains < 2:
             raise ConfigError(f"gram: support and query are of different domains: at least 2, not "
                               f"{self.domains}")
@@ -84,28 +88,33 @@ class Gram(Method):
     def lifecycle(self, tuned: Any, rounds: Iterable[Sequence[tuple[Any, Any]]],
                   loss: Loss | None = None, *, psi: Regulation | None = None) -> Regulation:
         """Psi after an outer step for each of `rounds`, lists of (support, query) batches; what
-        trains has moved with it. psi: go on from this one."""
+        trains has moved with it. psi: go on from this one, which learns meanwhile."""
         theta = list(tuned.parameters())
         if not theta:
             raise ConfigError("gram: nothing trains just now; tuned.use(name) for one adapter "
                               "alone")
         psi = Regulation(dict(tuned.named_parameters())) if psi is None else psi
-        moved = [*theta, *psi.parameters()]
-        for tasks in rounds:
-            total = [torch.zeros_like(p) for p in moved]
-            for support, query in tasks:
-                value = self.query(tuned, psi, support, query, loss)
-                if not bool(value.detach().isfinite()):
-                    raise ConfigError(f"gram: the loss of a query is {float(value.detach())}: "
-                                      "nothing was moved; take a smaller inner_rate")
-                for t, g in zip(total, torch.autograd.grad(value, moved, allow_unused=True),
-                                strict=True):
-                    if g is not None:
-                        t += g
-            with torch.no_grad():
-                for p, t in zip(moved, total, strict=True):
-                    p.sub_(t, alpha=self.meta_rate)
-        return psi.requires_grad_(False)
+        psi.check(dict(tuned.named_parameters()))
+        moved = [*theta, *psi.requires_grad_(True).parameters()]
+        try:
+            for number, tasks in enumerate(rounds, 1):
+                total = [torch.zeros_like(p) for p in moved]
+                for support, query in tasks:
+                    value = self.query(tuned, psi, support, query, loss)
+                    if not bool(value.detach().isfinite()):
+                        raise ConfigError(f"gram: the loss of a query is {float(value.detach())} "
+                                          f"in round {number}, which has moved nothing; take a "
+                                          "smaller inner_rate")
+                    for t, g in zip(total, torch.autograd.grad(value, moved, allow_unused=True),
+                                    strict=True):
+                        if g is not None:
+                            t += g
+                with torch.no_grad():
+                    for p, t in zip(moved, total, strict=True):
+                        p.sub_(t, alpha=self.meta_rate)
+        finally:
+            psi.requires_grad_(False)
+        return psi
 
     def tasks(self, features: Tensor, samples: int, seed: int = 0
               ) -> Iterator[tuple[Tensor, Tensor]]:
