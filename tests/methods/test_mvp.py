@@ -185,6 +185,70 @@ def test_without_a_mask_all_tokens_are_real():
                                                    "attention_mask": torch.ones_like(ids)}))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_segments_are_written_with_their_tokens(side):
+    net = model()
+    tuned = burnish.tune(net, "full", head=False)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
+    b = batch(side)
+    g = torch.Generator().manual_seed(3)
+    b["token_type_ids"] = torch.randint(0, 2, b["input_ids"].shape, generator=g)
+    got, heard = method.lifecycle(tuned, b), []
+    for types, mask, text in zip(b["token_type_ids"], b["attention_mask"], TEXTS, strict=True):
+        own = types[mask.bool()].tolist()
+        z = 0
+        for template in TEMPLATES:
+            ids = torch.tensor([[CLS, *text, *template, SEP]])
+            kinds = torch.tensor([own[:-1] + own[-1:] * (len(template) + 1)])
+            logits = net(input_ids=ids, token_type_ids=kinds).logits[
+                0, 1 + len(text) + template.index(MASK)]
+            z = z + torch.stack([sum(logits[w] for w in words) / len(words) for words in WORDS])
+        heard.append(z / 2)
+    torch.testing.assert_close(got, torch.stack(heard).detach(), rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(got, method.lifecycle(tuned, batch(side)))
+
+
+def test_what_parts_of_the_recipe_read_goes_with_every_row_of_a_sample():
+    tuned = burnish.tune(model(), "mtlora(rank=2, tasks=3)", head=False)
+    for p in tuned.parameters():
+        p.data = p.data.double() + 0.3 * torch.randn(p.shape, dtype=torch.float64)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
+    b = {**batch(), "task": torch.tensor([0, 2, 1])}
+    got = method.lifecycle(tuned, b)
+    alone = torch.cat([method.lifecycle(tuned, {k: v[i:i + 1] for k, v in b.items()})
+                       for i in range(3)])
+    torch.testing.assert_close(got, alone, rtol=1e-9, atol=1e-10)
+    with tuned.given(task=[0, 2, 1]):
+        torch.testing.assert_close(got, method.lifecycle(tuned, batch()))
+    assert not torch.allclose(got, method.lifecycle(tuned, {**b, "task": 0}))
+    assert method.step(tuned, b) > 0
+
+
+def test_a_key_that_would_be_dropped_is_refused():
+    tuned = burnish.tune(model(), "full", head=False)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
+    for key in ("position_ids", "task"):
+        with pytest.raises(burnish.ConfigError, match=f"does not know what becomes of {key}"):
+            method.lifecycle(tuned, {**batch(), key: torch.zeros(3, 7).long()})
+
+
+@pytest.mark.parametrize("kind, most", [("bert", 40), ("roberta", 38)])
+def test_texts_that_are_too_long_with_their_template(kind, most):
+    tuned = burnish.tune(model(kind), "full", head=False)
+    method = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
+    fits = most - 4                                      # the longest template
+    for n in (fits, fits + 1):
+        ids = torch.full((2, fits + 3), PAD)
+        ids[:, :n] = 30
+        ids[1, 5:] = PAD
+        b = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+        if n == fits:
+            assert method.lifecycle(tuned, b).isfinite().all()
+        else:
+            with pytest.raises(burnish.ConfigError, match=f"{most} positions.* texts to {fits} "):
+                method.lifecycle(tuned, b)
+
+
 def test_what_cannot_act_is_refused():
     for templates in (((10, 11),), ((MASK, MASK),)):
         with pytest.raises(burnish.ConfigError, match="every template has the mask"):
@@ -198,7 +262,7 @@ def test_what_cannot_act_is_refused():
     with pytest.raises(burnish.ConfigError, match="needs templates"):
         parse("mvp")[0].lifecycle(tuned, batch())
     full = Mvp(templates=TEMPLATES, label_words=WORDS, mask_token=MASK)
-    for name in ("gpt2", "bert", "vit"):
+    for name in ("gpt2", "bert", "vit", "t5"):
         net, b = tiny(name)
         other = burnish.tune(net, "full", head=False)
         with pytest.raises(burnish.ConfigError, match="take a ...ForMaskedLM"):
@@ -208,3 +272,7 @@ def test_what_cannot_act_is_refused():
         other = burnish.tune(model(), recipe, head=False)
         with pytest.raises(burnish.ConfigError, match="leave attack out"):
             at.step(other, batch())
+    other = burnish.tune(model(), "full + sam", head=False)
+    with pytest.raises(burnish.ConfigError, match="sam stands around a step of one"):
+        at.step(other, batch())
+    full.step(other, batch())

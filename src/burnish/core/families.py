@@ -9,6 +9,7 @@ each context has its own table. Everything here is about names; shapes are read 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -238,3 +239,21 @@ OFFSET_POSITIONS = frozenset({
 def rotary(model: nn.Module) -> bool:
     """Are its positions rotations of queries and keys?"""
     return any("rotary" in type(m).__name__.lower() for m in model.modules())
+
+
+def positions_of(model: nn.Module) -> tuple[int, bool] | None:
+    """(tokens of the longest row, is that a hard end?); None where the model does not say.
+
+    A table of positions ends; rotary and relative positions only have not been trained further.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    hard = any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 2
+               and any(w in name.rpartition(".")[2] for w in ("position", "wpe"))
+               for name, m in model.named_modules())
+    if getattr(text, "model_type", "") in OFFSET_POSITIONS:
+        limit -= (text.pad_token_id or 0) + 1
+    return limit, hard

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core import families
 from ..core.errors import ConfigError, DataError
+from ..core.families import positions_of
 
 IDS = ("pad", "bos", "eos")
 
@@ -64,24 +65,6 @@ def words_of(model: nn.Module) -> int | None:
         return int(model.get_input_embeddings().weight.shape[0])     # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-
-
-def positions_of(model: nn.Module) -> tuple[int, bool] | None:
-    """(tokens of the longest row, is that a hard end?); None where the model does not say.
-
-    A table of positions ends; rotary and relative positions only have not been trained further.
-    """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        return None
-    hard = any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 2
-               and any(w in name.rpartition(".")[2] for w in ("position", "wpe"))
-               for name, m in model.named_modules())
-    if getattr(text, "model_type", "") in families.OFFSET_POSITIONS:
-        limit -= (text.pad_token_id or 0) + 1
-    return limit, hard
 
 
 def longest(model: nn.Module, asked: int | None, limit: int | None) -> tuple[int | None, list[str]]:

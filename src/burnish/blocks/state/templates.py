@@ -2,8 +2,8 @@
 
     x (B, T), n real tokens each   ->   M B rows [x_1 .. x_{n-1}; template_m; x_n], then padding
 
-x_n, the last real token, is the separator that ends a text. Rows of one sample follow each other by
-template: row m B + b is sample b in template m.
+x_n, the last real token, is the separator that ends a text. Rows of one template follow each other:
+row m B + b is sample b in template m.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ def written(ids: Tensor, mask: Tensor, templates: Sequence[Sequence[int]], word:
         seen.append(real.to(mask.dtype))
         where.append(n[:, 0] - 1 + list(template).index(word))
     return torch.cat(rows), torch.cat(seen), torch.cat(where)
+
+
+def beside(values: Tensor, mask: Tensor, templates: Sequence[Sequence[int]]) -> Tensor:
+    """(M B, T + K): what the tokens have beside them (their segment), in the rows of
+    :func:`written`. A template has what the last real token has, padding 0."""
+    T, K = values.shape[1], max(map(len, templates))
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    x, last = values.gather(1, order), mask.long().sum(1, keepdim=True) - 1
+    at = torch.arange(T + K, device=values.device).expand(len(values), -1)
+    found = x.gather(1, torch.minimum(at, last.clamp(min=0)))
+    return torch.cat([torch.where(at <= last + len(t), found, 0) for t in templates])
 
 
 def scores(logits: Tensor, words: Sequence[Sequence[int]], templates: int) -> Tensor:

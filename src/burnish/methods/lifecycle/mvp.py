@@ -9,13 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blocks.state.taps import evaluating
-from ...blocks.state.templates import only_at, scores, through, written
+from ...blocks.state.templates import beside, only_at, scores, through, written
+from ...core.call import given_to
 from ...core.errors import ConfigError
+from ...core.families import positions_of
+from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.outputs import next_token, vocabulary_head
 from ..prompt._stacks import above
 
 Ids = tuple[tuple[int, ...], ...] | list[list[int]]
+#: keys of a batch that are written anew, and the answer
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,9 @@ class Mvp(Method):
         method.step(tuned, batch)                            # through tuned.step
         method.lifecycle(tuned, batch)                       # (B, C) scores of new texts
 
-    batch: ``input_ids``, ``attention_mask``, and ``labels`` (B,) for a step. A template is put
-    before a text's last token (its separator). With `attack` a second term trains against the
+    batch: ``input_ids``, ``attention_mask``, ``token_type_ids`` and what parts of the recipe read
+    (``task``); ``labels`` (B,) for a step. A template is put before a text's last token (its
+    separator), in the segment of that. With `attack` a second term trains against the
     worst small change: the loss where the word embeddings of every row are moved by ``attack g /
     ||g||``, g their gradient (AT; 1 as published).
 
@@ -68,7 +74,7 @@ class Mvp(Method):
             raise ConfigError(f"mvp: attack is a length of at least 0, got {self.attack:g}")
 
     def _asked(self, tuned: Any, batch: Mapping[str, Any]
-               ) -> tuple[dict[str, Tensor], Tensor, nn.Module, Sequence[Sequence[int]]]:
+               ) -> tuple[dict[str, Any], Tensor, nn.Module, Sequence[Sequence[int]]]:
         """(what the model is given, where the masks are, the body, the words)."""
         model = tuned.model
         if not self.templates or not self.label_words:
@@ -76,16 +82,41 @@ class Mvp(Method):
                               "among those of a template")
         body = above(tuned.anatomy, next(iter(tuned.anatomy.stacks()), ""), "input_ids",
                      "inputs_embeds")
-        if not body or next_token(model) or vocabulary_head(tuned.anatomy) is None:
+        config = getattr(model, "config", None)
+        if not body or next_token(model) or vocabulary_head(tuned.anatomy) is None \
+                or getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"mvp reads the word at a mask, and {type(model).__name__} has no "
                               "head that fills one in: take a ...ForMaskedLM")
-        ids, config = batch["input_ids"], getattr(model, "config", None)
-        mask = batch.get("attention_mask")
+        said = {**given_to(tuned.state), **batch}
+        read = {k: self._rows(said[k], r.key, len(batch["input_ids"]))
+                for keys in tuned.state.context.values() for k, r in keys.items() if k in said}
+        if other := [k for k in batch if k not in TEXT and k not in read]:
+            raise ConfigError(f"mvp writes texts anew, and does not know what becomes of "
+                              f"{', '.join(other)} then: a batch has {', '.join(TEXT)} and what "
+                              "parts of the recipe read")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         tokens, seen, where = written(ids, mask, self.templates, int(self.mask_token or 0),
                                       getattr(config, "pad_token_id", None) or 0)
-        return ({"input_ids": tokens, "attention_mask": seen}, where, model.get_submodule(body),
-                self.label_words)
+        given = {"input_ids": tokens, "attention_mask": seen}
+        if batch.get("token_type_ids") is not None:
+            given["token_type_ids"] = beside(batch["token_type_ids"], mask, self.templates)
+        most, hard = positions_of(model) or (0, False)
+        if hard and tokens.shape[1] > most:
+            if (long := int(seen.sum(1).max())) > most:
+                room = most - max(map(len, self.templates))
+                raise ConfigError(f"mvp: {type(model).__name__} has {most} positions, and a text "
+                                  f"in its template has {long} tokens: cut texts to {room} with "
+                                  "their separators")
+            given = {k: v[:, :most] for k, v in given.items()}
+        return {**given, **read}, where, model.get_submodule(body), self.label_words
+
+    def _rows(self, value: Any, key: Key, samples: int) -> Any:
+        """A key's entries for all rows: of each sample in every template, or one for all."""
+        value = torch.as_tensor(value)
+        if value.dim() == len(key.shape) or len(value) != samples:
+            return value
+        return value.repeat(len(self.templates or ()), *[1] * (value.dim() - 1))
 
     def lifecycle(self, tuned: Any, batch: Mapping[str, Any]) -> Tensor:
         """(B, C) scores of texts; softmax makes them probabilities."""
@@ -127,5 +158,10 @@ class Mvp(Method):
                 raise ConfigError("mvp(attack=...) makes a second forward along a gradient: it "
                                   "goes with no zeroth-order steps and no objectives; leave "
                                   "attack out")
+            around = tuned.timeline.around()
+            if names := [n for n, h in tuned.timeline.handlers if h in around]:
+                raise ConfigError(f"mvp(attack=...) makes two forwards of a step, and {names[0]} "
+                                  "stands around a step of one, which it may repeat; leave attack "
+                                  f"or {names[0]} out")
             with through(table, heard):
                 return tuned.step(given, both)

@@ -84,6 +84,9 @@ class Pcp(Mvp):
               labels: Sequence[int] | Tensor | None = None) -> Written:
         """Texts in their templates with the words of what the model says (or of `labels`)."""
         given, where, _, words = self._asked(tuned, batch)
+        if more := [k for k in given if k not in ("input_ids", "attention_mask")]:
+            raise ConfigError(f"pcp: rows that are written are tokens and their mask, and the batch"
+                              f" has {', '.join(more)} beside them")
         said = self.lifecycle(tuned, batch).argmax(1) if labels is None else \
             torch.as_tensor(labels, device=where.device)
         first = torch.tensor([w[0] for w in words], device=where.device)
