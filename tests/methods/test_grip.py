@@ -96,7 +96,8 @@ def run(method, seen=lambda r, tuned: None):
     ("ifpl", 3, [4, 4, 4]), ("fpl", 10, [4])])
 def test_the_rounds(mode, rounds, ks):
     found, rest = [], []
-    method = Grip(mode=mode, turns=rounds, shots=4)
+    method = Grip(mode=mode, **{n: v for n, v in (("turns", rounds), ("shots", 4))
+                                if (mode, n) not in (("grip", "shots"), ("fpl", "turns"))})
     run(method, lambda r, tuned: (found.append(r), rest.append(
         [p.detach().clone() for p in tuned.parameters()])))
     assert [r.k for r in found] == ks and [r.number for r in found] == list(range(1, len(ks) + 1))
@@ -137,6 +138,35 @@ def test_the_base_labels_first_and_what_was_trained_after():
     assert next(rounds, None) is None
 
 
+def test_statistics_begin_anew_too():
+    """Those of the base, which training moves, and what a part keeps beside its parameters."""
+    model, x, labels = problem()
+    model = nn.Sequential(*model[:2], nn.BatchNorm1d(8), model[2])
+    tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
+    tuned.model.get_submodule("0.burnish.default").register_buffer("kept", torch.zeros(2))
+    seen = []
+    for r in Grip(turns=3).lifecycle(tuned, lambda: model(x).softmax(1), classes=3):
+        seen.append({n: b.clone() for n, b in model.named_buffers()})
+        tuned.optimizer(lr=2e-2)
+        model.train()
+        tuned.step((x[r.index], r.labels), loss)
+        tuned.model.get_submodule("0.burnish.default").kept.add_(1.0)
+        assert not torch.equal(model[2].running_mean, seen[-1]["2.running_mean"])
+    assert {"2.running_mean", "2.num_batches_tracked", "0.burnish.default.kept"} <= set(seen[0])
+    for later in seen[1:]:
+        assert all(torch.equal(b, later[n]) for n, b in seen[0].items())
+
+
+def test_labels_are_where_the_pool_is():
+    """Whatever the default device."""
+    model, x, _ = problem()
+    tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
+    p = model.eval()(x).softmax(1).detach()
+    with torch.device("meta"):
+        r = next(Grip().lifecycle(tuned, lambda: p, classes=3))
+    assert r.index.device == r.labels.device == x.device
+
+
 def test_a_run_is_repeatable_and_learns_from_what_it_says():
     model, x, labels = problem()
     model.eval()
@@ -163,6 +193,9 @@ def test_what_cannot_act_is_refused():
     for settings in ({"turns": 0}, {"shots": 0}):
         with pytest.raises(burnish.ConfigError, match="turns and shots are at least 1"):
             Grip(**settings)
+    for mode, name in (("grip", "shots"), ("fpl", "turns")):
+        with pytest.raises(burnish.ConfigError, match=f"mode='{mode}' reads no {name}"):
+            Grip(mode=mode, **{name: 3})
     model, x, _ = problem()
     tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
     with pytest.raises(burnish.ConfigError, match="too few for 3 classes in 40 rounds.*turns=30"):

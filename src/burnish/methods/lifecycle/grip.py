@@ -12,6 +12,7 @@ from ...blocks.choose.boards import boards
 from ...blocks.state.taps import evaluating
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
+from ...core.processes import assign
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Grip(Method):
     texts that train alone, features of the pictures are cached and it is one product. It is called
     in evaluation mode without gradients, for the first round as the base answers.
 
-    Start of every round: what was trained stands where it stood when the loop began. Unlabelled
+    Start of every round: what was trained, and statistics that moved with it, stand where they
+    stood when the loop began. Unlabelled
     data alone: the loss is CE of the pseudo-labels; beside labelled ones (other classes among them
     or not) each set's mean counts alike (`Round.loss`; the exact balance is unconfirmed). Classes
     are taken to be equally frequent in U, which hurts where they are not.
@@ -70,12 +72,16 @@ class Grip(Method):
 
     mode: Literal["grip", "ifpl", "fpl"] = setting("grip", "how many labels a round has")
     turns: int = setting(10, "I, of labelling and training")
-    shots: int = setting(16, "K of fpl and ifpl", alias=("K",))
+    shots: int = setting(16, "K of fpl and ifpl", alias=("K",), beside={"mode": "ifpl"})
 
     def __post_init__(self) -> None:
         if self.turns < 1 or self.shots < 1:
             raise ConfigError(f"grip: turns and shots are at least 1, got {self.turns} and "
                               f"{self.shots}")
+        for name, other in (("shots", "grip"), ("turns", "fpl")):
+            if self.mode == other and (value := getattr(self, name)) != getattr(Grip, name):
+                raise ConfigError(f"grip: mode={other!r} reads no {name}, and {name}={value} is "
+                                  "given: leave one of them out")
 
     def size(self, number: int, pool: int, classes: int) -> int:
         """K of a round."""
@@ -85,8 +91,8 @@ class Grip(Method):
 
     def lifecycle(self, tuned: Any, say: Callable[[], Tensor], *, classes: int) -> Iterator[Round]:
         """The rounds; between one and the next the caller trains."""
-        start = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-        if not start:
+        start = {n: t.detach().clone() for n, t in self._own(tuned).items()}
+        if not any(True for _ in tuned.parameters()):
             raise ConfigError("grip: nothing trains just now; tuned.use(name) for one adapter "
                               "alone")
         of = 1 if self.mode == "fpl" else self.turns
@@ -98,12 +104,19 @@ class Grip(Method):
                                   f"{self.turns} rounds: the first would have none; take turns="
                                   f"{max(1, len(p) // classes)} or fewer")
             found = boards(p, k)
-            now = dict(tuned.named_parameters())
+            now = self._own(tuned)
             with torch.no_grad():
                 for name, value in start.items():
-                    now[name].copy_(value)
-            index, labels = torch.tensor(found).unbind(1)
+                    assign(now[name], value)
+            index, labels = torch.tensor(found, device=p.device).unbind(1)
             yield Round(number, of, k, index, labels)
+
+    def _own(self, tuned: Any) -> dict[str, Tensor]:
+        """What training moves: what trains, the adapter's other tensors, running statistics."""
+        mine = f".burnish.{tuned.training}."
+        held = tuned.model.state_dict(keep_vars=True)
+        return {**dict(tuned.named_parameters()), **dict(tuned.buffers.live()),
+                **{n: t for n, t in held.items() if mine in f".{n}" and isinstance(t, Tensor)}}
 
     @torch.no_grad()
     def _said(self, tuned: Any, say: Callable[[], Tensor], classes: int, base: bool) -> Tensor:
