@@ -105,6 +105,36 @@ def test_two_samples_have_different_prompts():
         part(z[0])
 
 
+@pytest.mark.parametrize("hidden", [slice(-3, None), slice(1, 4)])
+def test_padding_is_not_read_behind_a_prompt_either(hidden):
+    """Of tokens that the prompt has moved: other ids there change nothing."""
+    net, batch = tiny("bert", dtype=torch.float64)
+    tuned = burnish.tune(net, "prompt_tuning(length=3) + dvpt(bottleneck=4, length=3)", head=False)
+    stir(tuned, size=0.5)
+    net.double().eval()
+    ids = batch["input_ids"]
+    mask, other = torch.ones_like(ids), ids.clone()
+    mask[:, hidden] = 0
+    other[:, hidden] = 1 + ids[:, hidden] % 60
+    with torch.no_grad():
+        a, b = (net(input_ids=i, attention_mask=mask).logits for i in (ids, other))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        a, b = (net(input_ids=i).logits for i in (ids, other))
+        assert not torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_mask_of_other_tokens_is_refused():
+    from burnish.core.call import Call, resume
+
+    z = torch.randn(2, 5, 4)
+    for rows, tokens, text in ((2, 6, True), (3, 5, True), (2, 4, False)):
+        with resume(Call(valid=torch.ones(rows, tokens))), \
+                pytest.raises(burnish.RecipeError, match=r"beside a mask of \(\d, \d\)"):
+            Dynamic(3, 4, text)(z)
+    with resume(Call(valid=torch.ones(2, 5))):
+        Dynamic(3, 4, False)(z)
+
+
 def test_shared_weights_are_one_set_in_files(tmp_path):
     net, batch = tiny("vit")
     base = copy.deepcopy(net)

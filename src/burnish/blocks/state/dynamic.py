@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.call import context
@@ -20,10 +21,14 @@ from ...core.errors import RecipeError
 
 
 class Dynamic(nn.Module):
-    """A mixer of a bottleneck: Z' (B, N, R) of Z. rows (M, R) begin normal."""
+    """A mixer of a bottleneck: Z' (B, N, R) of Z. rows (M, R) begin normal.
 
-    def __init__(self, length: int, width: int):
+    text: are the tokens those that the call's mask speaks of, but for some in front of them?
+    """
+
+    def __init__(self, length: int, width: int, text: bool = True):
         super().__init__()
+        self.text = text
         self.rows = nn.Parameter(torch.randn(length, width))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -36,10 +41,18 @@ class Dynamic(nn.Module):
     def queries(self, z: Tensor) -> Tensor:
         """Q', (B, M, R): tokens of padding are not read."""
         scores = self.rows.to(z.dtype) @ z.mT
-        valid = context().valid
-        if valid is not None and valid.shape == z.shape[:2]:
-            scores = scores.masked_fill(~valid.bool().unsqueeze(1), -math.inf)
+        if (valid := context().valid) is not None:
+            scores = scores.masked_fill(~self.counting(valid, z).bool().unsqueeze(1), -math.inf)
         return _shares(scores, z.shape[-1]) @ z
+
+    def counting(self, valid: Tensor, z: Tensor) -> Tensor:
+        """(B, N): the mask of z's tokens; a prompt in front of the text counts."""
+        front = z.shape[1] - valid.shape[1]
+        if len(valid) != len(z) or front < 0 or front and not self.text:
+            raise RecipeError(f"dvpt leaves out tokens of padding, and a layer is given "
+                              f"{tuple(z.shape[:2])} tokens beside a mask of {tuple(valid.shape)}: "
+                              "which of them count cannot be told")
+        return F.pad(valid, (front, 0), value=1)
 
 
 def _shares(scores: Tensor, width: int) -> Tensor:

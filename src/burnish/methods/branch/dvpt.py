@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.state.bottleneck import Bottleneck
 from ...blocks.state.dynamic import Dynamic, Lent
+from ...blocks.state.prompts import accepts
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
@@ -26,7 +27,8 @@ class Dvpt(Method):
 
     the block's MLP adds ``s (Z' W_u + b_u)`` besides, r = `bottleneck`. Two samples have different
     Q'. X is the residual stream before the MLP's norm, or what the MLP reads (``tap="norm"``); in
-    post-norm blocks they are the same. Tokens of padding are not read.
+    post-norm blocks they are the same. Tokens of padding are not read; a prompt in front of a text
+    is.
 
     Start: W_u and biases 0: the pre-trained function exactly; Q normal. Trains
     2 d r + r + d + length r per block (1.2M on ViT-B/16 at r = 64, 20 queries), or once for all of
@@ -61,20 +63,21 @@ class Dvpt(Method):
             refuse(self, anatomy)
         samples_first(anatomy, self)
         whole: Bottleneck | None = None
+        text = not accepts(anatomy.model, "pixel_values")
         for s in found(anatomy, mlp_ends(anatomy), self, "MLP"):
             norm = mlp_norm(anatomy, s.block) if self.tap == "residual" else None
             read = norm or s.block.mlp or s.block.mlp_in[0]
             if self.share:
                 new = whole is None
-                whole = whole or self._made(s.width, 1.0, False)
+                whole = whole or self._made(s.width, 1.0, False, text)
                 made = Lent(whole, new, self.scale, self.train_scale)
             else:
-                made = self._made(s.width, self.scale, self.train_scale)
+                made = self._made(s.width, self.scale, self.train_scale, text)
             yield Branch(s.block.mlp or s.path, made, read=(read, "input"))
 
-    def _made(self, width: int, scale: float, train_scale: bool) -> Bottleneck:
+    def _made(self, width: int, scale: float, train_scale: bool, text: bool) -> Bottleneck:
         return Bottleneck(width, self.bottleneck, act="gelu", scale=scale, train_scale=train_scale,
-                          mixer=Dynamic(self.length, self.bottleneck))
+                          mixer=Dynamic(self.length, self.bottleneck, text))
 
     def count(self, d: int, blocks: int = 1) -> int:
         """Trainable parameters of so many blocks of width d."""
