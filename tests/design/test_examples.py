@@ -14,6 +14,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """Examples import what lies beside them, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -34,6 +40,15 @@ def test_trainer():
 def test_before():
     peaks = load("before").main(batch=2)
     assert peaks["lora(rank=8) + checkpoint"] < peaks["lora(rank=8)"] < peaks["full"]
+
+
+def test_near():
+    before, after = load("near").main(count=320, epochs=1)
+    assert after > before > 0.2
+
+
+def test_tags():
+    assert load("tags").main(count=320, epochs=4)["f1"] > 0.2
 
 
 def test_the_configuration_names_only_known_settings():
