@@ -10,6 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, mean_absolute_error, r2_score
 
+from burnish.core.errors import DataError
 from burnish.fit.data import read
 from burnish.fit.tasks import TASKS, evaluate, task_for
 from burnish.fit.tasks.spans import LONGEST, best, overlap, plain
@@ -113,7 +114,10 @@ def test_figures_of_numbers_are_scikit_learns(made):
 @pytest.mark.parametrize("tags, found", [
     ("B-x I-x O B-y", [("x", 0, 2), ("y", 3, 4)]), ("I-x I-x", [("x", 0, 2)]),
     ("B-x B-x I-x", [("x", 0, 1), ("x", 1, 3)]), ("B-x I-y O", [("x", 0, 1), ("y", 1, 2)]),
-    ("O O", []), ("O B-x", [("x", 1, 2)]), ("", [])])
+    ("O O", []), ("O B-x", [("x", 1, 2)]), ("", []),
+    ("B-x I-x E-x O S-y", [("x", 0, 3), ("y", 4, 5)]),
+    ("B-x L-x U-x U-x", [("x", 0, 2), ("x", 2, 3), ("x", 3, 4)]), ("S-x I-x", [("x", 0, 1),
+                                                                           ("x", 1, 2)])])
 def test_spans_are_counted_as_the_conll_script_does(tags, found):
     assert list(spans(tags.split())) == found
 
@@ -156,6 +160,26 @@ def test_the_places_of_an_answer_are_its_tokens(made, tokenizer):
         assert rows.text(i)[rows.places[i][begin][0]:rows.places[i][end][1]] == right[0]
         seen.add(which)
     assert seen == {0, 1, 3} and len(rows) > len(rows.right)       # windows overlap
+
+
+def test_answers_stand_where_they_are_said_to_whatever_the_side_of_padding(made, tokenizer):
+    task, _ = made("question-answering")
+    tokenizer.padding_side = "left"
+    rows = task.rows("train")
+    batch = task.collate([rows[i] for i in range(len(rows))])
+    for ids, begin, end, i in zip(batch["input_ids"], batch["start_positions"],
+                                  batch["end_positions"], range(len(rows)), strict=True):
+        if (begin, end) != (0, 0):
+            assert tokenizer.decode(ids[begin:end + 1]) == rows.right[rows.question[i]][0]
+
+
+def test_a_question_too_long_for_a_context_is_named(tmp_path, tokenizer):
+    rows = [{"question": "hot", "context": CONTEXT, "answers": "1060"},
+            {"question": "h" * 39, "context": CONTEXT, "answers": "1060"}]
+    data = read(lines(tmp_path / "x.jsonl", rows), validation=0)
+    with pytest.raises(DataError, match="line 2: the question has 39 tokens"):
+        task_for(data, "", processor=tokenizer, max_length=40).rows("train")
+    assert len(task_for(data, "", processor=tokenizer, max_length=44).rows("train")) > 2
 
 
 def test_the_likeliest_stretch_is_the_one_that_trying_all_finds(made):

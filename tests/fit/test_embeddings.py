@@ -44,6 +44,27 @@ def test_pairs_with_a_class_stay_classification(tmp_path):
         read(lines(tmp_path / "x.jsonl", rows), task="embedding")
 
 
+def test_pairs_marked_good_and_bad_are_not_all_near(tmp_path):
+    rows = [{"query": f"a {i}", "passage": f"b {i}", "label": i % 2} for i in range(8)]
+    with pytest.raises(DataError):
+        read(lines(tmp_path / "x.jsonl", rows))
+
+
+def test_scores_that_no_cosine_has_are_named(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": s} for s in (0.5, 4.2)]
+    with pytest.raises(DataError, match="line 2, field 'score': 4.2 is beyond 1"):
+        read(lines(tmp_path / "x.jsonl", rows))
+
+
+def test_one_direction_for_all_finds_nothing(tmp_path, tokenizer):
+    task = task_for(read(lines(tmp_path / "x.jsonl", PAIRS), validation=0), "",
+                    processor=tokenizer)
+    task.rows("train")
+    same = F.normalize(torch.ones(5, 2, 3), dim=-1)
+    assert task.measure(same, None)["recall_at_1"] == 0.0
+    assert task.measure(same * float("nan"), None) == {"recall_at_1": 0.0, "mrr": 0.0}
+
+
 # -- the loss --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("k", [2, 3])
 def test_ranking_is_its_equation(k):

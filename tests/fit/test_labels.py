@@ -31,8 +31,8 @@ def test_columns_of_ones_and_noughts_are_several(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text,rude,loud\na b,1,0\nc d,0,0\ne f,1,1\n")
     data = read(path, label="rude,loud", validation=0)
-    assert data.task == "text-multi-label" and data.labels == ("loud", "rude")
-    assert data.train["label"][:] == [[1], [], [0, 1]]
+    assert data.task == "text-multi-label" and data.labels == ("rude", "loud")
+    assert data.train["label"][:] == [[0], [], [0, 1]]
     assert "not read" not in data.columns
     with pytest.raises(DataError, match="label names 'lod', .*did you mean 'loud'"):
         read(path, label="rude,lod")
@@ -68,6 +68,11 @@ def test_one_number_for_all_is_nothing_to_learn(tmp_path):
     path = lines(tmp_path / "x.jsonl", [{"text": "a", "label": 1.5}] * 3)
     with pytest.raises(DataError, match="every row is 1.5"):
         read(path, task="text-regression")
+    (tmp_path / "split").mkdir()
+    lines(tmp_path / "split" / "train.jsonl", [{"text": "a", "label": 1.5}, {"text": "b",
+                                                                         "label": 0.5}])
+    lines(tmp_path / "split" / "test.jsonl", [{"text": "a", "label": -1.0}] * 3)    # hidden labels
+    assert len(read(tmp_path / "split", task="text-regression", validation=0).test) == 3
 
 
 def test_held_out_rows_of_numbers_are_a_part_of_all(tmp_path):
@@ -103,6 +108,13 @@ def test_conll_files(tmp_path):
         read(path)
 
 
+def test_a_line_about_a_conll_sentence_is_no_word(tmp_path):
+    path = tmp_path / "train.conll"
+    path.write_text("# id 1 domain=en\nAda B-PER\n# O\n\n# id 2 domain=en\nmet O\n")
+    data = read(path, validation=0)
+    assert data.train["tokens"][:] == [["Ada", "#"], ["met"]]
+
+
 def test_several_columns_of_tags_are_asked_about(tmp_path):
     path = lines(tmp_path / "x.jsonl", [{**r, "pos": ["a", "b", "a"]} for r in TAGGED])
     with pytest.raises(AmbiguousError) as e:
@@ -115,6 +127,18 @@ def test_tags_and_words_are_of_one_number(tmp_path):
     rows = [*TAGGED, {"tokens": ["x", "y"], "tags": ["O"]}]
     with pytest.raises(DataError, match="line 3, field 'tags': 1 tags for 2 words"):
         read(lines(tmp_path / "x.jsonl", rows))
+
+
+def test_words_without_a_tag_are_named():
+    import datasets
+
+    tagged = datasets.Dataset.from_dict(
+        {"tokens": [["a", "b"], ["c", "d"]], "ner_tags": [[0, 1], [1, -100]]},
+        features=datasets.Features({
+            "tokens": datasets.List(datasets.Value("string")),
+            "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "x"]))}))
+    with pytest.raises(DataError, match=r"train\[1\], field 'ner_tags': the label is missing"):
+        read(tagged, validation=0)
 
 
 def test_classes_of_a_hub_set_keep_their_order_by_column():

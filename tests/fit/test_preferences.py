@@ -45,6 +45,12 @@ def test_every_way_to_write_a_preference(tmp_path, row):
                              "rejected": [turn("user", "a?"), turn("assistant", "c")]}
 
 
+def test_a_prompt_under_another_name(tmp_path):
+    rows = [{"question": "a", "chosen": "b", "rejected": "c"}] * 3
+    data = read(lines(tmp_path / "x.jsonl", rows), prompt="question", validation=0)
+    assert data.task == "preference-tuning" and data.train[0]["prompt"] == "a"
+
+
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
     ({"prompt": "", "chosen": "b", "rejected": "c"}, "field 'prompt': expected text"),
@@ -143,6 +149,26 @@ def test_the_base_is_asked_once_with_the_adapter_off(made):
     before = rows.reference
     task.ready(tuned, "cpu", 2)
     assert rows.reference is before
+
+
+def test_a_key_of_a_pair_is_that_of_both_answers(made):
+    task, _ = made()
+    rows = task.rows("train")
+    batch = task.together([rows[i] for i in range(3)]) | {"task": torch.tensor([4, 5, 6])}
+    assert task.feed(batch)["task"].tolist() == [4, 4, 5, 5, 6, 6]
+
+
+def test_what_looks_at_one_text_is_refused(made, tmp_path, tokenizer):
+    import burnish
+
+    _, model = made()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = str(lines(tmp_path / "rows.jsonl", PLAIN))
+    for how, words in (({"recipe": "lora(rank=2) + dp(epsilon=8)"}, "dp looks at each sample"),
+                       ({"memory": "8GB"}, "which no plan divides")):
+        with pytest.raises(ConfigError, match=words):
+            burnish.fit(str(tmp_path / "base"), path, output=tmp_path / "out", quiet=True, **how)
 
 
 def test_a_task_says_which_settings_are_its_own(made, tmp_path, tokenizer):

@@ -12,17 +12,18 @@ from ..core.reading import parse_json, plain
 Row = dict[str, Any]
 
 
-def rows(inputs: Sequence[str], task: Any, reading: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
     """(what was given, its columns as the task reads them) of every input.
 
-    reading: how the run's own columns were named. Raises DataError and ConfigError where an input
+    roles: what the run's own columns are called. Raises DataError and ConfigError where an input
     is not there, or lacks a column.
     """
     if task.takes == ("image",):
         for path in _pictures(inputs):
             yield str(path), {"image": _picture(path)}
         return
-    names = {k: reading.get("text" if k == "tokens" else k) or k for k in task.takes}
+    names = {k: roles.get(k) or roles.get("prompt" if k == "text" else k) or k
+             for k in task.takes}
     for given in inputs:
         path = Path(given)
         if path.suffix == ".txt" and path.is_file():

@@ -91,7 +91,7 @@ class Finished:
                 raise ConfigError(f"{read.part} reads {name!r} ({read.key.meaning}): give "
                                   f"--given {name}=..., {read.range}")
         model = self.tuned.model
-        for given, row in asked.rows(inputs, self.task, self.facts["data"].get("reading", {})):
+        for given, row in asked.rows(inputs, self.task, self.facts["data"].get("roles", {})):
             with torch.no_grad(), self.tuned.given(**keys):
                 made = self.task.answer(model, row, tokens)
             yield {"input": given, **made, "said": self.task.said(made)}

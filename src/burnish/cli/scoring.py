@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
+from ..fit.kinds import form_of_label
 
 
 def scorer(kind: str, folders: Sequence[Path], data: str, split: str | None, batch: int,
@@ -21,12 +22,9 @@ def scorer(kind: str, folders: Sequence[Path], data: str, split: str | None, bat
     return of
 
 
-#: figures of which less is better
-LESS = ("loss", "perplexity", "mae")
-
-
 def best(figures: dict[str, float], metric: str | None, task: str) -> float:
     """One figure, turned so that more is better: `metric`, else what the task goes by."""
+    from ..fit.settings import LESS
     from ..fit.tasks import TASKS
 
     name = metric or TASKS[task].metric
@@ -115,7 +113,7 @@ def learn(folders: Sequence[Path], data: str, split: str | None, batch: int) -> 
 
     models = open_models(folders)
     held = Models(folders[0], data, split, batch)
-    if not held.task.data.task.endswith("-classification"):
+    if form_of_label(held.task.data.task) != "class":
         raise ConfigError(f"--learned takes rows with a class each; {data} is for "
                           f"{held.task.data.task}: take --greedy")
     alpha, _ = learned(held.load(folders[0]), models, held.batches())

@@ -47,6 +47,10 @@ class Roles:
     prompt: str | None = None
     completion: str | None = None
 
+    def named(self) -> dict[str, str]:
+        """role -> its column, of what a row is asked with."""
+        return {k: v for k in ("text", "pair", "tokens", "prompt") if (v := getattr(self, k))}
+
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
         parts = {k: v for k in ("image", "text", "pair", "negative", "tokens", "label",
@@ -72,7 +76,8 @@ _FORMS = {"messages": {"messages"}, "conversations": {"conversations"},
 def assign(table: Table, flags: Roles) -> Roles:
     """The parts columns play, from their names; flags go before guesses."""
     names = list(table.columns)
-    if (flags.prompt is None) != (flags.completion is None):
+    answers = {"chosen", "rejected"} <= set(names) and flags.completion is None
+    if (flags.prompt is None) != (flags.completion is None) and not answers:
         raise DataError("prompt= and completion= name two columns that belong together; give both")
     for flag in ("text", "label", "image", "prompt", "completion"):
         given = getattr(flags, flag)
@@ -117,6 +122,8 @@ def assign(table: Table, flags: Roles) -> Roles:
 def _task(table: Table, flags: Roles) -> str:
     """What the columns say. Raises AmbiguousError where they leave a choice."""
     names = list(table.columns)
+    if flags.prompt and not flags.completion:
+        return "preference-tuning"
     if flags.prompt:
         return "instruction-tuning"
     label = flags.label or _label(names)
@@ -129,7 +136,7 @@ def _task(table: Table, flags: Roles) -> str:
             return "instruction-tuning"
         if _questions(names, ask=True):
             return "question-answering"
-        if _pairs(names) is not None:
+        if _pairs(names) is not None and label is None:
             return "embedding"
     if tagged(table, flags.text, flags.label):
         return "token-classification"

@@ -28,7 +28,8 @@ from ..core.reading import reading
 from . import layouts
 from .beside import apart, missing
 from .columns import Roles, assign
-from .kinds import TASKS
+from .kinds import TASKS, form_of_label
+from .labels import differ
 from .layouts import SPLITS, Table
 from .turns import as_rows_of
 from .values import canonical
@@ -59,8 +60,9 @@ class Data:
     where: dict[str, Callable[[int], str]] = field(default_factory=dict, repr=False)
     #: messages, or completion: prompts and answers joined as they are
     form: str | None = None
-    #: which columns are read as what, in words
+    #: which columns are read as what, in words, and by role
     columns: str = ""
+    roles: dict[str, str] = field(default_factory=dict, repr=False)
     #: what :func:`read` was told, so that the same rows can be found again
     reading: dict[str, Any] = field(default_factory=dict, repr=False)
     #: columns that are keys of context, which parts of the recipe read beside the rows
@@ -100,7 +102,7 @@ class Data:
         return {"source": self.source, "layout": self.layout, "task": self.task,
                 "rows": {k: len(v) for k, v in self.splits.items()},
                 "labels": list(self.labels) if self.labels else None, "form": self.form,
-                "reading": self.reading, "fingerprint": self.fingerprint()}
+                "reading": self.reading, "roles": self.roles, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """A digest of task, labels, sizes and some rows: enough to tell other data."""
@@ -178,13 +180,15 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                 raise DataError(f"language modelling runs documents end to end, so no row has a "
                                 f"{key!r} of its own, which {keys[key].part} reads")
             splits[name] = splits[name].add_column(key, entries)
+    if "label" in splits["train"].column_names and form_of_label(roles.task or "") == "number":
+        differ(splits["train"]["label"][:], roles.label or "", source)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
     form = None
     if roles.task in ("instruction-tuning", "sequence-to-sequence", "preference-tuning"):
         form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: t.where for k, t in tables.items()}, form,
-                roles.said(tables["train"].columns),
+                roles.said(tables["train"].columns), roles.named(),
                 {"task": task, "text": text, "label": label, "image": image, "prompt": prompt,
                  "completion": completion, "split": split, "validation": validation,
                  "seed": seed}, known)
@@ -303,8 +307,9 @@ def _from_dataset(rows: Any, name: str, layout: str) -> Table:
             columns[column] = [None if v is None or v < 0 else names[v] for v in rows[column]]
             classes[column] = tuple(names)
         elif isinstance(inner, datasets.ClassLabel):        # a list of classes, or of tags
-            columns[column] = [None if row is None else [inner.names[v] for v in row]
-                               for row in rows[column]]
+            columns[column] = [None if row is None else [
+                None if v is None or v < 0 else inner.names[v] for v in row]
+                for row in rows[column]]
             classes[column] = tuple(inner.names)
         else:
             columns[column] = rows[column][:]

@@ -73,7 +73,7 @@ def marked(table: Table, names: Sequence[str]) -> list[list[str]]:
     """Columns of ones and noughts, a class each, as lists of the classes that are marked."""
     said = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
     rows: list[list[str]] = [[] for _ in range(len(table))]
-    for name in (n.strip() for n in names):
+    for name in names:
         if name not in table.columns:
             raise DataError(f"label names {name!r}, which is no column of the data; it has "
                             f"{', '.join(table.columns)}{nearest(name, table.columns)}")
@@ -86,8 +86,10 @@ def marked(table: Table, names: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def numbers(given: Sequence[Any], field: str, table: Table) -> list[float]:
-    """What regression learns. Raises DataError for what is no finite number."""
+def numbers(given: Sequence[Any], field: str, table: Table, limit: float | None = None
+            ) -> list[float]:
+    """What regression learns. Raises DataError for what is no finite number, and for one beyond
+    `limit` to either side."""
     out = []
     for i, v in enumerate(given):
         try:
@@ -96,11 +98,18 @@ def numbers(given: Sequence[Any], field: str, table: Table) -> list[float]:
             x = math.nan
         if not math.isfinite(x):
             raise DataError(f"{table.where(i)}, field {field!r}: expected a number, found {v!r}")
+        if limit is not None and abs(x) > limit:
+            raise DataError(f"{table.where(i)}, field {field!r}: {v!r} is beyond {limit:g}, and a "
+                            "cosine is never; divide the scores first")
         out.append(x)
-    if len(set(out)) == 1 and len(out) > 1:
-        raise DataError(f"{table.where(0)}, field {field!r}: every row is {out[0]}; there is "
-                        "nothing to learn")
     return out
+
+
+def differ(given: Sequence[float], field: str, source: str) -> None:
+    """Raises DataError where rows to be trained on all have one number."""
+    if len(set(given)) == 1 and len(given) > 1:
+        raise DataError(f"{source}, field {field!r}: every row is {given[0]}; there is nothing to "
+                        "learn")
 
 
 def tags(given: Sequence[Any], tokens: Sequence[Sequence[str]], field: str, table: Table,

@@ -298,8 +298,8 @@ def _conll(path: Path) -> Table:
     gap = True
     for n, line in enumerate(read_text(path, DataError).split("\n"), 1):
         fields = line.split()
-        if not fields or fields[0] == "-DOCSTART-":
-            gap = True
+        if not fields or fields[0] == "-DOCSTART-" or gap and line.startswith("# "):
+            gap = True                            # a sentence may have a line about itself
             continue
         if len(fields) < 2:
             raise DataError(f"{path}, line {n}: expected a word and its tag, found {line!r}")

@@ -68,6 +68,8 @@ class Trainer(transformers.Trainer):
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
                          preprocess_logits_for_metrics=task.kept, **kw)
+        # most models take the number of items and do not read it; theirs is a mean to be shared
+        self.model_accepts_loss_kwargs &= task.counts_items
         self.pop_callback(PrinterCallback)
         if self.label_smoother is not None:
             self.label_smoother = Smoothed(self.label_smoother.epsilon)
@@ -135,6 +137,9 @@ class Trainer(transformers.Trainer):
         rows = train_dataset if train_dataset is not None else self.train_dataset
         return Shuffled(len(rows), self._seed, getattr(rows, "redrawn", False))
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return torch.utils.data.SequentialSampler(eval_dataset)    # figures may need the row
+
     @property
     def _seed(self) -> int:
         """Of the order of rows."""
@@ -145,9 +150,9 @@ class Trainer(transformers.Trainer):
         """Rows that are to be drawn each by itself come in batches of any size."""
         if self.tuned.sampling is None:
             return super().get_train_dataloader()
-        return self.accelerator.prepare(loader(
-            self.train_dataset, self.task.collate, Drawn(self.tuned.sampling, self._seed),
-            self.args))
+        rows: Any = self.train_dataset
+        drawn = Drawn(self.tuned.sampling, self._seed, rows.redrawn)
+        return self.accelerator.prepare(loader(rows, self.task.collate, drawn, self.args))
 
     def create_scheduler(self, num_training_steps: int,
                          optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -176,8 +181,7 @@ class Trainer(transformers.Trainer):
         def whole() -> torch.Tensor:
             shared = not self.tuned.steps.still or self.args.world_size == 1
             with contextlib.nullcontext() if shared else self.accelerator.no_sync(model):
-                return super(Trainer, self).training_step(
-                    model, dict(inputs), None if self.task.own_loss else items)
+                return super(Trainer, self).training_step(model, dict(inputs), items)
 
         def alone() -> torch.Tensor:
             model.train()

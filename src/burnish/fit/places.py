@@ -120,6 +120,15 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
     raise ConfigError(f"{name} is {config.model_type}, {reason}; {tail}")
 
 
+def _causal(config: Any) -> bool:
+    """Does the model read one way only?"""
+    import transformers
+
+    one_way = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
+    return one_way and not both and not getattr(config, "is_encoder_decoder", False)
+
+
 def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     import transformers
 
@@ -133,6 +142,9 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         both = type(config) in getattr(transformers, _BOTH_WAYS)._model_mapping
         if both and not getattr(config, "is_decoder", False):
             return f"an encoder that reads in both directions, and {task} is served for decoders"
+    if task == "question-answering" and _causal(config):
+        return (f"a decoder, in which the context does not see the question, and {task} is for "
+                "encoders")
     if task == "embedding" and (getattr(config, "is_encoder_decoder", False)
                                 or not hasattr(config, "vocab_size")):
         return f"no encoder or decoder of text, and {task} is for those"

@@ -293,6 +293,14 @@ class Answers(Rows):
     def length(self, i: int) -> int:
         return len(self.columns["input_ids"][i]) + len(self.labels[i])
 
+    def longest(self, count: int) -> list[dict[str, Any]]:
+        """As many rows as no batch of so many is longer than: the longest prompts beside the
+        longest answers."""
+        prompts = sorted(range(len(self)), key=lambda i: -len(self.columns["input_ids"][i]))
+        answers = sorted(range(len(self)), key=lambda i: -len(self.labels[i]))
+        return [{**self[a], "labels": self.labels[b]}
+                for a, b in zip(prompts[:count], answers[:count], strict=True)]
+
     def row(self, i: int) -> dict[str, Any]:
         return {k: v[i] for k, v in self.columns.items()} | {"labels": self.labels[i]}
 
@@ -305,16 +313,14 @@ class Windows(Rows):
     has none.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any, max_length: int):
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int,
+                 where: Callable[[int], str] | None = None):
         self.contexts = rows["context"][:]
         self.right = [a["text"] for a in rows["answers"]]
         self.silent = not all(self.right)
-        right = tokenizer.padding_side == "right"
-        pair = (rows["question"][:], self.contexts) if right else \
-            (self.contexts, rows["question"][:])
-        own = 1 if right else 0
-        coded = tokenizer(*pair, truncation="only_second" if right else "only_first",
-                          max_length=max_length, stride=max_length // 3,
+        room = self._room(rows["question"][:], tokenizer, max_length, where)
+        coded = tokenizer(rows["question"][:], self.contexts, truncation="only_second",
+                          max_length=max_length, stride=min(max_length // 3, room - 1),
                           return_overflowing_tokens=True, return_offsets_mapping=True)
         self.question = coded["overflow_to_sample_mapping"]
         self.columns = {k: coded[k] for k in tokenizer.model_input_names if k in coded}
@@ -322,7 +328,7 @@ class Windows(Rows):
         self.ends: list[tuple[int, int]] = []
         for i, which in enumerate(self.question):
             places = {t: span for t, (span, part) in enumerate(zip(
-                coded["offset_mapping"][i], coded.sequence_ids(i), strict=True)) if part == own}
+                coded["offset_mapping"][i], coded.sequence_ids(i), strict=True)) if part == 1}
             self.places.append(places)
             self.ends.append(self._ends(places, rows["answers"][which]))
         lost = len(self.right) - len({q for q, e in zip(self.question, self.ends, strict=True)
@@ -330,6 +336,20 @@ class Windows(Rows):
                                                          if not r})
         self.notes = [f"{lost} of {len(self.right)} answers lie in no window of "
                       f"max_length={max_length} tokens, and are not learnt"] if lost else []
+
+    @staticmethod
+    def _room(questions: Sequence[str], tokenizer: Any, max_length: int,
+              where: Callable[[int], str] | None) -> int:
+        """Tokens of a context that stand beside the longest question."""
+        asked = tokenizer(questions, add_special_tokens=False)["input_ids"]
+        marks = tokenizer.num_special_tokens_to_add(pair=True)
+        longest = max(range(len(asked)), key=lambda i: len(asked[i]))
+        room = max_length - len(asked[longest]) - marks
+        if room < 2:
+            at = where(longest) if where else f"row {longest}"
+            raise DataError(f"{at}: the question has {len(asked[longest])} tokens, which leave no "
+                            f"room for a context in max_length={max_length}")
+        return room
 
     def _ends(self, places: dict[int, tuple[int, int]], answers: dict[str, Any]) -> tuple[int, int]:
         """The first and last token of the first answer, where the window holds it whole."""
@@ -395,7 +415,8 @@ class Gaps(Rows):
 
     def row(self, i: int) -> dict[str, Any]:
         turn, i = divmod(i, len(self))
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) * 1_000_003 + i)
+        mixed = (self.seed * 1_000_003 + turn) * 1_000_003 + i
+        g = torch.Generator().manual_seed(mixed % 2**63)
         ids = torch.tensor(self.ids[i])
         free = ~torch.isin(ids, self.special)
         told = free & (torch.rand(ids.shape, generator=g) < self.TOLD)

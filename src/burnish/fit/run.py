@@ -162,8 +162,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     for one in found.values():                  # values, before a model is loaded
         with transformers_errors():
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
-    if recipe is not None:
-        by_itself(first.task, parse(recipe))
+    by_itself(first.task, recipe, memory)
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
@@ -313,7 +312,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
                 eval_dataset=task.rows("validation") if task.data.validation is not None else None)
             go_on.trainer = trainer
             tuned.total_steps = total_steps(trainer)
-            task.ready(tuned, trainer.args.device, arguments.per_device_eval_batch_size)
+            with trainer.accelerator.autocast():
+                task.ready(tuned, trainer.args.device, arguments.per_device_eval_batch_size)
             trainer.train(resume_from_checkpoint=str(here) if here else None)
             peak = max(peak, process_peak())
             if stop.asked is not None:

@@ -19,8 +19,8 @@ class Drawn(Sampler[list[int]]):
     """Batches in which each row stands with the same chance, whatever stands beside it, so that
     their sizes differ and one may be empty. Drawn from (seed, epoch, number) alone."""
 
-    def __init__(self, sampling: Sampling, seed: int):
-        self.sampling, self.seed, self.epoch = sampling, seed, 0
+    def __init__(self, sampling: Sampling, seed: int, redrawn: bool = False):
+        self.sampling, self.seed, self.epoch, self.redrawn = sampling, seed, 0, redrawn
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -32,7 +32,8 @@ class Drawn(Sampler[list[int]]):
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         for _ in range(len(self)):
             drawn = torch.rand(self.sampling.rows, generator=g, dtype=torch.float64)
-            yield (drawn < self.sampling.rate).nonzero().flatten().tolist()
+            found = (drawn < self.sampling.rate).nonzero().flatten()
+            yield (found + self.epoch * self.sampling.rows if self.redrawn else found).tolist()
 
 
 def loader(rows: Any, collate: Any, drawn: Drawn, args: Any) -> DataLoader:

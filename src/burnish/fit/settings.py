@@ -16,6 +16,9 @@ from .arguments import Options
 from .data import Data
 from .secret import secret_of
 
+#: figures of which less is better
+LESS = ("loss", "perplexity", "mae")
+
 
 def learning_rate(tuned: Tuned) -> float:
     """The default: see :func:`fit`."""
@@ -74,8 +77,8 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         settings.get("save_steps", 500) == settings.get("eval_steps", settings.get("save_steps")))
     if evaluates and together:
         settings.setdefault("load_best_model_at_end", True)
-        settings.setdefault("metric_for_best_model", kind.metric)
-        settings.setdefault("greater_is_better", kind.greater_is_better)
+        by = settings.setdefault("metric_for_best_model", kind.metric)
+        settings.setdefault("greater_is_better", str(by).removeprefix("eval_") not in LESS)
     if tuned is not None and (any(sentence(tuned)) or secret_of(tuned.recipe)):
         settings.setdefault("max_grad_norm", 0.0)  # no gradient, a second backward, a private sum
     return hyper, settings, keep

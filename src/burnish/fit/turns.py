@@ -49,8 +49,10 @@ def as_rows_of(task: str, rows: Any, where: Callable[[int], str] | None) -> Any:
 
     if task != "sequence-to-sequence" or "prompt" in rows.column_names:
         return rows
-    return datasets.Dataset.from_list([_single(row, where(i) if where else f"row {i}")
-                                       for i, row in enumerate(rows)])
+    beside = [n for n in rows.column_names if n != "messages"]
+    return datasets.Dataset.from_list([
+        {**_single({"messages": row["messages"]}, where(i) if where else f"row {i}"),
+         **{n: row[n] for n in beside}} for i, row in enumerate(rows)])
 
 
 def _single(row: dict[str, Any], at: str) -> dict[str, str]:

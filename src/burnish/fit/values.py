@@ -44,13 +44,15 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     if form is None or roles.label is None:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
     if form == "several" and roles.label not in table.columns:
-        given = labels.marked(table, roles.label.split(","))
+        named = tuple(n.strip() for n in roles.label.split(","))
+        given, classes = labels.marked(table, named), classes or named
     else:
         given = _column(table, roles.label)
     number = datasets.Value("int64")
     if form == "number":
-        columns["label"], features["label"] = labels.numbers(given, roles.label, table), \
-            datasets.Value("float64")
+        columns["label"] = labels.numbers(given, roles.label, table,
+                                          1.0 if roles.task == "embedding" else None)
+        features["label"] = datasets.Value("float64")
     elif form == "class":
         columns["label"], classes = labels.single(given, roles.label, table, classes, source)
         features["label"] = datasets.ClassLabel(names=list(classes))

@@ -6,7 +6,7 @@ Where they differ, nothing fails and everything is a little wrong, so the tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -92,9 +92,19 @@ def longest(model: nn.Module, asked: int | None, limit: int | None) -> tuple[int
 def check_words(rows: Any, words: int, where: str) -> None:
     """Every id has a row in the embedding. Raises DataError with the first that has none."""
     for i in range(len(rows)):
-        ids = rows[i]["input_ids"]
-        worst = int(max(ids))
+        worst = max(_ids(rows[i]), default=0)
         if worst >= words:
             raise DataError(f"{where} row {i}: the tokenizer writes id {worst}, the model knows "
                             f"{words} words; they do not belong together (or resize the model's "
                             "embeddings)")
+
+
+def _ids(row: Mapping[str, Any]) -> Iterator[int]:
+    """All ids that a row brings, and those that it asks for."""
+    yield from (int(i) for i in row.get("input_ids", ()))
+    for text in row.get("texts", ()):
+        yield from text
+    for tokens in row.get("pair", ()):
+        yield from tokens.input_ids
+    if isinstance(row.get("labels"), list):
+        yield from (i for i in row["labels"] if i >= 0)

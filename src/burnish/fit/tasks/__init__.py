@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import ConfigError
-from ...core.recipe import Recipe
+from ...core.recipe import parse
 from ..data import Data
 from ..places import check_local, check_there, processor_for
 from .base import Batch, Task, evaluate
@@ -74,12 +74,20 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
     return made
 
 
-def by_itself(task: str, recipe: Recipe) -> None:
-    """Raises ConfigError where a part reads each sample's own loss and the task gives none."""
-    parts = [m.name for m in recipe if m.private or "own loss" in m.needs]
-    if parts and not TASKS[task].alone:
+def by_itself(task: str, recipe: Any, memory: Any) -> None:
+    """Raises ConfigError where the recipe, or the plan of one for a memory, looks at one text by
+    itself and a sample of the task is several, or is told apart from those beside it."""
+    if TASKS[task].alone:
+        return
+    if recipe is None:
+        if memory is not None:
+            raise ConfigError(f"a sample of {task} is several texts, which no plan divides; give "
+                              "the recipe, and memory= to hold it to")
+        return
+    parts = [m.name for m in parse(recipe) if m.private or "own loss" in m.needs]
+    if parts:
         raise ConfigError(f"{parts[0]} looks at each sample by itself, and a sample of {task} is "
-                          "told apart from those beside it: take another task or leave it out")
+                          "several texts: take another task or leave it out")
 
 
 def smooths(task: str, smoothing: float) -> None:

@@ -44,6 +44,8 @@ class Task:
     truth: ClassVar[tuple[str, ...]] = ("labels",)
     #: whether the loss is this task's and not the model's
     own_loss: ClassVar[bool] = False
+    #: whether models of this task divide their loss by the items of an update where they are told
+    counts_items: ClassVar[bool] = False
     #: whether a sample has a loss by itself, whatever stands beside it
     alone: ClassVar[bool] = True
     #: settings of the run that the task itself reads
@@ -133,6 +135,8 @@ class Task:
     def example(self, batch_size: int, split: str = "train") -> Batch:
         """The costliest batch of a split's rows: what the memory must be planned for."""
         rows = self.rows(split)
+        if hasattr(rows, "longest"):
+            return self.collate(rows.longest(batch_size))
         longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
         return self.collate([rows[i] for i in longest])
 
@@ -224,6 +228,13 @@ class Task:
     def said(self, answer: Mapping[str, Any]) -> str:
         """An answer in a line."""
         return str(answer["text"])
+
+
+def flat(batch: Batch, each: int, truth: Sequence[str]) -> Batch:
+    """Samples of several texts (B, K, T) as a model takes them, (B K, T), without what is right;
+    a key of a sample is that of each of its texts."""
+    return {k: v.flatten(0, 1) if v.dim() > 2 else v.repeat_interleave(each, 0)
+            for k, v in batch.items() if k not in truth}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...core.errors import ConfigError, nearest
 from ..places import config_of
 from ..rows import Neighbours, Rows
-from .base import Batch
+from .base import Batch, flat
 from .textual import Textual
 
 POOLINGS = ("mean", "cls", "last")
@@ -106,7 +106,7 @@ class Embedding(Textual):
                 "counted": mask.view(n, -1).clone(), "texts": ids.view(n, -1).clone()}
 
     def feed(self, batch: Batch) -> Batch:
-        return {k: v.flatten(0, 1) for k, v in batch.items() if k not in self.truth}
+        return flat(batch, batch["input_ids"].shape[1], self.truth)
 
     def logits(self, outputs: Any) -> Tensor:
         """The states of the tokens."""
@@ -148,7 +148,10 @@ class Embedding(Textual):
         for start in range(0, len(e), AT_ONCE):
             cos = e[start:start + AT_ONCE, 0] @ e[:, 1].t()
             own = cos[torch.arange(len(cos)), torch.arange(start, start + len(cos))]
-            ranks.append((cos > own.unsqueeze(1) + 1e-6).sum(1) + 1)
+            near = (cos - own.unsqueeze(1)).abs() <= 1e-6
+            better = (cos > own.unsqueeze(1)) & ~near
+            rank = 1.0 + better.sum(1) + (near.sum(1) - 1) / 2        # of equal ones the middle
+            ranks.append(torch.where(own.isfinite(), rank, float("inf")))
         rank = torch.cat(ranks).double()
         return {"recall_at_1": float((rank == 1).double().mean()), "mrr": float((1 / rank).mean())}
 

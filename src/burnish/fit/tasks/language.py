@@ -37,6 +37,7 @@ class LanguageModelling(Written):
     """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
 
     usual_length = 512
+    counts_items = True
 
     def prepare(self) -> None:
         from ..chat import prepare_tokenizer

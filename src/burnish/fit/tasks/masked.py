@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...core.errors import ConfigError
+from .. import words
 from ..rows import Gaps, Rows
 from .base import Batch
 from .language import Written
@@ -30,6 +31,14 @@ class MaskedLanguageModelling(Written):
     def make(self, split: str) -> Rows:
         return Gaps(self.data.splits[split], self.processor, self.max_length or 512, self.seed,
                     again=split == "train")
+
+    def check(self, model: nn.Module) -> None:
+        known = words.words_of(model)
+        for split in self.data.splits:
+            rows = self.rows(split)
+            assert isinstance(rows, Gaps)
+            rows.words = min(rows.words, known or rows.words)      # what stands for another word
+        super().check(model)
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return self.per_token(rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.batches import call, moved
 from ...core.errors import ConfigError, nearest
 from ..rows import Choices, Rows
-from .base import Batch, Task
+from .base import Batch, Task, flat
 from .language import InstructionTuning, pad_tokens
 
 #: loss -> its usual beta
@@ -59,6 +59,8 @@ class PreferenceTuning(InstructionTuning):
 
     smooths = False
     own_loss = True
+    counts_items = False
+    alone = False                                # a sample is a pair, which nobody else knows
     truth = ("labels", "reference")
     settings = ("loss_type", "beta", "gamma")
 
@@ -69,8 +71,10 @@ class PreferenceTuning(InstructionTuning):
                               f"{nearest(str(self.kind), BETAS)}")
         for name in ("beta", "gamma"):
             value = self.how.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"{name}={value!r}: expected a number above 0")
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            if not good or not value >= 0 or name == "beta" and value == 0:
+                raise ConfigError(f"{name}={value!r}: expected a number "
+                                  f"{'above 0' if name == 'beta' else 'of 0 or more'}")
         if "gamma" in self.how and self.kind != "simpo":
             raise ConfigError(f"gamma is a margin that simpo asks for, and {self.kind} has none")
 
@@ -92,7 +96,7 @@ class PreferenceTuning(InstructionTuning):
             "labels": labels, "reference": torch.tensor([r["reference"] for r in rows])}
 
     def feed(self, batch: Batch) -> Batch:
-        return {k: v.flatten(0, 1) for k, v in batch.items() if k not in self.truth}
+        return flat(batch, 2, self.truth)
 
     def right(self, truth: Any) -> Tensor:
         """The better answer is the first: there is nothing to say of a pair, 0 for each."""

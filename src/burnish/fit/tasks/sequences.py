@@ -18,6 +18,8 @@ class SequenceToSequence(Written):
     """``input_ids``, ``attention_mask`` (B, S) of the prompts, ``labels`` (B, T) of the answers,
     which the model reads shifted by one."""
 
+    smooths = False                        # a smoother takes the labels, which the decoder reads
+
     def make(self, split: str) -> Rows:
         made = Answers(self.data.splits[split], self.processor, self.max_length)
         self.tell(split, made.notes)

@@ -38,12 +38,14 @@ class QuestionAnswering(Textual):
         self.fast()
 
     def make(self, split: str) -> Rows:
-        made = Windows(self.data.splits[split], self.processor, self.max_length or 384)
+        made = Windows(self.data.splits[split], self.processor, self.max_length or 384,
+                       self.data.where.get(split))
         self.tell(split, made.notes)
         return made
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        return self.padded(rows) | {k: torch.tensor([r[k] for r in rows]) for k in self.truth}
+        ends = {k: torch.tensor([r[k] for r in rows]) for k in self.truth}
+        return self.padded(rows, "right") | ends
 
     def logits(self, outputs: Any) -> torch.Tensor:
         """(B, T, 2): of beginnings and of ends."""

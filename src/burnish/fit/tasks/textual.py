@@ -65,11 +65,14 @@ class Textual(Task):
                                    truncation=self.max_length is not None,
                                    max_length=self.max_length))
 
-    def padded(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """What the tokenizer wrote of each row, padded to the longest; all but the labels."""
+    def padded(self, rows: Sequence[dict[str, Any]], side: str | None = None) -> Batch:
+        """What the tokenizer wrote of each row, padded to the longest; all but the labels.
+
+        side: where, whatever the tokenizer does: places of tokens stay what they are at the right.
+        """
         known = self.processor.model_input_names
         return dict(self.processor.pad([{k: v for k, v in r.items() if k in known} for r in rows],
-                                       return_tensors="pt"))
+                                       return_tensors="pt", padding_side=side))
 
     def per_token(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """As :meth:`padded`, with a label for every token, -100 where there is none."""

@@ -103,12 +103,16 @@ class TokenClassification(Textual):
 
 def spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """(kind, first word, one past the last) of every span of a row. One begins at B-, or at an I-
-    behind another kind or behind nothing, as the CoNLL script counts."""
+    behind another kind or behind nothing, as the CoNLL script counts; E- and L- end one, S- and U-
+    are one word."""
     kind, begin = "", 0
     for i, tag in enumerate([*tags, "O"]):
         head, _, name = tag.partition("-")
-        if kind and (head != "I" or name != kind):
+        if kind and (head not in ("I", "E", "L") or name != kind):
             yield kind, begin, i
             kind = ""
-        if head in ("B", "I") and not kind:
+        if head in ("B", "I", "E", "L", "S", "U") and not kind:
             kind, begin = name, i
+        if head in ("E", "L", "S", "U") and kind:
+            yield kind, begin, i + 1
+            kind = ""
