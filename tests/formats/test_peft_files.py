@@ -127,7 +127,7 @@ def pickled(folder):
 DAMAGE = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "is no PEFT folder"),
     "ours": (lambda f: edit(f, library="burnish"), r"read it with burnish.load\(model, folder\)"),
-    "other type": (lambda f: edit(f, peft_type="POLY"), "type 'POLY'; LORA"),
+    "other type": (lambda f: edit(f, peft_type="XLORA"), "type 'XLORA'; LORA"),
     "pickle": (pickled, "may hold a pickle"),
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678"),
                   "truncated"),

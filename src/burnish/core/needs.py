@@ -192,6 +192,10 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "open attention": ("blocks with attention whose queries and keys can be read, unlike those of "
                        "nn.MultiheadAttention", _open),
     "mlp": ("blocks with an MLP", lambda a: any(b.mlp_out or b.mlp for b in a.blocks)),
+    "mlp behind mixing": ("blocks with an MLP behind what mixes their tokens",
+                          lambda a: all(b.mixer is not None for b in a.blocks
+                                        if b.mlp_out or b.mlp)
+                          and any(b.mlp_out or b.mlp for b in a.blocks)),
     "linears": ("linears outside its head", _linears),
     "attention linears": ("linears in the attention of its blocks", _attends),
     "mlp linears": ("linears in the MLPs of its blocks", lambda a: bool(mlp_linears(a))),

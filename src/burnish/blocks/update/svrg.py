@@ -71,7 +71,7 @@ class SvrgOptimizer(ZooOptimizer):
 
     def __init__(self, groups: list[dict[str, Any]], spec: Svrg, plan: Plan, seed: int):
         super().__init__(groups, spec, plan, seed)
-        self._slope: dict[int, float] = {}           # seed -> g of the anchor's probes
+        self._told: dict[int, float] = {}           # seed -> g of the anchor's probes
 
     def _since(self, update: int) -> int:
         """Updates since the period began."""
@@ -118,17 +118,17 @@ class SvrgOptimizer(ZooOptimizer):
             self._anchored()
         if since < self.spec.batches:
             self._learn(seeds, found)
-        elif not self._slope:
+        elif not self._told:
             raise FormatError(f"{self.spec.name}: the log begins between two anchors, and what "
                               "the first found is not in it; repeat the whole run")
         else:
-            seeds, found = [*seeds, *self._slope], [*found, *self._slope.values()]
+            seeds, found = [*seeds, *self._told], [*found, *self._told.values()]
         super()._take(seeds, found, lrs, index, rest)
 
     @torch.no_grad()
     def _anchored(self) -> None:
         """The anchor is where the weights stand now."""
-        self._slope = {}
+        self._told = {}
         for _, p in self._all():
             state = self.state[p]
             if "anchor" in state:
@@ -138,14 +138,14 @@ class SvrgOptimizer(ZooOptimizer):
 
     def _learn(self, seeds: Sequence[int], found: Sequence[float]) -> None:
         for s, g in zip(seeds, found, strict=True):
-            self._slope[s] = self._slope.get(s, 0.0) + g
+            self._told[s] = self._told.get(s, 0.0) + g
 
     def load_extra_state(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         super().load_extra_state(tensors, header)
         q, first = self.spec.queries, int(header.get("first_update", 0))
         ended = first + len(self.log) // q
         begun = (ended - self._since(ended) - first) * q     # of this period, in the log
-        self._slope = {}
+        self._told = {}
         if begun >= 0:
             stop = begun + self.spec.batches * q
             self._learn(self.log.seeds[begun:stop], self.log.scalars[begun:stop])

@@ -36,7 +36,7 @@ class BiAdaptFormer(Method):
     paper: ClassVar[str] = ("Revisiting the Parameter Efficiency of Adapters from the Perspective "
                             "of Precision Redundancy, ICCV 2023, arXiv:2307.16867")
     tier: ClassVar[str] = "checked against an independent equation"
-    needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
+    needs: ClassVar[frozenset[str]] = frozenset({"mlp behind mixing"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     exact: ClassVar[bool] = False
