@@ -122,7 +122,6 @@ class Method:
     private: ClassVar[bool] = False
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
-    of_task: ClassVar[frozenset[str]] = frozenset()
     small: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     shown_beside: ClassVar[str] = ""
     excused: ClassVar[Mapping[str, str]] = MappingProxyType({})
