@@ -67,6 +67,22 @@ def test_the_mean_over_z_is_what_is_merged(mode):
     torch.testing.assert_close(tuned.merge()(x), mean, rtol=1e-5, atol=1e-5)
 
 
+def test_in_evaluation_mode_nobody_rests():
+    """Its mean answers there already."""
+    model, tuned, term = one_linear("deactivation=0.9")
+    model.eval()
+    tuned.optimizer(lr=0.0)
+    x, seen = torch.randn(4, 12, dtype=torch.float64), []
+    model[0].register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    for _ in range(6):
+        tuned.step((x, x[:, :9]), loss=lambda out, batch: (out - batch[1]).square().mean())
+        assert float(term.A.grad.abs().max()) > 1e-6
+    want = F.linear(x, model[0].weight + 0.1 * 0.7 * term.B @ term.A, model[0].bias).detach()
+    for y in seen:
+        torch.testing.assert_close(y, want)
+    assert len(seen) == 6 and any(handler(tuned).drawn(k, 0) for k in range(6))
+
+
 def handler(tuned):
     return next(h for n, h in tuned.timeline.handlers if n == "ce_ssl")
 
@@ -203,6 +219,11 @@ def test_defaults_counts_and_refusals():
                           ("rank=0", "rank")):
         with pytest.raises(burnish.RecipeError, match=why):
             parse(f"ce_ssl({settings})")
+    for settings, what in (("low=0.5", "low say"), ("samples=3", "samples say"),
+                           ("low=0.5, samples=3", "low and samples say")):
+        with pytest.raises(burnish.RecipeError, match=f"ce_ssl: {what}.*'taylor' or 'fisher'"):
+            parse(f"ce_ssl(score='none', {settings})")
+        parse(f"ce_ssl(score='fisher', {settings})")
     with pytest.raises(burnish.BurnishError, match="calibration"):
         burnish.tune(tiny("vit")[0], "ce_ssl(rank=2)")
     assert parse("ce_ssl(deactivation=0.0)")[0].controller(None) is None

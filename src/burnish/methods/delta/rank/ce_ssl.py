@@ -66,6 +66,11 @@ class CeSsl(Method):
         check_dropout("ce_ssl", self.deactivation, "deactivation")
         if not 0 <= self.low <= 1 or self.rank < 1:
             raise RecipeError(f"{self}: expected low from 0 to 1 and a rank of 1 or more")
+        given = sorted({"low", "samples"} & self.changed().keys())
+        if self.score == "none" and given:
+            raise RecipeError(f"ce_ssl: {' and '.join(given)} say how ranks follow data, which "
+                              "score='none' does not read; expected score='taylor' or 'fisher', or "
+                              f"{' and '.join(given)} left out")
 
     def observe(self, place: Place) -> FactorGradient | None:
         place.check_rank(self.rank, "ce_ssl")
@@ -102,7 +107,7 @@ class Rests:
     """Who rests in a pass: drawn from the seed, the update and the pass's number within it."""
 
     def __init__(self, method: CeSsl, tuned: Tuned):
-        self.method, self.at, self.whole = method, (-1, 0), False
+        self.method, self.model, self.at, self.whole = method, tuned.model, (-1, 0), False
         paths = {p.name: p.path for p in tuned.anatomy.places}
         self.layers: dict[str, list[torch.nn.Parameter]] = {}
         for name, term in tuned.terms(Thinned):
@@ -116,7 +121,8 @@ class Rests:
     def around_step(self, step: Pass) -> Iterator[None]:
         update, nth = self.at
         self.at = (step.index, nth + 1 if update == step.index else 0)
-        off = [] if self.whole else self.drawn(*self.at)
+        awake = self.whole or not self.model.training       # the mean answers in evaluation mode
+        off = [] if awake else self.drawn(*self.at)
         last = off[-1:] if len(off) == len(self.layers) else []     # so that the loss has a graph
         with step.damped(off[:len(off) - len(last)], 0.0), step.damped(last, NOTHING):
             yield
