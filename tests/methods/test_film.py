@@ -153,6 +153,19 @@ def test_one_condition_by_itself_is_an_ssf_that_merges(model, targets, tmp_path)
     assert str(again.recipe).startswith("ssf")
 
 
+def test_statistics_of_the_base_go_along():
+    tuned, batch = make("film(conditions=3, embedding=5)", "cnn")
+    batch.pop("labels")
+    tuned.model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            tuned.model(**batch, condition=1)
+        want = tuned.model.eval()(**batch, condition=1).logits
+        tuned.recipe.named("film").lifecycle(tuned, 1, "one")
+        tuned.model.double()
+        torch.testing.assert_close(tuned.model(**batch).logits, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("wrong", [-1, 3])
 def test_a_condition_that_is_none_is_refused(wrong):
     tuned, batch = make()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks.state.another import beside
 from burnish.blocks.state.bottleneck import Bottleneck
 from burnish.blocks.state.keyed_bottleneck import TaskBottlenecks
 from burnish.testing import stir, tiny
@@ -18,8 +19,8 @@ TASK = torch.tensor([2, 0, 2])
 def make(share, model="vit", **kw):
     net, batch = tiny(model, dtype=torch.float64, batch=3)
     batch.pop("labels", None)
-    tuned = burnish.tune(net, f"vl_adapter(tasks=3, share='{share}', norms=False)", head=False,
-                         **kw)
+    said = f"share='{share}'" + (", tasks=3" if share != "all" else "")
+    tuned = burnish.tune(net, f"vl_adapter({said}, norms=False)", head=False, **kw)
     net.double().eval()
     return stir(tuned, size=0.3), batch
 
@@ -91,7 +92,7 @@ def test_what_is_shared_has_one_slot_of_the_optimizer(share, tensors):
     opt.step()
     held = [p for g in opt.param_groups for p in g["params"]]
     assert len(held) == len({id(p) for p in held}) == 4 * tensors
-    per = burnish.parse(f"vl_adapter(tasks=3, share='{share}')")[0].count(32)
+    per = tuned.recipe.named("vl_adapter").count(32)
     assert sum(p.numel() for p in held) == 4 * per == sum(
         t.numel() for t in tuned.tensors().values())
 
@@ -121,6 +122,49 @@ def test_one_task_by_itself_is_an_adapter_for_all(share, tmp_path):
     again = burnish.load(tiny("vit", dtype=torch.float64)[0].eval(), tmp_path / "one")
     with torch.no_grad():
         torch.testing.assert_close(again.model(**batch).logits, want[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", ["scalearn(reduction=8, dropout=0.0)",
+                                  "ast_adapter(bottleneck=4, mixer='conformer', kernel=3)"])
+def test_what_other_parts_hold_without_training_it_goes_along(more):
+    """Frozen sources, running statistics: as they are now, not as they are made."""
+    net, batch = tiny("vit", dtype=torch.float64, batch=3)
+    batch.pop("labels")
+    tuned = burnish.tune(net, f"{more} + vl_adapter(tasks=3, share='none', norms=False)",
+                         head=False, seed=5)
+    net.double()
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if ".burnish." in n:
+                p.add_(0.3 * torch.randn_like(p))
+        for _ in range(3):
+            net(**batch, task=TASK)                          # statistics move
+        want = net.eval()(**batch, task=2).logits
+        tuned.recipe.named("vl_adapter").lifecycle(tuned, 2, "one")
+        net.double()
+        torch.testing.assert_close(net(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_another_size_by_now_is_refused():
+    tuned = burnish.tune(tiny("vit")[0], "increlora(rank=4) + vl_adapter(share='none')", head=False)
+    tuned.resize(next(term for _, term in tuned.terms(nn.Module)), torch.arange(1))
+    with pytest.raises(burnish.RecipeError, match="since it was made"):
+        tuned.recipe.named("vl_adapter").lifecycle(tuned, 0, "one")
+    assert list(tuned.adapters) == ["default"] and tuned.training == "default"
+
+
+def test_what_fails_on_the_way_leaves_what_was():
+    tuned, batch = make("none")
+    part = tuned.recipe.named("vl_adapter")
+    want = tuned.model(**batch, task=TASK).logits
+    made = {path: m.plain(0).state_dict() for path, m in tuned.branches(TaskBottlenecks)}
+    made[max(made)].pop("up.bias")
+    with pytest.raises(RuntimeError, match="up.bias"):
+        beside(tuned, part, "one", [(burnish.parse("vl_adapter(norms=False)")[0], made)])
+    assert list(tuned.adapters) == ["default"] and tuned.training == "default"
+    assert not any(".one" in n for n, _ in tuned.model.named_modules())
+    assert torch.equal(tuned.model(**batch, task=TASK).logits, want)
+    part.lifecycle(tuned, 0, "one")
 
 
 def test_what_there_is_none_of_is_refused():
@@ -175,7 +219,8 @@ def test_counts_and_defaults(published):
                            num_layers=12, num_decoder_layers=12, num_heads=12)
     for share, per in (("all", 148_320), ("none", 4 * 148_320),
                        ("down", 73_824 + 4 * 74_496), ("up", 4 * 73_824 + 74_496)):
-        (m,) = burnish.parse(f"vl_adapter(share='{share}', tasks=4)")
+        more = "" if share == "all" else ", tasks=4"
+        (m,) = burnish.parse(f"vl_adapter(share='{share}'{more})")
         with torch.device("meta"):
             made = list(m.branch(anatomy))
         assert len(made) == 60 and m.count(768) == per
@@ -188,6 +233,8 @@ def test_what_cannot_act_is_refused(settings):
         burnish.parse(f"vl_adapter({settings})")
     with pytest.raises(burnish.ConfigError, match="unknown activation 'gelo'"):
         burnish.parse("vl_adapter(act='gelo')")
+    with pytest.raises(burnish.RecipeError, match="^vl_adapter: tasks=7 .* tasks left out"):
+        burnish.parse("vl_adapter(tasks=7)")
 
 
 def test_models_that_put_tokens_first_are_refused_where_tasks_are_told_apart():

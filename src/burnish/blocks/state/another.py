@@ -7,7 +7,9 @@ the one it was made from stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +26,10 @@ def beside(tuned: Any, part: Method, name: str, others: Sequence[tuple[Method, V
     """Add the adapter `name`, and use it: the recipe that trains with `others` for its `part`,
     each with the values it begins from, no two of one name at one path.
 
-    All else that trains has the values that it has now. RecipeError where `part` is not of this
-    recipe, and where another part is called as one of the others is and stands at one of its paths:
-    which is which could not be told.
+    All else has the values that it has now: what trains, what other parts hold frozen, statistics.
+    RecipeError where `part` is not of this recipe, and where another part is called as one of the
+    others is and stands at one of its paths: which is which could not be told. Whatever is raised,
+    there is no such adapter then, and the one that was in use is.
     """
     if part not in tuned.recipe:
         raise RecipeError(f"{part} is no part of the recipe that trains, {tuned.recipe}")
@@ -40,18 +43,44 @@ def beside(tuned: Any, part: Method, name: str, others: Sequence[tuple[Method, V
                 raise RecipeError(f"{part.name} would become a {other.name} in {path}, where the "
                                   f"recipe has one already: merge or drop that one first")
             homes[f"{path}{after}{other.name}".lstrip(".")] = tensors
-    held = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    held = {n: t.detach().clone() for n, t in _whole(tuned, before, part)}
+    moved = tuned.buffers.moved() if old.away is None else \
+        {n: t for n, t in old.away.items() if n not in old.selected}
     recipe = [m for p in tuned.recipe for m in ([o for o, _ in others] if p == part else [p])]
     try:
         tuned.add(name, recipe, targets=old.targets, head=old.head)
     except TargetError:                          # what is left has targets of its own, or none
         tuned.add(name, recipe, head=old.head)
-    tuned.use(name)
-    own = tuple(f"{home}." for home in homes)
-    with torch.no_grad():
-        for n, p in tuned.named_parameters():
+
+    def fill() -> None:
+        tuned.use(name)
+        own = tuple(f"{home}." for home in homes)
+        for n, t in _whole(tuned, after, part):
             value = held.get(f".{n}".replace(after, before)[1:])
             if value is not None and not n.startswith(own):
-                p.copy_(value)
+                if value.shape != t.shape:
+                    raise RecipeError(f"{n} would be {tuple(t.shape)}, and is {tuple(value.shape)} "
+                                      f"in {old.name!r}: what has changed its size since it was "
+                                      "made has no second beside it")
+                t.copy_(value)
+        for n, t in moved.items():
+            tuned.buffers.stand(n, t)
         for home, tensors in homes.items():
             tuned.model.get_submodule(home).load_state_dict(dict(tensors))
+
+    try:
+        with torch.no_grad():
+            tuned.change(fill)                   # or another stays in use
+    except BaseException:
+        tuned.remove(name)
+        raise
+
+
+def _whole(tuned: Any, home: str, part: Method) -> Iterator[tuple[str, Tensor]]:
+    """What trains, and what else the adapter at `home` holds but for `part`."""
+    yield from tuned.named_parameters()
+    its = re.compile(rf"{re.escape(home)}{part.name}(_\d+)?\.")
+    for n, t in chain(tuned.model.named_parameters(remove_duplicate=False),
+                      tuned.model.named_buffers(remove_duplicate=False)):
+        if home in f".{n}" and not its.search(f".{n}"):
+            yield n, t

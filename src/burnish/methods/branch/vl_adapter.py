@@ -59,6 +59,10 @@ class VlAdapter(Method):
     def __post_init__(self) -> None:
         if self.tasks < 1 or self.reduction < 1:
             raise RecipeError(f"{self}: expected tasks and reduction of at least 1")
+        if self.share == "all" and "tasks" in self.changed():
+            raise RecipeError(f"vl_adapter: tasks={self.tasks} tells apart what tasks have alone, "
+                              "and share='all' leaves them nothing; expected share='down', 'up' or "
+                              "'none', or tasks left out")
         activation(self.act)
 
     def keys(self) -> Mapping[str, Key]:
@@ -93,7 +97,8 @@ class VlAdapter(Method):
         if not 0 <= task < self.tasks:
             raise RecipeError(f"vl_adapter has tasks 0 to {self.tasks - 1}, not {task}")
         made = {path: m.plain(task).state_dict() for path, m in tuned.branches(TaskBottlenecks)}
-        beside(tuned, self, name, [(replace(self, share="all"), made)])
+        plain = replace(self, share="all", tasks=VlAdapter.tasks)
+        beside(tuned, self, name, [(plain, made)])
 
     def count(self, d: int) -> int:
         """Trainable parameters of one site of width d, norms left out."""
