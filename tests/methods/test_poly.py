@@ -171,6 +171,28 @@ def test_a_new_task_begins_from_the_skills(then, task, tmp_path):
         torch.testing.assert_close(again.model(**batch).logits, trained, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["gpt2", "timm_qkv"])
+@pytest.mark.parametrize("then", ["all", "router"])
+def test_a_new_task_has_the_rows_that_there_are(model, then):
+    tuned, batch = make(", slices=2", model, targets="q,v")
+    with torch.no_grad():
+        want = tuned.model(**batch, task=1).logits
+        before = {path: m.rows for path, m in tuned.branches(Skills)}
+        tuned.recipe.named("poly").lifecycle(tuned, 1, "new", then)
+        tuned.model.double()
+        torch.testing.assert_close(tuned.model(**batch).logits, want, rtol=1e-5, atol=1e-6)
+    assert {path: m.rows for path, m in tuned.branches(Skills)} == before
+    assert all(len(rows) == 2 for rows in before.values())
+
+
+def test_a_new_task_leaves_the_experts_that_several_did():
+    """For one task alone they could have skills too; those that there are have none."""
+    tuned, batch = make(", slices=2", "mixtral")
+    before = {path for path, _ in tuned.branches(Skills)}
+    tuned.recipe.named("poly").lifecycle(tuned, 1, "new", "router")
+    assert {path for path, _ in tuned.branches(Skills)} == before
+
+
 def test_gates_alone_weigh_skills_that_exist():
     net, batch = tiny("vit")
     burnish.tune(net, "poly(rank=2, tasks=1, train_skills=False)", head=False)

@@ -113,7 +113,8 @@ class Poly(Method):
                                   "targets": list(made)})
         elif then in ("all", "router"):
             made = {path: m.for_one(task) for path, m in mine.items()}
-            other = replace(self, tasks=1, train_skills=then == "all", targets=list(made))
+            other = replace(self, tasks=1, train_skills=then == "all",
+                            targets=_named(tuned.anatomy, mine))
         else:
             raise RecipeError(f"poly becomes 'lora', 'all' or 'router', not {then!r}")
         beside(tuned, self, name, [(other, made)])
@@ -122,3 +123,13 @@ class Poly(Method):
         """Trainable parameters on one matrix."""
         skills = self.experts * self.rank * (place.inp + place.out) if self.train_skills else 0
         return skills + self.tasks * self.slices * self.experts
+
+
+def _named(anatomy: Anatomy, mine: Mapping[str, Skills]) -> list[str]:
+    """Targets that name these linears, and the rows of fused ones, and no others."""
+    names = []
+    for place in (p for p in anatomy.places if p.path in mine):
+        rows = mine[place.path].rows
+        names += [place.name] if rows is None else \
+            [part.name for part in anatomy.slices(place) if part.rows in rows]
+    return names
