@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,40 @@ def test_bibert_learns_from_its_base():
     tuned.optimizer(lr=2e-3)
     losses = [float(tuned.step(batch)) for _ in range(25)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_decoder_has_a_mask_of_its_own(told):
+    """Where the encoder's would fit it too."""
+    net, _ = tiny("t5", dtype=F64)
+    tuned = burnish.tune(net, "lora(rank=2) + direction_match(weight=0.7, states=0.3)", head=False)
+    anatomy, (method,) = tuned.anatomy, [m for m in tuned.recipe if m.name == "direction_match"]
+    masks = [torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0], [1] * 5])]
+    batch = {"attention_mask": masks[0]} | ({"decoder_attention_mask": masks[1]} if told else {})
+    places = method.projections(anatomy)
+    widths = {p.path: p.out for p in places} | {b.path: 32 for b in anatomy.blocks}
+    mine, theirs = ({path: torch.randn(2, 5, n, dtype=F64) for path, n in widths.items()}
+                    for _ in range(2))
+    terms = list(method.objective(tuned, SimpleNamespace(
+        batch=batch, taps=mine, reference_taps=lambda adapter: theirs)))
+
+    def counting(path):
+        mask = masks[0] if path.startswith("encoder.") else masks[1] if told else torch.ones(2, 5)
+        return [t[path] * mask.double().unsqueeze(-1) for t in (mine, theirs)]
+
+    assert {p.path.partition(".")[0] for p in places} == {"encoder", "decoder"}
+    for got, want in zip(terms, (
+            0.7 * sum(distance(*(pattern(Z, anatomy.blocks[p.block].heads)
+                                 for Z in counting(p.path))) for p in places),
+            0.3 * sum(distance(*counting(b.path)) for b in anatomy.blocks)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_that_run_without_a_graph_are_refused():
+    with pytest.raises(RecipeError, match="direction_match and checkpoint cannot be joined: .*"
+                                          "inside the blocks"):
+        parse("lora(rank=2) + direction_match + checkpoint")
+    parse("lora(rank=2) + direction_match(weight=0.0) + checkpoint")
 
 
 def test_what_cannot_act_is_refused():

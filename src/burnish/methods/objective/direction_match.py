@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...blocks.state.prompts import accepts
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
 from ...core.needs import qkv_linears
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy
+    from ...core.anatomy import Anatomy, Block
     from ...core.site import Place
     from ...engine.tuned import Tuned
 
@@ -43,12 +44,15 @@ class DirectionMatch(Method):
     the base (or of another `adapter`) on the same batch, without gradients and in eval mode. |.| is
     the Frobenius norm over the whole batch and all heads of a layer: a pattern counts, not its
     size, so that signs can match real numbers. Tokens that ``attention_mask`` leaves out count as
-    zeros. BiBERT distils with it in place of attention scores (``full + bibert + direction_match +
-    distill``).
+    zeros (``decoder_attention_mask`` in a decoder beside an encoder). BiBERT distils with it in
+    place of attention scores (``full + bibert + direction_match + distill``).
 
     R is never made: ``<R, R'> = |Z^T Z'|^2 / h``, so the cost is tokens * h^2, and backward keeps
     what the projections gave. Trains nothing of its own; needs no second model; costs one more
     forward per batch. Start: where step 0 is the base the term and its gradient are zero.
+
+    Checkpointed blocks, and side networks beside them, are refused with `weight` above 0: what a
+    projection gives within a block that runs without a graph has no gradient.
 
     Departures: the authors' code sets entries of R below -100 to zero, which a pattern that is
     never made cannot; where a fused projection interleaves its heads there are no Z, and it is
@@ -71,6 +75,12 @@ class DirectionMatch(Method):
         if min(self.weight, self.states) < 0 or not (self.weight or self.states):
             raise RecipeError("direction_match: weight and states of at least 0, one of them "
                               f"above, are expected; got {self.weight} and {self.states}")
+
+    def forbids(self) -> dict[str, str]:
+        return {"the mode of the blocks": "direction_match pulls at what projections give inside "
+                                          "the blocks, which run as they are for it (weight=0 "
+                                          "looks at the states after them alone)"} \
+            if self.weight else {}
 
     def projections(self, anatomy: Anatomy) -> list[Place]:
         """What makes queries, keys and values, run by run of a fused one."""
@@ -95,7 +105,7 @@ class DirectionMatch(Method):
             heads = (block.heads if place.role == "q" else block.kv_heads or block.heads) or 1
             pair = []
             for taps in (run.taps, theirs):
-                Z = _counting(_state(taps[place.path]), run.batch)
+                Z = _counting(_state(taps[place.path]), run.batch, _mask(anatomy, block))
                 Z = Z if place.rows is None else Z[..., place.rows[0] : place.rows[1]]
                 pair.append(Z.reshape(-1, *Z.shape[-2:-1], heads, Z.shape[-1] // heads))
             Z, Y = _same(place.path, *pair)
@@ -104,8 +114,9 @@ class DirectionMatch(Method):
             yield self.weight * sum(terms)
         terms = []
         for block in anatomy.blocks if self.states else ():
-            H, Y = _same(block.path, *(_counting(_state(t[block.path]), run.batch)
-                                       for t in (run.taps, theirs)))
+            H, Y = _same(block.path, *(
+                _counting(_state(t[block.path]), run.batch, _mask(anatomy, block))
+                for t in (run.taps, theirs)))
             terms.append(apart((H * Y).sum(), H.square().sum(), Y.square().sum()))
         if terms:
             yield self.states * sum(terms)
@@ -116,10 +127,16 @@ def _state(out: Any) -> Tensor:
     return state
 
 
-def _counting(h: Tensor, batch: Any) -> Tensor:
+def _mask(anatomy: Anatomy, block: Block) -> str:
+    """The key of the batch that says which tokens of a block count."""
+    decodes = block.cross is not None and accepts(anatomy.model, "decoder_input_ids")
+    return "decoder_attention_mask" if decodes else "attention_mask"
+
+
+def _counting(h: Tensor, batch: Any, key: str) -> Tensor:
     """States (..., tokens, n) in fp32 at least, zero where the batch's mask leaves a token out."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == h.shape[:2]:
         h = h * mask.to(h).unsqueeze(-1)
     return h
