@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.state.mixers import Conformer
+from burnish.core.call import Call, resume
 from burnish.core.recipe import parse
 from burnish.testing import stir
 from burnish.testing.models import tiny
@@ -115,18 +118,58 @@ def test_the_conformer_sees_its_neighbours_and_no_padding():
         m.train()(z[:1, :1])
 
 
-def test_what_is_padding_is_not_seen():
-    """Tokens behind the attention mask are zeros to the others, whatever stands there."""
-    net, batch = tiny("bert")
+@pytest.mark.parametrize("train", [False, True])
+def test_what_is_padding_is_not_seen(train):
+    """Tokens behind the attention mask are zeros to the others, whatever stands there, and count in
+    no statistic."""
+    net, batch = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     stir(burnish.tune(net, "ast_adapter(bottleneck=4, mixer='conformer', kernel=3)"), size=0.3)
-    net.eval()
+    net.train(train)
     mask = torch.ones_like(batch["input_ids"])
     mask[:, -3:] = 0
     other = batch["input_ids"].clone()
     other[:, -3:] = 1
-    a, b = (net(input_ids=ids, attention_mask=mask).logits
-            for ids in (batch["input_ids"], other))
+    a, b, c = (net(input_ids=ids, attention_mask=mask[:, :ids.shape[1]]).logits
+               for ids in (batch["input_ids"], other, other[:, :-3]))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_those_of_the_tokens_that_count():
+    """Values, gradients and running statistics of the sequences without their padding."""
+    torch.manual_seed(0)
+    m, lengths = Conformer(3, 5).double().train(), (9, 6)
+    stir(m, size=0.3)
+    m.norm.running_mean.normal_(), m.norm.running_var.uniform_(0.5, 2)
+    z = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    mean, var = m.norm.running_mean.clone(), m.norm.running_var.clone()
+    rows = [F.conv1d(F.glu(z[i, :n], -1).t()[None], m.conv.weight, padding=2, groups=3)[0]
+            for i, n in enumerate(lengths)]
+    want = F.silu(F.batch_norm(torch.cat(rows, 1)[None], mean, var, m.norm.weight, m.norm.bias,
+                               True, m.norm.momentum, m.norm.eps))[0].t()
+    with resume(Call(valid=mask.long())):
+        got = m(z)[mask]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(m.norm.running_mean, mean)
+    torch.testing.assert_close(m.norm.running_var, var)
+    assert m.norm.num_batches_tracked == 1
+    g, inputs = torch.randn_like(want), [z, *m.parameters()]
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g),
+                    strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_promise_beside_padding_is_what_is_measured():
+    net, batch = tiny("bert", batch=8)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, -3:] = 0
+    recipe = "ast_adapter(bottleneck=4, mixer='conformer', kernel=3)"
+    promise = burnish.simulate(copy.deepcopy(net), recipe, batch)
+    tuned = burnish.tune(net, recipe)
+    tuned.optimizer(lr=1e-3)
+    truth = burnish.measure(tuned, batch)
+    assert abs(promise.peak_bytes / truth.peak_bytes - 1) <= 0.01
 
 
 @pytest.mark.parametrize("settings", ["", "placement='both'", "mode='series', own_residual=True",

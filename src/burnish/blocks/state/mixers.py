@@ -5,6 +5,8 @@ Letters: B batch, T tokens, R channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ class Conformer(nn.Module):
     conv.weight (R, 1, K), norm.weight and norm.bias (R,): R (K + 2) numbers. (The norm would take a
     bias of the convolution away.)
     As many tokens come out as go in; beyond the ends, and where the call's attention mask says
-    padding, are zeros. A token sees K - 1 others, behind it too. Running statistics are buffers,
-    and stay fp32.
+    padding, are zeros, which the norm's statistics leave out. A token sees K - 1 others, behind it
+    too. Running statistics are buffers, and stay fp32.
 
     RecipeError for states without a batch and a token axis, and in training for one number per
     channel, which has no variance.
@@ -50,20 +52,38 @@ class Conformer(nn.Module):
         u = F.glu(z, -1)
         u_BTR = u.flatten(1, -2)
         valid = context().valid
-        if valid is not None and valid.shape == u_BTR.shape[:2]:
+        if valid is not None and valid.shape != u_BTR.shape[:2]:
+            valid = None
+        if valid is not None:
             u_BTR = u_BTR * valid.unsqueeze(-1).to(u.dtype)
         K = self.conv.kernel_size[0]
         u_BRT = F.pad(u_BTR.transpose(1, 2), ((K - 1) // 2, K // 2))
         y = F.conv1d(u_BRT, self.conv.weight.to(u.dtype), groups=len(self.conv.weight))
-        return F.silu(self._normed(y)).transpose(1, 2).reshape(u.shape)
+        return F.silu(self._normed(y, valid)).transpose(1, 2).reshape(u.shape)
 
-    def _normed(self, y: Tensor) -> Tensor:
+    def _normed(self, y: Tensor, valid: Tensor | None) -> Tensor:
         """The batch norm, in the precision of its statistics."""
         m, wide = self.norm, self.norm.running_mean.dtype
         if self.training:
             m.num_batches_tracked.add_(1)
+        if self.training and valid is not None:
+            return self._of_valid(y.to(wide), valid.to(wide).unsqueeze(1)).to(y.dtype)
         return F.batch_norm(y.to(wide), m.running_mean, m.running_var, m.weight.to(wide),
                             m.bias.to(wide), self.training, m.momentum, m.eps).to(y.dtype)
+
+    def _of_valid(self, y_BRT: Tensor, counts_B1T: Tensor) -> Tensor:
+        """The batch norm in training, with statistics of the tokens that count."""
+        m = self.norm
+        n = counts_B1T.sum().clamp_min(1)
+        mean = (y_BRT * counts_B1T).sum((0, 2)) / n
+        off_BRT = y_BRT - mean[:, None]
+        var = (off_BRT.square() * counts_B1T).sum((0, 2)) / n
+        with torch.no_grad():
+            rate: Any = m.momentum
+            m.running_mean.lerp_(mean.detach(), rate)
+            m.running_var.lerp_(var.detach() * (n / (n - 1).clamp_min(1)), rate)
+        by = m.weight.to(mean) * (var + m.eps).rsqrt()
+        return off_BRT * by[:, None] + m.bias.to(mean)[:, None]
 
     @staticmethod
     def count(width: int, kernel: int) -> int:
