@@ -114,6 +114,39 @@ def test_without_the_inverse_a_language_model_is_another():
         assert torch.allclose(got, want, atol=1e-5) == inverse
 
 
+def test_two_in_use_are_undone_last_first():
+    net, batch = bert(torch.float64)
+    tuned = burnish.tune(net, "invertible", head=False)
+    tuned.add("b", "invertible", seed=1)
+    for seed, name in enumerate(("default", "b")):
+        for _, m in tuned.branches(Coupling, name):
+            m.double()
+        stir(tuned, seed=seed, size=0.5, adapter=name)
+    table, head = net.bert.embeddings.word_embeddings, net.cls.predictions.decoder
+    with torch.no_grad():
+        with tuned.disabled():
+            rows = table(batch["input_ids"])
+            want = head(rows)
+        for active in ({"default": 1, "b": 1}, {"b": 1, "default": 1}, "b"):
+            tuned.use(active)
+            assert (table(batch["input_ids"]) - rows).abs().max() > 0.1
+            torch.testing.assert_close(head(table(batch["input_ids"])), want)
+
+
+def test_a_weight_that_could_not_be_undone_is_refused():
+    net, batch = bert()
+    tuned = burnish.tune(net, "invertible", head=False)
+    tuned.add("b", "invertible", seed=1)
+    for mix in ({"default": 0.5}, {"default": 1, "b": 0.5}):
+        with pytest.raises(burnish.RecipeError, match="undoes it whole; it can be used whole"):
+            tuned.use(mix)
+    tuned.use({"default": 0, "b": 1})
+    net, batch = bert()
+    tuned = burnish.tune(net, "invertible(inverse=False)", head=False)
+    tuned.use({"default": 0.5})
+    net(**batch)
+
+
 def test_counts_and_the_preset(published):
     m = parse("invertible")[0]
     assert m.count(768) == 296_064

@@ -158,6 +158,8 @@ class Branch:
     compose: "add" adds the branch's result; "replace" takes it instead of the output; "blend" adds
         it to (1 - l) times the output, l the module's ``scale``, which its result holds already.
     at: "output" changes what `write` returns, "input" what it is given, which it then reads.
+    undoes: it takes away again what stands elsewhere: of several adapters the last one's comes
+        first, and they are in use whole.
     """
 
     write: str
@@ -166,3 +168,4 @@ class Branch:
     compose: str = "add"
     at: str = "output"
     branches_merge: bool = False
+    undoes: bool = False

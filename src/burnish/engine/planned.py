@@ -46,6 +46,9 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
         if part.branch is None and part.place is None:
             continue                                 # a listener: it wraps the run by itself
         if part.branch is not None:
+            if part.branch.undoes and weights[part.adapter] != 1:
+                raise RecipeError(f"{part.adapter!r} is undone by {part.key} in {slot.path}, which "
+                                  f"undoes it whole; it can be used whole, not at {scale}")
             (before if part.branch.at == "input" else after).append((part, made, scale))
             continue
         place = part.place
@@ -71,7 +74,13 @@ def make_plan(slot: Weights, module: nn.Module, active: Any) -> Plan:
         coded = functools.partial(slot._coded, module, place)
         ops.append((place, Weighted(base, terms, wraps[0] if wraps else None, held,
                                     slot.state.room, coded)))
-    return ops, before, after
+    return ops, _last_first(before), _last_first(after)
+
+
+def _last_first(branches: list[Any]) -> list[Any]:
+    """What undoes others is in reverse order, where it stands."""
+    found = [b for b in branches if b[0].branch.undoes]
+    return [found.pop() if b[0].branch.undoes else b for b in branches]
 
 
 def _undropped(place: Place, terms: list[tuple[Term, float]], wraps: list[Wrap]) -> None:

@@ -26,7 +26,8 @@ class Invertible(Method):
     - F(e2)``; where the model has no such head (a classifier), or with ``inverse=False``, only the
     first. It keeps volumes: log |det| = 0. With `pfeiffer` it is a language adapter (MAD-X; preset
     `mad_x`), trained as a language model; then a task adapter is stacked on it while it rests
-    (``tuned.use({"language": 1, "task": 1}, train="task")``), and another language's exchanged.
+    (``tuned.use({"language": 1, "task": 1}, train="task")``), and another language's exchanged. Of
+    two in use the second is undone first; at a weight other than 1 none could be, and is refused.
 
     Start: normal weights of deviation 0.02 ("bert", the library's), near the pre-trained function;
     "zero" is exactly on it. Trains 2 (2 w d/2 + w + d/2): 296,064 at d = 768. Kept for backward: e,
@@ -71,7 +72,8 @@ class Invertible(Method):
                 if end.kind == "embedding":
                     yield Branch(end.path, Again(made, back=False), compose="replace")
             if self.inverse and (head := vocabulary_head(anatomy)) is not None:
-                yield Branch(head, Again(made, back=True), compose="replace", at="input")
+                yield Branch(head, Again(made, back=True), compose="replace", at="input",
+                             undoes=True)
 
     def count(self, d: int) -> int:
         """Trainable parameters behind a table of width d."""
