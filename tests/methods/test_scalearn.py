@@ -248,6 +248,23 @@ def test_adapters_that_are_no_sources_are_refused(other, words):
         part.lifecycle(tuned, "both", ["a", "nobody"])
 
 
+@pytest.mark.parametrize("other, words", [
+    ("parallel(bottleneck=4, scale=1.0)",
+     "reads the output of .*, and what 'b' has there reads the input of"),
+    ("ast_adapter(bottleneck=4, mode='series', norms=False)",
+     r"reads the output .*\(replace at the output\)"),
+    ("parallel(bottleneck=4, scale=1.0) + pfeiffer(reduction=8)", "'b' has several at")])
+def test_what_stands_there_otherwise_is_no_source(other, words):
+    """In blocks without an MLP of their own, where its last linear is what they all change."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "pfeiffer(reduction=8)", head=False, name="a")
+    tuned.add("b", other, head=False)
+    want = net(**batch).logits
+    with pytest.raises(burnish.RecipeError, match=words):
+        burnish.parse("scalearn(reduction=8)")[0].lifecycle(tuned, "both", ["a", "b"])
+    assert set(tuned.adapters) == {"a", "b"} and torch.equal(net(**batch).logits, want)
+
+
 @pytest.mark.parametrize("method", ["scalearn", "adapter_fusion"])
 def test_a_run_over_three_tasks(method):
     """Two sources, each alone on its own data, then what combines them; the sources then rest."""

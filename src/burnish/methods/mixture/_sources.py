@@ -74,10 +74,25 @@ class FromSources(Method):
         """Give the adapter `name` what the others have learnt."""
         mine = dict(tuned.branches(Sources, name))          # type: ignore[attr-defined]
         for n, source in enumerate(sources):
-            theirs = dict(tuned.branches(Bottleneck, source))      # type: ignore[attr-defined]
+            found = list(tuned.branches(Bottleneck, source))       # type: ignore[attr-defined]
+            theirs = dict(found)
             if theirs.keys() != mine.keys():
                 odd = min(theirs.keys() ^ mine.keys())
                 raise RecipeError(f"{self.name} combines bottlenecks behind the same modules, and "
                                   f"{source!r} differs from it at {odd}")
+            if several := [path for path, b in found if theirs[path] is not b]:
+                raise RecipeError(f"{self.name} combines one bottleneck of each source, and "
+                                  f"{source!r} has several at {several[0]}")
             for path, m in mine.items():
+                if (how := _stands(tuned, path, theirs[path])) != (own := _stands(tuned, path, m)):
+                    raise RecipeError(f"{self.name} {own}, and what {source!r} has there {how}: "
+                                      "expected a source of the form of pfeiffer")
                 m.take(n, theirs[path], f"{source!r} at {path}")
+
+
+def _stands(tuned: Any, path: str, own: Any) -> str:
+    """What a branch reads there, and how its result comes in."""
+    slot = tuned.model.get_submodule(f"{path}.burnish")
+    branch = next(p.branch for p in slot.parts if p.branch and slot.module_of(p) is own)
+    where, what = branch.read
+    return f"reads the {what} of {where or path} ({branch.compose} at the {branch.at})"
