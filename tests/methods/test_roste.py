@@ -57,6 +57,17 @@ def test_paley_s_matrices(n):
     assert H.abs().eq(1).all() and torch.equal(H @ H.t(), n * torch.eye(n))
 
 
+@pytest.mark.parametrize("settings, words", [
+    ("rotation='none', seed=1", "seed do nothing.*'chosen' or 'hadamard'"),
+    ("rotation='none', samples=4", "samples do nothing.*rotation='chosen'"),
+    ("rotation='none', samples=4, seed=1", "samples and seed do nothing"),
+    ("rotation='hadamard', samples=4", "samples do nothing.*rotation='chosen'")])
+def test_settings_that_nothing_would_read_are_refused(settings, words):
+    with pytest.raises(RecipeError, match=f"roste: {words}"):
+        parse(f"roste({settings})")
+    parse("roste(samples=4, seed=1)"), parse("roste(rotation='hadamard', seed=1)")
+
+
 def test_other_orders_have_none():
     assert [m for m in range(3, 60) if paley(m) is None and m % 4 == 0] == [16, 40, 52, 56]
     assert paley(6) is None

@@ -75,6 +75,12 @@ class Roste(Method):
             raise RecipeError(f"roste: clip_ratio={self.clip_ratio}: expected above 0, at most 1")
         if self.samples < 1:
             raise RecipeError(f"roste: samples={self.samples}: expected at least 1")
+        idle = {"none": {"samples", "seed"}, "hadamard": {"samples"}}.get(self.rotation, set())
+        if given := sorted(idle & self.changed().keys()):
+            acts = "'chosen' or 'hadamard'" if given == ["seed"] else "'chosen'"
+            raise RecipeError(f"roste: {' and '.join(given)} do nothing with "
+                              f"rotation={self.rotation!r}; expected rotation={acts}, or "
+                              f"{' and '.join(given)} left out")
 
     def claims(self) -> tuple[str, ...]:
         return (f"the function of W on {self.targets or 'the default targets'}",
