@@ -95,14 +95,27 @@ def test_int8_kernels_give_the_same():
     torch.testing.assert_close(net.fc1(x).reshape(-1, 10).detach(), want, rtol=1e-5, atol=2e-5)
 
 
-def test_before_rounding_it_is_the_same_layer():
-    """W diag(s), (x - z) / s, W z + b: y, whatever z and s."""
-    _, _, base, data = made(outlier=50)
-    z, s, _, _ = calibrated(base, data, 8, 8, True)
-    x = base.norm(data[0]).detach()
-    W = base.fc1.weight.detach()
-    again = ((x - z) / s) @ (W * s).t() + W @ z + base.fc1.bias.detach()
-    torch.testing.assert_close(again, base.fc1(x).detach(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("centred", [True, False])
+def test_where_nothing_is_rounded_it_is_the_same_layer(centred):
+    """W diag(s) of whole numbers, (x - z) / s too: W x + b, whatever z and s."""
+    net, _, base, data = made(outlier=50, centred=centred)
+    z, s, _, _ = calibrated(base, data, 8, 8, centred)
+    with torch.no_grad():                        # z alone reads no rounded weight
+        torch.testing.assert_close(net.fc1(z[None]), base.fc1(z[None]), rtol=1e-5, atol=1e-5)
+    torch.manual_seed(1)
+    net = copy.deepcopy(base)
+    q = torch.randint(-127, 128, (10, 12)).double()
+    q[:, 0] = 127
+    with torch.no_grad():
+        net.fc1.weight.copy_(1e-3 * (0.5 + torch.rand(10, 1, dtype=F64)) * q * s.max() / s)
+    base = copy.deepcopy(net)
+    burnish.tune(net, f"bitfit + outliertune(centred={centred})", targets="fc1, fc2", head=False,
+                 calibration=data)
+    x = z + s * torch.randint(-127, 128, (4, 7, 12))
+    with torch.no_grad():
+        want = base.fc1(x)
+        torch.testing.assert_close(net.fc1(x), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        assert (net.fc1(x + s / 3) - base.fc1(x + s / 3)).abs().max() > 1e-3
 
 
 def test_other_linears_read_each_token_on_a_grid_of_its_own():
