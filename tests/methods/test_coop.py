@@ -174,6 +174,24 @@ def test_what_a_run_refuses():
         net.get_text_features(batch["input_ids"])
 
 
+@pytest.mark.parametrize("recipe", ["coop(length=3)", "coop(length=3, hidden=4)",
+                                    "coop(length=3, classes=2)", "maple(length=3, layers=2)",
+                                    "mvlpt(length=3)", "mvlpt(length=3, where='text')"])
+def test_rows_stand_on_no_padding(recipe):
+    """Never where padding on the left has put what is masked."""
+    net, batch = tiny("clip")
+    burnish.tune(net, recipe, head=False)
+    net.eval()
+    ids = batch["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    with torch.no_grad():
+        net(**batch, attention_mask=mask)
+        mask[1, :2] = 0
+        with pytest.raises(burnish.RecipeError, match="attention_mask is 0 there: pad texts on"):
+            net(**batch, attention_mask=mask)
+
+
 @pytest.mark.parametrize("model, recipe, why", [
     ("clip", "coop(length=0)", "at least one row"), ("clip", "coop(hidden=-1)", "a width of 0"),
     ("clip", "coop(targets='q')", "no targets"), ("clip", "coop(ids=[])", "ids from 0 to 63"),

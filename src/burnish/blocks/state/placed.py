@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.call import context
 from ...core.errors import RecipeError
@@ -51,21 +52,35 @@ class Placed(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if not self.entering:
-            return self.put(call(*args, **kw))
+            ids = args[0] if args else next(iter(kw.values()))
+            return self.put(call(*args, **kw), ids)
         if args:
             return call(self.put(args[0]), *args[1:], **kw)
         name, x = next(iter(kw.items()))
         return call(**{**kw, name: self.put(x)})
 
-    def put(self, x: Tensor) -> Tensor:
-        """The tokens with the rows in their place."""
+    def put(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The tokens, with these `ids`, with the rows in their place."""
         rows, a = self.made(), self.after
         L = rows.shape[-2]
         if x.dim() != 3 or x.shape[1] <= a + L:
             raise RecipeError(f"{L} rows stand in the place of the tokens {a} to {a + L - 1} of a "
                               f"text, and this one is {tuple(x.shape[:-1])}: write as many "
                               "placeholders before the name of the class")
+        if ids is not None:
+            self.look(ids, a, L)
         return torch.cat([x[:, :a], self.given(rows, len(x)).to(x.dtype), x[:, a + L :]], 1)
+
+    def look(self, ids: Tensor, a: int, L: int) -> None:
+        """RecipeError where the rows stand on what is masked."""
+        if isinstance(ids, FakeTensor) or ids.device.type == "meta":
+            return
+        valid = context().valid
+        if valid is not None and valid.shape[1] == ids.shape[1] \
+                and not bool(valid[:, a : a + L].all()):
+            raise RecipeError(f"{L} rows stand in the place of the tokens {a} to {a + L - 1}, and "
+                              "attention_mask is 0 there: pad texts on the right, behind as many "
+                              "placeholders")
 
     def given(self, rows: Tensor, texts: int) -> Tensor:
         """The rows of so many texts, (texts, L, D): image by image, class by class."""
