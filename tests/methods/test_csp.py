@@ -135,6 +135,7 @@ def test_the_count_of_the_paper(published):
 
 
 @pytest.mark.parametrize("model, recipe, why", [
+    ("clip", "csp", "none is named"), ("clip", "csp(dropout=0.1)", "none is named"),
     ("clip", "csp(ids=[])", "each once"), ("clip", "csp(ids=[3, 3])", "each once"),
     ("clip", "csp(ids=[-1])", "from 0"), ("clip", "csp(ids=[64])", "so none is 64"),
     ("clip", "csp(ids=[3], spelt=[[64]])", "so none is 64"),

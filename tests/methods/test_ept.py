@@ -117,7 +117,8 @@ def test_counts_and_defaults():
 
 @pytest.mark.parametrize("recipe, why", [
     ("ept(fusion=-1)", "a width of 0"), ("ept(spaces=0)", "a space"),
-    ("ept(space_rank=0)", "rank of 1"), ("ept(rank=0)", "rank 1"),
+    ("ept(spaces=1, space_rank=3)", "spaces=1 has none"), ("ept(rank=0)", "rank 1"),
+    ("ept(space_rank=0)", "rank of 1"),
     ("ept(targets='q')", "ept takes no targets"),
 ])
 def test_what_it_refuses(recipe, why):

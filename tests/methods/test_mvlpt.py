@@ -56,7 +56,8 @@ def stands(base, text, visual):
 def test_the_equation_written_out(beside, form):
     """Towers of two widths; the class token is the first of a picture, so what is carried on
     behind the patches needs no leave in the reference."""
-    one = beside("clip", f"mvlpt(length=3, hidden=8, where={form!r})", **WIDE)
+    width = ", hidden=8" * (form == "unified")
+    one = beside("clip", f"mvlpt(length=3, where={form!r}{width})", **WIDE)
     if form == "unified":
         text, visual = unified({n.removeprefix("maker.bank."): p
                                 for (_, n), p in one.theta.items()})
@@ -149,7 +150,7 @@ def test_counts_and_defaults(published):
     assert parse("mvlpt(where='text')")[0].count(d, out) == 8_192
     assert parse("mvlpt(where='visual')")[0].count(d, out) == 16 * 768
     for form in ("unified", "text", "visual", "both"):
-        recipe = f"mvlpt(length=3, hidden=4, where={form!r})"
+        recipe = f"mvlpt(length=3{', hidden=4' * (form == 'unified')}, where={form!r})"
         tuned = burnish.tune(tiny("clip", **WIDE)[0], recipe, head=False)
         assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32, 48)
     rows = burnish.tune(tiny("clip")[0], "mvlpt(length=60, where='both')", head=False)
@@ -183,6 +184,7 @@ def test_what_a_run_refuses():
 @pytest.mark.parametrize("model, recipe, why", [
     ("clip", "mvlpt(length=0)", "a row"), ("clip", "mvlpt(hidden=0)", "a width"),
     ("clip", "mvlpt(per_task=(3, 0))", "classes of 1 or more"),
+    ("clip", "mvlpt(where='text', hidden=8)", "hidden=8 is the width in which both sides meet"),
     ("clip", "mvlpt(targets='q')", "no targets"), ("vit", "mvlpt", "two towers"),
 ])
 def test_what_it_refuses(model, recipe, why):

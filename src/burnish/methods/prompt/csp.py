@@ -46,14 +46,16 @@ class Csp(Method):
     merges: ClassVar[bool] = False
     small: ClassVar[dict[str, Any]] = {"ids": tuple(range(1, 48))}
 
-    ids: Ids = setting((0,), "tokens that stand for words", other=((1, 2),))
+    ids: Ids | None = setting(None, "tokens that stand for words: they have to be named",
+                              other=((1, 2),))
     spelt: tuple[Ids, ...] | list[Ids] | None = setting(
         None, "tokens whose mean starts each word; None: its own", other=(((1, 2),) * 47,))
     dropout: float = setting(0.3, "dropout on the words")
 
     def __post_init__(self) -> None:
         ids = list(self.ids) if isinstance(self.ids, tuple | list) else []
-        if not ids or len(set(ids)) < len(ids) or not all(type(i) is int and i >= 0 for i in ids):
+        if self.ids is not None and (not ids or len(set(ids)) < len(ids)
+                                     or not all(type(i) is int and i >= 0 for i in ids)):
             raise RecipeError(f"csp: ids={self.ids!r}: expected whole numbers from 0, each once")
         if self.spelt is not None and (len(self.spelt) != len(ids) or not all(self.spelt)):
             raise RecipeError(f"csp: {len(ids)} ids, and spellings of {len(self.spelt)}: expected "
@@ -66,6 +68,9 @@ class Csp(Method):
             raise RecipeError("csp takes no targets: it stands at the table of the text tower")
         if unmet(type(self), anatomy):
             refuse(self, anatomy)
+        if self.ids is None:
+            raise RecipeError("csp trains words, and none is named: csp(ids=[...]), the tokens "
+                              "that stand for attributes and objects in its texts")
         return self
 
     def install(self, attacher: Any, part: Method) -> None:

@@ -50,6 +50,9 @@ class Ept(Dept):
             raise RecipeError(f"ept(fusion={self.fusion}, spaces={self.spaces}, space_rank="
                               f"{self.space_rank}): expected a width of 0 or more, a space and a "
                               "rank of 1 or more")
+        if self.spaces == 1 and self.space_rank != Ept.space_rank:
+            raise RecipeError(f"ept: space_rank={self.space_rank} is of the spaces' maps, and "
+                              "spaces=1 has none: leave one of them out")
 
     def beside(self, width: int) -> tuple[Positioned | None, nn.Module | None]:
         edit, _ = super().beside(width)
@@ -61,7 +64,7 @@ class Ept(Dept):
         return edit, maker
 
     def finished(self) -> Ept:
-        return replace(self, fusion=0, spaces=1)
+        return replace(self, fusion=0, spaces=1, space_rank=Ept.space_rank)
 
     def count(self, d: int) -> int:
         """Trainable parameters at embedding width d."""

@@ -59,6 +59,9 @@ class Mvlpt(Method):
         if min(self.length, self.hidden, *self.per_task) < 1:
             raise RecipeError(f"mvlpt(length={self.length}, hidden={self.hidden}, per_task="
                               f"{self.per_task}): expected a row, a width and classes of 1 or more")
+        if self.where != "unified" and self.hidden != Mvlpt.hidden:
+            raise RecipeError(f"mvlpt: hidden={self.hidden} is the width in which both sides meet, "
+                              f"and with where={self.where!r} they do not: leave one of them out")
 
     @property
     def tasks(self) -> int:
@@ -97,7 +100,7 @@ class Mvlpt(Method):
                 attacher.slot(""), f"{part.name}_tasks")
 
     def finished(self) -> Mvlpt:
-        return replace(self, where="both") if self.where == "unified" else self
+        return replace(self, where="both", hidden=Mvlpt.hidden) if self.where == "unified" else self
 
     def count(self, d: int, out: int) -> int:
         """Trainable parameters at text width d, pictures of width `out`."""
