@@ -152,6 +152,29 @@ def test_a_mask_is_asked_for_a_word():
     assert losses[-1] < 0.96 * losses[0]
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_a_text_is_written_on_from_a_cache(model):
+    """Steps behind the text have no placeholder: their words are those of a run without cache."""
+    tuned, batch, _ = joined(model)
+    net, made = tuned.model.eval(), []
+    for cached in (True, False):
+        made.append(net.generate(batch["input_ids"], max_new_tokens=4, do_sample=False,
+                                 use_cache=cached, suppress_tokens=[MARK, 2], pad_token_id=0))
+    assert torch.equal(*made) and made[0].shape[1] == batch["input_ids"].shape[1] + 4
+    with pytest.raises(burnish.RecipeError, match="every sample needs 3 of it.*have 0"):
+        net(input_ids=made[0][:, -1:])                   # a text of its own
+
+
+def test_embeddings_in_place_of_ids_are_refused():
+    for model in ("bert", "llama"):
+        tuned, batch, _ = joined(model)
+        x = tuned.model.get_input_embeddings()(batch["input_ids"])
+        with pytest.raises(burnish.RecipeError, match="inputs_embeds has none: give input_ids"):
+            tuned.model(inputs_embeds=x)
+        with tuned.disabled():
+            tuned.model(inputs_embeds=x)
+
+
 def test_counts_at_codebert_s_width():
     made = PromptEncoder(768, 768)
     count = 7680 + sum(p.numel() for p in made.parameters())

@@ -152,7 +152,7 @@ class Prepended(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         kw = named(module, args, kw)
-        L, known = len(self.rows), _known(kw)
+        L, known = len(self.rows), tokens_known(kw)
         text = mask = kw.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -214,7 +214,7 @@ class Positioned(nn.Module):
         return (rows * inside.unsqueeze(-1)) @ self.B
 
 
-def _known(kw: dict[str, Any]) -> int:
+def tokens_known(kw: dict[str, Any]) -> int:
     """How many tokens, the rows among them, a cache holds already."""
     past, scan = kw.get("past_key_values"), kw.get("cache_params")
     if past is not None:

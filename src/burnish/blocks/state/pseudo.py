@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
 from ..tape.cast import uncast
-from .prompts import Listener
+from .prompts import Listener, named, tokens_known
 
 
 class Direction(nn.Module):
@@ -66,7 +66,8 @@ class Standing(Listener):
     """Listens to an embedding of tokens: the k-th `placeholder` of a sample reads row k.
 
     rows: (L, D). maker: makes P of them; None: they are P. apart: a sample may have none (a decoder
-    reads the same table). Raises RecipeError for a sample that has not L of them.
+    reads the same table). So it may behind tokens that are kept from before (see :class:`Spelt`).
+    Raises RecipeError for a sample that has not L of them.
     """
 
     def __init__(self, state: Any, adapter: str, rows: Tensor, maker: nn.Module | None,
@@ -79,6 +80,10 @@ class Standing(Listener):
         """P."""
         return self.rows if self.maker is None else self.maker(self.rows)
 
+    def goes_on(self) -> bool:
+        """Does this call go on behind tokens of a cache, the placeholders among them?"""
+        return bool(getattr(self.here, "box", {}).get(("cached", self.adapter)))
+
     @torch.no_grad()
     def finished(self) -> dict[str, Tensor]:
         """Its tensors once training is over: the rows alone."""
@@ -90,7 +95,7 @@ class Standing(Listener):
         P = self.made()
         if not isinstance(ids, FakeTensor) and ids.device.type != "meta":
             found = {int(n) for n in here.sum(-1).unique()}
-            if self.apart and found == {0}:
+            if found == {0} and (self.apart or self.goes_on()):
                 return out
             if found != {len(P)}:
                 raise RecipeError(f"the pseudo-tokens stand where token {self.placeholder} is: "
@@ -99,3 +104,16 @@ class Standing(Listener):
                                   "them, and the mask)")
         which = (here.long().cumsum(-1) - 1).clamp(0, len(P) - 1)
         return torch.where(here.unsqueeze(-1), F.embedding(which, P).to(out.dtype), out)
+
+
+class Spelt(Listener):
+    """Listens to a model: it is called with ids, among which placeholders can be found. How many
+    tokens its cache knows already is left for :class:`Standing`."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        given = named(module, args, kw)
+        if given.get("inputs_embeds") is not None:
+            raise RecipeError("pseudo-tokens stand in the place of tokens in input_ids, and "
+                              "inputs_embeds has none: give input_ids")
+        self.here.box["cached", self.adapter] = tokens_known(given)
+        return call(*args, **kw)

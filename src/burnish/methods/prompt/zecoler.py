@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...blocks.state.pseudo import PromptEncoder, Standing
+from ...blocks.state.pseudo import PromptEncoder, Spelt, Standing
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ._stacks import embedding_stacks
@@ -95,6 +95,7 @@ class Zecoler(Method):
         rows, (_, maker) = self.start(table.weight), self.beside(table.weight.shape[1])
         Standing(attacher.state, attacher.adapter.name, rows, maker and maker.to(rows.device),
                  self.placeholder, apart=len(paths) > 1).listen(attacher.slot(where), part.name)
+        Spelt(attacher.state, attacher.adapter.name).listen(attacher.slot(""), f"{part.name}_ids")
 
     def finished(self) -> Zecoler:
         return replace(self, made_by="none", hidden=0)
