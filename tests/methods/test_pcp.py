@@ -46,9 +46,9 @@ def test_texts_are_written_with_the_word_of_their_class():
             word = WORDS[label][0]
             want = [*batch["input_ids"][b, :-1].tolist(),
                     *(word if t == MASK else t for t in template), SEP]
-            row = rows.tokens[2 * b + m].tolist()
+            row = rows.tokens[4 * m + b].tolist()
             assert row == want + [PAD] * (len(row) - len(want))
-            assert rows.mask[2 * b + m].tolist() == [1] * len(want) + [0] * (len(row) - len(want))
+            assert rows.mask[4 * m + b].tolist() == [1] * len(want) + [0] * (len(row) - len(want))
     said = METHOD.lifecycle(tuned, batch).argmax(1)
     own = METHOD.write(tuned, batch)
     assert torch.equal(own.tokens, METHOD.write(tuned, batch, labels=said).tokens)
