@@ -47,7 +47,6 @@ def pictured(task: str) -> bool:
 
 def form_of_label(task: str) -> str | None:
     """"class", "several", "number" or "tags"; None where rows have no label."""
-    if task in ("token-classification", "embedding"):
-        return "tags" if task == "token-classification" else "number"
-    ends = {"classification": "class", "multi-label": "several", "regression": "number"}
-    return next((form for end, form in ends.items() if task.endswith(f"-{end}")), None)
+    ends = {"token-classification": "tags", "classification": "class", "multi-label": "several",
+            "regression": "number", "embedding": "number"}
+    return next((form for end, form in ends.items() if task.endswith(end)), None)

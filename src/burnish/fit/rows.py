@@ -48,6 +48,10 @@ class Rows(Dataset):
     def length(self, i: int) -> int:
         return 1
 
+    def longest(self, count: int) -> list[dict[str, Any]]:
+        """As many rows as no batch of so many is longer than."""
+        return [self[i] for i in sorted(range(len(self)), key=self.length, reverse=True)[:count]]
+
 
 def cut(coded: Any, max_length: int | None, what: str = "rows") -> list[str]:
     """A note on the rows that a tokenizer read only up to `max_length` tokens."""
@@ -294,8 +298,7 @@ class Answers(Rows):
         return len(self.columns["input_ids"][i]) + len(self.labels[i])
 
     def longest(self, count: int) -> list[dict[str, Any]]:
-        """As many rows as no batch of so many is longer than: the longest prompts beside the
-        longest answers."""
+        """The longest prompts beside the longest answers, which may be of other rows."""
         prompts = sorted(range(len(self)), key=lambda i: -len(self.columns["input_ids"][i]))
         answers = sorted(range(len(self)), key=lambda i: -len(self.labels[i]))
         return [{**self[a], "labels": self.labels[b]}

@@ -134,11 +134,7 @@ class Task:
 
     def example(self, batch_size: int, split: str = "train") -> Batch:
         """The costliest batch of a split's rows: what the memory must be planned for."""
-        rows = self.rows(split)
-        if hasattr(rows, "longest"):
-            return self.collate(rows.longest(batch_size))
-        longest = sorted(range(len(rows)), key=rows.length, reverse=True)[:batch_size]
-        return self.collate([rows[i] for i in longest])
+        return self.collate(self.rows(split).longest(batch_size))
 
     # -- models that are no transformers models --------------------------------------------
     def input(self, batch: Batch) -> torch.Tensor:

@@ -97,9 +97,9 @@ class Embedding(Textual):
         return made
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        flat = [torch.tensor(t) for r in rows for t in r["texts"]]
-        ids = pad_sequence(flat, batch_first=True, padding_value=self.processor.pad_token_id)
-        mask = pad_sequence([torch.ones_like(t) for t in flat], batch_first=True)
+        texts = [torch.tensor(t) for r in rows for t in r["texts"]]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.processor.pad_token_id)
+        mask = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
         n, k = len(rows), len(rows[0]["texts"])
         return {"input_ids": ids.view(n, k, -1), "attention_mask": mask.view(n, k, -1),
                 "labels": torch.tensor([float(r["labels"]) for r in rows]),
@@ -137,7 +137,7 @@ class Embedding(Textual):
         return e, torch.stack([losses, torch.ones_like(losses)], -1)
 
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
-        """With scores, the rank correlation of cosines with them; else, among all neighbours of the
+        """With scores, what regression tells of cosines and them; else, among all neighbours of the
         split, how often an anchor's own is the nearest, and the mean of one over its rank."""
         e = torch.as_tensor(answers)
         if self.scored:

@@ -89,8 +89,8 @@ class PreferenceTuning(InstructionTuning):
         return made
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        flat = [{"input_ids": t.input_ids, "labels": t.labels} for r in rows for t in r["pair"]]
-        made = pad_tokens(flat, self.processor.pad_token_id)
+        told = [{"input_ids": t.input_ids, "labels": t.labels} for r in rows for t in r["pair"]]
+        made = pad_tokens(told, self.processor.pad_token_id)
         labels = made.pop("labels").view(len(rows), -1)
         return {k: v.view(len(rows), 2, -1) for k, v in made.items()} | {
             "labels": labels, "reference": torch.tensor([r["reference"] for r in rows])}
