@@ -34,6 +34,26 @@ def test_nearest(word, known, said):
     assert (said in got and "did you mean" in got) if said else got == ""
 
 
+APART = [n for n in registry.names(extra=False) if registry.find(n).apart()]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_acts_on_models_is_no_part_of_a_recipe_for_one(name):
+    """It was accepted and did nothing: ``lora + tpt`` answered without a test-time step."""
+    for recipe in (f"lora(rank=2) + {name}", f"{name} + checkpoint"):
+        with pytest.raises(burnish.RecipeError, match=f"{name} is no part of a model.*works: "):
+            parse(recipe)
+    model = tiny("vit")[0]
+    parse(name)                                          # by itself it is called
+    for act in (burnish.tune, burnish.simulate):
+        with pytest.raises(burnish.RecipeError, match=f"{name} is no part of a model"):
+            act(model, name, *([tiny("vit")[1]] if act is burnish.simulate else []))
+
+
+def test_they_stand_beside_one_another():
+    assert len(parse("dare + ties")) == 2
+
+
 @pytest.mark.parametrize("text, words", [
     ("lroa(rank=4)", ["lroa", "'lora'"]),
     ("lora(rnak=4)", ["lora", "rnak", "'rank'"]),

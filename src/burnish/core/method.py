@@ -256,6 +256,11 @@ class Method:
         """Does it divide a run into stages?"""
         return cls.stages is not Method.stages
 
+    @classmethod
+    def apart(cls) -> bool:
+        """Is it a function on models and data alone, called by its name and not by a recipe?"""
+        return cls.axes() == ("lifecycle",) and not cls.divides()
+
     def settings(self) -> dict[str, Any]:
         """Every setting with its value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

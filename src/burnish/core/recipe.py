@@ -190,7 +190,12 @@ def _writable(text: str) -> bool:
 
 
 def check(parts: Sequence[Method]) -> None:
-    """Refuse what cannot be joined: two parts that claim one resource for themselves alone."""
+    """Refuse what cannot be joined: two parts that claim one resource for themselves alone, and
+    beside parts of a model what acts on models, where nothing would call it."""
+    apart = [p for p in parts if p.apart()]
+    if apart and len(apart) < len(parts):
+        rest = Recipe(p for p in parts if not p.apart())
+        raise RecipeError(f"{_apart(apart[0])}; nearest recipe that works: {rest}")
     owner: dict[str, Method] = {}
     for part in parts:
         own = ("the stages of the run",) if part.divides() else ()
@@ -209,6 +214,17 @@ def check(parts: Sequence[Method]) -> None:
                 raise RecipeError(f"{part.name} and {owner[resource].name} cannot be joined: "
                                   f"{reason}; nearest recipe that works: {Recipe(rest)}")
     words.check(parts)
+
+
+def joins(recipe: Recipe) -> None:
+    """Refuse a recipe for a model that holds nothing of one."""
+    if all(p.apart() for p in recipe):
+        raise RecipeError(f"{_apart(recipe[0])}; a recipe is for example 'lora(rank=8)'")
+
+
+def _apart(part: Method) -> str:
+    return (f"{part.name} is no part of a model: it acts on models, before or after their training, "
+            f"and would do nothing in a recipe; `burnish methods {part.name}` tells how it is used")
 
 
 def key_of(recipe: Recipe, part: Method) -> str:

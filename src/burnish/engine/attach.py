@@ -20,7 +20,7 @@ from ..core.errors import RankError, RecipeError, TargetError
 from ..core.keys import keys_of
 from ..core.method import Method
 from ..core.needs import refuse, unmet
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, joins
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
 from ..core.unread import let_go, read_all, source_of, values
@@ -75,6 +75,7 @@ class Attacher(Informed):
     # -- what ----------------------------------------------------------------------------------
     def attach(self, recipe: Recipe) -> None:
         """Every question in the order of the table."""
+        joins(recipe)
         name, before = self.adapter.name, dict(self.state.context)
         self.undo.later(lambda: (self.state.context.clear(), self.state.context.update(before)))
         if keys := keys_of(recipe):
