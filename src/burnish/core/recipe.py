@@ -223,8 +223,9 @@ def joins(recipe: Recipe) -> None:
 
 
 def _apart(part: Method) -> str:
-    return (f"{part.name} is no part of a model: it acts on models, before or after their training, "
-            f"and would do nothing in a recipe; `burnish methods {part.name}` tells how it is used")
+    return (f"{part.name} is no part of a model: it acts on models, before or after they are "
+            f"trained, and would do nothing in a recipe; `burnish methods {part.name}` tells how "
+            "it is used")
 
 
 def key_of(recipe: Recipe, part: Method) -> str:
