@@ -194,8 +194,8 @@ def check(parts: Sequence[Method]) -> None:
     beside parts of a model what acts on models, where nothing would call it."""
     apart = [p for p in parts if p.apart()]
     if apart and len(apart) < len(parts):
-        rest = Recipe(p for p in parts if not p.apart())
-        raise RecipeError(f"{_apart(apart[0])}; nearest recipe that works: {rest}")
+        works = Recipe(p for p in parts if not p.apart())
+        raise RecipeError(f"{_apart(apart[0])}; nearest recipe that works: {works}")
     owner: dict[str, Method] = {}
     for part in parts:
         own = ("the stages of the run",) if part.divides() else ()
