@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import burnish
 from burnish.core.recipe import parse
@@ -36,9 +37,9 @@ def joined(model="llama", recipe=RECIPE, stirred=True, exact=True, **kw):
 
 
 def embeddings(base, batch, d):
-    table = base.get_input_embeddings().weight
-    front = table[torch.tensor(IDS)] + d * FREE.unsqueeze(1)
-    x = table[batch["input_ids"]]
+    embed = base.get_input_embeddings()                  # Gemma's scales
+    front = embed(torch.tensor(IDS)) + d * FREE.unsqueeze(1)
+    x = embed(batch["input_ids"])
     return torch.cat([front.expand(len(x), -1, -1), x], 1)
 
 
@@ -80,6 +81,35 @@ def test_the_loss_and_its_gradient(model, decay):
     rel = 1e-7 if model == "llama" else 1e-8                 # Llama's norms are fp32 in any model
     assert float((d.grad - theta.grad).abs().max()) <= rel * float(theta.grad.abs().max())
     assert not d.grad[~FREE].any() and d.grad[FREE].any()
+
+
+@pytest.mark.parametrize("family, more", [
+    ("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 5.0}),
+    ("Gemma2", {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8, "head_dim": 8}),
+])
+def test_what_a_model_does_to_its_logits_is_done_to_the_context_s(family, more):
+    """The head's own product was taken for them: a scale and a soft cap were left out."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, pad_token_id=0, attn_implementation="eager", **more)
+    net = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+    net.loss_function = next_word_loss
+    net.requires_grad_(False)
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 64, (2, 6), generator=g)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch["labels"][:, :3] = -100
+    base = copy.deepcopy(net)
+    tuned = burnish.tune(net, RECIPE, head=False)
+    (d,) = tuned.parameters()
+    d.data = 0.1 * torch.randn(d.shape, generator=g, dtype=torch.float64)
+    tuned.optimizer(lr=1e-3)
+    theta = d.detach().clone().requires_grad_()
+    whole(base, batch, theta, 0.5).backward()
+    tuned.loss(batch).backward()
+    assert float((d.grad - theta.grad).abs().max()) <= 1e-5 * float(theta.grad.abs().max())
+    assert "forward" not in vars(net.model)
 
 
 def test_a_micro_batch_has_its_share():

@@ -18,7 +18,7 @@ from torch import nn
 from ..core.batches import moved
 from ..core.errors import CheckError, ConfigError
 from ..core.keys import Read, keys_of
-from ..core.recipe import joins, parse
+from ..core.recipe import parse
 from ..engine.tune import tune
 from ..engine.tuned import DEFAULT, Tuned
 from ..formats import claim, safe, staged, written
@@ -105,10 +105,7 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     settle(own)
     recipe = recipe_of(recipe, lora)
     tasks = tasks_of(data)
-    parsed = None if recipe is None else parse(recipe)
-    if parsed is not None:
-        joins(parsed)
-    check_tasks(tasks, parsed)
+    check_tasks(tasks, None if recipe is None else parse(recipe))
     if memory is not None:
         parse_bytes(memory)
     if not isinstance(model, nn.Module):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, FormatError
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, joins
 from ..core.stage import Stage, label, shares
 from ..engine.adapters import check_name
 from ..engine.stages import begin, divides, stages_of
@@ -97,7 +97,10 @@ def tasks_of(data: Any) -> dict[str, Any]:
 
 
 def check_tasks(tasks: Mapping[str, Any], recipe: Recipe | None) -> None:
-    """Raises ConfigError where nothing says how several tasks are trained one after the other."""
+    """Raises ConfigError where nothing says how several tasks are trained one after the other, and
+    RecipeError where nothing of the recipe joins to a model."""
+    if recipe is not None:
+        joins(recipe)
     if "" in tasks or recipe is not None and divides(recipe):
         return
     told = f"{recipe} trains in one stretch" if recipe is not None else "there is no recipe"

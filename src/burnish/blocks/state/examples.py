@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.outputs import base_class
 from .prompts import Prepended
 
 
@@ -79,15 +80,29 @@ class Examples(Prepended):
             h = out if isinstance(out, Tensor) else out[0]
             if h.shape[1] > len(self.ids):           # else a step of generation
                 before = torch.tensor(self.labels, device=h.device) - 1
-                self.__dict__["said"] = h[0].index_select(0, before)
+                self.__dict__["said"] = h[:1].index_select(1, before), type(out)
             return out
 
         return super().around(module, heard, *args, **kw)
 
-    def take(self) -> Tensor | None:
-        """What was said before each label of the context, once."""
+    def take(self, model: nn.Module, path: str) -> Tensor | None:
+        """The logits of `model`, whose stack at `path` this listens to, before each label of the
+        context, (labels, V), once. Its own forward makes them of what was heard, with all that it
+        does to states and logits behind its blocks (scales, soft caps)."""
         said, self.__dict__["said"] = self.said, None
-        return said
+        if said is None:
+            return None
+        states, kind = said
+        out = states if kind is Tensor else (states,) if kind is tuple \
+            else kind(last_hidden_state=states)
+        stack = model.get_submodule(path)
+        stack.forward = lambda *_, **__: out         # an attribute of this one, not of its class
+        try:
+            answer = base_class(model).forward(model, inputs_embeds=states)
+        finally:
+            del stack.forward
+        logits: Tensor = answer if isinstance(answer, Tensor) else answer[0]
+        return logits[0]
 
     @torch.no_grad()
     def project(self) -> None:

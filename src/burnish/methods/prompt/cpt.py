@@ -83,7 +83,7 @@ class Cpt(Method):
 
     def install(self, attacher: Attacher, part: Method) -> None:
         model, types = attacher.model, self.coded()
-        paths = list(dict.fromkeys(embedding_stacks(attacher.anatomy).values()))
+        paths = _stack(attacher.anatomy)
         if len(paths) != 1 or not next_token(model) or vocabulary_head(attacher.anatomy) is None:
             raise RecipeError(f"cpt needs a model that writes on, reading embeddings in place of "
                               f"token ids; {type(model).__name__} does not: see prompt_tuning")
@@ -109,8 +109,8 @@ class Cpt(Method):
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
         """What makes the mean over the query's labels the mean over all."""
-        (rows,) = self._rows(tuned)
-        if (said := rows.take()) is None:
+        (rows,), (path,) = self._rows(tuned), _stack(tuned.anatomy)
+        if (logits := rows.take(tuned.model, path)) is None:
             yield 0 * rows.rows.sum()            # no label in the context: the query's loss alone
             return
         labels = run.batch.get("labels") if isinstance(run.batch, Mapping) else None
@@ -118,11 +118,14 @@ class Cpt(Method):
         if labels is None or loss is None:
             raise ConfigError("cpt weighs the labels of its context against those of the query: "
                               "put labels in the batch, and let the model make the loss")
-        head = tuned.model.get_submodule(str(vocabulary_head(tuned.anatomy)))
-        said = said.to(head.weight.dtype)        # a model whose states are wider casts there too
-        yield of_all(head(said), rows, self.coded().weights(self.label_decay), loss, labels,
+        yield of_all(logits, rows, self.coded().weights(self.label_decay), loss, labels,
                      run.batch.get("num_items_in_batch"))
 
     def count(self, d: int) -> int:
         """Trainable parameters at embedding width d."""
         return len(self.ids or ()) * d
+
+
+def _stack(anatomy: Anatomy) -> list[str]:
+    """What embeds and runs the blocks: one path where cpt can stand."""
+    return list(dict.fromkeys(embedding_stacks(anatomy).values()))
