@@ -57,6 +57,31 @@ def test_the_update_is_what_a_merge_writes(model, recipe):
         assert float(all_[len(s):].sum()) < 1e-3
 
 
+@pytest.mark.parametrize("recipe, share", [
+    *((r, s) for r in ("rtn(bits=4, group=8) + soka(rank=3)", "nf4 + pissa(rank=3)",
+                       "rtn(bits=3, group=8) + loftq(rank=3)") for s in (1.0, 0.25)),
+    ("nf4 + pissa(rank=3) + oft(block=8)", 1.0)])
+def test_a_start_that_a_storage_has_absorbed_is_no_update(recipe, share):
+    net, _ = tiny("llama")
+    tuned = burnish.tune(net, recipe, targets="q", head=False)
+    if "oft" not in recipe and "loftq" not in recipe:
+        assert not any(u.delta().any() for u in updates(tuned))
+    moved(tuned)
+    if share != 1:
+        tuned.use({next(iter(tuned.adapters)): share})
+    for u in updates(tuned):
+        layer = net.get_submodule(u.name.removesuffix(".weight"))
+        unit = torch.eye(u.shape[1])
+        with torch.no_grad():
+            on = layer(unit).t()
+            with tuned.disabled():
+                off = layer(unit).t()
+        torch.testing.assert_close(u.base(), off, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(u.delta(), on - off, rtol=1e-4, atol=2e-6)
+        if (pair := u.pair()) is not None:
+            torch.testing.assert_close(pair[1] @ pair[0], on - off, rtol=1e-4, atol=2e-6)
+
+
 def test_what_costs_too_much_is_not_decomposed():
     tuned = moved(burnish.tune(tiny("llama")[0], "lokr(rank=2, targets='q') + lora(targets='v')"))
     by = {u.name.rpartition("self_attn.")[2]: u for u in updates(tuned)}

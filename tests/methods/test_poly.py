@@ -92,6 +92,17 @@ def test_a_task_has_the_rank_of_one_skill_and_equal_logits_are_the_mean():
         torch.testing.assert_close(m.plain(2), even)
 
 
+@pytest.mark.parametrize("more, rate", [("", 10.0), (", gate_rate=4.0", 4.0)])
+def test_the_logits_learn_at_a_rate_of_their_own(more, rate):
+    tuned, _ = make(more)
+    groups = tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert {g["weight_decay"] for g in groups} == {0.0}
+    for _, m in tuned.branches(Skills):
+        assert rates[id(m.Z)] == pytest.approx(rate * 1e-3)
+        assert rates[id(m.A)] == rates[id(m.B)] == 1e-3
+
+
 def test_one_head_is_poly():
     """Equal gates in all slices are those of one slice."""
     one = stir(Skills(8, 12, 3, 2, 2, 1, scale=1.0), size=0.5)
@@ -279,7 +290,7 @@ def test_start_counts_and_defaults():
             tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} == {0.0}
     assert burnish.parse("poly")[0].settings() == {
         "targets": None, "rank": 1, "alpha": 1.0, "experts": 8, "tasks": 2, "slices": 1,
-        "noisy": False, "train_skills": True}
+        "noisy": False, "gate_rate": 10.0, "train_skills": True}
     assert burnish.parse("poly(tasks=1)")[0].keys() == {} and burnish.parse("poly")[0].keys()
 
 

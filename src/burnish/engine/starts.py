@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from .slot import Slot
 
 
-def with_starts(slot: Slot, value: Tensor, param: str) -> Tensor:
+def with_starts(slot: Slot, value: Tensor, param: str, active: Any = None) -> Tensor:
     """What a provider holds is right while its terms are active whole; what they do not bring
-    back now (another adapter is, a part of them, nothing) is added here."""
-    call = None if torch.compiler.is_compiling() else call_of(slot.state)
-    call = slot.state if call is None else call
-    active = {} if call.off else dict(call.active)
+    back now (another adapter is, a part of them, nothing) is added here. active: what is, instead
+    of what answers just now."""
+    if active is None:
+        call = None if torch.compiler.is_compiling() else call_of(slot.state)
+        call = slot.state if call is None else call
+        active = {} if call.off else dict(call.active)
     for part in slot.absorbed:
         share = 1 - active.get(part.adapter, 0.0)
         if part.place.param == param and share:

@@ -13,6 +13,7 @@ from ..blocks.weight import spectrum
 from ..blocks.weight.term import Term, Wrap
 from ..core.site import Place
 from .slot import Slot, slots
+from .starts import with_starts
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -30,7 +31,8 @@ class Update:
         return torch.Size(self.shape).numel()
 
     def base(self) -> Tensor:
-        """W, without the update; a view where the model holds it."""
+        """W, without the update, as the model answers with the recipe off (what a storage makes of
+        it, then); a view where the model holds it."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
@@ -64,7 +66,12 @@ class Added(Update):
     terms: list[tuple[Term, float]] = field(default_factory=list)
 
     def base(self) -> Tensor:
-        return self.slot._place_view(self.module, self.place).detach()
+        param = self.place.param
+        stored = self.slot._stored(self.module, param)
+        if self.slot.absorbed:                   # and starts that are active, which it left out
+            stored = with_starts(self.slot, self.slot._modules[self.slot.providers[param]].weight(),
+                                 param, active={})
+        return self.place.view(stored).detach()
 
     def _split(self) -> tuple[list[tuple[Term, float]], Wrap | None]:
         wraps = [t for t, _ in self.terms if isinstance(t, Wrap)]
@@ -86,6 +93,8 @@ class Added(Update):
         total: Any = 0
         for term, s in terms:
             total = total + s * term.final().detach().float()
+            if getattr(term, "folded", False):   # a storage holds W less what it began with
+                total = total - s * term.start().float()
         if wrap is None:
             return total
         V = self.base().float()

@@ -46,7 +46,7 @@ class Poly(Form):
             if (t := own.tensors.get(leaf)) is not None and t.shape[:2] != want:
                 raise FormatError(f"{where}: {leaf} has {t.shape[0]} slices of {t.shape[1]} "
                                   f"skills, its settings say {want[0]} of {want[1]}")
-        s |= {"alpha": 1.0, "noisy": True}
+        s |= {"alpha": 1.0, "noisy": True, "gate_rate": 1.0}     # one rate there
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         t, h = own.tensors, own.settings["slices"]

@@ -29,12 +29,14 @@ class Skills(nn.Module):
     """A (M, R, I), B (M, O, R) zero, Z (T, H, M) uniform in +-1e-3: nothing at the start.
 
     noisy: in training every sample draws a relaxed Bernoulli in place of each sigma. routed: the
-    skills are frozen, and the logits alone train. One task needs no key. rows: runs of outputs
+    skills are frozen, and the logits alone train. rate: of the logits, over that of the skills. One
+    task needs no key. rows: runs of outputs
     that it adds to where the linear is fused.
     """
 
     def __init__(self, inp: int, out: int, skills: int, rank: int, tasks: int, heads: int, *,
-                 scale: float, noisy: bool = False, routed: bool = False, rows: Rows = None):
+                 scale: float, noisy: bool = False, routed: bool = False, rows: Rows = None,
+                 rate: float = 1.0):
         super().__init__()
         self.out, self.rows, self.scale, self.noisy = out, rows, scale, noisy
         self.empty = routed                      # perhaps: the first training forward looks
@@ -46,6 +48,7 @@ class Skills(nn.Module):
         self.Z = nn.Parameter(torch.empty(tasks, heads, skills).uniform_(-1e-3, 1e-3))
         for p in self.parameters():
             p.burnish_decay = False
+        self.Z.burnish_lr = rate
 
     def forward(self, x: Tensor) -> Tensor:
         if self.empty and self.training and type(self.B) is nn.Parameter and not self.B.is_meta:

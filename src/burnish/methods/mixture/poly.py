@@ -14,6 +14,7 @@ from ...core.recipe import make
 from ...core.site import Branch, Place
 from ...core.targets import match
 from ..branch._sites import samples_first
+from ..delta.lowrank.lora import check_rate
 from ._linears import linears
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ class Poly(Method):
     Start: A uniform in +-1/sqrt(in), B = 0, Z uniform in +-0.001: the pre-trained function
     exactly. Trains experts rank (in + out) + tasks slices experts per matrix;
     train_skills=False the latter alone, among skills that lifecycle gave it. Kept for backward: x;
-    the rest is made again there. No weight decay. (rank and alpha are unconfirmed; the gates
-    are drawn in training, noisy=True, in PEFT's POLY, and not in the paper's equation.)
+    the rest is made again there. No weight decay. Z learns at `gate_rate` times the rate of the
+    skills. (rank and alpha are unconfirmed, and how much larger the rate of Z is; PEFT's POLY
+    has one for all, and draws the gates in training, noisy=True, as the paper's equation does not.)
     """
 
     paper: ClassVar[str] = ("Multi-Head Adapter Routing for Cross-Task Generalization (2022), "
@@ -59,6 +61,7 @@ class Poly(Method):
     slices: int = setting(1, "of the factors, with gates of their own", alias=("n_splits",),
                           other=(2,))
     noisy: bool = setting(False, "gates are drawn in training: relaxed Bernoulli of the logits")
+    gate_rate: float = setting(10.0, "learning rate of Z over that of the skills")
     train_skills: bool = setting(
         True, "False freezes A and B (MHR-z)",
         unseen="it is refused before there are skills: tests/methods/test_poly.py")
@@ -66,6 +69,7 @@ class Poly(Method):
     def __post_init__(self) -> None:
         if min(self.rank, self.experts, self.tasks, self.slices) < 1:
             raise RecipeError(f"{self}: expected rank, experts, tasks and slices of at least 1")
+        check_rate("poly", self.gate_rate, "gate_rate")
 
     def keys(self) -> Mapping[str, Key]:
         return self.context if self.tasks > 1 else {}
@@ -90,7 +94,7 @@ class Poly(Method):
             yield Branch(place.path, Skills(
                 place.inp, out, self.experts, self.rank, self.tasks, self.slices,
                 scale=self.alpha / self.rank, noisy=self.noisy, routed=not self.train_skills,
-                rows=rows), read=(place.path, "input"))
+                rows=rows, rate=self.gate_rate), read=(place.path, "input"))
         if left and all(p.inp % self.slices or w % self.slices for p, _, _, w in found):
             raise RecipeError(left)
 

@@ -23,6 +23,15 @@ def width(anatomy: Anatomy, part: Method, stacks: Sequence[Sequence[Block]]) -> 
     return d
 
 
+def narrowed(part: Any, d: int) -> int:
+    """S = d / reduction, the width of what a part gathers beside a stream of width d."""
+    if d % part.reduction:
+        fits = [r for r in (1, 2, 4, 8, 16) if d % r == 0]
+        raise RecipeError(f"{part.name}(reduction={part.reduction}): the width = {d} is not "
+                          f"divisible by it; {', '.join(map(str, fits))} are possible")
+    return int(d // part.reduction)
+
+
 def still(attacher: Any, part: Method, stacks: Sequence[Sequence[Block]]) -> None:
     """The backbone drops nothing, run as a whole or in parts (without the head; an encoder)."""
     name, names_of = attacher.adapter.name, [b[0].stack.split(".") for b in stacks]

@@ -8,7 +8,7 @@ from ...blocks.state.parallel_head import Tapped
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
-from ._beside import frozen, still, width
+from ._beside import frozen, narrowed, still, width
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -83,17 +83,14 @@ class Sherl(Method):
         behind = (*anatomy.head, *(b.path for b in late), anatomy.final_norms.get(late[0].stack))
         frozen(attacher, part, tuple(f"{p}." for p in behind if p))
         d = width(anatomy, part, [blocks])
-        if d % self.reduction:
-            fits = [r for r in (1, 2, 4, 8, 16) if d % r == 0]
-            raise RecipeError(f"sherl(reduction={self.reduction}): the width = {d} is not divisible"
-                              f" by it; {', '.join(map(str, fits))} are possible")
+        small = narrowed(self, d)
         still(attacher, part, [blocks])
         state, name = attacher.state, attacher.adapter.name
         for i, block in enumerate(below):
             Tapped(state, name, enter=i == 0).listen(attacher.slot(block.path), part.name)
         like = next(p for p in model.get_submodule(late[0].path).parameters()
                     if p.is_floating_point())
-        head = Early(len(below) + 1, d, d // self.reduction, self.dropout)
+        head = Early(len(below) + 1, d, small, self.dropout)
         head.to(device=like.device, dtype=like.dtype)
         for i, block in enumerate(late):
             Late(state, name, None if i else head).listen(attacher.slot(block.path), part.name)

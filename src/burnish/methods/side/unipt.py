@@ -8,7 +8,7 @@ from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
 from ..branch._sites import samples_first
-from ._beside import frozen, still, width
+from ._beside import frozen, narrowed, still, width
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -68,17 +68,14 @@ class UniPT(Method):
         (blocks,) = anatomy.stacks().values()
         frozen(attacher, part, tuple(f"{h}." for h in anatomy.head))
         d = width(anatomy, part, [blocks])
-        if d % self.reduction:
-            fits = [r for r in (1, 2, 4, 8, 16) if d % r == 0]
-            raise RecipeError(f"unipt(reduction={self.reduction}): the width = {d} is not divisible"
-                              f" by it; {', '.join(map(str, fits))} are possible")
+        small = narrowed(self, d)
         still(attacher, part, [blocks])
         state, name = attacher.state, attacher.adapter.name
         for i, block in enumerate(blocks):
             Tapped(state, name, enter=i == 0).listen(attacher.slot(block.path), part.name)
         like = next(p for p in model.get_submodule(blocks[0].path).parameters()
                     if p.is_floating_point())
-        head = ParallelHead(len(blocks) + 1, d, d // self.reduction)
+        head = ParallelHead(len(blocks) + 1, d, small)
         end = anatomy.final_norms.get(blocks[0].stack)
         made = InPlaceOf(state, name, head, norm=end is not None)
         made.to(device=like.device, dtype=like.dtype).listen(
