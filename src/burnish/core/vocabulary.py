@@ -65,6 +65,7 @@ VOCABULARY: dict[str, str] = {
     "momentum": "of plain descent",
     "eps": "a small number of the update rule: what keeps a root from zero, the radius of a probe",
     "weight_decay": "of the weights, by the rule that steps",
+    "updates": "steps of an optimizer of their own, on one sample or batch",
     "queries": "directions in which the loss is probed, averaged per update",
     "clip": "largest mean square of an update",
     "limit": "largest growth from one update to the next",
