@@ -78,9 +78,9 @@ ADAM = lambda rate: lambda p: torch.optim.Adam(p, lr=rate)                      
 @pytest.mark.parametrize("settings, loss, optimizer", [
     ({}, mean_entropy, ADAM(1e-3)),
     ({"updates": 3, "step_rate": 0.02}, mean_entropy, ADAM(0.02)),
-    ({"rule": "sgd", "step_rate": 0.05, "updates": 2}, mean_entropy,
+    ({"descent": "sgd", "step_rate": 0.05, "updates": 2}, mean_entropy,
      lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
-    ({"rule": "sgd", "step_rate": 0.05, "momentum": 0.0}, mean_entropy,
+    ({"descent": "sgd", "step_rate": 0.05, "momentum": 0.0}, mean_entropy,
      lambda p: torch.optim.SGD(p, lr=0.05)),
     ({"guess": True, "step_rate": 0.02}, label_loss, ADAM(0.02)),
 ])
@@ -177,7 +177,7 @@ def test_an_episode_knows_nothing_of_the_one_before(name):
 
 def test_the_answer_after_the_step_is_of_another_forward():
     model, stream = classifier()
-    with Tent(after=True, step_rate=0.05).lifecycle(model) as adapted:
+    with Tent(again=True, step_rate=0.05).lifecycle(model) as adapted:
         after = adapted(stream[0]).logits
     with Tent(step_rate=0.05).lifecycle(model) as adapted:
         before = adapted(stream[0]).logits
@@ -221,7 +221,7 @@ def test_a_stream_goes_on_from_where_it_stood():
                    for b, w in zip(stream[1:], whole[1:], strict=True))
         with pytest.raises(FormatError, match="another stream: "):
             adapted.restore({k: v for k, v in state.items() if k != "value.features.1.weight"})
-    with Tent(rule="sgd").lifecycle(model) as adapted, pytest.raises(FormatError):
+    with Tent(descent="sgd").lifecycle(model) as adapted, pytest.raises(FormatError):
         adapted.restore(state)
 
 
@@ -257,7 +257,8 @@ def test_outputs_of_every_form_are_made_anew():
 
     z, y = torch.zeros(2, 3, requires_grad=True) * 1, torch.ones(2)
     Pair = namedtuple("Pair", "logits rest")
-    for out in (z, (z, y), [z, y], {"logits": z, "y": y}, Pair(z, y), SimpleNamespace(logits=z, y=y)):
+    for out in (z, (z, y), [z, y], {"logits": z, "y": y}, Pair(z, y),
+                SimpleNamespace(logits=z, y=y)):
         got = with_logits(detached(out), None, None)
         assert type(got) is type(out)
     inner = {"a": [z, (y, None)], "b": 3}
@@ -269,20 +270,20 @@ def test_outputs_of_every_form_are_made_anew():
 
 def test_its_settings():
     made = parse("tent")[0]
-    assert (made.rule, made.step_rate, made.updates, made.episodic, made.guess, made.doubt) == \
+    assert (made.descent, made.step_rate, made.updates, made.episodic, made.guess, made.doubt) == \
         ("adam", 1e-3, 1, False, False, 1.0)
-    assert Tent(rule="sgd").momentum == 0.9
+    assert Tent(descent="sgd").momentum == 0.9
 
 
 def test_what_cannot_act_is_refused():
     for settings, said in (({"updates": 0}, "at least 1"), ({"step_rate": 0.0}, "positive"),
-                           ({"momentum": 1.0, "rule": "sgd"}, "momentum"),
-                           ({"momentum": 0.5}, "adam has none"), ({"rule": "lion"}, "adam or sgd"),
+                           ({"momentum": 1.0, "descent": "sgd"}, "momentum"),
+                           ({"momentum": 0.5}, "adam has none"), ({"descent": "lion"}, "adam or sgd"),
                            ({"doubt": 0.0}, "share"), ({"doubt": 1.5}, "share"),
                            ({"episodic": True}, "has learnt nothing")):
         with pytest.raises(ConfigError, match=said):
             Tent(**settings)
-    Tent(episodic=True, after=True)
+    Tent(episodic=True, again=True)
     with pytest.raises(ConfigError, match="this model has none; lame needs"):
         Tent().lifecycle(tiny("mlp")[0])
     with pytest.raises(burnish.BurnishError, match="name nothing|has none there"):
@@ -301,7 +302,8 @@ def test_what_cannot_act_is_refused():
                 x = self.norm(x)
             return self.head(x)
 
-    with Tent().lifecycle(Cut()) as adapted, pytest.raises(ConfigError, match="no gradient reaches"):
+    with Tent().lifecycle(Cut()) as adapted, \
+            pytest.raises(ConfigError, match="no gradient reaches"):
         adapted(torch.randn(4, 4))
     cnn, _ = tiny("cnn")
     x = torch.randn(1, 3, 2, 2)

@@ -1,5 +1,5 @@
-"""What a model answered, with its tensors made anew: outputs come as a tensor, a tuple, a mapping, or
-an object with fields, and stay what they are.
+"""What a model answered, with its tensors made anew: outputs come as a tensor, a tuple, a mapping,
+or an object with fields, and stay what they are.
 """
 
 from __future__ import annotations

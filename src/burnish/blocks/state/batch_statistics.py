@@ -1,13 +1,15 @@
 """Batch norms that normalise by a mix of what they remember and what they are given.
 
-    mu = a mu_s + (1 - a) mu_t      s2 = a s2_s + (1 - a) s2_t      y = gamma (x - mu) / sqrt(s2 + eps) + beta
+    mu = a mu_s + (1 - a) mu_t             s2 = a s2_s + (1 - a) s2_t
+    y = gamma (x - mu) / sqrt(s2 + eps) + beta
 
 mu_s, s2_s are running statistics, mu_t, s2_t those of the batch (the biased variance), over samples
 and places, and a gradient goes through them. The norm itself runs as it is, in evaluation mode, on
 
     x' = mu_s + (x - mu) sqrt((s2_s + eps) / (s2 + eps))
 
-so whatever else stands at it goes on standing there, and its buffers are only read. In fp32 or wider.
+so whatever else stands at it goes on standing there, and its buffers are only read. In fp32 or
+wider.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ For every batch: `updates` times a forward, ``loss(outputs)`` and a step of `rul
 outputs are those of the last forward, before its step, or with ``after=True`` of another forward
 after it. episodic: every batch begins at the source, so none has a say in another's answer.
 
-The model runs in evaluation mode; gradients are taken of `params` alone and no ``.grad`` is touched,
-no random number is drawn by it. Steps are made in fp32 or wider, on copies that the stream goes on
-from where the model is held in less. Whatever the stream did, leaving gives back the parameters,
-modes and flags that were there.
+The model runs in evaluation mode; gradients are taken of `params` alone, no ``.grad`` is touched and
+no random number drawn. Steps are made in fp32 or wider, on copies that the stream goes on from
+where the model is held in less. Whatever the stream did, leaving gives back the parameters, modes
+and flags that were there.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Adapting:
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         if not loss.requires_grad:
-            raise ConfigError(f"{self.who}: no gradient reaches {next(iter(self.params))}: the part "
-                              "of the model that it stands in runs without a graph")
+            raise ConfigError(f"{self.who}: no gradient reaches {next(iter(self.params))}: the "
+                              "part of the model that it stands in runs without a graph")
         grads = torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
         if not all(bool(g.isfinite().all()) for g in (loss.detach(), *grads) if g is not None):
             raise CheckError(f"{self.who}: the loss of this batch or its gradient is not finite; "

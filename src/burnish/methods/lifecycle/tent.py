@@ -39,14 +39,14 @@ class Tent(Method):
     of these is kept once; leaving the block gives it back.
 
     One sample at a time: ``tent(episodic=True, updates=2)``, every batch from the source; what a
-    step did shows in the next forward, so two updates, or ``after=True``, which answers with a
+    step did shows in the next forward, so two updates, or ``again=True``, which answers with a
     forward more. A batch norm then has the places of one picture.
 
     When not: small batches, or batches of one class after the other, draw all answers to one class.
     `doubt` below 1 leaves samples out of the step whose entropy is above that share of log K (not
     the paper's), `reset` begins anew, ``lame`` moves no weight at all.
 
-    Published: Adam at 1e-3 for CIFAR-C (the defaults), ``tent(rule="sgd", step_rate=2.5e-4)`` with
+    Published: Adam at 1e-3 for CIFAR-C (the defaults), ``tent(descent="sgd", step_rate=2.5e-4)`` with
     momentum 0.9 for ImageNet-C; batches of 64 to 200. Where others run the model in training mode,
     only its batch norms do here: dropout stays off.
     """
@@ -55,37 +55,37 @@ class Tent(Method):
                             "arXiv:2006.10726")
     tier: ClassVar[str] = "checked against the paper's numbers"
 
-    rule: Literal["adam", "sgd"] = setting("adam", "what a step is made by")
+    descent: Literal["adam", "sgd"] = setting("adam", "what a step is made by")
     step_rate: float = setting(1e-3, "learning rate of these updates")
     momentum: float = setting(0.9, "of sgd")
     updates: int = setting(1, "steps on one batch")
     guess: bool = setting(False, "the likeliest class in place of the entropy (pseudo labels)")
     doubt: float = setting(1.0, "entropy, as a share of log K, above which a sample is left out")
     episodic: bool = setting(False, "every batch begins at the source")
-    after: bool = setting(False, "answer after the last step on a batch, with a forward more")
+    again: bool = setting(False, "answer after the last step on a batch, with a forward more")
 
     def __post_init__(self) -> None:
         if self.updates < 1 or not self.step_rate > 0 or not 0 <= self.momentum < 1:
-            raise ConfigError("tent: updates of at least 1, a positive step_rate and a momentum from "
-                              f"0 up to 1 are expected, got {self.updates}, {self.step_rate:g} and "
-                              f"{self.momentum:g}")
+            raise ConfigError("tent: updates of at least 1, a positive step_rate and a momentum "
+                              f"from 0 up to 1 are expected, got {self.updates}, "
+                              f"{self.step_rate:g} and {self.momentum:g}")
         if not 0 < self.doubt <= 1:
             raise ConfigError(f"tent: doubt is a share above 0 and up to 1, got {self.doubt:g}")
-        if self.rule not in ("adam", "sgd"):
-            raise ConfigError(f"tent: rule={self.rule!r}: expected adam or sgd")
-        if self.rule == "adam" and "momentum" in self.changed():
-            raise ConfigError("tent: momentum is of rule='sgd'; adam has none")
-        if self.episodic and self.updates == 1 and not self.after:
+        if self.descent not in ("adam", "sgd"):
+            raise ConfigError(f"tent: descent={self.descent!r}: expected adam or sgd")
+        if self.descent == "adam" and "momentum" in self.changed():
+            raise ConfigError("tent: momentum is of descent='sgd'; adam has none")
+        if self.episodic and self.updates == 1 and not self.again:
             raise ConfigError("tent: an episodic batch answered before its only step has learnt "
-                              "nothing: give updates=2 or more, or after=True (alpha_bn(alpha=0.0) "
+                              "nothing: give updates=2 or more, or again=True (alpha_bn(alpha=0.0) "
                               "takes its statistics and no step)")
 
     def lifecycle(self, tuned: Any) -> Adapting:
         """The model, or what ``tune`` returned, as it answers a stream."""
         model = module_of(tuned)
-        rule = AdamW(weight_decay=0.0) if self.rule == "adam" else SGD(momentum=self.momentum)
+        rule = AdamW(weight_decay=0.0) if self.descent == "adam" else SGD(momentum=self.momentum)
         return Adapting("tent", model, affines(self, tuned), self.loss, rule, lr=self.step_rate,
-                        updates=self.updates, episodic=self.episodic, after=self.after, alpha=0.0)
+                        updates=self.updates, episodic=self.episodic, after=self.again, alpha=0.0)
 
     def loss(self, outputs: Any) -> Tensor | None:
         """Of a batch's outputs; None where no sample is sure enough."""
