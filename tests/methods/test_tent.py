@@ -278,7 +278,8 @@ def test_its_settings():
 def test_what_cannot_act_is_refused():
     for settings, said in (({"updates": 0}, "at least 1"), ({"step_rate": 0.0}, "positive"),
                            ({"momentum": 1.0, "descent": "sgd"}, "momentum"),
-                           ({"momentum": 0.5}, "adam has none"), ({"descent": "lion"}, "adam or sgd"),
+                           ({"momentum": 0.5}, "adam has none"),
+                           ({"descent": "lion"}, "adam or sgd"),
                            ({"doubt": 0.0}, "share"), ({"doubt": 1.5}, "share"),
                            ({"episodic": True}, "has learnt nothing")):
         with pytest.raises(ConfigError, match=said):

@@ -9,8 +9,8 @@ For every batch: `updates` times a forward, ``loss(outputs)`` and a step of `rul
 outputs are those of the last forward, before its step, or with ``after=True`` of another forward
 after it. episodic: every batch begins at the source, so none has a say in another's answer.
 
-The model runs in evaluation mode; gradients are taken of `params` alone, no ``.grad`` is touched and
-no random number drawn. Steps are made in fp32 or wider, on copies that the stream goes on from
+The model runs in evaluation mode; gradients are taken of `params` alone, no ``.grad`` is touched
+and no random number drawn. Steps are made in fp32 or wider, on copies that the stream goes on from
 where the model is held in less. Whatever the stream did, leaving gives back the parameters, modes
 and flags that were there.
 """

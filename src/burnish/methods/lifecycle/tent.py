@@ -46,9 +46,9 @@ class Tent(Method):
     `doubt` below 1 leaves samples out of the step whose entropy is above that share of log K (not
     the paper's), `reset` begins anew, ``lame`` moves no weight at all.
 
-    Published: Adam at 1e-3 for CIFAR-C (the defaults), ``tent(descent="sgd", step_rate=2.5e-4)`` with
-    momentum 0.9 for ImageNet-C; batches of 64 to 200. Where others run the model in training mode,
-    only its batch norms do here: dropout stays off.
+    Published: Adam at 1e-3 for CIFAR-C (the defaults), ``tent(descent="sgd", step_rate=2.5e-4)``
+    with momentum 0.9 for ImageNet-C; batches of 64 to 200. Where others run the model in training
+    mode, only its batch norms do here: dropout stays off.
     """
 
     paper: ClassVar[str] = ("Tent: Fully Test-Time Adaptation by Entropy Minimization, ICLR 2021, "
