@@ -80,10 +80,15 @@ def result(folder: Path) -> None:
     rows = sorted(done["rows"], key=lambda r: r["accuracy"])
     names = [r["recipe"] for r in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.1), sharey=True)
-    bars = left.barh(names, [100 * r["accuracy"] for r in rows], color="#33658a", height=0.55)
-    left.bar_label(bars, [f" {100 * r['accuracy']:.1f} % ({r['trained']:,} trained)"
-                          for r in rows], fontsize=8)
-    left.set(xlim=(0, 170), xticks=(0, 50, 100), xlabel="test accuracy, %")
+    score = [100 * r["accuracy"] for r in rows]     # points: an axis need not begin at nought
+    low, span = min(score), max(max(score) - min(score), 1.0)
+    left.hlines(names, low - 0.2 * span, score, color="#c9d3dc", linewidth=1)
+    left.plot(score, names, "o", color="#33658a", markersize=7)
+    for r, at in zip(rows, score, strict=True):
+        left.annotate(f"{at:.1f} % ({r['trained']:,} trained)", (at, r["recipe"]), xytext=(7, 0),
+                      textcoords="offset points", va="center", fontsize=8)
+    left.set(xlim=(low - 0.2 * span, low + 2.3 * span), xlabel="test accuracy, %")
+    left.set_xticks([t for t in range(100) if low - 0.2 * span <= t <= max(score) + 0.3 * span])
     left.set_yticks(range(len(names)), names, family="monospace", fontsize=9)
     place = range(len(rows))
     for shift, key, label, colour in ((0.17, "simulated", "promised", "#f6ae2d"),

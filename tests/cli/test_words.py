@@ -140,7 +140,7 @@ def test_a_model_that_is_not_there_suggests_folders_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m" / "qwen3").mkdir(parents=True)
     (tmp_path / "x.csv").write_text("text,label\na,0\nb,1\n")
-    with pytest.raises(ConfigError, match="did you mean 'qwen3'"):
+    with pytest.raises(ConfigError, match="no such folder here.*did you mean 'm/qwen3'"):
         task_for(read("x.csv", validation=0), "m/qwen33")
 
 
@@ -178,3 +178,28 @@ def test_the_bar_shows_what_counts_within_eighty_columns():  # newcomer C9
     assert len(text) <= 80
     for part in ("120/1000", "steps/s", "left", "loss 0.3211"):
         assert part in text, text
+
+
+@pytest.mark.parametrize("verb", [["plan", "m/qwen33", "--memory", "1GB"],
+                                  ["simulate", "m/qwen33"], ["compare", "m/qwen33", "lora", "full"]])
+def test_every_command_suggests_the_folder_that_was_meant(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "m" / "qwen3").mkdir(parents=True)
+    assert main(verb) == 2
+    said = capsys.readouterr().err
+    assert "no such folder here" in said and "did you mean 'm/qwen3'?" in said
+    assert "couldn't connect" not in said and said.count("\n") == 1
+
+
+def test_what_a_run_says_stays_within_eighty_columns(capsys):  # newcomer C9
+    from burnish.fit.processes import sayer
+
+    row = "  text='" + 90 * "a" + "'"
+    sayer(False)("note: " + 30 * "some words " + f"\n{row}\nshort")
+    lines = capsys.readouterr().out.splitlines()
+    assert row in lines and lines[-1] == "short"
+    assert all(len(line) <= 80 for line in lines if line != row)
+    assert lines[1].startswith("  words")
+    sayer(True)("nothing")
+    assert capsys.readouterr().out == ""

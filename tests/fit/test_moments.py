@@ -84,7 +84,7 @@ def test_text_file_and_page_say_all_of_it(glyph_vit, tmp_path, capsys):
     said = capsys.readouterr().out
     before, _, after = said.partition("written to")
     assert all(f"{m} " in before for m in ("load", "train", "evaluate", "save", "merge"))
-    assert "promised beside the step: load" in before
+    assert "promised beside the step:\n  load  " in before
     kept = safe.read_json(tmp_path / "run.json")["memory"]["moments"]
     assert kept == run.facts["memory"]["moments"]
     page = (tmp_path / "report.html").read_text()

@@ -38,7 +38,7 @@ def test_a_card_gives_budget_device_and_rates(told):
     assert (told.budget, told.device, told.gpu) == (card.shows, "cuda", card.label)
     assert "published rates" in told.rates.source
     assert told.best.card == "RTX 2060 (6 GB)"
-    assert "smallest card" in told.text() and "hours" in told.text()
+    assert "smallest card" in told.text() and "seconds" in told.text()
     assert max(map(len, told.text().splitlines())) <= 80
 
 
@@ -103,3 +103,36 @@ def test_what_contradicts_itself_is_refused_beforehand(kw, says, monkeypatch):
     monkeypatch.setattr(Search, "report", lambda *a: pytest.fail("something was simulated"))
     with pytest.raises(ConfigError, match=says):
         ask(**kw)
+
+
+@pytest.mark.parametrize("hours, said", [
+    ((3.14, 5.9), "3.1-5.9 hours"), ((0.2, 0.21), "12-13 minutes"),
+    ((27 / 3600, 28 / 3600), "27-28 seconds"), ((0.0, 0.0), "0.00 seconds")])
+def test_a_time_is_said_in_the_unit_that_suits(hours, said):  # newcomer C8
+    from burnish.memory.table import duration
+
+    assert duration(hours) == said
+
+
+def test_a_column_of_times_is_in_one_unit_and_a_ratio_says_of_what(told):
+    short = ask(rows=40, candidates=["lora(rank=4)"])
+    unit = next(u for u in ("hours", "minutes", "seconds") if u in short.text().splitlines()[2])
+    assert unit == "seconds" and "seconds, without" in " ".join(short.text().split())
+    assert "full fine-tuning being 1" in ask().text()
+    assert "full fine-tuning being 1" not in told.text()
+
+
+def test_what_a_device_keeps_for_itself_is_named(told):  # newcomer C8
+    assert "600 MiB" in told.kept_back and "5 %" in told.kept_back
+    said = " ".join(told.text().split())
+    assert told.kept_back in said
+    assert ask().kept_back == ""
+    best = told.best
+    assert best.needs == -(-best.peak_bytes * 105 // 100) + 600 * 2**20
+
+
+def test_a_recipe_without_a_backward_has_not_the_quality_of_its_head():  # newcomer C8
+    plans = ask(candidates=["mezo + lora(rank=4)", "lora(rank=4)"])
+    assert [p.recipe.split("(")[0] for p in plans] == ["lora", "mezo + lora"]
+    row = next(line for line in plans.text().splitlines() if "mezo" in line)
+    assert " ? " in row

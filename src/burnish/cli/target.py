@@ -15,7 +15,7 @@ def config(target: str) -> Any:
     Code that comes with a model is never run. Raises ConfigError when there is none.
     """
     transformers = needs_transformers("model configurations")
-    from ..formats.model_files import loading
+    from ..formats.model_files import loading, near, unfound
 
     path = Path(target)
     if path.name == "config.json":
@@ -32,13 +32,14 @@ def config(target: str) -> Any:
         try:
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, KeyError) as error:
-            raise ConfigError(f"no model configuration in {target}: {_first(error)}") from None
+            raise ConfigError(f"no model configuration in {target}: {unfound(name, error)}"
+                              f"{near(name)}") from None
 
 
 def model(target: str, dtype: str | None = None) -> Any:
     """The model of a folder or a hub name with its weights, as what its config stands for."""
     transformers = needs_transformers("models")
-    from ..formats.model_files import check_weights, loading
+    from ..formats.model_files import check_weights, loading, near, unfound
 
     found = config(target)
     cls: Any = architecture(found)
@@ -50,7 +51,8 @@ def model(target: str, dtype: str | None = None) -> Any:
             return cls.from_pretrained(target, dtype=dtype or "auto", trust_remote_code=False,
                                        use_safetensors=True)
         except OSError as error:
-            raise ConfigError(f"cannot load the weights of {target}: {_first(error)}") from None
+            raise ConfigError(f"cannot load the weights of {target}: {unfound(target, error)}"
+                              f"{near(target)}") from None
 
 
 def needs_transformers(what: str) -> Any:
@@ -72,7 +74,3 @@ def _looks_local(target: str) -> bool:
 def _nothing_at(path: Path) -> str:
     parent = path.parent if path.parent.is_dir() else Path(".")
     return f"there is nothing at {path}{nearest(path.name, (p.name for p in parent.iterdir()))}"
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

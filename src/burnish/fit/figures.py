@@ -132,9 +132,10 @@ def timeline(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | 
     x, parts = _curve(simulated, widths)
     ax.stackplot(x, [[p.get(k, 0) for p in parts] for k in KINDS], colors=list(KINDS.values()),
                  linewidth=0, step="post")
+    drawn: list[Mapping[str, int]] = []
     if measured and measured["timeline"] and {n for n, _, _ in _spans(measured)} == set(widths):
-        mx, mparts = _curve(measured, widths)
-        ax.step(mx, [sum(p.values()) for p in mparts], where="post", color=INK, linewidth=1.0,
+        mx, drawn = _curve(measured, widths)
+        ax.step(mx, [sum(p.values()) for p in drawn], where="post", color=INK, linewidth=1.0,
                 label="measured")
         ax.legend(frameon=False, fontsize=8, loc="upper left", labelcolor=INK)
     at = 0.0
@@ -147,7 +148,7 @@ def timeline(simulated: Mapping[str, Any] | None, measured: Mapping[str, Any] | 
         at += width
     ax.set_xlim(0, 1)
     ax.set_xticks([])
-    top = max(sum(p.values()) for p in parts)
+    top = max(sum(p.values()) for p in [*parts, *drawn])
     ax.set_ylim(0, top * 1.15)
     ticks = [top * f for f in (0.25, 0.5, 0.75, 1.0)]
     ax.set_yticks(ticks, [format_bytes(t) for t in ticks])

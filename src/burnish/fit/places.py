@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import ConfigError, nearest
-from ..core.reading import plain, reading
-from ..formats.model_files import loading
+from ..core.reading import reading
+from ..formats.model_files import loading, near, unfound
 from .data import Data
 from .kinds import INSTEAD, KINDS, pictured
 
@@ -22,18 +22,6 @@ def check_there(name: str) -> Path:
         raise ConfigError(f"there is no model at {path}"
                           f"{nearest(path.name, (p.name for p in here.iterdir()))}")
     return path
-
-
-def _near(name: str) -> str:
-    """Folders here whose name is like one that is not here: the tail of an error."""
-    path = Path(name).expanduser()
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    return nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir()))
-
-
-def _first(error: Exception) -> str:
-    return plain(str(error).strip().partition("\n")[0])
 
 
 def check_local(name: str) -> None:
@@ -67,8 +55,8 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
                                                                    **how)
             return found
         except (OSError, ValueError) as e:
-            raise ConfigError(f"no tokenizer could be loaded from {name}: {_first(e)}"
-                              f"{_near(name) or '; give processor='}") from None
+            raise ConfigError(f"no tokenizer could be loaded from {name}: {unfound(name, e)}"
+                              f"{near(name) or '; give processor='}") from None
 
 
 #: an encoder under this head would read the token it is to foretell
@@ -101,8 +89,8 @@ def config_of(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any
             return transformers.AutoConfig.from_pretrained(
                 model, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as e:
-            raise ConfigError(f"{model} cannot be loaded for {task}: {_first(e)}"
-                              f"{_near(model)}") from None
+            raise ConfigError(f"{model} cannot be loaded for {task}: {unfound(model, e)}"
+                              f"{near(model)}") from None
 
 
 def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,3 +77,17 @@ def alone(parent: int | None = None) -> str | None:
                 return (f"accelerate was asked for {count} processes and started this one alone; "
                         f"torchrun --nproc-per-node {count} ... starts {count}")
     return None
+
+
+def sayer(quiet: bool, width: int = 80) -> Callable[[str], None]:
+    """Prints what a run says, in the first process; sentences are folded, what is indented (rows,
+    tables) stays as it is."""
+    def say(text: str) -> None:
+        if quiet or int(os.environ.get("RANK", "0")):
+            return
+        for line in text.split("\n"):
+            long = len(line) > width and not line.startswith(" ")
+            print(textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False,
+                                break_on_hyphens=False) if long else line, flush=True)
+
+    return say

@@ -92,7 +92,8 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
 
 
 def memory_line(memory: dict[str, Any]) -> str:
-    """"memory: 12.1 MiB promised, 12.2 MiB measured (+0.8 %); the process grew by 31 MiB"."""
+    """"memory: 12.1 MiB promised, 12.2 MiB measured (+0.8 %); the process grew by 31 MiB", and the
+    moments beside the step, a line each."""
     said = []
     if memory.get("simulated"):
         said.append(f"{format_bytes(memory['simulated']['peak_bytes'])} promised")
@@ -101,12 +102,12 @@ def memory_line(memory: dict[str, Any]) -> str:
         if memory.get("difference") is not None:
             text += f" ({100 * memory['difference']:+.1f} %)"
         said.append(text)
-    others = [f"{m} {format_bytes(f['promised'])}"
-              + (f" ({format_bytes(f['measured'])} measured)" if f["measured"] else "")
+    others = [f"  {m:<8}  {format_bytes(f['promised']):>9}"
+              + (f"  {format_bytes(f['measured']):>9} measured" if f["measured"] else "")
               for m, f in memory.get("moments", {}).items() if m != "train" and f["promised"]]
     grew = memory.get("process_peak", 0) - memory.get("process_before", 0)
     tail = f"; the process grew by {format_bytes(grew)}" if grew > 0 else ""
-    also = f"\npromised beside the step: {', '.join(others)}" if others else ""
+    also = "\n".join(["\npromised beside the step:", *others]) if others else ""
     return (f"memory: {', '.join(said)}{tail}" if said else f"memory{tail}") + also
 
 

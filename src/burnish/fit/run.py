@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
 from .places import check_local, check_served, suited
-from .processes import alone, settle, spread
+from .processes import alone, sayer, settle, spread
 from .promise import (
     as_trained,
     choose,
@@ -151,7 +150,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     from .driving import quiet_libraries
 
     quiet_libraries()
-    say = _say(own.quiet)
+    say = sayer(own.quiet)
     if note := alone():
         say(f"note: {note}")
     named = model if isinstance(model, nn.Module) else str(model)
@@ -440,11 +439,3 @@ def figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {k.removeprefix(f"{prefix}_"): float(v) for k, v in metrics.items()
             if k.startswith(f"{prefix}_") and not k.endswith(skip)}
-
-
-def _say(quiet: bool) -> Any:
-    def say(text: str) -> None:
-        if not quiet and int(os.environ.get("RANK", "0")) == 0:
-            print(text, flush=True, file=sys.stdout)
-
-    return say

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core.errors import BurnishError, ConfigError, FormatError, nearest
 from .folder import CARD, CONFIG, RUN, TENSORS, read_config
+from .model_files import near
 
 #: what a snapshot brings: weights in safetensors, configuration, tokenizers, templates
 PATTERNS = ["*.safetensors", "*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja",
@@ -51,16 +52,16 @@ def resolve(name: str | Path, revision: str | None = None, trust_remote_code: bo
                                       cache_dir=cache_dir))
     except HFValidationError:
         raise ConfigError(f"{text!r} is neither a local path nor a hub name "
-                          "(owner/name)") from None
+                          f"(owner/name){near(text)}") from None
     except RepositoryNotFoundError:
         raise ConfigError(f"{text!r} is no local folder and the hub knows no such name "
-                          "(a private one needs HF_TOKEN)") from None
+                          f"(a private one needs HF_TOKEN){near(text)}") from None
     except RevisionNotFoundError:
         raise ConfigError(f"{text!r} has no revision {revision!r}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
         raise BurnishError(f"{text!r} is no local folder, is not in the hub's cache, and "
-                           f"{why}") from None
+                           f"{why}{near(text)}") from None
     except (HfHubHTTPError, OSError) as e:
         raise BurnishError(f"{text!r} could not be fetched: {str(e).splitlines()[0]}") from None
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError, FormatError
+from ..core.errors import ConfigError, FormatError, nearest
 from ..core.reading import plain, reading
 from . import safe
 
@@ -49,6 +49,33 @@ def loading(name: str, what: str) -> Iterator[None]:
         if (folder / "config.json").exists():
             check_config(folder)
         yield
+
+
+def near(name: str) -> str:
+    """Folders beside a place where nothing is, whose name is like it: the tail of an error."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    beside = {p.name: str(Path(name).with_name(p.name)) for p in path.parent.iterdir()
+              if p.is_dir()}
+    close = nearest(path.name, beside)
+    for short, whole in beside.items():
+        close = close.replace(repr(short), repr(whole))
+    return close
+
+
+def unfound(name: str, error: BaseException) -> str:
+    """Why a library found no files under `name`, in words: they speak of the network where a
+    folder was meant, and of a folder where a name was."""
+    said = plain(str(error).strip().partition("\n")[0])
+    if Path(name).expanduser().exists():
+        return said
+    if "connect" in said or "offline" in said.lower():
+        return "there is no such folder here, and the hub cannot be reached for such a name"
+    if "not a valid model identifier" in said or "is not a local folder" in said:
+        return ("there is no such folder here, and the hub knows no such name (a private one needs "
+                "HF_TOKEN)")
+    return said
 
 
 def check_config(folder: Path) -> dict[str, Any]:

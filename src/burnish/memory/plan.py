@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks.update.zeroth import ZerothOrder
 from ..core.batches import cut, tensors
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
@@ -30,7 +31,8 @@ from .fakes import dtype_of
 from .limits import Limit
 from .rates import Rates, rates
 from .report import MemoryReport
-from .search import Family, Found, Progress, Search
+from .search import OVERHEAD, SLACK, Family, Found, Progress, Search
+from .units import format_bytes
 from .usual import usual
 from .world import World
 
@@ -133,6 +135,16 @@ class Plans:
         """How much more the cheapest plan needs than there is; 0 when something fits."""
         cheapest = self.cheapest
         return 0 if self.fits or cheapest is None else cheapest.needs - self.budget
+
+    @property
+    def kept_back(self) -> str:
+        """What of the budget no tensor may take, in words; "" where a device keeps nothing."""
+        fixed, share = OVERHEAD.get(self.device, 0), SLACK.get(self.device, 0.0)
+        if not fixed and not share:
+            return ""
+        return (f"of {format_bytes(self.budget)} a peak may take what is left after "
+                f"{format_bytes(fixed)} for the device's context and {100 * share:g} % of the peak "
+                "for fragmentation")
 
     def __iter__(self):
         return iter(self.fits)
@@ -263,7 +275,11 @@ def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates) -
     over = sorted((p for p in plans if p.needs > search.budget), key=lambda p: p.needs)
     notes = []
     if any(p.source.startswith("no measured") for p in plans):
-        notes.append("recipes without measured quality are ranked at the mean of those with")
+        notes.append("recipes without measured quality are ranked at the mean of those with, those "
+                     "without a backward at the least")
+    if plans:
+        notes.append("quality is what the same recipe reached elsewhere (digits, a small vision "
+                     "transformer): an order to try them in, no promise for this task")
     return Plans(search.budget, search.samples, prefer, search.device, fits, over, refused, notes,
                  looked=len({f.recipe for f in found} | set(refused)), rates=speed)
 
@@ -332,6 +348,10 @@ def quality_of(recipe: str) -> tuple[float, str]:
     priors = {k: v for k, v in _priors().items() if isinstance(v, Mapping) and "score" in v}
     parts = parse(recipe)
     whole, names = {str(m) for m in parts}, {m.name for m in parts}
+    if priors and any(isinstance(m.optimizer(), ZerothOrder) for m in parts
+                      if "optimizer" in m.axes()) and recipe not in priors:
+        return (min(float(v["score"]) for v in priors.values()),    # not what its head reaches
+                f"no measured quality for {recipe}")
     best: tuple[int, int, str] | None = None
     for key in priors:
         wanted = [p.strip() for p in key.split("+")]

@@ -61,13 +61,13 @@ def table(shown: list[Any], plans: Any, shared: bool) -> list[str]:
     """Number, recipe and figures; a recipe too long for its column has a line of its own."""
     timed = shown[0].hours is not None
     size = plans.prefer == "size"
-    rows = [("", "recipe", "batch", "peak", "hours" if timed else "time", "quality",
-             "adapter" if size else "trains")]
+    unit = _unit(shown[0].hours) if timed else "time"
+    rows = [("", "recipe", "batch", "peak", unit, "quality", "adapter" if size else "trains")]
     for n, p in enumerate(shown, 1):
         recipe = p.recipe.removesuffix(f" + {CHUNKED}") if shared else p.recipe
         rows.append((str(n), recipe, f"{p.batch} x {p.accumulate}" if p.accumulate > 1
                      else str(p.batch), format_bytes(p.peak_bytes),
-                     span(p.hours) if timed else f"{p.time:.2f}",
+                     span(p.hours, unit) if timed else f"{p.time:.2f}",
                      "?" if p.source.startswith("no measured") else f"{p.quality:.2f}",
                      format_bytes(p.adapter_bytes) if size else count(p.trainable)))
     widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
@@ -90,9 +90,13 @@ def answers(plans: Any) -> list[str]:
     best = plans.best
     if best is not None and plans.updates is not None:
         out.append(f"{plans.rows:,} rows x {plans.epochs:g} epochs: {plans.updates:,} updates of "
-                   f"{plans.batch}; the first recipe takes {span(best.hours)} hours, without "
+                   f"{plans.batch}; the first recipe takes {duration(best.hours)}, without "
                    "reading data and evaluation")
         out.append(f"rates: {plans.rates.source}")
+    elif best is not None:
+        out.append("time: of an update, full fine-tuning being 1; the number of rows gives hours")
+    if best is not None and (said := plans.kept_back):
+        out.append(said)
     if best is not None and best.card:
         lean = min(plans.fits, key=lambda p: p.needs)
         also = f"; {_bare(lean)} fits {lean.card}" if lean.card not in (best.card, None) else ""
@@ -121,12 +125,27 @@ def _bare(p: Any) -> str:
     return p.recipe.removesuffix(f" + {CHUNKED}")
 
 
-def span(hours: tuple[float, float] | None) -> str:
+#: units of a time, with how many make an hour
+UNITS = {"hours": 1, "minutes": 60, "seconds": 3600}
+
+
+def _unit(hours: tuple[float, float] | None) -> str:
+    """The unit in which the longer end is 1 or more."""
+    return next((u for u, n in UNITS.items() if hours is None or hours[1] * n >= 1), "seconds")
+
+
+def span(hours: tuple[float, float] | None, unit: str = "hours") -> str:
     """``3.1-5.9``: two figures each."""
     if hours is None:
         return "?"
-    low, high = (_two(h) for h in hours)
+    low, high = (_two(h * UNITS[unit]) for h in hours)
     return low if low == high else f"{low}-{high}"
+
+
+def duration(hours: tuple[float, float]) -> str:
+    """``3.1-5.9 hours``, ``12-40 seconds``: in the unit that suits."""
+    unit = _unit(hours)
+    return f"{span(hours, unit)} {unit}"
 
 
 def _two(x: float) -> str:
