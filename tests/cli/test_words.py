@@ -181,7 +181,8 @@ def test_the_bar_shows_what_counts_within_eighty_columns():  # newcomer C9
 
 
 @pytest.mark.parametrize("verb", [["plan", "m/qwen33", "--memory", "1GB"],
-                                  ["simulate", "m/qwen33"], ["compare", "m/qwen33", "lora", "full"]])
+                                  ["simulate", "m/qwen33"],
+                                  ["compare", "m/qwen33", "lora", "full"]])
 def test_every_command_suggests_the_folder_that_was_meant(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
