@@ -24,6 +24,7 @@ VOCABULARY: dict[str, str] = {
     "layers": "blocks, by number or how many",
     "k": "answers a router takes per token",
     "units": "what is taken out together",
+    "neighbours": "the nearest others that have a say",
     "bits": "of a value that is held as a code",
     "group": "values that share a scale",
     "experts": "parts of which a few answer at a time",
