@@ -21,8 +21,10 @@ BELOW = {
     "formats": {"core", "blocks", "engine", "memory", "methods"},
     "fit": {"core", "blocks", "engine", "memory", "formats", "methods"},
     "testing": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
+    "federated": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "reproductions": {"core", "memory"},
-    "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "reproductions"},
+    "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "federated",
+            "reproductions"},
 }
 
 

@@ -77,7 +77,7 @@ def test_circles_are_found(sources, found):
     assert bool(circles(graph)) == found
 
 
-FLOORS = "core|blocks|engine|methods|memory|formats|fit|cli|testing"
+FLOORS = "core|blocks|engine|methods|memory|formats|fit|federated|cli|testing"
 PLACE = re.compile(rf"(?<![\w/.-])(?:src/burnish/)?((?:{FLOORS})/[\w/]+\.py)\b")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")),
          *sorted(SRC.rglob("*.py"))]

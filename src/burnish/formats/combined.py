@@ -76,7 +76,7 @@ def tasks_of(tuned: Sequence[Tuned], names: Sequence[str], weights: Sequence[flo
     tasks = [Adapted(t) for t in tuned]
     every: dict[str, torch.Size] = {}
     for name, t in zip(names, tasks, strict=True):
-        other = _besides(t.tuned)
+        other = besides(t.tuned)
         if other is not None or not t.shapes:
             raise ConfigError(f"{name} is {t.tuned.recipe}, which " + (
                 "changes no weight of the base: there is nothing to merge" if other is None else
@@ -90,7 +90,7 @@ def tasks_of(tuned: Sequence[Tuned], names: Sequence[str], weights: Sequence[flo
     return [t if w == 1 else scaled(t, w) for t, w in zip(tasks, weights, strict=True)]
 
 
-def _besides(tuned: Tuned) -> str | None:
+def besides(tuned: Tuned) -> str | None:
     """A tensor of the adapter that is no part of any weight."""
     known = {id(p) for _, term in tuned.terms(Term) for p in term.parameters()}
     return next((n for n, p in tuned.named_parameters()
@@ -131,7 +131,7 @@ def merge_adapters(opened: Callable[[int], Tuned], target: Callable[[], Tuned],
     changes = _changes(tasks, rule)
     if rank is None:
         for name, change in changes:
-            _add(model, name, places.get(name), change)
+            add_to(model, name, places.get(name), change)
         for name, t in heads.items():
             _put(model.get_parameter(name), t)
         model.save_pretrained(new)
@@ -184,7 +184,8 @@ def _averaged(heads: Sequence[dict[str, Tensor]], names: Sequence[str]) -> dict[
 
 
 @torch.no_grad()
-def _add(model: nn.Module, name: str, place: Any, change: Tensor) -> None:
+def add_to(model: nn.Module, name: str, place: Any, change: Tensor) -> None:
+    """Add a change (in fp64, on the host) to a place's weight, or to the parameter of a name."""
     if place is None:
         p = model.get_parameter(name)
         _put(p, p.detach().cpu().double() + change.view(p.shape))
