@@ -155,7 +155,7 @@ SURFACE = {
     "compare": "batch device dtype json length model recipes shard shard_offload targets tasks "
                "world_size",
     "merge": "adapter base force json output tolerance",
-    "export": "adapter base force json output to",
+    "export": "adapter base force json output rank to",
     "inspect": "adapter base force intruders json leading likeness picture",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",

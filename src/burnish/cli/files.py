@@ -1,4 +1,4 @@
-"""``burnish merge`` and ``export``: an adapter folder as plain weights, or as PEFT's files."""
+"""``burnish merge`` and ``export``: an adapter folder as plain weights, or as others read it."""
 
 from __future__ import annotations
 
@@ -86,30 +86,52 @@ def merge(
          f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
 
 
-FORMATS = ("peft",)
+FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx")
+#: what is asked for and not made here
+ELSEWHERE = {
+    "onnx": "onnx holds a whole model, and torch writes it with packages that burnish does without "
+            "(onnx, onnxscript): burnish merge, then optimum-cli export onnx --model MERGED OUT"}
 
 
 @app.command()
 def export(
     adapter: Adapter,
     output: Output,
-    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.")] = "peft",
+    to: Annotated[str, typer.Option("--for", "--to", help=f"Who reads it: one of "
+                                    f"{', '.join(FORMATS)}.")] = "peft",
+    rank: Annotated[int | None, typer.Option(help="Approximate what is no pair of factors by its "
+                                             "best one of this rank.", min=1)] = None,
     base: Base = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """The adapter in another library's files."""
+    """The adapter in another program's files, and what to type there.
+
+    peft takes nearly everything. vllm, sglang, gguf (llama.cpp) and mlx read pairs of factors of a
+    language model's linear layers, with one rank and one scale; the rest is refused by name.
+    """
     import burnish
 
     from ..formats import claim, staged
+    from ..formats.served import export_served
+    from ..memory.table import wrapped
 
+    if to in ELSEWHERE:
+        raise ConfigError(ELSEWHERE[to])
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
                           f"{nearest(to, FORMATS)}")
     claim.refuse_overlap(output, [("the adapter", adapter), ("the base model", base)], whole=True)
-    staged.refuse_others(output, "peft")
-    burnish.export_peft(attached(adapter, base, force)[0], output)
-    emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
+    staged.refuse_others(output, "mlx" if to == "mlx" else "peft")
+    tuned, source = attached(adapter, base, force)
+    if to == "peft":
+        burnish.export_peft(tuned, output, rank=rank)
+        emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
+        return
+    done = export_served(tuned, output, to, base=source, rank=rank)
+    said = [line for part in str(done).split("\n") for line in (
+        [part] if part.startswith("  ") else wrapped(part))]       # commands are copied whole
+    emit(json, done, "\n".join(said))
 
 
 def probe(model: Any) -> Any:

@@ -45,7 +45,8 @@ def flags(text: str) -> str:
 
     if "=" not in text:
         return text
-    written = _SAID.sub(said, text).replace("load(..., force=True)", "--force")
+    written = _SAID.sub(said, text).replace("load(..., force=True)", "--force") \
+        .replace("export_peft(..., rank=16)", "--rank 16")
     return _LISTED.sub(r"\1 ", written)                 # as they are typed, one after another
 
 

@@ -33,7 +33,8 @@ STAGE = ".burnish.new"
 SMALL = 1 << 20
 #: what each kind of folder is called in an error
 KINDS = {"adapter": "an adapter or the run that made it", "model": "a merged model",
-         "peft": "a PEFT adapter", "demo": "a demo", "checkpoint": "a checkpoint"}
+         "peft": "a PEFT adapter", "mlx": "an adapter for MLX",
+         "demo": "a demo", "checkpoint": "a checkpoint"}
 
 Inputs = Iterable[tuple[str, Any]]
 

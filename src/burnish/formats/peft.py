@@ -59,6 +59,18 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
 
     Raises FormatError naming what PEFT has no form for.
     """
+    what, errors = collected(tuned, name, rank)
+    names = [n for n, _ in tuned.model.named_modules() if ".burnish" not in f".{n}"]
+    return peft_files.write(folder, what, names, _card(what, tuned, errors))
+
+
+@torch.no_grad()
+def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
+              pairs: bool = False) -> tuple[PeftFolder, dict[str, float]]:
+    """(what a folder says of an adapter, the relative errors of what is approximated).
+
+    pairs: everything as pairs of factors, also what PEFT has a type of its own for.
+    """
     tuned.check_ready()
     if name is not None:
         tuned.adapters.known(name)
@@ -67,8 +79,9 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
         raise FormatError("per-sample adapters are several; name the one to export")
     what = PeftFolder(base=_base_name(tuned.model))
     errors: dict[str, float] = {}
-    as_prompt(tuned, what, weights)
-    as_own(tuned, what, weights, near=rank is not None)
+    if not pairs:
+        as_prompt(tuned, what, weights)
+        as_own(tuned, what, weights, near=rank is not None)
     for path, module, slot in slots(tuned.model) if what.kind == "LORA" else ():
         parts = _parts(slot, path, weights)
         for place, term, weight in [p for p in parts if p[0].kind == "experts"]:
@@ -84,7 +97,8 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
     for path in (p for p, own in what.own.items() if own.form is TOKENS):
         peft_tied.check_ends(Anatomy.of(tuned.model), path, "to export")
-    as_miss(tuned, what, weights)
+    if not pairs:
+        as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
     peft_whole.gather(tuned, what, weights)
     peft_experts.name(what.experts, dict(tuned.model.named_modules()))
@@ -107,8 +121,7 @@ def export_peft(tuned: Tuned, folder: str | Path, name: str | None = None,
         raise FormatError("PEFT puts rows before models whose task it is told (a causal language "
                           "model, one that writes from what it reads, a classifier with its head "
                           f"in the adapter), and {type(tuned.model).__name__} is none")
-    names = [n for n, _ in tuned.model.named_modules() if ".burnish" not in f".{n}"]
-    return peft_files.write(folder, what, names, _card(what, tuned, errors))
+    return what, errors
 
 
 def lora_form(term: Term, rank: int | None = None) -> tuple[Factors, float] | None:
