@@ -146,7 +146,7 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 SURFACE = {
     "fit": "data json launch memory model output recipe",
     "predict": "base cache given inputs json run tokens",
-    "evaluate": "base batch cache data image json label run split text",
+    "evaluate": "audio base batch cache data image json label run split text",
     "demo": "json memory output",
     "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
             "prefer rows shard shard_offload smaller targets tokens world_size",

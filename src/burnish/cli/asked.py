@@ -1,4 +1,4 @@
-"""What a finished run is asked about: pictures, texts, and rows with several columns."""
+"""What a finished run is asked about: pictures, sounds, texts, and rows with several columns."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
     roles: what the run's own columns are called. Raises DataError and ConfigError where an input
     is not there, or lacks a column.
     """
+    from ..fit.media import PICTURE, SOUND
+
     if task.takes == ("image",):
-        for path in _pictures(inputs):
+        for path in _files(inputs, PICTURE):
             yield str(path), {"image": _picture(path)}
+        return
+    if task.takes == ("audio",):
+        for path in _files(inputs, SOUND):
+            yield str(path), {"audio": str(path)}
         return
     names = {k: roles.get(k) or roles.get("prompt" if k == "text" else k) or k
              for k in task.takes}
@@ -79,19 +85,17 @@ def _row(given: Any, names: Mapping[str, str], task: Any, where: str) -> Row:
     return {k: v for k, v in row.items() if v is not None}
 
 
-def _pictures(inputs: Sequence[str]) -> Iterator[Path]:
-    from ..fit.layouts import IMAGES
-
+def _files(inputs: Sequence[str], medium: Any) -> Iterator[Path]:
     for given in map(Path, inputs):
         if given.is_dir():
-            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES)
+            inside = medium.among(given)
             if not inside:
-                raise DataError(f"{given} holds no pictures")
+                raise DataError(f"{given} holds no {medium.word}s")
             yield from inside
         elif given.is_file():
             yield given
         else:
-            raise DataError(f"there is no picture at {given}")
+            raise DataError(f"there is no {medium.word} at {given}")
 
 
 def _picture(path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.errors import CheckError, ConfigError
 from . import asked
 
-#: either says that a run left its tokenizer or image processor in the folder
+#: either says that a run left its tokenizer, image processor or feature extractor in the folder
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
 
 
@@ -79,8 +79,8 @@ class Finished:
         """One answer per input: what the task makes of it, beside what was given and ``said``, the
         answer in a line.
 
-        inputs: pictures and folders of them; texts, `.txt` files of one a line, tables of rows with
-            the columns of the task, rows as JSON objects.
+        inputs: pictures or sounds, and folders of them; texts, `.txt` files of one a line, tables
+            of rows with the columns of the task, rows as JSON objects.
 
         keys: entries of the keys that the recipe reads beside an input, for all inputs.
         """
@@ -109,7 +109,7 @@ class Finished:
         """The figures of the tuned model and of its base on rows of a split.
 
         data: where it is what the run was trained on, the rows that the run held out are taken;
-        columns: text=, label=, image=, where they are not called as in the run.
+        columns: text=, label=, image=, audio=, where they are not called as in the run.
         Raises CheckError when both give the same outputs: the adapter does nothing then.
         """
         import torch

@@ -9,7 +9,8 @@ from functools import cache
 from ..core.errors import ConfigError
 
 #: settings of fit that have a flag of the command itself
-OWN = ("model", "data", "recipe", "memory", "output", "force", "base", "text", "label", "image")
+OWN = ("model", "data", "recipe", "memory", "output", "force", "base", "text", "label", "image",
+       "audio")
 _SAID = re.compile(r"""(?<![\w(.-])([a-z_]+)=(True\b|'[^']*'|"[^"]*"|[\w.+-]+|)""")
 _LISTED = re.compile(r"(--\w+ (?:'[^']*'|[\w./:+-]+)), (?=--\w+ )")
 _PLAIN = re.compile(r"[\w.,:/+-]+")

@@ -173,6 +173,8 @@ def evaluate(
                      ] = None,
     image: Annotated[str | None, typer.Option(help="The picture's column; default: the run's.")
                      ] = None,
+    audio: Annotated[str | None, typer.Option(help="The sound's column; default: the run's.")
+                     ] = None,
     base: Base = None,
     cache: Cache = None,
     json: Json = False,
@@ -185,7 +187,8 @@ def evaluate(
 
     finished = Finished.open(run, base)
     with finished.cached(cache):
-        found = finished.evaluate(data, split, batch, text=text, label=label, image=image)
+        found = finished.evaluate(data, split, batch, text=text, label=label, image=image,
+                                  audio=audio)
     rows = [(name, *(f"{v:.4f}" for v in found[name].values())) for name in ("base", "tuned")]
     emit(json, found, f"{found['rows']} rows of {data} ({found['split']}: {found['these']})\n"
          + table(("", *found["tuned"]), rows, right=range(1, 9)))

@@ -41,8 +41,11 @@ OWN_ALIASES = {
     "resume_from_checkpoint": "resume",
     "torch_dtype": "dtype",
     "text_column": "text", "label_column": "label", "image_column": "image",
+    "audio_column": "audio", "audio_column_name": "audio",
+    "max_length_seconds": "max_seconds", "max_duration_in_seconds": "max_seconds",
     "preference": "loss_type", "pref_loss": "loss_type", "pref_beta": "beta",
     "simpo_gamma": "gamma", "tokenizer": "processor", "image_processor": "processor",
+    "feature_extractor": "processor",
 }
 
 #: names of transformers that have no say here, with what has
@@ -52,8 +55,8 @@ ELSEWHERE = {
     "optim_args": "the recipe names the optimizer",
     "optim_target_modules": "the recipe names the optimizer, e.g. 'galore(rank=128)'",
     "auto_find_batch_size": "memory='8GB' plans the batch beforehand",
-    "remove_unused_columns": "columns are chosen by text=, label= and image=",
-    "label_names": "columns are chosen by text=, label= and image=",
+    "remove_unused_columns": "columns are chosen by text=, label=, image= and audio=",
+    "label_names": "columns are chosen by text=, label=, image= and audio=",
     "push_to_hub": "upload the finished folder",
     "torch_compile": "compile the model before, or use the recipe",
     "deepspeed": "shard='fsdp2' shards the model",
@@ -69,12 +72,13 @@ ELSEWHERE = {
 class Options:
     """What `fit` itself takes, beside transformers' training arguments.
 
-    task, text, label, image, prompt, completion, split, validation: see
+    task, text, label, image, audio, prompt, completion, split, validation: see
         :func:`burnish.fit.data.read`.
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`).
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
-    max_length: longest row in tokens.  processor: tokenizer or picture, instead of the model's own.
+    max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
+    processor: tokenizer, picture or feature extractor, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
     init_from: the folder of an earlier run on this base: what it has learnt, its head left out, is
@@ -93,6 +97,7 @@ class Options:
     text: str | None = None
     label: str | None = None
     image: str | None = None
+    audio: str | None = None
     prompt: str | None = None
     completion: str | None = None
     split: str | None = None
@@ -103,6 +108,7 @@ class Options:
     pooling: str | None = None
     scale: float | None = None
     max_length: int | None = None
+    max_seconds: float | None = None
     processor: Any = None
     targets: Any = None
     head: bool | str = "auto"
@@ -122,7 +128,8 @@ class Options:
 
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
-        return {n: getattr(self, n) for n in ("loss_type", "beta", "gamma", "pooling", "scale")}
+        names = ("loss_type", "beta", "gamma", "pooling", "scale", "max_seconds")
+        return {n: getattr(self, n) for n in names}
 
 
 def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict[str, Any]]:

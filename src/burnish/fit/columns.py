@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..core.errors import DataError, nearest
-from .kinds import form_of_label, pictured
+from .kinds import form_of_label, heard, pictured
 from .labels import quantities
 from .layouts import Table
 from .readings import ambiguous, aside, label_like, tagged, texts
@@ -18,6 +18,7 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
         "question": "sentence"}
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
+AUDIO = ("audio", "sound", "recording", "wav")
 
 #: what is looked for and what is to be near it, as data sets call them
 NEAR = (("anchor", "positive"), ("query", "positive"), ("query", "passage"), ("query", "document"))
@@ -37,6 +38,7 @@ class Roles:
     text: str | None = None
     label: str | None = None
     image: str | None = None
+    audio: str | None = None
     pair: str | None = None
     #: texts that are not near the first
     negative: str | None = None
@@ -53,7 +55,7 @@ class Roles:
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "text", "pair", "negative", "tokens", "label",
+        parts = {k: v for k in ("image", "audio", "text", "pair", "negative", "tokens", "label",
                                    "prompt", "completion")
                  if (v := getattr(self, k)) is not None}
         used = set(parts.values()) | _FORMS.get(self.form or "", set())
@@ -79,7 +81,7 @@ def assign(table: Table, flags: Roles) -> Roles:
     answers = {"chosen", "rejected"} <= set(names) and flags.completion is None
     if (flags.prompt is None) != (flags.completion is None) and not answers:
         raise DataError("prompt= and completion= name two columns that belong together; give both")
-    for flag in ("text", "label", "image", "prompt", "completion"):
+    for flag in ("text", "label", "image", "audio", "prompt", "completion"):
         given = getattr(flags, flag)
         if given is None or given in names:
             continue
@@ -99,13 +101,18 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _words(table, flags)
     if found == "embedding":
         return _near(names, flags)
-    image = label = text = pair = None
+    image = audio = label = text = pair = None
     labelled = form_of_label(found) is not None
     if pictured(found):
         image = flags.image or _first(names, IMAGE)
         if image is None:
             raise DataError(f"no column holds pictures; the data has {', '.join(names)}; name it "
                             "with image=")
+    elif heard(found):
+        audio = flags.audio or _first(names, AUDIO)
+        if audio is None:
+            raise DataError(f"no column holds sounds; the data has {', '.join(names)}; name it "
+                            "with audio=")
     else:
         known = flags.label or _label(names)
         told = bool(flags.task or flags.label)
@@ -116,7 +123,7 @@ def assign(table: Table, flags: Roles) -> Roles:
         if label is None:
             raise DataError(f"cannot tell which column holds the label; the data has "
                             f"{', '.join(names)}; name it with label=")
-    return Roles(found, text, label, image, pair)
+    return Roles(found, text, label, image, audio, pair)
 
 
 def _task(table: Table, flags: Roles) -> str:
@@ -142,6 +149,8 @@ def _task(table: Table, flags: Roles) -> str:
         return "token-classification"
     if flags.image or _first(names, IMAGE):
         return f"image-{_learnt(table, label)}"
+    if flags.audio or _first(names, AUDIO):
+        return f"audio-{_learnt(table, label)}"
     if flags.label or (label is not None and not _prose(table, label)):
         return f"text-{_learnt(table, label)}"
     text = flags.text or (texts(table) or [None])[0]

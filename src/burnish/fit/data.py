@@ -2,6 +2,7 @@
 
     read("digits")                     scikit-learn's 1,797 scanned digits
     read("photos/")                    class folders, or train/ and validation/ of them
+    read("sounds/")                    the same, of recordings
     read("mails.csv", label="folder")  tables: CSV, TSV, JSON, JSONL, parquet
     read("chats.jsonl")                messages, conversations, alpaca, prompt and completion
     read("owner/name:split")           a hub name, through `datasets.load_dataset`
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 class Data:
     """Splits of one task, in canonical columns.
 
-    image-...: ``image``, ``label``.  text-...: ``text`` (and ``pair``), ``label``.  A label is a
-    class (-classification), a list of classes (-multi-label) or a number (-regression).
+    image-...: ``image``, ``label``.  audio-...: ``audio``, ``label``.  text-...: ``text`` (and
+    ``pair``), ``label``.  A label is a class (-classification), a list of classes (-multi-label) or
+    a number (-regression).
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
@@ -134,15 +136,16 @@ def _said(reader: Callable[..., Data]) -> Callable[..., Data]:
 
 @_said
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
-         image: str | None = None, split: str | None = None, validation: float | int = 0.1,
-         seed: int = 0, labels: Sequence[str] | None = None, prompt: str | None = None,
-         completion: str | None = None, keys: Mapping[str, Read] = MappingProxyType({}),
+         image: str | None = None, audio: str | None = None, split: str | None = None,
+         validation: float | int = 0.1, seed: int = 0, labels: Sequence[str] | None = None,
+         prompt: str | None = None, completion: str | None = None,
+         keys: Mapping[str, Read] = MappingProxyType({}),
          optional: Collection[str] = ()) -> Data:
     """Reads data for fine-tuning.
 
     data: a name, path, hub name (``owner/name``, ``owner/name:split``), `datasets` object or Data.
     task: one of TASKS; None takes what the columns say.
-    text, label, image: names of columns where they cannot be told.
+    text, label, image, audio: names of columns where they cannot be told.
     prompt, completion: two columns of which the second is learnt as the answer to the first.
     split: the training split's name where it is not called train.
     validation: share (or number) of training rows set aside when there is no validation split;
@@ -161,9 +164,9 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
         return data
     if task is not None and task not in TASKS:
         raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
-    flags = Roles(task=task, text=text, label=label, image=image, prompt=prompt,
+    flags = Roles(task=task, text=text, label=label, image=image, audio=audio, prompt=prompt,
                   completion=completion)
-    source, tables = _tables(data, split)
+    source, tables = _tables(data, split, task)
     if "train" not in tables:
         raise DataError(f"{source} has no training split; it has {', '.join(tables)}; name it "
                         "with split=")
@@ -189,9 +192,9 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: t.where for k, t in tables.items()}, form,
                 roles.said(tables["train"].columns), roles.named(),
-                {"task": task, "text": text, "label": label, "image": image, "prompt": prompt,
-                 "completion": completion, "split": split, "validation": validation,
-                 "seed": seed}, known)
+                {"task": task, "text": text, "label": label, "image": image, "audio": audio,
+                 "prompt": prompt, "completion": completion, "split": split,
+                 "validation": validation, "seed": seed}, known)
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)
     return done
@@ -239,7 +242,8 @@ def _looks_local(name: str, path: Path) -> bool:
 
 
 # -- where it comes from ---------------------------------------------------------------------
-def _tables(data: Any, split: str | None) -> tuple[str, dict[str, Table]]:
+def _tables(data: Any, split: str | None, task: str | None = None
+            ) -> tuple[str, dict[str, Table]]:
     if type(data).__module__.partition(".")[0] == "datasets":
         return type(data).__name__, _from_datasets(data, split, "in memory")
     if not isinstance(data, str | Path):
@@ -251,7 +255,7 @@ def _tables(data: Any, split: str | None) -> tuple[str, dict[str, Table]]:
         return name, digits()
     path = Path(name).expanduser()
     if path.exists():
-        tables = layouts.files(path)
+        tables = layouts.files(path, task)
         if split:
             if split not in tables:
                 raise DataError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
@@ -299,8 +303,8 @@ def _from_dataset(rows: Any, name: str, layout: str) -> Table:
     classes: dict[str, tuple[str, ...]] = {}
     columns: dict[str, Any] = {}
     for column, kind in rows.features.items():
-        if isinstance(kind, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
+        if isinstance(kind, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(column, type(kind)(decode=False))
         inner = getattr(kind, "feature", None)
         if isinstance(kind, datasets.ClassLabel):
             names = kind.names
@@ -346,6 +350,8 @@ def _short(value: Any, names: Sequence[str] | None = None, width: int = 60) -> s
     if isinstance(value, list):
         said = ", ".join(_short(v, names) for v in value[:4])
         return f"[{said}{'...' if len(value) > 4 else ''}]"
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:      # a file
+        return f"{len(value['bytes'])} bytes" if value["bytes"] else Path(value["path"]).name
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_short(v, width=40)}" for k, v in value.items()) + "}"
     text = repr(value)

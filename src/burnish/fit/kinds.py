@@ -14,12 +14,16 @@ class Kind:
 
 
 _SEQUENCE, _IMAGE = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
+_AUDIO = "AutoModelForAudioClassification"
 _CAUSAL = "AutoModelForCausalLM"
 
 KINDS = {
     "image-classification": Kind(_IMAGE, "image-classification"),
     "image-multi-label": Kind(_IMAGE, "image-classification"),
     "image-regression": Kind(_IMAGE, "image-classification"),
+    "audio-classification": Kind(_AUDIO, "audio-classification"),
+    "audio-multi-label": Kind(_AUDIO, "audio-classification"),
+    "audio-regression": Kind(_AUDIO, "audio-classification"),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
     "text-regression": Kind(_SEQUENCE, "text-classification"),
@@ -43,6 +47,10 @@ INSTEAD = {"language-modelling": "masked-language-modelling",
 
 def pictured(task: str) -> bool:
     return task.startswith("image-")
+
+
+def heard(task: str) -> bool:
+    return task.startswith("audio-")
 
 
 def form_of_label(task: str) -> str | None:

@@ -45,8 +45,8 @@ def single(given: Sequence[Any], field: str, table: Table, classes: Classes, sou
         at = rows[0]
         raise DataError(f"{table.where(at)}, field {field!r}: the label is {given[at]}, a number "
                         "with a fraction, and no class; task='text-regression' (or "
-                        "'image-regression') learns such numbers, or name another column with "
-                        "label=")
+                        "'image-regression', 'audio-regression') learns such numbers, or name "
+                        "another column with label=")
     names = [class_name(v, table.where(i), field) for i, v in enumerate(given)]
     classes = classes or table.classes.get(field) or _classes(names, field, source)
     number = {c: i for i, c in enumerate(classes)}

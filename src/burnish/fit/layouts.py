@@ -15,9 +15,8 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import parse_json, plain, read_text, reading, regular
+from .media import MEDIA, SOUND, Medium, held
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-                    ".pgm"})
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll"})
 PROSE = frozenset({".txt", ".md", ".rst", ".py"})
 
@@ -25,11 +24,6 @@ PROSE = frozenset({".txt", ".md", ".rst", ".py"})
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "dev": "validation", "eval": "validation", "test": "test",
           "testing": "test"}
-
-#: pictures opened to see whether they are pictures before training starts; the rest are
-#: checked when they are read
-LOOKED_AT = 20_000
-
 
 #: a parquet file may claim this many cells whatever its size; more must be in proportion to it
 MOST_CELLS = 5_000_000
@@ -54,9 +48,10 @@ class Table:
             yield dict(zip(names, values, strict=True))
 
 
-def files(path: Path) -> dict[str, Table]:
-    """Every split found at `path`: a table, a picture folder, or a folder of either.
+def files(path: Path, task: str | None = None) -> dict[str, Table]:
+    """Every split found at `path`: a table, a folder of pictures or sounds, or a folder of either.
 
+    task: where somebody has said it, for a folder that holds both.
     Raises DataError when nothing readable is there, saying what was expected.
     """
     if not path.exists():
@@ -64,7 +59,7 @@ def files(path: Path) -> dict[str, Table]:
         raise DataError(f"there is nothing at {path}"
                         f"{nearest(path.name, (p.name for p in here.iterdir()))}")
     with reading(path, DataError):
-        return folder(path) if path.is_dir() else {"train": table(path)}
+        return folder(path, task) if path.is_dir() else {"train": table(path)}
 
 
 def table(path: Path) -> Table:
@@ -78,7 +73,8 @@ def table(path: Path) -> Table:
         return prose([path])
     if kind not in readers:
         raise DataError(f"{path} is no layout burnish reads; it reads {', '.join(sorted(TABLES))}, "
-                        f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures")
+                        f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures or of "
+                        "sounds")
     if regular(path, DataError).stat().st_size == 0:
         raise DataError(f"{path} is empty")
     with reading(path, DataError):
@@ -88,8 +84,8 @@ def table(path: Path) -> Table:
     return found
 
 
-def folder(path: Path) -> dict[str, Table]:
-    """A folder: split folders or files, class folders of pictures, or plain texts."""
+def folder(path: Path, task: str | None = None) -> dict[str, Table]:
+    """A folder: split folders or files, class folders of pictures or sounds, or plain texts."""
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     named = {p: _split_of(p.name) for p in entries
              if p.is_dir() or p.suffix.lower() in TABLES | PROSE}
@@ -97,13 +93,13 @@ def folder(path: Path) -> dict[str, Table]:
         out: dict[str, Table] = {}
         for p, split in named.items():
             if split and split not in out:
-                out[split] = pictures(p) if p.is_dir() and _holds_pictures(p) else (
-                    next(iter(files(p).values())))
+                out[split] = media(p, task) if p.is_dir() and held(p) else (
+                    next(iter(files(p, task).values())))
         return out
     tables = [p for p in entries if p.suffix.lower() in TABLES]
     meta = [p for p in tables if p.stem == "metadata"]
-    if meta or (_holds_pictures(path) and not tables):
-        return {"train": pictures(path)}
+    if meta or (not tables and held(path)):
+        return {"train": media(path, task)}
     if len(tables) == 1:
         return {"train": table(tables[0])}
     if len(tables) > 1:
@@ -113,45 +109,52 @@ def folder(path: Path) -> dict[str, Table]:
     texts = sorted(p for p in path.rglob("*") if p.suffix.lower() in PROSE)
     if texts:
         return {"train": prose(texts)}
-    raise DataError(f"{path} holds neither pictures in class folders, nor a table "
+    raise DataError(f"{path} holds neither pictures or sounds in class folders, nor a table "
                     f"({', '.join(sorted(TABLES))}), nor plain texts")
 
 
-def pictures(path: Path) -> Table:
-    """Class folders of pictures, or a `metadata.csv|jsonl` with `file_name` and a label."""
+def media(path: Path, task: str | None = None) -> Table:
+    """Class folders of pictures or of sounds, or a `metadata.csv|jsonl` with `file_name` and more.
+
+    Raises AmbiguousError for a folder of both where `task` does not say which is learnt.
+    """
     for name in ("metadata.csv", "metadata.jsonl"):
         if (path / name).exists():
             return _described(path, path / name)
+    medium = _medium(path, task)
+    word = medium.word
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
-        raise DataError(f"{path} holds pictures but no class folders; expected "
-                        f"{path}/<class>/<picture>, or a metadata.csv with file_name and label")
+        raise DataError(f"{path} holds {word}s but no class folders; expected "
+                        f"{path}/<class>/<{word}>, or a metadata.csv with file_name and label")
     paths: list[str] = []
     labels: list[str] = []
     for name in classes:
-        found = sorted(str(p) for p in (path / name).rglob("*") if p.suffix.lower() in IMAGES)
+        found = [str(p) for p in medium.among(path / name)]
         if not found:
-            raise DataError(f"class folder {path / name} is empty: it holds no picture "
-                            f"({', '.join(sorted(IMAGES))}); fill it or remove it")
+            raise DataError(f"class folder {path / name} is empty: it holds no {word} "
+                            f"({', '.join(sorted(medium.suffixes))}); fill it or remove it")
         paths += found
         labels += [name] * len(found)
-    look(paths)
-    return Table({"image": paths, "label": labels}, paths.__getitem__, "image folder",
+    medium.look(paths)
+    layout = "audio folder" if medium is SOUND else "image folder"
+    return Table({medium.role: paths, "label": labels}, paths.__getitem__, layout,
                  {"label": tuple(classes)})
 
 
-def look(paths: Sequence[str]) -> None:
-    """Opens pictures (evenly spread where there are very many) and names the first broken one."""
-    from PIL import Image
+def _medium(path: Path, task: str | None) -> Medium:
+    there = held(path)
+    if len(there) > 1:
+        from .readings import AmbiguousError, Reading
 
-    for p in paths:                              # a pipe among them would be read for ever
-        regular(p, DataError)
-    for p in paths[:: max(1, len(paths) // LOOKED_AT)]:
-        try:
-            with Image.open(p) as image:
-                image.verify()
-        except Exception as e:
-            raise DataError(f"picture {plain(p)} cannot be read: {plain(e)}") from None
+        said = [m for m in there if (task or "").startswith(f"{m.role}-")]
+        if not said:
+            ways = tuple(Reading((("task", f"{m.role}-classification"),),
+                                 f"learns the class of a {m.word}") for m in there)
+            raise AmbiguousError(str(path), "it holds pictures and sounds; say which are learnt: "
+                                            f"{'; or '.join(map(str, ways))}", ways)
+        return said[0]
+    return there[0]
 
 
 def prose(paths: Sequence[Path]) -> Table:
@@ -191,18 +194,25 @@ def _split_of(name: str) -> str | None:
     return SPLITS.get(name.lower().split(".")[0].split("-")[0].split("_")[0])
 
 
-def _holds_pictures(path: Path) -> bool:
-    return any(p.suffix.lower() in IMAGES for p in path.rglob("*"))
-
-
 def _described(root: Path, metadata: Path) -> Table:
     found = table(metadata)
-    key = next((k for k in ("file_name", "file", "image", "path") if k in found.columns), None)
+    key = next((k for k in ("file_name", "file", "image", "audio", "path") if k in found.columns),
+               None)
     if key is None:
         raise DataError(f"{metadata} needs a column file_name; it has {', '.join(found.columns)}")
-    found.columns["image"] = [str(root / str(v)) for v in found.columns.pop(key)]
-    look(found.columns["image"])
-    found.layout = "pictures with metadata"
+    names = [str(v) for v in found.columns.pop(key)]
+    medium = next((m for m in MEDIA if m.is_one(names[0])), None)
+    if medium is None:
+        raise DataError(f"{found.where(0)}, field {key!r}: {plain(names[0], 60)!r} is neither a "
+                        "picture nor a sound by its ending: it is one of "
+                        f"{', '.join(sorted(s for m in MEDIA for s in m.suffixes))}")
+    for i, name in enumerate(names):
+        if not medium.is_one(name):
+            raise DataError(f"{found.where(i)}, field {key!r}: {plain(name, 60)!r} is no "
+                            f"{medium.word}, and the first row's file is one")
+    found.columns[medium.role] = [str(root / v) for v in names]
+    medium.look(found.columns[medium.role])
+    found.layout = f"{medium.word}s with metadata"
     return found
 
 

@@ -11,7 +11,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.reading import reading
 from ..formats.model_files import loading, near, unfound
 from .data import Data
-from .kinds import INSTEAD, KINDS, pictured
+from .kinds import INSTEAD, KINDS, heard, pictured
 
 
 def check_there(name: str) -> Path:
@@ -35,12 +35,15 @@ def check_local(name: str) -> None:
 
 
 def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> Any:
-    """The tokenizer or image processor that lies with `model`: a folder, a name or a module."""
+    """The tokenizer, image processor or feature extractor that lies with `model`: a folder, a name
+    or a module."""
     from .pictures import processor_of
 
     if pictured(task):
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if heard(task):
+        return _extractor(name, trust_remote_code)
     if not name:
         raise ConfigError("a text task needs a tokenizer: give the model by folder or name, or "
                           "processor=")
@@ -57,6 +60,22 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
         except (OSError, ValueError) as e:
             raise ConfigError(f"no tokenizer could be loaded from {name}: {unfound(name, e)}"
                               f"{near(name) or '; give processor='}") from None
+
+
+def _extractor(name: str, trust_remote_code: bool) -> Any:
+    """The feature extractor of a model of sound."""
+    import transformers
+
+    if not name:
+        raise ConfigError("a task of sound needs a feature extractor: give the model by folder or "
+                          "name, or processor=")
+    with reading(f"the feature extractor of {name}", ConfigError, "give processor="):
+        try:
+            return transformers.AutoFeatureExtractor.from_pretrained(
+                name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"no feature extractor could be loaded from {name}: {_first(e)}"
+                              f"{_near(name) or '; give processor='}") from None
 
 
 #: an encoder under this head would read the token it is to foretell
@@ -117,6 +136,13 @@ def _causal(config: Any) -> bool:
     return one_way and not both and not getattr(config, "is_encoder_decoder", False)
 
 
+def _hears(config: Any) -> bool:
+    import transformers
+
+    return any(type(config) in getattr(transformers, auto)._model_mapping
+               for auto in ("AutoModelForAudioClassification", "AutoModelForCTC"))
+
+
 def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     import transformers
 
@@ -134,7 +160,7 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return (f"a decoder, in which the context does not see the question, and {task} is for "
                 "encoders")
     if task == "embedding" and (getattr(config, "is_encoder_decoder", False)
-                                or not hasattr(config, "vocab_size")):
+                                or not hasattr(config, "vocab_size") or _hears(config)):
         return f"no encoder or decoder of text, and {task} is for those"
     if task == "sequence-to-sequence" and not getattr(config, "is_encoder_decoder", False):
         return f"no encoder-decoder, and {task} is for those"

@@ -7,10 +7,12 @@ the person does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
-from .layouts import Table
+
+if TYPE_CHECKING:
+    from .layouts import Table
 
 #: columns that come along and hold nothing to learn
 ASIDE = frozenset({
@@ -116,7 +118,7 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
                              f"learns to write such {text}"))
     if not found:
         return DataError(f"{at}: cannot tell what the columns mean: {listed}; name them with "
-                         "text=, label=, image=, or prompt= and completion=")
+                         "text=, label=, image=, audio=, or prompt= and completion=")
     ways = "; or ".join(map(str, found))
     return AmbiguousError(at, f"its columns ({listed}) can be read in more than one way; say "
                               f"which: {ways}", tuple(found))

@@ -15,9 +15,6 @@ from torch.utils.data import Dataset
 from ..core.errors import DataError
 from . import chat
 
-#: pictures are kept as tensors when the whole split takes no more than this
-KEEP_BYTES = 128 * 2**20
-
 
 class Rows(Dataset):
     """A torch data set that knows how long each row is (all alike unless it says otherwise).
@@ -58,37 +55,6 @@ def cut(coded: Any, max_length: int | None, what: str = "rows") -> list[str]:
     many = sum(bool(e.overflowing) for e in coded.encodings or ())
     return [f"{many} of {len(coded['input_ids'])} {what} are longer than max_length={max_length} "
             "tokens, and are read up to there"] if many else []
-
-
-class Pictures(Rows):
-    def __init__(self, rows: Any, processor: Any, where: Callable[[int], str] | None):
-        self.rows, self.processor = rows, processor
-        self.where = where or (lambda i: f"row {i}")
-        self.labels = rows["label"][:]
-        self.kept: dict[int, torch.Tensor] = {}
-        self.keep = False
-        if len(self):
-            x = self._read(0)
-            self.keep = x.numel() * x.element_size() * len(self) <= KEEP_BYTES
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def _read(self, i: int) -> torch.Tensor:
-        try:
-            image = self.rows[i]["image"]
-            image.load()
-        except Exception as e:
-            raise DataError(f"{self.where(i)}: the picture cannot be read: {e}") from None
-        return self.processor(image)
-
-    def row(self, i: int) -> dict[str, Any]:
-        x = self.kept.get(i)
-        if x is None:
-            x = self._read(i)
-            if self.keep:
-                self.kept[i] = x
-        return {"pixel_values": x, "labels": self.labels[i]}
 
 
 class Sentences(Rows):

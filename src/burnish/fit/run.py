@@ -239,8 +239,8 @@ def _read(data: dict[str, Any], model: str | nn.Module, own: Options, seed: int,
     for name, where in data.items():
         first = next(iter(found.values()), None)
         one = read(where, task=own.task, text=own.text, label=own.label, image=own.image,
-                   prompt=own.prompt, completion=own.completion, split=own.split,
-                   validation=own.validation, seed=seed, keys=keys,
+                   audio=own.audio, prompt=own.prompt, completion=own.completion,
+                   split=own.split, validation=own.validation, seed=seed, keys=keys,
                    labels=first.labels if first else None)
         one = suited(one, model, own.trust_remote_code)
         if first is not None and one.task != first.task:

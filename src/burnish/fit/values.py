@@ -31,7 +31,9 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
     words = datasets.List(datasets.Value("string"))
+    recorded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     for role, feature, check in (("image", datasets.Image(), _images),
+                                 ("audio", recorded, _sounds),
                                  ("text", datasets.Value("string"), _texts),
                                  ("pair", datasets.Value("string"), _texts),
                                  ("negative", datasets.Value("string"), _texts),
@@ -39,7 +41,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
         name = getattr(roles, role)
         if name is not None:
             columns[role], features[role] = _column(table, name), feature
-            check(columns[role], name, table)
+            columns[role] = check(columns[role], name, table) or columns[role]
     form = form_of_label(roles.task or "")
     if form is None or roles.label is None:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
@@ -152,3 +154,19 @@ def _images(values: list[Any], field: str, table: Table) -> None:
         if isinstance(v, str) and not Path(v).is_file():      # nor a pipe, nor an address
             raise DataError(f"{table.where(i)}, field {field!r}: there is no picture at "
                             f"{plain(v)}")
+
+
+def _sounds(values: list[Any], field: str, table: Table) -> list[dict[str, Any]]:
+    """Recordings as ``{"bytes", "path"}``, as `datasets` keeps them."""
+    out = []
+    for i, v in enumerate(values):
+        given = v if isinstance(v, dict) else {"bytes" if isinstance(v, bytes) else "path": v}
+        coded, path = given.get("bytes"), given.get("path")
+        if not isinstance(coded, bytes) and not isinstance(path, str):
+            raise DataError(f"{table.where(i)}, field {field!r}: expected a sound (a path, or the "
+                            f"bytes of a file), found {type(v).__name__}")
+        if not coded and not Path(path).is_file():
+            raise DataError(f"{table.where(i)}, field {field!r}: there is no sound at "
+                            f"{plain(path)}")
+        out.append({"bytes": coded or None, "path": None if coded else path})
+    return out

@@ -21,6 +21,7 @@ from .classes import (
     TextRegression,
 )
 from .embeddings import Embedding
+from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
 from .masked import MaskedLanguageModelling
 from .preferences import PreferenceTuning
@@ -34,6 +35,9 @@ TASKS: dict[str, type[Task]] = {
     "image-classification": ImageClassification,
     "image-multi-label": ImageMultiLabel,
     "image-regression": ImageRegression,
+    "audio-classification": AudioClassification,
+    "audio-multi-label": AudioMultiLabel,
+    "audio-regression": AudioRegression,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,
     "text-regression": TextRegression,
@@ -51,7 +55,8 @@ TASKS: dict[str, type[Task]] = {
 def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
              max_length: int | None = None, trust_remote_code: bool = False, seed: int = 0,
              **how: Any) -> Task:
-    """The task of `data`, with the tokenizer or image processor that belongs to `model`.
+    """The task of `data`, with the tokenizer, image processor or feature
+    extractor that belongs to `model`.
 
     seed: of what the task itself draws (which words are masked).  how: settings of the task.
     Raises ConfigError for a setting that is not this task's.

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ...core.errors import DataError
+from ..from_files import Pictures
 from ..heads import resize_head
-from ..rows import Pictures, Rows, Sentences
+from ..rows import Rows, Sentences
 from .base import Batch, Task
 from .textual import Textual
 

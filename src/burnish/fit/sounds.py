@@ -1,0 +1,119 @@
+"""How a recording becomes the numbers that a model of sound reads.
+
+A WAV file is read with scipy, everything else with soundfile where that is installed; channels are
+averaged, and another sampling rate than the model's is changed to it by a polyphase filter
+(``scipy.signal.resample_poly``). What follows is the model's own feature extractor.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+#: full scale of whole numbers, by their width in bytes
+_FULL = {2: 2.0**15, 4: 2.0**31, 8: 2.0**63}
+
+
+def opened(source: Any) -> BinaryIO:
+    """A path, encoded bytes, or ``{"path", "bytes"}`` as `datasets` keeps them."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    return io.BytesIO(source) if isinstance(source, bytes) else open(Path(source), "rb")
+
+
+def size(source: Any) -> tuple[int, int]:
+    """(samples of each channel, samples a second), from the file's head where it is a WAV."""
+    with opened(source) as file:
+        if file.read(4) == b"RIFF" and (found := _head(file)) is not None:
+            return found
+        file.seek(0)
+        made, rate = _decoded(file)
+        return len(made), rate
+
+
+def heard(source: Any, rate: int, seconds: float | None = None) -> np.ndarray:
+    """(n,) fp32 at `rate` samples a second, of the first `seconds`."""
+    from scipy.signal import resample_poly
+
+    with opened(source) as file:
+        made, own = _decoded(file)
+    if seconds is not None:
+        made = made[:max(1, round(seconds * own))]
+    x = made.mean(1) if made.ndim > 1 else made
+    if not np.isfinite(x).all():
+        raise ValueError("it holds numbers that are not finite")
+    if own != rate:
+        common = math.gcd(own, rate)
+        x = resample_poly(x, rate // common, own // common)
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def length(samples: int, own: int, rate: int, seconds: float | None = None) -> int:
+    """How many numbers :func:`heard` makes of so many samples."""
+    if seconds is not None:
+        samples = min(samples, max(1, round(seconds * own)))
+    common = math.gcd(own, rate)
+    return -(-samples * (rate // common) // (own // common))
+
+
+def _head(file: BinaryIO) -> tuple[int, int] | None:
+    """The same from the chunks of a WAV; None where they do not say."""
+    end = file.seek(0, io.SEEK_END)
+    file.seek(12)
+    rate = frame = 0
+    while len(head := file.read(8)) == 8:
+        name, many = struct.unpack("<4sI", head)
+        if name == b"fmt " and many >= 16:
+            kind, _, rate, _, frame, _ = struct.unpack("<HHIIHH", file.read(16))
+            if kind not in (1, 3, 0xFFFE):               # compressed: a frame is no sample
+                return None
+            many -= 16
+        elif name == b"data":
+            return (min(many, end - file.tell()) // frame, rate) if frame and rate else None
+        file.seek(many + many % 2, io.SEEK_CUR)
+    return None
+
+
+def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
+    """((n,) or (n, channels) between -1 and 1, samples a second)."""
+    from scipy.io import wavfile
+
+    wav = file.read(4) in (b"RIFF", b"RIFX", b"RF64")
+    file.seek(0)
+    if wav:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")           # chunks beside the sound, of any kind
+                rate, x = wavfile.read(file)
+            return _checked(_scaled(x)), int(rate)
+        except ValueError as e:
+            if "Unknown wave file format" not in str(e):
+                raise
+        file.seek(0)
+    try:
+        import soundfile
+    except ImportError:
+        raise ValueError("it is no plain WAV, and soundfile, which reads the other forms, is not "
+                         "installed: pip install 'burnish[audio]'") from None
+    x, rate = soundfile.read(file, dtype="float32")
+    return _checked(x), int(rate)
+
+
+def _checked(x: np.ndarray) -> np.ndarray:
+    if not len(x):
+        raise ValueError("it holds no sample")
+    return x
+
+
+def _scaled(x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind == "f":
+        return x
+    if x.dtype == np.uint8:
+        return (x.astype(np.float32) - 128) / 128
+    return (x / _FULL[x.dtype.itemsize]).astype(np.float32)
