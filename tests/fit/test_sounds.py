@@ -237,6 +237,14 @@ def test_a_model_of_sound_asked_for_words_is_told_what_it_can_learn(tmp_path):
     assert "audio-classification" in text and "embedding" not in text
 
 
+def test_a_model_without_an_extractor_is_told_to_bring_one(tmp_path):
+    made(WAV2VEC2)[0].save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no feature extractor could be loaded from.*processor="):
+        task_for(data_of(tmp_path), str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="needs a feature extractor: give the model by folder"):
+        task_for(data_of(tmp_path / "again"), made(WAV2VEC2)[0])
+
+
 def test_layers_and_stretches_that_chance_leaves_out(tmp_path):
     model, extractor = made(WAV2VEC2, layerdrop=0.2)
     task = task_for(data_of(tmp_path, seconds=(0.04, 0.25, 0.3)), "", processor=extractor)

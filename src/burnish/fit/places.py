@@ -74,8 +74,8 @@ def _extractor(name: str, trust_remote_code: bool) -> Any:
             return transformers.AutoFeatureExtractor.from_pretrained(
                 name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as e:
-            raise ConfigError(f"no feature extractor could be loaded from {name}: {_first(e)}"
-                              f"{_near(name) or '; give processor='}") from None
+            raise ConfigError(f"no feature extractor could be loaded from {name}: "
+                              f"{unfound(name, e)}{near(name) or '; give processor='}") from None
 
 
 #: an encoder under this head would read the token it is to foretell
