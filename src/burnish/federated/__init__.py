@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 from .choose import fitted, importance
-from .client import Client, Report, Training
+from .client import Client, Member, Report, Training
 from .message import pack, unpack
 from .rounds import Federation, Round, Server, federate
 from .rules import Mean, Rule, Stack
 from .split import dirichlet, even
 
-__all__ = ["Client", "Federation", "Mean", "Report", "Round", "Rule", "Server", "Stack",
+__all__ = ["Client", "Federation", "Mean", "Member", "Report", "Round", "Rule", "Server", "Stack",
            "Training", "dirichlet", "even", "federate", "fitted",
            "importance", "pack", "unpack"]

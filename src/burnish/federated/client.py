@@ -37,27 +37,37 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @dataclass
-class Client:
-    """Whose rows train.
+class Member:
+    """A client as a server knows it.
 
-    rows: whatever can be counted and indexed; they never leave the client. collate: rows -> batch.
     recipe, batch: its own, where they are not everybody's.
-    memory: what it has ("200MB"); its recipe is then one that fits (federated/choose.py), or the
-        one given here, if it does.
+    memory: what it has ("200MB"); its recipe is then one that fits (federated/choose.py).
     """
 
     name: str
-    rows: Sequence[Any]
-    collate: Callable[[list[Any]], Any] = stacked
-    recipe: str | None = None
-    batch: int | None = None
-    memory: str | int | None = None
+    recipe: str | None = field(default=None, kw_only=True)
+    batch: int | None = field(default=None, kw_only=True)
+    memory: str | int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not len(self.rows):
-            raise ConfigError(f"client {self.name!r} has no rows, so it has no part")
         if self.batch is not None and self.batch < 1:
             raise ConfigError(f"client {self.name!r}: batch={self.batch}: expected at least 1")
+
+
+@dataclass
+class Client(Member):
+    """Whose rows train.
+
+    rows: whatever can be counted and indexed; they never leave the client. collate: rows -> batch.
+    """
+
+    rows: Sequence[Any]
+    collate: Callable[[list[Any]], Any] = stacked
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not len(self.rows):
+            raise ConfigError(f"client {self.name!r} has no rows, so it has no part")
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Report:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-def recipe_of(client: Client, training: Training) -> str:
+def recipe_of(client: Member, training: Training) -> str:
     return str(parse(client.recipe or training.recipe))
 
 
@@ -148,7 +158,7 @@ def batches(client: Client, training: Training, turn: int) -> Iterator[Any]:
             cut(client.collate([rows[0]]), 0)
 
 
-def joined(model: nn.Module, client: Client, rule: Rule, training: Training, turn: int) -> Tuned:
+def joined(model: nn.Module, client: Member, rule: Rule, training: Training, turn: int) -> Tuned:
     """The client's recipe on a base: for all the same start, or a fresh one of its own."""
     seed = number(training.seed, "start", turn, client.name) if rule.merges else training.seed
     return tune(model, recipe_of(client, training), targets=training.targets, head=training.head,

@@ -18,7 +18,7 @@ from ..core.errors import BurnishError, ConfigError, FormatError
 from ..engine.tuned import Tuned
 from ..engine.updates import Added, updates
 from .choose import Choice, fitted
-from .client import Client, Loss, Report, Training, joined, recipe_of, work
+from .client import Client, Loss, Member, Report, Training, joined, recipe_of, work
 from .message import Content, check_coding, pack, unpack
 from .rules import Rule, rule_of
 from .split import number
@@ -66,7 +66,7 @@ class Server:
     The model is a base of its own in an app; in a simulation it is the one that all share.
     """
 
-    def __init__(self, model: nn.Module, clients: Sequence[Client], rule: Rule, training: Training,
+    def __init__(self, model: nn.Module, clients: Sequence[Member], rule: Rule, training: Training,
                  up: str = "none", down: str = "none",
                  weights: Literal["samples", "equal"] = "samples"):
         names = [c.name for c in clients]
@@ -97,7 +97,7 @@ class Server:
                               f"{' and '.join(self.expected)} train different ones; take the rule "
                               "stack, or one recipe")
 
-    def _begin(self, client: Client) -> dict[str, torch.Size]:
+    def _begin(self, client: Member) -> dict[str, torch.Size]:
         tuned = joined(self.model, client, self.rule, self.training, 1)
         try:
             said = self.rule.says(tuned)
@@ -109,25 +109,25 @@ class Server:
         finally:
             tuned.detach()
 
-    def chosen(self, turn: int, sampled: int | None) -> list[Client]:
+    def chosen(self, turn: int, sampled: int | None) -> list[Member]:
         """The clients of a round, by name; `sampled` of them, drawn by the seed and the round."""
         if sampled is None:
             return self.clients
         draw = random.Random(number(self.training.seed, "clients", turn))
         return sorted(draw.sample(self.clients, sampled), key=lambda c: c.name)
 
-    def sends(self, client: Client) -> list[Sent]:
+    def sends(self, client: Member) -> list[Sent]:
         """The messages for a client, oldest first: sums that it has yet to merge, or the adapter
         as it stands."""
         if self.rule.merges:
             return list(self.waiting[client.name])
         return [Sent.of(self.content, self.down)]
 
-    def has(self, client: Client) -> None:
+    def has(self, client: Member) -> None:
         """It has got what was waiting for it."""
         self.waiting[client.name].clear()
 
-    def hears(self, client: Client, message: bytes, received: Content) -> Content:
+    def hears(self, client: Member, message: bytes, received: Content) -> Content:
         """What a client says. Raises FormatError for what its recipe cannot have said."""
         said = unpack(message, None if self.rule.merges else received)
         expected = self.expected[recipe_of(client, self.training)]
@@ -261,7 +261,7 @@ def scored(server: Server, score: Score) -> Mapping[str, float]:
         tuned.detach()
 
 
-def _round(server: Server, clients: Sequence[Client], turn: int, strict: bool,
+def _round(server: Server, clients: Sequence[Any], turn: int, strict: bool,
            kept: Mapping[str, dict[str, Any]]) -> Round:
     out, said = Round(turn), dict[str, tuple[Content, int]]()
     for client in clients:
