@@ -21,7 +21,7 @@ _HOME = {
     "open_model": "formats.opened",
     "shard": "engine.sharded",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
-    "fit": "fit", "TrainerCallback": "fit",
+    "fit": "fit", "TrainerCallback": "fit", "continual": "continual",
     "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
     "setting": "core.method", "register": "core.registry",
     "export_peft": "formats.peft", "load_peft": "formats.peft",
@@ -50,6 +50,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .continual.report import compare as continual
     from .core.errors import (
         BurnishError,
         CheckError,

@@ -159,6 +159,7 @@ SURFACE = {
     "inspect": "adapter base force intruders json leading likeness picture",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
+    "continual": "baselines epochs json learner page rate recipes scenario seeds stream",
     "reproduce": "json listed names page",
     "soup": "batch data folders greedy json learned metric output rank split",
     "arithmetic": "expression json output rank",

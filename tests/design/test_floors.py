@@ -23,8 +23,9 @@ BELOW = {
     "testing": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "federated": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "reproductions": {"core", "memory"},
+    "continual": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "federated",
-            "reproductions"},
+            "reproductions", "continual"},
 }
 
 

@@ -138,7 +138,20 @@ def _unparsed(node: ast.expr) -> str:
 
 def make(name: str, args: dict[str, object]) -> Method:
     """One method from its name and settings; errors name the nearest setting and the type."""
-    cls = registry.find(name)
+    return built(registry.find(name), name, args)
+
+
+def read_call(text: str) -> tuple[str, dict[str, object]]:
+    """``name`` or ``name(setting=value)``, of whatever is called so: its name and settings."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise RecipeError(f"cannot read {_shown(text)}; expected 'name(setting=value)'") from None
+    return _call(tree, text)
+
+
+def built(cls: Any, name: str, args: dict[str, object]) -> Any:
+    """A dataclass of settings from those given; errors name the nearest setting and the type."""
     known = {f.name: f for f in fields(cls)}
     alias = {a: f.name for f in fields(cls) for a in f.metadata.get("alias", ())}
     hints = typing.get_type_hints(cls)

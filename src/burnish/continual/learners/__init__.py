@@ -1,0 +1,1 @@
+"""One file per learner; the file's name is its name."""
