@@ -209,6 +209,28 @@ def test_an_answer_in_a_long_context_is_found_in_its_window(runs):
     assert said["text"] == "green"
 
 
+def test_a_run_without_unanswerable_questions_answers_every_question(runs, monkeypatch):
+    """It could say that the context does not, which nothing had taught it."""
+    from burnish.cli.finished import Finished
+    from burnish.fit.tasks import spans
+
+    run, _ = runs("question-answering")
+    assert json.loads((run.folder / "run.json").read_text())["task"] == {"unanswerable": False}
+    reduce = spans.QuestionAnswering.reduce
+
+    def nowhere(self, logits, labels):
+        kept = reduce(self, logits, labels)
+        kept[..., 1, -1] = 1e6                               # the first token's
+        return kept
+
+    monkeypatch.setattr(spans.QuestionAnswering, "reduce", nowhere)
+    row = json.dumps({"question": "what colour is it", "context": "the answer : green . car"})
+    finished = Finished.open(run.folder)
+    assert next(iter(finished.predict([row])))["text"]
+    finished.task.how["unanswerable"] = True
+    assert not next(iter(finished.predict([row])))["text"]
+
+
 def test_labels_are_smoothed_only_where_there_are_classes(folders, tmp_path):
     data = file(tmp_path, drawn(rated, 20))
     with pytest.raises(ConfigError, match="label_smoothing_factor=0.1 .*text-regression has no"):

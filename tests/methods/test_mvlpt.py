@@ -76,6 +76,7 @@ def test_the_equation_written_out(beside, form):
 
 def given(batch, n):
     ids = torch.randint(3, 60, (n, 8), generator=torch.Generator().manual_seed(0))
+    ids[:, 1:5] = 7                                          # placeholders
     ids[:, -1] = 63
     return {"input_ids": ids, "pixel_values": batch["pixel_values"]}
 

@@ -72,9 +72,15 @@ class Placed(Listener):
         return torch.cat([x[:, :a], self.given(rows, len(x)).to(x.dtype), x[:, a + L :]], 1)
 
     def look(self, ids: Tensor, a: int, L: int) -> None:
-        """RecipeError where the rows stand on what is masked."""
+        """RecipeError where the rows stand on what is masked, or on words of the texts' own."""
         if isinstance(ids, FakeTensor) or ids.device.type == "meta":
             return
+        place = ids[:, a : a + L]
+        if not bool((place == place[:1]).all()):
+            raise RecipeError(f"{L} rows stand in the place of the tokens {a} to {a + L - 1}, and "
+                              "these are not the same in all texts, so that words of their own "
+                              f"would be lost: write {L} placeholders before the name of each "
+                              "class (any words, the same in every text)")
         valid = context().valid
         if valid is not None and valid.shape[1] == ids.shape[1] \
                 and not bool(valid[:, a : a + L].all()):

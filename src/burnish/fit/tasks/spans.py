@@ -32,6 +32,9 @@ class QuestionAnswering(Textual):
     usual_length = 384
     takes = ("question", "context")
     truth = ("start_positions", "end_positions")
+    #: whether training has shown questions without an answer: a run says it, and its predictions
+    #: always answer where it has not
+    settings = ("unanswerable",)
 
     def prepare(self) -> None:
         super().prepare()
@@ -41,6 +44,8 @@ class QuestionAnswering(Textual):
         made = Windows(self.data.splits[split], self.processor, self.max_length or 384,
                        self.data.where.get(split))
         self.tell(split, made.notes)
+        if split == "train":
+            self.how["unanswerable"] = made.silent
         return made
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
@@ -100,6 +105,7 @@ class QuestionAnswering(Textual):
         for i in range(len(rows)):
             batch = self.together([rows[i]])
             kept.append(self.reduce(self.logits(model(**self.feed(batch))), self.right(batch))[0])
+        rows.silent = self.how.get("unanswerable", True)
         return {"text": best(torch.stack(kept), rows)[0]}
 
     def said(self, answer: Mapping[str, Any]) -> str:
