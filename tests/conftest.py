@@ -58,6 +58,24 @@ def pytest_terminal_summary(terminalreporter):
             f"{check} {n}" for check, n in idle.most_common()))
 
 
+    _where_the_time_went(terminalreporter)
+
+
+def _where_the_time_went(terminalreporter):
+    """Seconds of a core by folder, and the longest files, of a run of minutes."""
+    folders, files = Counter(), Counter()
+    for reports in terminalreporter.stats.values():
+        for r in reports:
+            if hasattr(r, "duration") and hasattr(r, "nodeid"):
+                file = r.nodeid.partition("::")[0]
+                files[file] += r.duration
+                folders[file.rpartition("/")[0]] += r.duration
+    if sum(folders.values()) > 120:
+        terminalreporter.write_sep("-", "where the time went, in seconds of a core")
+        for found in (folders.most_common(), files.most_common(12)):
+            terminalreporter.write_line(", ".join(f"{n} {t:.0f}" for n, t in found))
+
+
 @pytest.fixture(autouse=True)
 def steady():
     """Seed, dtype and threads are put back whatever a test does to them."""
