@@ -106,23 +106,8 @@ def _inputs(config: Any, samples: int, tokens: int | None, draw: _Draw) -> dict[
         height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         frames = getattr(vision, "num_frames", None)
         shape = (*([frames] if frames else []), getattr(vision, "num_channels", 3), height, width)
-        if out:
-            out["input_ids"] = _one_template(out["input_ids"], text)
         out["pixel_values"] = draw.normal((samples, *shape))
     return out
-
-
-def _one_template(ids: Tensor, text: Any) -> Tensor:
-    """Texts beside images as they are written for them: the same words, two of a sample's own, and
-    the end, which CLIP takes to be the largest id where its config has the first one's mistake."""
-    end = getattr(text, "eos_token_id", None)
-    last = text.vocab_size - 1 if end in (None, 2) else end
-    n = ids.shape[1]
-    if n < 4:
-        return ids
-    words = torch.cat([ids[:1, : n - 3].expand(len(ids), -1), ids[:, n - 3 : n - 1]], 1)
-    words = torch.where(words == last, 1, words)
-    return torch.cat([words, torch.full_like(ids[:, :1], last)], 1)
 
 
 def _sound(config: Any, tokens: int | None) -> tuple[str, tuple[int, ...]] | None:
