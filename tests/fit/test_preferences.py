@@ -151,6 +151,43 @@ def test_the_base_is_asked_once_with_the_adapter_off(made):
     assert rows.reference is before
 
 
+@pytest.mark.parametrize("recipe", ["lora(rank=2)", "norms"])
+def test_a_run_that_goes_on_from_another_is_compared_with_that(made, tmp_path, tokenizer, recipe,
+                                                               capsys):
+    """Instructions first, then preferences: the reference is the instructed model, not the base."""
+    import burnish
+    from burnish.cli import main
+    from burnish.cli.finished import Finished
+
+    task, model = made()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    first = lines(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]}
+                                           for r in PLAIN] * 4)
+    then = lines(tmp_path / "dpo.jsonl", PLAIN * 4)
+    words = {"quiet": True, "report": False, "measure": False, "validation": 0, "batch_size": 4,
+             "max_steps": 3}
+    burnish.fit(str(tmp_path / "base"), str(first), recipe, output=tmp_path / "sft", lr=0.3,
+                **words)
+    instructed = Finished.open(tmp_path / "sft").tuned.model
+    rows = task.rows("train")
+    batch = task.together([rows[i] for i in range(3)])
+    with torch.no_grad():
+        wanted = task.spoken(call(instructed, task.feed(batch)).logits, batch["labels"])[0]
+    run = burnish.fit(str(tmp_path / "base"), str(then), recipe, output=tmp_path / "dpo", lr=0.1,
+                      init_from=str(tmp_path / "sft"), **words)
+    assert run.facts["task"] == {"reference_from": str((tmp_path / "sft").resolve())}
+    finished = Finished.open(tmp_path / "dpo")              # with values that have gone on
+    finished.task.data = task.data
+    before = {n: t.clone() for n, t in finished.tuned.tensors().items()}
+    finished.task.ready(finished.tuned, "cpu", 2)
+    assert torch.allclose(finished.task.rows("train").reference, wanted, atol=1e-5)
+    assert all(torch.equal(t, before[n]) for n, t in finished.tuned.tensors().items())
+    assert main(["evaluate", str(tmp_path / "dpo"), str(then), "--split", "train", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["tuned"]
+    assert told["margin"] != 0
+
+
 def test_a_key_of_a_pair_is_that_of_both_answers(made):
     task, _ = made()
     rows = task.rows("train")

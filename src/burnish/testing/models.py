@@ -268,6 +268,9 @@ def tiny(name: str, *, meta: bool = False, dropout: float = 0.0, seed: int = 0, 
         model.set_experts_implementation("eager")           # the grouped kernel has no float64
     text = getattr(model, "main_input_name", "") == "input_ids" or name == "whisper"
     data = example_batch(model, (batch, 8) if text else batch)
+    if name == "clip":
+        data["input_ids"][:, 1:4] = 3                       # placeholders, as its prompts have them
+        data["input_ids"][:, 4:].clamp_(max=62)[:, -1] = 63     # and an end
     if dtype is not None:
         data = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
                 for k, v in data.items()}
