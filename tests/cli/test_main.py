@@ -157,6 +157,7 @@ SURFACE = {
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output rank to",
     "inspect": "adapter base force intruders json leading likeness picture",
+    "adapt": "base batch corrupt data how json order seed severity source split",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",

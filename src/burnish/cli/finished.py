@@ -116,7 +116,7 @@ class Finished:
 
         from ..fit.tasks import evaluate
 
-        rows, name, these = self._split(data, split, columns)
+        rows, name, these = self.chosen(data, split, columns)
         self.task.ready(self.tuned, next(self.tuned.model.parameters()).device, batch)
         first = self.task.feed(self.task.collate([rows[i] for i in range(min(batch, len(rows)))]))
         with torch.no_grad():
@@ -136,19 +136,20 @@ class Finished:
         """The split that candidates are compared on, ready to be evaluated: `split`, or validation,
         or the only one. ConfigError rather than the test split unasked."""
         try:
-            return self._split(data, split or "validation", {})[1]
+            return self.chosen(data, split or "validation", {})[1]
         except ConfigError:
             if split is not None:
                 raise
-        name = self._split(data, None, {})[1]
+        name = self.chosen(data, None, {})[1]
         if name == "test":
             raise ConfigError(f"{data} has no validation split; say with --split which rows were "
                               "held out")
         return name
 
-    def _split(self, data: Any, split: str | None, columns: dict[str, str | None]
+    def chosen(self, data: Any, split: str | None, columns: dict[str, str | None]
                ) -> tuple[Any, str, str]:
-        """(rows, name of the split, which rows these are in words)."""
+        """(rows, name of the split, which rows these are in words); the split is `split`, or test,
+        validation, train, the first there is."""
         from ..fit.data import read, set_aside
 
         about, *others = self.facts.get("tasks", {"": self.facts["data"]}).values()

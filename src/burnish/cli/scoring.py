@@ -50,9 +50,13 @@ def _adapter(folder: Path, data: str, split: str | None, batch: int
 
 
 class Models:
-    """Model folders of one architecture, their task told by the data."""
+    """Model folders of one architecture, their task told by the data.
 
-    def __init__(self, folder: Path, data: str, split: str | None, batch: int):
+    split: default the first of `prefer` that there is, else where candidates are compared.
+    """
+
+    def __init__(self, folder: Path, data: str, split: str | None, batch: int,
+                 prefer: Sequence[str] = ()):
         from ..fit.data import read
         from ..fit.places import suited
         from ..fit.tasks import task_for
@@ -63,7 +67,9 @@ class Models:
         if found.labels and (names := _labels(folder, found.labels)):
             found = read(data, validation=0, labels=names)
         self.task = task_for(suited(found, str(folder)), str(folder))
-        self.split, self.batch = split or _held_out(data, list(found.splits)), batch
+        self.split = split or next((s for s in prefer if s in found.splits), None) or \
+            _held_out(data, list(found.splits))
+        self.batch = batch
         if found.task == "preference-tuning":
             raise ConfigError("preferences are compared with what a base says, and model folders "
                               "have none; give adapters")

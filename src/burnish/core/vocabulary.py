@@ -50,6 +50,7 @@ VOCABULARY: dict[str, str] = {
     "budget": "what may be spent: a share of the work, or parameters",
     "ratio": "share that is taken out",
     "order": "what comes first",
+    "ranking": "what a score is compared with",
     "every": "period: updates between two events, or every n-th block",
     "warmup": "training before a schedule starts, a share of the run or updates",
     "search": "share of the run in which what trains is still looked for",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,12 @@ from ...core.errors import ConfigError
 from ...core.method import Method
 from ...core.targets import tensors
 from ..objective.distill import logits_of
+
+
+class Adapts:
+    """A method whose ``lifecycle(tuned)`` is the model as it answers a stream."""
+
+    adapts: ClassVar[bool] = True
 
 
 def module_of(tuned: Any) -> nn.Module:

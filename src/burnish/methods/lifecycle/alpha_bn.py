@@ -11,11 +11,11 @@ from ...blocks.update.adapting import Adapting
 from ...blocks.update.rules import AdamW
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
-from ._adapted import affines, class_logits, module_of, untargeted
+from ._adapted import Adapts, affines, class_logits, module_of, untargeted
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaBn(Method):
+class AlphaBn(Adapts, Method):
     """Alpha-BN: batch norms take a mix of the source's statistics and the test batch's. And Core.
 
         mu = alpha mu_s + (1 - alpha) mu_t           s2 = alpha s2_s + (1 - alpha) s2_t

@@ -12,11 +12,11 @@ from ...blocks.update.adapting import Adapting
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
 from ..objective.distill import logits_of
-from ._adapted import anatomy_of, class_logits, module_of, untargeted
+from ._adapted import Adapts, anatomy_of, class_logits, module_of, untargeted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lame(Method):
+class Lame(Adapts, Method):
     """LAME: the answers of a batch are corrected by each other, and no weight is touched.
 
     q_i are the batch's class probabilities, w_ij how alike the features of two samples are.

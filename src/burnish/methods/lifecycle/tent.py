@@ -12,11 +12,11 @@ from ...blocks.update.adapting import Adapting
 from ...blocks.update.rules import SGD, AdamW
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
-from ._adapted import affines, class_logits, module_of
+from ._adapted import Adapts, affines, class_logits, module_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tent(Method):
+class Tent(Adapts, Method):
     """TENT: a classifier answers a stream without labels, and its norms learn to be sure of it.
 
     Batch norms take the statistics of the batch, and per batch of B one step (`updates`) goes down

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks.choose.above import threshold
+from ...blocks.choose.moments import SecondMoments, read
+from ...blocks.weight.factor import Chain
+from ...core.anatomy import Anatomy
+from ...core.errors import ConfigError
+from ...core.method import Method, setting
+from ...core.targets import match
+
+
+@dataclass(frozen=True, kw_only=True)
+class Antidote(Method):
+    """Antidote: after tuning, the weights that harmful prompts use most are set to zero.
+
+        S_ij = |W_ij| sqrt(mean over tokens of x_j^2)       x on harmful data (Wanda's score)
+
+    and the largest S go. ranking="row", as released: in every row of n entries the
+    ``n - floor(n (1 - ratio))`` largest (of a factor B of rank 8 one, which is 12.5 %, not 10);
+    "global", as the paper says it: the share `ratio` of all entries together, by one threshold
+    (of scores equal to it none)::
+
+        told = burnish.parse("antidote")[0].lifecycle(tuned, harmful)        # batches
+
+    W are the factors A (rank, in) and B (out, rank) of `lora` (and `dora`) where a recipe has some,
+    B's input being A x; else q, k and v of the model (`targets` names others). Inputs are seen by
+    the whole model with nothing masked, then all is masked at once. Padding (`attention_mask`) has
+    no part. ``harmful=None`` ranks by |W| alone.
+
+    Trains nothing, needs a forward over the data and one vector as long as a row per matrix.
+    Merging comes after. Large weights serve the task too: score both. Published: 2,000 harmful
+    samples, LoRA of rank 256 (unconfirmed) after 20 epochs of data with 10 to 20 % harmful; up to
+    17.8 % less harm at a small loss (unconfirmed). When not: updates that are no product of two
+    factors (lokr), which are refused.
+    """
+
+    paper: ClassVar[str] = ("Antidote: Post-fine-tuning Safety Alignment for Large Language Models "
+                            "against Harmful Fine-tuning, ICML 2025, arXiv:2408.09600")
+    tier: ClassVar[str] = "checked against an independent equation"
+
+    ratio: float = setting(0.1, "share of the entries that goes", alias=("dense_ratio",))
+    ranking: Literal["row", "global"] = setting("row", "scores against a row's, or against all")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ConfigError(f"antidote: ratio is a share above 0 and up to 1, got {self.ratio:g}")
+        if self.ranking not in ("row", "global"):
+            raise ConfigError(f"antidote: ranking={self.ranking!r}: expected row or global")
+
+    @torch.no_grad()
+    def lifecycle(self, tuned: Any, harmful: Iterable[Mapping[str, Any]] | None
+                  ) -> dict[str, float]:
+        """Masks what there is, in place. The share of each matrix that has become zero."""
+        model: nn.Module = tuned if isinstance(tuned, nn.Module) else tuned.model
+        found = self._factors(tuned) or self._whole(tuned, model)
+        if harmful is not None:
+            seen: dict[str, list[SecondMoments]] = {}
+            for m in found:
+                seen.setdefault(m.path, []).append(m.seen)
+            read(model, seen, harmful, "antidote")
+        else:
+            for m in found:
+                m.seen = None
+
+        def scores() -> Iterator[Tensor]:
+            return (self._score(m) for m in found)
+
+        cut = 0.0 if self.ranking == "row" else threshold(
+            scores, int(self.ratio * sum(m.weight.numel() for m in found) + 1e-9))
+        told = {}
+        for m, score in zip(found, scores(), strict=True):
+            gone = score > cut if self.ranking == "global" else self._row(score)
+            m.weight.masked_fill_(gone, 0)
+            told[m.name] = float(gone.float().mean())
+        return told
+
+    def _row(self, score: Tensor) -> Tensor:
+        n = score.shape[1]
+        k = n - int(n * (1 - self.ratio) + 1e-9)
+        at = score.argsort(dim=1, descending=True, stable=True)[:, :k]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, at, True)
+
+    def _score(self, m: _Matrix) -> Tensor:
+        size = m.weight.abs().to(torch.promote_types(m.weight.dtype, torch.float32))
+        return size if m.seen is None else size * m.seen.value.to(size).sqrt()
+
+    def _factors(self, tuned: Any) -> list[_Matrix]:
+        """A and B of every plain product of factors in the recipe."""
+        if isinstance(tuned, nn.Module) or not (terms := list(tuned.terms(Chain))):
+            return []
+        if self.targets is not None:
+            raise ConfigError("antidote: targets are of whole weights; of a recipe's factors all "
+                              "are ranked")
+        places = {q.name: q for p in tuned.anatomy.places for q in (p, *tuned.anatomy.slices(p))}
+        out = []
+        for name, term in terms:
+            place = places[name]
+            if type(term).dense is not Chain.dense or place.kind not in LINEAR:
+                raise ConfigError(f"antidote: {name} ({place.kind}) has an update that is no plain "
+                                  "product of two factors behind a linear; merge it first")
+            out += [_Matrix(f"{name}.A", place.path, term.A.data, SecondMoments()),
+                    _Matrix(f"{name}.B", place.path, term.B.data, SecondMoments(term.A.data))]
+        return out
+
+    def _whole(self, tuned: Any, model: nn.Module) -> list[_Matrix]:
+        anatomy = Anatomy.of(tuned) if isinstance(tuned, nn.Module) else tuned.anatomy
+        places = match(anatomy, "q,k,v" if self.targets is None else self.targets)
+        if odd := [p for p in places if p.kind not in LINEAR]:
+            raise ConfigError(f"antidote ranks what linears read, and {odd[0].name} is of another "
+                              f"kind ({odd[0].kind})")
+        changed = {} if isinstance(tuned, nn.Module) else dict(tuned.terms(nn.Module))
+        out = []
+        for p in places:
+            if any(name.partition("[")[0] == p.name.partition("[")[0] for name in changed):
+                raise ConfigError(f"antidote: {p.name} stands with an update that is no product of "
+                                  "factors; merge it first, so that the whole weight is ranked")
+            w = p.stored(model.get_submodule(p.path))
+            if not w.is_floating_point():
+                raise ConfigError(f"antidote: {p.name} is held as codes, which cannot be masked")
+            out.append(_Matrix(p.name, p.path, p.view(w.data), SecondMoments()))
+        return out
+
+
+LINEAR = ("linear", "conv1d")
+
+
+@dataclass
+class _Matrix:
+    """A matrix (out, in), a view of what is stored, and what it reads (None: unknown)."""
+
+    name: str
+    path: str
+    weight: Tensor
+    seen: SecondMoments | None
