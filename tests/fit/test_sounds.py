@@ -241,7 +241,7 @@ def test_a_model_without_an_extractor_is_told_to_bring_one(tmp_path):
     made(WAV2VEC2)[0].save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="no feature extractor could be loaded from.*processor="):
         task_for(data_of(tmp_path), str(tmp_path / "model"))
-    with pytest.raises(ConfigError, match="needs a feature extractor: give the model by folder"):
+    with pytest.raises(ConfigError, match="needs the model's feature extractor: give the model by"):
         task_for(data_of(tmp_path / "again"), made(WAV2VEC2)[0])
 
 

@@ -42,6 +42,7 @@ OWN_ALIASES = {
     "torch_dtype": "dtype",
     "text_column": "text", "label_column": "label", "image_column": "image",
     "audio_column": "audio", "audio_column_name": "audio",
+    "do_reduce_labels": "reduce_labels",
     "max_length_seconds": "max_seconds", "max_duration_in_seconds": "max_seconds",
     "preference": "loss_type", "pref_loss": "loss_type", "pref_beta": "beta",
     "simpo_gamma": "gamma", "tokenizer": "processor", "image_processor": "processor",
@@ -77,6 +78,8 @@ class Options:
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`).
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
+    reduce_labels: number 0 of a mask is not counted, and the classes begin at 1 (default: as the
+        image processor says).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
     processor: tokenizer, picture or feature extractor, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
@@ -107,6 +110,7 @@ class Options:
     gamma: float | None = None
     pooling: str | None = None
     scale: float | None = None
+    reduce_labels: bool | None = None
     max_length: int | None = None
     max_seconds: float | None = None
     processor: Any = None
@@ -128,7 +132,8 @@ class Options:
 
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
-        names = ("loss_type", "beta", "gamma", "pooling", "scale", "max_seconds")
+        names = ("loss_type", "beta", "gamma", "pooling", "scale", "max_seconds",
+                 "reduce_labels")
         return {n: getattr(self, n) for n in names}
 
 

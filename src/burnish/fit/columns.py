@@ -9,7 +9,7 @@ from ..core.errors import DataError, nearest
 from .kinds import form_of_label, heard, pictured
 from .labels import quantities
 from .layouts import Table
-from .readings import ambiguous, aside, label_like, tagged, texts
+from .readings import ambiguous, aside, label_like, pictures, tagged, texts
 
 #: names people give these columns, likeliest first
 TEXT = ("text", "sentence", "content", "document", "review", "comment", "body", "message",
@@ -18,6 +18,7 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
         "question": "sentence"}
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
+MASK = ("mask", "masks", "segmentation_mask", "annotation", "segmentation", "semantic_mask")
 AUDIO = ("audio", "sound", "recording", "wav")
 
 #: what is looked for and what is to be near it, as data sets call them
@@ -39,6 +40,8 @@ class Roles:
     label: str | None = None
     image: str | None = None
     audio: str | None = None
+    #: pictures of the classes of pixels
+    mask: str | None = None
     pair: str | None = None
     #: texts that are not near the first
     negative: str | None = None
@@ -55,8 +58,8 @@ class Roles:
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "audio", "text", "pair", "negative", "tokens", "label",
-                                   "prompt", "completion")
+        parts = {k: v for k in ("image", "mask", "audio", "text", "pair", "negative", "tokens",
+                                "label", "prompt", "completion")
                  if (v := getattr(self, k)) is not None}
         used = set(parts.values()) | _FORMS.get(self.form or "", set())
         if self.label is not None:
@@ -101,6 +104,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _words(table, flags)
     if found == "embedding":
         return _near(names, flags)
+    if found == "semantic-segmentation":
+        return _scenes(table, flags)
     image = audio = label = text = pair = None
     labelled = form_of_label(found) is not None
     if pictured(found):
@@ -148,6 +153,8 @@ def _task(table: Table, flags: Roles) -> str:
     if tagged(table, flags.text, flags.label):
         return "token-classification"
     if flags.image or _first(names, IMAGE):
+        if _mask(table, flags) is not None:
+            return "semantic-segmentation"
         return f"image-{_learnt(table, label)}"
     if flags.audio or _first(names, AUDIO):
         return f"audio-{_learnt(table, label)}"
@@ -170,6 +177,25 @@ def _learnt(table: Table, label: str | None) -> str:
     if seen and all(isinstance(v, list | tuple) for v in seen):
         return "multi-label"
     return "regression" if quantities(seen) else "classification"
+
+
+def _mask(table: Table, flags: Roles) -> str | None:
+    """The column of masks: pictures, and called so or said to be the label."""
+    image = flags.image or _first(list(table.columns), IMAGE)
+    asked = [flags.label] if flags.label else [*MASK, "label", "labels"]
+    lower = {n.lower(): n for n in reversed(list(table.columns)) if n != image}
+    found = (lower.get(str(n).lower()) for n in asked)
+    return next((n for n in found if n is not None and pictures(table.columns[n])), None)
+
+
+def _scenes(table: Table, flags: Roles) -> Roles:
+    """Which column holds pictures, and which a mask for each."""
+    names = list(table.columns)
+    image, mask = flags.image or _first(names, IMAGE), _mask(table, flags)
+    if image is None or mask is None:
+        raise DataError(f"semantic segmentation reads pictures and a mask for each; the data has "
+                        f"{', '.join(names)}; name them with image= and label=")
+    return replace(flags, task="semantic-segmentation", image=image, mask=mask, label=None)
 
 
 def _words(table: Table, flags: Roles) -> Roles:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, DataError, nearest
 from ..core.keys import Read
 from ..core.reading import reading
-from . import layouts
+from . import layouts, masks
 from .beside import apart, missing
 from .columns import Roles, assign
 from .kinds import TASKS, form_of_label
@@ -45,7 +45,7 @@ class Data:
 
     image-...: ``image``, ``label``.  audio-...: ``audio``, ``label``.  text-...: ``text`` (and
     ``pair``), ``label``.  A label is a class (-classification), a list of classes (-multi-label) or
-    a number (-regression).
+    a number (-regression).  semantic-segmentation: ``image``, ``mask``.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
@@ -67,6 +67,8 @@ class Data:
     roles: dict[str, str] = field(default_factory=dict, repr=False)
     #: what :func:`read` was told, so that the same rows can be found again
     reading: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: the numbers that masks hold
+    held: tuple[int, ...] = ()
     #: columns that are keys of context, which parts of the recipe read beside the rows
     keys: tuple[str, ...] = ()
 
@@ -174,6 +176,11 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     tables = {s: t for s, (t, _) in beside.items()}
     roles = assign(tables["train"], flags)
     classes = tuple(labels) if labels else None
+    held: set[int] = set()
+    if roles.mask and roles.image:
+        for t in tables.values():
+            held |= masks.values(t, roles.mask, roles.image)
+        classes = masks.classes(held, classes or tables["train"].classes.get(roles.mask), source)
     splits: dict[str, datasets.Dataset] = {}
     order = sorted(tables, key=lambda s: s != "train")  # the classes are those of the train split
     for name in order:
@@ -194,7 +201,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                 roles.said(tables["train"].columns), roles.named(),
                 {"task": task, "text": text, "label": label, "image": image, "audio": audio,
                  "prompt": prompt, "completion": completion, "split": split,
-                 "validation": validation, "seed": seed}, known)
+                 "validation": validation, "seed": seed}, tuple(sorted(held)), known)
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)
     return done

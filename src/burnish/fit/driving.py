@@ -106,3 +106,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+class Compared:
+    """A trainer that lets go of labels as soon as answers have been compared with them, where all
+    of them together would fill the memory (:attr:`Task.heavy`)."""
+
+    task: Any
+
+    def prediction_step(self, *args: Any, **kw: Any) -> tuple[Any, Any, Any]:
+        loss, logits, labels = super().prediction_step(*args, **kw)  # type: ignore[misc]
+        if self.task.heavy and logits is not None:
+            logits, labels = self.task.kept(logits, labels), self.task.told(labels)
+        return loss, logits, labels

@@ -105,3 +105,20 @@ def extracted(extractor: Any, source: Any, limit: float | None) -> dict[str, tor
     x = sounds.heard(source, extractor.sampling_rate, limit)
     made = extractor(x, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     return {k: v[0] for k, v in made.items()}
+
+
+class Scenes(Kept):
+    """What `make` makes of a picture and its mask."""
+
+    def __init__(self, rows: Any, make: Callable[[Any, Any], dict[str, torch.Tensor]],
+                 where: Callable[[int], str] | None):
+        super().__init__(rows, where)
+        self.make = make
+
+    def read(self, i: int) -> dict[str, Any]:
+        row = self.rows[i]
+        image = picture(row["image"], self.where(i))
+        try:
+            return self.make(image, picture(row["mask"], self.where(i)))
+        except ValueError as e:
+            raise DataError(f"{self.where(i)}: {e}") from None

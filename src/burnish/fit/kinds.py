@@ -24,6 +24,7 @@ KINDS = {
     "audio-classification": Kind(_AUDIO, "audio-classification"),
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
     "audio-regression": Kind(_AUDIO, "audio-classification"),
+    "semantic-segmentation": Kind("AutoModelForSemanticSegmentation", "image-segmentation"),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
     "text-regression": Kind(_SEQUENCE, "text-classification"),

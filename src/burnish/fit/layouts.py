@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import parse_json, plain, read_text, reading, regular
+from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll"})
@@ -86,6 +87,8 @@ def table(path: Path) -> Table:
 
 def folder(path: Path, task: str | None = None) -> dict[str, Table]:
     """A folder: split folders or files, class folders of pictures or sounds, or plain texts."""
+    if (scenes := paired(path, task, _split_of)) is not None:
+        return scenes
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     named = {p: _split_of(p.name) for p in entries
              if p.is_dir() or p.suffix.lower() in TABLES | PROSE}
@@ -93,7 +96,8 @@ def folder(path: Path, task: str | None = None) -> dict[str, Table]:
         out: dict[str, Table] = {}
         for p, split in named.items():
             if split and split not in out:
-                out[split] = media(p, task) if p.is_dir() and held(p) else (
+                plain_media = p.is_dir() and held(p) and paired(p, task, _split_of) is None
+                out[split] = media(p, task) if plain_media else (
                     next(iter(files(p, task).values())))
         return out
     tables = [p for p in entries if p.suffix.lower() in TABLES]
@@ -196,8 +200,8 @@ def _split_of(name: str) -> str | None:
 
 def _described(root: Path, metadata: Path) -> Table:
     found = table(metadata)
-    key = next((k for k in ("file_name", "file", "image", "audio", "path") if k in found.columns),
-               None)
+    key = next((k for k in ("file_name", "image_file_name", "audio_file_name", "file", "image",
+                            "audio", "path") if k in found.columns), None)
     if key is None:
         raise DataError(f"{metadata} needs a column file_name; it has {', '.join(found.columns)}")
     names = [str(v) for v in found.columns.pop(key)]
@@ -211,6 +215,9 @@ def _described(root: Path, metadata: Path) -> Table:
             raise DataError(f"{found.where(i)}, field {key!r}: {plain(name, 60)!r} is no "
                             f"{medium.word}, and the first row's file is one")
     found.columns[medium.role] = [str(root / v) for v in names]
+    for name in [n for n in found.columns if n.endswith("_file_name")]:   # as `datasets` has it
+        found.columns[name.removesuffix("_file_name")] = [
+            str(root / str(v)) for v in found.columns.pop(name)]
     medium.look(found.columns[medium.role])
     found.layout = f"{medium.word}s with metadata"
     return found

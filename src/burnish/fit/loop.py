@@ -33,7 +33,7 @@ from ..formats.adapter import put
 from ..formats.folder import finite
 from . import checkpoint, state
 from .checkpoint import is_owed
-from .driving import Driven, Shuffled, Smoothed, go_on_by
+from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by
 from .moments import Moments
 from .secret import Drawn, loader
 from .stages import Leg, Past
@@ -47,7 +47,7 @@ _ASKED = ("weight_decay", "betas", "eps")
 _PLAIN = "loss_per_answer"
 
 
-class Trainer(transformers.Trainer):
+class Trainer(Compared, transformers.Trainer):
     """`transformers.Trainer`, for a tuned model."""
 
     def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
@@ -67,7 +67,7 @@ class Trainer(transformers.Trainer):
             tuned.model._is_accelerate_prepared = True
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
-                         preprocess_logits_for_metrics=task.kept, **kw)
+                         preprocess_logits_for_metrics=None if task.heavy else task.kept, **kw)
         # most models take the number of items and do not read it; theirs is a mean to be shared
         self.model_accepts_loss_kwargs &= task.counts_items
         self.pop_callback(PrinterCallback)
@@ -96,7 +96,7 @@ class Trainer(transformers.Trainer):
     def look_at(self, task: Task) -> None:
         """Evaluate another task from now on."""
         self.task, self.data_collator = task, task.collate
-        self.preprocess_logits_for_metrics = task.kept
+        self.preprocess_logits_for_metrics = None if task.heavy else task.kept
 
     def let_go(self) -> None:
         """Nothing of the update stays: a later stage has an optimizer of its own."""

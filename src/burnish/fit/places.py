@@ -43,7 +43,10 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if heard(task):
-        return _extractor(name, trust_remote_code)
+        return _prepares(name, "AutoFeatureExtractor", "feature extractor", trust_remote_code)
+    if task == "semantic-segmentation":       # on every machine the same, whatever is installed
+        return _prepares(name, "AutoImageProcessor", "image processor", trust_remote_code,
+                         backend="pil")
     if not name:
         raise ConfigError("a text task needs a tokenizer: give the model by folder or name, or "
                           "processor=")
@@ -62,19 +65,19 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
                               f"{near(name) or '; give processor='}") from None
 
 
-def _extractor(name: str, trust_remote_code: bool) -> Any:
-    """The feature extractor of a model of sound."""
+def _prepares(name: str, auto: str, what: str, trust_remote_code: bool, **how: Any) -> Any:
+    """What transformers prepares pictures or sounds with for a model."""
     import transformers
 
     if not name:
-        raise ConfigError("a task of sound needs a feature extractor: give the model by folder or "
-                          "name, or processor=")
-    with reading(f"the feature extractor of {name}", ConfigError, "give processor="):
+        raise ConfigError(f"this task needs the model's {what}: give the model by folder or name, "
+                          "or processor=")
+    with reading(f"the {what} of {name}", ConfigError, "give processor="):
         try:
-            return transformers.AutoFeatureExtractor.from_pretrained(
-                name, trust_remote_code=trust_remote_code)
+            return getattr(transformers, auto).from_pretrained(
+                name, trust_remote_code=trust_remote_code, **how)
         except (OSError, ValueError) as e:
-            raise ConfigError(f"no feature extractor could be loaded from {name}: "
+            raise ConfigError(f"no {what} could be loaded from {name}: "
                               f"{unfound(name, e)}{near(name) or '; give processor='}") from None
 
 

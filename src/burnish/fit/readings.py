@@ -66,6 +66,17 @@ def tagged(table: Table, text: str | None = None, label: str | None = None
     return found
 
 
+def pictures(values: list[Any]) -> bool:
+    """Whether a column holds pictures: opened ones, encoded ones, or paths of such."""
+    from .media import PICTURE
+
+    seen = next((v for v in values if v is not None), None)
+    if isinstance(seen, dict):
+        seen = seen.get("path") or seen.get("bytes")
+    return hasattr(seen, "convert") or isinstance(seen, bytes) or (
+        isinstance(seen, str) and PICTURE.is_one(seen))
+
+
 def aside(name: str) -> bool:
     return name.lower() in ASIDE or name.lower().endswith(("_id", "_url"))
 

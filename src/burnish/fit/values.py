@@ -33,6 +33,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     words = datasets.List(datasets.Value("string"))
     recorded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     for role, feature, check in (("image", datasets.Image(), _images),
+                                 ("mask", datasets.Image(), _images),
                                  ("audio", recorded, _sounds),
                                  ("text", datasets.Value("string"), _texts),
                                  ("pair", datasets.Value("string"), _texts),

@@ -24,6 +24,7 @@ from .embeddings import Embedding
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
 from .masked import MaskedLanguageModelling
+from .pixels import SemanticSegmentation
 from .preferences import PreferenceTuning
 from .sequences import SequenceToSequence
 from .spans import QuestionAnswering
@@ -38,6 +39,7 @@ TASKS: dict[str, type[Task]] = {
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,
+    "semantic-segmentation": SemanticSegmentation,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,
     "text-regression": TextRegression,

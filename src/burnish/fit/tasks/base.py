@@ -48,6 +48,8 @@ class Task:
     counts_items: ClassVar[bool] = False
     #: whether a sample has a loss by itself, whatever stands beside it
     alone: ClassVar[bool] = True
+    #: whether what is right takes so much room that only :meth:`told` of it is kept
+    heavy: ClassVar[bool] = False
     #: settings of the run that the task itself reads
     settings: ClassVar[tuple[str, ...]] = ()
     #: whether what is right is one of several classes, which may be smoothed
@@ -188,6 +190,10 @@ class Task:
         logits, right = self.logits(outputs), self.right(truth)
         return self.reduce(logits, right), self.losses(logits, right)
 
+    def told(self, labels: torch.Tensor) -> torch.Tensor:
+        """What of the labels is kept until figures are made of all rows."""
+        return labels
+
     def losses(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """(rows, 2): per row the sum of -log p over what was asked, and how much was asked.
 
@@ -247,7 +253,7 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> 
         said, lost = task.kept(model(**task.feed(batch)), batch)
         answers += said
         losses += lost
-        labels += task.right(batch)
+        labels += task.told(task.right(batch))
     model.train(was)
     return task.figures(together(answers), torch.stack(losses), together(labels), rows)
 
