@@ -128,7 +128,7 @@ def assign(table: Table, flags: Roles) -> Roles:
         if label is None:
             raise DataError(f"cannot tell which column holds the label; the data has "
                             f"{', '.join(names)}; name it with label=")
-    return Roles(found, text, label, image, audio, pair)
+    return Roles(found, text, label, image, audio, pair=pair)
 
 
 def _task(table: Table, flags: Roles) -> str:
