@@ -57,7 +57,9 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip": ("CLIPConfig", "CLIPModel",
              {"text_config": {**_TEXT, "intermediate_size": 64, "max_position_embeddings": 16,
                               "projection_dim": 16, **_IDS},
-              "vision_config": {**_VIT, "projection_dim": 16}, "projection_dim": 16}),
+              "vision_config": {**_VIT, "projection_dim": 16}, "projection_dim": 16,
+              # at the usual 2.66 a cosine's rounding in bf16 is a fiftieth of the loss
+              "logit_scale_init_value": 1.0}),
     "mamba": ("MambaConfig", "MambaForCausalLM",
               {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
                "time_step_rank": 8,
