@@ -58,6 +58,8 @@ VOCABULARY: dict[str, str] = {
     "decay": "of a smoothed score",
     "samples": "read before training",
     "tolerance": "when something counts as converged",
+    "steps": "how often a part does what it does",
+    "drop": "share of a figure that may be lost",
     # the update rule
     "betas": "decays of the moments",
     "beta": "a second strength beside alpha",

@@ -17,7 +17,7 @@ and flags that were there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,20 @@ from ..state.taps import evaluating
 from .rules import AdamW, accumulator, move
 
 Loss = Callable[[Any], "Tensor | None"]
+
+
+@contextmanager
+def asking(model: nn.Module, params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, these and no other parameters of the model ask for a gradient."""
+    mine = {id(p) for p in params}
+    was = [(p, p.requires_grad) for p in model.parameters() if p.is_leaf]
+    try:
+        for p, _ in was:
+            p.requires_grad_(id(p) in mine)
+        yield
+    finally:
+        for p, asks in was:
+            p.requires_grad_(asks)
 
 
 class Adapting:
@@ -110,7 +124,8 @@ class Adapting:
 
     def _update(self, batch: Mapping[str, Any] | Tensor, answers: bool) -> Any:
         """A forward and its step; the outputs where they are asked for."""
-        with torch.inference_mode(False), torch.enable_grad(), self._leaves():
+        with torch.inference_mode(False), torch.enable_grad(), \
+                asking(self.model, self.params.values()):
             out = self._run(batch)
             loss = self.loss(out) if self.loss is not None else None
             grads = () if loss is None else self._gradients(loss)
@@ -150,21 +165,6 @@ class Adapting:
             finally:
                 for hook in hooks:
                     hook.remove()
-
-    @contextmanager
-    def _leaves(self) -> Iterator[None]:
-        """What is adapted, and nothing else, asks for a gradient."""
-        mine = {id(p) for p in self.params.values()}
-        was = [(p, p.requires_grad) for p in self.model.parameters()]
-        try:
-            for p, _ in was:
-                if p.is_leaf:
-                    p.requires_grad_(id(p) in mine)
-            yield
-        finally:
-            for p, asks in was:
-                if p.is_leaf:
-                    p.requires_grad_(asks)
 
     # -- around the stream ------------------------------------------------------------------------
     def __enter__(self) -> Adapting:
