@@ -188,7 +188,8 @@ class Learner:
         for name in self.tuned.adapters:
             out.update(self.tuned.tensors(name))
         named = dict(self.tuned.model.named_parameters())
-        out.update({n: named[n].detach() for n in self.head if named[n].requires_grad})
+        owned = {n for a in self.tuned.adapters.values() for n in a.selected}
+        out.update({n: named[n].detach() for n in self.head - owned if named[n].requires_grad})
         return out
 
 
