@@ -167,6 +167,7 @@ SURFACE = {
     "combine": "base batch data folders force how json metric output rank split weights",
     "compress": "base folder how json output",
     "expand": "base file json output",
+    "ui": "browser host port root trust_remote_code",
     "methods": "axis json name",
     "doctor": "again json",
     "conformance": "json model name",

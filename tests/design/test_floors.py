@@ -24,8 +24,9 @@ BELOW = {
     "federated": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "reproductions": {"core", "memory"},
     "continual": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
+    "ui": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "federated",
-            "reproductions", "continual"},
+            "reproductions", "continual", "ui"},
 }
 
 

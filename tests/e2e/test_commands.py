@@ -115,7 +115,7 @@ def test_a_run_is_used_merged_and_exported_from_the_command_line(
     import transformers
 
     import burnish as library
-    from burnish.cli.finished import Finished
+    from burnish.fit.finished import Finished
 
     base, write, auto, batch_of, asked = ROADS[road]
     base, data, run = request.getfixturevalue(base), write(tmp_path), tmp_path / "run"

@@ -200,7 +200,7 @@ def test_a_text_without_a_gap_has_none_to_fill(runs, capsys):
 
 
 def test_an_answer_in_a_long_context_is_found_in_its_window(runs):
-    from burnish.cli.finished import Finished
+    from burnish.fit.finished import Finished
 
     run, _ = runs("question-answering")
     long = " ".join(["house"] * 40 + ["answer", ":", "green", "."] + ["car"] * 30)
@@ -211,7 +211,7 @@ def test_an_answer_in_a_long_context_is_found_in_its_window(runs):
 
 def test_a_run_without_unanswerable_questions_answers_every_question(runs, monkeypatch):
     """It could say that the context does not, which nothing had taught it."""
-    from burnish.cli.finished import Finished
+    from burnish.fit.finished import Finished
     from burnish.fit.tasks import spans
 
     run, _ = runs("question-answering")

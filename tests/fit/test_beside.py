@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import burnish
-from burnish.cli.finished import Finished
 from burnish.cli.training import _key
 from burnish.core.errors import ConfigError, DataError
 from burnish.core.keys import Key, Read, keys_of
 from burnish.fit.data import read
+from burnish.fit.finished import Finished
 from burnish.fit.tasks import task_for
 
 HYPER = "hyperformer(tasks=2, reduction=4)"
@@ -61,6 +61,8 @@ def test_a_run_reads_its_keys_off_the_columns(bert, table, tmp_path, capsys):
         list(done.predict(["good"]))
     one, two = (list(done.predict(["good"], keys={"task": k}))[0]["probability"] for k in (0, 1))
     assert one != two
+    told = [list(done.predict(["good"], keys={"task": k}, beside=True))[0] for k in (0, 1)]
+    assert told[0]["base"] == told[1]["base"] and told[0]["said"] != told[0]["base"]
     from burnish.cli import main
 
     assert main(["predict", str(tmp_path / "run"), "good", "--given", "task=1", "--json"]) == 0

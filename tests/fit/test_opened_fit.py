@@ -138,7 +138,7 @@ def test_files_cut_while_they_are_read_end_the_run_with_the_files_left_as_they_w
 
 
 def test_a_finished_run_is_opened_again_weight_by_weight(tmp_path, tokenizer, monkeypatch):
-    from burnish.cli.finished import Finished
+    from burnish.fit.finished import Finished
 
     base, data, _ = folder_of(tmp_path, tokenizer)
     run = burnish.fit(base, data, RECIPE, output=tmp_path / "one", **SMALL)

@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_from_another_is_compared_with_that(made, tmp_path, t
     """Instructions first, then preferences: the reference is the instructed model, not the base."""
     import burnish
     from burnish.cli import main
-    from burnish.cli.finished import Finished
+    from burnish.fit.finished import Finished
 
     task, model = made()
     model.save_pretrained(tmp_path / "base")

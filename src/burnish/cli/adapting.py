@@ -141,8 +141,8 @@ class _Stream:
 
 
 def _opened(source: Path, data: str, split: str | None, batch: int, base: str | None) -> _Stream:
+    from ..fit.finished import Finished
     from ..formats.combine import kind_of
-    from .finished import Finished
     from .scoring import Models
 
     if kind_of([source]) == "model":

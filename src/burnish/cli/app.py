@@ -23,8 +23,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of
 def command() -> Any:
     """The parser with every command on it; the modules register theirs when imported."""
     for module in ("training", "memory", "reproduce", "files", "mixing", "combining", "compressing",
-                   "inspecting", "adapting", "sparsity", "dimension", "continual", "catalogue",
-                   "suite"):
+                   "inspecting", "adapting", "sparsity", "dimension", "continual", "page",
+                   "catalogue", "suite"):
         importlib.import_module(f"burnish.cli.{module}")
     return typer.main.get_command(app)
 

@@ -47,7 +47,7 @@ def attached(adapter: Path, base: str | None, force: bool = False, unread: bool 
     if not name:
         raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
     if (adapter / RUN).is_file():
-        from .finished import Finished
+        from ..fit.finished import Finished
 
         return Finished.open(adapter, base, force, unread).tuned, name
     return burnish.load(model(name), adapter, force=force), name

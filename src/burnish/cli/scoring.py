@@ -39,8 +39,8 @@ def _adapter(folder: Path, data: str, split: str | None, batch: int
     """The figures, and the task they are of."""
     import torch
 
+    from ..fit.finished import Finished
     from ..fit.tasks import evaluate
-    from .finished import Finished
 
     run = Finished.open(folder)
     name = run.held_out(data, split)
@@ -58,9 +58,9 @@ class Models:
     def __init__(self, folder: Path, data: str, split: str | None, batch: int,
                  prefer: Sequence[str] = ()):
         from ..fit.data import read
+        from ..fit.finished import quiet
         from ..fit.places import suited
         from ..fit.tasks import task_for
-        from .finished import quiet
 
         quiet()
         found = read(data, validation=0)

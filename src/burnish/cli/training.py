@@ -143,7 +143,7 @@ def predict(
     json: Json = False,
 ) -> None:
     """Answers of a finished run: labels, numbers, tags, stretches of a context, or text."""
-    from .finished import Finished
+    from ..fit.finished import Finished
 
     keys = {k: v for k, v in map(_key, given or ())}
     finished = Finished.open(run, base)
@@ -183,7 +183,7 @@ def evaluate(
 
     Given the data of the run itself, it takes the rows that the run held out.
     """
-    from .finished import Finished
+    from ..fit.finished import Finished
 
     finished = Finished.open(run, base)
     with finished.cached(cache):

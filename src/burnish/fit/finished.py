@@ -37,11 +37,11 @@ class Finished:
 
         import burnish
 
-        from ..fit.data import Data
-        from ..fit.places import processor_for
-        from ..fit.promise import stores
-        from ..fit.tasks import task_for
         from ..formats.folder import RUN, read_config, read_run
+        from .data import Data
+        from .places import processor_for
+        from .promise import stores
+        from .tasks import task_for
 
         quiet()
         recorded = read_config(folder)["base"].get("name")
@@ -75,7 +75,8 @@ class Finished:
 
     # -- answers -------------------------------------------------------------------------------
     def predict(self, inputs: Sequence[str], tokens: int = 64,
-                keys: Mapping[str, float] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+                keys: Mapping[str, float] = MappingProxyType({}), beside: bool = False
+                ) -> Iterator[dict[str, Any]]:
         """One answer per input: what the task makes of it, beside what was given and ``said``, the
         answer in a line.
 
@@ -83,6 +84,7 @@ class Finished:
             of rows with the columns of the task, rows as JSON objects.
 
         keys: entries of the keys that the recipe reads beside an input, for all inputs.
+        beside: also ``base``, what the model said before, in a line.
         """
         import torch
 
@@ -94,7 +96,11 @@ class Finished:
         for given, row in asked.rows(inputs, self.task, self.facts["data"].get("roles", {})):
             with torch.no_grad(), self.tuned.given(**keys):
                 made = self.task.answer(model, row, tokens)
-            yield {"input": given, **made, "said": self.task.said(made)}
+            said = {"input": given, **made, "said": self.task.said(made)}
+            if beside:
+                with torch.no_grad(), self.tuned.disabled():
+                    said["base"] = self.task.said(self.task.answer(model, row, tokens))
+            yield said
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -114,7 +120,7 @@ class Finished:
         """
         import torch
 
-        from ..fit.tasks import evaluate
+        from .tasks import evaluate
 
         rows, name, these = self.chosen(data, split, columns)
         self.task.ready(self.tuned, next(self.tuned.model.parameters()).device, batch)
@@ -150,7 +156,7 @@ class Finished:
                ) -> tuple[Any, str, str]:
         """(rows, name of the split, which rows these are in words); the split is `split`, or test,
         validation, train, the first there is."""
-        from ..fit.data import read, set_aside
+        from .data import read, set_aside
 
         about, *others = self.facts.get("tasks", {"": self.facts["data"]}).values()
         how = {**about.get("reading", {}), **{k: v for k, v in columns.items() if v}}
@@ -174,6 +180,6 @@ class Finished:
 
 
 def quiet() -> None:
-    from ..fit.driving import quiet_libraries
+    from .driving import quiet_libraries
 
     quiet_libraries()

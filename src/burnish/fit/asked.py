@@ -18,7 +18,7 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
     roles: what the run's own columns are called. Raises DataError and ConfigError where an input
     is not there, or lacks a column.
     """
-    from ..fit.media import PICTURE, SOUND
+    from .media import PICTURE, SOUND
 
     if task.takes == ("image",):
         for path in _files(inputs, PICTURE):
@@ -53,13 +53,13 @@ def _text(text: str, task: Any) -> Row:
 
 
 def _table(path: Path) -> bool:
-    from ..fit.layouts import TABLES
+    from .layouts import TABLES
 
     return path.suffix.lower() in TABLES and path.is_file()
 
 
 def _tabled(path: Path, names: Mapping[str, str], task: Any) -> Iterator[tuple[str, Row]]:
-    from ..fit.layouts import table
+    from .layouts import table
 
     found = table(path)
     for i, row in enumerate(found.rows()):

@@ -1,0 +1,340 @@
+"""The process beside the server: it holds torch, reads data, plans, and answers for a finished run.
+
+One question at a time, as a line of JSON on its input, and lines on its output:
+
+    {"id": 3, "ask": "plan", "with": {...}}
+    {"id": 3, "progress": [4, 20]}
+    {"id": 3, "answer": {...}}      or   {"id": 3, "error": "...", "kind": "DataError", ...}
+
+    python -m burnish.ui.desk
+
+It is told paths that have been looked at (places.py) and which folders tables may point into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import BurnishError, ConfigError
+from .places import Refused, within
+
+Say = Callable[[int, int], None]
+
+#: rows that are shown of data, and classes that are counted one by one
+SHOWN, CLASSES = 6, 200
+
+
+# -- the machine ---------------------------------------------------------------------------------
+def machine(say: Say) -> dict[str, Any]:
+    """Where training would run, and what it has."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return {"device": "cuda", "name": torch.cuda.get_device_name(), "memory": total,
+                "free": free}
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError):
+        memory = free = 0
+    return {"device": "cpu", "name": f"{os.cpu_count() or 1} CPU cores", "memory": memory,
+            "free": free}
+
+
+# -- the model -----------------------------------------------------------------------------------
+def model(say: Say, model: str, trust: bool = False) -> dict[str, Any]:
+    """What a model is, and what it can be trained for, from its configuration."""
+    import torch
+
+    from ..core.architecture import architecture
+    from ..fit.kinds import KINDS
+    from ..fit.places import check_local, check_served, config_of
+
+    quiet()
+    check_local(model)
+    config = config_of(model, "fine-tuning", trust)
+    tasks = []
+    for task in KINDS:
+        try:
+            check_served(task, model, trust)
+            tasks.append(task)
+        except ConfigError:
+            continue
+    try:
+        made = architecture(config)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in made._from_config(config).parameters())
+        name = made.__name__
+    except (BurnishError, AttributeError):      # trained in several ways: the data will say
+        count, name = None, None
+    positions = getattr(config, "max_position_embeddings", None)
+    return {"type": config.model_type, "architecture": name, "parameters": count,
+            "positions": positions if isinstance(positions, int) else None, "tasks": tasks,
+            "dtype": str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")}
+
+
+# -- the data ------------------------------------------------------------------------------------
+def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: bool = False,
+         max_length: int | None = None, how: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What was understood of data, as `fit` will read it; how long rows are needs the model."""
+    from ..fit.report import gallery
+
+    quiet()
+    found = rows(data, tops, model, trust, how)
+    told = {"task": found.task, "layout": found.layout, "columns": found.columns,
+            "rows": {k: len(v) for k, v in found.splits.items()},
+            "labels": list(found.labels) if found.labels else None,
+            "classes": counted(found), "samples": samples(found),
+            "pictures": [{"image": uri, "label": label} for uri, label in gallery(found)]}
+    if model is not None:
+        told |= lengths(taught(data, tops, model, trust, how, max_length))
+    return told
+
+
+def rows(data: str, tops: list[str], model: str | None, trust: bool,
+         how: Mapping[str, Any] | None) -> Any:
+    """The data as `fit` reads them, for this model."""
+    from ..fit.data import read
+    from ..fit.places import suited
+
+    confine(data, tops)
+    found = read(data, **(how or {}), seed=42)
+    return found if model is None else suited(found, model, trust)
+
+
+def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str, Any] | None,
+           max_length: int | None) -> Any:
+    """The task that `fit` would make of data and model."""
+    from ..fit.places import check_served
+    from ..fit.tasks import task_for
+
+    found = rows(data, tops, model, trust, how)
+    check_served(found.task, model, trust)
+    return task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42)
+
+
+def confine(data: str, tops: Sequence[str]) -> None:
+    """Raises Refused where a table points at pictures or sounds outside of what may be read."""
+    from ..fit.columns import AUDIO, IMAGE
+    from ..fit.layouts import TABLES, table
+
+    path = Path(data)
+    if not path.is_absolute():                      # a name on the hub, or built in
+        return
+    tables = [path] if path.is_file() else [
+        p for p in path.rglob("*") if p.suffix.lower() in TABLES]
+    for one in tables:
+        if one.suffix.lower() not in TABLES:
+            continue
+        columns = table(one).columns
+        for name in ("file_name", "file", "path", *IMAGE, *AUDIO):
+            for value in columns.get(name, ()):
+                if isinstance(value, str) and not within(one.parent / value, list(tops)):
+                    raise Refused(f"{one.name}, column {name!r}: {value[:80]!r} lies outside of "
+                                  "the folder that was opened")
+
+
+def counted(found: Any) -> dict[str, int] | None:
+    """Rows per class of the training split."""
+    if not found.task.endswith("classification") or "label" not in found.train.column_names:
+        return None
+    labels = found.train["label"][:]
+    return {name: labels.count(i) for i, name in enumerate(found.labels[:CLASSES])}
+
+
+def samples(found: Any) -> list[dict[str, str]]:
+    """A few training rows, spread over the split, in words."""
+    step = max(1, len(found.train) // SHOWN)
+    return [{k: words(k, v, found.labels) for k, v in found.train[i].items()}
+            for i in range(0, len(found.train), step)][:SHOWN]
+
+
+def words(name: str, value: Any, labels: Sequence[str] | None, most: int = 400) -> str:
+    if name in ("label", "tags") and labels:
+        many = value if isinstance(value, list) else [value]
+        text = ", ".join(labels[v] for v in many if isinstance(v, int))
+    elif hasattr(value, "size") and hasattr(value, "mode"):
+        text = f"{value.size[0]} x {value.size[1]} {value.mode}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        text = "\n".join(f"{m.get('role', '')}: {m.get('content', m)}" for m in value)
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= most else f"{text[:most - 1]}…"
+
+
+def lengths(task: Any) -> dict[str, Any]:
+    """How many tokens rows have, and what the tokenizer said of them. `longest` is what a step must
+    be planned for; None where rows are no texts."""
+    rows = task.rows("train")
+    told: dict[str, Any] = {"alone": task.alone, "train": len(rows),
+                            "notes": list(task.notes), "longest": None}
+    batch = task.example(1)
+    if "input_ids" in batch:
+        many = sorted(rows.length(i) for i in range(len(rows)))
+        told |= {"longest": int(batch["input_ids"].shape[-1]),
+                 "tokens": {"median": many[len(many) // 2], "most": many[-1],
+                            "nine_in_ten": many[(9 * len(many)) // 10 - (len(many) % 10 == 0)]}}
+    return told
+
+
+# -- the plan ------------------------------------------------------------------------------------
+def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None = None,
+         task: str | None = None, labels: Sequence[str] | None = None, prefer: str | None = None,
+         device: str | None = None, rows: int | None = None, epochs: float | None = None,
+         candidates: list[str] | None = None, trust: bool = False, data: str | None = None,
+         tops: Sequence[str] = (), how: Mapping[str, Any] | None = None,
+         max_length: int | None = None) -> dict[str, Any]:
+    """Every recipe with what it costs, from the configuration and the shape of a batch.
+
+    data: of sounds; how long a recording is no number of tokens says, so the longest are taken.
+    """
+    import burnish
+
+    from ..fit.kinds import heard
+    from ..fit.places import config_of
+    from ..fit.tasks import by_itself
+
+    quiet()
+    config = config_of(model, task or "fine-tuning", trust)
+    if task is not None:
+        if candidates is None:
+            by_itself(task, None, memory)
+        as_task(config, task, labels)
+    shape: Any = batch if length is None else (batch, length)
+    if task is not None and heard(task) and data is not None:
+        made = taught(data, list(tops), model, trust, how, max_length)
+        shape = made.call(made.example(batch), False)[0]
+    plans = burnish.plan(
+        config, memory=memory, batch=shape, prefer=prefer,
+        device=device, candidates=candidates, rows=rows, epochs=epochs if rows else None,
+        progress=say)
+    return {"budget": plans.budget, "batch": plans.batch, "shape": plans.shape,
+            "prefer": plans.prefer, "device": plans.device, "notes": plans.notes,
+            "refused": plans.refused, "updates": plans.updates,
+            "rates": plans.rates.source if plans.rates else None,
+            "best": plans.best.recipe if plans.best else None,
+            "missing": plans.missing_bytes,
+            "recipes": [point(p, fits) for fits, many in ((True, plans.fits), (False, plans.over))
+                        for p in many]}
+
+
+def point(p: Any, fits: bool) -> dict[str, Any]:
+    """One recipe, as the page draws it."""
+    return {"recipe": p.recipe, "fits": fits, "batch": p.batch, "accumulate": p.accumulate,
+            "needs": p.needs, "peak": p.peak_bytes, "by": p.report.by_category,
+            "quality": p.quality, "known": not p.source.startswith("no measured"),
+            "source": p.source, "time": p.time, "seconds": p.seconds, "hours": p.hours,
+            "trainable": p.trainable, "adapter": p.adapter_bytes, "notes": p.notes}
+
+
+def as_task(config: Any, task: str, labels: Sequence[str] | None) -> None:
+    """The configuration as `fit` loads it: the task's class, with a head of as many classes."""
+    import transformers
+
+    from ..fit.kinds import KINDS
+
+    known = getattr(transformers, KINDS[task].auto)._model_mapping
+    if type(config) in known:
+        found = known[type(config)]
+        config.architectures = [(found[0] if isinstance(found, tuple | list) else found).__name__]
+    if labels:
+        config.num_labels = len(labels)
+    elif task.endswith("regression"):
+        config.num_labels = 1
+
+
+# -- answers -------------------------------------------------------------------------------------
+_open: dict[str, Any] = {}
+
+
+def predict(say: Say, run: str, text: str | None = None, file: str | None = None,
+            tokens: int = 64) -> dict[str, Any]:
+    """What a finished run says, beside what its base says. The last run asked stays open.
+
+    text: never taken for the name of a file; one that begins with a brace is a row.
+    file: a picture or a sound.
+    """
+    from ..fit.finished import Finished
+    from ..fit.media import MEDIA
+
+    key = f"{run} {os.stat(Path(run, 'run.json')).st_mtime_ns}"
+    if key not in _open:
+        _open.clear()
+        _open[key] = Finished.open(Path(run))
+    finished = _open[key]
+    takes = finished.task.takes
+    medium = next((m for m in MEDIA if takes == (m.role,)), None)
+    if medium is not None:
+        if file is None or not medium.is_one(file):
+            raise ConfigError(f"this run answers {medium.word}s: give it one")
+        given = file
+    elif text is None:
+        raise ConfigError("this run answers texts: type one")
+    elif text.lstrip().startswith("{"):
+        given = text
+    elif takes[-1] == "context":
+        raise ConfigError('this run is asked with a row: {"question": "Who?", "context": '
+                          '"It was she."}')
+    else:
+        given = json.dumps({takes[0]: text})
+    said = next(iter(finished.predict([given], tokens, beside=True)))
+    return {k: v for k, v in said.items() if k != "input"}
+
+
+# -- one question after another ------------------------------------------------------------------
+ASKED: dict[str, Callable[..., dict[str, Any]]] = {
+    "machine": machine, "model": model, "data": data, "plan": plan, "predict": predict}
+
+
+def quiet() -> None:
+    from ..fit.driving import quiet_libraries
+
+    quiet_libraries()
+
+
+def answer(ask: str, how: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """{"answer": ...}, or {"error": one line, "kind": its class} with readings where the columns
+    leave a choice."""
+    from ..fit.readings import AmbiguousError
+
+    try:
+        return {"answer": ASKED[ask](say, **how)}
+    except AmbiguousError as e:
+        return {"error": line(e), "kind": "AmbiguousError", "readings": [
+            {"flags": dict(r.flags), "learns": r.learns} for r in e.readings]}
+    except BurnishError as e:
+        return {"error": line(e), "kind": type(e).__name__}
+    except Exception as e:                      # whatever a library raises is told, not died of
+        return {"error": f"{type(e).__name__}: {line(e)}", "kind": "Exception"}
+
+
+def line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main() -> None:
+    # what libraries print is not an answer: it goes where errors go
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+
+    def write(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message, default=str) + "\n")
+        out.flush()
+
+    for text in sys.stdin:
+        asked = json.loads(text)
+        number = asked["id"]
+        write({"id": number} | answer(
+            asked["ask"], asked["with"],
+            lambda done, total, n=number: write({"id": n, "progress": [done, total]})))
+
+
+if __name__ == "__main__":
+    main()

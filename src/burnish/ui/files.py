@@ -1,0 +1,43 @@
+"""Small files of a run, read and written whole, without the libraries that models need."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import BurnishError
+from ..core.reading import parse_json, read_text
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """In one piece or not at all. Raises BurnishError where the disk does not take it."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise BurnishError(f"cannot write {path}: {e.strerror or e}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object; an empty one where the file is not there, or holds no object."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return {}
+    return dict(_kept(path, found.st_mtime_ns, found.st_size, found.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _kept(path: Path, *moment: int) -> dict[str, Any]:
+    try:
+        found = parse_json(read_text(path), path)
+    except BurnishError:
+        return {}
+    return found if isinstance(found, dict) else {}

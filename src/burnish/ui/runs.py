@@ -1,0 +1,363 @@
+"""Runs: folders, each with what was asked, a process of ``burnish fit``, and what it left.
+
+    ID/asked.json     model, data, recipe and settings as they were asked for, and the promise
+    ID/fit.json       the configuration that ``burnish fit`` was started with
+    ID/log.txt        what it printed
+    ID/process.json   its number;  ID/ended.json: its exit code
+    ID/alive          locked by the system while the process lives, whatever becomes of the server
+    ID/data/          what the browser uploaded
+    ID/out/           the run's own folder: checkpoints, metrics.jsonl, adapter, report
+
+The server keeps nothing in memory that is not in these files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import BurnishError, ConfigError
+from .files import read_json, write_json
+from .places import ID, Missing, Places
+
+ASKED, CONFIG, LOG = "asked.json", "fit.json", "log.txt"
+PROCESS, ENDED, ALIVE, OUT = "process.json", "ended.json", "alive", "out"
+
+#: what the page may set of a run, beside model, data, recipe, memory and how columns are read
+SETTINGS = {"epochs": float, "max_steps": int, "batch_size": int, "accumulation": int,
+            "learning_rate": float, "max_length": int, "seed": int, "logging_steps": float,
+            "eval_steps": int, "save_steps": int, "samples": int}
+READING = ("task", "text", "label", "image", "audio", "prompt", "completion", "split")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+#: bytes of the log that are looked through for its last line, and that the page gets at first
+TAIL = 1 << 14
+
+
+def environment() -> dict[str, str]:
+    """For a process that stands in another folder: paths of modules stay what they were."""
+    own = Path(__file__).resolve().parents[2]
+    paths = [str(own), *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(
+        os.pathsep) if p)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Runs:
+    """The runs of one folder. trust: was code that comes with models allowed at the start?"""
+
+    places: Places
+    trust: bool = False
+    #: what is started with a run's folder and the handle of its lock
+    command: Sequence[str] = (sys.executable, "-m", "burnish.ui.child")
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list, repr=False)
+
+    # -- folders -------------------------------------------------------------------------------
+    def new(self) -> str:
+        """An empty folder for an upload, a run, or both."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        self.places.runs.mkdir(parents=True, exist_ok=True)
+        (self.places.runs / name).mkdir()
+        return name
+
+    def folder(self, name: str) -> Path:
+        """Of a run that was asked for."""
+        found = self.places.run(name)
+        if not (found / ASKED).is_file():
+            raise Missing("no such run")
+        return found
+
+    def drop(self, name: str) -> None:
+        """An upload that no run was made of is removed."""
+        folder = self.places.run(name)
+        if folder.is_symlink() or not folder.is_dir() or (folder / ASKED).exists():
+            raise Missing("no such upload")
+        shutil.rmtree(folder)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every run, the newest first."""
+        if not self.places.runs.is_dir():
+            return []
+        names = sorted((p.name for p in self.places.runs.iterdir() if ID.fullmatch(p.name)
+                        and (p / ASKED).is_file()), reverse=True)
+        return [self.state(n) for n in names]
+
+    # -- the process ---------------------------------------------------------------------------
+    def start(self, asked: Mapping[str, Any]) -> str:
+        """A new run of what the page asked for. Raises ConfigError and Refused."""
+        wanted = self.checked(asked)
+        upload = str(asked.get("data", "")).partition(":")[2].partition("/")[0] \
+            if str(asked.get("data", "")).startswith("upload:") else ""
+        own = upload and not (self.places.run(upload) / ASKED).exists()
+        name = upload if own else self.new()
+        folder = self.places.run(name)
+        write_json(folder / ASKED, {
+            **{k: asked[k] for k in ("model", "data", "recipe") if k in asked},
+            "title": _title(asked), "settings": wanted, "promise": _promise(asked),
+            "classes": asked.get("classes"), "created": time.time()})
+        self._begin(folder, {**wanted, "output": str(folder / OUT)})
+        return name
+
+    def checked(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of ``burnish fit``, of what is known and of the kind it should be."""
+        wanted: dict[str, Any] = {"model": self.places.named(asked.get("model")),
+                                  "data": self.places.named(asked.get("data"))}
+        for key in ("recipe", "memory"):
+            value = asked.get(key)
+            if value is not None:
+                if not isinstance(value, str | int) or len(str(value)) > 2000:
+                    raise ConfigError(f"{key} is text such as "
+                                      f"{'lora(rank=8)' if key == 'recipe' else '8GB'!r}")
+                wanted[key] = value
+        for key, value in (asked.get("how") or {}).items():
+            if key not in READING or not isinstance(value, str) or len(value) > 200:
+                raise ConfigError(f"{key!r} is no way to read columns; there are "
+                                  f"{', '.join(READING)}")
+            wanted[key] = value
+        for key, value in (asked.get("settings") or {}).items():
+            kind = SETTINGS.get(key)
+            if kind is None:
+                raise ConfigError(f"{key!r} is not set here; there are {', '.join(SETTINGS)}")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or \
+                    kind is int and value != int(value):
+                raise ConfigError(f"{key}: expected a {'whole ' if kind is int else ''}number")
+            wanted[key] = kind(value)
+        if self.trust:
+            wanted["trust_remote_code"] = True
+        return wanted
+
+    def _begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        handle = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if not _locked(handle):
+                raise ConfigError("this run is going on already")
+            for name in (PROCESS, ENDED):
+                (folder / name).unlink(missing_ok=True)
+            write_json(folder / CONFIG, dict(config))
+            self._started.append(subprocess.Popen(
+                [*self.command, str(folder), str(handle)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                cwd=folder, env=environment(), pass_fds=(handle,), start_new_session=True))
+        finally:
+            os.close(handle)
+
+    def resume(self, name: str) -> None:
+        """Goes on from the newest whole checkpoint, or from the beginning where there is none."""
+        folder = self.folder(name)
+        if self.alive(folder):
+            raise ConfigError("this run is going on already")
+        asked = read_json(folder / ASKED)
+        config = dict(asked["settings"])
+        # the root may be another, or lie elsewhere, since
+        config |= {k: self.places.named(asked[k]) for k in ("model", "data")}
+        config.pop("trust_remote_code", None)
+        if self.trust:
+            config["trust_remote_code"] = True
+        self._begin(folder, {**config, "output": str(folder / OUT), "resume": True})
+
+    def stop(self, name: str, wait: float = 5.0) -> None:
+        """As Ctrl-C: after the current step, with a whole checkpoint; a second time, at once."""
+        folder = self.folder(name)
+        end = time.monotonic() + wait
+        while self.alive(folder):
+            found = read_json(folder / PROCESS)
+            if found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(found["pid"]), signal.SIGINT)
+                write_json(folder / PROCESS, {**found, "stopping": time.time()})
+                return
+            if time.monotonic() > end:
+                raise BurnishError("the run is starting and cannot be stopped yet; try again")
+            time.sleep(0.05)                     # it has not written its number yet
+        raise ConfigError("this run is not going on")
+
+    def alive(self, folder: Path) -> bool:
+        """Does the process live? The system's lock says so, whoever started it."""
+        self._started = [p for p in self._started if p.poll() is None]    # nobody stays unburied
+        try:
+            handle = os.open(folder / ALIVE, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _locked(handle)
+        finally:
+            os.close(handle)
+
+    # -- what is told of it --------------------------------------------------------------------
+    def state(self, name: str) -> dict[str, Any]:
+        """What a run is doing, for the list and the page."""
+        folder = self.folder(name)
+        asked, out = read_json(folder / ASKED), folder / OUT
+        alive = self.alive(folder)
+        process, ended = read_json(folder / PROCESS), read_json(folder / ENDED)
+        facts = read_json(out / "run.json") if not alive else {}
+        settings = asked.get("settings", {})
+        checkpoints = sorted(int(m[1]) for p in _listed(out) if (m := _CHECKPOINT.fullmatch(p)))
+        state, why = "running", ""
+        if not alive:
+            state, why = _outcome(facts, ended, folder / LOG)
+        elif process.get("stopping"):
+            state = "stopping"
+        memory = facts.get("memory") or {}
+        return {
+            "id": name, "state": state, "why": why, "created": asked.get("created"),
+            "started": process.get("started"), "ended": ended.get("time"),
+            **{k: asked.get(k) for k in ("title", "model", "data", "recipe", "promise")},
+            "classes": asked.get("classes"),
+            "settings": {k: settings[k] for k in ("memory", *SETTINGS, *READING) if k in settings},
+            "checkpoint": checkpoints[-1] if checkpoints else None,
+            "report": (out / "report.html").is_file() and bool(facts),
+            "adapter": (out / "adapter_model.safetensors").is_file() and bool(facts),
+            "task": (facts.get("data") or {}).get("task"), "metrics": facts.get("metrics"),
+            "best": facts.get("best"), "measured": _peak(memory.get("measured")),
+            "promised": _peak(memory.get("simulated")),
+            "process": _resident(process.get("pid")) if alive else None}
+
+    def watch(self, name: str) -> Watch:
+        return Watch(self, name)
+
+
+def _outcome(facts: Mapping[str, Any], ended: Mapping[str, Any], log: Path) -> tuple[str, str]:
+    if facts and ended.get("code", 0) == 0:
+        return "finished", ""
+    code = ended.get("code")
+    last = _last_line(log)
+    if code == 130 or code == -int(signal.SIGINT):
+        return "stopped", last
+    return "failed", last or "the process ended without a word" + (
+        f" (exit code {code})" if code is not None else "")
+
+
+@dataclass
+class Watch:
+    """What is new in a run's files since one looked last."""
+
+    runs: Runs
+    name: str
+    _rows: int = 0
+    _file: tuple[int, int] = (0, 0)
+    _log: int = 0
+    _state: str = ""
+
+    def news(self) -> Iterator[tuple[str, Any]]:
+        """(kind, value): ``reset`` when rows begin anew, ``row``, ``answers``, ``log``, ``run``."""
+        folder = self.runs.folder(self.name)
+        # the state first: what it leaves behind is then read to its end
+        state = self.runs.state(self.name)
+        yield from self._metrics(folder / OUT / "metrics.jsonl")
+        yield from self._words(folder / LOG)
+        text = json.dumps(state, sort_keys=True)
+        if text != self._state:
+            self._state = text
+            yield "run", state
+
+    @property
+    def over(self) -> bool:
+        return bool(self._state) and json.loads(self._state)["state"] not in (
+            "running", "stopping")
+
+    def _metrics(self, path: Path) -> Iterator[tuple[str, Any]]:
+        try:
+            with path.open("rb") as f:
+                found = os.fstat(f.fileno())
+                same = (found.st_ino, found.st_dev) == self._file
+                if not same or found.st_size < self._rows:
+                    self._file, self._rows = (found.st_ino, found.st_dev), 0
+                    yield "reset", None
+                f.seek(self._rows)
+                new = f.read()
+        except FileNotFoundError:
+            return
+        whole, _, _ = new.rpartition(b"\n")              # a line that is being written waits
+        self._rows += len(whole) + 1 if whole else 0
+        for text in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                yield "row", json.loads(text)
+
+    def _words(self, path: Path) -> Iterator[tuple[str, Any]]:
+        try:
+            with path.open("rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                if not self._log and size > TAIL:
+                    self._log = size - TAIL
+                f.seek(self._log)
+                new = f.read(1 << 20)
+        except FileNotFoundError:
+            return
+        if new:
+            self._log += len(new)
+            yield "log", new.decode("utf-8", "replace")
+
+
+# -- small things --------------------------------------------------------------------------------
+def _locked(handle: int) -> bool:
+    """Takes the lock of an open file; False when another process holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
+            lines = f.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1].removeprefix("burnish: ")[:2000] if said else ""
+
+
+def _peak(report: Any) -> dict[str, Any] | None:
+    return {"peak": report["peak_bytes"], "by": report["by_category"]} if report else None
+
+
+def _resident(pid: Any) -> dict[str, int] | None:
+    """Bytes that a process has in memory, and had at most (Linux)."""
+    try:
+        with open(f"/proc/{int(pid)}/status", encoding="ascii") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        return {"now": int(fields["VmRSS"].split()[0]) * 1024,
+                "peak": int(fields["VmHWM"].split()[0]) * 1024}
+    except (OSError, TypeError, ValueError, KeyError):
+        return None
+
+
+def _title(asked: Mapping[str, Any]) -> str:
+    model, data = (str(asked.get(k, "")).partition(":")[2].rstrip("/") for k in ("model", "data"))
+    return f"{model.rpartition('/')[2]} on {data.rpartition('/')[2]}"[:200]
+
+
+def _promise(asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the plan said of the recipe, as numbers and nothing else."""
+    given = asked.get("promise")
+    if not isinstance(given, dict) or not isinstance(given.get("by"), dict):
+        return None
+    by = {str(k)[:40]: int(v) for k, v in list(given["by"].items())[:12]
+          if isinstance(v, int | float)}
+    return {"peak": int(given.get("peak") or 0), "by": by}

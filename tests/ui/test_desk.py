@@ -1,0 +1,165 @@
+"""What the process beside the server finds out: data, lengths, costs, answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import pytest
+
+from burnish.fit.assets import GLYPH_VIT
+from burnish.ui import desk
+from burnish.ui.asking import Desk
+from burnish.ui.places import Refused
+
+VIT = str(GLYPH_VIT)
+
+
+def quietly(done, total):
+    pass
+
+
+def ask(what, **how):
+    told = desk.answer(what, how, quietly)
+    assert "error" not in told, told
+    return told["answer"]
+
+
+def test_a_model_is_what_its_configuration_says():
+    told = ask("model", model=VIT)
+    assert told["architecture"] == "ViTForImageClassification" and told["parameters"] == 680_606
+    assert told["tasks"] == ["image-classification", "image-multi-label", "image-regression"]
+    assert desk.answer("model", {"model": "/nowhere/at/all"}, quietly)["kind"] == "ConfigError"
+
+
+def test_data_are_read_as_fit_reads_them():
+    told = ask("data", data="digits", tops=[], model=VIT)
+    assert told["task"] == "image-classification" and told["rows"]["train"] == 720
+    assert sum(told["classes"].values()) == 720 and len(told["classes"]) == 10
+    assert told["longest"] is None and told["alone"] and told["train"] == 720
+    assert told["pictures"][0]["image"].startswith("data:image/png;base64,")
+    assert json.dumps(told)
+
+
+def test_lengths_are_of_the_model_s_tokens(tmp_path):
+    from tests.e2e.conftest import wordpiece
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = tmp_path / "bert"
+    BertForMaskedLM(BertConfig(
+        vocab_size=wordpiece(model), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=32)).save_pretrained(model)
+    texts = ["the cat"] * 17 + ["the cat sat on the mat"] * 3
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"text": t, "label": k}) + "\n" for t in texts for k in ("x", "y")))
+    told = ask("data", data=str(tmp_path / "a.jsonl"), tops=[str(tmp_path)], model=str(model))
+    assert told["tokens"] == {"median": 4, "most": 8, "nine_in_ten": 8} and told["longest"] == 8
+    assert told["samples"][0] == {"text": "the cat", "label": "x"}
+    shorter = ask("data", data=str(tmp_path / "a.jsonl"), tops=[str(tmp_path)], model=str(model),
+                  max_length=5)
+    assert shorter["longest"] == 5 and "longer than max_length=5" in shorter["notes"][0]
+
+
+def test_a_choice_of_columns_comes_with_its_flags(tmp_path):
+    (tmp_path / "a.csv").write_text("document,summary\n" + "a long text,short\n" * 4)
+    told = desk.answer("data", {"data": str(tmp_path / "a.csv"), "tops": [str(tmp_path)]}, quietly)
+    assert told["kind"] == "AmbiguousError"
+    flags = told["readings"][0]["flags"]
+    assert flags == {"prompt": "document", "completion": "summary"}
+    found = ask("data", data=str(tmp_path / "a.csv"), tops=[str(tmp_path)], how=flags)
+    assert found["task"] == "instruction-tuning"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "train.jsonl"])
+def test_a_table_points_at_nothing_outside(tmp_path, name):
+    """Pictures that a table names are read as its own; so it names them below the root."""
+    top = tmp_path / "top"
+    top.mkdir()
+    for bad in ("../secret.png", str(tmp_path / "secret.png")):
+        text = f"file_name,label\n{bad},a\n" if name.endswith("csv") else \
+            json.dumps({"image": bad, "label": "a"}) + "\n"
+        (top / name).write_text(text)
+        for where in (top, top / name):
+            with pytest.raises(Refused, match="outside"):
+                desk.confine(str(where), [str(top)])
+    (top / name).write_text("file_name,label\ninside.png,a\n" if name.endswith("csv") else
+                            '{"image": "inside.png", "label": "a"}\n')
+    desk.confine(str(top), [str(top)])
+
+
+def test_a_plan_is_points_with_their_cost_and_its_parts():
+    done = []
+    told = desk.plan(lambda *n: done.append(n), VIT, "13 MB", 16, task="image-classification",
+                     labels=[str(i) for i in range(10)], rows=720, epochs=2,
+                     candidates=["full", "lora(rank=4)"])
+    assert done[-1] == (2, 2) and told["budget"] == 13_000_000 and told["best"] == "lora(rank=4)"
+    for p in told["recipes"]:
+        assert p["fits"] == (p["needs"] <= told["budget"])
+        assert sum(p["by"].values()) == p["peak"] and p["hours"][0] < p["hours"][1]
+    assert json.dumps(told)
+
+
+def test_what_the_plan_promises_is_what_fit_promises(tmp_path):
+    import burnish
+
+    classes = [str(i) for i in range(10)]
+    told = desk.plan(quietly, VIT, "1 GB", 32, task="image-classification", labels=classes,
+                     candidates=["lora(rank=4)"])
+    run = burnish.fit(VIT, "digits", recipe="lora(rank=4)", batch_size=32, max_steps=1, quiet=True,
+                      measure=False, report=False, test=False, output=tmp_path / "out")
+    assert run.promise.peak_bytes == told["recipes"][0]["peak"]
+    assert run.promise.by_category == told["recipes"][0]["by"]
+    # and the run is asked: a picture and nothing else
+    from PIL import Image
+
+    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
+    said = ask("predict", run=str(tmp_path / "out"), file=str(tmp_path / "a.png"))
+    assert said["label"] in classes and "(" in said["said"] and "(" in said["base"]
+    told = desk.answer("predict", {"run": str(tmp_path / "out"), "text": str(tmp_path / "a.png")},
+                       quietly)
+    assert "answers pictures" in told["error"]
+
+
+def test_what_has_no_plan_is_said(tmp_path):
+    told = desk.answer("plan", {"model": VIT, "memory": "1 GB", "batch": 2, "task": "embedding"},
+                       quietly)
+    assert told["kind"] == "ConfigError" and "no plan divides" in told["error"]
+    assert desk.answer("plan", {"model": VIT, "memory": "much", "batch": 2},
+                       quietly)["kind"] == "ConfigError"
+
+
+def test_the_process_answers_in_turn_and_is_started_again():
+    async def both():
+        beside = Desk(idle=60)
+        first = beside.ask("machine", {})
+        told = [m async for m in first]
+        assert told[-1]["answer"]["device"] in ("cpu", "cuda")
+        process = beside._process
+        assert (await beside.one("model", {"model": "/nowhere/at/all"}))["kind"] == "ConfigError"
+        assert beside._process is process
+        process.kill()
+        await process.wait()
+        beside._process = process                   # it died, and nobody has noticed
+        assert "answer" in await beside.one("machine", {})
+        assert beside._process is not process
+        await beside.end()
+        assert beside._process is None
+
+    asyncio.run(both())
+
+
+def test_libraries_may_print_what_they_like(monkeypatch, capfd):
+    """Answers have a line of their own, whatever is printed."""
+    import io
+
+    asked = "".join(json.dumps({"id": i, "ask": "loud", "with": {}}) + "\n" for i in (1, 2))
+    code = ("import sys\nfrom burnish.ui import desk\n"
+            "def loud(say):\n    print('noise'); say(1, 2); return {'a': 1}\n"
+            "desk.ASKED['loud'] = loud\ndesk.main()")
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True)
+    assert [json.loads(line) for line in io.StringIO(done.stdout)] == [
+        m for i in (1, 2) for m in ({"id": i, "progress": [1, 2]}, {"id": i, "answer": {"a": 1}})]
+    assert done.stderr.count("noise") == 2
