@@ -12,10 +12,12 @@ The server imports no torch: it starts at once, and what runs out of memory is n
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["serve"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name == "serve":
         from .server import serve
 
