@@ -35,17 +35,9 @@ def percent(row: dict[str, Any]) -> str:
     return f"{100 * row['mean']:.1f} ± {100 * row['sd']:.1f}" if "mean" in row else ""
 
 
-def write(found: Rows) -> str:
-    """The page: a line per recipe, the best mean first, then the flagship at equal parameters."""
-    out = ["# Accuracy of methods", "",
-           "Test accuracy in per cent, mean ± standard deviation of five seeds, at the rate "
-           "that is best on validation, on three transfers of different kinds: rendered print "
-           "to scanned handwriting (a small vision transformer), docstrings by package (all-"
-           "MiniLM-L6-v2, 20 rows a class) and cells of breast cancer (a small network, 60 "
-           "rows). Trained parameters, peaks and step times are those of the text transfer; a "
-           "peak is simulated, then measured. Settings are each method's defaults: nothing "
-           "here was tuned but the learning rate. `benchmarks/transfers.py` makes it.", "",
-           "| recipe | handwriting | text | tables | trained | peak | measured | step / LoRA's |",
+def table(some: Rows, found: Rows) -> list[str]:
+    """Lines of a table of recipes, the best mean first. found: all there are, LoRA among them."""
+    out = ["| recipe | handwriting | text | tables | trained | peak | measured | step / LoRA's |",
            "|---|---|---|---|---|---|---|---|"]
     base = found.get("lora", {}).get("text", {}).get("step_s")
 
@@ -53,7 +45,7 @@ def write(found: Rows) -> str:
         made = [r["mean"] for r in item[1].values() if "mean" in r]
         return not whole(item[1]), -mean(made) if made else 0.0
 
-    for recipe, rows in sorted(found.items(), key=key):
+    for recipe, rows in sorted(some.items(), key=key):
         if not any("mean" in r for r in rows.values()):
             continue
         told = rows.get("text", {})
@@ -64,6 +56,20 @@ def write(found: Rows) -> str:
                      f"{told['peak'] / 2**20:.1f} MiB",
                      f"{told['step_s'] / base:.2f}" if base else ""]
         out.append(f"| `{recipe}` | {' | '.join(cells + facts)} |")
+    return out
+
+
+def write(found: Rows) -> str:
+    """The page: a line per recipe, the best mean first, then the flagship at equal parameters."""
+    out = ["# Accuracy of methods", "",
+           "Test accuracy in per cent, mean ± standard deviation of five seeds, at the rate "
+           "that is best on validation, on three transfers of different kinds: rendered print "
+           "to scanned handwriting (a small vision transformer), docstrings by package (all-"
+           "MiniLM-L6-v2, 20 rows a class) and cells of breast cancer (a small network, 60 "
+           "rows). Trained parameters, peaks and step times are those of the text transfer; a "
+           "peak is simulated, then measured. Settings are each method's defaults: nothing "
+           "here was tuned but the learning rate. `benchmarks/transfers.py` makes it.", "",
+           *table(found, found)]
     out += ["", "A new head has a rate of its own, the same for all. An empty cell: not run, or "
             "a method that does not act on that model.", "",
             "## SNELL and SNELLA beside LoRA at equal parameters", "",

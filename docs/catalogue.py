@@ -1,54 +1,146 @@
-"""Write docs/catalogue.md: every method, from the classes themselves. Run by `make docs`."""
+"""Write docs/catalogue.md and a page per method, docs/methods/*.md, from the classes themselves.
+Run by `make docs`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
+
+import accuracy
 
 from burnish.cli.catalogue import facts
 from burnish.core import registry
 from burnish.core.axes import AXES
+from burnish.core.errors import RecipeError
 from burnish.core.method import TIERS
+from burnish.core.needs import NEEDS
+from burnish.core.recipe import parse
 from burnish.core.vocabulary import VOCABULARY
 
-PAGE = Path(__file__).with_name("catalogue.md")
+HERE = Path(__file__).resolve().parent
+YES = {True: "yes", False: "no"}
 
 
-def write() -> str:
-    """The page as text; one section per axis, one entry per method."""
-    entries = registry.catalogue()
+def pages() -> dict[str, str]:
+    """File below docs -> its text: the catalogue, and a page per method."""
+    entries, measured = registry.catalogue(), accuracy.read()
+    presets = registry.presets()
+    made = {f"methods/{e.name}.md": page(e, measured, presets) for e in entries}
+    return {"catalogue.md": index(entries, presets), **made}
+
+
+def index(entries: list[Any], presets: dict[str, str]) -> str:
+    """Every method in a line, by the question it answers."""
     out = ["# Catalogue", "", f"{len(entries)} methods, by the question they answer. A method "
            "that answers several questions stands with the first. How each was held against its "
            "source stands with it: " + ", ".join(f"{n} {t}" for t, n in tiers(entries)) + ".", ""]
     for name, axis in AXES.items():
         own = [e for e in entries if e.axes[:1] == (name,)]
         if own:
-            out += [f"## {name}: {axis.question}", ""]
-        for entry in own:
-            out += section(facts(entry))
+            out += [f"## {name}: {axis.question}", "",
+                    "| method | | step 0 is the base | merges |", "|---|---|---|---|"]
+        out += [f"| [`{e.name}`](methods/{e.name}.md) | {prose(e.summary)} | "
+                f"{YES[e.cls.identity]} | {YES[e.cls.merges]} |" for e in own]
+        out += [""] if own else []
     out += ["## Words that several methods share", "", "| setting | meaning |", "|---|---|"]
-    out += [f"| `{name}` | {meaning} |" for name, meaning in sorted(VOCABULARY.items())]
+    out += [f"| `{name}` | {prose(meaning)} |" for name, meaning in sorted(VOCABULARY.items())]
     out += ["", "## Presets", "", "Named combinations of the literature: one line each.", ""]
-    out += [f"- `{n}` = `{recipe}`" for n, recipe in sorted(registry.presets().items())]
-    return "\n".join(out) + "\n"
+    out += [f"- `{n}` = `{recipe}`" for n, recipe in sorted(presets.items())]
+    return "\n".join([*out, "", "```{toctree}", ":hidden:", ":glob:", "", "methods/*", "```", ""])
 
 
-def tiers(entries: list) -> list[tuple[str, int]]:
+def tiers(entries: list[Any]) -> list[tuple[str, int]]:
     """How many methods were held against their source in which way."""
     return [(t, n) for t in TIERS if (n := sum(e.cls.tier == t for e in entries))]
 
 
-def section(d: dict) -> list[str]:
-    """One method: its docstring as written, settings and facts."""
-    out = [f"### `{d['name']}`", "", "```text", d["doc"], "```", ""]
-    out += ["| setting | default | meaning |", "|---|---|---|"]
+def page(entry: Any, measured: accuracy.Rows, presets: dict[str, str]) -> str:
+    """One method: what its docstring says, its settings, its facts, what was measured."""
+    d, cls = facts(entry), entry.cls
+    out = [f"# `{d['name']}`", "", *told(d["doc"]), "", "## Settings", ""]
+    if d["settings"]:
+        out += ["| setting | default | meaning |", "|---|---|---|"]
     for s in d["settings"]:
-        default = "required" if s["required"] else f"`{s['default']!r}`"
-        out.append(f"| `{s['name']}` | {default} | {s['help'].replace('|', chr(92) + '|')} |")
-    yes = {True: "yes", False: "no"}
-    return [*out, "", f"Axes: {', '.join(d['axes'])}. Step 0 is the base model: "
-            f"{yes[d['identity']]}. Merges into plain weights: {yes[d['merges']]}. "
-            f"Source: {d['paper'] or '-'}; {d['tier']}.", ""]
+        default = "required" if s["required"] else f"`{s['default']!r}`".replace("|", "\\|")
+        out.append(f"| `{s['name']}` | {default} | {prose(s['help'])} |")
+    known = {"answers": "; ".join(f"*{a}*, {AXES[a].question}" for a in d["axes"]),
+             "step 0 is the base model": YES[d["identity"]],
+             "merges into plain weights": YES[d["merges"]],
+             "gradients are those of the loss": YES[cls.exact]}
+    if {"delta", "storage"} & set(d["axes"]):
+        known["acts on"] = ", ".join(d["kinds"])
+    if cls.needs:
+        known["needs"] = ", ".join(NEEDS[n][0] for n in sorted(cls.needs))
+    if cls.context:
+        known["reads of the batch"] = "; ".join(f"`{k}`, {prose(v.meaning)}"
+                                                for k, v in cls.context.items())
+    if own := [n for n, r in sorted(presets.items()) if _has(r, entry.name)]:
+        known["is part of"] = ", ".join(f"`{n}` = `{presets[n]}`" for n in own)
+    known |= {"source": prose(d["paper"]) or "-", "held against it": d["tier"]}
+    out += ["", "## Facts", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in known.items())]
+    rows = {r: t for r, t in measured.items() if _has(r, entry.name)
+            and any("mean" in row for row in t.values())}
+    if rows:
+        out += ["", "## Measured", "", "Test accuracy in per cent on three transfers, five seeds "
+                "([all of them](../accuracy.md)); parameters and peak are of the text transfer.",
+                "", *accuracy.table(rows, measured)]
+    return "\n".join([*out, ""])
+
+
+def _has(recipe: str, name: str) -> bool:
+    try:
+        return parse(recipe).named(name) is not None
+    except RecipeError:                              # a row of another version
+        return False
+
+
+# -- a docstring as Markdown -----------------------------------------------------------------------
+def told(doc: str) -> list[str]:
+    """Paragraphs as prose, indented blocks as they stand, a first line in bold."""
+    first, _, rest = doc.partition("\n")
+    out, lines = [f"**{prose(first)}**"], rest.split("\n")
+    i = 0
+    while i < len(lines):
+        end = i + 1
+        if lines[i].startswith("    ") and (not out[-1] or out[-1] == "```"):
+            while end < len(lines) and (not lines[end] or lines[end].startswith("    ")):
+                end += 1
+            block = [line[4:] for line in lines[i:end]]
+            while not block[-1]:
+                block.pop()
+            out += ["```text", *block, "```", ""]
+        elif lines[i]:
+            while end < len(lines) and lines[end]:
+                end += 1
+            text = "\n".join(lines[i:end])
+            out += [*prose(re.sub(r"::$", ":", text)).split("\n"), ""]
+        elif out[-1]:
+            out.append("")
+        i = end
+    while not out[-1]:
+        out.pop()
+    return out
+
+
+def prose(text: str) -> str:
+    """Words for Markdown: spans of code kept, everything else taken as it is written."""
+    text = re.sub(r":(?:\w+:)?\w+:`~?(?:[^`<]*<)?([^`>]+)>?`", r"``\1``", text)
+    parts = re.split(r"(``.+?``|`[^`]+`)", text, flags=re.S)
+    for i in range(0, len(parts), 2):                # between the spans
+        plain = re.sub(r"([\\*_<>\[\]{}$~|`])", r"\\\1", parts[i])
+        parts[i] = re.sub(r"(?m)^(\s*)([-+#=]|\d+\.)(?=\s|$)", r"\1\\\2", plain) if i or \
+            not plain.startswith("- ") else plain
+    for i in range(1, len(parts), 2):
+        parts[i] = "`" + parts[i].strip("`").replace("\n", " ").replace("|", "\\|") + "`"
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(write(), encoding="utf-8")
+    (HERE / "methods").mkdir(exist_ok=True)
+    wanted = pages()
+    for old in (HERE / "methods").glob("*.md"):
+        if f"methods/{old.name}" not in wanted:
+            old.unlink()
+    for name, text in wanted.items():
+        (HERE / name).write_text(text, encoding="utf-8")
