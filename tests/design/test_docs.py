@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,37 @@ def test_relative_links_lead_somewhere():
               if p.name not in ("catalogue.md", "accuracy.md") and p.parent.name != "methods"
               for target in link.findall(p.read_text()) if not (p.parent / target).exists()]
     assert not broken
+
+
+# -- pages made from the classes -------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def made():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import catalogue
+
+        return catalogue
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+
+
+def test_every_method_has_a_page_that_says_all_that_help_says(made):
+    from burnish.core import registry
+
+    pages = made.pages()
+    for entry in registry.catalogue():
+        page, told = pages[f"methods/{entry.name}.md"], made.facts(entry)
+        assert page.startswith(f"# `{entry.name}`\n") and f"({entry.name}.md)" not in page
+        assert f"[`{entry.name}`](methods/{entry.name}.md)" in pages["catalogue.md"]
+        assert all(f"| `{s['name']}` |" in page for s in told["settings"])
+        assert page.count("```") % 2 == 0
+        for word in re.findall(r"[A-Za-z]{4,}", told["doc"]):
+            assert word in page or word in ("func", "meth", "class", "attr"), (entry.name, word)
+
+
+def test_words_are_taken_as_they_are_written(made):
+    assert made.prose("``|x|`` of *a_b* <c> [d](e)") == \
+        "`\\|x\\|` of \\*a\\_b\\* \\<c\\> \\[d\\](e)"
+    assert made.prose("see :func:`~burnish.core.recipe.parse`") == "see `burnish.core.recipe.parse`"
+    assert made.told("A: b.\n\nof::\n\n    y = x\n\n      z\n\nand so on") == [
+        "**A: b.**", "", "of:", "", "```text", "y = x", "", "  z", "```", "", "and so on"]

@@ -122,7 +122,7 @@ def compare(stream: str | Stream | Callable[[int], Stream],
     """Learn a stream of tasks with each recipe under each learner.
 
     stream: "digits", "text" or "tables"; a :class:`~burnish.continual.Stream` of your own model and
-    rows; or a function from a seed to one, whose tasks come in an order of that seed.
+        rows; or a function from a seed to one, whose tasks come in an order of that seed.
     recipes: one or several, each what ``burnish.tune`` takes.
     learners: beside the baselines, names or expressions (``"lae(ema=0.999)"``), or learners.
     seeds: how many, or which: of the order of tasks, rows, head, and of what is drawn.
