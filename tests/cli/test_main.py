@@ -161,6 +161,8 @@ SURFACE = {
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",
+    "federate": "alpha batch clients compare data down epochs image json label lr memory model "
+                "output rank ranks recipe rounds rule sampled seed strict text up",
     "reproduce": "json listed names page",
     "soup": "batch data folders greedy json learned metric output rank split",
     "arithmetic": "expression json output rank",

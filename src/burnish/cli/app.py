@@ -24,7 +24,7 @@ def command() -> Any:
     """The parser with every command on it; the modules register theirs when imported."""
     for module in ("training", "memory", "reproduce", "files", "mixing", "combining", "compressing",
                    "inspecting", "adapting", "sparsity", "dimension", "continual", "page",
-                   "catalogue", "suite"):
+                   "federating", "catalogue", "suite"):
         importlib.import_module(f"burnish.cli.{module}")
     return typer.main.get_command(app)
 

@@ -134,13 +134,16 @@ def _choice(model: nn.Module, client: Client, training: Training, example: Any, 
         return Choice(text, batch, peak, width, rank) if fits else None
 
     for width in bits:
-        for batch in sizes:
-            if (found := tried(width, ranks[-1], batch)) is None:
-                continue
-            for rank in ranks[:-1]:
-                if (more := tried(width, rank, batch)) is not None:
-                    return more
-            return found
+        if (found := tried(width, ranks[-1], 1)) is None:
+            continue
+        for batch in sizes:                          # the largest at which the least rank fits
+            if batch > 1 and (larger := tried(width, ranks[-1], batch)) is not None:
+                found = larger
+                break
+        for rank in ranks[:-1]:
+            if (more := tried(width, rank, found.batch)) is not None:
+                return more
+        return found
     raise NoPlanError(f"nothing fits the {format_bytes(budget or 0)} of client {client.name!r}: "
                       f"the least of {recipe} takes {format_bytes(least or 0)}")
 
