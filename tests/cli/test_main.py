@@ -147,6 +147,7 @@ SURFACE = {
     "fit": "data json launch memory model output recipe",
     "predict": "base cache given inputs json run tokens",
     "evaluate": "audio base batch cache data image json label run split text",
+    "advise": "data json memory model test",
     "demo": "json memory output",
     "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
             "prefer rows shard shard_offload smaller targets tokens world_size",

@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of
 def command() -> Any:
     """The parser with every command on it; the modules register theirs when imported."""
     for module in ("training", "memory", "reproduce", "files", "mixing", "combining", "compressing",
+                   "advising",
                    "inspecting", "adapting", "sparsity", "dimension", "continual", "page",
                    "federating", "catalogue", "suite"):
         importlib.import_module(f"burnish.cli.{module}")

@@ -126,7 +126,7 @@ def plan(
         if rows is not None or tokens is not None:
             raise ConfigError("--data counts the rows; leave --rows and --tokens out")
         rows = _rows(data)
-    with _bar(f"recipes for {model} within {memory or gpu}") as progress:
+    with bar(f"recipes for {model} within {memory or gpu}") as progress:
         plans = burnish.plan(target.config(model), memory=memory, batch=_batch(batch, length),
                              gpu=gpu, rows=rows, tokens=tokens, epochs=epochs, limits=limits,
                              smaller=fit_card or smaller, prefer=prefer, dtype=dtype,
@@ -147,7 +147,7 @@ def _rows(data: Path) -> int:
 
 
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on the terminal while it lasts, there before the libraries are loaded; nothing where
     there is no terminal."""
     if not sys.stderr.isatty():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigError
+from ..core.recipe import Recipe
 from ..core.stage import Stage
 from ..engine.tuned import Tuned
 from .arguments import Options
@@ -22,10 +23,14 @@ LESS = ("loss", "perplexity", "mae")
 
 def learning_rate(tuned: Tuned) -> float:
     """The default: see :func:`fit`."""
-    total = sum(p.numel() for p in tuned.model.parameters())
-    trained = sum(p.numel() for p in tuned.parameters())
+    return usual_rate(sum(p.numel() for p in tuned.parameters()),
+                      sum(p.numel() for p in tuned.model.parameters()), tuned.recipe)
+
+
+def usual_rate(trained: int, total: int, recipe: Recipe) -> float:
+    """The default where so many of all numbers train."""
     rate = 1e-3 if trained < 0.1 * total else 1e-4
-    return rate / 100 if sentence(tuned)[0] else rate
+    return rate / 100 if optimises(recipe)[0] else rate
 
 
 def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,
@@ -86,10 +91,15 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
 
 def sentence(tuned: Tuned) -> tuple[bool, bool]:
     """(zeroth order?, steps inside backward?) of the recipe's optimizer, without making it."""
+    return optimises(tuned.recipe)
+
+
+def optimises(recipe: Recipe) -> tuple[bool, bool]:
+    """As :func:`sentence`, of a recipe."""
     from ..blocks.update.step import InBackward
     from ..blocks.update.zeroth import ZerothOrder
 
-    answers = [m.optimizer() for m in tuned.recipe if "optimizer" in m.axes()]
+    answers = [m.optimizer() for m in recipe if "optimizer" in m.axes()]
     return (any(isinstance(a, ZerothOrder) for a in answers),
             any(isinstance(a, InBackward) or getattr(a, "in_backward", False) for a in answers))
 

@@ -77,7 +77,7 @@ class Served:
         lines = [f"written to {self.folder}, for {self.reader}: rank {self.rank}, scale "
                  f"{self.scale:g}, {len(self.modules)} modules ({leaves})", *(
                      f"note: {n}" for n in self.notes)]
-        return "\n".join([*lines, "then:", *(s for c in self.commands for s in _shell(c))])
+        return "\n".join([*lines, "then:", *(s for c in self.commands for s in shell(c))])
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def _mlx(tuned: Tuned, what: PeftFolder, served: Served) -> None:
 
 
 # -- what to type -----------------------------------------------------------------------------
-def _shell(command: str, width: int = 76) -> list[str]:
+def shell(command: str, width: int = 76) -> list[str]:
     """A command over several lines, which a shell reads as one; a flag stays with its value."""
     groups: list[str] = []
     for word in map(shlex.quote, shlex.split(command)):
