@@ -118,8 +118,8 @@ def advise(model: str, data: Any, memory: str | int | None = None, *, test: bool
     there(data)
     budget, whose = (parse_bytes(memory), "as you said") if memory is not None else at_hand()
     found = suited(read(data, task=own.task, text=own.text, label=own.label, image=own.image,
-                        audio=own.audio, prompt=own.prompt, completion=own.completion, split=own.split,
-                        validation=own.validation, seed=seed), model)
+                        audio=own.audio, prompt=own.prompt, completion=own.completion,
+                        split=own.split, validation=own.validation, seed=seed), model)
     by_itself(found.task, None, budget)
     check_served(found.task, model)
     task = task_for(found, model, max_length=own.max_length, seed=seed, **own.of_task())
