@@ -217,7 +217,7 @@ def test_a_file_that_was_written_anew_is_read_anew(page):
     metrics.with_suffix(".new").write_text('{"step": 2}\n')
     metrics.with_suffix(".new").replace(metrics)
     assert [(k, v) for k, v in watch.news() if k in ("row", "reset")] == [
-        ("reset", None), ("row", {"step": 2})]
+        ("reset", "row"), ("row", {"step": 2})]
 
 
 @pytest.mark.parametrize(("change", "status"), [

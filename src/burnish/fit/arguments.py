@@ -88,6 +88,8 @@ class Options:
         where this one begins.
     overwrite: start afresh in a folder that holds checkpoints of an earlier run, and remove them.
     tensorboard: also write TensorBoard files.
+    samples: so many rows of the validation split are answered after every evaluation, in
+        answers.jsonl (:mod:`burnish.fit.shown`).
     test: also evaluate the test split at the end (default: when there is one).
     quiet: print nothing.  report: write report.html.  measure: measure a step at the end.
     shard: "ddp" (what several processes do where nothing is said) or "fsdp2": each holds a share of
@@ -120,6 +122,7 @@ class Options:
     init_from: str | None = None
     overwrite: bool = False
     tensorboard: bool = False
+    samples: int = 0
     test: bool | None = None
     quiet: bool = False
     report: bool = True
@@ -206,7 +209,8 @@ LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
          "max_length": 1, "validation": 0.0, "num_train_epochs": 0.0, "max_steps": -1,
-         "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0, "save_total_limit": 0}
+         "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0, "save_total_limit": 0,
+         "samples": 0}
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 

@@ -119,7 +119,8 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
 
 #: what a run writes beside its checkpoints, and files that make a folder somebody's model
 WRITES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.json",
-          "metrics.jsonl", "report.html", *PROCESSOR, "config.json", "model.safetensors*")
+          "metrics.jsonl", "report.html", "answers.jsonl", *PROCESSOR, "config.json",
+          "model.safetensors*")
 
 
 @contextlib.contextmanager
@@ -264,6 +265,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
            example: tuple[dict[str, Any], Any], calibration: Any, output: Path, own: Options,
            args: dict[str, Any], say: Any, looked: tuple[Moments, tuple[Task, Any] | None]) -> Run:
     from .loop import GoOn, Trainer
+    from .shown import Answers
     from .watch import Bar, Metrics, Stop
 
     moments, looked_at = looked
@@ -304,6 +306,9 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             watchers = [go_on, Metrics(output / "metrics.jsonl", at, leg),
                         Bar(promise.peak_bytes if promise else None, own.quiet, leg), stop,
                         *own.callbacks]
+            if own.samples:
+                watchers.insert(2, Answers(output / "answers.jsonl", at, leg, tuned, task,
+                                           own.samples))
             trainer = Trainer(
                 tuned, task, arguments, keep=keep, hyper=hyper, fingerprint=fingerprint, leg=leg,
                 past=past, stages=told(legs), moments=moments, callbacks=watchers,

@@ -29,21 +29,13 @@ class Metrics(transformers.TrainerCallback):
     """One line of JSON per log and per evaluation, written as it happens.
 
     Steps are counted over the whole run, and a line says its stage where there are several. A
-    resumed run drops the lines of steps it will take again, so that each step stands once.
+    resumed run drops the lines of steps it will take again, so that each step stands once. With an
+    accelerator a line has the most bytes of tensors there so far, `device_peak`.
     """
 
     def __init__(self, path: Path, resumed_at: int | None, leg: Leg):
         self.path, self.leg = path, leg
-        if int(os.environ.get("RANK", "0")):
-            return
-        kept: list[str] = []
-        if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed process
-                    if json.loads(line)["step"] <= resumed_at:
-                        kept.append(line)
-        claim.own(path.parent, [path.name], "adapter")
-        safe.write_text(path, "".join(f"{line}\n" for line in kept))
+        growing(path, resumed_at)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -51,6 +43,8 @@ class Metrics(transformers.TrainerCallback):
         row = {"step": self.leg.before + state.global_step, "time": round(time.time(), 3),
                **({"stage": self.leg.name} if self.leg.name else {}),
                **{k: v for k, v in logs.items() if isinstance(v, int | float | str)}}
+        if (peak := device_peak()) is not None:
+            row["device_peak"] = peak
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                for k, v in row.items()}
         try:
@@ -59,6 +53,20 @@ class Metrics(transformers.TrainerCallback):
         except OSError as e:
             raise BurnishError(f"cannot write {self.path}: {e.strerror or e}; the checkpoints "
                                "so far are whole, resume=True goes on from the last") from None
+
+
+def growing(path: Path, resumed_at: int | None) -> None:
+    """A file of lines that is ours, with those of the steps up to where the run goes on."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    kept: list[str] = []
+    if resumed_at is not None and path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):      # the last line of a killed process
+                if json.loads(line)["step"] <= resumed_at:
+                    kept.append(line)
+    claim.own(path.parent, [path.name], "adapter")
+    safe.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class Bar(transformers.TrainerCallback):

@@ -248,17 +248,17 @@ class Watch:
 
     runs: Runs
     name: str
-    _rows: int = 0
-    _file: tuple[int, int] = (0, 0)
+    _grown: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     _log: int = 0
     _state: str = ""
 
     def news(self) -> Iterator[tuple[str, Any]]:
-        """(kind, value): ``reset`` when rows begin anew, ``row``, ``answers``, ``log``, ``run``."""
+        """(kind, value): ``reset`` with what begins anew; ``row``, ``answers``, ``log``, ``run``"""
         folder = self.runs.folder(self.name)
         # the state first: what it leaves behind is then read to its end
         state = self.runs.state(self.name)
-        yield from self._metrics(folder / OUT / "metrics.jsonl")
+        yield from self._lines(folder / OUT / "metrics.jsonl", "row")
+        yield from self._lines(folder / OUT / "answers.jsonl", "answers")
         yield from self._words(folder / LOG)
         text = json.dumps(state, sort_keys=True)
         if text != self._state:
@@ -270,23 +270,24 @@ class Watch:
         return bool(self._state) and json.loads(self._state)["state"] not in (
             "running", "stopping")
 
-    def _metrics(self, path: Path) -> Iterator[tuple[str, Any]]:
+    def _lines(self, path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+        """Whole lines that are new, as `kind`; first ``reset`` where the file was written anew."""
         try:
             with path.open("rb") as f:
                 found = os.fstat(f.fileno())
-                same = (found.st_ino, found.st_dev) == self._file
-                if not same or found.st_size < self._rows:
-                    self._file, self._rows = (found.st_ino, found.st_dev), 0
-                    yield "reset", None
-                f.seek(self._rows)
+                device, inode, at = self._grown.get(kind, (0, 0, 0))
+                if (found.st_dev, found.st_ino) != (device, inode) or found.st_size < at:
+                    at = 0
+                    yield "reset", kind
+                f.seek(at)
                 new = f.read()
         except FileNotFoundError:
             return
-        whole, _, _ = new.rpartition(b"\n")              # a line that is being written waits
-        self._rows += len(whole) + 1 if whole else 0
+        whole, end, _ = new.rpartition(b"\n")            # a line that is being written waits
+        self._grown[kind] = found.st_dev, found.st_ino, at + len(whole) + len(end)
         for text in whole.splitlines():
             with contextlib.suppress(ValueError):
-                yield "row", json.loads(text)
+                yield kind, json.loads(text)
 
     def _words(self, path: Path) -> Iterator[tuple[str, Any]]:
         try:

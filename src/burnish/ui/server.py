@@ -64,7 +64,8 @@ def serve(root: str | Path = ".", port: int = 7788, host: str = "127.0.0.1", bro
             server_header=False, proxy_headers=False, ws="none"))
         if browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
-        server.run(sockets=[bound])
+        with contextlib.suppress(KeyboardInterrupt):         # which is how it ends
+            server.run(sockets=[bound])
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -74,6 +75,7 @@ def _bound(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
+            bound.listen(128)                # who comes before the server runs waits
         except BaseException:
             bound.close()
             raise

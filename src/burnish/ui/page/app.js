@@ -198,7 +198,7 @@ async function start(e) {
     if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
     const settings = { epochs: +$("epochs").value || null, batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null,
       learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
-      seed: $("seed").value === "" ? null : +$("seed").value };
+      seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
     const run = await send("POST", "/api/runs", { model: now.model, data: now.data, recipe: r ? r.recipe : text,
       memory: now.plans ? $("memory").value.trim() : null, how: { ...now.how }, settings, classes: now.read?.labels,
       promise: r ? { peak: r.peak, by: r.by } : null });

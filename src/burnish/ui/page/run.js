@@ -45,8 +45,8 @@ export function watch(box, id) {
     it.log = "";
     source = new EventSource(`/api/runs/${id}/events`);
     const on = (kind, take) => source.addEventListener(kind, (e) => { if (mine === shownAt) { take(JSON.parse(e.data)); later(); } });
-    source.addEventListener("open", () => { it.rows = []; it.log = ""; });
-    on("reset", () => { it.rows = []; });
+    source.addEventListener("open", () => { it.rows = []; it.log = ""; it.answers = null; });
+    on("reset", (kind) => { if (kind === "row") it.rows = []; else it.answers = null; });
     on("row", (row) => it.rows.push(row));
     on("log", (text) => { it.log = (it.log + text).slice(-60000); });
     on("answers", (a) => { it.answers = a; });
