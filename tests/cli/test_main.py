@@ -159,6 +159,8 @@ SURFACE = {
     "export": "adapter base force json output rank to",
     "inspect": "adapter base force intruders json leading likeness picture",
     "adapt": "base batch corrupt data how json order seed severity source split",
+    "audit": "answers base batch json judge margin policy prompts seed source system temperature "
+             "tokens",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",

@@ -24,8 +24,8 @@ def command() -> Any:
     """The parser with every command on it; the modules register theirs when imported."""
     for module in ("training", "memory", "reproduce", "files", "mixing", "combining", "compressing",
                    "advising",
-                   "inspecting", "adapting", "sparsity", "dimension", "continual", "page",
-                   "federating", "catalogue", "suite"):
+                   "inspecting", "adapting", "auditing", "sparsity", "dimension", "continual",
+                   "page", "federating", "catalogue", "suite"):
         importlib.import_module(f"burnish.cli.{module}")
     return typer.main.get_command(app)
 
