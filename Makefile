@@ -9,7 +9,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test test-all mutants check bench docs clean fuzz
+.PHONY: help setup browser demo test test-all mutants check bench docs clean fuzz
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,13 @@ NAME ?= --named
 
 mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg", NAME=--all with SHARD=3/8
 	$(BIN)/python scripts/mutants.py $(NAME)
+
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+browser: $(STAMP)  ## the page of `burnish ui` in a browser that is there: CHROMIUM=/usr/bin/chromium
+	@test -n "$(CHROMIUM)" || { echo "there is no Chromium here; name one: make browser CHROMIUM=..."; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	BURNISH_BROWSER=$(CHROMIUM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/e2e/test_page.py
 
 check: $(STAMP)  ## style, types, floors and the quick tests; a few minutes at most
 	$(BIN)/ruff check .

@@ -121,6 +121,15 @@ def test_what_the_plan_promises_is_what_fit_promises(tmp_path):
     assert "answers pictures" in told["error"]
 
 
+def test_a_recipe_of_one_s_own_is_completed_as_fit_does_it(tmp_path):
+    from burnish.testing.models import config
+
+    config("llama").save_pretrained(tmp_path)
+    told = desk.plan(quietly, str(tmp_path), "1 GB", 2, 8, task="language-modelling",
+                     candidates=["lora(rank=2)"])
+    assert [p["recipe"] for p in told["recipes"]] == ["lora(rank=2) + chunked_loss"]
+
+
 def test_what_has_no_plan_is_said(tmp_path):
     told = desk.answer("plan", {"model": VIT, "memory": "1 GB", "batch": 2, "task": "embedding"},
                        quietly)
@@ -143,6 +152,14 @@ def test_the_process_answers_in_turn_and_is_started_again():
         beside._process = process                   # it died, and nobody has noticed
         assert "answer" in await beside.one("machine", {})
         assert beside._process is not process
+        # who leaves before the answer keeps nobody waiting
+        left = beside.ask("plan", {"model": VIT, "memory": "1 GB", "batch": 4,
+                                   "candidates": ["lora(rank=2)"], "task": "image-classification"})
+        assert "progress" in await anext(left)
+        was = beside._process
+        await left.aclose()
+        assert beside._process is None and await was.wait() != 0
+        assert "answer" in await beside.one("machine", {})
         await beside.end()
         assert beside._process is None
 

@@ -93,7 +93,8 @@ def test_what_is_no_question_is_refused(page, what, body, status):
 
 
 def test_a_question_has_a_size_and_is_json(page):
-    for body, status in ((b"{", 400), (b'{"a": 1, "a": 2}', 400), (b"x" * (2 << 20), 413)):
+    for body, status in ((b"{", 400), (b'{"epochs": NaN}', 400), (b'{"a": 1, "a": 2}', 400),
+                         (b"x" * (2 << 20), 413)):
         assert page.client.post("/api/ask/model", content=body).status_code == status
 
 

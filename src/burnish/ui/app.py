@@ -90,8 +90,9 @@ class Ui:
         asked = await run_in_threadpool(self._asked, what, given)
 
         async def lines() -> AsyncIterator[bytes]:
-            async for message in self.desk.ask(what, asked):
-                yield json.dumps(message).encode() + b"\n"
+            async with contextlib.aclosing(self.desk.ask(what, asked)) as messages:
+                async for message in messages:
+                    yield json.dumps(message).encode() + b"\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -142,6 +143,7 @@ class Ui:
     async def start(self, request: Request) -> Response:
         given = await _question(request)
         name = await run_in_threadpool(self.runs.start, given)
+        await self.trying.end()                         # its memory is the run's now
         return JSONResponse(await run_in_threadpool(self.runs.state, name), status_code=201)
 
     async def state(self, request: Request) -> Response:
@@ -153,6 +155,7 @@ class Ui:
 
     async def resume(self, request: Request) -> Response:
         await run_in_threadpool(self.runs.resume, request.path_params["id"])
+        await self.trying.end()
         return await self.state(request)
 
     async def events(self, request: Request) -> Response:
@@ -215,7 +218,7 @@ class Ui:
                 text = given.get("text", "")
                 if not text.strip():
                     raise ConfigError("there is nothing to answer")
-                asked = {"text": text, "tokens": min(given.get("tokens", 64), 1024)}
+                asked = {"text": text, "tokens": max(1, min(given.get("tokens", 64), 1024))}
             answer = await self.trying.one("predict", {"run": str(out), **asked})
         if "error" in answer:
             return JSONResponse(answer, status_code=400)
@@ -238,7 +241,8 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 async def _question(request: Request) -> dict[str, Any]:
-    given = parse_json(await _body(request, QUESTION) or b"{}", "the question", ConfigError)
+    given = parse_json(await _body(request, QUESTION) or b"{}", "the question", ConfigError,
+                       finite=True)
     if not isinstance(given, dict):
         raise ConfigError("a question is a JSON object")
     return given
@@ -262,7 +266,7 @@ def _page(name: str) -> bytes:
 
 
 def _zipped(folder: Path) -> Any:
-    made = tempfile.TemporaryFile()
+    made = tempfile.TemporaryFile(dir=folder.parent)     # where there is room for it
     with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.is_symlink() and not path.name.startswith("."):

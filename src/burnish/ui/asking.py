@@ -36,6 +36,7 @@ class Desk:
         async with self._turn:
             if self._leave is not None:
                 self._leave.cancel()
+            answered = False
             try:
                 process = await self._started()
                 number = next(self._numbers)
@@ -48,16 +49,20 @@ class Desk:
                     if not text:
                         raise ConnectionError
                     message = json.loads(text)
-                    if message.pop("id") != number:     # of somebody who did not wait for it
-                        continue
+                    if message.pop("id") != number:
+                        raise ConnectionError
+                    answered = "progress" not in message
                     yield message
-                    if "progress" not in message:
+                    if answered:
                         break
             except (ConnectionError, ValueError):
+                answered = True
                 self.close()
                 yield {"error": "the process that reads and plans has ended, perhaps for want of "
                                 "memory; ask again", "kind": "Ended"}
             finally:
+                if not answered:        # nobody waits for it: it would keep others waiting
+                    self.close()
                 if self._process is not None:
                     self._leave = asyncio.get_running_loop().call_later(self.idle, self.close)
 

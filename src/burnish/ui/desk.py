@@ -196,9 +196,12 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
     """
     import burnish
 
+    from ..core.recipe import parse
     from ..fit.kinds import heard
     from ..fit.places import config_of
     from ..fit.tasks import by_itself
+    from ..memory.fakes import from_config
+    from ..memory.usual import usual
 
     quiet()
     config = config_of(model, task or "fine-tuning", trust)
@@ -208,12 +211,25 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
         as_task(config, task, labels)
     shape: Any = batch if length is None else (batch, length)
     if task is not None and heard(task) and data is not None:
-        made = taught(data, list(tops), model, trust, how, max_length)
-        shape = made.call(made.example(batch), False)[0]
-    plans = burnish.plan(
-        config, memory=memory, batch=shape, prefer=prefer,
-        device=device, candidates=candidates, rows=rows, epochs=epochs if rows else None,
-        progress=say)
+        of = taught(data, list(tops), model, trust, how, max_length)
+        shape = of.call(of.example(batch), False)[0]
+
+    def planned(recipes: list[str] | None) -> Any:
+        return burnish.plan(
+            config, memory=memory, batch=shape, prefer=prefer, device=device, candidates=recipes,
+            rows=rows, epochs=epochs if rows else None, progress=say)
+
+    if candidates is None:
+        plans = planned(None)
+    else:                                       # what is written is completed as `fit` does it
+        made = usual(from_config(config))
+        completed = [str(made(c)) for c in candidates]
+        try:
+            plans = planned(completed)
+        except ConfigError:
+            if completed == [str(parse(c)) for c in candidates]:
+                raise
+            plans = planned(candidates)
     return {"budget": plans.budget, "batch": plans.batch, "shape": plans.shape,
             "prefer": plans.prefer, "device": plans.device, "notes": plans.notes,
             "refused": plans.refused, "updates": plans.updates,

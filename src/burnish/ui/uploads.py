@@ -24,10 +24,18 @@ class TooMuch(Refused):
 
 
 @dataclass
+class Held:
+    """Bytes and files of an upload."""
+
+    size: int
+    files: int
+
+
+@dataclass
 class Uploads:
     places: Places
     limit: int = LIMIT
-    _held: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    _held: dict[str, Held] = field(default_factory=dict, repr=False)
 
     async def take(self, upload: str, path: str, body: AsyncIterator[bytes],
                    announced: int | None = None) -> int:
@@ -36,26 +44,31 @@ class Uploads:
         if not folder.is_dir() or folder.is_symlink() or (folder / ASKED).exists():
             raise Missing("no such upload")
         target = self._target(folder / "data", path)
-        size, count = self._held.get(upload) or _measured(folder / "data")
-        if count >= FILES:
+        # of all files of the upload, those that are on their way too
+        held = self._held.setdefault(upload, _measured(folder / "data"))
+        if held.files >= FILES:
             raise TooMuch(f"an upload has at most {FILES:,} files; give a folder below the root")
-        self._fits(size + (announced or 0))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        self._fits(held.size + (announced or 0))
+        held.files += 1
         written = 0
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("xb") as f:
                 async for piece in body:
                     written += len(piece)
-                    self._fits(size + written)
+                    held.size += len(piece)
+                    self._fits(held.size)
                     f.write(piece)
             os.link(part, target)                       # never over what is there
-        except FileExistsError:
-            raise ConfigError(f"{path} is there already") from None
+        except BaseException as e:
+            held.size -= written
+            held.files -= 1
+            if isinstance(e, FileExistsError):
+                raise ConfigError(f"{path} is there already") from None
+            raise
         finally:
             part.unlink(missing_ok=True)
-        size, count = self._held.get(upload, (size, count))      # others wrote meanwhile
-        self._held[upload] = size + written, count + 1
         return written
 
     def _fits(self, size: int) -> None:
@@ -75,6 +88,6 @@ class Uploads:
         return top.joinpath(*parts)
 
 
-def _measured(folder: Path) -> tuple[int, int]:
+def _measured(folder: Path) -> Held:
     sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
-    return sum(sizes), len(sizes)
+    return Held(sum(sizes), len(sizes))

@@ -11,12 +11,15 @@ const busy = (text) => h("span", { class: "faint" }, text);
 
 /** What has been chosen so far. */
 const now = { model: null, data: null, how: {}, facts: null, read: null, plans: null, point: null, machine: null };
+let title = document.title;
 let asked = 0;                                    // of several answers only the newest counts
 
 // -- model and data ----------------------------------------------------------------------------
 async function takeModel(place) {
   now.model = place;
-  now.facts = null;
+  now.facts = now.plans = null;
+  planning++;
+  $("plan").hidden = true;
   $("model-facts").replaceChildren(busy("Looking at it…"));
   try {
     const f = await ask("model", { model: place });
@@ -94,11 +97,12 @@ function facts(told) {
 }
 
 // -- the plan ------------------------------------------------------------------------------------
-let planning = 0, later = 0;
+let planning = 0, later = 0, going = null;
 
 async function plan(more = {}) {
   clearTimeout(later);
-  const turn = ++planning, read = now.read;
+  going?.abort();
+  const turn = ++planning, read = now.read, mine = going = new AbortController();
   if (!read || !now.model) return;
   $("plan").hidden = false;
   const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
@@ -112,7 +116,7 @@ async function plan(more = {}) {
     const found = await ask("plan", body, (done, total) => {
       if (turn !== planning) return;
       bar.max = total; bar.value = done; words.textContent = `${done} of ${total} recipes`;
-    });
+    }, mine.signal);
     if (turn !== planning) return null;
     $("plan-status").replaceChildren();
     if (more.candidates) return found;
@@ -196,6 +200,7 @@ async function start(e) {
     const text = $("recipe").value.trim(), r = text === now.point?.recipe ? now.point : now.plans ? await written() : null;
     if (!text) throw new Error("choose a recipe, or write one");
     if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
+    if (r && now.plans && r.needs > now.plans.budget) throw new Error(`${r.recipe} needs ${bytes(r.needs)}, more than the memory above`);
     const settings = { epochs: +$("epochs").value || null, batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null,
       learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
       seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
@@ -231,6 +236,7 @@ function result(r) {
 function show() {
   const [view, id] = (location.hash.slice(1) || "new").split("/");
   leave();
+  document.title = title;
   for (const name of ["new", "runs", "run"]) $(`view-${name}`).hidden = name !== view;
   for (const name of ["new", "runs"]) {
     if (name === view) $(`nav-${name}`).setAttribute("aria-current", "page"); else $(`nav-${name}`).removeAttribute("aria-current");
@@ -243,7 +249,7 @@ function show() {
 
 async function begin() {
   const here = await get("/api/here");
-  document.title = `burnish · ${here.root}`;
+  title = `burnish · ${here.root}`;
   tabs($("model-picker"), "Where the model is", [
     { name: "Folder", make: () => folder("model", takeModel) },
     { name: "Hub", make: () => hub("A model", "google/vit-base-patch16-224", takeModel) }]);

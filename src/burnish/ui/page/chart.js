@@ -74,6 +74,7 @@ export function stack(by, most, label) {
 /** Quality over memory, a point a recipe, and the budget as a line that is dragged.
  *  on.choose(recipe), on.budget(bytes, done, keys): done when it is let go. */
 export function frontier(box, recipes, budget, chosen, on) {
+  if (!recipes.length) { box.replaceChildren(); return; }
   const W = Math.max(320, box.clientWidth || 900), H = W < 560 ? 300 : 340;
   const left = 46, right = 18, top = 34, bottom = 42;
   const needs = recipes.map((r) => r.needs), marks = recipes.map((r) => r.quality);

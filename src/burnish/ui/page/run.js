@@ -3,13 +3,14 @@
 import { send } from "./ask.js";
 import { bytes, duration, figure, h, lines, stack } from "./chart.js";
 
-let source = null, ticking = 0, shownAt = 0;
+let source = null, ticking = 0, shownAt = 0, resized = null;
 
 /** Nothing is watched any more. */
 export function leave() {
   source?.close();
   source = null;
   clearInterval(ticking);
+  window.removeEventListener("resize", resized);
   shownAt++;
 }
 
@@ -149,7 +150,8 @@ export function watch(box, id) {
 
   listen();
   ticking = setInterval(() => { if (it.run && (it.run.state === "running")) draw(); }, 1000);
-  window.addEventListener("resize", later);
+  resized = later;
+  window.addEventListener("resize", resized);
 }
 
 function metricOf(rows) {
