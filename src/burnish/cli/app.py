@@ -20,12 +20,15 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
+#: where commands are, in the order of help
+MODULES = ("training", "advising", "memory", "reproduce", "files", "mixing", "combining",
+           "compressing", "selecting", "inspecting", "adapting", "auditing", "sparsity",
+           "dimension", "continual", "federating", "page", "catalogue", "suite")
+
+
 def command() -> Any:
     """The parser with every command on it; the modules register theirs when imported."""
-    for module in ("training", "memory", "reproduce", "files", "mixing", "combining", "compressing",
-                   "advising",
-                   "inspecting", "adapting", "auditing", "sparsity", "dimension", "continual",
-                   "page", "federating", "catalogue", "suite"):
+    for module in MODULES:
         importlib.import_module(f"burnish.cli.{module}")
     return typer.main.get_command(app)
 
