@@ -151,8 +151,8 @@ def test_a_score_foretells_what_a_step_on_the_row_does_to_the_wanted_loss(toy):
 
 
 def test_the_best_are_chosen_and_of_equal_ones_the_earlier():
-    assert Less(top=0.5).chosen(torch.tensor([0.1, 0.9, 0.9, -1.0])) == [1, 2]
-    assert Less(top=0.001).chosen(torch.tensor([0.1, 0.3])) == [1]
+    assert Less(fraction=0.5).chosen(torch.tensor([0.1, 0.9, 0.9, -1.0])) == [1, 2]
+    assert Less(fraction=0.001).chosen(torch.tensor([0.1, 0.3])) == [1]
 
 
 def test_what_cannot_be_scored_is_refused(toy):
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused(toy):
         with pytest.raises(ConfigError, match=words):
             less.lifecycle(tuned, **how)
         assert tuned.model.training
-    for wrong in ("less(top=0.0)", "less(dimension=0)", "less(together=0)"):
+    for wrong in ("less(fraction=0.0)", "less(dimension=0)", "less(together=0)"):
         with pytest.raises(ConfigError, match="are expected"):
             parse(wrong)
 
@@ -211,7 +211,7 @@ def test_a_run_chooses_rows_that_fit_reads(warm, capsys):
     out = root / "chosen.jsonl"
     words = ["select", str(root / "run"), str(root / "rows.jsonl"), "--like",
              str(root / "warm.jsonl"), "--like", str(root / "cold.jsonl"), "--how",
-             "less(dimension=512, top=0.75)"]
+             "less(dimension=512, fraction=0.75)"]
     assert main([*words, "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["points"] == 3 and told["rows"] == 8 and len(told["chosen"]) == 6

@@ -37,7 +37,8 @@ def select(
 
     (method, *others) = parse(how)
     if others or not isinstance(method, Less):
-        raise ConfigError(f"--how {how}: rows are chosen by less, with settings: 'less(top=0.1)'")
+        raise ConfigError(f"--how {how}: rows are chosen by less, with its settings: "
+                          "'less(fraction=0.1)'")
     if out is not None and (out.suffix != ".jsonl" or not out.parent.is_dir()):
         raise ConfigError(f"--out {out}: rows are written as lines of JSON, into a folder that is "
                           "there: name a file that ends in .jsonl")

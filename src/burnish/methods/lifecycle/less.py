@@ -44,8 +44,8 @@ class Less(Method):
         score           max_j sum_i eta_i cos(R g_i,j, R G_i(z)),   eta scaled to sum 1
 
     R (dimension, P) of +1 and -1, made in strips from `seed`: a cosine is off by about 1 / sqrt
-    (dimension). The best `top` are chosen, with which the base is tuned from its start, by any
-    recipe. Cosines keep short answers from being preferred. Dropout is off.
+    (dimension). The best `fraction` of the rows is chosen, and the base tuned on them from its
+    start, by any recipe. Cosines keep short answers from being preferred. Dropout is off.
 
     ``burnish select`` is its command: a run's checkpoints are the points. By hand::
 
@@ -66,15 +66,15 @@ class Less(Method):
     tier: ClassVar[str] = "checked against an independent equation"
 
     dimension: int = setting(8192, "numbers that stand for a gradient")
-    top: float = setting(0.05, "share of the rows that is chosen")
+    fraction: float = setting(0.05, "share of the rows that is chosen")
     together: int = setting(16, "gradients of rows that exist at once")
     seed: int = setting(0, "of what is drawn")
 
     def __post_init__(self) -> None:
-        if min(self.dimension, self.together) < 1 or not 0 < self.top <= 1:
-            raise ConfigError("less: a dimension and rows together of at least 1 and a share top "
+        if min(self.dimension, self.together) < 1 or not 0 < self.fraction <= 1:
+            raise ConfigError("less: a dimension and rows together of at least 1 and a fraction "
                               f"above 0 and up to 1 are expected, got {self.dimension}, "
-                              f"{self.together} and {self.top:g}")
+                              f"{self.together} and {self.fraction:g}")
 
     def lifecycle(self, tuned: Any, points: Sequence[Point], rows: Iterable[Any],
                   wanted: Mapping[str, Iterable[Any]], loss: Callable[..., Tensor] | None = None,
@@ -99,7 +99,7 @@ class Less(Method):
 
     def chosen(self, scores: Tensor) -> list[int]:
         """Numbers of the best rows, the best first; of equal ones the earlier."""
-        many = max(1, round(self.top * len(scores)))
+        many = max(1, round(self.fraction * len(scores)))
         return scores.sort(descending=True, stable=True).indices[:many].tolist()
 
     # -- gradients ---------------------------------------------------------------------------------
