@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.continual.plane import plane
 from torch import nn
 
-from burnish.continual.dual import DualWeights, constant, step, warmed
+from burnish.continual import run
+from burnish.continual.dual import DualWeights, along, constant, step, warmed
+from burnish.continual.learners.sequential import Sequential
+from burnish.continual.training import cross_entropy
 from burnish.core.errors import ConfigError
 
 
@@ -70,3 +74,36 @@ def test_what_cannot_be_followed_is_refused():
     for act in (dual.follow, dual.adopt, lambda: dual.standing().__enter__()):
         with pytest.raises(ConfigError, match="was .3,. and is .2,. now"):
             act()
+
+
+def test_a_path_between_two_sets_of_values():
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    start, end = {"p": torch.zeros(2).double()}, {"p": torch.tensor([2.0, 4.0]).double()}
+    found = along({"p": p}, start, end, lambda: float(p.sum()), points=5)
+    assert found == [(0.0, 0.0), (0.25, 1.5), (0.5, 3.0), (0.75, 4.5), (1.0, 6.0)]
+    assert p.tolist() == [1.0, -2.0]
+
+
+def test_between_two_tasks_there_are_weights_better_for_both():
+    """I-LoRA's observation, on two tasks whose classes compete: the loss over both has its least
+    between what was learnt first and what was learnt then."""
+    class Look(Sequential):
+        name = "look"
+        ends: list = []
+
+        def learn(self, t):
+            super().learn(t)
+            Look.ends.append({n: p.detach().clone()
+                              for n, p in self.tuned.named_parameters()})
+            if t == 1:
+                rows = [r for task in self.study.stream.tasks[:2] for r in task.test]
+                x, y = torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows])
+                allowed = self.study.stream.classes(1)
+                model = self.tuned.model.eval()
+                Look.path = along(dict(self.tuned.named_parameters()), *Look.ends,
+                                  lambda: cross_entropy(model(x), y, allowed))
+
+    run(plane(classes=4), "lora(rank=2)", Look())
+    losses = [v for _, v in Look.path]
+    least = losses.index(min(losses))
+    assert 0 < least < 10 and losses[least] < 0.9 * min(losses[0], losses[-1])

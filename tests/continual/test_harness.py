@@ -305,6 +305,8 @@ def test_learners_are_said_as_they_are_read():
     for text in ("sequential", "replay(memory=7)", "sequential(compete='current')"):
         assert said(learner(text)) == text
     assert all(learner(n).paper for n in names())
+    learner("sequential")
+    assert said(learner(Replay(memory=3))) == "replay(memory=3)"
 
 
 def test_a_model_that_answers_a_mapping():

@@ -131,8 +131,8 @@ def test_what_is_stored_twice():
 
 
 def test_any_module_on_a_transformer():
-    """LoRA on keys and values, a parallel adapter beside attention: the counts of the paper's
-    ViT-B/16, five blocks (LoRA: without its two learnable scalars a block)."""
+    """LoRA on keys and values, a parallel adapter beside attention, scales that train: the counts
+    of the paper's ViT-B/16, five blocks."""
     vit = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
            "intermediate_size": 3072, "image_size": 224, "patch_size": 16}
     recipe = burnish.parse("parallel(placement='attention', bottleneck=5, scale=1.0, act='gelu', "
@@ -143,8 +143,8 @@ def test_any_module_on_a_transformer():
 
     model = tiny("vit", meta=True, **vit)[0]
     places = [p for p in match(Anatomy.of(model), "k,v") if p.block < 5]
-    lora = burnish.parse("lora(rank=5)")[0]
-    assert sum(lora.count(p) for p in places) == 76_800
+    lora = burnish.parse("lora(rank=5, train_scale=True)")[0]
+    assert sum(lora.count(p) for p in places) == 76_810
 
 
 @pytest.mark.parametrize("recipe", ["full", "bitfit", "houlsby(bottleneck=2)"])

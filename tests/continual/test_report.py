@@ -41,6 +41,17 @@ def test_a_table_beside_the_baselines():
     assert len(told["rows"][1]["runs"][0]["accuracies"]) == 3
 
 
+def test_a_row_that_cannot_be_learnt_leaves_the_others():
+    report = burnish.continual(plane(), ["lora(rank=2)", "lora(rank=2, targets='nowhere')"],
+                               learners=["lae", "conpet"], baselines=False, training=QUICK)
+    assert "freeze=0 or less" in report.lines[0].refused and report.lines[1].results
+    assert "nowhere" in report.lines[3].refused
+    wild = Training(epochs=2, batch=8, rate=1e30)
+    found = burnish.continual(plane(), ["full + sgd(momentum=0.0)", "linear_probe"],
+                              baselines=False, training=wild)
+    assert "finite" in found.lines[0].refused and found.lines[1].results
+
+
 def test_one_recipe_one_learner_no_baselines():
     report = burnish.continual(plane(), "full", learners=["replay(memory=7)"], baselines=False,
                                training=QUICK)

@@ -10,6 +10,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.factor import Chain
+from burnish.blocks.weight.scaled import Scaled
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
@@ -270,3 +271,54 @@ def test_a_rate_of_nothing_is_refused(rate):
 def test_a_rate_of_embeddings_that_is_none_is_refused():
     with pytest.raises(RecipeError, match="embedding_rate multiplies a learning rate, 0.0 is no"):
         burnish.parse("lora(embedding_rate=0)")
+
+
+# -- a scale that trains (LAE) --------------------------------------------------------------------
+@pytest.mark.parametrize("model", ["vit", "gpt2", "cnn"])
+def test_a_scale_that_trains(beside, model):
+    """W' = W + g s B A, with the gradient of g."""
+    one = beside(model, "lora(rank=2, alpha=3.0, train_scale=True)")
+    A, B, g = (dict(one.at(n)) for n in ("A", "B", "gain"))
+    assert A and len(A) == len(B) == len(g)
+    for path in A:
+        module = one.base.get_submodule(path)
+        W = module._parameters.pop("weight").detach()
+        delta = 1.5 * g[path] * (B[path] @ A[path])
+        delta = delta.t() if model == "gpt2" else delta
+        module.__dict__["weight"] = W + delta.reshape(W.shape)
+    one.agree()
+
+
+def test_a_scale_that_trains_counts_merges_and_leaves_as_a_plain_lora(tmp_path):
+    anatomy = Anatomy.of(tiny("vit", meta=True, hidden_size=768, num_hidden_layers=12,
+                              num_attention_heads=12, intermediate_size=3072)[0])
+    (method,) = parse("lora(rank=5, train_scale=True)")
+    assert sum(method.count(p) for p in match(anatomy, "k,v") if p.block < 5) == 76_810
+    model, x = mlp(), torch.randn(4, 32)
+    base = model(x)
+    tuned = burnish.tune(model, "lora(rank=3, train_scale=True)")
+    assert torch.equal(model(x), base)
+    fill(tuned)
+    for _, term in tuned.terms(Scaled):
+        nn.init.constant_(term.gain, 1.7)
+    groups = tuned.optimizer(weight_decay=0.1).param_groups
+    assert {g["weight_decay"] for g in groups} == {0.0}
+    want = model(x).detach()
+    torch.testing.assert_close(tuned.merge()(x), want, rtol=1e-5, atol=1e-5)
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "lora(rank=2, train_scale=True, targets='q,v')", head=False)
+    fill(tuned)
+    with torch.no_grad():
+        want = net.eval()(**batch).logits
+    burnish.export_peft(tuned, tmp_path / "peft")
+    other = tiny("llama")[0]
+    burnish.load_peft(other, tmp_path / "peft")
+    torch.testing.assert_close(other.eval()(**batch).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe, why", [
+    ("lora(rank=2, train_scale=True, train_a=False)", "leave one of them out"),
+    ("lora(rank=2, train_scale=True, targets='embed_tokens')", "a table, whose scale is fixed")])
+def test_a_scale_that_cannot_train_is_refused(recipe, why):
+    with pytest.raises(RecipeError, match=why):
+        burnish.tune(tiny("llama")[0], recipe)

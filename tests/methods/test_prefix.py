@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import burnish
-from burnish.blocks.state.keys_values import KeysValues
+from burnish.blocks.state.keys_values import KeysValues, OwnMass
 from burnish.core.recipe import parse
 from burnish.methods.prompt._stacks import key_width
 from burnish.testing.models import tiny
@@ -465,3 +465,79 @@ def test_moved_tokens_count_from_the_length_on(model):
 def test_positions_that_cannot_move_are_refused(model):
     with pytest.raises(burnish.RecipeError, match="needs one stack of blocks that takes"):
         burnish.tune(tiny(model)[0], "prefix(length=3, moved=True)")
+
+
+# -- rows with a mass of their own (LAE) ----------------------------------------------------------
+def own_mass(q, k, v, P_k, P_v, scales, mask, causal, scale):
+    """The joint attention's part of the tokens as it is, and the rows' part over its own sum."""
+    P_k, P_v = scales[0] * P_k, scales[1] * P_v
+    joint = attention(q, k, v, P_k, torch.zeros_like(P_v), mask, causal, scale)
+    alone = attention(q, k[:, :, :1] * 0, v[:, :, :1] * 0, P_k, P_v, None, False, scale)
+    # of the rows alone: take the token of zeros out again
+    h = q.shape[-1]
+    own = P_k.shape[-1] // h
+    rows = P_k.unflatten(-1, (own, h)).transpose(-3, -2).repeat_interleave(q.shape[1] // own, 0)
+    z = (1 / math.sqrt(h) if scale is None else scale) * torch.einsum("bhqd,hld->bhql", q, rows)
+    share = z.exp().sum(-1, keepdim=True) / (z.exp().sum(-1, keepdim=True) + 1)
+    return joint + alone / share
+
+
+@pytest.mark.parametrize("model", ["vit", "llama", "gpt2", "bert"])
+def test_rows_with_a_mass_of_their_own(beside, monkeypatch, model):
+    one = beside(model, "prefix(length=3, mass='own')")
+    rows, scales = ([p for _, p in one.at(n)] for n in ("rows", "scales"))
+    assert len(rows) == len(scales) == 2 and len(one.theta) == 4
+    if model in ("llama", "bert"):
+        one.batch["attention_mask"] = torch.ones_like(one.batch["input_ids"])
+        one.batch["attention_mask"][1, -2:] = 0
+    calls = iter(zip(rows, scales, strict=True))
+
+    def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kw):
+        P, s = next(calls)
+        return own_mass(q, k, v, P[0], P[1], s, attn_mask, is_causal, scale)
+
+    with monkeypatch.context() as m:
+        m.setattr(F, "scaled_dot_product_attention", sdpa)
+        out = one.base(**one.batch).logits
+    assert next(calls, None) is None
+    one.agree(out)
+
+
+def test_the_attention_that_rows_get_adds_up_to_one():
+    """Values of one at the rows, of nought at the tokens: what comes out is the rows' mass."""
+    bank = OwnMass(None, "a", 3, 8, std=1.0).double()
+    with torch.no_grad():
+        bank.rows[1] = 1.0
+    q, k = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(2))
+    call = (F.scaled_dot_product_attention, (q, k, torch.zeros_like(k)), {})
+    mass = bank.attend(*call)
+    assert (mass - 1).abs().max() < 1e-6
+    tokens = bank.attend(call[0], (q, k, torch.ones_like(k)), {}) - mass
+    assert bool((tokens < 1).all()) and bool((tokens > 0).all())    # and theirs stays 1 - l
+    shared = KeysValues(None, "a", 3, 8, std=1.0).double()
+    shared.load_state_dict({"rows": bank.rows})
+    assert float((shared.attend(*call) - 1).abs().min()) > 1e-3
+
+
+def test_own_mass_counts_files_and_refusals(tmp_path):
+    base, batch = tiny("vit", dtype=torch.float64)
+    tuned = burnish.tune(base, "prefix(length=3, mass='own', hidden=5)", head=False)
+    part = tuned.recipe[0]
+    assert sum(p.numel() for p in tuned.parameters()) == part.count(2, 32, 32)
+    assert parse("prefix(length=3, mass='own')")[0].count(2, 32, 32) == 2 * 2 * 3 * 32 + 4
+    with torch.no_grad():
+        for n, p in tuned.named_parameters():
+            if n.endswith("scales"):
+                p.copy_(torch.tensor([0.5, 2.0]))
+        want = base.eval()(**batch).logits
+        tuned.save(tmp_path / "a")
+        again = burnish.load(tiny("vit", dtype=torch.float64)[0], tmp_path / "a")
+        torch.testing.assert_close(again.model.eval()(**batch).logits, want)
+    assert not any("trunk" in n for n, _ in again.model.named_parameters())
+    tuned = burnish.tune(tiny("llama")[0], "prefix(length=2, mass='own', moved=True)")
+    with pytest.raises(burnish.FormatError, match="no words for"):
+        burnish.export_peft(tuned, tmp_path / "b")
+    with pytest.raises(burnish.RecipeError, match="keeps its softmax to itself"):
+        burnish.tune(tiny("encoder")[0], "prefix(mass='own')")
+    groups = tuned.optimizer(weight_decay=0.1).param_groups
+    assert {g["weight_decay"] for g in groups for p in g["params"] if p.numel() == 2} == {0.0}

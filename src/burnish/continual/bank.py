@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import call
+from ..core.batches import call, moved
 from ..core.errors import RecipeError
 from ..engine.stages import divides
 from ..engine.tuned import Tuned
@@ -75,7 +75,7 @@ class Features:
         """(rows, width) of a batch under what is in use, in evaluation, in float32 or wider."""
         tuned.model.eval()
         with self.seen():
-            call(tuned.model, inputs)
+            call(tuned.model, moved(inputs, next(self.head.parameters()).device))
         out = self.last
         if out.dim() != 2:
             raise RecipeError(f"the head is given {tuple(out.shape)}, where (rows, features) was "

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError
+from ..core.errors import RecipeError
 
 #: number of this time, from 1 -> what the slow set keeps of itself
 Rule = Callable[[int], float]
@@ -35,6 +35,25 @@ def step(rate: float) -> Rule:
     return lambda n: 1 - rate
 
 
+@torch.no_grad()
+def along(fast: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], end: Mapping[str, Tensor],
+          read: Callable[[], float], points: int = 11) -> list[tuple[float, float]]:
+    """(b, what is read) with ``(1 - b) start + b end`` in the model, b from 0 to 1: are two sets of
+    values joined by a path of low loss? What stood there comes back bit for bit."""
+    held = {n: p.detach().clone() for n, p in fast.items()}
+    out = []
+    try:
+        for i in range(points):
+            b = i / (points - 1)
+            for n, p in fast.items():
+                p.copy_(torch.lerp(start[n], end[n], b))
+            out.append((b, float(read())))
+    finally:
+        for n, p in fast.items():
+            p.copy_(held[n])
+    return out
+
+
 class DualWeights:
     """The slow values of tensors, a copy of the fast ones to begin with.
 
@@ -44,7 +63,7 @@ class DualWeights:
 
     def __init__(self, fast: Mapping[str, nn.Parameter], rule: Rule):
         if not fast:
-            raise ConfigError("nothing trains whose values could be followed")
+            raise RecipeError("nothing trains whose values could be followed")
         self.fast, self.rule, self.times = dict(fast), rule, 0
         self.slow = {n: p.detach().clone() for n, p in self.fast.items()}
 
@@ -86,6 +105,6 @@ class DualWeights:
     def _same(self) -> None:
         for n, p in self.fast.items():
             if p.shape != self.slow[n].shape:
-                raise ConfigError(f"{n} was {tuple(self.slow[n].shape)} and is {tuple(p.shape)} "
+                raise RecipeError(f"{n} was {tuple(self.slow[n].shape)} and is {tuple(p.shape)} "
                                   "now: values are followed where sizes stay, leave out what "
                                   "changes a rank")

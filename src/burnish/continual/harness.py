@@ -64,7 +64,7 @@ def run(stream: Stream, recipe: Any, how: str | Learner = "sequential", *,
 
     recipe: what ``burnish.tune`` takes.  how: a learner, or its expression.  training: default the
     stream's own.  seed: of the new head, the order of rows, and what recipe and learner draw; the
-    global generator is left where it stands.  tell: is told each task's end.
+    global generators are left where they stand.  tell: is told each task's end.
 
     Raises ConfigError and RecipeError for what cannot be learnt so, before anything runs.
     """
@@ -72,7 +72,7 @@ def run(stream: Stream, recipe: Any, how: str | Learner = "sequential", *,
     study = Study(stream, parse(recipe), training or stream.training, seed)
     one.check(study)
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         one.begin(study)
         trained = sum(p.numel() for p in one.tuned.parameters())

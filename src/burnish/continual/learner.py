@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import recipe as recipes
-from ..core.batches import call
+from ..core.batches import call, moved
 from ..core.errors import ConfigError, RecipeError, nearest
 from ..core.recipe import Recipe
 from ..engine.stages import divides, stages_of
@@ -108,8 +108,9 @@ class Learner:
     # -- for those that override --------------------------------------------------------------
     def joined(self, name: str = "default", head: bool | str | None = None) -> Tuned:
         """A fresh model with the recipe joined to it under a name; head=None: the stream's."""
-        study = self.study
-        return tune(study.stream.model(), study.recipe, targets=study.stream.targets,
+        study, model = self.study, self.study.stream.model()
+        self.device = next(model.parameters()).device
+        return tune(model, study.recipe, targets=study.stream.targets,
                     head=study.stream.head if head is None else head,
                     calibration=self.reads(study.stream.tasks[0].train), seed=study.seed, name=name)
 
@@ -139,7 +140,8 @@ class Learner:
         n = len(rows) - replayed
         keys = {"replay": torch.tensor([0] * n + [1] * replayed),
                 "task": torch.tensor([of[int(y)] for y in labels])}
-        return Given(self.study.stream.collate([x for x, _ in rows]), labels, keys)
+        inputs = self.study.stream.collate([x for x, _ in rows])
+        return Given(*moved((inputs, labels, keys), self.device))
 
     current: ClassVar[bool] = False                  # among classes of a row's own task alone
 
@@ -180,7 +182,7 @@ class Learner:
         keys = {} if task is None or "task" not in self.keys else \
             {"task": torch.full((rows_of(inputs),), task)}
         with self.tuned.given(**keys):
-            return self.study.stream.logits(call(self.tuned.model, inputs))
+            return self.study.stream.logits(call(self.tuned.model, moved(inputs, self.device)))
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor that is stored, by name."""
@@ -237,7 +239,7 @@ def find(name: str) -> type[Learner]:
 def learner(text: str | Learner) -> Learner:
     """``"lae(ema=0.999)"`` or a learner, as a learner. Raises ConfigError."""
     if isinstance(text, Learner):
-        if not text.name:
+        if "name" not in vars(type(text)):           # its own, not that of a learner it builds on
             type(text).name = type(text).__module__.rpartition(".")[2]
         return text
     name, args = recipes.read_call(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from ..core.errors import ConfigError, RecipeError
+from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError, TargetError
 from ..core.method import Method
 from ..core.recipe import parse
 from . import real
@@ -165,8 +165,12 @@ def _line(made: Sequence[Stream], recipe: Any, how: Learner, training: Training 
         return Line(str(recipe), said(how), tuple(
             run(one, recipe, how, training=training, seed=seed, tell=say)
             for one, seed in zip(made, seeds, strict=True)))
-    except RecipeError as why:                       # this one alone
+    except (RecipeError, TargetError, CheckError) as why:          # this one alone
         return Line(str(recipe), said(how), refused=str(why))
+    except BurnishError as why:
+        if type(why) is not BurnishError:            # the call was wrong, for all of them
+            raise
+        return Line(str(recipe), said(how), refused=str(why))      # a loss that is not finite
 
 
 def _streams(stream: Any, scenario: Scenario | None, seeds: Sequence[int]) -> list[Stream]:

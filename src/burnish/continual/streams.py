@@ -132,7 +132,7 @@ class Stream:
         for task in self.tasks:
             for c in task.classes:
                 of[c, list(task.classes)] = True
-        return of[labels]
+        return of[labels.cpu()]
 
     def answerable(self, t: int, j: int) -> bool:
         """Can rows of task j be answered after task t?"""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks.state.keys_values import KeysValues, Moved, Trunk
+from ..blocks.state.keys_values import KeysValues, Moved, OwnMass, Trunk
 from ..blocks.state.prompts import Behind, Lengthened, Prepended
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import Wrap
@@ -77,6 +77,9 @@ def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None
             if p.adapter in weights and counts(slot.module_of(p))]
     if mine and all(isinstance(m, KeysValues | Moved | Trunk) for m in mine) \
             and set(weights.values()) == {1.0}:
+        if any(isinstance(m, OwnMass) for m in mine):
+            raise FormatError("prefix(mass='own') gives its rows a share of attention that PEFT's "
+                              "prefix tuning has no words for; train with mass='shared' to export")
         made = [m.made().detach() for m in mine if isinstance(m, KeysValues)]
         if not any(isinstance(m, Moved) for m in mine):
             raise FormatError("prefix: in PEFT real tokens count from the length of the prefix on; "

@@ -179,6 +179,51 @@ class KeysValues(Listener):
         return func(**given)
 
 
+class OwnMass(KeysValues):
+    """Rows whose share of attention is one, whatever the tokens take:
+
+        y = (1 - l) Attn(K, V) + softmax(q (s_k P_k)^T) (s_v P_v)
+
+    l the share that the rows take of ``[s_k P_k; K]``; s_k, s_v one number each, which train from 1
+    on without weight decay. Written as two attentions: over all keys with values of zero at the
+    rows, and over the rows alone. In ``F.scaled_dot_product_attention`` only.
+    """
+
+    def __init__(self, *args: Any, **kw: Any):
+        super().__init__(*args, **kw)
+        self.scales = nn.Parameter(torch.ones(2))
+        self.scales.burnish_decay = False             # type: ignore[attr-defined]
+
+    def made(self) -> Tensor:
+        return super().made() * self.scales[:, None, None]
+
+    @torch.no_grad()
+    def finished(self) -> dict[str, Tensor]:
+        return {"rows": super().made().contiguous(), "scales": self.scales}
+
+    @torch.no_grad()
+    def collapse(self) -> None:
+        """Keep the rows, unscaled, and drop the MLP that made them."""
+        if self.trunk is not None:
+            rows = nn.Parameter(super().made().contiguous())
+            self.trunk = None
+            del self.up
+            self.rows = rows
+
+    def attend(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+        given = dict(zip(_SDPA_NAMES, args, strict=False)) | kwargs
+        q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
+        P = self._dropped(self.made().to(k.dtype).unsqueeze(1), len(k))
+        rows = [as_heads(r, *t.shape[:2], t.shape[-1]) for r, t in zip(P, (k, v), strict=True)]
+        mask, causal = given.pop("attn_mask", None), given.pop("is_causal", False)
+        alone = func(q, *rows, **given)
+        ahead = self.length if causal else 0
+        tokens = func(F.pad(q, (0, 0, ahead, 0)), torch.cat([rows[0], k], -2),
+                      F.pad(v, (0, 0, self.length, 0)), is_causal=causal,
+                      attn_mask=None if mask is None else self._wider(mask, k.shape[-2]), **given)
+        return alone + (tokens[..., ahead:, :] if ahead else tokens)
+
+
 class Moved(Listener):
     """Listens to a stack of blocks: its tokens stand `length` positions further on, as they do
     behind rows that are handed to a model as its key-value cache."""

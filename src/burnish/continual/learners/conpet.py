@@ -111,7 +111,7 @@ class Conpet(Learner):
         each = F.cross_entropy(masked(z, _first(t + 1, z.shape[1])), given.labels.to(z.device),
                                reduction="none")
         # every task counts alike over an epoch
-        share = (self.many.sum() / (len(self.many) * self.many))[given.labels].to(each)
+        share = (self.many.sum() / (len(self.many) * self.many))[given.labels.cpu()].to(each)
         return self.weight * (each * share).mean()
 
     @torch.no_grad()

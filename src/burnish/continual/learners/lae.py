@@ -27,8 +27,10 @@ class Lae(Learner):
     task on the head trains by itself for the first `freeze` epochs, then all of it. The mean runs
     on meanwhile. (The text of the paper averages the two answers; its code takes the larger.)
 
-    Learning at like rates is a matter of the recipe: ``parallel(placement="attention",
-    bottleneck=5, scale=1.0, act="gelu", train_scale=True)``, ``lora(rank=5, targets="k,v")``.
+    Modules learn at like rates by a scale that trains: ``lora(rank=5, train_scale=True,
+    targets="k,v")``, ``parallel(placement="attention", bottleneck=5, scale=1.0, act="gelu",
+    train_scale=True)``, ``prefix(length=10, mass="own")``; the paper puts them in the first five
+    blocks and trains with Adam at a constant rate.
     Stores phi twice.
     Takes any recipe whose tensors keep their sizes; no memory of rows. A recipe with a controller
     counts on all that trains: freeze=0. The head begins the second phase with fresh moments.
@@ -53,7 +55,7 @@ class Lae(Learner):
             raise RecipeError(f"{part.name} has its own way through tasks, and so has lae: leave "
                               "it out")
         if self.freeze >= study.training.epochs:
-            raise ConfigError(f"lae: of {study.training.epochs} epochs the head trains alone for "
+            raise RecipeError(f"lae: of {study.training.epochs} epochs the head trains alone for "
                               f"{self.freeze}, and nothing would be left: freeze="
                               f"{study.training.epochs - 1} or less")
         if self.freeze and (m := next((m for m in study.recipe if "controller" in m.axes()), None)):

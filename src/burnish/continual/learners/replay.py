@@ -98,7 +98,7 @@ def halves(z: Tensor, given: Given, allowed: Tensor) -> Tensor:
     """Half the mean over new rows and half that over rows of the past; the former alone where there
     are none."""
     old = given.keys["replay"].bool()
-    allowed = allowed.expand(len(z), -1)
+    allowed = allowed.to(z.device).expand(len(z), -1)
     new = cross_entropy(z[~old], given.labels[~old], allowed[~old])
     return new if not old.any() else \
         (new + cross_entropy(z[old], given.labels[old], allowed[old])) / 2

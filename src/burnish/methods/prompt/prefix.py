@@ -3,7 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...blocks.state.keys_values import KeysValues, Seen, Trunk
+from torch import nn
+
+from ...blocks.state.keys_values import KeysValues, OwnMass, Seen, Trunk
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ._stacks import attentions, check_ids, move_tokens, read_words
@@ -31,21 +33,25 @@ class Prefix(Method):
     a checkpoint of a run all of it. Dropout acts on the rows, on each sample's by itself (P-Tuning
     v2: 0.1).
 
+    With ``mass="own"`` (LAE) the rows' share is one, whatever tokens take: ``(1 - l) Attn(K, V) +
+    softmax(q (s_k P_k)^T) s_v P_v``, s_k and s_v one number an attention each, from 1 on, so that
+    rows learn as fast as other modules do. Two attentions in place of one.
+
     Start: rows N(0, 0.02^2), or P' normal. ``init="activations"`` starts from the keys and values
     that the pre-trained model gives to real tokens: to the words `ids`, repeated to length (before
     the text where positions are rotary: there the prefix is those words), or to the first `length`
     tokens of ``tune(..., calibration=batches)``, padding left out. With the MLP, up_l is the least
     squares solution. Never the pre-trained function, since the prefix takes a share.
-    Trains 2 length H h per attention; with the MLP length d + (d + 1) hidden once and
-    2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the extra
-    keys and values, in a causal attention as many queries. Not mergeable.
+    Trains 2 length H h per attention (own mass: and 2); with the MLP length d + (d + 1) hidden
+    once and 2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the
+    extra keys and values, in a causal attention as many queries. Not mergeable.
 
     Works wherever attention calls ``F.scaled_dot_product_attention``, and on
     ``nn.MultiheadAttention``; eager attention is refused.
     """
 
     paper: ClassVar[str] = ("Prefix-Tuning (2021), arXiv:2101.00190; P-Tuning v2 (2022), "
-                            "arXiv:2110.07602")
+                            "arXiv:2110.07602; LAE (2023), arXiv:2303.10070")
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     identity: ClassVar[bool] = False
@@ -59,6 +65,8 @@ class Prefix(Method):
         None, "token ids whose activations start the rows; None takes calibration data",
         other=((1, 2, 3),), beside={"init": "activations"})
 
+    mass: Literal["shared", "own"] = setting(
+        "shared", "of the rows in attention: a share that tokens leave, or one of their own")
     moved: bool = setting(
         False, "real tokens count from length on",
         unseen="not all models count their tokens: tests/methods/test_prefix.py")
@@ -77,6 +85,11 @@ class Prefix(Method):
             raise RecipeError(f"prefix: the model computes attention with {chosen!r}, where rows "
                               "cannot be put before the keys; load it with "
                               "attn_implementation='sdpa'")
+        if self.mass == "own" and (met := next(
+                (p for p, _ in sites if isinstance(anatomy.model.get_submodule(p),
+                                                   nn.MultiheadAttention)), None)):
+            raise RecipeError(f"prefix(mass='own'): {met} is an nn.MultiheadAttention, which keeps "
+                              "its softmax to itself; expected mass='shared'")
         return Sides(self, sites)
 
     def finished(self) -> Prefix:
@@ -84,9 +97,11 @@ class Prefix(Method):
 
     def count(self, layers: int, width: int, d: int) -> int:
         """Trainable parameters over `layers` attentions with keys of this width, states of d."""
+        own = 2 * layers * (self.mass == "own")
         if not self.hidden:
-            return 2 * layers * self.length * width
-        return self.length * d + (d + 1) * self.hidden + layers * 2 * width * (self.hidden + 1)
+            return 2 * layers * self.length * width + own
+        once = self.length * d + (d + 1) * self.hidden
+        return once + layers * 2 * width * (self.hidden + 1) + own
 
 
 @dataclass(frozen=True)
@@ -100,10 +115,11 @@ class Sides:
         m = self.method
         width = attacher.anatomy.hidden_size
         trunk = Trunk(m.length, width, m.hidden) if m.hidden else None
-        banks = {}
+        banks: dict[str, KeysValues] = {}
         for path, keys in self.sites:
-            banks[path] = KeysValues(attacher.state, attacher.adapter.name, m.length, keys, trunk,
-                                     dropout=m.dropout).to(attacher.device(path))
+            kind = OwnMass if m.mass == "own" else KeysValues
+            banks[path] = kind(attacher.state, attacher.adapter.name, m.length, keys, trunk,
+                               dropout=m.dropout).to(attacher.device(path))
             banks[path].listen(attacher.slot(path), part.name)
         if m.moved:
             move_tokens(attacher, part, m.length)

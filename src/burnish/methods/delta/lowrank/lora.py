@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from ....blocks.weight.factor import Chain
+from ....blocks.weight.scaled import Scaled
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
@@ -29,6 +30,11 @@ class Lora(Method):
     no input to drop.
     Merges exactly: ``W + s B A``.
 
+    With ``train_scale=True`` s is multiplied by one number a matrix that trains from 1 on, without
+    weight decay (LAE, which so lets updates learn as fast as other modules): one more trained, and
+    nothing kept but x, since backward runs the chain again. Not for embeddings and experts, nor
+    beside train_a=False.
+
     ``b_rate`` multiplies the learning rate of B (LoRA+; the paper suggests 16), `embedding_rate`
     that of the factors of embeddings instead (the authors give those 1e-6). (Their code gives B's
     rate to every tensor of one dimension that trains besides, biases and norms; here those keep
@@ -38,7 +44,8 @@ class Lora(Method):
     """
 
     paper: ClassVar[str] = ("LoRA (2021), arXiv:2106.09685; rsLoRA (2023), arXiv:2312.03732; "
-                            "LoRA+ (2024), arXiv:2402.12354; LoRA-FA (2023), arXiv:2308.03303")
+                            "LoRA+ (2024), arXiv:2402.12354; LoRA-FA (2023), arXiv:2308.03303; "
+                            "LAE (2023), arXiv:2303.10070")
     tier: ClassVar[str] = "checked against the paper's numbers"
 
     rank: int = setting(8, "rank of the update", alias=("r",))
@@ -48,6 +55,7 @@ class Lora(Method):
     train_a: bool = setting(True, "False freezes A (LoRA-FA): x is not kept")
     init: Literal["uniform", "normal"] = setting(
         "uniform", "start of A: within 1/sqrt(in), or of deviation 1/rank")
+    train_scale: bool = setting(False, "s trains too")
     b_rate: float = setting(1.0, "learning rate of B relative to A (LoRA+)")
     embedding_rate: float = setting(
         1.0, "learning rate of both factors of embeddings relative to the others",
@@ -57,14 +65,18 @@ class Lora(Method):
         check_dropout("lora", self.dropout)
         check_rate("lora", self.b_rate)
         check_rate("lora", self.embedding_rate, "embedding_rate")
+        if self.train_scale and not self.train_a:
+            raise RecipeError("lora: a scale that trains reads the whole input, which "
+                              "train_a=False does not keep: leave one of them out")
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rs" else self.rank)
 
-    def delta(self, site: Site) -> Chain:
+    def delta(self, site: Site) -> Chain | Scaled:
         site.place.check_rank(self.rank, "lora")
-        term = Chain(site.place, self.rank, self.scale, self.dropout, self.train_a)
+        term = self._scaled(site.place) if self.train_scale else \
+            Chain(site.place, self.rank, self.scale, self.dropout, self.train_a)
         if self.init == "normal" and site.place.kind != "embedding":
             nn.init.normal_(term.A, std=1 / self.rank)
         term.A.burnish_decay = term.B.burnish_decay = False
@@ -74,14 +86,21 @@ class Lora(Method):
             term.B.burnish_lr = self.embedding_rate
         return term
 
+    def _scaled(self, place: Place) -> Scaled:
+        if place.kind == "embedding" or place.experts:
+            raise RecipeError(f"lora(train_scale=True): {place.name} is "
+                              f"{'a table' if place.kind == 'embedding' else 'of experts'}, whose "
+                              "scale is fixed; name other targets")
+        return Scaled(place.out, place.inp, self.rank, self.scale, self.dropout)
+
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return self.rank
+        return 0 if self.train_scale else self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
         per = self.rank * (place.out + (place.inp if self.train_a else 0))
-        return per * max(1, place.experts)
+        return per * max(1, place.experts) + self.train_scale
 
 
 def check_dropout(name: str, p: float, word: str = "dropout") -> None:
