@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from tests.continual.plane import plane
+from tests.continual.plane import network, plane
 
 import burnish
 from burnish.cli import main
@@ -46,10 +47,11 @@ def test_a_row_that_cannot_be_learnt_leaves_the_others():
                                learners=["lae", "conpet"], baselines=False, training=QUICK)
     assert "freeze=0 or less" in report.lines[0].refused and report.lines[1].results
     assert "nowhere" in report.lines[3].refused
-    wild = Training(epochs=2, batch=8, rate=1e30)
-    found = burnish.continual(plane(), ["full + sgd(momentum=0.0)", "linear_probe"],
-                              baselines=False, training=wild)
-    assert "finite" in found.lines[0].refused and found.lines[1].results
+    wild = replace(plane(), logits=lambda out: out * float("nan"))
+    with pytest.raises(ConfigError, match="nothing could be learnt: the loss is nan"):
+        burnish.continual(wild, "full", baselines=False)
+    with pytest.raises(ConfigError, match="a head of 6 classes"):        # the stream is wrong
+        burnish.continual(replace(plane(), model=lambda: network(4)), "full")
 
 
 def test_one_recipe_one_learner_no_baselines():
