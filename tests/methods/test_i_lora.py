@@ -414,3 +414,86 @@ def test_what_a_memory_cannot_hold_is_refused(use, why):
     memory.show({"x": torch.zeros(3, 2)})
     with pytest.raises((ConfigError, DataError), match=why):
         use(memory)
+
+
+# -- states after each block, and only what has fallen below ---------------------------------------
+def states_of(model, run):
+    """The states after each of the blocks of a tiny model."""
+    found, handles = [], []
+    for block in Anatomy.of(model).blocks:
+        handles.append(model.get_submodule(block.path).register_forward_hook(
+            lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out)))
+    run()
+    for h in handles:
+        h.remove()
+    return found
+
+
+@pytest.mark.parametrize("target", ["symmetric", "max"])
+@pytest.mark.parametrize("model", ["vit", "bert", "llama"])
+def test_states_after_each_block(model, target):
+    """mean over layers, tokens that count and dimensions of (h - t)^2, t = h_slow or the larger."""
+    net, batch = tiny(model, dtype=torch.float64, batch=3)
+    if model != "vit":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, -3:] = 0
+    tuned = burnish.tune(net, f"i_lora(rank=2, weight=0.7, compare='hidden', target='{target}')",
+                         head=False)
+    for _, term in tuned.terms(Interpolated):
+        term.double()
+    stir(tuned, size=0.1)
+    for k, (_, term) in enumerate(tuned.terms(Interpolated)):
+        for t in term._buffers.values():
+            t.add_(0.2 * torch.randn(t.shape, generator=torch.Generator().manual_seed(k),
+                                     dtype=torch.float64))
+    net.train()
+    rows, keys = [1, 2], {"replay": torch.tensor([0, 1, 1])}
+    slow = copy.deepcopy(tuned).merge().eval()
+    with torch.no_grad():
+        theirs = states_of(slow, lambda: slow(**batch))
+    out = []
+    mine = states_of(tuned.model, lambda: out.append(tuned.model(**batch, **keys)))
+    assert len(mine) == len(theirs) == 2
+    penalty = 0
+    for h, t in zip(mine, theirs, strict=True):
+        h, t = h[rows], t[rows]
+        if target == "max":
+            t = torch.maximum(h, t).detach()
+        off = (h - t).square()
+        if model != "vit":
+            off = off[batch["attention_mask"][rows].bool()]
+        penalty = penalty + off.mean() / 2
+    want = torch.autograd.grad(out[0].loss + 0.7 * penalty, list(tuned.parameters()))
+    tuned.optimizer(lr=0.0)
+    tuned.loss({**batch, **keys}).backward()
+    for (n, p), g in zip(tuned.named_parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-10, msg=n)
+
+
+@pytest.mark.parametrize("compare", ["logits", "hidden"])
+def test_what_is_above_the_long_term_set_is_free(compare):
+    """h >= h_slow everywhere: no penalty, and the gradient of the task alone."""
+    m = parse(f"i_lora(target='max', compare='{compare}')")[0]
+    g = torch.Generator().manual_seed(0)
+    slow = torch.randn(4, 6, generator=g, dtype=torch.float64)
+    above = (slow + torch.rand(4, 6, generator=g, dtype=torch.float64)).requires_grad_()
+    term = m._off(above, slow, None)
+    term.backward()
+    assert float(term.detach()) == 0.0 and not above.grad.any()
+    below = (slow - 0.5).requires_grad_()
+    m._off(below, slow, None).backward()
+    torch.testing.assert_close(below.grad, torch.full_like(slow, -2 * 0.5 / 24))
+    net, batch = tiny("vit", batch=4)
+    tuned = burnish.tune(net, f"i_lora(rank=2, target='max', compare='{compare}')", head=False)
+    tuned.optimizer(lr=0.0)
+    tuned.loss({**batch, "replay": 1}).backward()           # both sets the same: nothing below
+    with_term = [p.grad.clone() for p in tuned.parameters()]
+    tuned.model.zero_grad()
+    tuned.loss({**batch, "replay": 0}).backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(tuned.parameters(), with_term, strict=True))
+
+
+def test_states_are_of_models_with_blocks():
+    with pytest.raises(RecipeError, match="this model has none"):
+        layer("i_lora(rank=2, compare='hidden')")[0].optimizer()
+    layer("i_lora(rank=2, compare='hidden', weight=0.0)")[0].optimizer()

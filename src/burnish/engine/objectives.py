@@ -52,9 +52,10 @@ class Run:
         mode, computed once."""
         return self._reference(adapter, rows)[0]
 
-    def reference_taps(self, adapter: str | None = None) -> dict[str, Any]:
+    def reference_taps(self, adapter: str | None = None, rows: Sequence[int] | None = None
+                       ) -> dict[str, Any]:
         """What `taps` are of this forward, of that one."""
-        return self._reference(adapter, None)[1]
+        return self._reference(adapter, rows)[1]
 
     def _reference(self, adapter: str | None, rows: Sequence[int] | None
                    ) -> tuple[Any, dict[str, Any]]:

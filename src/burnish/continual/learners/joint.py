@@ -19,9 +19,13 @@ class Joint(Learner):
     paper: ClassVar[str] = "common practice"
     whole: ClassVar[bool] = True
 
-    def check(self, study: Study) -> None:
-        super().check(study)
-        if (part := divides(study.recipe)) is not None and part.name == "o_lora":
+    def begin(self, study: Study) -> None:
+        super().begin(study)
+        if (part := divides(study.recipe)) is None:
+            return
+        own = list(self.tuned.adapters)
+        if any(s.trains not in own or s.only or s.beside
+               for s in part.stages(self.tuned, study.names)):
             raise RecipeError(f"{part.name} trains one task after the other, and joint has them "
                               "all at once: leave it out")
 

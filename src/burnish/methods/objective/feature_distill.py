@@ -68,7 +68,7 @@ class FeatureDistill(Method):
                                       logits_of(teacher, self.name))
         if paths:
             theirs = run.reference_taps(self.adapter)
-            pairs = [(_state(run.taps[p]), _state(theirs[p])) for p in paths]
+            pairs = [(state(run.taps[p]), state(theirs[p])) for p in paths]
             for path, (f, t) in zip(paths, pairs, strict=True):
                 if f.shape != t.shape:
                     raise ConfigError("feature_distill compares states position by position, and "
@@ -78,7 +78,7 @@ class FeatureDistill(Method):
             yield self.weight / len(paths) * sum(apart(f, t) for f, t in pairs)
 
 
-def _state(out: Any) -> Tensor:
+def state(out: Any) -> Tensor:
     """The states among what a block returns."""
     state: Tensor = out[0] if isinstance(out, tuple | list) else out
     return state

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ....blocks.weight.interpolated import Interpolated
+from ....core.batches import inputs
 from ....core.errors import RecipeError
 from ....core.keys import Key
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from ....core.stage import Stage
 from ...objective.distill import counted, logits_of
+from ...objective.feature_distill import state
 from .lora import check_dropout
 
 if TYPE_CHECKING:
+    from ....core.anatomy import Anatomy
     from ....engine.tuned import Tuned
 
 
@@ -40,10 +43,13 @@ class ILora(Method):
         W' = W + s B A,   s = alpha / rank                        while a graph is wanted
         A_slow <- ema A_slow + (1 - ema) A,  B_slow alike         after each update
         W' = W + s B_slow A_slow                                  in evaluation without one
-        loss + weight mean (z - z_slow)^2                         over samples of the memory
+        loss + weight mean (z - t)^2,   t = z_slow                over samples of the memory
 
     A (rank, in), B (out, rank), z the logits of the working set, z_slow those of the long-term one
-    on the same samples, in evaluation mode and without gradients. ``replay`` in the batch says
+    on the same samples, in evaluation mode and without gradients. With compare="hidden" they are
+    the states after each block instead, all of them, tokens that the attention mask leaves out
+    aside; with target="max" ``t = max(z, z_slow)``: only what has fallen below the long-term set is
+    pulled up. (The authors' code has both of these, and ema=0.25.) ``replay`` in the batch says
     which samples are from the memory (``blocks.state.reservoir.Reservoir`` holds one and mixes
     batches); without any the term is zero. With labels per token, rows that answer none do not
     count. Several data sets are tasks, one after the other in the same adapter.
@@ -52,8 +58,8 @@ class ILora(Method):
     matrix; as many numbers beside them in memory and in the file. Kept for backward as LoRA; costs
     a forward on the samples of the memory. Merges exactly, and leaves as a plain LoRA: the
     long-term set. No weight decay. The paper averages factors, not updates (``E[B] E[A]`` is not
-    ``E[B A]``). Our readings (unconfirmed): the logits are what is compared, as a mean over
-    entries; ema and weight.
+    ``E[B A]``). The text leaves open what is compared: logits as a mean over entries are
+    our reading (unconfirmed), as are ema and weight.
     """
 
     paper: ClassVar[str] = ("Analyzing and Reducing Catastrophic Forgetting in Parameter Efficient "
@@ -74,6 +80,12 @@ class ILora(Method):
     ema: float = setting(0.99, "lambda_e, what the long-term set keeps at an update",
                          alias=("lambda_e",), other=(0.5,))
     weight: float = setting(1.0, "gamma, of the term that holds on to the memory", other=(100.0,))
+    compare: Literal["logits", "hidden"] = setting(
+        "logits", "with those of the long-term set: logits, or the states after each block",
+        beside={"weight": 100.0})
+    target: Literal["symmetric", "max"] = setting(
+        "symmetric", "what long-term values pull: all others, or only those below them",
+        beside={"weight": 100.0})
 
     def __post_init__(self) -> None:
         check_dropout("i_lora", self.dropout)
@@ -97,11 +109,30 @@ class ILora(Method):
         if not rows:                                     # nothing to hold on to in this batch
             yield 0 * z.sum()
             return
+        if self.compare == "hidden":
+            theirs = run.reference_taps(tuned.training, rows)
+            pairs = [(state(run.taps[p]), state(theirs[p])) for p in self.taps(tuned.anatomy)]
+            yield self.weight / len(pairs) * sum(
+                self._off(f[rows], t, _valid(run.batch, rows, t)) for f, t in pairs)
+            return
         slow = logits_of(run.reference(tuned.training, rows), self.name)
-        off = (z[rows] - slow).to(torch.promote_types(z.dtype, torch.float32)).square().mean(-1)
         counts = counted(tuned.model, run.batch, z.shape[:-1])
-        m = torch.ones_like(off) if counts is None else counts[rows].to(off.dtype)
-        yield self.weight * (off * m).sum() / m.sum().clamp_min(1)
+        yield self.weight * self._off(z[rows], slow, None if counts is None else counts[rows])
+
+    def _off(self, z: Tensor, slow: Tensor, counts: Tensor | None) -> Tensor:
+        """mean (z - t)^2 over rows and entries; over rows that count."""
+        off = (slow - z).to(torch.promote_types(z.dtype, torch.float32))
+        off = (off.clamp_min(0) if self.target == "max" else off).square().mean(-1)
+        m = torch.ones_like(off) if counts is None else counts.to(off.dtype)
+        return (off * m).sum() / m.sum().clamp_min(1)
+
+    def taps(self, anatomy: Anatomy) -> tuple[str, ...]:
+        if self.compare == "logits" or not self.weight:
+            return ()
+        if not anatomy.blocks:
+            raise RecipeError("i_lora(compare='hidden') compares the states after each block, and "
+                              "this model has none; expected compare='logits'")
+        return tuple(b.path for b in anatomy.blocks)
 
     def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:
         """A task after the other, all in this adapter."""
@@ -123,3 +154,10 @@ def _memory(replay: Any, z: Tensor) -> list[int]:
     if isinstance(given, FakeTensor):
         return list(range(len(z)))
     return given.expand(len(z)).nonzero().flatten().tolist()
+
+
+def _valid(batch: Any, rows: list[int], states: Tensor) -> Tensor | None:
+    """The tokens of these samples that count; None: all do."""
+    given = inputs(batch)
+    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+    return None if mask is None or mask.shape != (len(mask), *states.shape[1:-1]) else mask[rows]
