@@ -31,11 +31,28 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda i: ("/e2e/" not in i.path.as_posix(), "slow" not in i.keywords))
     from burnish.testing.choose import rank, shard
 
+    if not config.option.file_or_dir and not config.option.keyword:
+        _in_turn(config, items)
     part, parts = shard(os.environ.get("SHARD"))
     if parts > 1:
         mine = [i for i in items if rank(i.nodeid) % parts == part - 1]
         config.hook.pytest_deselected(items=[i for i in items if i not in set(mine)])
         items[:] = mine
+
+
+def _in_turn(config, items):
+    """Where nobody names tests: of the methods' own files those that have changed, and others in
+    turn (docs/decisions/0028-what-one-run-looks-at.md)."""
+    from burnish.core import registry
+    from burnish.testing.choose import TESTS, visited
+
+    own = {f"test_{n}.py": n for n in registry.names(extra=False)}
+    of = {i: own[i.path.name] for i in items if i.path.parent.name == "methods"
+          and i.path.name in own}
+    names = sorted(set(of.values()))
+    out = set(names) - set(visited(names, window=TESTS))
+    config.hook.pytest_deselected(items=[i for i in of if of[i] in out])
+    items[:] = [i for i in items if of.get(i) not in out]
 
 
 def pytest_terminal_summary(terminalreporter):

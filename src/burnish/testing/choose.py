@@ -69,6 +69,8 @@ SETTINGS = 2
 CHANGED = 3000
 #: methods at which suites that go through the catalogue look in one run, besides changed ones
 WINDOW = 32
+#: methods whose own tests a run of all tests goes through, beside as many that have changed
+TESTS = 96
 
 
 def everything() -> bool:
@@ -183,18 +185,18 @@ def breadth(live: dict[str, Sequence[str]], new: Collection[str]) -> int:
     return 1 + CHANGED // per if per else 1
 
 
-def visited(names: Sequence[str], seed: int | None = None, new: Collection[str] | None = None
-            ) -> list[str]:
+def visited(names: Sequence[str], seed: int | None = None, new: Collection[str] | None = None,
+            window: int = WINDOW) -> list[str]:
     """The methods at which a suite that goes through the catalogue looks in one run: all that have
-    changed, as many as there is room for, and :data:`WINDOW` others, which the seed moves on."""
-    if everything() or len(names) <= WINDOW:
+    changed, as many as there is room for, and `window` others, which the seed moves on."""
+    if everything() or len(names) <= window:
         return list(names)
     seed = changed.seed() if seed is None else seed
     order = sorted(names, key=rank)
-    start = seed * WINDOW % len(order)
-    turn = (order[start:] + order[:start])[:WINDOW]
+    start = seed * window % len(order)
+    turn = (order[start:] + order[:start])[:window]
     first = [n for n in sorted(names, key=lambda n: rank(str(seed), n))
-             if n in (changed.methods() if new is None else new)][:WINDOW]
+             if n in (changed.methods() if new is None else new)][:window]
     return [n for n in names if n in {*turn, *first}]
 
 

@@ -53,7 +53,9 @@ class TaskArithmetic(Method):
     """Task arithmetic: add, subtract and combine weight differences.
 
     ``tau_t = theta_t - theta_0``, ``theta = theta_0 + lambda sum_t tau_t``; a negative lambda
-    forgets, signs per task give an analogy (use :func:`task_arithmetic` with weights).
+    forgets, signs per task give an analogy (use :func:`task_arithmetic` with weights). WiSE-FT
+    (arXiv:2109.01903) is one task and lambda = 0.5: ``burnish arithmetic base + 0.5*tuned``; an
+    adapter of factors is scaled, which is the same.
 
     Trains nothing: one lambda is chosen on held-out data (:func:`best_scale`, 0 to 1 in steps of
     0.05); 0.4 without. lambda = 0 is the base exactly; one task with lambda = 1 is that model bit
