@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from burnish.fit.assets import GLYPH_VIT
 from burnish.ui import desk
 from burnish.ui.asking import Desk
-from burnish.ui.places import Refused
+from burnish.ui.places import Refused, confine
 
 VIT = str(GLYPH_VIT)
 
@@ -37,7 +38,7 @@ def test_data_are_read_as_fit_reads_them():
     told = ask("data", data="digits", tops=[], model=VIT)
     assert told["task"] == "image-classification" and told["rows"]["train"] == 720
     assert sum(told["classes"].values()) == 720 and len(told["classes"]) == 10
-    assert told["longest"] is None and told["alone"] and told["train"] == 720
+    assert told["longest"] is None and told["shaped"] and told["alone"] and told["train"] == 720
     assert told["pictures"][0]["image"].startswith("data:image/png;base64,")
     assert json.dumps(told)
 
@@ -76,16 +77,25 @@ def test_a_table_points_at_nothing_outside(tmp_path, name):
     """Pictures that a table names are read as its own; so it names them below the root."""
     top = tmp_path / "top"
     top.mkdir()
-    for bad in ("../secret.png", str(tmp_path / "secret.png")):
+    kinds = itertools.cycle(("path", "bytes"))
+    (top / "link.png").symlink_to(tmp_path / "secret.png")
+    for bad in ("../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png", "link.png",
+                "a/../inside.png", "~/secret.png"):
         text = f"file_name,label\n{bad},a\n" if name.endswith("csv") else \
             json.dumps({"image": bad, "label": "a"}) + "\n"
         (top / name).write_text(text)
         for where in (top, top / name):
             with pytest.raises(Refused, match="outside"):
-                desk.confine(str(where), [str(top)])
+                confine(str(where), [str(top)])
+        (top / name).write_text(json.dumps({"body": bad, "scan": {next(kinds): bad}}) + "\n" if
+                                name.endswith("jsonl") else f"body,scan\n{bad},{bad}\n")
+        confine(str(top), [str(top)])              # words, as far as anybody knows
+        for column in ("body", "scan"):
+            with pytest.raises(Refused, match="outside"):
+                desk.data(quietly, str(top / name), [str(top)], how={"image": column})
     (top / name).write_text("file_name,label\ninside.png,a\n" if name.endswith("csv") else
                             '{"image": "inside.png", "label": "a"}\n')
-    desk.confine(str(top), [str(top)])
+    confine(str(top), [str(top)])
 
 
 def test_a_plan_is_points_with_their_cost_and_its_parts():
@@ -128,6 +138,27 @@ def test_a_recipe_of_one_s_own_is_completed_as_fit_does_it(tmp_path):
     told = desk.plan(quietly, str(tmp_path), "1 GB", 2, 8, task="language-modelling",
                      candidates=["lora(rank=2)"])
     assert [p["recipe"] for p in told["recipes"]] == ["lora(rank=2) + chunked_loss"]
+
+
+def test_what_no_number_of_tokens_says_is_planned_from_its_rows(tmp_path):
+    """Sounds and masks: the promise is that of `fit`, as for all others."""
+    import burnish
+    from burnish.testing.scenes import segformer, shapes
+
+    for part in segformer():
+        part.save_pretrained(tmp_path / "model")
+    model, data = str(tmp_path / "model"), str(shapes(tmp_path / "data", 24))
+    (tmp_path / "data/classes.txt").write_text("floor\ndisc\nbox\n")
+    read = ask("data", data=data, tops=[str(tmp_path)], model=model)
+    assert read["task"] == "semantic-segmentation" and not read["shaped"] and read["samples"]
+    told = ask("plan", model=model, memory="1 GB", batch=4, task=read["task"],
+               labels=read["labels"], data=data, tops=[str(tmp_path)],
+               candidates=["lora(rank=2)"])
+    run = burnish.fit(model, data, recipe="lora(rank=2)", batch_size=4, max_steps=1, quiet=True,
+                      measure=False, report=False, test=False, output=tmp_path / "out", samples=1)
+    assert run.promise.peak_bytes == told["recipes"][0]["peak"]
+    line = json.loads((tmp_path / "out/answers.jsonl").read_text())
+    assert line["answers"][0]["said"]
 
 
 def test_what_has_no_plan_is_said(tmp_path):

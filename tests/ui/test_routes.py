@@ -276,6 +276,17 @@ def test_a_run_that_failed_says_why(page):
     assert ended["code"] == 2
 
 
+def test_a_run_reads_no_table_that_points_elsewhere(page):
+    """Looked at where it is read, whatever the page was asked before."""
+    page.ui.runs.command = (sys.executable, "-m", "burnish.ui.child")
+    (page.root / "data/metadata.csv").write_text("file_name,label\n../../outside.png,a\n")
+    name = page.client.post("/api/runs", json=asked(data="root:data/metadata.csv")).json()["id"]
+    found = until(lambda: (r := page.client.get(f"/api/runs/{name}").json())["state"] != "running"
+                  and r, 60)
+    assert found["state"] == "failed" and "lies outside of the folder" in found["why"]
+    assert not (page.root / "runs" / name / "process.json").exists()
+
+
 # -- what a run leaves -----------------------------------------------------------------------------
 @pytest.fixture
 def left(page):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, ConfigError
-from .places import Refused, within
+from .places import confine
 
 Say = Callable[[int, int], None]
 
@@ -93,7 +93,7 @@ def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: 
             "classes": counted(found), "samples": samples(found),
             "pictures": [{"image": uri, "label": label} for uri, label in gallery(found)]}
     if model is not None:
-        told |= lengths(taught(data, tops, model, trust, how, max_length))
+        told |= lengths(taught(data, tops, model, trust, how, max_length), model, trust)
     return told
 
 
@@ -103,7 +103,7 @@ def rows(data: str, tops: list[str], model: str | None, trust: bool,
     from ..fit.data import read
     from ..fit.places import suited
 
-    confine(data, tops)
+    confine(data, tops, (how or {}).values())
     found = read(data, **(how or {}), seed=42)
     return found if model is None else suited(found, model, trust)
 
@@ -117,27 +117,6 @@ def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str
     found = rows(data, tops, model, trust, how)
     check_served(found.task, model, trust)
     return task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42)
-
-
-def confine(data: str, tops: Sequence[str]) -> None:
-    """Raises Refused where a table points at pictures or sounds outside of what may be read."""
-    from ..fit.columns import AUDIO, IMAGE
-    from ..fit.layouts import TABLES, table
-
-    path = Path(data)
-    if not path.is_absolute():                      # a name on the hub, or built in
-        return
-    tables = [path] if path.is_file() else [
-        p for p in path.rglob("*") if p.suffix.lower() in TABLES]
-    for one in tables:
-        if one.suffix.lower() not in TABLES:
-            continue
-        columns = table(one).columns
-        for name in ("file_name", "file", "path", *IMAGE, *AUDIO):
-            for value in columns.get(name, ()):
-                if isinstance(value, str) and not within(one.parent / value, list(tops)):
-                    raise Refused(f"{one.name}, column {name!r}: {value[:80]!r} lies outside of "
-                                  "the folder that was opened")
 
 
 def counted(found: Any) -> dict[str, int] | None:
@@ -168,18 +147,25 @@ def words(name: str, value: Any, labels: Sequence[str] | None, most: int = 400) 
     return text if len(text) <= most else f"{text[:most - 1]}…"
 
 
-def lengths(task: Any) -> dict[str, Any]:
+def lengths(task: Any, model: str, trust: bool) -> dict[str, Any]:
     """How many tokens rows have, and what the tokenizer said of them. `longest` is what a step must
-    be planned for; None where rows are no texts."""
+    be planned for; None where rows are no texts. shaped: do samples and tokens say all of it?"""
+    from ..fit.kinds import pictured
+    from ..fit.places import config_of
+
     rows = task.rows("train")
     told: dict[str, Any] = {"alone": task.alone, "train": len(rows),
-                            "notes": list(task.notes), "longest": None}
+                            "notes": list(task.notes), "longest": None, "shaped": False}
     batch = task.example(1)
     if "input_ids" in batch:
         many = sorted(rows.length(i) for i in range(len(rows)))
-        told |= {"longest": int(batch["input_ids"].shape[-1]),
+        told |= {"longest": int(batch["input_ids"].shape[-1]), "shaped": True,
                  "tokens": {"median": many[len(many) // 2], "most": many[-1],
                             "nine_in_ten": many[(9 * len(many)) // 10 - (len(many) % 10 == 0)]}}
+    elif "pixel_values" in batch and pictured(task.data.task):
+        side = getattr(config_of(model, task.data.task, trust), "image_size", None)
+        told["shaped"] = tuple(batch["pixel_values"].shape[-2:]) == (
+            tuple(side) if isinstance(side, list | tuple) else (side, side))
     return told
 
 
@@ -192,12 +178,12 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
          max_length: int | None = None) -> dict[str, Any]:
     """Every recipe with what it costs, from the configuration and the shape of a batch.
 
-    data: of sounds; how long a recording is no number of tokens says, so the longest are taken.
+    data: the costliest rows are taken, where no number of samples and tokens says how large a batch
+        is (sounds, masks, pictures of another size than the configuration's).
     """
     import burnish
 
     from ..core.recipe import parse
-    from ..fit.kinds import heard
     from ..fit.places import config_of
     from ..fit.tasks import by_itself
     from ..memory.fakes import from_config
@@ -206,11 +192,10 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
     quiet()
     config = config_of(model, task or "fine-tuning", trust)
     if task is not None:
-        if candidates is None:
-            by_itself(task, None, memory)
+        by_itself(task, None, memory)
         as_task(config, task, labels)
     shape: Any = batch if length is None else (batch, length)
-    if task is not None and heard(task) and data is not None:
+    if data is not None:
         of = taught(data, list(tops), model, trust, how, max_length)
         shape = of.call(of.example(batch), False)[0]
 

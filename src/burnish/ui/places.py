@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,42 @@ def checked(path: Path, places: Places) -> Path:
     return path
 
 
-def within(path: Path, tops: list[str]) -> bool:
-    """Does what a table names lie where it may be read?"""
-    real = Path(os.path.realpath(path))
+def confine(data: str, tops: Sequence[str], named: Iterable[str] = ()) -> None:
+    """Raises Refused where a table points at files outside of what may be read: by the columns that
+    are read as files, and by those that somebody names."""
+    from ..fit.columns import AUDIO, IMAGE, MASK
+    from ..fit.layouts import TABLES, table
+
+    path = Path(data)
+    if not path.is_absolute():                      # a name on the hub, or built in
+        return
+    files = {"file_name", "file", "path", *IMAGE, *AUDIO, *MASK, *(n.lower() for n in named)}
+    for one in [path] if path.is_file() else sorted(path.rglob("*")):
+        if one.suffix.lower() not in TABLES:
+            continue
+        for name, values in table(one).columns.items():
+            if name.lower() in files or name.lower().endswith("_file_name"):
+                for file in (f for value in values for f in _files(value)):
+                    if not _below(one.parent, file, tops):
+                        raise Refused(f"{one.name}, column {name!r}: {file[:80]!r} lies outside "
+                                      "of the folder that was opened")
+
+
+def _files(value: Any) -> list[str]:
+    """The paths that a cell of a table may name."""
+    if isinstance(value, dict):
+        coded = value.get("bytes")
+        given = [] if isinstance(coded, bytes) else [coded, value.get("path")]
+    else:
+        given = [value]
+    return [v for v in given if isinstance(v, str)]
+
+
+def _below(folder: Path, file: str, tops: Sequence[str]) -> bool:
+    """Is it, whether readers take it from the table's folder or from where they stand?"""
+    if ".." in Path(file).parts or file.startswith("~") or "\0" in file:
+        return False
+    real = Path(os.path.realpath(folder / file))
     return any(_is_inside(real, Path(top)) for top in tops)
 
 

@@ -149,7 +149,7 @@ class Runs:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / CONFIG, dict(config))
             self._started.append(subprocess.Popen(
-                [*self.command, str(folder), str(handle)],
+                [*self.command, str(folder), str(handle), str(self.places.root)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd=folder, env=environment(), pass_fds=(handle,), start_new_session=True))
         finally:

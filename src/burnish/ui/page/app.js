@@ -109,7 +109,7 @@ async function plan(more = {}) {
     prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1, ...more };
   if (read.labels) body.labels = read.labels;
   if (read.longest) body.length = read.longest;
-  if (read.task.startsWith("audio-")) { body.data = now.data; body.how = now.how; }
+  if (!read.shaped) Object.assign(body, { data: now.data, how: now.how, max_length: +$("longest").value || null });
   const bar = h("progress", { max: 1, "aria-label": "Recipes looked at" }), words = h("span", { class: "faint" }, "Simulating recipes…");
   $("plan-status").replaceChildren(bar, words);
   try {
@@ -205,7 +205,7 @@ async function start(e) {
       learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
       seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
     const run = await send("POST", "/api/runs", { model: now.model, data: now.data, recipe: r ? r.recipe : text,
-      memory: now.plans ? $("memory").value.trim() : null, how: { ...now.how }, settings, classes: now.read?.labels,
+      memory: $("memory").value.trim() || null, how: { ...now.how }, settings, classes: now.read?.labels,
       promise: r ? { peak: r.peak, by: r.by } : null });
     told.replaceChildren();
     location.hash = `run/${run.id}`;

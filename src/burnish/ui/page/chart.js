@@ -108,7 +108,7 @@ export function frontier(box, recipes, budget, chosen, on) {
   const drawn = [...recipes].sort((a, b) => (a.recipe === chosen?.recipe) - (b.recipe === chosen?.recipe));
   for (const r of drawn) {
     const own = r.recipe === chosen?.recipe, fits = r.needs <= budget;
-    svg.append(s("g", { class: `point${fits ? "" : " over"}${own ? " chosen" : ""}`, "data-recipe": r.recipe,
+    svg.append(s("g", { class: `point${fits ? "" : " over"}${own ? " chosen" : ""}${r.known ? "" : " guess"}`, "data-recipe": r.recipe,
       onclick: () => on.choose(r) },
       s("circle", { cx: x(r.needs), cy: y(r.quality), r: 13, fill: "transparent" }),
       s("circle", { class: "dot", cx: x(r.needs), cy: y(r.quality), r: own ? 8 : 6 }),
@@ -165,7 +165,8 @@ export function frontier(box, recipes, budget, chosen, on) {
   });
   svg.append(line);
   put(budget);
-  box.replaceChildren(svg);
+  const guessed = recipes.some((r) => !r.known) ? "; dotted: its quality was not measured" : "";
+  box.replaceChildren(svg, h("p", { class: "faint legend" }, `Filled: fits; hollow: needs more than the line${guessed}. A click chooses.`));
 }
 
 export function short(text, most) {

@@ -132,7 +132,7 @@ export function watch(box, id) {
   function tryIt() {
     if (!trying.hidden) return;
     trying.hidden = false;
-    const pictured = (it.run.task || "").startsWith("image-"), sounding = (it.run.task || "").startsWith("audio-"), out = h("div", { "aria-live": "polite" });
+    const pictured = /^image-|^semantic-/.test(it.run.task || ""), sounding = (it.run.task || "").startsWith("audio-"), out = h("div", { "aria-live": "polite" });
     const input = pictured || sounding ? h("input", { type: "file", accept: pictured ? "image/png,image/jpeg,image/webp,image/gif,image/bmp" : ".wav,.flac,.ogg,.mp3,.opus,.aiff" })
       : h("textarea", { spellcheck: "false", placeholder: it.run.task === "question-answering" ? '{"question": "Who?", "context": "It was she."}' : "Type something" });
     const form = h("form", { onsubmit: async (e) => {
