@@ -32,6 +32,8 @@ def card(run: Mapping[str, Any]) -> str:
     loader = f"{auto}.from_pretrained({base!r}"
     if data["task"].endswith("-regression"):
         loader += ", num_labels=1, ignore_mismatched_sizes=True"
+    elif "vocabulary" in run:
+        loader += f", vocab_size={run['vocabulary']}, ignore_mismatched_sizes=True"
     elif data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
     lines = [

@@ -9,7 +9,7 @@ from ..core.errors import DataError, nearest
 from .kinds import form_of_label, heard, pictured
 from .labels import quantities
 from .layouts import Table
-from .readings import ambiguous, aside, label_like, pictures, tagged, texts
+from .readings import ambiguous, aside, heard_or_written, label_like, pictures, tagged, texts
 
 #: names people give these columns, likeliest first
 TEXT = ("text", "sentence", "content", "document", "review", "comment", "body", "message",
@@ -18,6 +18,8 @@ PAIR = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "questio
         "question": "sentence"}
 LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "intent", "topic")
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
+#: what was said in a recording
+SPOKEN = ("transcription", "transcript", "sentence", "text", "normalized_text")
 MASK = ("mask", "masks", "segmentation_mask", "annotation", "segmentation", "semantic_mask")
 AUDIO = ("audio", "sound", "recording", "wav")
 
@@ -104,6 +106,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _words(table, flags)
     if found == "embedding":
         return _near(names, flags)
+    if found == "speech-recognition":
+        return _spoken(names, flags)
     if found == "semantic-segmentation":
         return _scenes(table, flags)
     image = audio = label = text = pair = None
@@ -157,6 +161,11 @@ def _task(table: Table, flags: Roles) -> str:
             return "semantic-segmentation"
         return f"image-{_learnt(table, label)}"
     if flags.audio or _first(names, AUDIO):
+        spoken = flags.text or _first(names, SPOKEN)
+        if spoken and label and not (flags.text or flags.label):
+            raise heard_or_written(table, label, spoken)
+        if spoken and not flags.label:
+            return "speech-recognition"
         return f"audio-{_learnt(table, label)}"
     if flags.label or (label is not None and not _prose(table, label)):
         return f"text-{_learnt(table, label)}"
@@ -177,6 +186,15 @@ def _learnt(table: Table, label: str | None) -> str:
     if seen and all(isinstance(v, list | tuple) for v in seen):
         return "multi-label"
     return "regression" if quantities(seen) else "classification"
+
+
+def _spoken(names: list[str], flags: Roles) -> Roles:
+    """Which column holds recordings, and which what is said in them."""
+    audio, text = flags.audio or _first(names, AUDIO), flags.text or _first(names, SPOKEN)
+    if audio is None or text is None:
+        raise DataError(f"speech recognition reads recordings and what is said in them; the data "
+                        f"has {', '.join(names)}; name them with audio= and text=")
+    return replace(flags, task="speech-recognition", audio=audio, text=text, label=None)
 
 
 def _mask(table: Table, flags: Roles) -> str | None:

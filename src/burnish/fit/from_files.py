@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,16 +64,16 @@ def picture(image: Any, at: str) -> Any:
 
 
 class Sounds(Kept):
-    """What the feature extractor makes of a recording, and ``labels``.
+    """What the feature extractor makes of a recording, and ``labels``, one a row.
 
     samples: of each row at the extractor's sampling rate, before it cuts or fills them.
     limit: seconds of a row that are heard.
     """
 
-    def __init__(self, rows: Any, extractor: Any, limit: float | None,
+    def __init__(self, rows: Any, labels: Sequence[Any], extractor: Any, limit: float | None,
                  where: Callable[[int], str] | None):
         super().__init__(rows, where)
-        self.extractor, self.limit, self.labels = extractor, limit, rows["label"][:]
+        self.extractor, self.limit, self.labels = extractor, limit, labels
         rate, self.samples, cut, self.changed = extractor.sampling_rate, [], 0, 0
         for i in range(len(rows)):
             many, own = self._said(i, sounds.size, rows[i]["audio"])

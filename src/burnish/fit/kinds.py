@@ -24,6 +24,7 @@ KINDS = {
     "audio-classification": Kind(_AUDIO, "audio-classification"),
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
     "audio-regression": Kind(_AUDIO, "audio-classification"),
+    "speech-recognition": Kind("AutoModelForCTC", "automatic-speech-recognition"),
     "semantic-segmentation": Kind("AutoModelForSemanticSegmentation", "image-segmentation"),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
@@ -51,7 +52,7 @@ def pictured(task: str) -> bool:
 
 
 def heard(task: str) -> bool:
-    return task.startswith("audio-")
+    return task.startswith("audio-") or task == "speech-recognition"
 
 
 def form_of_label(task: str) -> str | None:

@@ -42,6 +42,11 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     if pictured(task):
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if task == "speech-recognition":
+        from .alphabet import spoken
+
+        return spoken(_prepares(name, "AutoFeatureExtractor", "feature extractor",
+                                trust_remote_code), name, trust_remote_code)
     if heard(task):
         return _prepares(name, "AutoFeatureExtractor", "feature extractor", trust_remote_code)
     if task == "semantic-segmentation":       # on every machine the same, whatever is installed

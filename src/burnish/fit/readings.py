@@ -66,6 +66,15 @@ def tagged(table: Table, text: str | None = None, label: str | None = None
     return found
 
 
+def heard_or_written(table: Table, label: str, text: str) -> AmbiguousError:
+    """Recordings with a label and with what is said in them: either may be learnt."""
+    ways = (Reading((("text", text),), f"learns to write down the {text}"),
+            Reading((("label", label),), f"learns to tell the {label} of a sound"))
+    return AmbiguousError(table.where(0).partition(", ")[0],
+                          f"its recordings have a {label} and a {text}; say which is learnt: "
+                          f"{'; or '.join(map(str, ways))}", ways)
+
+
 def pictures(values: list[Any]) -> bool:
     """Whether a column holds pictures: opened ones, encoded ones, or paths of such."""
     from .media import PICTURE

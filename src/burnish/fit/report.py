@@ -60,6 +60,8 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
         several["told"] = told
         notes += [f"{n}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                        for k, v in facts.items()) for n, facts in told.items()]
+    if "vocab_size" in (head := task.head()):       # of a head that spells, whatever the base's
+        several["vocabulary"] = head["vocab_size"]
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held

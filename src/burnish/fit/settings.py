@@ -18,7 +18,7 @@ from .data import Data
 from .secret import secret_of
 
 #: figures of which less is better
-LESS = ("loss", "perplexity", "mae")
+LESS = ("loss", "perplexity", "mae", "wer", "cer")
 
 
 def learning_rate(tuned: Tuned) -> float:

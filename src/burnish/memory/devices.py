@@ -71,6 +71,11 @@ def _flash_backward(args: tuple, out: Any) -> int:
     return sums + (expanded if k.shape[1] != heads else 0)
 
 
+def _ctc_backward(args: tuple, out: Any) -> int:
+    """The sums from behind, as large as those from the front (``LossCTC.cpp``, ``LossCTC.cu``)."""
+    return args[6].nbytes
+
+
 def _reduce_scatter(args: tuple, out: Any) -> int:
     return args[1].nbytes
 
@@ -190,10 +195,12 @@ _GLOO = {packet: takes for packet in COLLECTIVES for name, takes in (
 
 DEVICES = {
     "cpu": Device(scratch={_aten.convolution: _convolution,
-                           _aten.convolution_backward: _convolution_backward, **_GLOO}),
+                           _aten.convolution_backward: _convolution_backward,
+                           _aten._ctc_loss_backward: _ctc_backward, **_GLOO}),
     "cuda": Device(
         block=512, caches=True, workspace=8 * MiB + MiB // 8,
-        scratch={_aten._scaled_dot_product_flash_attention_backward: _flash_backward},
+        scratch={_aten._scaled_dot_product_flash_attention_backward: _flash_backward,
+                 _aten._ctc_loss_backward: _ctc_backward},
         composites={"scaled_dot_product_attention": _attention, "dropout": _dropout,
                     "rms_norm": _rms_norm}),
 }

@@ -176,7 +176,24 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *args: Any) -> A
     return torch.ops.aten.convolution_backward.default(g, x, weight, *rest, mask)
 
 
+def _ctc_loss(log_probs: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int = 0,
+              zero_infinity: bool = False) -> tuple[Tensor, Tensor]:
+    """The sizes depend on the longest target: the width of rows padded to it."""
+    if targets.dim() != 2:
+        return torch.ops.aten._ctc_loss.Tensor(log_probs, targets, frames, lengths, blank,
+                                               zero_infinity)
+    many = log_probs.shape[1] if log_probs.dim() == 3 else 1
+    return (log_probs.new_empty(many),
+            log_probs.new_empty(many, log_probs.shape[0], 2 * targets.shape[1] + 1))
+
+
+def _ctc_loss_backward(grad: Tensor, log_probs: Tensor, *args: Any, **kw: Any) -> Tensor:
+    return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
+
+
 KERNELS: dict[Any, Any] = {
+    torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
+    torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
     torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
 }
 if hasattr(torch.ops.aten, "_grouped_mm"):

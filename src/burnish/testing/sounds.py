@@ -6,25 +6,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-WAV2VEC2, AST, WHISPER = "wav2vec2", "ast", "whisper"
+WAV2VEC2, AST, WHISPER, CTC = "wav2vec2", "ast", "whisper", "ctc"
 KINDS = (WAV2VEC2, AST, WHISPER)
 
 _BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 64}
 
 
+_CONVOLVED = {"conv_dim": (32, 32, 32), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4),
+              "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16,
+              "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16}
+_STEADY = {f"{k}_dropout": 0.0 for k in ("hidden", "attention", "activation", "final", "feat_proj")
+           } | {"apply_spec_augment": False, "layerdrop": 0.0}
+
+
 def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any]:
-    """(model with a head of two classes, its feature extractor)."""
+    """(model with a head of two classes, or one that spells (CTC), its feature extractor)."""
     import torch
     import transformers as t
 
     torch.manual_seed(seed)
-    if kind == WAV2VEC2:
-        spoken = {"conv_dim": (32, 32, 32), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4),
-                  "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16,
-                  "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16}
-        return (t.Wav2Vec2ForSequenceClassification(t.Wav2Vec2Config(
-            **(_BODY | spoken | config))), t.Wav2Vec2FeatureExtractor(return_attention_mask=True))
+    if kind in (WAV2VEC2, CTC):
+        if kind == CTC:                              # fewer frames, and nothing left to chance
+            config = _STEADY | {"conv_stride": (16, 10, 2), "conv_kernel": (32, 20, 4)} | config
+        of = t.Wav2Vec2ForCTC if kind == CTC else t.Wav2Vec2ForSequenceClassification
+        return (of(t.Wav2Vec2Config(**(_BODY | _CONVOLVED | config))),
+                t.Wav2Vec2FeatureExtractor(return_attention_mask=True))
     if kind == AST:
         seen = {"max_length": 64, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8,
                 "time_stride": 8}
@@ -53,4 +60,28 @@ def tones(folder: Path, each: int = 30, seed: int = 0, rate: int = 8000) -> Path
             x = 0.4 * np.sin(2 * np.pi * pitch * g.uniform(0.9, 1.1) * t + g.uniform(0, 6))
             x = np.clip(x + 0.05 * g.standard_normal(len(t)), -1, 1)
             wavfile.write(folder / name / f"{i}.wav", rate, np.int16(32767 * x))
+    return folder
+
+
+def spelt(folder: Path, each: int = 100, seed: int = 0, rate: int = 16000) -> Path:
+    """Recordings beside a `metadata.csv` of what is said: a letter is a tone of its own, a space a
+    rest; letters are of unlike length, in noise."""
+    import numpy as np
+    from scipy.io import wavfile
+
+    g = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines = ["file_name,transcription"]
+    for i in range(each):
+        words = ["".join(g.choice(list("abc"), g.integers(1, 4))) for _ in range(g.integers(1, 3))]
+        parts = []
+        for letter in " ".join(words):
+            t = np.arange(int(rate * g.uniform(0.05, 0.08))) / rate
+            pitch = {" ": 0, "a": 300, "b": 800, "c": 2000}[letter]
+            parts += [0.4 * np.sin(2 * np.pi * pitch * t), np.zeros(int(rate * 0.02))]
+        x = np.concatenate(parts)
+        x = np.clip(x + 0.01 * g.standard_normal(len(x)), -1, 1)
+        wavfile.write(folder / f"{i}.wav", rate, np.int16(32767 * x))
+        lines.append(f"{i}.wav,{' '.join(words)}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder

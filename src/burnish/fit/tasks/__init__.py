@@ -28,6 +28,7 @@ from .pixels import SemanticSegmentation
 from .preferences import PreferenceTuning
 from .sequences import SequenceToSequence
 from .spans import QuestionAnswering
+from .speech import SpeechRecognition
 from .tokens import TokenClassification
 
 __all__ = ["TASKS", "Batch", "Task", "evaluate", "task_for"]
@@ -39,6 +40,7 @@ TASKS: dict[str, type[Task]] = {
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,
+    "speech-recognition": SpeechRecognition,
     "semantic-segmentation": SemanticSegmentation,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,

@@ -28,9 +28,13 @@ class Heard(Task):
     takes = ("audio",)
     settings = ("max_seconds",)
 
+    @property
+    def extractor(self) -> Any:
+        return self.processor
+
     def prepare(self) -> None:
-        kind = type(self.processor).__name__
-        if not getattr(self.processor, "sampling_rate", None):
+        kind = type(self.extractor).__name__
+        if not getattr(self.extractor, "sampling_rate", None):
             raise ConfigError(f"{kind} is no feature extractor of sound: it has no sampling_rate; "
                               "give processor= with a folder that has one")
         if self.max_length is not None:
@@ -48,7 +52,7 @@ class Heard(Task):
 
     def _window(self) -> float | None:
         """Seconds that an extractor of one length takes in; None where it takes any."""
-        p = self.processor
+        p = self.extractor
         if (samples := getattr(p, "n_samples", None)) is not None:                     # Whisper's
             return samples / p.sampling_rate
         frames = getattr(p, "max_length", None)
@@ -64,7 +68,7 @@ class Heard(Task):
     def settle(self, model: nn.Module) -> None:
         """Model and extractor speak of the same input; layers are never left out by chance, which
         no promise of memory could be made of."""
-        config, p = getattr(model, "config", None), self.processor
+        config, p = getattr(model, "config", None), self.extractor
         wanted, made = getattr(model, "main_input_name", None), p.model_input_names[0]
         name = type(model).__name__
         if wanted is not None and config is not None and wanted != made:
@@ -96,7 +100,7 @@ class Heard(Task):
         """Every recording is long enough for the model; spans that a training step masks are no
         longer than the shortest."""
         frames = getattr(model, "_get_feat_extract_output_lengths", None)
-        if frames is None or self.processor.model_input_names[0] != "input_values":
+        if frames is None or self.extractor.model_input_names[0] != "input_values":
             return
         config, spare = model.config, None
         for split in self.data.splits:
@@ -105,8 +109,9 @@ class Heard(Task):
             least = min(range(len(rows)), key=rows.length)
             many = int(frames(torch.tensor(rows.length(least))))
             if many < 1:
-                raise DataError(f"{rows.where(least)}: the sound has {rows.length(least)} samples, "
-                                "too few for a single frame of the model")
+                raise DataError(f"{rows.where(rows.source(least))}: the sound has "
+                                f"{rows.length(least)} samples, too few for a single frame of the "
+                                "model")
             if split == "train":
                 spare = many
         span = getattr(config, "mask_time_length", 0)
@@ -118,17 +123,22 @@ class Heard(Task):
 
     # -- the rows ------------------------------------------------------------------------------
     def make(self, split: str) -> Rows:
-        made = Sounds(self.data.splits[split], self.processor, self.limit,
+        rows = self.data.splits[split]
+        made = Sounds(rows, rows["label"][:], self.extractor, self.limit,
                       self.data.where.get(split))
+        self.hear(split, made)
+        return made
+
+    def hear(self, split: str, made: Sounds) -> None:
+        """What is to be said of a split's recordings."""
         self.notes += [f"{split}: {n}" for n in made.notes]
         if split == "train" and not self._masks() and len(set(made.samples)) > 1:
-            self.notes.append(f"{type(self.processor).__name__} makes no mask: shorter sounds are "
+            self.notes.append(f"{type(self.extractor).__name__} makes no mask: shorter sounds are "
                               "filled up with silence that the model hears")
-        return made
 
     def _masks(self) -> bool:
         return self._window() is not None or bool(
-            getattr(self.processor, "return_attention_mask", True))
+            getattr(self.extractor, "return_attention_mask", True))
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return self.padded(rows) | {"labels": self.labels([r["labels"] for r in rows])}
@@ -137,18 +147,18 @@ class Heard(Task):
         bare = [{k: v for k, v in r.items() if k != "labels"} for r in rows]
         if all(v.shape == bare[0][k].shape for r in bare for k, v in r.items()):
             return {k: torch.stack([r[k] for r in bare]) for k in bare[0]}
-        return dict(self.processor.pad(bare, padding=True, return_tensors="pt"))
+        return dict(self.extractor.pad(bare, padding=True, return_tensors="pt"))
 
     def labels(self, given: Sequence[Any]) -> torch.Tensor:
         raise NotImplementedError
 
     def input(self, batch: Batch) -> torch.Tensor:
-        return batch[self.processor.model_input_names[0]]
+        return batch[self.extractor.model_input_names[0]]
 
     # -- answers to people ---------------------------------------------------------------------
     def encode(self, row: Mapping[str, Any]) -> Batch:
         try:
-            return self.padded([extracted(self.processor, row["audio"], self.limit)])
+            return self.padded([extracted(self.extractor, row["audio"], self.limit)])
         except ValueError as e:
             raise DataError(f"{row['audio']}: the sound cannot be read: {e}") from None
 
