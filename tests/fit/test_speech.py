@@ -111,7 +111,8 @@ def test_a_sound_too_short_for_its_text_is_left_out_and_said(tmp_path):
     assert len(made_) == 2 and made_.texts == ["abc", "cab"] and made_.source(1) == 2
     assert "1 of 3 sounds have fewer frames than their text has letters" in " ".join(made_.notes)
     for n in (400, 5000, 16000, 70001):
-        assert task.frames(n) == int(model._get_feat_extract_output_lengths(torch.tensor(n)))
+        theirs = int(model._get_feat_extract_output_lengths(torch.tensor(n)))
+        assert task.frames(n) == max(0, theirs)
 
 
 def test_the_costliest_batch_has_the_longest_sound_and_the_longest_text(tmp_path):
