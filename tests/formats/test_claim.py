@@ -20,7 +20,7 @@ from burnish.cli import main
 from burnish.core.errors import BurnishError, ConfigError, FormatError
 from burnish.formats import claim, peft_files, safe, staged
 from burnish.formats.folder import CARD, CONFIG, RUN, TENSORS, read_adapter, write_adapter
-from burnish.formats.peft_files import Lora, PeftFolder
+from burnish.formats.peft_folder import Lora, PeftFolder
 
 CONF = {"recipe": "lora(rank=8)", "base": {"name": "somewhere"}}
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 
 from burnish.core.errors import FormatError
 from burnish.formats import peft_files
-from burnish.formats.peft_files import Lora, targets
+from burnish.formats.peft_files import targets
+from burnish.formats.peft_folder import Lora, PeftFolder
 from burnish.testing.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -148,7 +149,7 @@ def test_what_cannot_be_read_is_said_in_one_line(folder, damage):
 
 
 def test_a_module_peft_cannot_save_alone(tmp_path):
-    what = peft_files.PeftFolder(loras={"q": Lora(torch.zeros(1, 2), torch.zeros(2, 1))},
+    what = PeftFolder(loras={"q": Lora(torch.zeros(1, 2), torch.zeros(2, 1))},
                                  saved=["classifier"])
     with pytest.raises(FormatError, match="would take 'pre_classifier' too"):
         peft_files.write(tmp_path, what, ["q", "classifier", "pre_classifier"])

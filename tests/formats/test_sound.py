@@ -16,7 +16,7 @@ from burnish.fit import checkpoint
 from burnish.formats import peft_files, safe
 from burnish.formats.card import code, model_card, words
 from burnish.formats.folder import CONFIG, TENSORS, read_adapter, write_adapter
-from burnish.formats.peft_files import Lora, PeftFolder
+from burnish.formats.peft_folder import Lora, PeftFolder
 
 
 class Doubled(nn.Linear):

@@ -22,7 +22,7 @@ from burnish.fit import checkpoint, pictures, state
 from burnish.fit.arguments import sort_out
 from burnish.fit.data import read
 from burnish.formats import claim, folder, peft_files, safe
-from burnish.formats.peft_files import Lora, PeftFolder
+from burnish.formats.peft_folder import Lora, PeftFolder
 from burnish.memory import parse_bytes
 from burnish.testing.models import tiny
 

@@ -380,6 +380,8 @@ class Attacher(Informed):
         like = next((p for p in target.parameters()), None)
         if like is not None:
             branch.module.to(like.device)
+        if not hasattr(branch.module, "part"):
+            branch.module.part = self._key(part)     # as terms have it: which part it is of
         slot.add(self.adapter.name, part.name, branch.module, branch=branch)
         path, what = branch.read
         if path not in ("", branch.write):

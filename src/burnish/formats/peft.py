@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.state.gates import Shift
 from ..blocks.state.keys_values import KeysValues
 from ..blocks.state.prompts import Behind, Prepended
 from ..blocks.weight.factor import Chain
@@ -33,9 +34,9 @@ from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
 from ..engine.undo import Transaction, whole
-from . import peft_experts, peft_files, peft_own, peft_shared, peft_tied, peft_whole
+from . import peft_experts, peft_files, peft_lora, peft_own, peft_shared, peft_tied, peft_whole
 from .card import code
-from .peft_files import Lora, PeftFolder
+from .peft_folder import Lora, PeftFolder
 from .peft_forms import TOKENS
 from .peft_own import Own
 from .peft_types import BEHIND, as_miss, as_own, as_prompt, check_plain, counts
@@ -82,7 +83,7 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
     if not pairs:
         as_prompt(tuned, what, weights)
         as_own(tuned, what, weights, near=rank is not None)
-    for path, module, slot in slots(tuned.model) if what.kind == "LORA" else ():
+    for path, module, slot in slots(tuned.model) if what.plain_lora else ():
         parts = _parts(slot, path, weights)
         for place, term, weight in [p for p in parts if p[0].kind == "experts"]:
             if place.name in what.experts or place.rows:
@@ -95,11 +96,13 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
             what.own[path] = Own(TOKENS.method, said, rows, form=TOKENS)
         elif parts:
             what.loras[path] = _lora(module, slot, path, parts, rank, errors)
+            peft_lora.shift(what.loras[path], path, _shifts(slot, weights))
     for path in (p for p, own in what.own.items() if own.form is TOKENS):
         peft_tied.check_ends(Anatomy.of(tuned.model), path, "to export")
     if not pairs:
         as_miss(tuned, what, weights)
     _fill_dora(tuned, what)
+    peft_lora.all_shift(what)
     peft_whole.gather(tuned, what, weights)
     peft_experts.name(what.experts, dict(tuned.model.named_modules()))
     if not what.modules and not what.experts and what.prompt is None:
@@ -110,7 +113,7 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
                                              for x in what.loras.values())):
         raise FormatError("PEFT has neither dropout nor DoRA beside an update of experts")
     what.minor = {m.name for n in weights for m in tuned.adapters[n].recipe
-                  if "delta" in m.axes()} == {"mica"} and what.kind == "LORA"
+                  if "delta" in m.axes()} == {"mica"} and what.plain_lora
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
     what.fan_in_fan_out = {type(tuned.model.get_submodule(p)).__name__
                            for p in what.adapted} == {"Conv1D"}
@@ -148,8 +151,10 @@ Settings = tuple[tuple[str, Any], ...]
 
 def _parts(slot: Slot, path: str, weights: dict[str, float]) -> _Parts:
     out: _Parts = []
+    beside = any(p.place is not None and p.adapter in weights for p in slot.parts)
     for part in slot.parts:
-        if part.adapter not in weights or not counts(slot.module_of(part)):
+        if part.adapter not in weights or not counts(slot.module_of(part)) \
+                or beside and isinstance(slot.module_of(part), Shift):     # lora_bias
             continue
         if part.place is None:
             raise FormatError(f"{part.key} at {path or 'the root'} computes on hidden states; PEFT "
@@ -160,6 +165,12 @@ def _parts(slot: Slot, path: str, weights: dict[str, float]) -> _Parts:
                               "PEFT adapts the weight of a module of its own")
         out.append((part.place, slot.module_of(part), weights[part.adapter]))
     return out
+
+
+def _shifts(slot: Slot, weights: dict[str, float]) -> list[tuple[Shift, float]]:
+    """What is added to a module's outputs, beside updates of its weight."""
+    return [(slot.module_of(p), weights[p.adapter]) for p in slot.parts
+            if p.adapter in weights and isinstance(slot.module_of(p), Shift)]
 
 
 def _lora(module: nn.Module, slot: Slot, path: str, parts: _Parts, rank: int | None,
@@ -318,11 +329,11 @@ def _place(anatomy: Anatomy, what: PeftFolder, folder: str | Path) -> None:
     for path, (A, B) in what.pairs.items():
         place, said = peft_experts.place_of(anatomy, path, what.config["target_parameters"])
         if place is None:
-            what.loras[path] = Lora(A, B, peft_files.scale_of(what, said, len(A), folder)
+            what.loras[path] = Lora(A, B, peft_lora.scale_of(what, said, len(A), folder)
                                     if said else 1.0)
             continue
         stack = peft_experts.take(place, anatomy.model.get_submodule(place.path), A, B, str(folder))
-        stack.scale = peft_files.scale_of(what, said, stack.rank, folder)
+        stack.scale = peft_lora.scale_of(what, said, stack.rank, folder)
         what.experts[said] = stack
 
 
@@ -355,6 +366,9 @@ def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
         if what.minor and path in what.loras and x.kind != "embedding" and not what.rslora:
             method = "mica"                      # B is what the weight uses least, and stays
         out.setdefault((method, tuple(args.items())), []).append(path)
+    for path, x in what.loras.items():
+        if x.shift is not None:
+            out.setdefault(("beft", (("scale", x.scale),)), []).append(path)
     return out
 
 
@@ -390,6 +404,8 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
                 put(term.rows, what.prompt, "prompt_embeddings")
             elif isinstance(term, Shards):
                 put(term.D, what.blocks[path], f"{path}.miss_block")
+            elif isinstance(term, Shift):
+                put(term.shift, what.loras[path].shift, f"{path}.lora_B.bias")
             elif isinstance(term, Magnitude):
                 put(term.m, what.loras[path].magnitude, f"{path}.lora_magnitude_vector")
             elif isinstance(term, Chain):

@@ -355,7 +355,7 @@ class Beft(Form):
         if term.rows != ((0, module.out_features),):
             raise FormatError(f"{path}: PEFT's BEFT adds a bias to all outputs of a layer, here to "
                               "some of them; merge instead")
-        return {"beft_bias": term.shift.detach()[None]}, {"init_weights": True}
+        return {"beft_bias": term.shift.detach()[None] * term.scale}, {"init_weights": True}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         return {"shift": own.tensors["beft_bias"].flatten()}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: the bias of a layer that PEFT wraps
 BIAS = ".base_layer.bias"
+#: under which a form finds the module's path among the settings it is given
+HERE = "its module"
 Tensors = dict[str, Tensor]
 Layer = type[nn.Module]
 

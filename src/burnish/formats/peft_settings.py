@@ -19,6 +19,17 @@ from .peft_own import Form
 #: types whose adapter is rows in front of the input, or (the last) of all keys and values: (length,
 #: layers 2 width); what makes them is gone once they are saved
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+#: types that are not read, and why
+UNREAD = {
+    "XLORA": "its gates ask a first pass of the model about adapters that lie in other folders; "
+             "load those, and weigh them with tuned.use({...})",
+    "SHADOW": "it is a second model that runs beside the first and hands its states over, which no "
+              "part of burnish does",
+    "CPT": "its rows are cut to a ball around embeddings that are looked up at every call; train "
+           "cpt here",
+    "MULTITASK_PROMPT_TUNING": "every call names the task whose rows it is given; make a "
+                               "PROMPT_TUNING folder of one task's",
+    "CARTRIDGE": "some of its rows never train (num_frozen_tokens), which prefix has not"}
 #: types that can train biases beside themselves, each with what it calls those of its own layers
 BIASED = {"LORA": "lora_only", "ADALORA": "adalora_only", "OFT": "oft_only", "BOFT": "boft_only",
           "HRA": "hra_only", "MISS": "MiSS_only", "VERA": "vera_only", "PVERA": "pvera_only",
@@ -28,8 +39,9 @@ BIASED = {"LORA": "lora_only", "ADALORA": "adalora_only", "OFT": "oft_only", "BO
           "DELORA": "delora_only", "GRALORA": "gralora_only", "GLORA": "glora_only"}
 #: what the settings that are read are (see core/reading.py)
 KINDS = {"r": "count?", "lora_alpha": "number", "lora_dropout": "number?", "use_rslora": "flag?",
-         "miss_dropout": "number?", "use_dora": "flag?", "fan_in_fan_out": "flag?",
-         "alpha_pattern": "numbers?", "rank_pattern": "numbers?", "modules_to_save": "texts?",
+         "miss_dropout": "number?", "use_dora": "flag?", "lora_bias": "flag?",
+         "fan_in_fan_out": "flag?", "alpha_pattern": "numbers?", "rank_pattern": "numbers?",
+         "modules_to_save": "texts?",
          "base_model_name_or_path": "text?", "task_type": "text?", "bias": "text?",
          "peft_type": "text"}
 _READ = {"peft_type", "task_type", "base_model_name_or_path", "modules_to_save", "fan_in_fan_out",
@@ -44,7 +56,7 @@ _BEGAN = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lo
           "ensure_weight_tying", "qalora_group_size"}
 _OF: dict[str, set[str]] = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
-             "alpha_pattern", "trainable_token_indices", "target_parameters", *_BEGAN},
+             "alpha_pattern", "lora_bias", "trainable_token_indices", "target_parameters", *_BEGAN},
     "MISS": {"r", "miss_dropout", "mini_r"},
     # of AdaLoRA PEFT looks at none of these; the betas smooth scores while it trains
     "ADALORA": {"r", "use_rslora", "alpha_pattern", "beta1", "beta2", *_BEGAN},

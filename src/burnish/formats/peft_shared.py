@@ -31,7 +31,7 @@ from ..core.reading import shown
 from .peft_own import Form, Held, Own, Said, Tensors
 
 if TYPE_CHECKING:
-    from .peft_files import PeftFolder
+    from .peft_folder import PeftFolder
 
 
 class Vblora(Form):

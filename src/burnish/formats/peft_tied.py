@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.anatomy import Anatomy
 from ..core.errors import FormatError
-from .peft_files import PeftFolder
+from .peft_folder import PeftFolder
 from .peft_forms import TOKENS
 
 

@@ -17,9 +17,10 @@ from ..core.recipe import key_of
 from ..engine.slot import Part, slots
 from ..engine.tuned import Tuned
 from ..methods.delta.lowrank.miss import Shards
-from .peft_files import PeftFolder
+from .peft_folder import PeftFolder
 from .peft_forms import OF_TERM
 from .peft_own import Form, Own
+from .peft_variants import OF_VARIANT
 
 
 def check_plain(module: nn.Module, path: str) -> None:
@@ -119,7 +120,7 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
                 return
         if mine:
             found.append((path, module, mine[0], terms[0] if len(mine) == 1 else tuple(terms)))
-    forms = {OF_TERM.get(type(_first(term))) for *_, term in found}
+    forms = {_form(term) for *_, term in found}
     if len(forms) != 1 or (form := forms.pop()) is None:
         return
     given: dict[str, dict[str, Any]] = {}
@@ -142,14 +143,20 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
         if form.pairs or near and not isinstance(found[0][3], Wrap):
             return                               # as a LoRA then
         raise
-    what.kind = form.kind
+    what.kind, what.form = form.kind, form
 
 
 def _one_part(terms: list[nn.Module]) -> bool:
     """Are they the answer of one part of the recipe, in a type that has several?"""
-    form = OF_TERM.get(type(terms[0]))
+    form = _form(terms[0])
     parts = {getattr(t, "part", id(t)) for t in terms}
     return form is not None and form.several and len(parts) == 1
+
+
+def _form(term: Any) -> Form | None:
+    """The row of the tables that a term is of."""
+    kind = type(_first(term))
+    return OF_TERM.get(kind) or OF_VARIANT.get(kind)
 
 
 def _first(term: Any) -> Any:

@@ -16,7 +16,7 @@ from ..core.targets import match, tensors
 from ..engine.adapters import moved_buffers
 from ..engine.tuned import Tuned
 from .fingerprint import check_tied
-from .peft_files import PeftFolder
+from .peft_folder import PeftFolder
 from .peft_settings import BIASED
 
 

@@ -99,27 +99,29 @@ class Affine(nn.Module):
 
 
 class Shift(nn.Module):
-    """``y = h + shift`` on runs of the outputs: those rows of a bias as a tensor of their own.
+    """``y = h + scale shift`` on runs of the outputs: those rows of a bias as their own tensor.
 
     shift (n,), n the length of `rows` together, starts at 0. Folds into the module's bias exactly.
     """
 
-    def __init__(self, rows: tuple[tuple[int, int], ...]):
+    def __init__(self, rows: tuple[tuple[int, int], ...], scale: float = 1.0):
         super().__init__()
-        self.rows = rows
+        self.rows, self.scale = rows, scale
         self.shift = nn.Parameter(torch.zeros(sum(b - a for a, b in rows)))
         self.shift.burnish_decay = False
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self._whole(h.shape[-1]).to(h.dtype)
+        return h + self.whole(h.shape[-1]).to(h.dtype)
 
-    def _whole(self, channels: int) -> Tensor:
+    def whole(self, channels: int) -> Tensor:
+        """What is added to all outputs: (channels,)."""
         sizes = [b - a for a, b in self.rows]
         pieces, at = [], 0
         for (a, b), part in zip(self.rows, self.shift.split(sizes), strict=True):
             pieces += [part.new_zeros(a - at), part]
             at = b
-        return torch.cat([*pieces, self.shift.new_zeros(channels - at)])
+        made = torch.cat([*pieces, self.shift.new_zeros(channels - at)])
+        return made if self.scale == 1 else made * self.scale
 
     @torch.no_grad()
     def fold(self, module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -132,7 +134,7 @@ class Shift(nn.Module):
             rows = like.shape[0] if out_first(module, like) else like.shape[1]
             bias = like.new_zeros(rows)
         bias, wide = bias.detach(), torch.promote_types(bias.dtype, torch.float32)
-        values["bias"] = (bias.to(wide) + self._whole(bias.numel()).to(wide)).to(bias.dtype)
+        values["bias"] = (bias.to(wide) + self.whole(bias.numel()).to(wide)).to(bias.dtype)
 
 
 def takes_shift(module: nn.Module) -> bool:

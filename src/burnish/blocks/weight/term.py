@@ -216,9 +216,11 @@ class Term(nn.Module):
     def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
         """Accumulate into `grads` from the gradient of a panel; return the panel again."""
         theta = self.theta()
+        wanted = [t for t in theta if t.requires_grad]
+        if not wanted:                           # frozen as a whole: nothing but the panel
+            return self.tile(i0, i1, state)
         with torch.enable_grad():
             d = self.panel(i0, i1)
-            wanted = [t for t in theta if t.requires_grad]
             got = iter(torch.autograd.grad(d, wanted, G.to(d.dtype), allow_unused=True))
         for k, t in enumerate(theta):
             if t.requires_grad and (part := next(got)) is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...blocks.state.gates import Shift
 from ...core.asked import wanted
 from ...core.errors import RecipeError
-from ...core.method import Method
+from ...core.method import Method, setting
 from ...core.site import Branch, Place
 
 if TYPE_CHECKING:
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
 class Beft(Method):
     """BEFT: a bias is added to the values of every attention, and nothing else trains.
 
-    ``V <- V + b_v`` (self- and cross-attention), b_v (out,) beside the bias that the projection has
-    or has not; of a fused qkv its rows for values. (The paper finds b_v to bring more than b_q or
-    b_k with few samples; where a model has biases, `bitfit` trains them in place.)
+    ``V <- V + s b_v`` (self- and cross-attention), b_v (out,) beside the bias that the projection
+    has or has not; of a fused qkv its rows for values; s is `scale`, 1 as published. (The paper
+    finds b_v to bring more than b_q or b_k with few samples; where a model has biases, `bitfit`
+    trains them in place.)
 
     Start: b_v = 0: the pre-trained function exactly. Trains one number per channel of the values,
     9,216 on BERT-base. Kept for backward: nothing. Merges exactly, into the bias of the projection,
-    which gets one where it can have one. No weight decay. `targets` names other linears.
+    which gets one where it can have one. No weight decay. `targets` names other linears: with
+    those of a ``lora`` and its scale it is the bias of that update (PEFT's `lora_bias`),
+    ``lora(rank=8, alpha=16, targets="q") + beft(targets="q", scale=2.0)``.
     Refused where values are not the output of a module (``nn.MultiheadAttention``, qkv interleaved
     head by head).
     """
@@ -35,6 +39,12 @@ class Beft(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "scalable states"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
+    scale: float = setting(1.0, "s, what a bias is multiplied by")
+
+    def __post_init__(self) -> None:
+        if not (self.scale and math.isfinite(self.scale)):
+            raise RecipeError(f"beft(scale={self.scale}): a number other than 0 is expected")
+
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         outputs: dict[str, list[tuple[int, int]]] = {}
         for place in self._places(anatomy):
@@ -43,7 +53,7 @@ class Beft(Method):
                                   "nothing can be added to its output; use a delta such as lora")
             outputs.setdefault(place.path, []).append(place.rows or (0, place.out))
         for path, rows in outputs.items():
-            yield Branch(path, Shift(tuple(sorted(rows))), compose="replace")
+            yield Branch(path, Shift(tuple(sorted(rows)), self.scale), compose="replace")
 
     def _places(self, anatomy: Anatomy) -> Iterator[Place]:
         if (asked := wanted(anatomy, self)) is not None:
