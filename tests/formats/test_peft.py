@@ -698,7 +698,7 @@ def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
      {"trainable_token_indices": "3"}, "should be 2 whole numbers"),
     (LoraConfig(target_modules=["q_proj"], r=2, trainable_token_indices=[3, 4]),
      {"trainable_token_indices": None}, "which LlamaForCausalLM does not train"),
-    (LoraConfig(target_modules=["q_proj"], r=2), {"kasa_config": {"beta": 0.1}}, "kasa_config"),
+    (LoraConfig(target_modules=["q_proj"], r=2), {"kasa_config": {"beta": 0.1}}, "lacks lora_diag"),
     (LoraConfig(target_modules=["q_proj"], r=2), {"trainable_token_indices": [3]},
      "no tensor has their rows"),
     (HRAConfig(target_modules=["q_proj"], r=3), {}, "an odd number"),

@@ -164,6 +164,92 @@ def test_a_fused_weights_shift_is_a_bias_of_all_its_rows(tmp_path):
     torch.testing.assert_close(outputs(back, batch), outputs(net, batch), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("init", ["batch_average", "random"])
+def test_what_velora_keeps_is_said_both_ways(init, tmp_path):
+    from peft.tuners.lora.config import VeloraConfig
+
+    config = LoraConfig(target_modules=["q_proj"], r=2, velora_config=VeloraConfig(
+        num_groups=8, scale=1.5, init_type=init))
+    theirs = get_peft_model(tiny("llama")[0], config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    batch = batch_of("llama")
+    theirs.train()
+    theirs(**batch).loss.backward()
+    theirs.save_pretrained(tmp_path / "peft")
+    tuned = load_peft(tiny("llama")[0], tmp_path / "peft")
+    assert str(tuned.recipe[1]).startswith("velora(groups=8, scale=1.5")
+    want = outputs(theirs, batch)
+    assert torch.allclose(outputs(tuned.model, batch), want, rtol=1e-5, atol=2e-6)
+    export_peft(tuned, tmp_path / "again")
+    assert config_in(tmp_path / "again")["velora_config"] == {
+        "num_groups": 8, "scale": 1.5, "init_type": init}
+    back = PeftModel.from_pretrained(tiny("llama")[0], tmp_path / "again", is_trainable=True)
+    assert torch.allclose(outputs(back, batch), want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_down_projections_gradient_is_pefts():
+    """On a linear that stands by itself, where no tape makes its input again."""
+    from peft.tuners.lora.config import VeloraConfig
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 6))
+    config = LoraConfig(target_modules=["0"], r=2, lora_alpha=5, velora_config=VeloraConfig(
+        num_groups=3, scale=1.5))
+    theirs = get_peft_model(torch.nn.Sequential(torch.nn.Linear(20, 6)), config)
+    theirs.base_model.model[0].base_layer.load_state_dict(net[0].state_dict())
+    tuned = burnish.tune(net, "lora(rank=2, alpha=5) + velora(groups=3, scale=1.5)", head=False,
+                         targets="0")
+    ours = dict(tuned.named_parameters())
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_A" in n or "lora_B" in n:
+                p.copy_(torch.randn_like(p))
+                next(q for m, q in ours.items() if m.endswith(n.split("lora_")[1][0])).copy_(p)
+    x, y = torch.randn(30, 20), torch.randn(30, 6)
+    theirs.train(), net.train()
+    (theirs(x) - y).square().mean().backward()
+    tuned.loss((x, y), lambda out, b: (out - b[1]).square().mean()).backward()
+    for n, p in theirs.named_parameters():
+        if "lora_A" in n or "lora_B" in n:
+            mine = next(q for m, q in ours.items() if m.endswith(n.split("lora_")[1][0]))
+            torch.testing.assert_close(mine.grad, p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_qalora_is_what_pefts_layers_of_gptq_compute(tmp_path):
+    """PEFT builds it on quantised layers alone; its forward is asked on a plain one."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], r=2, lora_alpha=5, use_rslora=True)
+    theirs = get_peft_model(tiny("llama")[0], config)
+    asked = LoraConfig(**config.to_dict() | {"use_qalora": True, "qalora_group_size": 8})
+    torch.manual_seed(1)
+    for module in theirs.modules():
+        if isinstance(module, peft.tuners.lora.layer.Linear):
+            module.other_param_names = ()
+            QALoraLinearVariant.init(module, "default", asked)
+            module.lora_variant["default"] = QALoraLinearVariant()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_" in n:
+                p.copy_(0.3 * torch.randn_like(p))
+    theirs.peft_config["default"] = asked
+    batch = batch_of("llama")
+    want = outputs(theirs, batch)
+    theirs.save_pretrained(tmp_path / "peft")
+    net = tiny("llama")[0]
+    assert (outputs(net, batch) - want).abs().max() > 1e-3
+    tuned = load_peft(net, tmp_path / "peft")
+    assert {m.name for m in tuned.recipe} == {"qa_lora"}
+    assert torch.allclose(outputs(net, batch), want, rtol=1e-5, atol=2e-6)
+    export_peft(tuned, tmp_path / "again")           # as the pair that it is
+    back = PeftModel.from_pretrained(tiny("llama")[0], tmp_path / "again")
+    assert torch.allclose(outputs(back, batch), want, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("recipe, words", [
     ("dora(rank=2, targets='q') + beft(targets='q')", "not beside a DoRA"),
     ("lora(rank=2, targets='q') + beft(targets='v')", "computes on hidden states"),

@@ -145,6 +145,15 @@ ACTS = [
     ("LORA", "r", 3, "its settings say 3"),
     ("LORA", "use_dora", True, "has no magnitude"),
     ("LORA", "lora_bias", True, "has no bias"),
+    ("LORA", "velora_config", {"num_groups": 4, "scale": 2}, lambda r: r[1].groups == 4
+     and r[1].scale == 2 and r[1].init == "mean"),
+    ("LORA", "velora_config", {"init_type": "random"}, lambda r: r[1].init == "random"),
+    ("LORA", "velora_config", {"init_type": "batch_average_once"}, "a first batch that is gone"),
+    ("LORA", "velora_config", {"init_type": 3}, "init_type = 3 has no counterpart"),
+    ("LORA", "velora_config", {"num_groups": "a"}, "velora"),
+    ("LORA", "velora_config", {"num_groups": 0}, "1 group or more"),
+    ("LORA", "velora_config", {"later": 0}, "later has no counterpart"),
+    ("LORA", "velora_config", [3], "has no counterpart"),
     ("LORA", "bias", "some", "expected 'none', 'all' or 'lora_only'"),
     ("LORA", "init_lora_weights", "pissa", "trained on a base PEFT had changed"),
     ("LORA", "trainable_token_indices", [3], "no tensor has their rows"),
@@ -257,8 +266,8 @@ def test_a_setting_acts_or_is_refused(kind, name, value, then, tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("layer_replication", [[0, 2]]), ("use_qalora", True), ("arrow_config", {"top_k": 2}),
-    ("velora_config", {"num_groups": 2}), ("monteclora_config", {"num_samples": 2}),
+    ("layer_replication", [[0, 2]]), ("arrow_config", {"top_k": 2}),
+    ("monteclora_config", {"num_samples": 2}),
     ("megatron_config", {"a": 1}), ("qalora", 3.5), ("x" * 500, "y" * 500)])
 def test_what_is_not_built_is_refused_in_a_line(name, value, tmp_path):
     get_peft_model(tiny("llama")[0], CONFIGS["LORA"]).save_pretrained(tmp_path)

@@ -114,6 +114,11 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
         raise FormatError("PEFT has neither dropout nor DoRA beside an update of experts")
     what.minor = {m.name for n in weights for m in tuned.adapters[n].recipe
                   if "delta" in m.axes()} == {"mica"} and what.plain_lora
+    plain = what.plain_lora and not what.experts and all(
+        x.kind == "linear" and x.magnitude is None for x in what.loras.values())
+    velora = next((m for n in weights for m in tuned.adapters[n].recipe if m.name == "velora"),
+                  None)
+    what.velora = peft_lora.as_compressed(velora) if plain and velora is not None else None
     what.rslora = any(s.get("scaling") == "rs" for s in settings)
     what.fan_in_fan_out = {type(tuned.model.get_submodule(p)).__name__
                            for p in what.adapted} == {"Conv1D"}
@@ -302,6 +307,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
     try:
         parts = [make(method, {**dict(args), **_where(anatomy, what, paths, folder)})
                  for (method, args), paths in groups.items()]
+        if what.plain_lora:
+            extra += peft_lora.compressed(what.config, folder)
     except RecipeError as e:
         raise FormatError(f"{folder}: {e}") from None
     if what.prompt is not None:

@@ -70,6 +70,7 @@ class PeftFolder:
     base: str = ""
     task_type: str | None = None
     fan_in_fan_out: bool = False
+    velora: dict[str, Any] | None = None
 
     @property
     def modules(self) -> list[str]:

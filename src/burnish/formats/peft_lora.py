@@ -16,12 +16,16 @@ from torch import Tensor
 
 from ..blocks.state.gates import Shift
 from ..core.errors import FormatError
+from ..core.method import Method
+from ..core.reading import shown
+from ..core.recipe import make
 from .peft_experts import Stack
 from .peft_folder import Lora, PeftFolder, keep, pattern, strip
 from .peft_forms import TOKENS
 
 #: where PEFT keeps the tokens that train beside a LoRA
 BESIDE = "token_adapter."
+_DIRECTION = ".lora_velora_embed"
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "c",
           ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
           ".lora_magnitude_vector.weight": "m"}
@@ -41,6 +45,8 @@ def read(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, An
             out.own[path] = TOKENS.take({rows.rpartition(".")[2]: value},
                                         {"token_indices": _ids(asked, path)}, f"{folder}: {path}")
             continue
+        if name.endswith(_DIRECTION) and config.get("velora_config"):
+            continue                             # of the last batch, found anew by the next
         suffix = next((s for s in _PARTS if name.endswith(s)), None)
         if suffix is None:
             if ".lora_" in name:
@@ -86,6 +92,37 @@ def read(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, An
     if asked and not out.own or out.own and not found:
         raise FormatError(f"{folder}: " + ("trainable_token_indices names tokens, and no tensor "
                                            "has their rows" if found else "it holds no factors"))
+
+
+_VELORA = {"num_groups": "groups", "scale": "scale", "init_type": "init"}
+_INITS = {"batch_average": "mean", "random": "random"}
+
+
+def compressed(config: Mapping[str, Any], folder: str | Path) -> list[Method]:
+    """The part that keeps what the down-projections read in fewer numbers, if there is one.
+    Raises FormatError."""
+    said = config.get("velora_config")
+    if not said:
+        return []
+    if not isinstance(said, dict) or (odd := set(said) - set(_VELORA)):
+        odd = min(odd) if isinstance(said, dict) else shown(said)
+        raise FormatError(f"{folder}: velora_config: {odd} has no counterpart in burnish")
+    if (init := said.get("init_type", "batch_average")) not in _INITS:
+        why = ", the direction of a first batch that is gone," if init == "batch_average_once" \
+            else ""
+        raise FormatError(f"{folder}: velora_config.init_type = {shown(init)}{why} has no "
+                          f"counterpart in burnish; expected one of {', '.join(_INITS)}")
+    args = {_VELORA[n]: v for n, v in said.items()} | {"init": _INITS[init]}
+    if type(args.get("scale")) is int:
+        args["scale"] = float(args["scale"])
+    return [make("velora", args)]
+
+
+def as_compressed(method: Method) -> dict[str, Any]:
+    """The same as PEFT is told it."""
+    said = method.settings()
+    names = {ours: theirs for theirs, ours in _INITS.items()}
+    return {n: names.get(said[ours], said[ours]) for n, ours in _VELORA.items()}
 
 
 def shift(x: Lora, path: str, shifts: Sequence[tuple[Shift, float]]) -> None:
@@ -149,7 +186,7 @@ def config_of(what: PeftFolder) -> dict[str, Any]:
         "use_rslora": what.rslora, "init_lora_weights": "mica" if what.minor else True,
         "lora_bias": any(x.shift is not None for x in what.loras.values()),
         "use_dora": any(x.magnitude is not None for x in what.loras.values()),
-        "fan_in_fan_out": what.fan_in_fan_out,
+        "fan_in_fan_out": what.fan_in_fan_out, "velora_config": what.velora,
     }
 
 

@@ -56,7 +56,8 @@ _BEGAN = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lo
           "ensure_weight_tying", "qalora_group_size"}
 _OF: dict[str, set[str]] = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
-             "alpha_pattern", "lora_bias", "trainable_token_indices", "target_parameters", *_BEGAN},
+             "alpha_pattern", "lora_bias", "velora_config", "trainable_token_indices",
+             "target_parameters", *_BEGAN},
     "MISS": {"r", "miss_dropout", "mini_r"},
     # of AdaLoRA PEFT looks at none of these; the betas smooth scores while it trains
     "ADALORA": {"r", "use_rslora", "alpha_pattern", "beta1", "beta2", *_BEGAN},

@@ -6,6 +6,8 @@
     kasa_config            lora_A, lora_B, lora_diag (r,); the least r triplets leave the weight,
                            which whoever reads takes off again
     alora_invocation_tokens  lora_A, lora_B, which count behind these tokens
+    use_qalora             lora_A.weight (r, in / group); in PEFT on GPTQ's layers alone, so it is
+                           read, and written as the plain pair that it is
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..core.errors import FormatError
 from ..core.method import Method
 from ..core.reading import shown
 from ..methods.delta.lowrank.bd_lora import Blockwise
+from ..methods.delta.lowrank.qa_lora import Summed
 from .peft_own import HERE, Form, Held, Own, Said, Tensors
 from .peft_principal import matrix
 
@@ -160,7 +163,23 @@ class Activated(Variant):
         own.settings["invocation"] = tuple(ids)
 
 
-VARIANTS: tuple[Variant, ...] = (Blocked(), Kasa(), Activated())
+class Pooled(Variant):
+    says, method, terms, pairs, gpt2 = "use_qalora", "qa_lora", (Summed,), True, True
+    settings = Variant.settings | {"use_qalora": Said(None, "flag", False),
+                                   "qalora_group_size": Said("group", "count", 16)}
+
+    def give(self, term: Any, method: Method, module: nn.Module, path: str
+             ) -> tuple[Tensors, dict[str, Any]]:
+        raise FormatError(f"{path}: PEFT has QALoRA for layers of GPTQ alone")
+
+    def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
+        super().adjust(own, config, where)
+        if (A := own.tensors.get("lora_A.weight")) is not None and own.settings["group"]:
+            # the mean of a group times the number of groups, here their sum
+            own.settings["alpha"] *= A.shape[1] / own.settings["group"]
+
+
+VARIANTS: tuple[Variant, ...] = (Blocked(), Kasa(), Activated(), Pooled())
 OF_VARIANT = {t: form for form in VARIANTS for t in form.terms}
 
 

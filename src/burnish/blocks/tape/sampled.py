@@ -122,12 +122,15 @@ class Sampled(Coded):
         whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
         rows = self._found(self._made, t, key) if whole else None
         if rows is None or rows.width != t.shape[-1]:
-            x = t.detach().reshape(-1, t.shape[-1])
-            rows = _Rows(x, self._room(t), self.inner, self.generator(t.device))
+            rows = self._short(t.detach().reshape(-1, t.shape[-1]))
             self.taken += 1
             if whole:
                 self._made[key] = weakly(t, rows)
         return _Sampled(rows, t.shape)
+
+    def _short(self, x: Tensor) -> Any:
+        """What is kept of (N, width): it has that `width`, and gives its ``whole()`` again."""
+        return _Rows(x, self._room(x), self.inner, self.generator(x.device))
 
     def _room(self, t: Tensor) -> int:
         return room(t.numel() // t.shape[-1], self.keep, self.least)
@@ -141,10 +144,14 @@ class Taken(Steps):
 
     said = False
 
+    def __init__(self, tuned: Any, name: str):
+        super().__init__(tuned)
+        self.name = name
+
     def after_update(self, step: int) -> None:
         if not self.said and not self.policy.taken and not self.policy.whole:
             self.said = True
-            warnings.warn("wta_crs saves nothing here: what linears read is kept for others, or "
-                          "made again from what is (the lean tape); it acts beside "
+            warnings.warn(f"{self.name} saves nothing here: what linears read is kept for others, "
+                          "or made again from what is (the lean tape); it acts beside "
                           "lean(on=False), or where inputs are kept whole", stacklevel=2)
         self.policy.taken = self.policy.whole = 0

@@ -68,7 +68,7 @@ class WtaCrs(Method):
         attacher.state.tape.keep(Sampled(self.retained, self.floor, attacher.adapter.seed))
 
     def controller(self, tuned: Tuned) -> Taken:
-        return Taken(tuned)
+        return Taken(tuned, self.name)
 
     def kept_bytes(self, tokens: int, width: int, itemsize: int) -> int:
         """What is kept of an input of so many tokens."""
