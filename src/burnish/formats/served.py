@@ -37,7 +37,7 @@ from ..engine.tuned import Tuned
 from . import peft_files, safe, staged
 from .folder import CONFIG
 from .peft import collected
-from .peft_files import Lora, PeftFolder
+from .peft_folder import Lora, PeftFolder
 
 #: the linear layers that all of them look for, by the names that Llama and its kin give them
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj",
@@ -96,7 +96,7 @@ def export_served(tuned: Tuned, folder: str | Path, reader: str, *, base: str | 
     what, errors = collected(tuned, name, rank, pairs=True)
     _check(tuned, what, reader)
     loras, size, scale, folded = alike(what.loras, whole=reader != "mlx")
-    kept = replace(what, loras=loras, dropout=0.0, rslora=False, minor=False,
+    kept = replace(what, loras=loras, dropout=0.0, rslora=False, minor=False, velora=None,
                    base=base or what.base, task_type="CAUSAL_LM")
     notes = _notes(tuned, errors, folded, reader)
     served = Served(Path(folder), reader, size, scale, tuple(loras), (), tuple(folded),
@@ -147,6 +147,9 @@ def _check(tuned: Tuned, what: PeftFolder, reader: str) -> None:
     if moved := sorted(p for p, x in what.loras.items() if x.magnitude is not None):
         raise FormatError(f"{moved[0]} has a magnitude (dora), which {reader} does not read; "
                           f"{_OUT}")
+    if moved := sorted(p for p, x in what.loras.items() if x.shift is not None):
+        raise FormatError(f"{moved[0]} has a bias of its update (beft, bitfit), which {reader} "
+                          f"does not read; {_OUT}")
     if what.experts:
         raise FormatError(f"{sorted(what.experts)[0]} is a stack of experts, and {reader} reads "
                           f"updates of single layers; {_OUT}")
