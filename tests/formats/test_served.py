@@ -97,7 +97,8 @@ def test_mlx_reads_every_block_by_its_own_rules(tmp_path):
 @pytest.mark.parametrize("recipe, name, says", [
     ("dora(rank=2)", "llama", "magnitude"),
     ("lora(rank=2, targets='q') + beft(targets='q')", "llama", "a bias of its update"),
-    ("alora(rank=2, invocation=(3,))", "llama", "hidden states"), ("lora(rank=2) + norms", "llama", "trains by itself"),
+    ("alora(rank=2, invocation=(3,))", "llama", "hidden states"),
+    ("lora(rank=2) + norms", "llama", "trains by itself"),
     ("lora(rank=2) + trainable_tokens(ids=[1])", "llama", "embed_tokens trains by itself"),
     ("lora(rank=2, targets='embed_tokens')", "llama", "no place for it"),
     ("lora(rank=2) + full(targets='lm_head')", "llama", "lm_head trains by itself"),
