@@ -133,7 +133,7 @@ def test_kasas_penalty_is_pefts(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, said", [
-    ("bd_lora(rank=4, blocks=2, targets='q,o')", "use_bdlora"),
+    ("bd_lora(rank=4, shards=2, targets='q,o')", "use_bdlora"),
     ("kasa(rank=3, targets='q')", "kasa_config"),
     ("alora(rank=3, invocation=(57, 52), targets='q')", "alora_invocation_tokens"),
     ("lora(rank=3, alpha=6, targets='q') + beft(scale=2.0, targets='q')", "lora_bias"),

@@ -41,7 +41,7 @@ def diagonal(t, n):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_outputs_and_gradients_are_those_of_the_equation(side):
-    model, tuned, term = made(f"rank=6, alpha=12, blocks=3, cut='{side}'")
+    model, tuned, term = made(f"rank=6, alpha=12, shards=3, sharded='{side}'")
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
     with torch.no_grad():
         term.B.normal_()
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_equation(side):
 def test_one_block_is_lora():
     """The same draws too."""
     model, batch = tiny("llama")
-    ours = burnish.tune(model, "bd_lora(rank=4, blocks=1)", head=False)
+    ours = burnish.tune(model, "bd_lora(rank=4, shards=1)", head=False)
     theirs = burnish.tune(tiny("llama")[0], "lora(rank=4)", head=False)
     for (_, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert a.shape == b.shape
@@ -72,7 +72,7 @@ def test_one_block_is_lora():
 
 def test_a_shard_needs_its_own_block_alone():
     """Outputs of one device of B in blocks are made of its part of z."""
-    _, _, term = made("rank=6, blocks=3, cut='B'")
+    _, _, term = made("rank=6, shards=3, sharded='B'")
     with torch.no_grad():
         term.B.normal_()
         x = torch.randn(4, 12, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_sides_by_role_starts_and_counts():
     net, batch = tiny("llama")
     net.eval()
     want = net(**batch).logits
-    tuned = burnish.tune(net, "bd_lora(rank=4, blocks=2)", head=False)
+    tuned = burnish.tune(net, "bd_lora(rank=4, shards=2)", head=False)
     assert torch.equal(net(**batch).logits, want)
     sides = {n.rpartition(".weight")[0].rpartition(".")[2]: t.cut
              for n, t in tuned.terms(Blockwise)}
@@ -103,16 +103,16 @@ def test_sides_by_role_starts_and_counts():
         == 16 * (11008 // 4 + 4096)
     assert m.count(Place("a", "weight", "linear", 11008, 4096, role="up")) \
         == 16 * 4096 + 4 * 11008
-    assert m.settings() == {"targets": None, "rank": 16, "alpha": 16.0, "blocks": 4,
-                            "cut": "role", "dropout": 0.0}
+    assert m.settings() == {"targets": None, "rank": 16, "alpha": 16.0, "shards": 4,
+                            "sharded": "role", "dropout": 0.0}
 
 
 @pytest.mark.parametrize("settings, words", [
-    ("rank=5, blocks=2", "which it must be a multiple of"), ("blocks=0", "a multiple of"),
-    ("rank=0", "a multiple of"), ("rank=16, blocks=2", "the largest rank"),
+    ("rank=5, shards=2", "which it must be a multiple of"), ("shards=0", "a multiple of"),
+    ("rank=0", "a multiple of"), ("rank=16, shards=2", "the largest rank"),
     ("dropout=1.0", "a probability"),
-    ("rank=5, blocks=5, cut='A'", "does not divide the 12 inputs of 0.weight, whose A is cut"),
-    ("rank=4, blocks=4, cut='B'", "does not divide the 9 outputs of 0.weight, whose B is cut")])
+    ("rank=5, shards=5, sharded='A'", "does not divide the 12 inputs of 0.weight, whose A is cut"),
+    ("rank=4, shards=4, sharded='B'", "does not divide the 9 outputs of 0.weight, whose B is cut")])
 def test_what_cannot_be_is_refused(settings, words):
     with pytest.raises(RecipeError, match=f"bd_lora.*{words}"):
         made(settings)

@@ -109,7 +109,7 @@ class Blocked(Variant):
         blocks = said.get("nblocks", 1) if found else 1    # a LoRA beside them has one
         if not isinstance(blocks, int) or blocks < 1:
             raise FormatError(f"{where}: use_bdlora.nblocks = {shown(blocks)}; expected 1 or more")
-        own.settings |= {"blocks": blocks, "cut": found[0] if found else "B"}
+        own.settings |= {"shards": blocks, "sharded": found[0] if found else "B"}
 
 
 class Kasa(Variant):
