@@ -175,12 +175,12 @@ export function short(text, most) {
 }
 
 /** Lines over steps: series are {name, points: [[step, value]], kind: "a" | "b"}. */
-export function lines(box, series, label, log = true) {
+export function lines(box, series, label, log = true, until = 0) {
   const shown = series.filter((l) => l.points.length);
   if (!shown.length) { box.replaceChildren(); return; }
   const W = Math.max(280, box.clientWidth || 500), H = 210, left = 52, right = 12, top = 24, bottom = 26;
   const all = shown.flatMap((l) => l.points).filter((p) => Number.isFinite(p[1]));
-  const first = Math.min(...all.map((p) => p[0])), last = Math.max(...all.map((p) => p[0]), first + 1);
+  const first = until ? 1 : Math.min(...all.map((p) => p[0])), last = Math.max(...all.map((p) => p[0]), first + 1, until);
   let low = Math.min(...all.map((p) => p[1])), high = Math.max(...all.map((p) => p[1]));
   const curved = log && low > 0 && high > 20 * low;
   const f = curved ? Math.log : (v) => v;

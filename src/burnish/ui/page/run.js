@@ -86,7 +86,7 @@ export function watch(box, id) {
       { name: "validation loss", kind: "b", points: held.map((r) => [r.step, r.eval_loss]) }], "Loss");
     if (!train.length) loss.replaceChildren(h("p", { class: "faint" }, going ? "The first figures come with the first steps." : "There are no figures."));
     lines(metric, name ? [{ name: `validation ${name.slice(5).replace(/_/g, " ")}`, kind: "a",
-      points: it.rows.filter((r) => name in r).map((r) => [r.step, r[name]]) }] : [], "Validation", false);
+      points: it.rows.filter((r) => name in r).map((r) => [r.step, r[name]]) }] : [], "Validation", false, it.rows.at(-1)?.step || 0);
     held_(run, going);
     sampled();
     const end = log.scrollTop + log.clientHeight > log.scrollHeight - 30;
