@@ -476,3 +476,25 @@ def test_several_processes_are_refused(monkeypatch):
 def test_a_loss_of_several_samples_is_refused():
     with pytest.raises(RecipeError, match="a loss that a sample has by itself"):
         burnish.tune(tiny("clip")[0], "norms + dp(sigma=1.0, batch=2.0)", head=False)
+
+
+def test_edgeworth_is_told_beside_a_bound_and_plans_nothing():
+    """Exact where every row is drawn; else near the certified figure, on either side of it."""
+    for sigma, steps in ((1.0, 1), (2.0, 10)):
+        given = (sigma, 1.0, steps, 1e-5)
+        assert epsilon_of(*given, "edgeworth") == pytest.approx(epsilon_of(*given, "pld"), abs=1e-3)
+    given = (1.0, 0.01, 1000, 1e-5)
+    assert abs(epsilon_of(*given, "edgeworth") - epsilon_of(*given, "pld")) < 0.12
+    found = [epsilon_of(s, 0.01, t, 1e-5, "edgeworth")
+             for s, t in ((1.2, 1000), (1.0, 1000), (1.0, 2000))]
+    assert found == sorted(found) and found[0] < found[1] < found[2]
+    with pytest.raises(ConfigError, match="closes no budget"):
+        sigma_for(2.0, 0.01, 1000, 1e-5, "edgeworth")
+    with pytest.raises(RecipeError, match="plans no"):
+        parse("dp(epsilon=2.0, accountant='edgeworth')")
+    net, batches = start()
+    t = burnish.tune(net, "full + dp(sigma=1.0, records=100, batch=10, accountant='edgeworth')")
+    t.optimizer(lr=0.1)
+    t.step(batches[0], mse)
+    (said,) = t.timeline.told().values()
+    assert said["bound"] == epsilon_of(1.0, 0.1, 1, 0.01, "pld") and said["epsilon"] >= 0

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from .attack import auc, membership
 from .choose import fitted, importance
 from .client import Client, Member, Report, Training
 from .message import pack, unpack
@@ -16,5 +17,5 @@ from .rules import Mean, Rule, Stack
 from .split import dirichlet, even
 
 __all__ = ["Client", "Federation", "Mean", "Member", "Report", "Round", "Rule", "Server", "Stack",
-           "Training", "dirichlet", "even", "federate", "fitted",
-           "importance", "pack", "unpack"]
+           "Training", "auc", "dirichlet", "even", "federate", "fitted",
+           "importance", "membership", "pack", "unpack"]

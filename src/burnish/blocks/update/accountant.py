@@ -1,14 +1,19 @@
 """What noise on sums of Poisson-drawn samples has told of a single one: (epsilon, delta).
 
 By the accountants of Google's dp-accounting: ``pld`` composes the distribution of the privacy loss
-numerically, ``rdp`` bounds its moments. Both are upper bounds; a central-limit figure is none.
+numerically, ``rdp`` bounds its moments. Both are upper bounds; a central-limit figure is none, and
+neither is ``edgeworth``, a normal law with corrections: it is told, and never plans noise.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...core.errors import ConfigError
 
@@ -45,6 +50,8 @@ def epsilon_of(sigma: float, rate: float, steps: int, delta: float, accountant: 
     """Spent after so many updates with noise `sigma` times the largest norm of a sample."""
     if not steps:
         return 0.0
+    if accountant == "edgeworth":
+        return edgeworth(sigma, rate, steps, delta)
     event = _event(sigma, rate, steps)               # says what is not installed
     try:
         return float(_made(accountant).compose(event).get_epsilon(delta))
@@ -58,6 +65,64 @@ def epsilon_of(sigma: float, rate: float, steps: int, delta: float, accountant: 
 @lru_cache(maxsize=32)
 def sigma_for(epsilon: float, rate: float, steps: int, delta: float, accountant: str) -> float:
     """The least noise with which so many updates spend no more than (epsilon, delta)."""
+    if accountant == "edgeworth":
+        raise ConfigError("edgeworth is an approximation and no bound, so it closes no budget: "
+                          "plan noise with pld or rdp, or give sigma=")
     library = _library()
     return float(library.calibrate_dp_mechanism(
         lambda: _made(accountant), lambda sigma: _event(sigma, rate, steps), epsilon, delta))
+
+
+# -- a normal law with corrections --------------------------------------------------------------
+def edgeworth(sigma: float, rate: float, steps: int, delta: float) -> float:
+    """EW-TUNE's accountant: epsilon of a sum of `steps` privacy losses, whose law is approximated.
+
+        L = log(p / q), q = N(0, sigma^2), p = (1 - rate) q + rate N(1, sigma^2)
+        P(sum L > e) = 1 - Phi(z) + phi(z) (g He_2(z) / 6 + h He_3(z) / 24 + g^2 He_5(z) / 72)
+        delta(e) = P_p(sum L > e) - exp(e) P_q(sum L > e), and the same with p and q exchanged
+
+    z standardises e, g and h are skewness and excess kurtosis of the sum. O(1) in steps. Exact at
+    rate 1; otherwise off both ways, most where a tail is far out. It is no bound. Beyond an epsilon
+    of 700 it is the moments' bound.
+
+    (Privately Fine-Tuning Large Language Models with Differential Privacy, 2022, arXiv:2210.15042;
+    the error term of the paper is not taken along.)
+    """
+    x = torch.linspace(-14 * sigma - 1, 14 * sigma + 2, 200_001, dtype=torch.float64)
+    none = -(x / sigma).square() / 2
+    with_one = math.log(rate) + (2 * x - 1) / (2 * sigma**2)
+    loss = with_one if rate == 1 else torch.logaddexp(
+        torch.full_like(x, math.log1p(-rate)), with_one)
+    p, q = (none + loss).softmax(0), none.softmax(0)
+    ways = [(_cumulants(p, loss), _cumulants(q, loss)),
+            (_cumulants(q, -loss), _cumulants(p, -loss))]
+
+    def above(e: float) -> bool:
+        return max(_tail(e, one, steps) - math.exp(e) * _tail(e, two, steps)
+                   for one, two in ways) > delta
+
+    low, high = 0.0, 700.0
+    if above(high):
+        return epsilon_of(sigma, rate, steps, delta, "rdp")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) else (low, middle)
+    return high
+
+
+def _cumulants(weight: Tensor, values: Tensor) -> tuple[float, float, float, float]:
+    mean = (weight * values).sum()
+    off = values - mean
+    two, three, four = ((weight * off**k).sum() for k in (2, 3, 4))
+    return float(mean), float(two), float(three), float(four - 3 * two**2)
+
+
+def _tail(e: float, cumulants: tuple[float, float, float, float], steps: int) -> float:
+    mean, two, three, four = cumulants
+    z = (e - steps * mean) / math.sqrt(steps * two)
+    if abs(z) > 35:
+        return float(z < 0)
+    g, h = three / (two**1.5 * math.sqrt(steps)), four / (two**2 * steps)
+    he2, he3, he5 = z * z - 1, z**3 - 3 * z, z**5 - 10 * z**3 + 15 * z
+    phi = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return math.erfc(z / math.sqrt(2)) / 2 + phi * (g / 6 * he2 + h / 24 * he3 + g * g / 72 * he5)

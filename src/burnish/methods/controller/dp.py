@@ -67,11 +67,16 @@ class Dp(Method):
     records: int | None = setting(None, "samples there are; None: as fit says", other=(100,),
                                unseen=TOLD)
     batch: float | None = setting(None, "B, expected of an update; None: as fit says", other=(3.0,))
-    accountant: Literal["pld", "rdp"] = setting("pld", "how epsilon is computed", unseen=TOLD)
+    accountant: Literal["pld", "rdp", "edgeworth"] = setting(
+        "pld", "how epsilon is computed; edgeworth approximates, of a given sigma", unseen=TOLD,
+        beside={"sigma": 0.01})
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.sigma is not None:
             raise RecipeError("dp: sigma says how much is spent, and so does epsilon: give one")
+        if self.accountant == "edgeworth" and self.sigma is None:
+            raise RecipeError("dp: edgeworth approximates and bounds nothing, so it plans no "
+                              "noise: give sigma=, or accountant='pld'")
         for name in ("epsilon", "sigma", "max_norm", "records", "batch"):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise RecipeError(f"dp: {name} is positive, got {value}")
@@ -179,6 +184,8 @@ class Private:
                                            self.method.accountant),
                      "delta": delta, "rate": self.sampling.rate,
                      "accountant": self.method.accountant}
+            if self.method.accountant == "edgeworth":            # and what is certain
+                said["bound"] = epsilon_of(self.sigma, self.sampling.rate, self.spent, delta, "pld")
         return said
 
     def state_dict(self) -> Mapping[str, Any]:
