@@ -44,6 +44,10 @@ class Invertible(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"token table"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    excused: ClassVar[dict[str, str]] = {
+        "bf16_is_near_fp32 on clip":
+            "by chance: what two short texts have in common cancels in a contrast of them, and the "
+            "rest is near bf16's rounding; tests/methods/test_invertible.py holds it in fp64"}
 
     reduction: int = setting(2, "half the width over the narrow one")
     act: str = setting("relu", "activation inside", other=("gelu",))

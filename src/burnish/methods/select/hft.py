@@ -39,11 +39,6 @@ class Hft(Method):
     paper: ClassVar[str] = "HFT: Half Fine-Tuning for Large Language Models (2024)"
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
-    excused: ClassVar[dict[str, str]] = {
-        "bf16_is_near_fp32 on clip":
-            "a contrast of two pairs at a scale of 14 is rounded by 2 to 3 % in bf16, with any "
-            "method that trains the whole; tests/methods/test_hft.py holds its gradients in fp64"}
-
     ends: bool = setting(True, "what stands outside the blocks trains too")
     seed: int = setting(0, "of the draw")
 
