@@ -144,7 +144,7 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 
 
 SURFACE = {
-    "fit": "data json launch memory model output recipe",
+    "fit": "data from_yaml json launch memory model output recipe",
     "select": "base data how json like out run split",
     "predict": "base cache given inputs json run tokens",
     "evaluate": "audio base batch cache data image json label run split text",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,6 +46,9 @@ def fit(
     launch: Annotated[int | None, typer.Option(
         help="Start so many processes that train together, by torchrun, whose command is shown; "
              "with --shard fsdp2 each holds a share of the model.")] = None,
+    from_yaml: Annotated[Path | None, typer.Option(
+        help="A configuration of LLaMA-Factory or axolotl; what becomes of each key is said "
+             "first, and flags go over it.")] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune: burnish fit [CONFIG] [--KEY VALUE ...]
@@ -58,7 +63,8 @@ def fit(
     words = list(ctx.args)
     if launch is not None:
         named = [("model", model), *(("data", d) for d in data or []), ("recipe", recipe),
-                 ("memory", memory), ("output", output)]
+                 ("memory", memory), ("output", output),
+                 ("from-yaml", None if from_yaml is None else str(from_yaml))]
         words += [w for name, v in named if v is not None for w in (f"--{name}", v)]
         if code := launching.launch(launch, [*words, *(["--json"] if json else [])], not json):
             raise typer.Exit(code)
@@ -71,6 +77,8 @@ def fit(
     given = {"model": model, "data": tasks(data or []), "recipe": recipe, "memory": memory,
              "output": output}
     settings |= {k: v for k, v in given.items() if v is not None}
+    if from_yaml is not None:
+        settings = foreign(from_yaml, settings, quiet=json)
     for name in ("model", "data"):
         if name not in settings:
             raise ConfigError(f"fit needs {name}: give --{name}, or '{name}:' in the "
@@ -89,6 +97,28 @@ def fit(
         raise Interrupted(str(stop) or "interrupted") from None
     if json:                                        # people were told while it ran
         emit(True, run, "")
+
+
+def foreign(path: Path, said: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
+    """The settings of another program's configuration, with what is `said` over them."""
+    from ..fit.arguments import ALIASES, OWN_ALIASES
+    from ..fit.foreign import refusal, translated
+
+    def name(key: str) -> str:
+        return OWN_ALIASES.get(key, ALIASES.get(key, key))
+
+    over = frozenset(map(name, said))
+    made = translated(config.read(path), path.parent, over)
+    if not quiet and int(os.environ.get("RANK", "0")) == 0:
+        for line in made.lines():
+            inside = "  " * line.startswith("  ")
+            print(textwrap.fill(flags(line.strip()), 80, initial_indent=inside,
+                                subsequent_indent=2 * inside, break_long_words=False,
+                                break_on_hyphens=False))
+        print()
+    if why := refusal(made, path):
+        raise ConfigError(why)
+    return {k: v for k, v in made.settings.items() if name(k) not in over} | said
 
 
 def tasks(given: list[str]) -> str | dict[str, str] | None:
