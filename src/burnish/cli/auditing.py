@@ -84,18 +84,14 @@ class opened:
     """The model of a folder, and what it was before: of a run its base."""
 
     def __init__(self, source: Path, base: str | None):
+        from ..fit.finished import Finished
         from ..formats.combine import kind_of
-        from .finished import Finished
 
         self.source, self.base = source, base
         self.run = Finished.open(source, base) if kind_of([source]) == "adapter" else None
         self.plain: bool | None = None
         if self.run is not None:
-            about = self.run.task.data
-            if about.task not in ("language-modelling", "instruction-tuning", "preference-tuning"):
-                raise ConfigError(f"a language model is asked, and this run is of {about.task}")
-            # as in training: completions and documents have no template
-            self.plain = about.task == "language-modelling" or about.form == "completion"
+            self.plain = as_trained(self.run.task.data)
 
     def standing(self, name: str) -> Any:
         """A context that gives (model, tokenizer), or (None, None) where there is no such."""
@@ -117,6 +113,14 @@ class opened:
 
         folder = self.base if name == "before" else str(self.source)
         return nullcontext(language_model(folder) if folder is not None else (None, None))
+
+
+def as_trained(about: Any) -> bool:
+    """Whether a task's models are asked without a chat template: those of completions and of
+    documents were trained so. ConfigError for a task whose models do not go on from a prompt."""
+    if about.task not in ("language-modelling", "instruction-tuning", "preference-tuning"):
+        raise ConfigError(f"a language model is asked, and this one is of {about.task}")
+    return about.task == "language-modelling" or about.form == "completion"
 
 
 def language_model(folder: str) -> tuple[Any, Any]:
