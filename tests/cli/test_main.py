@@ -162,6 +162,8 @@ SURFACE = {
     "adapt": "base batch corrupt data how json order seed severity source split",
     "audit": "answers base batch json judge margin policy prompts seed source system temperature "
              "tokens",
+    "repair": "base batch benign data how json judge metric output policy prompts source split "
+              "tokens",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",
