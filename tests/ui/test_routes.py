@@ -163,7 +163,7 @@ def test_an_upload_that_nobody_used_can_go(page):
 # -- runs ------------------------------------------------------------------------------------------
 def test_a_run_is_started_watched_stopped_and_goes_on(page):
     told = page.client.post("/api/runs", json=asked(
-        promise={"peak": 99, "by": {"weights": 90, "temporary": 9, "odd": "x"}}, classes=["a"]))
+        promise={"peak": 99, "by": {"weights": 90, "temporary": 9, "odd": "x"}}))
     assert told.status_code == 201, told.text
     run = told.json()
     name, folder = run["id"], page.root / "runs" / run["id"]
@@ -223,7 +223,8 @@ def test_a_file_that_was_written_anew_is_read_anew(page):
 
 @pytest.mark.parametrize(("change", "status"), [
     ({"model": "root:../outside"}, 403), ({"data": "root:../outside.csv"}, 403), 
-    ({"data": None}, 400),
+    ({"data": None}, 400), ({"how": ["task"]}, 400), ({"settings": [1]}, 400),
+    ({"settings": {"max_steps": 10**400}}, 400),
     ({"settings": {"trust_remote_code": True}}, 400), ({"settings": {"output": "/x"}}, 400),
     ({"settings": {"max_steps": 1.5}}, 400), ({"settings": {"max_steps": "9"}}, 400),
     ({"settings": {"callbacks": 1}}, 400), ({"settings": {"epochs": True}}, 400),

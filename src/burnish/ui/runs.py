@@ -106,7 +106,7 @@ class Runs:
         write_json(folder / ASKED, {
             **{k: asked[k] for k in ("model", "data", "recipe") if k in asked},
             "title": _title(asked), "settings": wanted, "promise": _promise(asked),
-            "classes": asked.get("classes"), "created": time.time()})
+            "created": time.time()})
         self._begin(folder, {**wanted, "output": str(folder / OUT)})
         return name
 
@@ -121,6 +121,9 @@ class Runs:
                     raise ConfigError(f"{key} is text such as "
                                       f"{'lora(rank=8)' if key == 'recipe' else '8GB'!r}")
                 wanted[key] = value
+        for key in ("how", "settings"):
+            if not isinstance(asked.get(key) or {}, dict):
+                raise ConfigError(f"{key}: expected an object")
         for key, value in (asked.get("how") or {}).items():
             if key not in READING or not isinstance(value, str) or len(value) > 200:
                 raise ConfigError(f"{key!r} is no way to read columns; there are "
@@ -133,7 +136,7 @@ class Runs:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or \
-                    kind is int and value != int(value):
+                    not abs(value) < 2**63 or kind is int and value != int(value):
                 raise ConfigError(f"{key}: expected a {'whole ' if kind is int else ''}number")
             wanted[key] = kind(value)
         if self.trust:
@@ -143,8 +146,11 @@ class Runs:
     def _begin(self, folder: Path, config: Mapping[str, Any]) -> None:
         handle = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            if not _locked(handle):
-                raise ConfigError("this run is going on already")
+            end = time.monotonic() + 1.0                # others may be looking whether it lives
+            while not _locked(handle):
+                if time.monotonic() > end:
+                    raise ConfigError("this run is going on already")
+                time.sleep(0.02)
             for name in (PROCESS, ENDED):
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / CONFIG, dict(config))
@@ -193,7 +199,7 @@ class Runs:
         except FileNotFoundError:
             return False
         try:
-            return not _locked(handle)
+            return not _locked(handle, shared=True)
         finally:
             os.close(handle)
 
@@ -217,7 +223,6 @@ class Runs:
             "id": name, "state": state, "why": why, "created": asked.get("created"),
             "started": process.get("started"), "ended": ended.get("time"),
             **{k: asked.get(k) for k in ("title", "model", "data", "recipe", "promise")},
-            "classes": asked.get("classes"),
             "settings": {k: settings[k] for k in ("memory", *SETTINGS, *READING) if k in settings},
             "checkpoint": checkpoints[-1] if checkpoints else None,
             "report": (out / "report.html").is_file() and bool(facts),
@@ -305,12 +310,12 @@ class Watch:
 
 
 # -- small things --------------------------------------------------------------------------------
-def _locked(handle: int) -> bool:
+def _locked(handle: int, shared: bool = False) -> bool:
     """Takes the lock of an open file; False when another process holds it."""
     import fcntl
 
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return True
     except OSError:
         return False

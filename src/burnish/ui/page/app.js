@@ -40,8 +40,8 @@ function takeData(place) {
 
 async function readData() {
   const turn = ++asked;
-  now.read = now.plans = null;
-  $("plan").hidden = $("data-shown").hidden = true;
+  now.read = now.plans = now.point = null;
+  $("plan").hidden = $("plan-body").hidden = $("data-shown").hidden = true;
   if (!now.data) return;
   const body = { data: now.data, how: now.how };
   if (now.model && now.facts) body.model = now.model;
@@ -101,6 +101,7 @@ let planning = 0, later = 0, going = null;
 
 async function plan(more = {}) {
   clearTimeout(later);
+  later = 0;
   going?.abort();
   const turn = ++planning, read = now.read, mine = going = new AbortController();
   if (!read || !now.model) return;
@@ -197,6 +198,7 @@ async function start(e) {
   button.disabled = true;
   told.replaceChildren(busy("Starting…"));
   try {
+    if (later) await plan();                      // a field was changed just now
     const text = $("recipe").value.trim(), r = text === now.point?.recipe ? now.point : now.plans ? await written() : null;
     if (!text) throw new Error("choose a recipe, or write one");
     if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
@@ -205,7 +207,7 @@ async function start(e) {
       learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
       seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
     const run = await send("POST", "/api/runs", { model: now.model, data: now.data, recipe: r ? r.recipe : text,
-      memory: $("memory").value.trim() || null, how: { ...now.how }, settings, classes: now.read?.labels,
+      memory: $("memory").value.trim() || null, how: { ...now.how }, settings,
       promise: r ? { peak: r.peak, by: r.by } : null });
     told.replaceChildren();
     location.hash = `run/${run.id}`;
@@ -260,7 +262,10 @@ async function begin() {
     { name: "Digits", make: () => h("div", {}, h("p", { class: "faint" }, "1,797 scanned digits, which come with scikit-learn."),
       h("button", { type: "button", onclick: () => takeData("builtin:digits") }, "Take them")) }]);
   $("plan-form").addEventListener("submit", (e) => { e.preventDefault(); plan(); });
-  $("prefer").addEventListener("change", () => plan());
+  for (const id of ["memory", "batch", "epochs", "prefer"]) $(id).addEventListener("change", () => {
+    clearTimeout(later);
+    later = setTimeout(plan, 600);
+  });
   $("start-form").addEventListener("submit", start);
   $("look").addEventListener("click", written);
   $("longest").addEventListener("change", readData);
