@@ -110,10 +110,11 @@ def test_the_bases_cache_serves():
     torch.testing.assert_close(behind.logits, whole[:, 2:])
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_it_writes_on(beams):
-    """Greedy steps are those of the whole text asked again; beams have their samples' tokens."""
-    tuned, batch = made()
+@pytest.mark.parametrize("model, beams", [("llama", 1), ("llama", 3), ("gpt2", 1), ("mamba", 1)])
+def test_it_writes_on(model, beams):
+    """Greedy steps are those of the whole text asked again; beams have their samples' tokens, and
+    a scan's state says which count as a cache does."""
+    tuned, batch = made(model=model)
     ids = batch["input_ids"]
     made_on = tuned.model.generate(**batch, max_new_tokens=4, num_beams=beams, do_sample=False,
                                    pad_token_id=0, eos_token_id=None)

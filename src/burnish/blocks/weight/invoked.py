@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...core.call import context, resume
 from ...core.errors import RecipeError
-from ..state.prompts import Listener, named, tokens_known
+from ..state.prompts import Listener, named
 from ..tape.executor import checkpoint
 from .experts import spread
 
@@ -45,6 +45,19 @@ def counted(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
 def key_of(adapter: str) -> str:
     """Under which a call holds the counts of an adapter."""
     return f"invoked {adapter}"
+
+
+def _cache(of: Any) -> Any:
+    """The keys and values, or the state of a scan, among arguments or outputs."""
+    past = of.get("past_key_values")
+    return of.get("cache_params") if past is None else past
+
+
+def _goes_on(given: Any) -> bool:
+    """Does it hold tokens? One that was emptied holds none."""
+    past, scan = given.get("past_key_values"), given.get("cache_params")
+    return past.get_seq_length() > 0 if past is not None else \
+        scan is not None and bool(scan.has_previous_state())
 
 
 class Invocation(Listener):
@@ -73,9 +86,9 @@ class Invocation(Listener):
         if (ids := given.get("input_ids")) is None:
             raise RecipeError("an update that waits for tokens looks for them in input_ids, and "
                               "inputs_embeds has none: give input_ids")
-        on, cache = counted(ids, self.tokens), given.get("past_key_values")
+        on, cache = counted(ids, self.tokens), _cache(given)
         before = getattr(cache, _ON, {}).get(self.adapter)
-        if before is not None and tokens_known(given):
+        if before is not None and _goes_on(given):
             if len(on) % len(before):
                 raise RecipeError(f"a cache of {len(before)} samples is given {len(on)}")
             before = before.repeat_interleave(len(on) // len(before))    # beams, copies
@@ -83,7 +96,7 @@ class Invocation(Listener):
         own = replace(self.here, given={**self.here.given, key_of(self.adapter): on})
         with resume(own):
             out = call(*args, **kw)
-        left = cache if isinstance(out, tuple | Tensor) else out.get("past_key_values")
+        left = cache if isinstance(out, tuple | Tensor) else _cache(out)
         if left is not None:
             setattr(left, _ON, {**getattr(left, _ON, {}), self.adapter: on > 0})
         return out
