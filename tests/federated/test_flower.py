@@ -74,7 +74,8 @@ if importlib.util.find_spec("flwr") is not None:
             return out
 
     def clients(**kw):
-        return {n: Client(n, rows(5 + i, i), recipe=kw.get(n)) for i, n in enumerate("ab")}
+        return {n: Client(n, rows(5 + i, i), recipe=kw.get(n), secret=i)
+                for i, n in enumerate("ab")}
 
     @pytest.mark.parametrize("rule, recipes, more, up", [
         ("mean", {}, "", "8bit"), ("stack", RECIPES, "", "none"),
@@ -99,6 +100,15 @@ if importlib.util.find_spec("flwr") is not None:
             assert torch.equal(t, result.arrays.to_torch_state_dict()[n])
         up_bytes = [m["bytes-up"] for m in result.train_metrics_clientapp.values()]
         assert up_bytes == [r.up for r in done.rounds]
+
+    def test_noise_of_a_private_client_is_nobody_elses_to_draw():
+        training, sent = Training("lora(rank=2) + dp(sigma=1.0, accountant='rdp')", batch=3), []
+        for _ in range(2):
+            app = flower.client_app(model, lambda c: Client("a", rows(5, 0)), training)
+            there = flower.strategy(model(), [Member("a")], training)
+            there.start(Here(app, "a"), ArrayRecord(), num_rounds=1)
+            sent.append(torch.cat([t.flatten() for t in there.server.content.values()]))
+        assert not torch.equal(*sent)
 
     def test_a_node_that_fails_is_named_and_catches_up():
         mine, falls = clients(), {"b": True}

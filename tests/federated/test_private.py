@@ -152,6 +152,13 @@ def test_with_a_frozen_the_mean_of_factors_is_the_mean_of_updates():
         assert torch.allclose(term.dense(), want[n], atol=1e-6) and want[n].norm() > 0
 
 
+def test_a_secret_of_its_own_makes_a_clients_draws_its_own():
+    kw = {"recipe": f"{LORA} + dp(sigma=1.0, accountant='rdp')"}
+    sent = [flat(federate(model(), [Client("a", rows(6, 0), secret=s, **kw)], rounds=1,
+                          batch=3).server.content) for s in (None, 1, 1)]
+    assert torch.equal(sent[1], sent[2]) and not torch.equal(sent[0], sent[1])
+
+
 def test_noise_is_each_clients_own():
     kw = {"rounds": 1, "steps": 1, "batch": 6, "lr": 1.0, "loss": lambda out, b: out.loss * 0}
     twins = [Client(n, rows(6, 0)) for n in "ab"]

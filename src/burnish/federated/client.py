@@ -59,10 +59,13 @@ class Client(Member):
     """Whose rows train.
 
     rows: whatever can be counted and indexed; they never leave the client. collate: rows -> batch.
+    secret: a seed that nobody else knows. Without one, who knows the federation's seed can draw a
+        client's noise again; a simulation may, and in Flower a private client makes one up.
     """
 
     rows: Sequence[Any]
     collate: Callable[[list[Any]], Any] = stacked
+    secret: int | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +143,7 @@ def batches(client: Client, training: Training, turn: int) -> Iterator[Any]:
     """The batches of a client's round `turn` (1, 2, ...), a function of the seed, the round and
     the client's name alone: shuffled passes; each row drawn by itself where a part counts on it."""
     size, rows = batch_of(client, training), client.rows
-    seed = number(training.seed, "rows", client.name)
+    seed = number(training.seed, "rows", client.name, *_secret(client))
 
     def every() -> Iterator[list[int]]:
         if private(recipe_of(client, training)):
@@ -156,6 +159,10 @@ def batches(client: Client, training: Training, turn: int) -> Iterator[Any]:
     for some in islice(every(), steps_of(client, training)):
         yield client.collate([rows[i] for i in some]) if some else \
             cut(client.collate([rows[0]]), 0)
+
+
+def _secret(client: Client) -> tuple[int, ...]:
+    return () if client.secret is None else (client.secret,)
 
 
 def joined(model: nn.Module, client: Member, rule: Rule, training: Training, turn: int) -> Tuned:
@@ -181,7 +188,7 @@ def work(model: nn.Module, client: Client, rule: Rule, training: Training, turn:
     lasting = secret or training.keep_optimizer
     steps = steps_of(client, training)
     with random_kept():
-        torch.manual_seed(number(training.seed, "training", turn, client.name))
+        torch.manual_seed(number(training.seed, "training", turn, client.name, *_secret(client)))
         tuned = joined(model, client, rule, training, turn)
         trained = list(tuned.parameters())
         try:

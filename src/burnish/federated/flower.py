@@ -13,7 +13,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -22,7 +24,7 @@ from ..core.anatomy import Anatomy
 from ..core.errors import BurnishError, ConfigError
 from ..fit.state import pack as packed
 from ..fit.state import unpack as unpacked
-from .client import Client, Member, Training, work
+from .client import Client, Member, Training, private, recipe_of, work
 from .message import check_coding, pack, unpack
 from .rounds import Sent, Server
 from .rules import Rule, rule_of
@@ -60,6 +62,8 @@ def client_app(base: Callable[[], nn.Module], client: Callable[[Any], Client], t
     def train(message: Any, context: Any) -> Any:
         record = message.content.config_records[RECORD]
         mine, turn = client(context), int(record["turn"])
+        if mine.secret is None and private(recipe_of(mine, training)):
+            mine = replace(mine, secret=secrets.randbits(62))     # the server knows the other seed
         kept = context.state.config_records.get(KEPT)
         merged = [] if kept is None else list(kept["merged"])
         state = {} if kept is None else _unkept(kept)
