@@ -9,7 +9,8 @@ place there is refused by name.
     one scale    where scales differ, or their product with the rank is no whole number, B takes
                  its own: in float32, one rounding of an entry
 
-Where the rules are from, read, not run (none of these programs is installed with burnish):
+Where the rules are from (none of these programs is installed with burnish, so none was run; vLLM's
+sizes and mlx-lm's keys were looked up, SGLang's and llama.cpp's rules are unconfirmed):
 vLLM, ``vllm/lora/peft_helper.py`` and ``lora_model.py``: ``modules_to_save`` and ``use_dora`` are
 refused, ``r`` and ``lora_alpha`` are of all modules (patterns are not read), ``r`` is at most
 ``--max-lora-rank``, one of a few sizes. SGLang, ``srt/lora/lora_config.py``: ``r``, ``lora_alpha``
@@ -46,7 +47,7 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "granite", "olmo2",
          "smollm3")
 #: what vLLM's --max-lora-rank may be
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _OUT = "burnish merge folds it into plain weights, which every server takes"
 
