@@ -218,6 +218,9 @@ def test_what_does_not_belong_together_is_told(tmp_path):
         task_for(data, "", processor=made(WHISPER)[1]).settle(made(WAV2VEC2)[0])
     with pytest.raises(ConfigError, match="reads 16 mel bands, and ASTFeatureExtractor makes 128"):
         task_for(data, "", processor=transformers.ASTFeatureExtractor()).settle(made(AST)[0])
+    with pytest.raises(ConfigError, match="reads 64 frames, and ASTFeatureExtractor makes 1024"):
+        task_for(data, "", processor=transformers.ASTFeatureExtractor(
+            num_mel_bins=16)).settle(made(AST)[0])
     with pytest.raises(ConfigError, match="reads 100 frames, and WhisperFeatureExtractor makes"):
         task_for(data, "", processor=transformers.WhisperFeatureExtractor(
             feature_size=16)).settle(made(WHISPER)[0])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import DataError, nearest
 from ..core.keys import Read
-from .layouts import Table
+from .table import Table
 
 
 def apart(table: Table, split: str, keys: Mapping[str, Read], optional: Collection[str]

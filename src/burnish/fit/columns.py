@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from ..core.errors import DataError, nearest
 from .kinds import form_of_label, heard, pictured
 from .labels import quantities
-from .layouts import Table
 from .readings import ambiguous, aside, heard_or_written, label_like, pictures, tagged, texts
+from .table import Table
 
 #: names people give these columns, likeliest first
 TEXT = ("text", "sentence", "content", "document", "review", "comment", "body", "message",

@@ -31,7 +31,8 @@ from .beside import apart, missing
 from .columns import Roles, assign
 from .kinds import TASKS, form_of_label
 from .labels import differ
-from .layouts import SPLITS, Table
+from .layouts import SPLITS
+from .table import Table
 from .turns import as_rows_of
 from .values import canonical
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.errors import DataError, nearest
-from .layouts import Table
+from .table import Table
 
 #: "3.0", which tables make of 3
 _WHOLE = re.compile(r"^(-?\d+)\.0+$")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..core.errors import DataError, nearest
 from ..core.reading import parse_json, plain, read_text, reading, regular
 from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
+from .table import Table
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll"})
 PROSE = frozenset({".txt", ".md", ".rst", ".py"})
@@ -28,25 +28,6 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
 
 #: a parquet file may claim this many cells whatever its size; more must be in proportion to it
 MOST_CELLS = 5_000_000
-
-
-@dataclass
-class Table:
-    """Rows as columns, with a way to say where row i stands (a file and a line, or a path)."""
-
-    columns: dict[str, list[Any]]
-    where: Callable[[int], str]
-    layout: str
-    #: column -> its classes in their order, where the layout itself says them
-    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), []))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        names = list(self.columns)
-        for values in zip(*self.columns.values(), strict=True):
-            yield dict(zip(names, values, strict=True))
 
 
 def files(path: Path, task: str | None = None) -> dict[str, Table]:

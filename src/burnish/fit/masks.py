@@ -8,16 +8,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import DataError
 from ..core.reading import parse_json, plain, read_text
 from .media import LOOKED_AT, PICTURE
-
-if TYPE_CHECKING:
-    from .layouts import Table
+from .table import Table
 
 #: the number of a pixel that is not counted, as transformers has it
 IGNORED = 255
@@ -41,13 +39,12 @@ def paired(path: Path, task: str | None, split_of: Callable[[str], str | None]
         return None
     images, masks = pair
     if not PICTURE.among(masks):
-        if any(masks.rglob("*.json")):
-            raise DataError(f"{path} holds pictures and {masks.name}/*.json, as COCO has them; "
-                            "objects in boxes are not served, classes of pixels (a mask for each "
-                            f"picture in {masks}) and of whole pictures are")
+        for ending, whose in ((".json", "COCO"), (".txt", "YOLO"), (".xml", "Pascal VOC")):
+            if any(masks.rglob(f"*{ending}")):
+                raise DataError(f"{path} holds pictures and {masks.name}/*{ending}, as {whose} has "
+                                "them; objects in boxes are not served, classes of pixels (a mask "
+                                f"for each picture in {masks}) and of whole pictures are")
         return None
-    from .layouts import Table
-
     inside = {s: p for p in sorted(images.iterdir()) if p.is_dir() and (s := split_of(p.name))}
     names = _names(path)
     out = {}

@@ -7,12 +7,10 @@ the person does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import DataError
-
-if TYPE_CHECKING:
-    from .layouts import Table
+from .table import Table
 
 #: columns that come along and hold nothing to learn
 ASIDE = frozenset({

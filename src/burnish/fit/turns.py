@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from .columns import ROLES, Roles
-from .layouts import Table
+from .table import Table
 
 
 def canonical(table: Table, roles: Roles) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from . import labels, turns
 from .columns import Roles
 from .kinds import form_of_label
 from .labels import Classes
-from .layouts import Table
+from .table import Table
 
 if TYPE_CHECKING:
     import datasets

@@ -83,6 +83,10 @@ class Heard(Task):
         if hasattr(p, "nb_max_frames") and places is not None and p.nb_max_frames != 2 * places:
             raise ConfigError(f"{name} reads {2 * places} frames, and {type(p).__name__} makes "
                               f"{p.nb_max_frames}; give the one that belongs to the model")
+        long, ours = getattr(config, "max_length", None), getattr(p, "max_length", None)
+        if hasattr(config, "frequency_stride") and None not in (long, ours) and long != ours:
+            raise ConfigError(f"{name} reads {long} frames, and {type(p).__name__} makes {ours}; "
+                              "give the one that belongs to the model")
         left = {k: v for k in ("layerdrop", "encoder_layerdrop")
                 if isinstance(v := getattr(config, k, None), float) and v > 0}
         for k, v in left.items():

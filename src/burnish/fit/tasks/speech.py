@@ -111,7 +111,8 @@ class SpeechRecognition(Heard):
                 "ctc_zero_infinity": True, "ignore_mismatched_sizes": True}
 
     def fit_head(self, model: nn.Module) -> nn.Module:
-        has, wanted = getattr(model.config, "vocab_size", None), len(self.processor.tokenizer)
+        config = getattr(model, "config", None)
+        has, wanted = getattr(config, "vocab_size", None), len(self.processor.tokenizer)
         if has != wanted:
             raise ConfigError(f"{type(model).__name__} writes {has} tokens and the tokenizer has "
                               f"{wanted}; give the model by its folder, or with "
