@@ -147,6 +147,7 @@ function drawPlan() {
     clearTimeout(later);
     if (done) plan();
     else if (keys) later = setTimeout(plan, 1200);
+    else planning++;                              // a plan that ends now would take the line away
   } });
   if (held) $("frontier").querySelector(".budget").focus();
   const timed = recipes.some((r) => r.hours);
