@@ -145,7 +145,8 @@ def test_llama_factory_key_by_key(tmp_path, talks):
     assert made.settings["data"] == str(talks) and made.settings["max_length"] == 64
     assert made.settings["save_strategy"] == "steps" and made.settings["overwrite"] is True
     assert made.assumed == {"lora_alpha": "alpha=16", "validation": "validation=0",
-                            "weight_decay": "weight_decay=0.0"}
+                            "weight_decay": "weight_decay=0.0",
+                            "load_best_model_at_end": "load_best_model_at_end=False"}
     assert "all rows are read" in made.left["max_samples"]
     assert made.left["resume_from_checkpoint"] == "says nothing"
 
@@ -206,12 +207,87 @@ def test_methods_become_recipes(tmp_path, talks, more, recipe):
     (AXOLOTL, {"special_tokens": {"bos_token": "<s>"}}, "special_tokens", "--processor"),
     (AXOLOTL, {"optimizer": "muon"}, "optimizer", "write --recipe"),
     (AXOLOTL, {"load_in_4bit": False}, "adapter", "load_in_4bit"),
-    (AXOLOTL, {"rl": "grpo"}, "rl", "none of")])
+    (AXOLOTL, {"rl": "grpo"}, "rl", "none of"), (AXOLOTL, {"rl": "simpo"}, "rl", "cpo_alpha"),
+    (AXOLOTL, {"lora_target_modules": None}, "adapter", "lora_target_linear"),
+    (AXOLOTL, {"lora_alpha": None}, "lora_alpha", "give it"),
+    (AXOLOTL, {"lora_target_linear": True, "lora_target_modules": ["lm_head"]},
+     "lora_target_modules", "lm_head"),
+    (AXOLOTL, {"chat_template": "chatml"}, "chat_template", "--processor"),
+    (AXOLOTL, {"plugins": ["axolotl.integrations.kd.KDPlugin"]}, "plugins", "something else"),
+    (AXOLOTL, {"load_in_8bit": True}, "load_in_8bit", "keep one"),
+    (FACTORY, {"max_samples": 3}, "max_samples", "12"),
+    (FACTORY, {"default_system": "Be brief."}, "default_system", "into the rows"),
+    (FACTORY, {"quantization_method": "hqq"}, "quantization_method", "bnb"),
+    (FACTORY, {"do_train": False}, "do_train", "evaluate")])
 def test_what_would_learn_something_else_is_refused_with_its_key(tmp_path, talks, text, more, key,
                                                                  says):
     made = read(tmp_path, text, **more)
     assert key in made.refused and says in made.refused[key], made.refused
     assert key in refusal(made, tmp_path / "train.yaml") and key not in made.used
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_form_of_lora_is_taken_wherever_its_key_stands(tmp_path, first):
+    pair = {"use_dora": True}, {"finetuning_type": "lora"}
+    made = translated({**pair[not first], **pair[first], "model_name_or_path": "m"}, tmp_path)
+    assert made.settings["recipe"].startswith("dora(")
+    both = translated({"use_dora": True, "pissa_init": True, "stage": "sft"}, tmp_path)
+    assert "pissa_init" in both.refused
+
+
+def test_their_own_defaults_stand_where_nothing_is_said(tmp_path, talks):
+    made = read(tmp_path, AXOLOTL, warmup_ratio=None)
+    assert made.assumed["warmup_steps"] == "warmup_steps=0.03"
+    assert "load_best_model_at_end" not in made.assumed     # both go by steps: the best is kept
+    plain = read(tmp_path, AXOLOTL, evals_per_epoch=None)
+    assert plain.settings["load_best_model_at_end"] is False
+    for loss, more in (("hinge", {}), ("simpo", {"gamma": 0.5}), ("sigmoid", {})):
+        made = read(tmp_path, FACTORY, stage="dpo", pref_loss=loss)
+        assert made.settings["beta"] == 0.1
+        assert {k: v for k, v in made.settings.items() if k == "gamma"} == more
+    unsaid = read(tmp_path, FACTORY, pref_loss="simpo", pref_beta=0.3, simpo_gamma=1.0)
+    assert "beta" not in unsaid.settings and "task" not in unsaid.settings     # stage is sft
+
+
+@pytest.mark.parametrize("text, more, dtype", [
+    (FACTORY, {}, "float32"), (FACTORY, {"pure_bf16": True}, "bfloat16"),
+    (AXOLOTL, {"bf16": False}, "float32"), (AXOLOTL, {"bf16": "full"}, "bfloat16")])
+def test_weights_that_all_train_are_held_as_theirs_are(tmp_path, talks, text, more, dtype):
+    full = {"quantization_bit": None, "finetuning_type": "full"} if text is FACTORY else \
+        {"adapter": None, "load_in_4bit": False}
+    made = read(tmp_path, text, **full, **more)
+    assert made.settings["dtype"] == dtype and not made.refused
+    assert "bf16" not in made.settings
+    assert "dtype" not in read(tmp_path, text).settings
+
+
+def test_steps_of_evaluation_need_rows_to_evaluate_on(tmp_path, talks):
+    made = read(tmp_path, FACTORY, eval_steps=5)
+    assert "eval_strategy" not in made.settings
+    assert read(tmp_path, FACTORY, eval_steps=5, val_size=0.1).settings["eval_strategy"] == "steps"
+    made = read(tmp_path, AXOLOTL, eval_strategy="steps", eval_steps=5, val_set_size=0)
+    assert "eval_strategy" not in made.settings and "eval_strategy" in made.left
+
+
+def test_every_linear_layer_goes_before_a_list_of_some(tmp_path):
+    made = read(tmp_path, AXOLOTL, lora_target_linear=True)
+    assert "targets" not in made.settings["recipe"] and "lora_target_modules" in made.left
+
+
+def test_a_flag_answers_what_is_refused(tmp_path, talks):
+    said = {"use_galore": True, "chat_template_jinja": "x", "adapter_name_or_path": "x",
+            "max_samples": 3}
+    path = tmp_path / "train.yaml"
+    assert set(read(tmp_path, FACTORY, **said).refused) == set(said)
+    config_ = {**config.read(path), **said}
+    made = translated(config_, tmp_path, frozenset({"recipe", "processor", "init_from", "data"}))
+    assert not made.refused
+
+
+def test_keys_are_not_taken_for_parts_of_the_translation(tmp_path, talks):
+    names = ("loss", "targets", "columns", "tags", "whole", "recipe", "usual", "_class__")
+    made = read(tmp_path, FACTORY, **dict.fromkeys(names, "x"))
+    assert set(made.refused) == set(names)
 
 
 def test_pairs_and_preferences_are_told_by_settings(tmp_path, talks):

@@ -16,10 +16,10 @@ from typing import Any
 from ..core.errors import ConfigError, nearest
 from ..core.reading import shown
 from ..core.recipe import parse
-from ..formats import safe
 from .foreign_keys import (
     AXOLOTL,
     FACTORY,
+    FASTER,
     HELD,
     LEFT,
     LORA,
@@ -31,14 +31,7 @@ from .foreign_keys import (
     TOPICS,
     WITH_LORA,
 )
-
-
-class Left(Exception):
-    """A key without a counterpart, and why that changes nothing that is learnt."""
-
-
-class Refused(Exception):
-    """A key that cannot be taken, and what to do."""
+from .foreign_rows import Left, Refused, Told, counted
 
 
 @dataclass
@@ -101,20 +94,21 @@ def translated(config: Mapping[str, Any], folder: Path, given: frozenset[str] = 
     return made
 
 
-class _State:
-    """One translation under way."""
+class _State(Told):
+    """One translation under way: ``key_NAME`` takes the value of that key."""
 
     def __init__(self, made: Foreign, config: dict[str, Any], folder: Path, of: str):
-        self.made, self.config, self.folder, self.of = made, config, folder, of
-        self.settings = made.settings
+        super().__init__(config, made.settings, folder)
+        self.made, self.of = made, of
         self.lora: dict[str, Any] = {}
         self.method = "lora" if of == FACTORY else "full"
+        self.forms: list[str] = []                   # of a LoRA: dora, pissa
         self.storage = self.optimizer = self.also = ""
         self.checkpoint = of == FACTORY              # theirs, unless it is told not to
 
     def take(self, key: str) -> str:
         value = self.config[key]
-        own: Callable[[Any], str] | None = getattr(self, f"_{key}", None)
+        own: Callable[[Any], str] | None = getattr(self, f"key_{key}", None)
         if own is not None:
             return own(value)
         if key in LORA:
@@ -129,23 +123,26 @@ class _State:
             raise Refused(REFUSED[key])
         if key in LEFT:
             raise Left(LEFT[key])
-        known = {*NAMES, *LEFT, *REFUSED, *LORA, *(k for t in TOPICS.values() for k in t)}
+        known = {*NAMES, *LEFT, *REFUSED, *LORA, *(k for t in TOPICS.values() for k in t),
+                 *(n.removeprefix("key_") for n in dir(self) if n.startswith("key_"))}
         raise Refused(f"not known here{nearest(key, known)}")
 
     # -- what is trained -----------------------------------------------------------------------
-    def _finetuning_type(self, value: Any) -> str:
+    def key_finetuning_type(self, value: Any) -> str:
         if value not in METHODS:
             raise Refused(f"{shown(value, 30)} is none of {', '.join(METHODS)}; write --recipe")
         self.method = METHODS[value]
         return f"recipe {self.method}"
 
-    def _adapter(self, value: Any) -> str:
-        told = self._finetuning_type(value)
+    def key_adapter(self, value: Any) -> str:
+        told = self.key_finetuning_type(value)
         if value == "qlora" and not self.config.get("load_in_4bit"):
             raise Refused("qlora wants load_in_4bit: true")
+        if not (self.config.get("lora_target_linear") or self.config.get("lora_target_modules")):
+            raise Refused("lora_target_linear: true or lora_target_modules says where it goes")
         return told
 
-    def _stage(self, value: Any) -> str:
+    def key_stage(self, value: Any) -> str:
         tasks = {"sft": None, "pt": "language-modelling", "dpo": "preference-tuning"}
         if value not in tasks:
             raise Refused(f"{shown(value, 30)} is none of {', '.join(tasks)}")
@@ -155,12 +152,36 @@ class _State:
             self.settings.setdefault("loss_type", "dpo")
         return f"task={tasks[value]}" if tasks[value] else "what the rows are"
 
-    def _rl(self, value: Any) -> str:
+    def key_rl(self, value: Any) -> str:
+        if value == "simpo" and self.config.get("cpo_alpha") != 0:
+            raise Refused("theirs adds the likelihood of the better answer to it; cpo_alpha: 0 "
+                          "says that it is not")
         return self._loss(value, ("dpo", "ipo", "orpo", "simpo"))
 
-    def _pref_loss(self, value: Any) -> str:
+    def key_cpo_alpha(self, value: Any) -> str:
+        if value != 0:
+            raise Refused("no likelihood of the better answer is added; only 0 is taken")
+        return "nothing is added"
+
+    def key_pref_loss(self, value: Any) -> str:
+        self._prefers()
         return self._loss({"sigmoid": "dpo"}.get(value, value), ("dpo", "ipo", "hinge", "orpo",
                                                                  "simpo"))
+
+    def key_pref_beta(self, value: Any) -> str:
+        self._prefers()
+        self.settings["beta"] = value
+        return f"beta={shown(value, 30)}"
+
+    def key_simpo_gamma(self, value: Any) -> str:
+        if "simpo" not in (self.config.get("pref_loss"), self.config.get("rl")):
+            raise Left("the loss is not simpo")
+        self.settings["gamma"] = value
+        return f"gamma={shown(value, 30)}"
+
+    def _prefers(self) -> None:
+        if self.of == FACTORY and self.config.get("stage", "sft") != "dpo":
+            raise Left("stage is not dpo")
 
     def _loss(self, value: Any, known: tuple[str, ...]) -> str:
         if value not in known:
@@ -178,9 +199,17 @@ class _State:
         self.lora["targets"] = ",".join(names)
         return f"targets {','.join(names)} of the recipe"
 
-    _lora_target = _lora_target_modules = _targets
+    key_lora_target = _targets
 
-    def _lora_target_linear(self, value: Any) -> str:
+    def key_lora_target_modules(self, value: Any) -> str:
+        if self.config.get("lora_target_linear") is not True:
+            return self._targets(value)
+        names = value if isinstance(value, list) else [str(value)]
+        if odd := [n for n in names if n in ("lm_head", "embed_tokens", "wte", "embed_out")]:
+            raise Refused(f"{odd[0]} beside every linear layer: write --recipe")
+        raise Left("lora_target_linear takes every linear layer")
+
+    def key_lora_target_linear(self, value: Any) -> str:
         if value is not True:
             raise Left("says no")
         return "every linear layer outside the head, as usual"
@@ -190,214 +219,217 @@ class _State:
         self.also = f"full(targets={','.join(names)!r})"
         return self.also
 
-    _additional_target = _lora_modules_to_save = _whole
+    key_additional_target = key_lora_modules_to_save = _whole
 
-    def _peft_use_dora(self, value: Any) -> str:
-        if value:
-            self.method = "dora"
-        return "recipe dora" if value else "no"
+    def key_peft_use_dora(self, value: Any) -> str:
+        return self._form("dora", value)
 
-    def _peft_use_rslora(self, value: Any) -> str:
+    def key_pissa_init(self, value: Any) -> str:
+        return self._form("pissa", value)
+
+    def _form(self, name: str, value: Any) -> str:
+        if not value:
+            raise Left("says no")
+        self.forms.append(name)                      # whichever key comes first
+        return f"recipe {name}"
+
+    def key_peft_use_rslora(self, value: Any) -> str:
         if value:
             self.lora["scaling"] = "rs"
         return "scaling='rs'" if value else "no"
 
-    _use_dora, _use_rslora = _peft_use_dora, _peft_use_rslora
-
-    def _pissa_init(self, value: Any) -> str:
-        if value:
-            self.method = "pissa"
-        return "recipe pissa" if value else "no"
+    key_use_dora, key_use_rslora = key_peft_use_dora, key_peft_use_rslora
 
     # -- how it is held ------------------------------------------------------------------------
-    def _quantization_bit(self, value: Any) -> str:
+    def key_quantization_bit(self, value: Any) -> str:
         if value not in (4, 8):
             raise Refused(f"{shown(value, 30)} bits: 4 and 8 are known; write --recipe")
         if value == 8:
-            return self._load_in_8bit(True)
+            return self.key_load_in_8bit(True)
         double = self.config.get("double_quantization", True)
         self.storage = "nf4" if double else "nf4(double_quant=False)"
         return self.storage
 
-    def _double_quantization(self, value: Any) -> str:
+    def key_double_quantization(self, value: Any) -> str:
         if "quantization_bit" not in self.config:
             raise Left("nothing is quantised")
         return f"double_quant={bool(value)}"
 
-    def _load_in_4bit(self, value: Any) -> str:
+    def key_load_in_4bit(self, value: Any) -> str:
         if not value:
             raise Left("says no")
         self.storage = "nf4"
         return "nf4"
 
-    def _load_in_8bit(self, value: Any) -> str:
+    def key_load_in_8bit(self, value: Any) -> str:
         if not value:
             raise Left("says no")
+        if self.config.get("load_in_4bit"):
+            raise Refused("load_in_4bit is said too; keep one")
         self.storage = "int8"
         return "int8, rounded to the nearest; no outliers are kept apart"
 
-    def _gradient_checkpointing(self, value: Any) -> str:
+    def key_quantization_method(self, value: Any) -> str:
+        if value not in ("bnb", "bitsandbytes"):
+            raise Refused(f"{shown(value, 30)}: bnb's rounding is known; write --recipe")
+        raise Left("nf4 and int8 are those of bitsandbytes")
+
+    def key_quantization_type(self, value: Any) -> str:
+        if value != "nf4":
+            raise Refused(f"{shown(value, 30)}: nf4 is known; write --recipe")
+        raise Left("nf4 is meant")
+
+    def key_gradient_checkpointing(self, value: Any) -> str:
         self.checkpoint = bool(value)
         return "checkpoint" if value else "no checkpoint"
 
-    def _disable_gradient_checkpointing(self, value: Any) -> str:
+    def key_disable_gradient_checkpointing(self, value: Any) -> str:
         self.checkpoint = not value
         return "no checkpoint" if value else "checkpoint"
 
-    def _optim(self, value: Any) -> str:
+    def key_optim(self, value: Any) -> str:
         if value not in OPTIMIZERS:
             raise Refused(f"{shown(value, 30)} is none of {', '.join(OPTIMIZERS)}; write --recipe")
         self.optimizer = OPTIMIZERS[value]
         return self.optimizer or "AdamW"
 
-    _optimizer = _optim
+    key_optimizer = key_optim
 
-    def _bf16(self, value: Any) -> str:
+    def key_sequence_len(self, value: Any) -> str:
+        self.settings["max_length"] = value
+        return f"max_length={shown(value, 30)}; a longer row is cut there, not left out"
+
+    def key_cutoff_len(self, value: Any) -> str:
+        self.settings["max_length"] = value
+        return f"max_length={shown(value, 30)}; a longer row is cut at its end"
+
+    def key_pure_bf16(self, value: Any) -> str:
+        if not value:
+            raise Left("says no")
+        self.settings["dtype"] = "bfloat16"
+        return "dtype=bfloat16, without mixed precision"
+
+    def key_bf16(self, value: Any) -> str:
         import torch
 
         if value in (False, "false"):
             raise Left("says no")
+        if value == "full":
+            return self.key_pure_bf16(True)
+        if value not in (True, "true", "auto"):
+            raise Refused(f"{shown(value, 30)} is none of true, false, auto, full")
         able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if value == "auto" and not able:
             raise Left("auto, and this device does without")
         self.settings["bf16"] = True
         return "bf16=True"
 
-    def _special_tokens(self, value: Any) -> str:
+    def key_plugins(self, value: Any) -> str:
+        names = value if isinstance(value, list) else [value]
+        if odd := [n for n in names if not any(k in str(n) for k in FASTER)]:
+            raise Refused(f"{shown(odd[0], 60)}: it may learn something else")
+        raise Left("how fast, not what")
+
+    def key_chat_template(self, value: Any) -> str:
+        if value != "tokenizer_default":
+            raise Refused("save the template with the tokenizer and give --processor FOLDER")
+        raise Left("the tokenizer's own chat template is used")
+
+    def key_do_train(self, value: Any) -> str:
+        if not value:
+            raise Refused("fit always trains; see burnish evaluate and predict")
+        raise Left("fit always trains")
+
+    def key_special_tokens(self, value: Any) -> str:
         if isinstance(value, Mapping) and set(value) <= {"pad_token"}:
             raise Left("the tokenizer's own padding is used, or its end of text")
         raise Refused("the tokenizer's words stay as they are; save it with them and give "
                       "--processor FOLDER")
 
-    # -- the rows ------------------------------------------------------------------------------
-    def _dataset_dir(self, value: Any) -> str:
-        return "where dataset_info.json is"
-
-    def _dataset(self, value: Any) -> str:
-        """One entry of LLaMA-Factory's dataset_info.json."""
-        names = value if isinstance(value, list) else [n.strip() for n in str(value).split(",")]
-        if len(names) != 1:
-            raise Refused(f"{len(names)} data sets are mixed: write them into one file, --data")
-        where = str(self.config.get("dataset_dir", "data"))
-        info = next((p for base in (Path(), self.folder)
-                     if (p := base / where / "dataset_info.json").is_file()), None)
-        if info is None:
-            raise Refused(f"there is no {where}/dataset_info.json here; give --data")
-        known = safe.read_json(info)
-        entry = known.get(names[0])
-        if not isinstance(entry, dict):
-            raise Refused(f"{info} has no {names[0]!r}{nearest(names[0], known)}")
-        if odd := sorted(set(entry) - {"file_name", "hf_hub_url", "formatting", "columns", "tags",
-                                       "ranking", "split"}):
-            raise Refused(f"its {odd[0]} in {info}: give --data with the file")
-        if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt", "openai"):
-            raise Refused(f"its formatting {shown(entry['formatting'], 30)}: give --data")
-        self._columns(entry.get("columns") or {})
-        if "tags" in entry:
-            self._tags(entry["tags"])
-        if "split" in entry:
-            self.settings["split"] = entry["split"]
-        self.settings["data"] = str(info.parent / entry["file_name"]) if "file_name" in entry \
-            else entry.get("hf_hub_url")
-        if not self.settings["data"]:
-            raise Refused(f"its entry in {info} names no file; give --data")
-        return f"data={self.settings['data']}"
-
-    def _columns(self, columns: Mapping[str, Any]) -> None:
-        """Columns under the names that layouts know need nothing; a pair is told by flags."""
-        usual = {"prompt": "instruction", "query": "input", "response": "output",
-                 "messages": ("messages", "conversations"), "chosen": "chosen",
-                 "rejected": "rejected"}
-        odd = {k: v for k, v in columns.items()
-               if k not in usual or v not in (usual[k] if k == "messages" else (usual[k],))}
-        if set(odd) == {"prompt", "response"} and set(columns) == set(odd):
-            self.settings |= {"prompt": odd["prompt"], "completion": odd["response"]}
-        elif odd:
-            name = next(iter(odd))
-            raise Refused(f"its column {name}={shown(odd[name], 30)}: rename it in the file")
-
-    def _tags(self, tags: Mapping[str, Any]) -> None:
-        """OpenAI's and ShareGPT's own words are read without being told."""
-        usual = {"role_tag": ("role", "from"), "content_tag": ("content", "value"),
-                 "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt"),
-                 "system_tag": ("system",)}
-        for name, said in tags.items():
-            if said not in usual.get(name, ()):
-                raise Refused(f"its tag {name}={shown(said, 30)}: rename it in the file")
-
-    def _datasets(self, value: Any) -> str:
-        """axolotl's list, of one."""
-        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
-            count = len(value) if isinstance(value, list) else 1
-            raise Refused(f"{count} data sets are mixed: write them into one file, --data"
-                          if count > 1 else "expected a list of one with path and type")
-        entry = dict(value[0])
-        path, kind = entry.pop("path", None), entry.pop("type", None)
-        files, field_of = entry.pop("data_files", None), entry.pop("field", None)
-        entry.pop("ds_type", None)
-        split, messages = entry.pop("split", None), entry.pop("field_messages", "messages")
-        if kind not in ("alpaca", "chat_template", "completion", "sharegpt"):
-            raise Refused(f"its type {shown(kind, 40)}: write the rows as messages, or as "
-                          "instruction, input, output; give --data")
-        if entry:
-            raise Refused(f"its {sorted(entry)[0]}: write the rows as fit reads them; give --data")
-        if messages not in ("messages", "conversations"):
-            raise Refused(f"its field_messages {shown(messages, 30)}: rename it to messages")
-        if isinstance(files, list) and len(files) != 1:
-            raise Refused(f"{len(files)} data_files: write them into one; give --data")
-        where = (files[0] if isinstance(files, list) else files) or path
-        if not isinstance(where, str):
-            raise Refused("it names no path; give --data")
-        self.settings["data"] = where
-        if kind == "completion":
-            self.settings |= {"task": "language-modelling", "text": field_of or "text"}
-        if split not in (None, "train"):
-            self.settings["split"] = split
-        return f"data={where}"
-
     # -- the end -------------------------------------------------------------------------------
     def close(self, given: frozenset[str]) -> None:
         """The recipe of what was said, and their defaults for what was not."""
-        made = self.made
         if "recipe" not in given:
-            if self.method == "full":
-                for key in [k for k in made.used if k in WITH_LORA]:
-                    del made.used[key]
-                    made.left[key] = "every weight trains, and there is no LoRA"
-                for key in [k for k in made.used if k in HELD and self.storage]:
-                    del made.used[key]
-                    made.refused[key] = "weights that all train are not quantised"
-            if self.method != "full":
-                self.lora.setdefault("rank", 8)
-                if "alpha" not in self.lora:
-                    rank = self.lora["rank"]
-                    self.lora["alpha"] = 2 * rank if self.of == FACTORY else 16
-                    made.assumed["lora_alpha"] = f"alpha={self.lora['alpha']}"
-            method = self.method if self.method == "full" else \
-                f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.lora.items())})"
-            under, beside = ("", "") if self.method == "full" else (self.storage, self.also)
-            parts = [under, method, beside, "checkpoint" if self.checkpoint else "", self.optimizer]
-            self.settings["recipe"] = " + ".join(filter(None, parts))
-            try:
-                parse(self.settings["recipe"])
-            except ConfigError as e:
-                made.refused["recipe"] = f"{self.settings['recipe']}: {e}"
-        for what in ("save", "eval"):                # a number of steps says that it goes by them
-            if f"{what}_steps" in self.settings and f"{what}_strategy" not in given:
-                self.settings.setdefault(f"{what}_strategy", "steps")
-        usual: dict[str, Any] = {FACTORY: {"learning_rate": 5e-5, "per_device_train_batch_size": 8,
-                           "num_train_epochs": 3.0, "max_length": 2048, "validation": 0,
-                           "warmup_steps": 0, "weight_decay": 0.0},
-                 AXOLOTL: {"per_device_train_batch_size": 1, "num_train_epochs": 1, "validation": 0,
-                           "max_length": 512, "warmup_steps": 0,
-                           "lr_scheduler_type": "cosine", "weight_decay": 0.0}}[self.of]
-        if self.of == AXOLOTL and "learning_rate" not in {*self.settings, *given}:
-            made.refused["learning_rate"] = "axolotl's own configurations name it; give it"
-        for name, value in usual.items():
+            self._recipe()
+        self._evaluated(given)
+        for name, value in self._usual(given).items():
             said = {name, "warmup_ratio"} if name == "warmup_steps" else {name}
             if not said & {*self.settings, *given}:
                 self.settings[name] = value
-                made.assumed[name] = f"{name}={value}"
+                self.made.assumed[name] = f"{name}={value}"
+        most, rows = self.config.get("max_samples"), counted(self.settings.get("data"))
+        if "max_samples" in self.made.left and "data" not in given:
+            if isinstance(most, int) and rows is not None and rows <= most:
+                self.made.left["max_samples"] = f"there are {rows}: all rows are read"
+            else:
+                del self.made.left["max_samples"]
+                self.made.refused["max_samples"] = (
+                    "all rows are read" + (f", {rows}" if rows is not None else "") +
+                    "; write so many into a file, --data")
+
+    def _recipe(self) -> None:
+        made = self.made
+        if self.method == "full":
+            for key in [k for k in made.used if k in WITH_LORA]:
+                del made.used[key]
+                made.left[key] = "every weight trains, and there is no LoRA"
+            for key in [k for k in made.used if k in HELD and self.storage]:
+                del made.used[key]
+                made.refused[key] = "weights that all train are not quantised"
+        else:
+            if len(self.forms) > 1:
+                made.refused["pissa_init"] = "beside dora there is no recipe for it"
+            self.method = next(iter(self.forms), self.method)
+            self.lora.setdefault("rank", 8)
+            if "alpha" not in self.lora and self.of == AXOLOTL:
+                made.refused["lora_alpha"] = "axolotl's own configurations name it; give it"
+            elif "alpha" not in self.lora:
+                self.lora["alpha"] = 2 * self.lora["rank"]
+                made.assumed["lora_alpha"] = f"alpha={self.lora['alpha']}"
+        method = self.method if self.method == "full" else \
+            f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.lora.items())})"
+        under, beside = ("", "") if self.method == "full" else (self.storage, self.also)
+        parts = [under, method, beside, "checkpoint" if self.checkpoint else "", self.optimizer]
+        self.settings["recipe"] = " + ".join(filter(None, parts))
+        try:
+            parse(self.settings["recipe"])
+        except ConfigError as e:
+            made.refused["recipe"] = f"{self.settings['recipe']}: {e}"
+
+    def _evaluated(self, given: frozenset[str]) -> None:
+        """A number of steps says that it goes by them, where there is something to evaluate on."""
+        split = bool(self.settings.get("validation")) or "validation" in given
+        for what in ("save", "eval"):
+            if f"{what}_steps" in self.settings and f"{what}_strategy" not in given and (
+                    what == "save" or split):
+                self.settings.setdefault(f"{what}_strategy", "steps")
+        if self.of == AXOLOTL and not split and self.settings.pop("eval_strategy", None):
+            del self.made.used["eval_strategy"]
+            self.made.left["eval_strategy"] = "no row is set aside to evaluate on"
+
+    def _usual(self, given: frozenset[str]) -> dict[str, Any]:
+        """Setting -> their own default."""
+        usual: dict[str, Any] = {
+            FACTORY: {"learning_rate": 5e-5, "per_device_train_batch_size": 8,
+                      "num_train_epochs": 3.0, "max_length": 2048, "validation": 0,
+                      "warmup_steps": 0, "weight_decay": 0.0, "load_best_model_at_end": False},
+            AXOLOTL: {"per_device_train_batch_size": 1, "num_train_epochs": 1, "validation": 0,
+                      "max_length": 512, "warmup_steps": 0.03, "lr_scheduler_type": "cosine",
+                      "weight_decay": 0.0, "load_best_model_at_end": False}}[self.of]
+        if self.of == AXOLOTL:
+            if "learning_rate" not in {*self.settings, *given}:
+                self.made.refused["learning_rate"] = "axolotl's own configurations name it; give it"
+            # theirs keeps the best where both go by steps
+            if all({f"{w}_steps", f"{w}s_per_epoch"} & set(self.config) for w in ("save", "eval")):
+                del usual["load_best_model_at_end"]
+        if self.settings.get("task") == "preference-tuning":
+            usual["beta"] = 0.1
+            if self.settings.get("loss_type") == "simpo":
+                usual["gamma"] = 0.5
+        if self.method == "full" and "recipe" not in given:   # theirs trains copies in float32
+            mixed = self.of == AXOLOTL and self.settings.get("bf16")
+            usual["dtype"] = "bfloat16" if mixed else "float32"
+        return usual
 
 
 def refusal(made: Foreign, path: Path) -> str:

@@ -10,24 +10,30 @@ OF = {FACTORY: {"model_name_or_path", "stage", "finetuning_type", "template", "c
                 "num_epochs", "sample_packing"}}
 #: settings of `fit`, and the keys that say them together
 TOPICS = {
-    "data": {"dataset", "dataset_dir", "datasets"},
+    "data": {"dataset", "dataset_dir", "datasets", "max_samples"},
     "model": {"model_name_or_path", "base_model"},
+    "task": {"stage"}, "loss_type": {"rl", "pref_loss", "cpo_alpha"},
+    "processor": {"chat_template", "chat_template_jinja", "special_tokens", "tokens",
+                  "new_special_tokens"},
+    "init_from": {"lora_model_dir", "adapter_name_or_path"},
     "recipe": {"finetuning_type", "adapter", "lora_rank", "lora_r", "lora_alpha", "lora_dropout",
                "lora_target", "lora_target_modules", "lora_target_linear", "use_dora",
                "use_rslora", "peft_use_dora", "peft_use_rslora", "pissa_init", "loraplus_lr_ratio",
                "quantization_bit", "load_in_4bit", "load_in_8bit", "double_quantization",
                "quantization_method", "gradient_checkpointing", "disable_gradient_checkpointing",
-               "optim", "optimizer", "additional_target", "lora_modules_to_save"},
+               "optim", "optimizer", "additional_target", "lora_modules_to_save",
+               "quantization_type", "use_galore", "use_apollo", "use_badam", "use_llama_pro",
+               "freeze_trainable_layers", "unfrozen_parameters", "peft_layers_to_transform",
+               "relora_steps", "relora", "loraplus_lr_embedding", "lora_fan_in_fan_out"},
 }
 #: key -> setting of fit, the value as it is
 NAMES = {
     "model_name_or_path": "model", "base_model": "model", "output_dir": "output",
-    "cutoff_len": "max_length", "sequence_len": "max_length", "val_size": "validation",
+    "val_size": "validation",
     "val_set_size": "validation", "micro_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size", "num_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type", "overwrite_output_dir": "overwrite",
-    "resume_from_checkpoint": "resume", "pref_beta": "beta", "rl_beta": "beta", "dpo_beta": "beta",
-    "simpo_gamma": "gamma",
+    "resume_from_checkpoint": "resume", "rl_beta": "beta", "dpo_beta": "beta", "orpo_alpha": "beta",
     **{k: k for k in (
         "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
         "gradient_accumulation_steps", "num_train_epochs", "max_steps", "warmup_ratio",
@@ -41,7 +47,7 @@ _SPEED, _THEIRS = "how fast, not what", "a matter of theirs"
 LEFT = {
     **dict.fromkeys((
         "flash_attn", "flash_attention", "sdp_attention", "xformers_attention", "eager_attention",
-        "attn_implementation", "tf32", "use_unsloth", "enable_liger_kernel", "plugins",
+        "attn_implementation", "tf32", "use_unsloth", "enable_liger_kernel",
         "use_reentrant_gc", "gradient_checkpointing_kwargs", "group_by_length", "torch_compile",
         "lora_on_cpu", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "low_cpu_mem_usage",
         "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
@@ -52,25 +58,26 @@ LEFT = {
         "plot_loss", "save_only_model", "save_safetensors", "debug", "tokenizer_type", "model_type",
         "strict", "is_llama_derived_model", "include_tokens_per_second", "local_rank",
         "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "run_name",
-        "hub_model_id", "push_to_hub", "hub_strategy", "do_train", "do_eval", "quantization_method",
+        "hub_model_id", "push_to_hub", "hub_strategy", "do_eval", "lora_fan_in_fan_out",
         "loss_watchdog_threshold", "loss_watchdog_patience", "mlflow_experiment_name",
         "use_tensorboard", "shuffle_merged_datasets"), _THEIRS),
     **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing",
-                     "neat_packing"), "rows are padded to the longest of their batch"),
+                     "neat_packing"), "rows are padded to the longest of their batch; a batch is so "
+                                     "many rows, not so many full lengths"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp", "fsdp_version"),
                     "--shard fsdp2 spreads a model over processes"),
-    **dict.fromkeys(("template", "chat_template", "default_system", "enable_thinking"),
+    **dict.fromkeys(("template", "enable_thinking"),
                     "the tokenizer's own chat template is used"),
     "eval_dataset": "a validation split beside the training rows is used, or val_size",
     "test_datasets": "a validation split beside the training rows is used, or val_set_size",
-    "max_samples": "all rows are read",
-    "early_stopping_patience": "the best by validation is kept, whenever it came",
+    "early_stopping_patience": "it trains to the end; --load_best_model_at_end keeps the best",
     "evals_per_epoch": "it evaluates once an epoch", "saves_per_epoch": "it saves once an epoch",
 }
 #: keys that are refused unless they say no
 REFUSED = {
     "train_on_prompt": "answers alone are learnt", "train_on_inputs": "answers alone are learnt",
     "mask_history": "every answer of a conversation is learnt",
+    "default_system": "no words are put before a conversation: write them into the rows",
     "use_galore": "write --recipe 'full + galore(rank=...)'",
     "use_apollo": "write --recipe 'full + apollo(rank=...)'",
     "use_badam": "write --recipe 'full + badam'",
@@ -88,6 +95,8 @@ REFUSED = {
     "loraplus_lr_embedding": "write --recipe 'lora(embedding_rate=...)'",
     "rope_scaling": "save it in the model's config.json",
 }
+#: plugins of axolotl that compute the same
+FASTER = ("integrations.liger", "cut_cross_entropy")
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused",
                      "paged_adamw_32bit", "paged_adamw"), ""),
