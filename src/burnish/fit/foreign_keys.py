@@ -62,8 +62,8 @@ LEFT = {
         "loss_watchdog_threshold", "loss_watchdog_patience", "mlflow_experiment_name",
         "use_tensorboard", "shuffle_merged_datasets"), _THEIRS),
     **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing",
-                     "neat_packing"), "rows are padded to the longest of their batch; a batch is so "
-                                     "many rows, not so many full lengths"),
+                     "neat_packing"), "rows are padded to the longest of their batch; a batch is "
+                                     "so many rows, not so many full lengths"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp", "fsdp_version"),
                     "--shard fsdp2 spreads a model over processes"),
     **dict.fromkeys(("template", "enable_thinking"),
