@@ -125,7 +125,8 @@ def talks(tmp_path):
                   "columns": {"messages": "conversations"}},
         "pairs": {"file_name": "p.json", "columns": {"prompt": "q", "response": "a"}},
         "odd": {"file_name": "p.json", "columns": {"prompt": "q", "query": "x"}},
-        "hub": {"hf_hub_url": "owner/name", "split": "train"}}))
+        "hub": {"hf_hub_url": "owner/name", "ms_hub_url": "x/y", "split": "train"},
+        "other": {"ms_hub_url": "x/y", "file_name": "talks.json"}, "torn": {"columns": "q"}}))
     return folder / "talks.json"
 
 
@@ -195,6 +196,8 @@ def test_methods_become_recipes(tmp_path, talks, more, recipe):
     (FACTORY, {"dataset": "talks,pairs"}, "dataset", "2 data sets"),
     (FACTORY, {"dataset": "talk"}, "dataset", "did you mean 'talks'"),
     (FACTORY, {"dataset": "odd"}, "dataset", "column"),
+    (FACTORY, {"dataset": "other"}, "dataset", "ms_hub_url"),
+    (FACTORY, {"dataset": "torn"}, "dataset", "its columns"),
     (FACTORY, {"train_on_prompt": True}, "train_on_prompt", "answers alone"),
     (FACTORY, {"use_galore": True}, "use_galore", "galore"),
     (FACTORY, {"lerning_rate": 1}, "lerning_rate", "did you mean 'learning_rate'"),
@@ -235,6 +238,15 @@ def test_a_form_of_lora_is_taken_wherever_its_key_stands(tmp_path, first):
     assert "pissa_init" in both.refused
 
 
+@pytest.mark.parametrize("key", ["finetuning_type", "stage", "pref_loss", "optim", "adapter",
+                                 "quantization_bit", "bf16", "lora_target", "plugins", "datasets"])
+@pytest.mark.parametrize("value", [["lora", 3], {"a": [1]}, 7.5])
+def test_values_of_another_kind_are_refused_with_their_key(tmp_path, talks, key, value):
+    made = read(tmp_path, FACTORY, stage="dpo", **{key: value} if key != "stage" else {})
+    made = made if key != "stage" else read(tmp_path, FACTORY, stage=value)
+    assert key in made.refused or "recipe" in made.refused, (made.used, made.left)
+
+
 def test_their_own_defaults_stand_where_nothing_is_said(tmp_path, talks):
     made = read(tmp_path, AXOLOTL, warmup_ratio=None)
     assert made.assumed["warmup_steps"] == "warmup_steps=0.03"
@@ -259,6 +271,13 @@ def test_weights_that_all_train_are_held_as_theirs_are(tmp_path, talks, text, mo
     assert made.settings["dtype"] == dtype and not made.refused
     assert "bf16" not in made.settings
     assert "dtype" not in read(tmp_path, text).settings
+
+
+def test_decay_is_told_where_nothing_decays(tmp_path, talks):
+    assert "not decayed" in read(tmp_path, FACTORY, weight_decay=0.1).left["weight_decay"]
+    for more in ({"additional_target": "lm_head"}, {"weight_decay": 0.0},
+                 {"finetuning_type": "full", "quantization_bit": None}):
+        assert "weight_decay" in read(tmp_path, FACTORY, **{"weight_decay": 0.1, **more}).used
 
 
 def test_steps_of_evaluation_need_rows_to_evaluate_on(tmp_path, talks):

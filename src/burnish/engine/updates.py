@@ -68,7 +68,7 @@ class Added(Update):
     def base(self) -> Tensor:
         param = self.place.param
         stored = self.slot._stored(self.module, param)
-        if self.slot.absorbed:                   # and starts that are active, which it left out
+        if any(p.place.param == param for p in self.slot.absorbed):    # active starts are left out
             stored = with_starts(self.slot, self.slot._modules[self.slot.providers[param]].weight(),
                                  param, active={})
         return self.place.view(stored).detach()

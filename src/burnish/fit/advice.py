@@ -352,5 +352,6 @@ def _command(model: str, data: Any, recipe: str, at_once: int, accumulate: int, 
     words += ["--memory", str(memory)] if memory is not None else []
     for k, v in reading.items():
         words += [f"--{k}", str(v)]
-    words += ["--output", f"runs/{Path(str(data).partition(':')[0]).stem or 'out'}"]
+    stem = Path(str(data).partition(":")[0]).stem
+    words += ["--output", f"runs/{stem if stem.strip('.') else 'out'}"]
     return " ".join(map(shlex.quote, words))

@@ -30,6 +30,7 @@ from .foreign_keys import (
     REFUSED,
     TOPICS,
     WITH_LORA,
+    WORDS,
 )
 from .foreign_rows import Left, Refused, Told, counted
 
@@ -110,7 +111,8 @@ class _State(Told):
         value = self.config[key]
         own: Callable[[Any], str] | None = getattr(self, f"key_{key}", None)
         if own is not None:
-            return own(value)
+            one = isinstance(value, list | Mapping) and key in WORDS     # looked up in tables
+            return own(shown(value, 60) if one else value)
         if key in LORA:
             self.lora[LORA[key]] = value
             return f"{LORA[key]} {shown(value, 30)} of the recipe"
@@ -386,6 +388,9 @@ class _State(Told):
             elif "alpha" not in self.lora:
                 self.lora["alpha"] = 2 * self.lora["rank"]
                 made.assumed["lora_alpha"] = f"alpha={self.lora['alpha']}"
+            if self.settings.get("weight_decay") and not self.also \
+                    and made.used.pop("weight_decay", None):
+                made.left["weight_decay"] = "a LoRA's factors are not decayed here"
         method = self.method if self.method == "full" else \
             f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.lora.items())})"
         under, beside = ("", "") if self.method == "full" else (self.storage, self.also)

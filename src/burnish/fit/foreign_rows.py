@@ -44,8 +44,10 @@ class Told:
             raise Refused(f"{info} has no {name!r}"
                           f"{nearest(name, known if isinstance(known, dict) else ())}")
         columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-        odd = set(entry) - {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting",
-                            "columns", "tags", "ranking", "split"}
+        odd = set(entry) - {"file_name", "hf_hub_url", "formatting", "columns", "tags", "ranking",
+                            "split"}
+        if "hf_hub_url" in entry:
+            odd -= {"ms_hub_url", "om_hub_url"}      # the same rows on other hubs
         odd |= {k for k, v in (("columns", columns), ("tags", tags)) if not isinstance(v, Mapping)}
         if odd:
             raise Refused(f"its {min(odd)} in {info}: give --data with the file")

@@ -107,7 +107,8 @@ def compressed(config: Mapping[str, Any], folder: str | Path) -> list[Method]:
     if not isinstance(said, dict) or (odd := set(said) - set(_VELORA)):
         odd = min(odd) if isinstance(said, dict) else shown(said)
         raise FormatError(f"{folder}: velora_config: {odd} has no counterpart in burnish")
-    if (init := said.get("init_type", "batch_average")) not in _INITS:
+    init = said.get("init_type", "batch_average")
+    if not isinstance(init, str) or init not in _INITS:
         why = ", the direction of a first batch that is gone," if init == "batch_average_once" \
             else ""
         raise FormatError(f"{folder}: velora_config.init_type = {shown(init)}{why} has no "

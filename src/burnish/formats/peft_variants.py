@@ -39,7 +39,7 @@ class Variant(Form):
                 "use_rslora": Said(None, "flag", False)}
     patterned = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     alone = {"use_dora": False, "lora_bias": False, "trainable_token_indices": None,
-             "target_parameters": None}
+             "target_parameters": None, "velora_config": None}
 
     def give(self, term: Any, method: Method, module: nn.Module, path: str
              ) -> tuple[Tensors, dict[str, Any]]:
@@ -48,7 +48,10 @@ class Variant(Form):
             "init_lora_weights": True}
 
     def adjust(self, own: Own, config: Mapping[str, Any], where: str) -> None:
-        rank = own.settings["rank"]
+        rank, start = own.settings["rank"], config.get("init_lora_weights")
+        if str(start).lower() == "mica":             # whose B stays as it is
+            raise FormatError(f"{where}: init_lora_weights = {shown(start)} and {self.says} are "
+                              "two functions")
         if (A := own.tensors.get("lora_A.weight")) is not None and len(A) != rank:
             raise FormatError(f"{where} has rank {len(A)}, its settings say {rank}")
         own.settings["alpha"] = float(own.settings["alpha"]) * \

@@ -28,8 +28,8 @@ class Alora(Method):
     rank. A sample that does not have the tokens is answered by the base. The text before them has
     the base's keys and values: a cache that the base has filled, for any number of such adapters,
     serves as it is. With a cache a sample that counted goes on counting, token after token; another
-    begins where a later piece of text has the tokens (all of them in one piece: tokens that the
-    model writes itself call for nothing, as in PEFT).
+    begins where a later piece of text has the tokens, all of them in one piece: several that the
+    model writes one by one call for nothing, as in PEFT. (A single one does, written or read.)
 
     invocation: token ids, ``tokenizer.encode("...", add_special_tokens=False)``; end a prompt with
     them, in training as in use.
