@@ -239,7 +239,8 @@ def test_a_form_of_lora_is_taken_wherever_its_key_stands(tmp_path, first):
 
 
 @pytest.mark.parametrize("key", ["finetuning_type", "stage", "pref_loss", "optim", "adapter",
-                                 "quantization_bit", "bf16", "lora_target", "plugins", "datasets"])
+                                 "quantization_bit", "bf16", "lora_target", "plugins", "datasets",
+                                 "additional_target"])
 @pytest.mark.parametrize("value", [["lora", 3], {"a": [1]}, 7.5])
 def test_values_of_another_kind_are_refused_with_their_key(tmp_path, talks, key, value):
     made = read(tmp_path, FACTORY, stage="dpo", **{key: value} if key != "stage" else {})

@@ -192,22 +192,26 @@ class _State(Told):
         return f"loss_type={value}"
 
     def _targets(self, value: Any) -> str:
-        names = value if isinstance(value, list) else [t.strip() for t in str(value).split(",")]
+        names = self._names(value)
         if names in (["all"], ["all-linear"]):
             return "every linear layer outside the head, as usual"
-        if not all(isinstance(n, str) and n.replace("_", "").replace(".", "").isalnum()
-                   for n in names):
-            raise Refused("a pattern: write the targets into --recipe")
         self.lora["targets"] = ",".join(names)
         return f"targets {','.join(names)} of the recipe"
 
     key_lora_target = _targets
 
+    def _names(self, value: Any) -> list[str]:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(
+                isinstance(n, str) and n.strip().replace("_", "").replace(".", "").isalnum()
+                for n in names):
+            raise Refused(f"{shown(value, 40)} is no list of names: write it into --recipe")
+        return [n.strip() for n in names]
+
     def key_lora_target_modules(self, value: Any) -> str:
         if self.config.get("lora_target_linear") is not True:
             return self._targets(value)
-        names = value if isinstance(value, list) else [str(value)]
-        if odd := [n for n in names if n in ("lm_head", "embed_tokens", "wte", "embed_out")]:
+        if odd := [n for n in self._names(value) if n in ("lm_head", "embed_tokens", "wte", "embed_out")]:
             raise Refused(f"{odd[0]} beside every linear layer: write --recipe")
         raise Left("lora_target_linear takes every linear layer")
 
@@ -217,8 +221,7 @@ class _State(Told):
         return "every linear layer outside the head, as usual"
 
     def _whole(self, value: Any) -> str:
-        names = value if isinstance(value, list) else [t.strip() for t in str(value).split(",")]
-        self.also = f"full(targets={','.join(names)!r})"
+        self.also = f"full(targets={','.join(self._names(value))!r})"
         return self.also
 
     key_additional_target = key_lora_modules_to_save = _whole
