@@ -18,6 +18,7 @@ from ..core.reading import shown
 from ..core.recipe import parse
 from .foreign_keys import (
     AXOLOTL,
+    ENDS,
     FACTORY,
     FASTER,
     HELD,
@@ -211,7 +212,7 @@ class _State(Told):
     def key_lora_target_modules(self, value: Any) -> str:
         if self.config.get("lora_target_linear") is not True:
             return self._targets(value)
-        if odd := [n for n in self._names(value) if n in ("lm_head", "embed_tokens", "wte", "embed_out")]:
+        if odd := [n for n in self._names(value) if n in ENDS]:
             raise Refused(f"{odd[0]} beside every linear layer: write --recipe")
         raise Left("lora_target_linear takes every linear layer")
 

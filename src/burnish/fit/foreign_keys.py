@@ -110,6 +110,8 @@ LORA = {"lora_rank": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_drop
 WITH_LORA = {*LORA, "lora_target", "lora_target_modules", "lora_target_linear", "pissa_init",
              "additional_target", "lora_modules_to_save", "use_dora", "use_rslora", "peft_use_dora",
              "peft_use_rslora"}
+#: tables that no "every linear layer" holds
+ENDS = ("lm_head", "embed_out", "embed_tokens", "wte")
 #: keys whose value is one word
 WORDS = {"finetuning_type", "adapter", "stage", "rl", "pref_loss", "optim", "optimizer"}
 HELD = {"quantization_bit", "load_in_4bit", "load_in_8bit"}
