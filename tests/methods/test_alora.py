@@ -213,3 +213,20 @@ def test_embeddings_in_place_of_ids_are_refused():
     table = tuned.model.get_input_embeddings()
     with pytest.raises(RecipeError, match="give input_ids"):
         tuned.model(inputs_embeds=table(batch["input_ids"]))
+
+
+def test_a_single_token_calls_for_it_whoever_wrote_it():
+    """Several have to come in one piece."""
+    for call, counts in (((57,), True), (CALL, False)):
+        net, _ = tiny("llama", dtype=F64)
+        tuned = burnish.tune(net, f"alora(rank=3, alpha=6, invocation={call})", head=False)
+        net.double().eval()
+        stir(tuned, size=0.5)
+        with torch.no_grad():
+            out = net(input_ids=torch.tensor([[3, 4]]), use_cache=True)
+            for token in call:
+                out = net(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values,
+                          use_cache=True)
+            with tuned.disabled():
+                base = net(input_ids=torch.tensor([[3, 4, *call]])).logits[:, -1:]
+        assert torch.allclose(out.logits, base) is not counts
