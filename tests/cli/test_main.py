@@ -145,6 +145,7 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 
 SURFACE = {
     "fit": "data from_yaml json launch memory model output recipe",
+    "search": "data json memory metric model objectives output picture seed space trials",
     "select": "base data how json like out run split",
     "predict": "base cache given inputs json run tokens",
     "evaluate": "audio base batch cache data image json label run split text",

@@ -288,6 +288,25 @@ def dimension(points: Sequence[tuple[int, float]], whole: float, bar: float) -> 
     return _svg(figure, "figure over the size of a random subspace")
 
 
+def front(tried: Sequence[tuple[int, float]], best: Sequence[tuple[int, float, str]]) -> str:
+    """The figure over the peak of every recipe that was tried, those that none beats by name."""
+    if not tried:
+        return ""
+    figure, (ax,) = _axes(9, 3.4)
+    ax.scatter([p / 2**20 for p, _ in tried], [f for _, f in tried], color=GRID, s=18)
+    own = sorted(best)
+    ax.plot([p / 2**20 for p, _, _ in own], [f for _, f, _ in own], color=ACCENT, linewidth=1.0,
+            marker="o", markersize=4)
+    for p, f, name in own:
+        ax.annotate(_brief(name), (p / 2**20, f), xytext=(5, -3), textcoords="offset points",
+                    fontsize=8, color=INK)
+    ax.margins(0.12)
+    ax.set_xlabel("simulated peak of a step, MiB", fontsize=8, color=FAINT)
+    ax.set_title("figure on validation rows; recipes that none tried beats are named", loc="left",
+                 fontsize=10, color=INK)
+    return _svg(figure, "figure over memory of the recipes that were tried")
+
+
 def _brief(name: str, width: int = 46) -> str:
     name = name.removesuffix(".weight").replace(".weight[", "[")
     return name if len(name) <= width else "..." + name[3 - width:]
