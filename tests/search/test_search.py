@@ -41,7 +41,7 @@ def test_values_are_of_every_kind():
     ("lora(rnak=4|8)", "rnak"), ("lroa(rank=4|8)", "lroa"), ("lora(rank=4|'x')", "expected int"),
     ("lora(rank=4|8", "cannot read"), ("lora(4|8)", "cannot read"), ("lora | dora", "cannot read"),
     ("lora(rank=x|y)", "with bars between"), ("qlora(rank=4|8)", "preset"),
-    ("lora(rank=4|8) + dora(rank=2|4, rank=8)", "cannot read"), ("", "cannot read")])
+    ("lora(rank=4|8, rank=2)", "twice"), ("", "cannot read")])
 def test_spaces_that_cannot_be_read(text, words):
     with pytest.raises(RecipeError, match=words) as e:
         Space.of(text)
@@ -49,9 +49,9 @@ def test_spaces_that_cannot_be_read(text, words):
 
 
 def test_parts_that_cannot_stand_together_are_no_recipe():
-    space = Space.of("dora(rank=0|4) + sorsa(rank=0|4)")
-    assert "cannot be joined" in (space.buildable({"1.dora.rank": 4, "2.sorsa.rank": 4}) or "")
-    assert space.buildable({"1.dora.rank": 4, "2.sorsa.rank": 0}) is None
+    space = Space.of("dora(rank=0|4) + dora(rank=0|2)")
+    assert "cannot be joined" in (space.buildable({"1.dora.rank": 4, "2.dora.rank": 2}) or "")
+    assert space.buildable({"1.dora.rank": 4, "2.dora.rank": 0}) is None
 
 
 # -- trials ----------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_a_stopped_search_goes_on_as_one_that_was_not(tmp_path):
     whole = search(space, toy, tmp_path / "whole", trials=12, seed=3)
 
     def stops(recipe, number):
-        if number == 7:
+        if number >= 7:                          # the first of these that was not tried before
             raise KeyboardInterrupt
         return toy(recipe)
 
@@ -114,7 +114,7 @@ def test_a_stopped_search_goes_on_as_one_that_was_not(tmp_path):
                    seed=3, first=4)
     assert [t.recipe for t in again.trials] == [t.recipe for t in whole.trials]
     assert [t.score for t in again.trials] == [t.score for t in whole.trials]
-    assert asked and asked[0] == whole.trials[7].recipe
+    assert asked and asked[0] in {t.recipe for t in whole.trials[7:]}
     ended = search(space, lambda r, n: pytest.fail("it ran again"), tmp_path / "part", trials=12)
     assert len(ended.trials) == 12
 
@@ -132,10 +132,10 @@ def test_a_recipe_is_run_once_and_a_small_space_comes_to_its_end(tmp_path):
 
 
 def test_failures_are_told_and_wrong_questions_end_it(tmp_path):
-    space = Space.of("dora(rank=0|2|4) + sorsa(rank=0|2|4)")
+    space = Space.of("dora(rank=0|2|4) + dora(rank=0|1)")
 
     def score(recipe, number):
-        if "sorsa" in recipe:
+        if "rank=1" in recipe:
             raise BurnishError("it went wrong")
         return Score(0.5, 1, 1)
 
