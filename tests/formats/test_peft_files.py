@@ -128,13 +128,14 @@ def pickled(folder):
 DAMAGE = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "is no PEFT folder"),
     "ours": (lambda f: edit(f, library="burnish"), r"read it with burnish.load\(model, folder\)"),
-    "other type": (lambda f: edit(f, peft_type="XLORA"), "type 'XLORA'; LORA"),
+    "other type": (lambda f: edit(f, peft_type="NOVEL"), "type 'NOVEL'; LORA"),
+    "known type": (lambda f: edit(f, peft_type="XLORA"), "type 'XLORA': its gates ask"),
     "pickle": (pickled, "may hold a pickle"),
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678"),
                   "truncated"),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "base PEFT had changed"),
     "biases": (lambda f: edit(f, bias="some"), "expected 'none', 'all' or"),
-    "alora": (lambda f: edit(f, alora_invocation_tokens=[3]), "no counterpart in burnish"),
+    "layers twice": (lambda f: edit(f, layer_replication=[[0, 1]]), "layer_replication"),
     "dora without": (lambda f: edit(f, use_dora=True), "use_dora is True but .* has no magnitude"),
 }
 

@@ -214,7 +214,8 @@ def test_an_embedding_leaves_its_padding_alone():                         # find
 def test_defaults_are_the_published_ones():
     assert parse("lora")[0].settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "scaling": "lora", "dropout": 0.0,
-        "train_a": True, "init": "uniform", "b_rate": 1.0, "embedding_rate": 1.0}
+        "train_a": True, "train_scale": False, "init": "uniform", "b_rate": 1.0,
+        "embedding_rate": 1.0}
 
 
 @pytest.mark.parametrize("scaling, s", [("lora", 12.0 / 4), ("rs", 12.0 / 2)])

@@ -36,6 +36,22 @@ def test_it_serves_this_machine_and_says_where(root, served, capsys, monkeypatch
     assert not opened
 
 
+def test_the_process_keeps_its_logging(root, served):
+    """uvicorn's own configuration closed every handler there was, and what they wrote to."""
+    import logging
+
+    closed = []
+
+    class Handler(logging.Handler):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    handler = Handler()
+    assert main(["ui", str(root), "--port", "0", "--no-browser"]) == 0
+    assert not closed and handler in [r() for r in logging._handlerList]
+
+
 def test_wider_it_prints_a_token(root, served, capsys):
     assert main(["ui", str(root), "--port", "0", "--host", "0.0.0.0", "--no-browser"]) == 0
     (config, _), = served

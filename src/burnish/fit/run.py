@@ -227,6 +227,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
             iter(batches), DEFAULT), calibration=calibration(task), seed=int(args.get("seed", 42)))
     say(repr(tuned))
     begin(tuned, own.init_from, say)
+    for of in tasks.values():
+        of.begun(own.init_from)
     with tuned.cached(0):                        # between two steps nothing was promised to that
         return _train(tuned, tasks, name, promise, (examples, loss), calibration, output, own,
                       args, say, (moments, looked_at))

@@ -59,8 +59,9 @@ def serve(root: str | Path = ".", port: int = 7788, host: str = "127.0.0.1", bro
                   "TLS both can be overheard; a tunnel (ssh -L) is safer", file=sys.stderr)
         print(f"burnish ui: {address}\n  {folder.resolve()}, runs in {folder / RUNS}; Ctrl-C ends "
               "the page, not the runs", flush=True)
+        # its own logging would close the handlers of everybody else in the process
         server = uvicorn.Server(uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=1,
             server_header=False, proxy_headers=False, ws="none"))
         if browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -213,6 +214,9 @@ class Task:
         """
         total, count = torch.as_tensor(losses).double().sum(0).tolist()
         return {"loss": total / max(count, 1.0), **self.measure(answers, labels)}
+
+    def begun(self, path: str | Path | None) -> None:
+        """The run goes on from what the one in this folder has learnt."""
 
     def ready(self, tuned: Any, device: Any, batch_size: int) -> None:
         """What the rows still lack once the recipe has joined the model and before it trains."""

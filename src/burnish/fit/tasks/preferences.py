@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from ...core.batches import call, moved
 from ...core.errors import ConfigError, nearest
+from ...core.processes import assign
+from ...formats.warm import begin_from
 from ..rows import Choices, Rows
 from .base import Batch, Task, flat
 from .language import InstructionTuning, pad_tokens
@@ -62,7 +66,7 @@ class PreferenceTuning(InstructionTuning):
     counts_items = False
     alone = False                                # a sample is a pair, which nobody else knows
     truth = ("labels", "reference")
-    settings = ("loss_type", "beta", "gamma")
+    settings = ("loss_type", "beta", "gamma", "reference_from")
 
     def prepare(self) -> None:
         super().prepare()
@@ -138,30 +142,54 @@ class PreferenceTuning(InstructionTuning):
                 ) -> dict[str, float]:
         return Task.figures(self, answers, losses, labels, rows)      # no perplexity of a pair
 
+    def begun(self, path: str | Path | None) -> None:
+        if path is not None and self.kind in COMPARED:
+            self.how["reference_from"] = str(Path(path).resolve())
+
+    @contextlib.contextmanager
+    def base(self, tuned: Any) -> Iterator[None]:
+        """The model is what answers are compared with: the base, or the run this one began at."""
+        path = self.how.get("reference_from")
+        if path is None:
+            with tuned.disabled():
+                yield
+            return
+        live = tuned.tensors(tuned.training)
+        held = {n: t.detach().clone() for n, t in live.items()}
+        try:
+            begin_from(tuned, path)
+            yield
+        finally:
+            for n, t in live.items():
+                assign(t, held[n])
+
     @torch.no_grad()
     def ready(self, tuned: Any, device: Any, batch_size: int) -> None:
         """Asks the base what it says of every answer."""
         if self.kind not in COMPARED:
             return
         model, was = tuned.model, tuned.model.training
+        lacking = [rows for rows in map(self.rows, self.data.splits)
+                   if isinstance(rows, Choices) and rows.reference is None]
+        if not lacking:
+            return
         model.eval()
         try:
-            for split in self.data.splits:
-                rows = self.rows(split)
-                assert isinstance(rows, Choices)
-                if rows.reference is not None:
-                    continue
-                found = []
-                for start in range(0, len(rows), batch_size):
-                    batch = self.together([rows.row(i) for i in range(
-                        start, min(start + batch_size, len(rows)))])
-                    batch = moved(batch, device)
-                    with tuned.disabled():
-                        logits = self.logits(call(model, self.feed(batch)))
-                    found.append(self.spoken(logits, batch["labels"])[0].float().cpu())
-                rows.reference = torch.cat(found)
+            with self.base(tuned):
+                for rows in lacking:
+                    rows.reference = self.asked(model, rows, device, batch_size)
         finally:
             model.train(was)
+
+    def asked(self, model: Any, rows: Choices, device: Any, batch_size: int) -> Tensor:
+        """What a model says of every answer, (rows, 2)."""
+        found = []
+        for start in range(0, len(rows), batch_size):
+            batch = moved(self.together([rows.row(i) for i in range(
+                start, min(start + batch_size, len(rows)))]), device)
+            logits = self.logits(call(model, self.feed(batch)))
+            found.append(self.spoken(logits, batch["labels"])[0].float().cpu())
+        return torch.cat(found)
 
     def preview(self, n: int = 3) -> list[str]:
         """The two answers as the model sees them, with what is compared between guillemets."""
