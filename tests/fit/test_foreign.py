@@ -126,7 +126,8 @@ def talks(tmp_path):
         "pairs": {"file_name": "p.json", "columns": {"prompt": "q", "response": "a"}},
         "odd": {"file_name": "p.json", "columns": {"prompt": "q", "query": "x"}},
         "hub": {"hf_hub_url": "owner/name", "ms_hub_url": "x/y", "split": "train"},
-        "other": {"ms_hub_url": "x/y", "file_name": "talks.json"}, "torn": {"columns": "q"}}))
+        "other": {"ms_hub_url": "x/y", "file_name": "talks.json"}, "torn": {"columns": "q"},
+        "texts": {"file_name": "t.json", "columns": {"prompt": "body"}}}))
     return folder / "talks.json"
 
 
@@ -317,6 +318,24 @@ def test_pairs_and_preferences_are_told_by_settings(tmp_path, talks):
     assert (made.settings["loss_type"], made.settings["beta"]) == ("simpo", 0.2)
     hub = read(tmp_path, FACTORY, dataset="hub")
     assert hub.settings["data"] == "owner/name" and hub.settings["split"] == "train"
+
+
+def test_documents_are_a_column_of_texts(tmp_path, talks):
+    made = read(tmp_path, FACTORY, stage="pt", dataset="texts")
+    assert made.settings["text"] == "body" and made.settings["task"] == "language-modelling"
+    assert "dataset" in read(tmp_path, FACTORY, dataset="texts").refused
+
+
+def test_fields_of_a_data_set_that_say_what_is_read_anyway(tmp_path):
+    plain = {"path": "d.jsonl", "type": "chat_template"}
+    usual = {"field_messages": "messages", "message_property_mappings": {
+        "role": "role", "content": "content"}, "roles": {"user": ["user"]}, "split": None,
+        "roles_to_train": ["assistant"], "name": None}
+    assert read(tmp_path, AXOLOTL, datasets=[plain | usual]).settings["data"] == "d.jsonl"
+    for odd in ({"roles": {"user": ["human"]}}, {"train_on_eos": "all"}, {"roles": "x"},
+                {"roles_to_train": ["user", "assistant"]}):
+        assert next(iter(odd)) in read(tmp_path, AXOLOTL, datasets=[plain | odd]).refused[
+            "datasets"]
 
 
 def test_files_of_neither_are_refused(tmp_path):

@@ -10,6 +10,11 @@ from ..core.errors import BurnishError, nearest
 from ..core.reading import shown
 from ..formats import safe
 
+#: fields of axolotl's data sets at which they say what is read anyway
+USUAL = {"message_field_role": "role", "message_field_content": "content", "train_on_eos": "turn",
+         "message_property_mappings": {"role": "role", "content": "content"},
+         "roles_to_train": ["assistant"], "chat_template": "tokenizer_default"}
+
 
 class Left(Exception):
     """A key without a counterpart, and why that changes nothing that is learnt."""
@@ -70,6 +75,9 @@ class Told:
         usual = {"prompt": ("instruction",), "query": ("input",), "response": ("output",),
                  "system": ("system",), "messages": ("messages", "conversations"),
                  "chosen": ("chosen",), "rejected": ("rejected",)}
+        if self.config.get("stage") == "pt" and set(columns) == {"prompt"}:
+            self.settings["text"] = columns["prompt"]
+            return
         odd = {k: v for k, v in columns.items() if v not in usual.get(k, ())}
         if set(odd) == {"prompt", "response"} and set(columns) == set(odd):
             self.settings |= {"prompt": odd["prompt"], "completion": odd["response"]}
@@ -96,6 +104,10 @@ class Told:
         path, kind = entry.pop("path", None), entry.pop("type", None)
         files, field_of = entry.pop("data_files", None), entry.pop("field", None)
         entry.pop("ds_type", None)
+        entry = {k: v for k, v in entry.items() if v is not None and USUAL.get(k, {}) != v}
+        roles = entry.get("roles")
+        if isinstance(roles, Mapping) and all(v == [k] for k, v in roles.items()):
+            del entry["roles"]
         split, messages = entry.pop("split", None), entry.pop("field_messages", "messages")
         if kind not in ("alpaca", "chat_template", "completion", "sharegpt"):
             raise Refused(f"its type {shown(kind, 40)}: write the rows as messages, or as "
@@ -115,8 +127,9 @@ class Told:
             self.settings |= {"task": "language-modelling", "text": field_of or "text"}
         if split not in (None, "train"):
             self.settings["split"] = split
-        return f"data={where}" + ("; the tokenizer's own chat template is written around a row, "
-                                  "not Alpaca's words" if kind == "alpaca" else "")
+        told = {"alpaca": "; the tokenizer's own chat template is written around a row, not "
+                          "Alpaca's words", "completion": "; documents are read end to end"}
+        return f"data={where}{told.get(kind, '')}"
 
     def key_max_samples(self, value: Any) -> str:
         raise Left("all rows are read")              # unless close finds that there are more
