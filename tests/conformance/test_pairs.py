@@ -55,7 +55,7 @@ def works(names, model) -> bool:
     try:
         tuned.optimizer(lr=1e-4 if zeroth else 1e-3)
         with warnings.catch_warnings():                      # what nothing is left for says so
-            warnings.filterwarnings("ignore", "wta_crs saves nothing here")
+            warnings.filterwarnings("ignore", "(wta_crs|velora) saves nothing here")
             losses = [float(tuned.step(batch)) for _ in range(3)]
     except (burnish.ConfigError, burnish.RecipeError) as e:   # what it needs shows as it starts
         assert len(str(e)) > 30 and "\n" not in str(e)

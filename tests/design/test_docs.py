@@ -52,6 +52,8 @@ def test_every_method_has_a_page_that_says_all_that_help_says(made):
 
     pages = made.pages()
     for entry in registry.catalogue():
+        if not entry.cls.__module__.startswith("burnish."):
+            continue                                         # another test's own
         page, told = pages[f"methods/{entry.name}.md"], made.facts(entry)
         assert page.startswith(f"# `{entry.name}`\n") and f"({entry.name}.md)" not in page
         assert f"[`{entry.name}`](methods/{entry.name}.md)" in pages["catalogue.md"]

@@ -24,9 +24,10 @@ BELOW = {
     "federated": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "reproductions": {"core", "memory"},
     "continual": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
+    "search": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "ui": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "federated",
-            "reproductions", "continual", "ui"},
+            "reproductions", "continual", "search", "ui"},
 }
 
 
