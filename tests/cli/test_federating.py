@@ -70,3 +70,24 @@ def test_a_memory_chooses(capsys):
     assert large["rank"] == 8 and small["needs"] <= 10e6 and large != small
     with pytest.raises(burnish.NoPlanError, match="nothing fits"):
         run.once(run.setting("lora(rank=8)", clients=2, memory=["1MB"], rounds=1))
+
+
+def test_a_stack_is_a_folder_of_a_model_and_stands_beside_no_adapter(capsys, tmp_path, monkeypatch):
+    out, stack = tmp_path / "out", tmp_path / "stack"
+    small = ["lora(rank=2)", "--clients", "2", "--rounds", "1", "--batch", "128"]
+    asked(capsys, *small, "--output", str(out))
+    error = asked(capsys, *small, "--rule", "stack", "--output", str(out), code=2).err
+    assert "holds an adapter" in error and not (out / "model.safetensors").exists()
+    said = json.loads(asked(capsys, *small, "--rule", "stack", "--output", str(stack),
+                            "--json").out)
+    at = run.setting("lora(rank=2)", model=stack)    # with what reads rows for it
+    assert at.score(at.model, "test") == said["figures"]
+    before = {p.name: p.read_bytes() for p in stack.iterdir()}
+
+    def full(path, data):
+        raise OSError(28, "the disk is full")
+
+    monkeypatch.setattr(run.safe, "write_json", full)
+    asked(capsys, *small, "--rule", "stack", "--output", str(stack), code=1)
+    assert {p.name: p.read_bytes() for p in stack.iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "stack"}

@@ -107,3 +107,9 @@ def test_between_two_tasks_there_are_weights_better_for_both():
     losses = [v for _, v in Look.path]
     least = losses.index(min(losses))
     assert 0 < least < 10 and losses[least] < 0.9 * min(losses[0], losses[-1])
+
+
+def test_a_path_has_two_ends():
+    p = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match="points=1: a path has two ends"):
+        along({"p": p}, {"p": p}, {"p": p}, lambda: 0.0, points=1)

@@ -221,6 +221,18 @@ def test_the_memory_holds_rows_of_the_past_each_as_likely():
     assert Kept(4, 0).draw(3) == []
 
 
+def renamed(stream: Stream) -> Stream:
+    """The same rows, their classes counted from the other end."""
+    last = stream.width - 1
+
+    def turned(rows):
+        return [(x, last - y) for x, y in rows]
+
+    return replace(stream, tasks=tuple(
+        Task(t.name, tuple(last - c for c in t.classes), turned(t.train), turned(t.test))
+        for t in stream.tasks))
+
+
 # -- chosen here, shown there ------------------------------------------------------------
 def test_settings_are_judged_on_another_data_set():
     some = [("lora(rank=2)", "sequential", Training(epochs=1, batch=8, rate=1e-6)),
@@ -228,6 +240,10 @@ def test_settings_are_judged_on_another_data_set():
     choice = search(lambda s: plane(seed=s), some, seeds=(0, 1))
     assert choice.value == some[1] and choice.scores[1] > choice.scores[0]
     for spent in (lambda s: plane(seed=s), lambda s: plane(seed=0, data="another name")):
+        with pytest.raises(ConfigError, match="were chosen on plane"):
+            evaluate(choice, spent, seeds=(0,))
+    for spent in (lambda s: plane(seed=1, data="another name"),          # of the second seed
+                  lambda s: renamed(plane(seed=0, data="another name"))):
         with pytest.raises(ConfigError, match="were chosen on plane"):
             evaluate(choice, spent, seeds=(0,))
     other = lambda s: plane(seed=10 + s, data="other")                       # noqa: E731
@@ -253,6 +269,9 @@ def test_classes_come_in_the_customary_order():
         np.random.RandomState(1993).permutation(10).tolist()
     assert [t.classes for t in by_class(rows, rows, increment=5, order=None)] == \
         [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+    for order in (-1, 2**32):
+        with pytest.raises(ConfigError, match="expected a seed from 0"):
+            by_class(rows, rows, order=order)
     for words in ({"increment": 3}, {"base": 10}, {"increment": 0}, {"base": -1}):
         with pytest.raises(ConfigError, match="10 classes do not fall"):
             by_class(rows, rows, **words)

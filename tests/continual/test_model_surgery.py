@@ -235,3 +235,12 @@ def test_an_adapter_beside_the_mlp_of_a_transformer():
 def test_what_cannot_be_is_refused(make, why):
     with pytest.raises((ConfigError, RecipeError), match=why):
         make()
+
+
+def test_a_class_without_rows_to_train_has_no_statistics():
+    stream = plane()
+    task = stream.tasks[1]
+    gone = task.classes[0]
+    lean = replace(task, train=[r for r in task.train if r[1] != gone])
+    one, found = through(replace(stream, tasks=(stream.tasks[0], lean, stream.tasks[2])))
+    assert gone not in one.gaussians.mean and found.matrix.tasks == 3

@@ -70,6 +70,8 @@ def test_one_recipe_one_learner_no_baselines():
     (plane(), "full", {"scenario": "task"}, "of a named stream"),
     ("tables", "full", {"scenario": "class"}, "stream is of domains"),
     ("digits", "full", {"scenario": "clas"}, "'class', 'domain' or 'task'"),
+    ("tables", "full", {"scenario": "clas"}, "'class', 'domain' or 'task'"),
+    ("digits", "full", {"seeds": [-1]}, "order=-1: expected a seed"),
     (3, "full", {}, "not a int"), (plane(), "full", {"learners": ["lay"]}, "no learner 'lay'"),
     (plane(), "poly(tasks=3)", {}, "nothing could be learnt"),
     (plane(), "lorra", {}, "did you mean 'lora'")])
@@ -126,4 +128,7 @@ def test_the_command(capsys, tmp_path):
     assert [r["learner"] for r in told["rows"]] == ["replay(memory=9)"]
     assert told["training"]["rate"] == 0.01
     assert main(["continual", "full", "--stream", "pictures"]) == 2
+    capsys.readouterr()
+    assert main([*call[:-1], str(tmp_path)]) == 1    # a folder; said before anything is learnt
+    assert "task 1 of 4" not in (said := capsys.readouterr().err) and "is a folder" in said
     assert main(["continual", "full", "--stream", "tables", "--learner", "replai"]) == 2

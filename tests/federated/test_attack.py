@@ -54,3 +54,25 @@ def test_the_figure_is_the_chance_that_a_member_stands_above():
         auc([], [1.0])
     net = Net().train()
     assert abs(membership(net, rows(1), rows(2)) - 0.5) < 0.2 and net.training
+
+
+def test_scores_that_are_no_numbers_are_no_safety():
+    with pytest.raises(ConfigError, match="are no numbers"):
+        auc([float("nan"), 1.0], [0.0])
+    many = torch.arange(100_000.0)                   # not each beside each, which is 80 GB
+    assert auc(many, many) == 0.5 and auc(many + 0.5, many) > 0.5
+
+
+def test_rows_are_read_where_the_model_is(monkeypatch):
+    """Of an attack, a round and the importance of matrices."""
+    from burnish.federated import attack, choose, client
+
+    asked = []
+    for module in (attack, choose, client):
+        monkeypatch.setattr(module, "moved", lambda b, device, m=module.__name__:
+                            asked.append((m, torch.device(device))) or b)
+    net = Net()
+    membership(net, rows(1)[:2], rows(2)[:2])
+    federate(net, [Client("a", rows(1))], "lora(rank=1)", rounds=1, trainable=200)
+    assert {m.rpartition(".")[2] for m, d in asked if d.type == "cpu"} == \
+        {"attack", "choose", "client"}

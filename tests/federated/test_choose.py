@@ -117,3 +117,30 @@ def test_clients_of_other_matrices_are_stacked():
     moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
     assert {"blocks.0.0.weight", "blocks.1.0.weight"} <= moved
     assert not moved & {"blocks.2.0.weight", "blocks.3.0.weight"}
+
+
+class Long(Wide):
+    def forward(self, x, labels):
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x.mean(1)), labels)
+
+
+def padded(some):
+    return {"x": nn.utils.rnn.pad_sequence([r["x"] for r in some], batch_first=True),
+            "labels": torch.stack([r["labels"] for r in some])}
+
+
+def test_a_choice_is_for_the_largest_rows_a_client_has():
+    def texts(*lengths):
+        return [{"x": torch.ones(n, 384), "labels": torch.tensor(0)} for n in lengths]
+
+    short, long = texts(*[2] * 8), texts(*[2] * 8, *[90] * 8)
+    need = simulate(Long(), RECIPE, padded(texts(*[90] * 3))).peak_bytes
+    clients = [Client(n, r, padded, memory=need) for n, r in (("a", short), ("b", long))]
+    made, told = fitted(Long(), clients, TRAINING, bits=(16,))
+    assert told["a"].batch == 8 and told["b"].batch == 2
+    tuned = burnish.tune(Long(), made[1].recipe)
+    tuned.optimizer()
+    worst = padded(long[-told["b"].batch:])
+    assert burnish.measure(tuned, worst).peak_bytes <= told["b"].needs <= need

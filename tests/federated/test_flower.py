@@ -110,6 +110,30 @@ if importlib.util.find_spec("flwr") is not None:
             sent.append(torch.cat([t.flatten() for t in there.server.content.values()]))
         assert not torch.equal(*sent)
 
+    @pytest.mark.parametrize("told", [{}, {"rows": 0}, {"rows": -3}, {"message": "text"},
+                                      {"name": 3}, None])
+    def test_a_reply_of_somebody_else_is_named_and_the_others_count(told):
+        mine = clients()
+        training = Training("lora(rank=2)", batch=3)
+        app = flower.client_app(model, lambda c: mine[c.node_config["name"]], training)
+
+        def client(message, context):
+            reply = app(message, context)
+            if context.node_config["name"] == "b":
+                if told is None:
+                    del reply.content[flower.RECORD]
+                else:
+                    record = reply.content.config_records[flower.RECORD]
+                    record.update(told)
+                    if not told:
+                        del record["name"]
+            return reply
+
+        there = flower.strategy(model(), [Member(n) for n in "ab"], training)
+        there.start(Here(client, "ab"), ArrayRecord(), num_rounds=1)
+        ((node, why),) = there.failed[1].items()
+        assert node == "2" and "none of a client of a federation" in why
+
     def test_a_node_that_fails_is_named_and_catches_up():
         mine, falls = clients(), {"b": True}
 

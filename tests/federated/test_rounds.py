@@ -419,3 +419,10 @@ def test_dirichlet_splits_give_every_row_to_one_client():
         federated.dirichlet([0, 1, 0, 1], 3, least=2)
     with pytest.raises(ConfigError, match="alpha=0"):
         federated.dirichlet([0, 1, 0, 1], 2, alpha=0)
+
+
+@pytest.mark.parametrize("split", [lambda: federated.dirichlet([0, 1], 2, seed=-1),
+                                   lambda: federated.even(4, 2, seed=-1)])
+def test_seeds_are_numbers_from_0_on(split):
+    with pytest.raises(ConfigError, match="seed=-1: expected 0 or more"):
+        split()

@@ -498,3 +498,26 @@ def test_edgeworth_is_told_beside_a_bound_and_plans_nothing():
     t.step(batches[0], mse)
     (said,) = t.timeline.told().values()
     assert said["bound"] == epsilon_of(1.0, 0.1, 1, 0.01, "pld") and said["epsilon"] >= 0
+
+
+@pytest.mark.parametrize("sigma, rate, steps", [
+    (0.01, 0.5, 2), (1e-3, 0.1, 1000), (0.02, 1.0, 3), (1.0, 0.1, 10**8)])
+def test_losses_that_fit_no_grid_are_bounded_by_moments(monkeypatch, sigma, rate, steps):
+    """No distribution of so many points is made, which took minutes and gigabytes."""
+    from dp_accounting import pld
+
+    monkeypatch.setattr(pld, "PLDAccountant", None)
+    epsilon_of.cache_clear()
+    given = (sigma, rate, steps, 1e-5)
+    assert epsilon_of(*given, "pld") == epsilon_of(*given, "rdp") < float("inf")
+    epsilon_of.cache_clear()
+
+
+def test_budgets_and_deltas_of_any_size():
+    found = sigma_for(1e5, 0.5, 1000, 1e-5, "pld")                # memory ran out
+    assert 0.99e5 < epsilon_of(found, 0.5, 1000, 1e-5, "pld") <= 1e5
+    small = (1.0, 0.01, 100, 1e-20)                               # less than a grid cuts off
+    assert epsilon_of(*small, "pld") == epsilon_of(*small, "rdp") < float("inf")
+    with pytest.raises(ConfigError, match="epsilon=1e-06 and delta=1e-30 are less than any noise"):
+        sigma_for(1e-6, 0.01, 100, 1e-30, "rdp")
+    assert epsilon_of(1e-9, 0.5, 2, 1e-5, "edgeworth") == epsilon_of(1e-9, 0.5, 2, 1e-5, "rdp")

@@ -497,3 +497,30 @@ def test_states_are_of_models_with_blocks():
     with pytest.raises(RecipeError, match="this model has none"):
         layer("i_lora(rank=2, compare='hidden')")[0].optimizer()
     layer("i_lora(rank=2, compare='hidden', weight=0.0)")[0].optimizer()
+
+
+def test_padding_that_cannot_be_told_among_states_is_refused():
+    """A prompt makes states longer than the mask: all of them count, or nobody knows which."""
+    net, batch = tiny("bert", batch=3)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    recipe = "i_lora(rank=2, compare='hidden') + prompt_tuning(length=2)"
+    tuned = burnish.tune(net, recipe, head=False)
+    tuned.optimizer(lr=0.0)
+    tuned.loss({**batch, "replay": 1}).backward()
+    batch["attention_mask"][1, -2:] = 0
+    with pytest.raises(burnish.BurnishError, match="leaves tokens out, and is .3, .* compare='log"):
+        tuned.loss({**batch, "replay": 1})
+
+
+def test_a_decoder_has_a_mask_of_its_own():
+    m = parse("i_lora(rank=2, compare='hidden')")[0]
+    from burnish.methods.delta.lowrank.i_lora import _valid
+    from burnish.methods.objective.direction_match import mask_key
+
+    anatomy = Anatomy.of(tiny("t5")[0])
+    keys = [mask_key(anatomy, b) for b in anatomy.blocks]
+    assert m and keys == sorted(keys) and set(keys) == {"attention_mask", "decoder_attention_mask"}
+    batch = {"attention_mask": torch.tensor([[1, 0], [1, 1]])}
+    states = torch.zeros(2, 2, 4)
+    assert _valid(batch, "decoder_attention_mask", [0, 1], states) is None
+    assert _valid((batch, None), "attention_mask", [0], states).tolist() == [[1, 0]]

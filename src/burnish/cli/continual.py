@@ -43,6 +43,8 @@ def continual(
     from ..fit.driving import quiet_libraries
     from ..formats import safe
 
+    if page is not None:
+        safe.check_writable(page)                    # before minutes are spent
     quiet_libraries()
     made = named(stream, scenario)                   # type: ignore[arg-type]
     changed: dict[str, Any] = {k: v for k, v in (("epochs", epochs), ("rate", rate))

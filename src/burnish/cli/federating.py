@@ -45,7 +45,7 @@ def federate(
                                                             "place, each client alone, and every "
                                                             "rule.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="A client that fails ends it.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="A folder for the adapter (stack: the model) "
                                                      "and federation.json.")] = None,
     json: Json = False,
@@ -66,7 +66,7 @@ def federate(
         raise ConfigError("--rank is of one stack, and --compare takes every rule as it is; leave "
                           "one of them out")
     if output is not None:
-        run.check_output(output, model, data)
+        run.check_output(output, rule, model, data)
     at = run.setting(recipe, model=model or GLYPH_VIT, data=data, clients=clients, alpha=alpha,
                      ranks=[_whole(r) for r in _list(ranks)], memory=_list(memory), seed=seed,
                      text=text, label=label, image=image, rounds=rounds, sampled=sampled,
@@ -86,7 +86,7 @@ def federate(
     done, figures, made = run.once(at, rule, rank)
     facts = run.facts(at, done, figures)
     if output is not None:
-        run.save(done, made, output, facts)
+        run.save(at, done, made, output, facts)
     emit(json, facts, "\n\n".join([told, _rounds(done, at.task.metric), _end(done, figures, at)]))
 
 

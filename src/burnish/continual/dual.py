@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import RecipeError
+from ..core.errors import ConfigError, RecipeError
 
 #: number of this time, from 1 -> what the slow set keeps of itself
 Rule = Callable[[int], float]
@@ -40,6 +40,8 @@ def along(fast: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], end: Ma
           read: Callable[[], float], points: int = 11) -> list[tuple[float, float]]:
     """(b, what is read) with ``(1 - b) start + b end`` in the model, b from 0 to 1: are two sets of
     values joined by a path of low loss? What stood there comes back bit for bit."""
+    if points < 2:
+        raise ConfigError(f"points={points}: a path has two ends, expected 2 or more")
     held = {n: p.detach().clone() for n, p in fast.items()}
     out = []
     try:

@@ -81,10 +81,6 @@ def run(stream: Stream, recipe: Any, how: str | Learner = "sequential", *,
                   tuple(stored), trained, time.perf_counter() - began)
 
 
-def _said(one: Learner) -> str:
-    return said(one)
-
-
 def _through(stream: Stream, one: Learner, say: Callable[[str], None]
              ) -> tuple[Matrix, list[Stored]]:
     n = len(stream.tasks)
@@ -132,13 +128,14 @@ def accuracy(stream: Stream, one: Learner, t: int, j: int) -> float:
 class Choice:
     """The best of some settings on a data set, and on which.
 
-    value: (recipe, learner, training).  data, content, shape: of the stream that was looked at.
+    value: (recipe, learner, training).  data, shape: of the stream that was looked at.  content:
+    of its rows, for every seed.
     scores: mean last accuracy of each candidate, in the order they were given.
     """
 
     value: tuple[str, str, Training]
     data: str
-    content: int
+    content: frozenset[int]
     shape: tuple[str, tuple[int, ...]]
     scores: tuple[float, ...] = field(default=())
 
@@ -158,7 +155,8 @@ def search(stream: Callable[[int], Stream], candidates: Iterable[tuple[str, str,
                    for one, seed in zip(made, seeds, strict=True))
               for recipe, how, training in some]
     best = max(range(len(some)), key=lambda i: (scores[i], -i))
-    return Choice(some[best], made[0].data, made[0].content, made[0].shape, tuple(scores))
+    return Choice(some[best], made[0].data, frozenset(one.content for one in made),
+                  made[0].shape, tuple(scores))
 
 
 def evaluate(choice: Choice, stream: Callable[[int], Stream], seeds: Sequence[int] = (0, 1, 2)
@@ -172,7 +170,7 @@ def evaluate(choice: Choice, stream: Callable[[int], Stream], seeds: Sequence[in
     if not made:
         raise ConfigError("an evaluation has at least one seed")
     for one in made:
-        if one.data == choice.data or one.content == choice.content:
+        if one.data == choice.data or one.content in choice.content:
             raise ConfigError(f"these settings were chosen on {choice.data}, so {one.name} cannot "
                               "say how good they are: evaluate on another data set")
         if one.shape != choice.shape:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, DataError, nearest
-from .streams import Row, Scenario, Stream, by_class, by_domain
+from .streams import SCENARIOS, Row, Scenario, Stream, by_class, by_domain, permuted
 from .training import Training
 
 #: what a class of the text stream is of: packages and modules with 60 docstrings or more
@@ -41,6 +41,8 @@ def named(name: str, scenario: Scenario | None = None) -> Callable[[int], Stream
     if name not in STREAMS:
         raise ConfigError(f"no stream {name!r}{nearest(name, STREAMS)} "
                           f"(there is {', '.join(STREAMS)})")
+    if scenario is not None and scenario not in SCENARIOS:
+        raise ConfigError(f"a stream is of 'class', 'domain' or 'task', not {scenario!r}")
     return functools.partial(STREAMS[name], **({} if scenario is None else {"scenario": scenario}))
 
 
@@ -49,9 +51,9 @@ def digits(order: int = 1993, scenario: Scenario = "class") -> Stream:
     """Ten digits, two a task. As domains: even or odd, of a pair of digits at a time."""
     train, test = _scans()
     if scenario == "domain":
-        pair = _order(order)
+        pair = permuted(5, order)
         groups = {f"{2 * a} {2 * b + 1}": (2 * a, 2 * b + 1)
-                  for a, b in zip(pair, _order(order + 1), strict=True)}
+                  for a, b in zip(pair, permuted(5, order + 1), strict=True)}
         tasks = by_domain({n: tuple([(x, y % 2) for x, y in rows if y in own]   # type: ignore
                                     for rows in (train, test)) for n, own in groups.items()})
     else:
@@ -60,12 +62,6 @@ def digits(order: int = 1993, scenario: Scenario = "class") -> Stream:
     return Stream(f"digits, {_how(scenario)}", "digits", scenario, tasks,
                   functools.partial(_glyphs, width), _pictures,
                   training=Training(epochs=5, batch=32, rate=3e-3, head_rate=1e-2))
-
-
-def _order(seed: int) -> list[int]:
-    import numpy as np
-
-    return list(np.random.RandomState(seed).permutation(5))
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ from ..core.errors import ConfigError, DataError
 from .training import Training
 
 Scenario = Literal["class", "domain", "task"]
+SCENARIOS: tuple[Scenario, ...] = ("class", "domain", "task")
 #: (what `collate` reads, its class)
 Row = tuple[Any, int]
 
@@ -77,7 +78,7 @@ class Stream:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        if self.scenario not in ("class", "domain", "task"):
+        if self.scenario not in SCENARIOS:
             raise ConfigError(f"a stream is of 'class', 'domain' or 'task', not {self.scenario!r}")
         if len(self.tasks) < 2:
             raise ConfigError(f"{self.name}: a stream has two tasks or more, this one has "
@@ -109,9 +110,9 @@ class Stream:
 
     @property
     def content(self) -> int:
-        """A checksum of the rows, in whatever order tasks come: data by another name are found."""
-        rows = sorted(zlib.crc32(repr((_told(x), int(y))).encode())
-                      for t in self.tasks for x, y in t.test)
+        """A checksum of what the test rows are, in whatever order tasks come and whatever classes
+        are called: data by another name are found."""
+        rows = sorted(zlib.crc32(repr(_told(x)).encode()) for t in self.tasks for x, _ in t.test)
         return zlib.crc32(repr(rows).encode())
 
     def classes(self, t: int, task: int | None = None) -> Tensor:
@@ -139,6 +140,15 @@ class Stream:
         return j <= t or self.scenario != "class"
 
 
+def permuted(n: int, order: int) -> list[int]:
+    """0 to n - 1 in the order of a seed, by the generator whose 1993 is the custom."""
+    import numpy as np
+
+    if not 0 <= order < 2**32:
+        raise ConfigError(f"order={order}: expected a seed from 0 to 2^32 - 1")
+    return [int(i) for i in np.random.RandomState(order).permutation(n)]
+
+
 def _told(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.tolist()
@@ -155,15 +165,13 @@ def by_class(train: Sequence[Row], test: Sequence[Row], *, base: int = 0, increm
     order: seed of the classes' order, numpy's ``RandomState(order).permutation``, 1993 by custom;
     None: as they are numbered. Raises ConfigError where the classes do not come out even.
     """
-    import numpy as np
-
     known = sorted({int(y) for _, y in train})
     n, first = len(known), base or increment
     if increment < 1 or base < 0 or first >= n or (n - first) % increment:
         raise ConfigError(f"{n} classes do not fall into a task of {first} and others of "
                           f"{increment}")
     if order is not None:
-        known = [known[i] for i in np.random.RandomState(order).permutation(n)]
+        known = [known[i] for i in permuted(n, order)]
     cuts = [0, *range(first, n + 1, increment)]
     return tuple(_task(" ".join(map(str, some)), some, train, test)
                  for some in (known[a:b] for a, b in zip(cuts, cuts[1:], strict=False)))
@@ -177,10 +185,8 @@ def _task(name: str, classes: Sequence[int], train: Sequence[Row], test: Sequenc
 def by_domain(rows: Mapping[str, tuple[Sequence[Row], Sequence[Row]]], *, order: int | None = None
               ) -> tuple[Task, ...]:
     """Tasks of domains: name -> (rows to train, rows to test). order: seed of their order."""
-    import numpy as np
-
     names = list(rows)
     if order is not None:
-        names = [names[i] for i in np.random.RandomState(order).permutation(len(names))]
+        names = [names[i] for i in permuted(len(names), order)]
     classes = tuple(sorted({int(y) for part in rows.values() for r in part for _, y in r}))
     return tuple(Task(n, classes, *rows[n]) for n in names)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.state.taps import evaluating
-from ..core.batches import call
+from ..core.batches import call, moved
 from ..core.errors import ConfigError
 from .client import Loss, stacked
 
@@ -19,9 +19,13 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     1 tells members apart."""
     if not len(members) or not len(others):
         raise ConfigError("an attack compares members with others, and one side is empty")
-    one = torch.as_tensor(members, dtype=torch.float64)[:, None]
-    two = torch.as_tensor(others, dtype=torch.float64)[None, :]
-    return float(((one > two).double() + (one == two).double() / 2).mean())
+    one, two = (torch.as_tensor(s, dtype=torch.float64) for s in (members, others))
+    if one.isnan().any() or two.isnan().any():
+        raise ConfigError("an attack compares scores, and some are no numbers: does the model's "
+                          "loss have a value on every row?")
+    two = two.sort().values
+    below = torch.searchsorted(two, one) + torch.searchsorted(two, one, right=True)
+    return float(below.double().mean() / (2 * len(two)))
 
 
 @torch.no_grad()
@@ -32,8 +36,10 @@ def membership(model: nn.Module, members: Sequence[Any], others: Sequence[Any],
 
     A small figure is no guarantee, for there are stronger attacks; a large one is a leak.
     """
+    device = next((p.device for p in model.parameters()), None)
+
     def score(row: Any) -> float:
-        batch = collate([row])
+        batch = moved(collate([row]), device)
         out = call(model, batch)
         value: Tensor = loss(out, batch) if loss is not None else getattr(out, "loss", out)
         return -float(value)

@@ -5,8 +5,9 @@
     2. the base's precision (16: as it is, 8: ``rtn(bits=8)``, 4: ``nf4``): the highest at which
        anything fits; then the largest batch, and then the largest rank, that fit
 
-Every step is simulated (``burnish.simulate``), so a choice is a promise about the peak. Clients
-with the same memory and batch have the same choice, and more memory never lowers the precision.
+Every step is simulated (``burnish.simulate``) on a client's largest rows, so a choice is a promise
+about the peak. Clients with the same memory, batch and largest rows have the same choice, and more
+memory never lowers the precision.
 
 (Automated Federated Pipeline for Parameter-Efficient Fine-Tuning of Large Language Models, 2024,
 arXiv:2404.06448. (unconfirmed: the order of the second step, and the lists.))
@@ -22,14 +23,14 @@ from typing import Any
 from torch import nn
 
 from ..core.anatomy import Anatomy
-from ..core.batches import cut
+from ..core.batches import cut, moved, tensors
 from ..core.errors import ConfigError, NoPlanError
 from ..core.recipe import Recipe, parse
 from ..core.targets import match
 from ..engine.tune import tune
 from ..memory import parse_bytes, simulate
 from ..memory.units import format_bytes
-from .client import Client, Training, batch_of, batches, private, recipe_of
+from .client import Client, Training, batch_of, batches, device_of, private, recipe_of
 
 #: bits of the base -> the part of a recipe that holds it so
 PRECISIONS = {16: "", 8: "rtn(bits=8)", 4: "nf4"}
@@ -64,7 +65,7 @@ def importance(model: nn.Module, clients: Sequence[Client], training: Training, 
         try:
             some = list(islice(batches(client, training, 0), count))
             for batch in some:
-                grads = tuned.probe(batch, training.loss).grads
+                grads = tuned.probe(moved(batch, device_of(model)), training.loss).grads
                 for place in places:
                     stored = place.stored(model.get_submodule(place.path))
                     name = next(n for n, p in model.named_parameters() if p is stored)
@@ -101,15 +102,24 @@ def fitted(model: nn.Module, clients: Sequence[Client], training: Training, *,
             made.append(client)
             continue
         budget = None if client.memory is None else parse_bytes(client.memory)
-        key = (recipe, size, budget, len(client.rows) if private(recipe) else None)
+        example = _largest(client, size)
+        key = (recipe, size, budget, len(client.rows) if private(recipe) else None,
+               tuple(t.shape for t in tensors(example)))
         if key not in known:
-            example = client.collate([client.rows[i] for i in range(size)])
             known[key] = _choice(model, client, training, example, size, budget,
                                  sorted(ranks, reverse=True) or [None],
                                  sorted(set(bits), reverse=True), order, trainable)
         told[client.name] = known[key]
         made.append(replace(client, recipe=known[key].recipe, batch=known[key].batch))
     return made, told
+
+
+def _largest(client: Client, size: int) -> Any:
+    """A batch of the client's largest rows, the largest first: none of its batches takes more."""
+    sizes = [sum(t.numel() for t in tensors(client.collate([client.rows[i]])))
+             for i in range(len(client.rows))]
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:size]
+    return client.collate([client.rows[i] for i in order])
 
 
 def _choice(model: nn.Module, client: Client, training: Training, example: Any, size: int,

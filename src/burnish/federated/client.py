@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import cut
+from ..core.batches import cut, moved
 from ..core.draw import random_kept
 from ..core.errors import ConfigError
 from ..core.recipe import parse
@@ -190,7 +190,7 @@ def work(model: nn.Module, client: Client, rule: Rule, training: Training, turn:
     with random_kept():
         torch.manual_seed(number(training.seed, "training", turn, client.name, *_secret(client)))
         tuned = joined(model, client, rule, training, turn)
-        trained = list(tuned.parameters())
+        trained, device = list(tuned.parameters()), device_of(model)
         try:
             rule.put(tuned, content)
             before = _standing(tuned)
@@ -205,7 +205,7 @@ def work(model: nn.Module, client: Client, rule: Rule, training: Training, turn:
             losses = []
             try:
                 for batch in batches(client, training, turn):
-                    losses.append(float(tuned.step(batch, training.loss)))
+                    losses.append(tuned.step(moved(batch, device), training.loss).detach())
             finally:
                 if lasting:                          # what was spent is spent, whatever happens
                     kept["timeline"] = tuned.timeline.state()
@@ -223,7 +223,12 @@ def work(model: nn.Module, client: Client, rule: Rule, training: Training, turn:
     bare = len(message) if coding == "none" else len(pack(said))
     return message, Report(client.name, recipe, len(client.rows), steps, len(message),
                            len(received), (bare, len(received)),
-                           None if secret else sum(losses) / len(losses), told)
+                           None if secret else float(torch.stack(losses).double().mean()), told)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model reads its batches: rows are wherever a client has them."""
+    return next(p.device for p in model.parameters())
 
 
 def _named(tuned: Tuned) -> list[tuple[str, nn.Parameter]]:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..core.anatomy import Anatomy
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import BurnishError, ConfigError, FormatError
 from ..fit.state import pack as packed
 from ..fit.state import unpack as unpacked
 from .client import Client, Member, Training, private, recipe_of, work
@@ -97,6 +97,18 @@ def _unkept(kept: Any) -> dict[str, Any]:
     return unpacked(json.loads(kept["tree"]), unpack(kept["tensors"]))
 
 
+def _said(reply: Any) -> tuple[str, bytes, int]:
+    """(name, message, rows) of a reply. Raises FormatError for one that lacks them: it is somebody
+    else's, and rows are its weight in the mean."""
+    found = reply.content.config_records.get(RECORD) or {}
+    name, message, rows = (found.get(k) for k in ("name", "message", "rows"))
+    if not isinstance(name, str) or not isinstance(message, bytes) or type(rows) is not int \
+            or rows < 1:
+        raise FormatError("its reply is none of a client of a federation: a name, a message and a "
+                          f"number of rows from 1 on are expected, and rows is {rows!r}")
+    return name, message, rows
+
+
 def strategy(model: nn.Module, members: Sequence[Member], training: Training,
              rule: str | Rule = "mean", *, sampled: int | None = None, up: str = "none",
              down: str = "none", weights: Any = "samples", on_failure: str = "name") -> Any:
@@ -147,15 +159,17 @@ def strategy(model: nn.Module, members: Sequence[Member], training: Training,
                     self.has.pop(reply.metadata.src_node_id, None)     # who knows what it has got
                     continue
                 self.has[reply.metadata.src_node_id] = len(self.history)
-                record = reply.content.config_records[RECORD]
-                name = record["name"]
+                try:
+                    name, message, rows = _said(reply)
+                except ConfigError as e:
+                    failed[node] = str(e)
+                    continue
                 try:
                     if name not in by_name or name in said:
                         raise ConfigError(f"node {node} calls itself {name!r}, which is "
                                           f"{'there already' if name in said else 'no member'}")
-                    heard = server.hears(by_name[name], record["message"], unpack(self.sent))
-                    said[name] = (heard, int(record["rows"]))
-                    up_bytes += len(record["message"])
+                    said[name] = (server.hears(by_name[name], message, unpack(self.sent)), rows)
+                    up_bytes += len(message)
                 except ConfigError as e:
                     failed[name] = str(e)
             self.failed[server_round] = failed

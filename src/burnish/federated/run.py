@@ -13,21 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError
+from ..core.errors import BurnishError, ConfigError
 from ..core.recipe import Recipe, parse
 from ..fit.assets import GLYPH_VIT
 from ..fit.data import read
 from ..fit.driving import quiet_libraries
 from ..fit.tasks import Task, evaluate, task_for
-from ..formats import claim, safe
+from ..formats import claim, safe, staged
 from ..memory import parse_bytes
 from .client import Client
 from .rounds import Federation, Round, federate
-from .rules import RULES, Stack, rule_of
+from .rules import RULES, Rule, Stack, rule_of
 from .split import dirichlet, even
-
-WRITES = ("federation.json", "adapter_config.json", "adapter_model.safetensors", "README.md",
-          "config.json", "model.safetensors*")
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Setting:
     alpha: float | None
     words: dict[str, Any] = field(default_factory=dict)
     loss: Any = None
+    reads: Sequence[tuple[str, Any]] = ()            # what an output may not be
 
     @property
     def last(self) -> str:
@@ -110,7 +108,8 @@ def setting(recipe: str, *, model: str | Path = GLYPH_VIT, data: Any = "digits",
                                       cycle(memory or [None]), strict=False)]
     if memory and ranks:
         words["ranks"] = tuple(ranks)
-    return Setting(task, module, every, recipe, alpha, words | {"seed": seed}, loss)
+    return Setting(task, module, every, recipe, alpha, words | {"seed": seed}, loss,
+                   _inputs(model, data))
 
 
 def _ranked(recipe: Recipe, rank: int) -> Recipe:
@@ -145,27 +144,38 @@ def _end(at: Setting, done: Federation, model: nn.Module) -> dict[str, float]:
         tuned.detach()
 
 
-def check_output(output: Path, model: Any, data: Any) -> None:
-    """Raises ConfigError for a folder that is an input, or has files of others."""
-    claim.refuse_overlap(output, [("the model", model), ("the data", data)])
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; name a folder for the output")
-    if not (output / "federation.json").is_file():   # an earlier one's are ours
-        claim.refuse_foreign(output, WRITES, "adapter")
+def check_output(output: Path, rule: str, model: Any, data: Any) -> None:
+    """Raises ConfigError for a folder that is an input, or has files of others or of another
+    kind."""
+    claim.refuse_overlap(output, _inputs(model, data), whole=True)
+    staged.refuse_others(output, _kind(rule_of(rule)))
 
 
-def save(done: Federation, model: nn.Module, output: Path, facts: dict[str, Any]) -> None:
-    """The adapter, or the model that has the sums, and what happened."""
-    with claim.lock(output):
-        if done.server.rule.merges:
-            model.save_pretrained(output)
+def _inputs(model: Any, data: Any) -> list[tuple[str, Any]]:
+    return [("the model", model), ("the data", data)]
+
+
+def _kind(rule: Rule) -> str:
+    return "model" if rule.merges else "adapter"
+
+
+def save(at: Setting, done: Federation, model: nn.Module, output: Path, facts: dict[str, Any]
+         ) -> None:
+    """The adapter, or the model that has the sums, what reads rows for it, and what happened: all
+    of it or, where anything fails, nothing."""
+    rule = done.server.rule
+    with staged.replace(output, _kind(rule), at.reads) as new:
+        if rule.merges:
+            model.save_pretrained(new)
         else:
             tuned = done.server.join()
             try:
-                tuned.save(output)
+                tuned.save(new)
             finally:
                 tuned.detach()
-        safe.write_json(output / "federation.json", facts)
+        if hasattr(at.task.processor, "save_pretrained"):
+            at.task.processor.save_pretrained(new)
+        safe.write_json(new / "federation.json", facts)
 
 
 # -- beside what it should be seen ------------------------------------------------------------
@@ -186,7 +196,7 @@ def compare(at: Setting, say: Callable[[str], None] = lambda text: None) -> list
         started = time.perf_counter()
         try:
             row = _alone(at) if way.startswith("local") else _row(at, *once(at, **words)[:2])
-        except ConfigError as e:                     # a mean of unlike ranks
+        except BurnishError as e:                    # a mean of unlike ranks; nobody's work counts
             row = {"refused": str(e)}
         found.append({"way": way, **row, "seconds": time.perf_counter() - started})
         say(f"{way}: " + (row.get("refused") or f"{row['figure']:.4f}"))

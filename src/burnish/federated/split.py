@@ -26,7 +26,7 @@ def dirichlet(labels: Sequence[int], clients: int, alpha: float = 0.1, seed: int
 
     Raises ConfigError where there are fewer rows than ``clients * least``.
     """
-    _check(len(labels), clients, least)
+    _check(len(labels), clients, least, seed)
     if not 0 < alpha < float("inf"):
         raise ConfigError(f"alpha={alpha}: expected a number above 0 (small: clients with few "
                           "classes; large: all alike)")
@@ -44,12 +44,14 @@ def dirichlet(labels: Sequence[int], clients: int, alpha: float = 0.1, seed: int
 
 def even(rows: int, clients: int, seed: int = 0, least: int = 1) -> list[list[int]]:
     """Row numbers of each client, shuffled and dealt out: sizes differ by one at most."""
-    _check(rows, clients, least)
+    _check(rows, clients, least, seed)
     order = np.random.default_rng(seed).permutation(rows)
     return [sorted(part.tolist()) for part in np.array_split(order, clients)]
 
 
-def _check(rows: int, clients: int, least: int) -> None:
+def _check(rows: int, clients: int, least: int, seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: expected 0 or more")
     if clients < 1 or least < 1:
         raise ConfigError(f"clients={clients}, least={least}: expected at least 1 of each")
     if rows < clients * least:

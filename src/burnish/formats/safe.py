@@ -7,6 +7,7 @@ hold pickles are refused by name.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -55,6 +56,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         temp.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises BurnishError where a file of this name cannot be written, before work that ends in it.
+    Its folder is made."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise BurnishError(f"cannot write {path}: {e.strerror or e}") from None
 
 
 def is_temporary(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,39 +28,75 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _made(accountant: str) -> Any:
-    if accountant == "rdp":
-        from dp_accounting.rdp import RdpAccountant
-
-        return RdpAccountant()
-    from dp_accounting.pld import PLDAccountant
-
-    return PLDAccountant()
-
-
-def _event(sigma: float, rate: float, steps: int) -> Any:
-    library = _library()
-    noise: Any = library.GaussianDpEvent(sigma)
-    if rate < 1:
-        noise = library.PoissonSampledDpEvent(rate, noise)
-    return library.SelfComposedDpEvent(noise, steps)
+#: points of the grids of privacy losses that are composed: of one update, and of all
+ONE, ALL = 500_000, 4_000_000
+#: from one point of such a grid to the next
+STEP = 1e-4
 
 
 @lru_cache(maxsize=32)
 def epsilon_of(sigma: float, rate: float, steps: int, delta: float, accountant: str) -> float:
-    """Spent after so many updates with noise `sigma` times the largest norm of a sample."""
+    """Spent after so many updates with noise `sigma` times the largest norm of a sample.
+
+    Where `pld` would take grids that are too large (so little noise, or so many updates, that
+    epsilon is in the tens or hundreds), it is the bound of moments.
+    """
     if not steps:
         return 0.0
     if accountant == "edgeworth":
         return edgeworth(sigma, rate, steps, delta)
-    event = _event(sigma, rate, steps)               # says what is not installed
-    try:
-        return float(_made(accountant).compose(event).get_epsilon(delta))
-    except (ValueError, MemoryError, OverflowError):
-        if accountant == "rdp":
-            raise
-        # so little noise that no grid holds the losses; a bound of moments is one as well
-        return float(_made("rdp").compose(event).get_epsilon(delta))
+    return _bound(sigma, rate, steps, delta, accountant)
+
+
+def _bound(sigma: float, rate: float, steps: int, delta: float, accountant: str) -> float:
+    library = _library()                             # says what is not installed
+    noise: Any = library.GaussianDpEvent(sigma)
+    if rate < 1:
+        noise = library.PoissonSampledDpEvent(rate, noise)
+    event = library.SelfComposedDpEvent(noise, steps)
+    if accountant == "pld" and _composable(sigma, rate, steps):
+        from dp_accounting.pld import PLDAccountant
+
+        found = PLDAccountant(value_discretization_interval=STEP).compose(event).get_epsilon(delta)
+        if math.isfinite(found):                     # not so of a delta below what it truncates
+            return float(found)
+    from dp_accounting.rdp import RdpAccountant
+
+    return float(RdpAccountant().compose(event).get_epsilon(delta))
+
+
+def _composable(sigma: float, rate: float, steps: int) -> bool:
+    """Do the losses fit grids that are composed in seconds? Those of one update span its tails,
+    10 deviations of the noise; those of all, by Chernoff, as many of their own sum."""
+    if rate == 1:                                    # of Gaussians one is made
+        sigma, steps = sigma / math.sqrt(steps), 1
+    span = 20 / sigma if rate == 1 else 10 / sigma + 1 / (2 * sigma**2)
+    if span > ONE * STEP:
+        return False
+    p, _, loss = _losses(sigma, rate)
+    return 17 * math.sqrt(steps * _cumulants(p, loss)[1]) + 4 * span < ALL * STEP
+
+
+@dataclass
+class _Spent:
+    """As dp-accounting's search asks an accountant: of events that are numbers, the noise."""
+
+    rate: float
+    steps: int
+    accountant: str
+    sigma: float = 0.0
+
+    @property
+    def ledger(self) -> Any:
+        return _library().NoOpDpEvent()
+
+    def compose(self, sigma: float) -> _Spent:
+        self.sigma = sigma
+        return self
+
+    def get_epsilon(self, delta: float) -> float:
+        return _bound(self.sigma, self.rate, self.steps, delta, self.accountant) if self.sigma \
+            else math.inf
 
 
 @lru_cache(maxsize=32)
@@ -68,9 +105,14 @@ def sigma_for(epsilon: float, rate: float, steps: int, delta: float, accountant:
     if accountant == "edgeworth":
         raise ConfigError("edgeworth is an approximation and no bound, so it closes no budget: "
                           "plan noise with pld or rdp, or give sigma=")
-    library = _library()
-    return float(library.calibrate_dp_mechanism(
-        lambda: _made(accountant), lambda sigma: _event(sigma, rate, steps), epsilon, delta))
+    search = _library().mechanism_calibration
+    try:
+        return float(search.calibrate_dp_mechanism(
+            lambda: _Spent(rate, steps, accountant), lambda sigma: sigma, epsilon, delta))
+    except search.NoBracketIntervalFoundError:
+        raise ConfigError(f"epsilon={epsilon:g} and delta={delta:g} are less than any noise up to "
+                          f"2^30 times the largest norm spends, as {accountant} bounds it: give "
+                          "more of one of them") from None
 
 
 # -- a normal law with corrections --------------------------------------------------------------
@@ -88,14 +130,12 @@ def edgeworth(sigma: float, rate: float, steps: int, delta: float) -> float:
     (Privately Fine-Tuning Large Language Models with Differential Privacy, 2022, arXiv:2210.15042;
     the error term of the paper is not taken along.)
     """
-    x = torch.linspace(-14 * sigma - 1, 14 * sigma + 2, 200_001, dtype=torch.float64)
-    none = -(x / sigma).square() / 2
-    with_one = math.log(rate) + (2 * x - 1) / (2 * sigma**2)
-    loss = with_one if rate == 1 else torch.logaddexp(
-        torch.full_like(x, math.log1p(-rate)), with_one)
-    p, q = (none + loss).softmax(0), none.softmax(0)
+    p, q, loss = _losses(sigma, rate)
     ways = [(_cumulants(p, loss), _cumulants(q, loss)),
             (_cumulants(q, -loss), _cumulants(p, -loss))]
+
+    if not all(of[1] > 0 for pair in ways for of in pair):        # no law that a grid holds
+        return _bound(sigma, rate, steps, delta, "rdp")
 
     def above(e: float) -> bool:
         return max(_tail(e, one, steps) - math.exp(e) * _tail(e, two, steps)
@@ -103,11 +143,22 @@ def edgeworth(sigma: float, rate: float, steps: int, delta: float) -> float:
 
     low, high = 0.0, 700.0
     if above(high):
-        return epsilon_of(sigma, rate, steps, delta, "rdp")
+        return _bound(sigma, rate, steps, delta, "rdp")
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if above(middle) else (low, middle)
     return high
+
+
+def _losses(sigma: float, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """On a grid of what an update shows: the weights of p and of q, and log(p / q)."""
+    x = torch.linspace(-14 * sigma - 1, 14 * sigma + 2, 200_001, dtype=torch.float64)
+    none = -(x / sigma).square() / 2
+    with_one = math.log(rate) + (2 * x - 1) / (2 * sigma**2)
+    loss = with_one if rate == 1 else torch.logaddexp(
+        torch.full_like(x, math.log1p(-rate)), with_one)
+    p, q = (none + loss).softmax(0), none.softmax(0)
+    return p, q, loss
 
 
 def _cumulants(weight: Tensor, values: Tensor) -> tuple[float, float, float, float]:

@@ -149,6 +149,8 @@ class ModelSurgery(Learner):
         task = self.study.stream.tasks[t]
         for c in task.classes:
             rows = [x for x, y in task.train if y == c]
+            if not rows:                             # a class that is only tested
+                continue
             self.gaussians.learn(c, self._under(t + 1, rows))
             self.prototypes[c] = self._under(1, rows).mean(0)
 

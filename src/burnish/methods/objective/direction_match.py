@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...blocks.state.prompts import accepts
+from ...core.batches import inputs
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
 from ...core.needs import qkv_linears
@@ -105,7 +106,7 @@ class DirectionMatch(Method):
             heads = (block.heads if place.role == "q" else block.kv_heads or block.heads) or 1
             pair = []
             for taps in (run.taps, theirs):
-                Z = _counting(_state(taps[place.path]), run.batch, _mask(anatomy, block))
+                Z = _counting(_state(taps[place.path]), run.batch, mask_key(anatomy, block))
                 Z = Z if place.rows is None else Z[..., place.rows[0] : place.rows[1]]
                 pair.append(Z.reshape(-1, *Z.shape[-2:-1], heads, Z.shape[-1] // heads))
             Z, Y = _same(place.path, *pair)
@@ -115,7 +116,7 @@ class DirectionMatch(Method):
         terms = []
         for block in anatomy.blocks if self.states else ():
             H, Y = _same(block.path, *(
-                _counting(_state(t[block.path]), run.batch, _mask(anatomy, block))
+                _counting(_state(t[block.path]), run.batch, mask_key(anatomy, block))
                 for t in (run.taps, theirs)))
             terms.append(apart((H * Y).sum(), H.square().sum(), Y.square().sum()))
         if terms:
@@ -127,7 +128,7 @@ def _state(out: Any) -> Tensor:
     return state
 
 
-def _mask(anatomy: Anatomy, block: Block) -> str:
+def mask_key(anatomy: Anatomy, block: Block) -> str:
     """The key of the batch that says which tokens of a block count."""
     decodes = block.cross is not None and accepts(anatomy.model, "decoder_input_ids")
     return "decoder_attention_mask" if decodes else "attention_mask"
@@ -136,7 +137,8 @@ def _mask(anatomy: Anatomy, block: Block) -> str:
 def _counting(h: Tensor, batch: Any, key: str) -> Tensor:
     """States (..., tokens, n) in fp32 at least, zero where the batch's mask leaves a token out."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
-    mask = batch.get(key) if isinstance(batch, Mapping) else None
+    given = inputs(batch)                            # of (inputs, target) too
+    mask = given.get(key) if isinstance(given, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == h.shape[:2]:
         h = h * mask.to(h).unsqueeze(-1)
     return h

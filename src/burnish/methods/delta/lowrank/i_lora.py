@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ....blocks.weight.interpolated import Interpolated
 from ....core.batches import inputs
-from ....core.errors import RecipeError
+from ....core.errors import ConfigError, RecipeError
 from ....core.keys import Key
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from ....core.stage import Stage
+from ...objective.direction_match import mask_key
 from ...objective.distill import counted, logits_of
 from ...objective.feature_distill import state
 from .lora import check_dropout
@@ -112,8 +113,11 @@ class ILora(Method):
         if self.compare == "hidden":
             theirs = run.reference_taps(tuned.training, rows)
             pairs = [(state(run.taps[p]), state(theirs[p])) for p in self.taps(tuned.anatomy)]
+            anatomy = tuned.anatomy
+            counts = [_valid(run.batch, mask_key(anatomy, b), rows, t)
+                      for b, (_, t) in zip(anatomy.blocks, pairs, strict=True)]
             yield self.weight / len(pairs) * sum(
-                self._off(f[rows], t, _valid(run.batch, rows, t)) for f, t in pairs)
+                self._off(f[rows], t, m) for (f, t), m in zip(pairs, counts, strict=True))
             return
         slow = logits_of(run.reference(tuned.training, rows), self.name)
         counts = counted(tuned.model, run.batch, z.shape[:-1])
@@ -156,8 +160,17 @@ def _memory(replay: Any, z: Tensor) -> list[int]:
     return given.expand(len(z)).nonzero().flatten().tolist()
 
 
-def _valid(batch: Any, rows: list[int], states: Tensor) -> Tensor | None:
-    """The tokens of these samples that count; None: all do."""
+def _valid(batch: Any, key: str, rows: list[int], states: Tensor) -> Tensor | None:
+    """The tokens of these samples that count; None: all do. Raises ConfigError where some do not,
+    and it cannot be said which of the states they are."""
     given = inputs(batch)
-    mask = given.get("attention_mask") if isinstance(given, Mapping) else None
-    return None if mask is None or mask.shape != (len(mask), *states.shape[1:-1]) else mask[rows]
+    mask = given.get(key) if isinstance(given, Mapping) else None
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.shape == (len(mask), *states.shape[1:-1]):
+        return mask[rows]
+    if isinstance(mask, FakeTensor) or bool(mask.all()):
+        return None
+    raise ConfigError(f"i_lora(compare='hidden'): the {key} leaves tokens out, and is "
+                      f"{tuple(mask.shape)} where states are {tuple(states.shape[:-1])}; expected "
+                      "one entry a token, or compare='logits'")
