@@ -519,5 +519,5 @@ def test_budgets_and_deltas_of_any_size():
     small = (1.0, 0.01, 100, 1e-20)                               # less than a grid cuts off
     assert epsilon_of(*small, "pld") == epsilon_of(*small, "rdp") < float("inf")
     with pytest.raises(ConfigError, match="epsilon=1e-06 and delta=1e-30 are less than any noise"):
-        sigma_for(1e-6, 0.01, 100, 1e-30, "rdp")
+        sigma_for(1e-6, 1.0, 100, 1e-30, "rdp")
     assert epsilon_of(1e-9, 0.5, 2, 1e-5, "edgeworth") == epsilon_of(1e-9, 0.5, 2, 1e-5, "rdp")
