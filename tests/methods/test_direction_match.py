@@ -175,20 +175,3 @@ def test_what_cannot_act_is_refused():
         tuned.step(batch)
     assert burnish.parse("direction_match")[0].settings() == {
         "targets": None, "weight": 1.0, "states": 1.0, "adapter": None}
-
-
-def test_padding_of_inputs_beside_a_target_does_not_count():
-    """(inputs, target) is the mapping with a loss of one's own."""
-    found = []
-    for apart in (False, True):
-        net, batch = tiny("bert")
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        batch["attention_mask"][0, -2:] = 0
-        net.eval()
-        tuned = burnish.tune(net, "lora(rank=2) + direction_match", head=False)
-        stir(tuned, size=0.1)
-        tuned.optimizer(lr=0.0)
-        tuned.loss((batch, batch["labels"]) if apart else batch,
-                   lambda out, _: out.loss).backward()
-        found.append(torch.cat([p.grad.flatten() for p in tuned.parameters()]))
-    torch.testing.assert_close(*found)

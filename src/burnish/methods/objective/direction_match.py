@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...blocks.state.prompts import accepts
-from ...core.batches import inputs
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
 from ...core.needs import qkv_linears
@@ -137,8 +136,7 @@ def mask_key(anatomy: Anatomy, block: Block) -> str:
 def _counting(h: Tensor, batch: Any, key: str) -> Tensor:
     """States (..., tokens, n) in fp32 at least, zero where the batch's mask leaves a token out."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
-    given = inputs(batch)                            # of (inputs, target) too
-    mask = given.get(key) if isinstance(given, Mapping) else None
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == h.shape[:2]:
         h = h * mask.to(h).unsqueeze(-1)
     return h
