@@ -57,6 +57,62 @@ def test_pictures_and_masks_stay_together(tmp_path):
         read(root)
 
 
+def test_pictures_of_one_name_in_several_folders_keep_their_masks(tmp_path):
+    """Frames of videos are called alike: a mask is of the folder of its picture."""
+    root = tmp_path / "a"
+    for number, name in enumerate(("x", "y"), 1):
+        for kind, mode, value in (("images", "RGB", (100 * number,) * 3), ("masks", "L", number)):
+            (root / kind / name).mkdir(parents=True)
+            Image.new(mode, (8, 8), value).save(root / kind / name / "0.png")
+    (root / "classes.txt").write_text("zero\none\ntwo\n")
+    data = read(root, validation=0)
+    for row in data.train:
+        assert np.asarray(row["image"])[0, 0, 0] == 100 * np.asarray(row["mask"])[0, 0]
+    Image.new("L", (8, 8), 1).save(root / "masks" / "x" / "0_mask.png")
+    with pytest.raises(DataError, match="0.png has 2 masks: .*; leave one of them"):
+        read(root)
+    for kind in ("x", "y"):                             # two of its name, and neither beside it
+        (root / "masks" / kind).rename(root / "masks" / f"{kind}{kind}")
+    with pytest.raises(DataError, match="has 3 masks"):
+        read(root)
+
+
+def test_names_are_read_beside_the_folders_and_each_once(tmp_path):
+    root = shapes(tmp_path / "a", 3)
+    (tmp_path / "classes.txt").write_text("of\nother\ndata\n")
+    assert read(root).labels == ("0", "1", "2")
+    (root / "classes.txt").write_text("floor\nbox\nbox\n")
+    with pytest.raises(DataError, match="classes.txt names 'box' twice"):
+        read(root)
+
+
+def test_a_picture_that_breaks_off_is_named_where_it_is_read(tmp_path):
+    root = shapes(tmp_path / "a", 3)
+    whole = (root / "images" / "1.jpg").read_bytes()
+    (root / "images" / "1.jpg").write_bytes(whole[:len(whole) // 2])
+    rows = learnt(root).rows("train")
+    with pytest.raises(DataError, match="1.jpg: the picture cannot be read: .*truncated"):
+        [rows[i] for i in range(3)]
+
+
+def test_a_picture_on_its_side_is_asked_about_upright(tmp_path):
+    from types import SimpleNamespace
+
+    from burnish.fit import asked
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    ((_, row),) = asked.rows([str(tmp_path / "x.jpg")], SimpleNamespace(takes=("image",)), {})
+    assert row["image"].size == (20, 40)
+
+
+def test_another_data_set_of_the_task_is_read_like_the_first(tmp_path):
+    task = learnt(shapes(tmp_path / "a", 3))
+    other = task.on(read(shapes(tmp_path / "b", 3, seed=1), validation=0), segformer()[0])
+    assert other.rows("train")[0]["labels"].shape == (32, 32) and other.mixes is task.mixes
+
+
 def test_metadata_and_tables_name_masks(tmp_path):
     import datasets
 

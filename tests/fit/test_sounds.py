@@ -92,6 +92,25 @@ def test_what_cannot_be_heard_is_named_before_a_model_is_loaded(tmp_path):
             task.rows("train")[i]
 
 
+@pytest.mark.parametrize("rate", [0, 2**32 - 1])
+def test_a_head_with_an_impossible_rate_is_refused(tmp_path, rate):
+    root = folder(tmp_path / "data")
+    whole = bytearray((root / "high" / "0.wav").read_bytes())
+    whole[24:28] = struct.pack("<I", rate)
+    (root / "high" / "0.wav").write_bytes(bytes(whole))
+    with pytest.raises(DataError, match=f"0.wav cannot be read: its head says {rate} samples a"):
+        read(root, validation=0)
+    with pytest.raises(ValueError, match=f"its head says {rate} samples a second"):
+        sounds.heard(root / "high" / "0.wav", 16000)
+
+
+def test_a_recording_of_nothing_is_refused_before_it_is_learnt(tmp_path):
+    root = folder(tmp_path / "data")
+    wavfile.write(root / "high" / "none.wav", 8000, np.zeros(0, np.int16))
+    with pytest.raises(DataError, match="none.wav cannot be read: it holds no sample"):
+        read(root, validation=0)
+
+
 def test_without_soundfile_other_forms_are_refused_with_what_reads_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     path = tmp_path / "x.flac"
@@ -228,6 +247,8 @@ def test_what_does_not_belong_together_is_told(tmp_path):
         task_for(data, "", processor=made(AST)[1], max_length=9)
     with pytest.raises(ConfigError, match="max_seconds=0"):
         task_for(data, "", processor=made(AST)[1], max_seconds=0)
+    with pytest.raises(ConfigError, match="max_seconds=inf: expected a finite"):
+        task_for(data, "", processor=made(AST)[1], max_seconds=float("inf"))
     with pytest.raises(ConfigError, match="no feature extractor of sound"):
         task_for(data, "", processor=transformers.ViTImageProcessorPil())
 

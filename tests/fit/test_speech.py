@@ -14,6 +14,7 @@ from burnish.core.errors import ConfigError, DataError
 from burnish.fit.alphabet import Spoken, Written, drawn_from
 from burnish.fit.data import read
 from burnish.fit.readings import AmbiguousError
+from burnish.fit.shown import posed
 from burnish.fit.tasks import evaluate, task_for
 from burnish.memory import measure, simulate
 from burnish.testing.sounds import CTC, WHISPER, made, spelt
@@ -86,6 +87,50 @@ def test_texts_are_brought_to_the_tokenizers_alphabet(tmp_path):
         Written.by(own, ["wxyz"], "x")
     written = Written.by(own, ["abc"], "x")
     assert written("c, !a") == "C A"                 # what only a later split holds, too
+
+
+def test_the_case_of_an_alphabet_is_the_same_whatever_is_read(tmp_path):
+    """A later file must not be measured in another case than the model was taught to write."""
+    for alphabet, text, said in (("abc", "Ab C", "ab c"), ("ABC", "Ab c", "AB C"),
+                                 ("The kiln", "A kiln", "kiln"), ("straße", "Straße", "straße")):
+        for others in ([], [text] * 9):
+            written = Written.by(drawn_from([alphabet]), [alphabet * 9, *others], "x")
+            assert written(text) == said
+    met = Written.by(drawn_from(["STRASE"]), ["straße"], "x")
+    assert met("straße") == "STRASSE" and not met.lacks
+    assert not Written.by(drawn_from(["abc"]), ["a b"], "x").notes()
+
+
+def test_a_trained_head_stays_where_only_ends_are_behind_its_last_token(tmp_path):
+    """Many tokenizers have <s> and </s> behind the tokens of the model that they belong to."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "|": 2, "a": 3, "b": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    own = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), pad_token="[PAD]",
+                                            unk_token="[UNK]")
+    assert len(own) == 7
+    model, extractor = made(CTC, vocab_size=5)
+    for part in (model, extractor, own):
+        part.save_pretrained(tmp_path / "model")
+    data = read(table(tmp_path, [(0.5, {"text": "a b"})] * 2), validation=0)
+    task = task_for(data, str(tmp_path / "model"))
+    loaded = task.load(str(tmp_path / "model"))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not task.fresh
+    assert task.fit_head(model) is model
+    with pytest.raises(ConfigError, match="writes 4 tokens and the tokenizer has 7"):
+        task.fit_head(made(CTC, vocab_size=4)[0])
+
+
+def test_another_data_set_of_the_task_is_read_like_the_first(tmp_path):
+    task, model = learnt(read(table(tmp_path, [(0.5, {"text": "abc"})] * 2), validation=0))
+    other = task.on(task.data, model)
+    assert other.rows("train").texts == ["abc", "abc"] and other.processor is task.processor
+    assert torch.equal(other.example(1)["counted"], task.example(1)["counted"])
+
+
+def test_what_was_said_is_shown_beside_what_is_written(tmp_path):
+    task, _ = learnt(read(table(tmp_path, [(0.5, {"text": "abc"})] * 2), validation=0))
+    shown = posed(task, task.data.train[0])
+    assert (shown.asked, shown.right) == ("a recording", "abc")
 
 
 def test_what_reads_no_sound_or_writes_no_text_is_refused(tmp_path, tokenizer):

@@ -71,6 +71,8 @@ class Written:
     case: str | None
     known: frozenset[str] | None
     lacks: frozenset[str] = frozenset()
+    #: whether texts were met in another case
+    recased: bool = False
 
     @classmethod
     def by(cls, tokenizer: Any, texts: Sequence[str], source: str) -> Written:
@@ -81,18 +83,15 @@ class Written:
             return cls(None, None)
         known = frozenset(vocabulary - {tokenizer.word_delimiter_token} | {" "})
 
-        def missing(case: str | None) -> int:
-            return sum(n for c, n in counts.items() if _cased(c, case) not in known)
-
-        case = min((None, "upper", "lower"), key=missing)
-        lacks = frozenset(c for c in counts if _cased(c, case) not in known)
-        if missing(case) > _LACKS * counts.total():
+        case = _only(known)
+        lacks = frozenset(c for c in counts if not known.issuperset(_cased(c, case)))
+        if sum(counts[c] for c in lacks) > _LACKS * counts.total():
             has = "".join(sorted(c for c in known if len(c) == 1 and c != " "))
             raise DataError(f"{source}: the tokenizer writes {has[:60]!r}, and the texts are "
                             f"written with {''.join(sorted(lacks))[:60]!r}; give a model of their "
                             "alphabet, or one without a tokenizer, which gets the characters of "
                             "the texts")
-        return cls(case, known, lacks)
+        return cls(case, known, lacks, any(_cased(t, case) != t for t in texts))
 
     def __call__(self, text: str) -> str:
         text = _cased(" ".join(text.split()), self.case)
@@ -102,13 +101,21 @@ class Written:
 
     def notes(self) -> list[str]:
         out = []
-        if self.case is not None:
+        if self.recased:
             big = "capitals" if self.case == "upper" else "small letters"
             out.append(f"texts are learnt and measured in {big}, which the tokenizer writes")
         if self.lacks:
             out.append(f"characters that the tokenizer lacks are left out of texts: "
                        f"{' '.join(sorted(self.lacks))}")
         return out
+
+
+def _only(known: frozenset[str]) -> str | None:
+    """The case of all letters of an alphabet, whatever the texts: None where it has both or none.
+    """
+    letters = [c for c in known if len(c) == 1 and c.lower() != c.upper()]
+    big, small = (any(c == _cased(c, case) for c in letters) for case in ("upper", "lower"))
+    return None if big == small else "upper" if big else "lower"
 
 
 def _cased(text: str, case: str | None) -> str:

@@ -99,11 +99,11 @@ def _files(inputs: Sequence[str], medium: Any) -> Iterator[Path]:
 
 
 def _picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             image.load()
-            return image
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: the picture cannot be read: {error}") from None
+            return ImageOps.exif_transpose(image)         # upright, as rows are read in training
+    except Exception as error:
+        raise DataError(f"{path}: the picture cannot be read: {plain(error)}") from None

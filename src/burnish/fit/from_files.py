@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..core.errors import DataError
+from ..core.reading import plain
 from . import sounds
 from .rows import Rows
 
@@ -26,6 +27,13 @@ class Kept(Rows):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def opened(self, i: int) -> dict[str, Any]:
+        """The row itself; DataError with where it stands for a picture that breaks off."""
+        try:
+            return self.rows[i]
+        except Exception as e:
+            raise DataError(f"{self.where(i)}: the picture cannot be read: {plain(e)}") from None
 
     def read(self, i: int) -> dict[str, Any]:
         """The tensors of a row, from its file."""
@@ -50,7 +58,7 @@ class Pictures(Kept):
         self.processor, self.labels = processor, rows["label"][:]
 
     def read(self, i: int) -> dict[str, Any]:
-        return {"pixel_values": self.processor(picture(self.rows[i]["image"], self.where(i))),
+        return {"pixel_values": self.processor(picture(self.opened(i)["image"], self.where(i))),
                 "labels": self.labels[i]}
 
 
@@ -116,7 +124,7 @@ class Scenes(Kept):
         self.make = make
 
     def read(self, i: int) -> dict[str, Any]:
-        row = self.rows[i]
+        row = self.opened(i)
         image = picture(row["image"], self.where(i))
         try:
             return self.make(image, picture(row["mask"], self.where(i)))

@@ -46,37 +46,66 @@ def paired(path: Path, task: str | None, split_of: Callable[[str], str | None]
                                 f"for each picture in {masks}) and of whole pictures are")
         return None
     inside = {s: p for p in sorted(images.iterdir()) if p.is_dir() and (s := split_of(p.name))}
-    names = _names(path)
+    names = _names(path, split_of(path.resolve().name) is not None)
     out = {}
     for split, folder in (inside or {"train": images}).items():
         beside = masks / folder.relative_to(images)
-        there = {p.stem.removesuffix("_mask"): p for p in PICTURE.among(beside)} \
-            if beside.is_dir() else {}
+        there = PICTURE.among(beside) if beside.is_dir() else []
         found = PICTURE.among(folder)
-        for p in found:
-            if p.stem not in there:
-                raise DataError(f"picture {plain(p)} has no mask: there is no {p.stem}.png in "
-                                f"{plain(beside)}")
+        theirs = _matched(found, folder, there, beside)
         paths = [str(p) for p in found]
         PICTURE.look(paths)
-        out[split] = Table({"image": paths, "mask": [str(there[p.stem]) for p in found]},
+        out[split] = Table({"image": paths, "mask": theirs},
                            paths.__getitem__, "pictures with masks",
                            {"mask": names} if names else {})
     return out
 
 
-def _names(path: Path) -> tuple[str, ...] | None:
-    """The classes in their order, from `id2label.json` or `classes.txt` here or above."""
-    for folder in (path, path.parent):
+def _matched(pictures: Sequence[Path], folder: Path, masks: Sequence[Path], beside: Path
+             ) -> list[str]:
+    """The mask of each picture: of its name, in the folder within `beside` that the picture has
+    within `folder`, else the only one of its name. Raises DataError where there is none or more.
+    """
+    near: dict[tuple[Path, str], list[Path]] = {}
+    named: dict[str, list[Path]] = {}
+    for p in masks:
+        stem = p.stem.removesuffix("_mask")
+        near.setdefault((p.parent.relative_to(beside), stem), []).append(p)
+        named.setdefault(stem, []).append(p)
+    out = []
+    for p in pictures:
+        found = near.get((p.parent.relative_to(folder), p.stem)) or named.get(p.stem) or []
+        if not found:
+            raise DataError(f"picture {plain(p)} has no mask: there is no {p.stem}.png in "
+                            f"{plain(beside)}")
+        if len(found) > 1:
+            raise DataError(f"picture {plain(p)} has {len(found)} masks: "
+                            f"{' and '.join(plain(m) for m in found[:2])}; leave one of them")
+        out.append(str(found[0]))
+    return out
+
+
+def _names(path: Path, above: bool) -> tuple[str, ...] | None:
+    """The classes in their order, from `id2label.json` or `classes.txt` here, or above where the
+    folder is one split of several. Raises DataError for a name of two classes."""
+    for folder in (path, path.parent) if above else (path,):
         if (file := folder / "id2label.json").is_file():
             said = parse_json(read_text(file, DataError), file, DataError)
             if not isinstance(said, dict) or set(said) != {str(i) for i in range(len(said))}:
                 raise DataError(f"{file}: expected an object with a name for each class, "
                                 '{"0": "road", "1": "sky", ...}')
-            return tuple(str(said[str(i)]) for i in range(len(said)))
+            return _each(tuple(str(said[str(i)]) for i in range(len(said))), file)
         if (file := folder / "classes.txt").is_file():
-            return tuple(filter(None, map(str.strip, read_text(file, DataError).splitlines())))
+            lines = map(str.strip, read_text(file, DataError).splitlines())
+            return _each(tuple(filter(None, lines)), file)
     return None
+
+
+def _each(names: tuple[str, ...], file: Path) -> tuple[str, ...]:
+    if (twice := next((n for n in names if names.count(n) > 1), None)) is not None:
+        raise DataError(f"{plain(file)} names {plain(twice, 60)!r} twice; a class has one name, "
+                        "and a name one class")
+    return names
 
 
 # -- numbers -------------------------------------------------------------------------------------

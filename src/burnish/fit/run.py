@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -186,8 +185,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         raise ConfigError(f"{recipe} reads {', '.join(keys)} of the batch, which fit hands to "
                           "models of transformers; train this one with tuned.step")
     module.train()  # dropout keeps masks and chooses kernels: promised as it will run
-    tasks = {n: task if one is first else dataclasses.replace(
-        task, data=one, notes=[], fresh=[], _made={}) for n, one in found.items()}
+    tasks = {n: task if one is first else task.on(one, module) for n, one in found.items()}
     examples = {n: t.call(t.example(size), plain)[0] for n, t in tasks.items()}
     loss = task.call(task.example(1), plain)[1]
     for t in tasks.values():

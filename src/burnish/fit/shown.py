@@ -134,6 +134,8 @@ def _right(task: Task, row: Mapping[str, Any]) -> str:
     if "answers" in row:
         return task.said({"text": next(iter(row["answers"]["text"]), "")})
     label = row.get("label")
+    if task.takes == ("audio",) and "text" in row:                  # what is said in it
+        return str(row["text"])
     if names is None or label is None:
         return "" if label is None else f"{label:.4g}"
     return ", ".join(names[i] for i in label) or "none" if isinstance(label, list) else names[label]

@@ -18,6 +18,8 @@ import numpy as np
 
 #: full scale of whole numbers, by their width in bytes
 _FULL = {2: 2.0**15, 4: 2.0**31, 8: 2.0**63}
+#: samples a second beyond which no sound is recorded
+_FASTEST = 1_000_000
 
 
 def opened(source: Any) -> BinaryIO:
@@ -31,10 +33,12 @@ def size(source: Any) -> tuple[int, int]:
     """(samples of each channel, samples a second), from the file's head where it is a WAV."""
     with opened(source) as file:
         if file.read(4) == b"RIFF" and (found := _head(file)) is not None:
-            return found
-        file.seek(0)
-        made, rate = _decoded(file)
-        return len(made), rate
+            many, rate = found
+        else:
+            file.seek(0)
+            made, rate = _decoded(file)
+            many = len(made)
+    return _checked(many), _possible(rate)
 
 
 def heard(source: Any, rate: int, seconds: float | None = None) -> np.ndarray:
@@ -43,6 +47,8 @@ def heard(source: Any, rate: int, seconds: float | None = None) -> np.ndarray:
 
     with opened(source) as file:
         made, own = _decoded(file)
+    _checked(len(made))
+    _possible(own)
     if seconds is not None:
         made = made[:max(1, round(seconds * own))]
     x = made.mean(1) if made.ndim > 1 else made
@@ -75,7 +81,7 @@ def _head(file: BinaryIO) -> tuple[int, int] | None:
                 return None
             many -= 16
         elif name == b"data":
-            return (min(many, end - file.tell()) // frame, rate) if frame and rate else None
+            return (min(many, end - file.tell()) // frame, rate) if frame else None
         file.seek(many + many % 2, io.SEEK_CUR)
     return None
 
@@ -91,7 +97,7 @@ def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")           # chunks beside the sound, of any kind
                 rate, x = wavfile.read(file)
-            return _checked(_scaled(x)), int(rate)
+            return _scaled(x), int(rate)
         except ValueError as e:
             if "Unknown wave file format" not in str(e):
                 raise
@@ -102,13 +108,20 @@ def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
         raise ValueError("it is no plain WAV, and soundfile, which reads the other forms, is not "
                          "installed: pip install 'burnish[audio]'") from None
     x, rate = soundfile.read(file, dtype="float32")
-    return _checked(x), int(rate)
+    return x, int(rate)
 
 
-def _checked(x: np.ndarray) -> np.ndarray:
-    if not len(x):
+def _checked(samples: int) -> int:
+    if not samples:
         raise ValueError("it holds no sample")
-    return x
+    return samples
+
+
+def _possible(rate: int) -> int:
+    """A broken head may say anything, and a filter is as long as the rate is large."""
+    if not 1 <= rate <= _FASTEST:
+        raise ValueError(f"its head says {rate} samples a second")
+    return rate
 
 
 def _scaled(x: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ measured. The tasks differ in nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,6 +92,13 @@ class Task:
 
     def prepare(self) -> None:
         """Readies what reads the rows. Raises ConfigError where it cannot read them."""
+
+    def on(self, data: Data, model: nn.Module) -> Task:
+        """The same task of other data, for a model that is there."""
+        made = replace(self, data=data, notes=[], fresh=[], _made={})
+        made.prepare()
+        made.settle(model)
+        return made
 
     def head(self) -> dict[str, Any]:
         return {}

@@ -41,8 +41,8 @@ class Heard(Task):
             raise ConfigError(f"max_length={self.max_length} counts tokens, and a sound has none; "
                               "max_seconds= says how much of it is heard")
         seconds = self.how.get("max_seconds")
-        if seconds is not None and not seconds > 0:
-            raise ConfigError(f"max_seconds={seconds!r}: expected a number above 0")
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise ConfigError(f"max_seconds={seconds!r}: expected a finite number above 0")
 
     @property
     def limit(self) -> float | None:

@@ -85,8 +85,9 @@ class SemanticSegmentation(Task):
 
         half = np.zeros((37, 53), np.uint8)
         half[:, 26:] = 9
-        made = self.processor(images=Image.new("RGB", (53, 37)), return_tensors="np",
-                              segmentation_maps=Image.fromarray(half))["labels"]
+        made = self.processor(images=self._seen(Image.new("RGB", (53, 37))),
+                              segmentation_maps=Image.fromarray(half),
+                              return_tensors="np")["labels"]
         return bool(set(np.unique(made).tolist()) - {0, 8, 9, IGNORED})
 
     # -- the model -----------------------------------------------------------------------------

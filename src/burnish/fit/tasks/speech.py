@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...core.errors import ConfigError, DataError
 from ..alphabet import Spoken, Written, drawn_from
 from ..from_files import Sounds
+from ..places import check_local, config_of
 from ..rows import Rows
 from .base import Batch
 from .heard import Heard
@@ -92,6 +93,7 @@ class SpeechRecognition(Heard):
                               "blanks between them; speech recognition is served with tokenizers "
                               "such as Wav2Vec2CTCTokenizer")
         self._written: Written | None = None
+        self._width = len(p.tokenizer)
 
     @property
     def extractor(self) -> Any:
@@ -105,15 +107,32 @@ class SpeechRecognition(Heard):
         return self._written
 
     # -- the model -----------------------------------------------------------------------------
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        check_local(name)
+        config = config_of(name, self.data.task, trust_remote_code)
+        has = getattr(config, "vocab_size", None)
+        self._width = has if self._spells(has) else len(self.processor.tokenizer)
+        return super().load(name, trust_remote_code, unread, **kw)
+
+    def _spells(self, width: Any) -> bool:
+        """Whether a head of this width writes all that is learnt: many tokenizers have beginnings
+        and ends behind the last token that their model was trained to write."""
+        t = self.processor.tokenizer
+        ends = {t.bos_token, t.eos_token} - {t.pad_token, t.word_delimiter_token}
+        needs = 1 + max(i for w, i in t.get_vocab().items() if w not in ends)
+        return isinstance(width, int) and needs <= width <= len(t)
+
     def head(self) -> dict[str, Any]:
         t = self.processor.tokenizer
-        return {"vocab_size": len(t), "pad_token_id": t.pad_token_id, "ctc_loss_reduction": "mean",
-                "ctc_zero_infinity": True, "ignore_mismatched_sizes": True}
+        return {"vocab_size": self._width, "pad_token_id": t.pad_token_id,
+                "ctc_loss_reduction": "mean", "ctc_zero_infinity": True,
+                "ignore_mismatched_sizes": True}
 
     def fit_head(self, model: nn.Module) -> nn.Module:
         config = getattr(model, "config", None)
         has, wanted = getattr(config, "vocab_size", None), len(self.processor.tokenizer)
-        if has != wanted:
+        if not self._spells(has):
             raise ConfigError(f"{type(model).__name__} writes {has} tokens and the tokenizer has "
                               f"{wanted}; give the model by its folder, or with "
                               f"vocab_size={wanted}")
