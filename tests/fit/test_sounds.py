@@ -92,11 +92,11 @@ def test_what_cannot_be_heard_is_named_before_a_model_is_loaded(tmp_path):
             task.rows("train")[i]
 
 
-@pytest.mark.parametrize("rate", [0, 2**32 - 1])
+@pytest.mark.parametrize("rate", [0, 2**30])
 def test_a_head_with_an_impossible_rate_is_refused(tmp_path, rate):
     root = folder(tmp_path / "data")
     whole = bytearray((root / "high" / "0.wav").read_bytes())
-    whole[24:28] = struct.pack("<I", rate)
+    whole[24:32] = struct.pack("<II", rate, 2 * rate)        # and bytes a second, two a sample
     (root / "high" / "0.wav").write_bytes(bytes(whole))
     with pytest.raises(DataError, match=f"0.wav cannot be read: its head says {rate} samples a"):
         read(root, validation=0)
