@@ -355,3 +355,14 @@ def test_what_is_not_there_yet_is_said(page):
             assert page.client.get(f"/api/runs/{no}{path}").status_code == 404, (no, path)
     for path in ("stop", "resume", "predict"):
         assert page.client.post(f"/api/runs/x/{path}").status_code == 404
+
+
+# -- what files and pages may hold ------------------------------------------------------------------
+def test_a_promise_that_is_no_number_is_none_and_a_figure_that_is_none_is_null(tmp_path):
+    """The one was a ValueError after a folder was made; the other broke the whole list of runs."""
+    from burnish.ui import files, runs
+
+    asked = {"promise": {"peak": "abc", "by": {"weights": float("nan"), "x": [1], "a": 3.0}}}
+    assert runs._promise(asked) == {"peak": 0, "by": {"a": 3}}
+    (tmp_path / "run.json").write_text('{"metrics": {"loss": NaN, "many": [1, -Infinity]}}')
+    assert files.read_json(tmp_path / "run.json") == {"metrics": {"loss": None, "many": [1, None]}}

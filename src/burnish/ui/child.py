@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-from ..core.errors import BurnishError
 from . import runs
 from .files import read_json, write_json
 from .places import confine
@@ -31,10 +30,11 @@ def main(folder: Path, handle: int, root: str) -> int:
         try:
             confine(str(config.get("data")), [root, str(folder.parent)],
                     [str(config[k]) for k in runs.READING if k in config])
-        except BurnishError as e:
-            log.write(f"burnish: {' '.join(str(e).split())}\n".encode())
-            write_json(folder / runs.ENDED, {"code": e.exit_code, "time": time.time()})
-            return e.exit_code
+        except Exception as e:                       # nobody else would say why
+            log.write(f"burnish: {' '.join(str(e).split()) or type(e).__name__}\n".encode())
+            code = getattr(e, "exit_code", 1)
+            write_json(folder / runs.ENDED, {"code": code, "time": time.time()})
+            return int(code)
         process = subprocess.Popen(
             [sys.executable, "-m", "burnish", "fit", str(folder / runs.CONFIG)], stdout=log,
             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -40,4 +41,13 @@ def _kept(path: Path, *moment: int) -> dict[str, Any]:
         found = parse_json(read_text(path), path)
     except BurnishError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return _finite(found) if isinstance(found, dict) else {}
+
+
+def _finite(found: Any) -> Any:
+    """Without NaN and infinities, for which JSON in a browser has no word."""
+    if isinstance(found, dict):
+        return {k: _finite(v) for k, v in found.items()}
+    if isinstance(found, list):
+        return [_finite(v) for v in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -364,6 +365,10 @@ def _promise(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     given = asked.get("promise")
     if not isinstance(given, dict) or not isinstance(given.get("by"), dict):
         return None
-    by = {str(k)[:40]: int(v) for k, v in list(given["by"].items())[:12]
-          if isinstance(v, int | float)}
-    return {"peak": int(given.get("peak") or 0), "by": by}
+    by = {str(k)[:40]: int(v) for k, v in list(given["by"].items())[:12] if _number(v)}
+    peak = given.get("peak")
+    return {"peak": int(peak) if _number(peak) else 0, "by": by}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

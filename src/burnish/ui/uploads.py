@@ -45,7 +45,9 @@ class Uploads:
             raise Missing("no such upload")
         target = self._target(folder / "data", path)
         # of all files of the upload, those that are on their way too
-        held = self._held.setdefault(upload, _measured(folder / "data"))
+        if upload not in self._held:
+            self._held[upload] = _measured(folder / "data")
+        held = self._held[upload]
         if held.files >= FILES:
             raise TooMuch(f"an upload has at most {FILES:,} files; give a folder below the root")
         self._fits(held.size + (announced or 0))
