@@ -357,7 +357,7 @@ def test_what_is_not_there_yet_is_said(page):
         assert page.client.post(f"/api/runs/x/{path}").status_code == 404
 
 
-# -- what files and pages may hold ------------------------------------------------------------------
+# -- what files and pages may hold -----------------------------------------------------------------
 def test_a_promise_that_is_no_number_is_none_and_a_figure_that_is_none_is_null(tmp_path):
     """The one was a ValueError after a folder was made; the other broke the whole list of runs."""
     from burnish.ui import files, runs
