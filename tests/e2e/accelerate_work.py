@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 import burnish
-from burnish.testing.leave import leave
+from burnish.core.processes import leave
 
 work = types.SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("sharded_work.py"))))
 
@@ -53,8 +53,6 @@ def main():
     said["processes"] = accelerator.num_processes
     if accelerator.is_main_process:
         (out / "said.json").write_text(json.dumps(said))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
     leave()
 
 

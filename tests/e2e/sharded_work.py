@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import burnish
 from burnish.fit import state
-from burnish.testing.leave import leave
+from burnish.core.processes import leave
 
 
 def model(kind="llama", blocks=2, **kw):
@@ -152,8 +152,6 @@ def work(folder):
         plan_first, lambda: plan_of_transformers(folder), shares_first, shares_of_others,
         statistics)]
     print("\n" + json.dumps(said), flush=True)
-    dist.barrier()                               # one that left first would take its store along
-    dist.destroy_process_group()
     leave()
 
 

@@ -18,6 +18,7 @@ from burnish.formats import safe
 
 CALL = """
 import json, sys, torch, burnish
+from burnish.core import processes
 torch.set_num_threads(1)
 model, output, recipe, size, more = sys.argv[1:]
 try:
@@ -26,9 +27,7 @@ try:
                 quiet=True, seed=5, **{"measure": False, **json.loads(more)})
 except burnish.BurnishError as e:
     sys.exit(f"{type(e).__name__}: {e}")
-if torch.distributed.is_initialized():
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+processes.leave()
 """
 
 

@@ -18,6 +18,7 @@ from burnish.core.processes import processes
 #: each process has its own rows; what is trained, and what the other process sees, is printed
 CALL = """
 import json, sys, torch, torch.distributed as dist, burnish
+from burnish.core.processes import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 torch.set_num_threads(1)
@@ -31,8 +32,8 @@ tuned = burnish.tune(net, sys.argv[1], head=True)
 try:
     opt = tuned.optimizer(float(sys.argv[2]))
 except burnish.BurnishError as e:
-    print(json.dumps(str(e)))
-    sys.exit()
+    print(json.dumps(str(e)), flush=True)
+    leave()
 mse = lambda out, batch: (out - batch[1]).square().mean()
 shared = DDP(net)
 for a, b in zip(x, y):
@@ -49,7 +50,8 @@ for a, b in zip(x, y):
     opt.zero_grad()
     tuned.around(whole, lambda: mse(net(batch[0]), batch))
     opt.step()
-print(json.dumps([p.tolist() for p in net.parameters()]))
+print(json.dumps([p.tolist() for p in net.parameters()]), flush=True)
+leave()
 """
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..core.errors import BurnishError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 INTERRUPTED = 130
 
@@ -46,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return _fail(f"out of memory: {_line(error)}", 5)
         return _fail(f"{type(error).__name__}: {_line(error)}", 1)
+
+
+def run() -> int:
+    """:func:`main` as a whole process: one of several that train together leaves them in order."""
+    code = main()
+    if "torch" in sys.modules:
+        from ..core.processes import leave
+
+        leave(code)
+    return code
 
 
 def _line(error: BaseException) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +37,25 @@ def wait() -> None:
     """Until every process is here."""
     if _together():
         torch.distributed.barrier()
+
+
+def leave(code: int = 0) -> None:
+    """Ends this process, whose work is done, where several train together; one alone goes on.
+
+    Their group is given up first. gloo's threads abort an exit of the usual kind once in some
+    thirty on a busy machine ("terminate called without an active exception"), and a run that
+    finished would be told to have failed: what others registered for an exit is run, then this one
+    ends at once.
+    """
+    if not _together():
+        return
+    if code == 0:                               # who failed waits for nobody
+        torch.distributed.barrier()             # one that left first would take its store along
+        torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def anywhere(true: bool, group: Any = None) -> bool:
