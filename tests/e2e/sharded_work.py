@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 import burnish
-from burnish.fit import state
 from burnish.core.processes import leave
+from burnish.fit import state
 
 
 def model(kind="llama", blocks=2, **kw):

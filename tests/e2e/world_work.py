@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
-from burnish.engine.spread import let_go
 from burnish.core.processes import leave
+from burnish.engine.spread import let_go
 from burnish.testing.models import tiny
 
 
