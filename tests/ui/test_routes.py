@@ -285,7 +285,7 @@ def test_a_run_reads_no_table_that_points_elsewhere(page):
     found = until(lambda: (r := page.client.get(f"/api/runs/{name}").json())["state"] != "running"
                   and r, 60)
     assert found["state"] == "failed" and "lies outside of the folder" in found["why"]
-    assert not (page.root / "runs" / name / "process.json").exists()
+    assert not (page.root / "runs" / name / "out").exists()
 
 
 # -- what a run leaves -----------------------------------------------------------------------------
@@ -322,6 +322,16 @@ def test_a_finished_run_has_a_report_and_an_adapter(page, left):
         assert sorted(archive.namelist()) == ["adapter_model.safetensors", "report.html",
                                               "run.json"]
         assert archive.read("adapter_model.safetensors") == b"weights"
+
+
+def test_a_finished_run_that_was_killed_going_on_is_not_finished(page, left):
+    folder = page.root / "runs" / left
+    assert page.client.get(f"/api/runs/{left}").json()["state"] == "finished"
+    (folder / "ended.json").unlink()                    # as a resume does; it was killed with all
+    (folder / "process.json").write_text(json.dumps({"pid": 2**22, "started": time.time() + 1}))
+    assert page.client.get(f"/api/runs/{left}").json()["state"] == "failed"
+    (folder / "process.json").write_text(json.dumps({"pid": 2**22, "started": time.time() - 9}))
+    assert page.client.get(f"/api/runs/{left}").json()["state"] == "finished", "it wrote its end"
 
 
 def test_it_is_asked_beside_its_base(page, left):

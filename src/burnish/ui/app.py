@@ -177,7 +177,11 @@ class Ui:
                     yield "event: over\ndata: null\n\n"
                     return
                 await asyncio.sleep(LOOK if not watch.over else 0)
-                new = await run_in_threadpool(lambda: list(watch.news()))
+                try:
+                    new = await run_in_threadpool(lambda: list(watch.news()))
+                except Missing:                      # somebody removed the folder
+                    yield "event: gone\ndata: null\n\n"
+                    return
 
         return StreamingResponse(lines(), media_type="text/event-stream")
 

@@ -15,12 +15,20 @@ from ..core.errors import BurnishError
 from ..core.reading import parse_json, read_text
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """In one piece or not at all. Raises BurnishError where the disk does not take it."""
+def write_json(path: Path, data: Mapping[str, Any], new: bool = False) -> None:
+    """In one piece or not at all; `new`: where nothing stands yet (else FileExistsError).
+    Raises BurnishError where the disk does not take it."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        if not new:
+            os.replace(part, path)
+            return
+        os.link(part, path)                          # of two at once one finds it there
+        part.unlink()
+    except FileExistsError:
+        part.unlink(missing_ok=True)
+        raise
     except OSError as e:
         part.unlink(missing_ok=True)
         raise BurnishError(f"cannot write {path}: {e.strerror or e}") from None

@@ -13,6 +13,7 @@ The server keeps nothing in memory that is not in these files.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -23,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +66,8 @@ class Runs:
     #: what is started with a run's folder and the handle of its lock
     command: Sequence[str] = (sys.executable, "-m", "burnish.ui.child")
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list, repr=False)
+    #: who begins a run and who stops one see each other's files whole
+    _turn: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     # -- folders -------------------------------------------------------------------------------
     def new(self) -> str:
@@ -101,14 +105,23 @@ class Runs:
         wanted = self.checked(asked)
         upload = str(asked.get("data", "")).partition(":")[2].partition("/")[0] \
             if str(asked.get("data", "")).startswith("upload:") else ""
-        own = upload and not (self.places.run(upload) / ASKED).exists()
-        name = upload if own else self.new()
+        what = {**{k: asked[k] for k in ("model", "data", "recipe") if k in asked},
+                "title": _title(asked), "settings": wanted, "promise": _promise(asked),
+                "created": time.time()}
+        name = upload or self.new()
+        try:
+            write_json(self.places.run(name) / ASKED, what, new=True)
+        except FileExistsError:                      # the upload is another run's already
+            name, upload = self.new(), ""
+            write_json(self.places.run(name) / ASKED, what)
         folder = self.places.run(name)
-        write_json(folder / ASKED, {
-            **{k: asked[k] for k in ("model", "data", "recipe") if k in asked},
-            "title": _title(asked), "settings": wanted, "promise": _promise(asked),
-            "created": time.time()})
-        self._begin(folder, {**wanted, "output": str(folder / OUT)})
+        try:
+            self._begin(folder, {**wanted, "output": str(folder / OUT)})
+        except BaseException:                        # what never began is no run; an upload stays
+            (folder / ASKED).unlink(missing_ok=True)
+            if not upload:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         return name
 
     def checked(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +158,10 @@ class Runs:
         return wanted
 
     def _begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        with self._turn:                             # nobody reads the number of an earlier process
+            self._begun(folder, config)
+
+    def _begun(self, folder: Path, config: Mapping[str, Any]) -> None:
         handle = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             end = time.monotonic() + 1.0                # others may be looking whether it lives
@@ -152,13 +169,16 @@ class Runs:
                 if time.monotonic() > end:
                     raise ConfigError("this run is going on already")
                 time.sleep(0.02)
+            write_json(folder / CONFIG, dict(config))
             for name in (PROCESS, ENDED):
                 (folder / name).unlink(missing_ok=True)
-            write_json(folder / CONFIG, dict(config))
-            self._started.append(subprocess.Popen(
-                [*self.command, str(folder), str(handle), str(self.places.root)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                cwd=folder, env=environment(), pass_fds=(handle,), start_new_session=True))
+            try:
+                self._started.append(subprocess.Popen(
+                    [*self.command, str(folder), str(handle), str(self.places.root)],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    cwd=folder, env=environment(), pass_fds=(handle,), start_new_session=True))
+            except OSError as e:
+                raise BurnishError(f"cannot start a process: {e.strerror or e}") from None
         finally:
             os.close(handle)
 
@@ -181,12 +201,13 @@ class Runs:
         folder = self.folder(name)
         end = time.monotonic() + wait
         while self.alive(folder):
-            found = read_json(folder / PROCESS)
-            if found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(found["pid"]), signal.SIGINT)
-                write_json(folder / PROCESS, {**found, "stopping": time.time()})
-                return
+            with self._turn:
+                found = read_json(folder / PROCESS)
+                if found and self.alive(folder):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(found["pid"]), signal.SIGINT)
+                    write_json(folder / PROCESS, {**found, "stopping": time.time()})
+                    return
             if time.monotonic() > end:
                 raise BurnishError("the run is starting and cannot be stopped yet; try again")
             time.sleep(0.05)                     # it has not written its number yet
@@ -194,7 +215,8 @@ class Runs:
 
     def alive(self, folder: Path) -> bool:
         """Does the process live? The system's lock says so, whoever started it."""
-        self._started = [p for p in self._started if p.poll() is None]    # nobody stays unburied
+        with self._turn:                             # nobody stays unburied
+            self._started[:] = [p for p in self._started if p.poll() is None]
         try:
             handle = os.open(folder / ALIVE, os.O_RDWR)
         except FileNotFoundError:
@@ -216,6 +238,8 @@ class Runs:
         checkpoints = sorted(int(m[1]) for p in _listed(out) if (m := _CHECKPOINT.fullmatch(p)))
         state, why = "running", ""
         if not alive:
+            if not ended and _changed(out / "run.json") < (process.get("started") or math.inf):
+                facts = {}                           # of the run before, which this one went on from
             state, why = _outcome(facts, ended, folder / LOG)
         elif process.get("stopping"):
             state = "stopping"
@@ -238,7 +262,7 @@ class Runs:
 
 
 def _outcome(facts: Mapping[str, Any], ended: Mapping[str, Any], log: Path) -> tuple[str, str]:
-    if facts and ended.get("code", 0) == 0:
+    if facts and ended.get("code", 0) == 0:         # (or who should have said it was killed)
         return "finished", ""
     code = ended.get("code")
     last = _last_line(log)
@@ -256,6 +280,7 @@ class Watch:
     name: str
     _grown: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     _log: int = 0
+    _decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     _state: str = ""
 
     def news(self) -> Iterator[tuple[str, Any]]:
@@ -307,7 +332,7 @@ class Watch:
             return
         if new:
             self._log += len(new)
-            yield "log", new.decode("utf-8", "replace")
+            yield "log", self._decoder.decode(new)   # a letter may come in two pieces
 
 
 # -- small things --------------------------------------------------------------------------------
@@ -320,6 +345,13 @@ def _locked(handle: int, shared: bool = False) -> bool:
         return True
     except OSError:
         return False
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _listed(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ async function failed(answer) {
   let told = {};
   const text = await answer.text();
   try { told = JSON.parse(text); } catch { told = { error: text.trim() || `the server said ${answer.status}` }; }
-  return Object.assign(new Error(told.error), told);
+  return Object.assign(new Error(told.error), told, { status: answer.status });
 }
 
 export async function get(path) {

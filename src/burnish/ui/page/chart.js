@@ -176,7 +176,7 @@ export function short(text, most) {
 
 /** Lines over steps: series are {name, points: [[step, value]], kind: "a" | "b"}. */
 export function lines(box, series, label, log = true, until = 0) {
-  const shown = series.filter((l) => l.points.length);
+  const shown = series.filter((l) => l.points.some((p) => Number.isFinite(p[1])));
   if (!shown.length) { box.replaceChildren(); return; }
   const W = Math.max(280, box.clientWidth || 500), H = 210, left = 52, right = 12, top = 24, bottom = 26;
   const all = shown.flatMap((l) => l.points).filter((p) => Number.isFinite(p[1]));

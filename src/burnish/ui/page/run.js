@@ -53,7 +53,20 @@ export function watch(box, id) {
     on("answers", (a) => { it.answers = a; });
     on("run", (run) => { it.run = run; });
     source.addEventListener("over", () => source.close());
-    source.addEventListener("error", () => { if (source.readyState === 2 && !it.run) title.textContent = "There is no such run."; });
+    source.addEventListener("gone", () => { source.close(); if (mine === shownAt) gone(); });
+    source.addEventListener("error", () => { if (source.readyState === 2 && mine === shownAt) gone(); });
+  }
+
+  async function gone() {
+    try { it.run = await send("GET", `/api/runs/${id}`); later(); }
+    catch (problem) {
+      if (mine !== shownAt || problem.status !== 404) return;
+      it.run = null;
+      title.textContent = "There is no such run.";
+      state.textContent = "";
+      state.className = "state";
+      acts.replaceChildren();
+    }
   }
 
   let waiting = false;
