@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
 
+from burnish.core.errors import ConfigError
 from burnish.ui.app import Ui, make
 from burnish.ui.places import Places
 
@@ -82,4 +84,5 @@ def page(root, tmp_path):
         yield SimpleNamespace(client=client, ui=ui, root=root)
         for run in ui.runs.all():                       # nothing is left going on
             while ui.runs.alive(ui.runs.folder(run["id"])):
-                ui.runs.stop(run["id"])
+                with contextlib.suppress(ConfigError):  # it ended meanwhile
+                    ui.runs.stop(run["id"])

@@ -239,7 +239,7 @@ class Runs:
         state, why = "running", ""
         if not alive:
             if not ended and _changed(out / "run.json") < (process.get("started") or math.inf):
-                facts = {}                           # of the run before, which this one went on from
+                facts = {}                           # of the run that this one went on from
             state, why = _outcome(facts, ended, folder / LOG)
         elif process.get("stopping"):
             state = "stopping"
