@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -271,3 +273,47 @@ def test_a_model_and_its_data_agree(tmp_path):
     rows = [{"pixel_values": torch.zeros(3, 8, w), "labels": torch.zeros(8, w)} for w in (8, 9)]
     with pytest.raises(DataError, match="leaves pictures at unlike sizes"):
         task.collate(rows)
+
+
+@pytest.mark.parametrize("crop", [(32, 32), (24, 80)])
+def test_what_a_processor_cuts_off_is_no_class(tmp_path, crop):
+    """The mask lies over the middle that the model saw (or over all of it, where the cut is larger
+    than the picture), and is 255 around it."""
+    from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+
+    processor = BeitImageProcessorPil(
+        size={"height": 64, "width": 64}, do_center_crop=True, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3, crop_size={"height": crop[0], "width": crop[1]})
+    task = learnt(shapes(tmp_path / "a", 3), processor=processor)
+
+    class Bright(torch.nn.Module):
+        def forward(self, pixel_values):
+            x = pixel_values.mean(1)
+            return transformers.modeling_outputs.SemanticSegmenterOutput(
+                logits=torch.stack([0 * x, -x, x], 1))
+
+    picture = np.zeros((96, 128, 3), np.uint8)
+    picture[:, 80:] = 255
+    row = {"image": Image.fromarray(picture)}
+    told = task.answer(Bright(), row, 0)
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(told["mask"]))))
+    assert mask.shape == (96, 128)
+    want = np.where(picture[..., 0] > 0, 2, 1)
+    tall = round(96 * (64 - crop[0]) / 128)                     # rows that are cut off above
+    want[:tall] = want[96 - tall:] = 255
+    if crop[1] < 64:
+        want[:, :32] = want[:, 96:] = 255
+    assert np.mean(mask == want) > 0.98
+    assert (mask[want == 255] == 255).all() and (mask[want != 255] != 255).all()
+    assert sum(told["shares"].values()) == pytest.approx(1)
+
+
+def test_what_describes_rows_names_a_picture_that_breaks_off(tmp_path):
+    """Before training: the digest that tells other data, the rows that are shown."""
+    root = shapes(tmp_path / "a", 3)
+    data = read(root, validation=0)
+    whole = (root / "images" / "0.jpg").read_bytes()
+    (root / "images" / "0.jpg").write_bytes(whole[:-40])
+    for look in (data.fingerprint, data.samples):
+        with pytest.raises(DataError, match="0.jpg: the picture cannot be read: .*truncated"):
+            look()

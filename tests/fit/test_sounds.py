@@ -104,6 +104,21 @@ def test_a_head_with_an_impossible_rate_is_refused(tmp_path, rate):
         sounds.heard(root / "high" / "0.wav", 16000)
 
 
+def test_a_recording_that_breaks_off_is_refused(tmp_path):
+    """Half of it would be learnt for the whole. A stream's head names no length."""
+    root = folder(tmp_path / "data")
+    path = root / "high" / "0.wav"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match="0.wav cannot be read: it breaks off: its head says"):
+        read(root, validation=0)
+    with pytest.raises(ValueError, match="it breaks off"):
+        sounds.heard(path, 16000)
+    path.write_bytes(whole[:40] + b"\xff\xff\xff\xff" + whole[44:])
+    assert sounds.size(path) == (3200, 16000)
+    assert len(sounds.heard(path, 16000)) == 3200
+
+
 def test_a_recording_of_nothing_is_refused_before_it_is_learnt(tmp_path):
     root = folder(tmp_path / "data")
     wavfile.write(root / "high" / "none.wav", 8000, np.zeros(0, np.int16))

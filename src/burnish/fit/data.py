@@ -32,6 +32,7 @@ from .columns import Roles, assign
 from .kinds import TASKS, form_of_label
 from .labels import differ
 from .layouts import SPLITS
+from .media import opened
 from .table import Table
 from .turns import as_rows_of
 from .values import canonical
@@ -92,12 +93,16 @@ class Data:
         return replace(self, task=task, splits=splits,
                        form="completion" if task == "sequence-to-sequence" else self.form)
 
+    def row(self, split: str, i: int) -> dict[str, Any]:
+        """As it is read. Raises DataError for a picture that is broken inside."""
+        return opened(self.splits[split], i, self.where.get(split))
+
     def samples(self, n: int = 3) -> list[str]:
         """The first rows of each kind, as people read them."""
         seen: list[str] = []
         step = max(1, len(self.train) // max(1, n))
         for i in range(0, len(self.train), step)[:n]:
-            row = self.train[i]
+            row = self.row("train", i)
             seen.append("  ".join(
                 f"{k}={_short(v, self.labels if k in ('label', 'tags') else None)}"
                 for k, v in row.items()))
@@ -117,7 +122,7 @@ class Data:
             h.update(f"{name}{len(rows)}".encode())
             for i in sorted({0, len(rows) // 3, len(rows) // 2, len(rows) - 1}):
                 h.update(repr({k: v if isinstance(v, str | int | list) else _short(v)
-                               for k, v in rows[i].items()}).encode())
+                               for k, v in self.row(name, i).items()}).encode())
         return h.hexdigest()[:16]
 
     def __str__(self) -> str:

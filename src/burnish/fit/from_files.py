@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..core.errors import DataError
-from ..core.reading import plain
 from . import sounds
+from .media import opened
 from .rows import Rows
 
 #: tensors of a split that are kept once they are made, in bytes
@@ -30,10 +30,7 @@ class Kept(Rows):
 
     def opened(self, i: int) -> dict[str, Any]:
         """The row itself; DataError with where it stands for a picture that breaks off."""
-        try:
-            return self.rows[i]
-        except Exception as e:
-            raise DataError(f"{self.where(i)}: the picture cannot be read: {plain(e)}") from None
+        return opened(self.rows, i, self.where)
 
     def read(self, i: int) -> dict[str, Any]:
         """The tensors of a row, from its file."""

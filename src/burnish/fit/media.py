@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import DataError
 from ..core.reading import plain, regular
@@ -56,6 +57,17 @@ def _picture(path: str) -> None:
 PICTURE = Medium("image", "picture", IMAGES, _picture)
 SOUND = Medium("audio", "sound", SOUNDS, size)
 MEDIA = (PICTURE, SOUND)
+
+
+def opened(rows: Any, i: int, where: Callable[[int], str] | None = None) -> dict[str, Any]:
+    """A row of a `datasets` table; DataError with where it stands for a picture that breaks off,
+    which shows where it is decoded only."""
+    try:
+        row: dict[str, Any] = rows[i]
+        return row
+    except Exception as e:
+        at = where(i) if where else f"row {i}"
+        raise DataError(f"{at}: the picture cannot be read: {plain(e)}") from None
 
 
 def held(folder: Path) -> list[Medium]:

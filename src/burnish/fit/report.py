@@ -162,7 +162,7 @@ def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]
     step = max(1, len(data.train) // count)
     out = []
     for i in range(0, len(data.train), step)[:count]:
-        row = data.train[i]
+        row = data.row("train", i)
         image = row["image"].convert("RGB")
         image = image.resize((side, max(1, round(side * image.height / image.width))), 0
                              if image.width < side else 2)

@@ -18,6 +18,8 @@ import numpy as np
 
 #: full scale of whole numbers, by their width in bytes
 _FULL = {2: 2.0**15, 4: 2.0**31, 8: 2.0**63}
+#: bytes of sound that the head of a stream names, whose length nobody knew when it began
+_UNSAID = 0x7FFFF000
 #: samples a second beyond which no sound is recorded
 _FASTEST = 1_000_000
 
@@ -81,7 +83,11 @@ def _head(file: BinaryIO) -> tuple[int, int] | None:
                 return None
             many -= 16
         elif name == b"data":
-            return (min(many, end - file.tell()) // frame, rate) if frame else None
+            there = end - file.tell()
+            if many > there and many < _UNSAID:
+                raise ValueError(f"it breaks off: its head says {many:,} bytes of sound, and "
+                                 f"{there:,} are there")
+            return (min(many, there) // frame, rate) if frame else None
         file.seek(many + many % 2, io.SEEK_CUR)
     return None
 
@@ -90,7 +96,10 @@ def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
     """((n,) or (n, channels) between -1 and 1, samples a second)."""
     from scipy.io import wavfile
 
-    wav = file.read(4) in (b"RIFF", b"RIFX", b"RF64")
+    kind = file.read(4)
+    wav = kind in (b"RIFF", b"RIFX", b"RF64")
+    if kind == b"RIFF":
+        _head(file)                                       # refuses one that breaks off
     file.seek(0)
     if wav:
         try:

@@ -200,13 +200,22 @@ class SemanticSegmentation(Task):
                                                return_tensors="pt")["pixel_values"]}
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-        """shares: of the picture, the largest first; mask: a PNG of the picture's own size, in
-        base64, of the numbers that `labels` names."""
+        """shares: of what is seen of the picture, the largest first; mask: a PNG of the picture's
+        own size, in base64, of the numbers that `labels` names, 255 where a processor that cuts
+        the margin off shows the model nothing."""
         from PIL import Image
 
-        logits = self.logits(model(**self.encode(row)))
-        found = self.sized(logits, row["image"].size[::-1])[0].argmax(0).cpu()
-        share = torch.bincount(found.flatten(), minlength=len(self.names)).double() / found.numel()
+        encoded, image = self.encode(row), row["image"]
+        logits = self.logits(model(**encoded))
+        if getattr(self.processor, "do_center_crop", False):
+            whole = self.processor(images=self._seen(image), do_center_crop=False,
+                                   return_tensors="pt")["pixel_values"].shape[-2:]
+            found = self.sized(logits, encoded["pixel_values"].shape[-2:])[0].argmax(0).cpu()
+            found = _around(found, whole, image.size[::-1])
+        else:
+            found = self.sized(logits, image.size[::-1])[0].argmax(0).cpu()
+        seen = found[found != IGNORED]
+        share = torch.bincount(seen, minlength=len(self.names)).double() / max(1, seen.numel())
         order = [int(i) for i in share.argsort(descending=True, stable=True) if share[i] > 0]
         buffer = io.BytesIO()
         Image.fromarray(found.numpy().astype(np.uint8)).save(buffer, "png")
@@ -215,3 +224,17 @@ class SemanticSegmentation(Task):
 
     def said(self, answer: Mapping[str, Any]) -> str:
         return ", ".join(f"{n} {v:.3f}" for n, v in answer["shares"].items())
+
+
+def _around(middle: torch.Tensor, whole: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    """(H, W) of `size`: the numbers of the middle that was cut out of a picture of `whole` pixels
+    (or of what it was set into, where it is larger), IGNORED around it, to the nearest pixel."""
+    canvas = torch.full(tuple(whole), IGNORED)
+    here, there = [], []
+    for inner, outer in zip(middle.shape, whole, strict=True):
+        at = (outer - inner) // 2 if outer >= inner else -((inner - outer + 1) // 2)
+        here.append(slice(max(0, at), min(outer, at + inner)))
+        there.append(slice(max(0, -at), max(0, -at) + here[-1].stop - here[-1].start))
+    canvas[tuple(here)] = middle[tuple(there)]
+    return F.interpolate(canvas[None, None].double(), size=tuple(size), mode="nearest-exact"
+                         )[0, 0].long()
