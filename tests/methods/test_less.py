@@ -12,7 +12,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.choose.influence import STRIP, adam_direction, projected, signs
-from burnish.core.errors import ConfigError
+from burnish.core.errors import ConfigError, FormatError
 from burnish.core.recipe import parse
 from burnish.methods.lifecycle.less import Less, Point
 
@@ -174,6 +174,8 @@ def test_what_cannot_be_scored_is_refused(toy):
     for wrong in ("less(fraction=0.0)", "less(dimension=0)", "less(together=0)"):
         with pytest.raises(ConfigError, match="are expected"):
             parse(wrong)
+    with pytest.raises(ConfigError, match="targets='q' does nothing"):
+        parse("less(targets='q')")
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -247,3 +249,105 @@ def test_what_cannot_be_chosen_from_says_why(warm, tmp_path, capsys):
             ([str(root / "run"), rows, "--like", like, "--split", "test"], "no split 'test'")):
         assert main(["select", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder, a run on documents, a run on prompts with completions), both with checkpoints."""
+    from tests.e2e.conftest import bytelevel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("written")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=bytelevel(root / "base"), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128)
+    ).save_pretrained(root / "base")
+    docs = ["the cat sat", "my dog ran to the bank and back", "stocks", "a dog ran in the park"]
+    (root / "docs.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+    (root / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": p, "completion": " the cat"}) + "\n" for p in (
+            "a dog ran in the park " * 9, "my dog", "stocks", "the bank " * 20, "a park")))
+    (root / "like.jsonl").write_text(json.dumps({"text": "my dog ran"}) + "\n")
+    (root / "pair.jsonl").write_text(json.dumps(
+        {"prompt": "my dog", "completion": " the cat"}) + "\n")
+    how = {"epochs": 2, "lr": 1e-2, "save_strategy": "epoch", "save_total_limit": 2,
+           "warmup_steps": 0, "validation": 0, "test": False, "report": False, "measure": False,
+           "quiet": True, "max_length": 16}
+    for name in ("docs", "pairs"):
+        burnish.fit(str(root / "base"), str(root / f"{name}.jsonl"), "lora(rank=4)",
+                    output=root / name, **how)
+    return root
+
+
+def scored(root, run, data, like, **how):
+    from burnish.fit.choosing import Chooser
+
+    chooser = Chooser.open(root / run)
+    found = chooser.scores(Less(dimension=256), str(data), [str(root / like)], "train", **how)
+    return dict(zip(chooser.numbers, found.tolist(), strict=True)), chooser
+
+
+@pytest.mark.slow
+def test_documents_are_chosen_one_by_one(written, tmp_path):
+    found, chooser = scored(written, "docs", written / "docs.jsonl", "like.jsonl")
+    lines = (written / "docs.jsonl").read_text().splitlines()
+    assert list(found) == [0, 1, 2, 3]
+    for i, line in enumerate(lines):                 # a score is its own, whatever stands beside
+        (tmp_path / "one.jsonl").write_text(line + "\n")
+        alone, _ = scored(written, "docs", tmp_path / "one.jsonl", "like.jsonl")
+        assert alone == {0: pytest.approx(found[i], abs=1e-5)}
+    chooser.write(tmp_path / "out.jsonl", [2, 0])
+    assert (tmp_path / "out.jsonl").read_text().splitlines() == [lines[2], lines[0]]
+
+
+@pytest.mark.slow
+def test_a_row_that_is_left_out_moves_no_other(written, tmp_path):
+    found, _ = scored(written, "pairs", written / "pairs.jsonl", "pair.jsonl")
+    assert list(found) == [1, 2, 4]                  # the others are cut before their answer
+    assert max(found, key=found.get) == 1            # which is the wanted row itself
+
+
+@pytest.mark.slow
+def test_a_file_that_is_read_is_never_the_one_written(written, tmp_path, capsys):
+    from burnish.cli import main
+
+    words = ["select", str(written / "docs"), str(written / "docs.jsonl"), "--like",
+             str(written / "like.jsonl"), "--how", "less(dimension=16)", "--out"]
+    for name in ("docs.jsonl", "like.jsonl"):
+        before = (written / name).read_bytes()
+        assert main([*words, str(written / name)]) == 2
+        assert "which would be replaced" in capsys.readouterr().err
+        assert (written / name).read_bytes() == before
+    (tmp_path / "odd.jsonl").mkdir()
+    assert main([*words, str(tmp_path / "odd.jsonl")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_not_whole_is_no_point(written, tmp_path, capsys):
+    import shutil
+
+    from burnish.fit.choosing import Chooser
+
+    for file, damage in (("optimizer.safetensors", lambda b: b[:-9]),
+                         ("trainer_state.json", lambda b: b.replace(b"0.01", b"0.02")),
+                         ("complete.json", lambda b: b[:20])):
+        shutil.copytree(written / "docs", tmp_path / file)
+        first = sorted((tmp_path / file).glob("checkpoint-*"))[0] / file
+        first.write_bytes(damage(first.read_bytes()))
+        with pytest.raises(FormatError, match=f"{file} is not what the run wrote"):
+            Chooser.open(tmp_path / file)
+
+
+@pytest.mark.slow
+def test_rows_that_are_no_json_are_refused_before_anything_is_scored(written, monkeypatch):
+    from burnish.fit.choosing import Chooser
+
+    monkeypatch.setattr(Chooser, "_row", lambda self, i: {"text": "a", "x": [b"odd"]})
+    monkeypatch.setattr(Less, "lifecycle", None)
+    with pytest.raises(ConfigError, match="column 'x' is no text or number"):
+        scored(written, "docs", written / "docs.jsonl", "like.jsonl", written=True)
+    monkeypatch.setattr(Chooser, "_row", lambda self, i: {"text": "a", "y": float("nan")})
+    with pytest.raises(ConfigError, match="column 'y' is no text or number"):
+        scored(written, "docs", written / "docs.jsonl", "like.jsonl", written=True)

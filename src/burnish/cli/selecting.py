@@ -33,6 +33,7 @@ def select(
     """
     from ..core.recipe import parse
     from ..fit.choosing import Chooser
+    from ..formats import claim
     from ..methods.lifecycle.less import Less
 
     (method, *others) = parse(how)
@@ -42,14 +43,19 @@ def select(
     if out is not None and (out.suffix != ".jsonl" or not out.parent.is_dir()):
         raise ConfigError(f"--out {out}: rows are written as lines of JSON, into a folder that is "
                           "there: name a file that ends in .jsonl")
+    if out is not None:
+        claim.refuse_file(out, [("the rows to choose from", data),
+                                *(("a file of wanted rows", name) for name in like)])
     chooser = Chooser.open(run, base)
-    scores = chooser.scores(method, data, like, split, _said if not json else lambda line: None)
-    best = method.chosen(scores)
+    scores = chooser.scores(method, data, like, split, _said if not json else lambda line: None,
+                            written=out is not None)
+    first = method.chosen(scores)
+    best = [chooser.numbers[k] for k in first]
     rows = chooser.rows(best)
     if out is not None:
         chooser.write(out, best)
-    told = {"rows": len(scores), "chosen": best, "scores": [round(float(scores[i]), 6)
-                                                            for i in best],
+    told = {"rows": len(scores), "chosen": best, "scores": [round(float(scores[k]), 6)
+                                                            for k in first],
             "points": len(chooser.points), "out": None if out is None else str(out)}
     emit(json, told, "\n".join(_text(rows, told, out)))
 

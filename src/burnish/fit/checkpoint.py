@@ -171,12 +171,17 @@ def step_of(folder: Path) -> int:
     return int(found.group(1))
 
 
-def all_in(output: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+def named(output: Path) -> list[Path]:
+    """Checkpoints of a run by name and mark, whole or not, oldest first."""
     if not output.is_dir():
         return []
-    found = [p for p in output.iterdir() if _NAME.match(p.name) and p.is_dir() and whole(p)]
-    return sorted(found, key=step_of)
+    return sorted((p for p in output.iterdir() if _NAME.match(p.name) and p.is_dir() and ours(p)),
+                  key=step_of)
+
+
+def all_in(output: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return [p for p in named(output) if whole(p)]
 
 
 def whole(folder: Path) -> bool:

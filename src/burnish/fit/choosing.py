@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.batches import moved
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, FormatError
 from ..formats import safe
 from ..formats.folder import read_adapter
 from . import checkpoint
@@ -24,15 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chooser:
-    """points: the run's checkpoints, oldest first."""
+    """points: the run's checkpoints, oldest first.  numbers: after :meth:`scores`, the row of the
+    data that each score is of."""
 
     run: Finished
     points: list[Point]
-    _rows: Any = field(default=None, repr=False)
+    numbers: list[int] = field(default_factory=list)
+    _source: Any = field(default=None, repr=False)
 
     @classmethod
     def open(cls, folder: Path, base: str | None = None) -> Chooser:
-        """Raises ConfigError for a run that has no checkpoints."""
+        """Raises ConfigError for a run that has no checkpoints, FormatError for one of which some
+        are not what was written."""
+        for one in checkpoint.named(folder):
+            if bad := checkpoint.changed(one) or (not checkpoint.whole(one) and checkpoint.SEAL):
+                raise FormatError(f"{one / bad} is not what the run wrote; remove {one.name} to "
+                                  "choose rows without that point")
         found = checkpoint.all_in(folder)
         run = Finished.open(folder, base)
         if not found:
@@ -42,25 +49,38 @@ class Chooser:
         return cls(run, [_point(run, f, a) for f, a in zip(found, starts, strict=False)])
 
     def scores(self, method: Less, data: str, like: Sequence[str], split: str,
-               say: Callable[[str], None] = lambda line: None) -> Tensor:
-        """Of every row of `data`; see :class:`~burnish.methods.lifecycle.less.Less`."""
+               say: Callable[[str], None] = lambda line: None, written: bool = False) -> Tensor:
+        """Of the rows of `data` (see `numbers`), as :class:`~burnish.methods.lifecycle.less.Less`
+        has them; of a row that the task reads in several pieces the best piece's. Documents, which
+        a training runs end to end, are scored one by one, by what max_length takes of each.
+
+        written: ConfigError, before anything is scored, for rows that :meth:`write` could not."""
         if self.run.task.own_loss:
             raise ConfigError(f"a row of {self.run.task.data.task} has no loss of its own, so "
                               "there is no gradient to choose it by")
-        wanted = {name: self._read(name, None)[0] for name in dict.fromkeys(like)}
-        if len(wanted) < len(like):
+        if len({Path(name).resolve() for name in like}) < len(like):
             raise ConfigError("--like names the same file twice")
-        self._rows, self._source = self._read(data, split)
-        return method.lifecycle(
-            self.run.tuned, self.points, _Again(self, self._rows),
-            {n: _Again(self, rows) for n, rows in wanted.items()}, say=say)
+        wanted = {name: self._read(name, None)[0] for name in like}
+        rows, self._source = self._read(data, split)
+        for note in self.run.task.notes:
+            say(note)
+        sources = [rows.source(i) for i in range(len(rows))]
+        if written:
+            self._line(sources[0])
+        found = method.lifecycle(self.run.tuned, self.points, _Again(self, rows),
+                                 {n: _Again(self, rows) for n, rows in wanted.items()}, say=say)
+        best: dict[int, float] = {}
+        for i, score in zip(sources, found.tolist(), strict=True):
+            best[i] = max(score, best.get(i, score))
+        self.numbers = list(best)
+        return found.new_tensor([best[i] for i in self.numbers])
 
     def _read(self, data: str, split: str | None) -> tuple[Any, Any]:
-        rows, name, _ = self.run.chosen(data, split, {})
+        _, name, _ = self.run.chosen(data, split, {})
         source = self.run.task.data.splits[name]
-        if not len(rows):
+        if not len(source):
             raise ConfigError(f"{data} has no rows")
-        return rows, source
+        return self.run.task.singly(name), source
 
     def batches(self, rows: Any) -> Iterator[Any]:
         """One row each, on the model's device."""
@@ -77,17 +97,17 @@ class Chooser:
 
     def write(self, path: Path, numbers: Sequence[int]) -> None:
         """The chosen rows as lines of JSON, in the columns that ``burnish fit`` reads."""
-        lines = []
-        for i in numbers:
-            row = self._row(i)
+        safe.write_text(path, "".join(f"{self._line(i)}\n" for i in numbers))
+
+    def _line(self, i: int) -> str:
+        row = self._row(i)
+        for key, value in row.items():
             try:
-                lines.append(json.dumps(row, ensure_ascii=False))
-            except TypeError:
-                odd = next(k for k, v in row.items() if not isinstance(
-                    v, str | int | float | list | Mapping | None))
-                raise ConfigError(f"column {odd!r} is no text or number, so the rows cannot be "
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ConfigError(f"column {key!r} is no text or number, so the rows cannot be "
                                   "written as JSON: take the numbers of --json") from None
-        safe.write_text(path, "".join(f"{line}\n" for line in lines))
+        return json.dumps(row, ensure_ascii=False)
 
     def _row(self, i: int) -> dict[str, Any]:
         row, labels = dict(self._source[i]), self.run.task.data.labels

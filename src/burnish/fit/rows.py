@@ -5,6 +5,7 @@ Nothing here draws from a random generator, so that a row is the same in a run t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -103,6 +104,32 @@ class Documents(Rows):
     def row(self, i: int) -> dict[str, Any]:
         ids = self.stream[i * self.size : (i + 1) * self.size]
         return {"input_ids": ids, "labels": ids}
+
+
+class OneByOne(Rows):
+    """Documents each by itself: the first row that `make` cuts of it. One that holds nothing to
+    learn is left out."""
+
+    def __init__(self, rows: Any, make: Callable[[Any], Rows]):
+        self.firsts: dict[int, dict[str, Any]] = {}
+        for i in range(len(rows)):
+            with contextlib.suppress(DataError):
+                self.firsts[i] = make(rows.select([i]))[0]
+        self.sources = list(self.firsts)
+        if not self.sources:
+            raise DataError("no document holds what can be learnt by itself")
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def source(self, i: int) -> int:
+        return self.sources[i]
+
+    def length(self, i: int) -> int:
+        return len(self.row(i)["input_ids"])
+
+    def row(self, i: int) -> dict[str, Any]:
+        return self.firsts[self.sources[i]]
 
 
 class Turns(Rows):

@@ -175,6 +175,18 @@ def refuse_overlap(output: str | Path, inputs: Inputs, whole: bool = False) -> N
                                   "would be replaced; name another folder")
 
 
+def refuse_file(output: str | Path, inputs: Inputs) -> None:
+    """For an output that is one file: ConfigError where it is an input, BurnishError where it
+    cannot be written. Before work that ends in it."""
+    out = _real(output)
+    for what, given in inputs:
+        if isinstance(given, str | os.PathLike) and "\0" not in str(given) and (
+                _real(given) == out or _same(_real(given), out)):
+            raise ConfigError(f"{output} is {what} itself, which would be replaced; name another "
+                              "file")
+    safe.check_writable(output)
+
+
 def _real(path: str | Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 

@@ -129,6 +129,10 @@ class Task:
     def make(self, split: str) -> Rows:
         raise NotImplementedError
 
+    def singly(self, split: str) -> Rows:
+        """The split as tensors of which each is made of one row of the data."""
+        return self.rows(split)
+
     def preview(self, n: int = 3) -> list[str]:
         """A few rows as people read them."""
         return self.data.samples(n)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..rows import Documents, Rows, Turns
+from ..rows import Documents, OneByOne, Rows, Turns
 from .base import Batch
 from .textual import Textual
 
@@ -47,6 +47,10 @@ class LanguageModelling(Written):
     def make(self, split: str) -> Rows:
         return Documents(self.data.splits[split], self.processor, self.max_length or 512)
 
+    def singly(self, split: str) -> Rows:
+        return OneByOne(self.data.splits[split], lambda some: Documents(
+            some, self.processor, self.max_length or 512))
+
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return pad_tokens(rows, self.processor.pad_token_id)
 
@@ -82,6 +86,9 @@ class InstructionTuning(LanguageModelling):
                       self.data.where.get(split))
         self.tell(split, turns.notes)
         return turns
+
+    def singly(self, split: str) -> Rows:
+        return self.rows(split)
 
     def stops(self) -> list[int]:
         from ..chat import stop_ids

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...core.errors import ConfigError
 from .. import words
-from ..rows import Gaps, Rows
+from ..rows import Gaps, OneByOne, Rows
 from .base import Batch
 from .language import Written
 
@@ -31,6 +31,10 @@ class MaskedLanguageModelling(Written):
     def make(self, split: str) -> Rows:
         return Gaps(self.data.splits[split], self.processor, self.max_length or 512, self.seed,
                     again=split == "train")
+
+    def singly(self, split: str) -> Rows:
+        return OneByOne(self.data.splits[split], lambda some: Gaps(
+            some, self.processor, self.max_length or 512, self.seed, again=False))
 
     def check(self, model: nn.Module) -> None:
         known = words.words_of(model)

@@ -15,6 +15,7 @@ from ...blocks.state.taps import evaluating
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
 from ...core.processes import assign
+from ._adapted import untargeted
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Less(Method):
             raise ConfigError("less: a dimension and rows together of at least 1 and a fraction "
                               f"above 0 and up to 1 are expected, got {self.dimension}, "
                               f"{self.together} and {self.fraction:g}")
+        untargeted(self, "a gradient is that of all that the warm-up trains")
 
     def lifecycle(self, tuned: Any, points: Sequence[Point], rows: Iterable[Any],
                   wanted: Mapping[str, Iterable[Any]], loss: Callable[..., Tensor] | None = None,
