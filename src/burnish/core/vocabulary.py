@@ -61,6 +61,7 @@ VOCABULARY: dict[str, str] = {
     "steps": "how often a part does what it does",
     "drop": "share of a figure that may be lost",
     # the update rule
+    "rule": "what is made of a gradient or of its estimate",
     "betas": "decays of the moments",
     "beta": "a second strength beside alpha",
     "b_rate": "learning rate of B over that of the other factors",

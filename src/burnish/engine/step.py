@@ -150,6 +150,7 @@ class Steps:
     def _listen(self, opt: Any, plan: Plan, answers: list[Any], accumulation: int) -> None:
         if getattr(opt, "zeroth_order", False):
             opt.riding, opt.terms = self.tuned.state.riding, self.objectives.on_weights
+            opt.blocks = tuple(b.path for b in self.tuned.anatomy.blocks)
         if not self.timeline.listens("tensor_updated"):
             return
         for answer in answers:
@@ -216,6 +217,7 @@ class Steps:
 
     def _evaluate(self, opt: Any, batch: Any, loss: Any) -> Tensor:
         was, opt.model = self.tuned.model.training, self.tuned.model
+        opt.training = was
         self.tuned.model.eval()
         for m in self.tuned.model.modules():         # what learns by passing, in every pass
             if was and getattr(m, "moves_by_passing", False):

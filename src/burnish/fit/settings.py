@@ -30,7 +30,8 @@ def learning_rate(tuned: Tuned) -> float:
 def usual_rate(trained: int, total: int, recipe: Recipe) -> float:
     """The default where so many of all numbers train."""
     rate = 1e-3 if trained < 0.1 * total else 1e-4
-    return rate / 100 if optimises(recipe)[0] else rate
+    return rate / 100 if any(getattr(m.optimizer(), "rates_probes", False) for m in recipe
+                             if "optimizer" in m.axes()) else rate
 
 
 def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Options,

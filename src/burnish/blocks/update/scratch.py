@@ -106,12 +106,15 @@ class Callers:
         self.model, self.names = model, {id(p): n for n, p in named}
         self.during: dict[nn.Module, list[str]] = {}
         self.always: list[str] = []
+        self.called: dict[str, int] = {}             # path -> how many were called before it
+        self.first: dict[str, int] = {}              # name -> the same of what is watched for it
 
     def watch(self) -> Evaluate:
         """A context for one plain evaluation that notes which modules are called."""
         return Watch(self)
 
-    def settle(self, called: set[str]) -> None:
+    def settle(self, called: dict[str, int]) -> None:
+        self.called = called
         owned: set[str] = set()
         for path, module in self.model.named_modules(remove_duplicate=False):
             for p in module._parameters.values():
@@ -126,20 +129,26 @@ class Callers:
                     names = self.during.setdefault(self.model.get_submodule(up), [])
                     if name not in names:
                         names.append(name)
+                    self.first[name] = min(self.first.get(name, called[up]), called[up])
                 else:
                     self.always.append(name)
         self.always += [n for n in self.names.values() if n not in owned]
+        self.first.update(dict.fromkeys(self.always, 0))
 
 
 class Watch(AbstractContextManager[None]):
     def __init__(self, callers: Callers):
-        self.callers, self.called = callers, set()
+        self.callers = callers
+        self.called: dict[str, int] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
         for path, module in self.callers.model.named_modules(remove_duplicate=False):
             self.hooks.append(module.register_forward_pre_hook(
-                lambda *_, path=path: self.called.add(path)))
+                lambda *_, path=path: self._note(path)))
+
+    def _note(self, path: str) -> None:
+        self.called.setdefault(path, len(self.called))
 
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:

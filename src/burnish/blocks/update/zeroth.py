@@ -85,6 +85,8 @@ class ZerothOrder:
 
     #: how many radii lie between the two evaluations of a probe
     width: ClassVar[int] = 2
+    #: its learning rate is that of a probe, a hundredth of a gradient's
+    rates_probes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.eps <= 0 or self.queries < 1:
@@ -131,6 +133,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.noise: Any = STREAMS[spec.noise]        # (seed, name) -> z of a probe
         self.moves = self.noise                      # and what is moved along
         self.model: nn.Module | None = None
+        self.blocks: tuple[str, ...] = ()            # paths of the model's
+        self.training = False                        # the mode it stands in between steps
         self._rounding = plan.rounding if "rounding" in plan.names else "stochastic"
         self._callers: Callers | None = None
         self.terms: Sequence[OnWeights] = ()

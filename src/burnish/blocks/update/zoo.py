@@ -12,7 +12,7 @@ stand in its header.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -286,7 +286,19 @@ class ZooOptimizer(ZerothOrderOptimizer):
     def _direct(self, name: str, p: nn.Parameter, seeds: list[int], found: list[float], lr: float,
                 decay: float, index: int) -> None:
         """One tensor along what the rule makes of the estimate, slice by slice."""
-        rule, numerics, state = self.spec.rule, NUMERICS[self._rounding], self.state[p]
+        def estimate(lo: int, hi: int, dtype: torch.dtype) -> Tensor:
+            G = torch.zeros(hi - lo, dtype=dtype, device=p.device)
+            for seed, g in zip(seeds, found, strict=True):
+                G.add_(self.moves(seed, name).normal(hi - lo, lo, device=p.device).to(dtype),
+                       alpha=g)
+            return G
+
+        self._along(name, p, estimate, self.spec.rule, lr, decay, seeds[0], index)
+
+    def _along(self, name: str, p: nn.Parameter, G: Callable[[int, int, torch.dtype], Tensor],
+               rule: Rule, lr: float, decay: float, seed: int, index: int) -> None:
+        """One tensor along what `rule` makes of ``G(lo, hi, dtype)``, entries of an estimate."""
+        numerics, state = NUMERICS[self._rounding], self.state[p]
         wide = accumulator(p.dtype)
         w = in_memory_order(p.detach())[0].view(-1)
         numerics.prepare(w, state)
@@ -294,18 +306,14 @@ class ZooOptimizer(ZerothOrderOptimizer):
             if s not in state:
                 state[s] = torch.zeros_like(w, dtype=wide).view(p.shape)
         state["step"] = t = state.get("step", 0) + 1
-        low, size, hyper = self.noise.base(seeds[0], f"{name}/round"), strip(p.device), rule.hyper()
+        low, size, hyper = self.noise.base(seed, f"{name}/round"), strip(p.device), rule.hyper()
         for lo in range(0, p.numel(), size):
             hi = min(lo + size, p.numel())
-            G = torch.zeros(hi - lo, dtype=wide, device=p.device)
-            for seed, g in zip(seeds, found, strict=True):
-                G.add_(self.moves(seed, name).normal(hi - lo, lo, device=p.device).to(wide),
-                       alpha=g)
             x = numerics.read(w, state, lo, hi)
             if decay and p.dim() > 1:
                 x.mul_(1 - lr * decay)
             kept = {s: state[s].view(-1)[lo:hi] for s in rule.states}
-            x.add_(rule.direction(G, kept, t, hyper), alpha=-lr)
+            x.add_(rule.direction(G(lo, hi, wide), kept, t, hyper), alpha=-lr)
             numerics.write(w, state, lo, hi, x, low, index)
 
 
