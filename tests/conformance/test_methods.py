@@ -17,7 +17,7 @@ from burnish.testing.models import NAMES, tiny
 
 METHODS = conformance.methods()
 #: what few of the small models have
-FEW = {"stream", "pictures", "batch norms", "linear head", "two towers"}
+FEW = {"stream", "pictures", "batch norms", "linear head", "two towers", "plain mlp"}
 LIVE = conformance.live(METHODS)
 
 

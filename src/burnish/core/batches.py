@@ -56,6 +56,21 @@ def cut(batch: Any, stop: int, start: int = 0) -> Any:
     return some(batch)
 
 
+def repeated(batch: Any, times: int, samples: int | None = None) -> Any:
+    """Every sample so many times, one after the other; what has no entry for each stays."""
+    whole = size(batch) if samples is None else samples
+
+    def some(v: Any) -> Any:
+        if isinstance(v, Mapping):
+            return {k: some(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return type(v)(some(x) for x in v)
+        return v.repeat_interleave(times, 0) \
+            if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
+
+    return some(batch)
+
+
 def moved(batch: Any, device: Any) -> Any:
     """The batch on another device."""
     if isinstance(batch, Mapping):

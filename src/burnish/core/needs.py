@@ -138,6 +138,12 @@ def _alone(a: Anatomy) -> bool:
                    and (m.training or m.running_mean is None) for m in a.model.modules())
 
 
+def _mlp_alone(a: Anatomy) -> bool:
+    linears = [p for p in a.places if p.kind == "linear"]
+    return len(linears) > 1 and not any(b.mixer or b.attn for b in a.blocks) and _alone(a) \
+        and all(p.kind in ("linear", "embedding") for p in a.places)
+
+
 def _logits(a: Anatomy) -> bool:
     said = declared(a.model)
     return said is None or not said.isdisjoint(LOGITS)
@@ -215,6 +221,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "logits": ("logits among its outputs", _logits),
     "own loss": ("a loss that a sample has by itself (a contrastive one has none)",
                  lambda a: "logits_per_image" not in (declared(a.model) or ())),
+    "plain mlp": ("linears one behind the other, with nothing but norms and tables beside them",
+                  _mlp_alone),
     "own norms": ("norms that a sample has by itself (BatchNorm over a batch has none; in "
                   "evaluation mode it has)", _alone),
     "batch norms": ("batch norms of one process", lambda a: any(

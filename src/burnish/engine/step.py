@@ -235,7 +235,7 @@ class Steps:
         with riding.to_join(loss is not None):
             out = call(self.through or self.tuned.model, batch)
         if loss is not None:
-            return riding.join(loss(out, batch))
+            return riding.join(loss(out, riding.asked(batch)))
         value = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
         if not isinstance(value, Tensor) or value.dim():
             raise ConfigError("the model returned no scalar loss; pass labels in the batch or "

@@ -202,7 +202,7 @@ class Trainer(Compared, transformers.Trainer):
                 self.task.call(inputs, self.plain, self._smoothing())
             with riding.to_join():
                 logits = self.task.logits(call(model, batch))
-            loss = riding.join(own(logits, batch))
+            loss = riding.join(own(logits, riding.asked(batch)))
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
             made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.batches import repeated
 from ...core.errors import ConfigError
 from ..tape.functions import transformed
 from .precise import widened
@@ -73,6 +74,7 @@ class Riding:
         self.collected: list[Tensor] | None = None
         self.outside = False                      # the caller will ask for the ride itself
         self.rode = False                         # a term joined an activation in this forward
+        self.answers = 1                          # rows that the last forward gave each sample
         self._terms: list[Tensor] = []            # of a forward whose loss is made outside
         self._other: Any = None                   # what stands in place of that loss
         self._due = False                         # and does anybody wait for its share?
@@ -110,6 +112,12 @@ class Riding:
 
     def share(self) -> Tensor | float:
         return self.rest() if self.latest is None else self.latest
+
+    def asked(self, batch: Any) -> Any:
+        """The batch as the loss of the last forward reads it: a sample stands in it as often as it
+        was answered (blocks/state/members.py)."""
+        n, self.answers = self.answers, 1
+        return batch if n == 1 else repeated(batch, n)
 
     # -- the end of a forward -----------------------------------------------------------------
     def end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]) -> Any:
