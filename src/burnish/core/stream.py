@@ -4,7 +4,9 @@ A channel of the stream is a column of the tables that start it, a row of every 
 sub-layer, an entry of every norm, a column of every matrix that reads. A stream whose norms divide
 by a root mean square and subtract nothing can lose channels that are zero: they add nothing to the
 mean square but their number (engine/narrow.py). A norm that subtracts a mean moves channels of
-zero too, and they count in the mean of the others: there what is left out would have been heard.
+zero too, and they count in the mean of the others: there what is left out would have been heard,
+but for a stream that is turned into another basis after its mean was taken off where it is written
+(blocks/state/shortcut.py).
 """
 
 from __future__ import annotations
@@ -42,15 +44,18 @@ class Stream:
     tied: bool
 
 
-def stream(anatomy: Anatomy) -> Stream | str:
-    """The stream of a model whose channels can be taken out, or why there is none."""
+def stream(anatomy: Anatomy, means: bool = False) -> Stream | str:
+    """The stream of a model whose channels can be taken out, or why there is none.
+
+    means: norms that subtract a mean and add a shift (LayerNorm) are ones of it too.
+    """
     d = anatomy.hidden_size
     if not anatomy.blocks or d is None:
         return "it has no blocks of a known width"
     if len(anatomy.stacks()) > 1:
         return "it has several stacks of blocks"
     try:
-        norms = tuple(_norms(anatomy, d))
+        norms = tuple(_norms(anatomy, d, means))
         sides: dict[str, list[Place]] = {"table": [], "writer": [], "reader": []}
         for place in anatomy.places:
             if (side := _side(place, d)):
@@ -84,22 +89,26 @@ def _side(place: Place, d: int) -> str | None:
                    f"part of a stream of {d} channels")
 
 
-def _norms(anatomy: Anatomy, d: int) -> Iterator[str]:
+def _norms(anatomy: Anatomy, d: int, means: bool) -> Iterator[str]:
     for block in anatomy.blocks:
         inside = tuple(f"{m}." for m in (block.attn, block.cross, block.mlp) if m)
         mine = [n for n in block.norms if not n.startswith(inside)]
-        if len(mine) != sum(bool(m) for m in (block.attn, block.cross, block.mlp)) \
+        if len(mine) != sum(map(bool, (block.attn, block.cross, block.mlp or block.mlp_out))) \
                 or any(families.BEHIND.search(n.rpartition(".")[2]) for n in mine) \
                 or block.stack not in anatomy.final_norms:
             raise _Strange(f"{block.path} does not have one norm before each of its sub-layers and "
                            "none behind")
-        yield from (_plain(anatomy, n, d) for n in mine)
-    yield from (_plain(anatomy, n, d) for n in anatomy.final_norms.values())
+        yield from (_plain(anatomy, n, d, means) for n in mine)
+    yield from (_plain(anatomy, n, d, means) for n in anatomy.final_norms.values())
 
 
-def _plain(anatomy: Anatomy, path: str, d: int) -> str:
-    """The path of a norm that is gamma x over the root mean square, and nothing more."""
+def _plain(anatomy: Anatomy, path: str, d: int, means: bool) -> str:
+    """The path of a norm that is gamma x over the root mean square, and nothing more; with `means`
+    of x less its mean, and a shift behind."""
     norm = anatomy.model.get_submodule(path)
+    if means and isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (d,) \
+            and norm.weight is not None:
+        return path
     names = [n for n, _ in norm.named_parameters(recurse=False)]
     subtracts = isinstance(norm, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
     if subtracts or names != ["weight"] or norm.weight.shape != (d,) or not _scales(norm):
