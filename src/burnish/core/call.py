@@ -59,6 +59,12 @@ class Call:
         """The same facts (or `changed` ones) with nothing in the box: a run of its own inside."""
         return replace(self, box={}, standing={}, **changed)
 
+    def aside(self) -> Call:
+        """The same facts and a copy of the box: a run beside, which takes nothing out of it that
+        others wait for, and leaves nothing in it."""
+        box = {k: [*v] if isinstance(v, list) else v for k, v in self.box.items()}
+        return replace(self, box=box)
+
     def need(self, key: str) -> Any:
         """A declared key of the batch. RecipeError when the batch did not bring it."""
         try:
