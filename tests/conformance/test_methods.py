@@ -17,7 +17,8 @@ from burnish.testing.models import NAMES, tiny
 
 METHODS = conformance.methods()
 #: what few of the small models have
-FEW = {"stream", "pictures", "batch norms", "linear head", "two towers", "plain mlp"}
+FEW = {"stream", "pictures", "batch norms", "linear head", "two towers", "plain mlp",
+       "groups of points"}
 LIVE = conformance.live(METHODS)
 
 

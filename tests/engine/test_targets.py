@@ -11,7 +11,7 @@ from burnish.testing import choose, conformance
 from burnish.testing.models import tiny
 
 METHODS = choose.visited(conformance.methods())
-MODELS = ("vit", "bert", "gpt2", "llama", "cnn", "clip", "mlp")
+MODELS = ("vit", "bert", "gpt2", "llama", "cnn", "clip", "mlp", "points")
 #: texts that name a part, not all, of what methods act on by default
 PARTS = ("linear@0", "norm@0", "layernorm_before", "k@0", "features.0", "features.1", "fc2@0",
          "v@0")

@@ -38,6 +38,7 @@ class Call:
     samples: leading sizes of the tensors the model was called with, the first one's first.
     valid: the (batch, tokens) attention mask the model was called with, or None: all count.
     given: the declared keys of the batch by name: task, domain, modality, whatever a part reads.
+    noted: what was made of the input alone, once, for all that read it, blocks that run again too.
     box: what one module leaves for another within this forward.
     standing: (id of a module, parameter) -> the tensor that answers for it just now.
     """
@@ -52,6 +53,7 @@ class Call:
     samples: tuple[int, ...] = ()
     valid: Tensor | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    noted: dict[Any, Any] = field(default_factory=dict)
     box: dict[Any, Any] = field(default_factory=dict)
     standing: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
@@ -97,7 +99,7 @@ class _Overheard(Call):
     """A call that notes what of it is read that differs from batch to batch."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("valid", "given", "rows", "box"):
+        if name in ("valid", "given", "rows", "noted", "box"):
             super().__getattribute__("asked").append(name)
         return super().__getattribute__(name)
 

@@ -209,6 +209,10 @@ BEFORE_MLP = re.compile(r"(^|_)pre_(feedforward|ffn|ff|mlp|expert)(_|$)")
 #: some and the one before the MLP in others)
 BEHIND = re.compile(r"(^|_)post_(feedforward|ffn|ff|mlp|expert|self_attn|operator)(_|$)")
 
+# -- clouds ------------------------------------------------------------------------------------
+#: names of the module that returns neighbourhoods of points and, (B, G, 3), their centres
+GROUPERS = ("group_divider",)
+
 # -- ends --------------------------------------------------------------------------------------
 #: top-level names under which a task head lives in models that do not say it themselves
 HEADS = ("classifier", "head", "heads", "fc", "lm_head", "score", "logits", "classification_head",

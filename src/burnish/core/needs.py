@@ -72,6 +72,14 @@ def behind_patches(a: Anatomy) -> list[list[Block]]:
             if tops and (len(stacks) == 1 or stack.split(".")[0] in tops)]
 
 
+def point_groups(a: Anatomy) -> str | None:
+    """The module that gathers a cloud's points into groups and returns their centres; None where
+    none stands before one stack of transformer blocks that mixes no text in."""
+    found = [p for p, m in a.model.named_modules() if p.rpartition(".")[2] in families.GROUPERS]
+    return found[0] if len(found) == 1 and _reads_whole(a) and all(b.attn for b in a.blocks) \
+        else None
+
+
 def head_linear(a: Anatomy) -> Place | None:
     """The linear that the task head consists of; None where it is another, or more."""
     found = [p for p in a.places if a.in_head(p)]
@@ -254,6 +262,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                  "patches and a head of one linear", _pictures),
     "patches": ("blocks behind a convolution that cuts pictures into patches",
                 lambda a: bool(behind_patches(a))),
+    "groups of points": ("a module group_divider that gathers a cloud's points into groups, before "
+                         "transformer blocks of one width", lambda a: point_groups(a) is not None),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "
                         "computes", _scalable),
 }
