@@ -108,6 +108,17 @@ def test_a_key_of_training_alone_is_not_asked_for_in_evaluation():
         net(**batch)
 
 
+def test_an_optional_key_is_asked_for_nowhere_and_read_where_it_is():
+    net, batch = tiny("clip")
+    tuned = burnish.tune(net, "mmrl(length=2, layers=1, code=8)", head=False)
+    assert examples(tuned.recipe, 2) == {} and set(keys_of(tuned.recipe)) == {"unseen"}
+    batch.pop("return_loss")
+    assert tuned.loss(batch, lambda out, b: out.logits_per_image.sum()).isfinite()
+    net.eval()
+    plain = net(**batch).logits_per_image
+    assert not torch.equal(net(**batch, unseen=1).logits_per_image, plain)
+
+
 @pytest.mark.parametrize("model, batch", [("vit", 3), ("llama", (2, 8)), ("mlp", 2)])
 def test_a_simulation_of_so_many_samples_makes_the_keys(model, batch):
     recipe = "hyperformer(tasks=3) + loramoe(rank=2)" if model != "mlp" else "lora(rank=2)"

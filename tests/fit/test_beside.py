@@ -143,3 +143,11 @@ def test_a_number_given_on_the_command_line():
     for wrong in ("quality=.7", "quality=-1", "quality=1e3", "=1", "quality=0.7x", "quality"):
         with pytest.raises(ConfigError, match="expected key=number"):
             _key(wrong)
+
+
+def test_a_column_of_an_optional_key_may_be_there(table):
+    keys = {"marked": Read("it", Key("1 or 0", optional=True), 2)}
+    assert read(table(), keys=keys).keys == ()
+    found = read(table("more.csv", marked=lambda i: i % 2), keys=keys)
+    assert found.keys == ("marked",) and found.train["marked"][:3] == [0, 1, 0]
+    assert read(read(table()), keys=keys).keys == ()

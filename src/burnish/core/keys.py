@@ -28,6 +28,7 @@ class Key:
     below: the numbers are smaller than this; a name is the method's setting that says so.
     shape: of one sample's entry, where it is more than a number.
     training: it is read by what is minimised alone, so evaluation does without it.
+    optional: any batch may do without it; no example of it is made.
     real: any numbers from 0 to 1 instead of whole ones; `below` says nothing then.
     """
 
@@ -35,6 +36,7 @@ class Key:
     below: int | str = 2
     shape: tuple[int, ...] = ()
     training: bool = False
+    optional: bool = False
     real: bool = False
 
 
@@ -106,10 +108,12 @@ def keys_of(parts: Iterable[Method]) -> dict[str, Read]:
 
 
 def examples(parts: Iterable[Method], samples: int) -> dict[str, Tensor]:
-    """Entries for every declared key: 0, 1, 2, ... over the samples, within the range, or (of real
-    ones) 1/4, 3/4, 1/4, ..."""
+    """Entries for every declared key that is not optional: 0, 1, 2, ... over the samples, within
+    the range, or (of real ones) 1/4, 3/4, 1/4, ..."""
     out = {}
     for name, read in keys_of(parts).items():
+        if read.key.optional:
+            continue
         count = torch.arange(samples * torch.Size(read.key.shape).numel())
         entries = (count % 2) / 2 + 0.25 if read.key.real else count % read.below
         out[name] = entries.view(samples, *read.key.shape)

@@ -160,13 +160,15 @@ def _logits(a: Anatomy) -> bool:
 @dataclass(frozen=True)
 class Towers:
     """A model that matches images and texts. text, vision: their blocks. table: the text's token
-    embeddings. image: what projects images into the common width `joint`."""
+    embeddings. image: what projects images into the common width `joint`. scale: the parameter
+    whose exponential multiplies their cosines, None where there is none of that name."""
 
     text: list[Block]
     vision: list[Block]
     table: str
     image: str
     joint: int
+    scale: str | None = None
 
 
 def towers(a: Anatomy) -> Towers | None:
@@ -184,7 +186,8 @@ def towers(a: Anatomy) -> Towers | None:
     if not tables or len(image) != 1:
         return None
     longest = max(tables, key=lambda p: p.inp)
-    return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out)
+    scale = "logit_scale" if "logit_scale" in a.model._parameters else None
+    return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out, scale)
 
 
 def token_tables(a: Anatomy) -> list[Place]:

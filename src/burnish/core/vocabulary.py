@@ -93,6 +93,7 @@ VOCABULARY: dict[str, str] = {
     "norm": "which norm a term takes",
     "on": "False leaves the part out, to compare",
     "seed": "of what is drawn",
+    "coupled": "rows of both towers come of the same",
     "rest": "what else of the model trains beside what is named",
     "share": "one tensor for all",
     "threshold": "size below which nothing is done",

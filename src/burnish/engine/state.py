@@ -129,7 +129,7 @@ class State:
             for key, read in self.context.get(name, {}).items():
                 if key in call.given:
                     read.check(key, call.given[key])
-                elif module.training or not read.key.training:
+                elif not read.key.optional and (module.training or not read.key.training):
                     raise RecipeError(f"{read.part} reads {key!r} of the batch "
                                       f"({read.key.meaning}), which has none: add it to the "
                                       f"batch, or call inside tuned.given({key}=...)")

@@ -166,6 +166,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     Raises DataError with row and field, ConfigError for a wrong flag, and AmbiguousError (a
     DataError) with the readings where columns can be read in more than one way.
     """
+    optional = {*optional, *(name for name, read in keys.items() if read.key.optional)}
     if isinstance(data, Data):
         for name in keys:
             if name not in data.keys and name not in optional:

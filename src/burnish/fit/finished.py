@@ -89,7 +89,7 @@ class Finished:
         import torch
 
         for name, read in self.keys.items():
-            if name not in keys and not read.key.training:
+            if name not in keys and not (read.key.training or read.key.optional):
                 raise ConfigError(f"{read.part} reads {name!r} ({read.key.meaning}): give "
                                   f"--given {name}=..., {read.range}")
         model = self.tuned.model

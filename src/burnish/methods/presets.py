@@ -15,6 +15,8 @@ PRESETS: dict[str, str] = {
     "p_tuning_v2": "prefix(length=20, dropout=0.1)",
     # CoCoOp (2022): a context before the names of classes that follows the image
     "cocoop": "coop(length=4, hidden=32)",
+    # MMRL++ (2025): aligners that share a matrix, rows mixed with what a block made of them
+    "mmrl_pp": "mmrl(rank=4, proj_rank=64, beta=0.9)",
     # MAD-X (2020): a language adapter, at the token table and behind every MLP
     "mad_x": "invertible + pfeiffer(reduction=16)",
     # GradNormLoRP (2025): lengths of rows and a low-rank direction, whose factors' gradients are

@@ -118,3 +118,47 @@ class Side(nn.Module):
     def forward(self) -> Tensor:
         made: Tensor = self.bank(self.side)
         return made
+
+
+class Space(nn.Module):
+    """Rows R (L, W) that several places of two towers are made of. rank > 0: and for each tower the
+    matrix (out, W) that its places share, with the shift that each begins with; as linears start.
+    """
+
+    def __init__(self, length: int, width: int, outs: tuple[int, int], rank: int):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(length, width) * 0.02)
+        drawn = [nn.Linear(width, out) for out in outs] if rank else []
+        self.shared = nn.ParameterList(m.weight for m in drawn)
+        self.__dict__["shifts"] = [m.bias.detach() for m in drawn]
+
+
+class Aligned(nn.Module):
+    """``R F^T + b``, F (out, W): of its own, or (``rank > 0``) ``shared + A B``, A (out, rank) as
+    a matrix from `rank` starts, B (rank, W) zero. Who `owns` the space holds it, others borrow it.
+    """
+
+    def __init__(self, space: Space, side: int, out: int, rank: int, owns: bool):
+        super().__init__()
+        if owns:
+            self.space = space
+        else:
+            self.__dict__["space"] = space
+        self.side, width = side, space.rows.shape[1]
+        self.linear = None if rank else nn.Linear(width, out)
+        if rank:
+            self.A = nn.Parameter(torch.empty(out, rank).uniform_(-1, 1) * rank ** -0.5)
+            self.B = nn.Parameter(torch.zeros(rank, width))
+            self.bias = nn.Parameter(space.shifts[side].clone())
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """What another place holds, for whoever runs this again in backward."""
+        return () if "space" in self._modules else tuple(self.space.parameters())
+
+    def forward(self) -> Tensor:
+        R = self.space.rows
+        if self.linear is not None:
+            own: Tensor = self.linear(R)
+            return own
+        return F.linear(R, self.space.shared[self.side] + self.A @ self.B, self.bias)

@@ -173,11 +173,12 @@ class PerImage(Listener):
         per = texts.unflatten(0, (n, -1))[mine, :, mine]         # (I, C)
         out["logits_per_image"], out["logits_per_text"] = per, per.t()
         if wanted:
-            out["loss"] = (_matched(per) + _matched(per.t())) / 2
+            out["loss"] = (matched(per) + matched(per.t())) / 2
         return out
 
 
-def _matched(logits: Tensor) -> Tensor:
+def matched(logits: Tensor) -> Tensor:
+    """The cross-entropy where row i belongs to column i."""
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 

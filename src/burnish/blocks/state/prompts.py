@@ -277,16 +277,19 @@ class Tokens(Listener):
     rows: (L, D), or None when the block only carries what came before. enter: the block is the
     first, rows are put in behind `after` tokens (None: behind all); else they replace the L that
     are there. leave: the block is the last, the L states are taken out behind it. maker: makes the
-    rows, in their place (generators.py).
+    rows, in their place (generators.py). beta: rows that replace are ``beta rows + (1 - beta)
+    what is there``. grows: the block's attention mask is for the tokens without the rows, and is
+    made longer (:func:`grown`); else a mask is refused.
     """
 
     def __init__(self, state: Any, adapter: str, length: int, rows: Tensor | None, *,
                  after: int | None, enter: bool, leave: bool, dropout: float = 0.0,
-                 maker: nn.Module | None = None):
+                 maker: nn.Module | None = None, beta: float = 1.0, grows: bool = False):
         super().__init__(state, adapter)
         self.rows = None if rows is None else nn.Parameter(rows)
         self.length, self.after, self.dropout = length, after, dropout
         self.enter, self.leave, self.maker = enter, leave, maker
+        self.beta, self.grows = beta, grows
 
     def made(self) -> Tensor | None:
         """The rows, or None."""
@@ -300,7 +303,10 @@ class Tokens(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = named(module, args, kw)
-        if given.get("attention_mask") is not None:
+        if (mask := given.get("attention_mask")) is not None and self.grows:
+            given["attention_mask"] = grown(mask, self.after or 0, self.length)
+            args, kw = (), given
+        elif mask is not None:
             raise RecipeError("tokens put between blocks have no place in an attention mask; vpt "
                               "serves networks without one: use prefix or prompt_tuning here")
         name, x = (None, args[0]) if args else next(iter(kw.items()))
@@ -321,13 +327,45 @@ class Tokens(Listener):
             return x
         rows = made.to(x.dtype).expand(len(x), -1, -1)
         rows = F.dropout(rows, self.dropout, self.training)
+        if self.beta != 1 and not self.enter:
+            rows = self.beta * rows + (1 - self.beta) * self.rows_in(x)
         if self.after is None:
             return torch.cat([x if self.enter else self.take(x), rows], 1)
         rest = self.after if self.enter else self.after + self.length
         return torch.cat([x[:, : self.after], rows, x[:, rest:]], 1)
+
+    def rows_in(self, x: Tensor) -> Tensor:
+        """What stands among the tokens in the place of the rows."""
+        first = x.shape[1] - self.length if self.after is None else self.after
+        return x[:, first : first + self.length]
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of the model, without the rows."""
         if self.after is None:
             return x[:, : x.shape[1] - self.length]
         return torch.cat([x[:, : self.after], x[:, self.after + self.length :]], 1)
+
+
+def grown(mask: Tensor, after: int, L: int) -> Tensor:
+    """An attention mask of T tokens for T + L, the new ones behind the first `after` (1 or more).
+
+    mask: (B, T), or (..., T or 1, T) that says, or adds, what each token sees. A new token sees
+    what the one before them sees, and of the new ones those before it and itself (all of them where
+    tokens see what follows); it is seen by whoever sees the one before them.
+    """
+    a = after - 1
+    if mask.dim() == 2:
+        return torch.cat([mask[:, :after], mask[:, a : after].expand(-1, L), mask[:, after:]], 1)
+    seen = mask[..., a : after].expand(*mask.shape[:-1], L)
+    if mask.shape[-2] > 1:
+        later = mask[..., a : after, after : after + 1]        # does a token see what follows?
+        seen = torch.cat([later.expand(*seen.shape[:-2], after, L), seen[..., after:, :]], -2)
+    wide = torch.cat([mask[..., :after], seen, mask[..., after:]], -1)
+    if mask.shape[-2] == 1:
+        return wide
+    itself = mask[..., a : after, a : after].expand(*mask.shape[:-2], L, L)
+    upto = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+    among = torch.where(upto, itself, later.expand_as(itself))
+    own = mask[..., a : after, :].expand(*mask.shape[:-2], L, mask.shape[-1])
+    new = torch.cat([own[..., :after], among, own[..., after:]], -1)
+    return torch.cat([wide[..., :after, :], new, wide[..., after:, :]], -2)
