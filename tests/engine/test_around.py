@@ -406,3 +406,81 @@ def test_another_scalar_cannot_take_the_place_of_a_loss_that_nobody_sees():
         tuned.around(whole, whole)
     tuned.timeline.handlers.pop()
     assert tuned.around(whole, whole).ndim == 0      # and all is as it was
+
+
+# -- a pass of some samples -----------------------------------------------------------------------
+class Narrows:
+    phase = 5
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def around_step(self, step):
+        for rows in self.rows:
+            step.narrow(rows)
+        yield
+
+
+class Probes:
+    def around_step(self, step):
+        self.found = step.probe()
+        yield
+
+
+@pytest.mark.parametrize("recipe", ["full", "full + l2_sp(alpha=0.7)", "full + glad"])
+def test_a_narrowed_pass_is_that_of_these_samples_alone(recipe):
+    """Whatever stands inside sees them alone, too."""
+    ends = []
+    for rows in ([], [[3, 0]]):
+        net, (x, y) = start()
+        tuned = burnish.tune(net, recipe, head=True)
+        tuned.optimizer(1e-2)
+        tuned.timeline.handlers.append(("narrows", Narrows(*rows)))
+        tuned.timeline.handlers.append(("probes", probes := Probes()))
+        torch.manual_seed(4)
+        batch = (x, y) if rows else (x[[3, 0]], y[[3, 0]])
+        loss = tuned.backward(batch, mse, scale=0.5)
+        ends.append((loss, probes.found.loss, probes.found.grads,
+                     [p.grad for p in net.parameters()], net.state_dict()))
+    assert equal(ends[0], ends[1])
+
+
+def test_a_narrowed_pass_may_be_made_sample_by_sample():
+    class Apart:
+        phase = 60
+        losses = 0
+
+        def around_step(self, step):
+            step.apart(lambda: setattr(self, "losses", self.losses + 1))
+            yield
+
+    net, batch = start()
+    net.eval()
+    tuned = burnish.tune(net, "full", head=True)
+    tuned.optimizer(1e-2)
+    apart = Apart()
+    tuned.timeline.handlers += [("narrows", Narrows([4, 1, 2])), ("apart", apart)]
+    loss = tuned.backward(batch, mse)
+    with torch.no_grad():
+        want = sum(mse(net(batch[0][i:i + 1]), (None, batch[1][i:i + 1])) for i in (1, 2, 4)) / 3
+    assert apart.losses == 3 and float(loss) == pytest.approx(float(want), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [[[]], [[1, 1]], [[1], [0]]])
+def test_what_no_pass_can_be_narrowed_to_is_refused(rows):
+    net, batch = start()
+    tuned = burnish.tune(net, "full", head=True)
+    tuned.optimizer(1e-2)
+    tuned.timeline.handlers.append(("narrows", Narrows(*rows)))
+    with pytest.raises(ConfigError, match="narrowed once, to samples that are told apart"):
+        tuned.backward(batch, mse)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_loop_that_cannot_narrow_says_what_is_missing():
+    net, batch = start()
+    tuned = burnish.tune(net, "full", head=True)
+    tuned.optimizer(1e-2)
+    tuned.timeline.handlers.append(("narrows", Narrows([0])))
+    with pytest.raises(ConfigError, match=r"tuned.around\(..., some=...\)"):
+        tuned.around(lambda: mse(net(batch[0]), batch), lambda: mse(net(batch[0]), batch))

@@ -3,9 +3,10 @@ what the model takes (either of these) and what is right, which a loss reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import DataError
@@ -44,6 +45,16 @@ def size(batch: Any) -> int:
 
 def cut(batch: Any, stop: int, start: int = 0) -> Any:
     """Samples start:stop of a batch."""
+    return _of_each(batch, lambda v: v[start:stop])
+
+
+def taken(batch: Any, rows: Sequence[int]) -> Any:
+    """These samples of a batch, in this order; IndexError for one that it has not."""
+    return _of_each(batch, lambda v: v.index_select(0, torch.tensor(rows, device=v.device)))
+
+
+def _of_each(batch: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with `pick` of every tensor that has one entry for each sample."""
     whole = size(batch)
 
     def some(v: Any) -> Any:
@@ -51,7 +62,7 @@ def cut(batch: Any, stop: int, start: int = 0) -> Any:
             return {k: some(x) for k, x in v.items()}
         if isinstance(v, list | tuple):
             return type(v)(some(x) for x in v)
-        return v[start:stop] if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
+        return pick(v) if isinstance(v, Tensor) and v.dim() and v.shape[0] == whole else v
 
     return some(batch)
 

@@ -75,6 +75,10 @@ class Pass(Protocol):
         """The pass is made sample by sample, each with the loss it has alone, at no scale; `after`
         is called when the gradients of one are complete."""
 
+    def narrow(self, rows: Sequence[int]) -> None:
+        """From here on the pass, and whatever is probed, is made of these samples alone, at the
+        weight that the whole micro-batch has in the update; once a pass."""
+
     def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
         """Inside, what the active adapter adds within these modules counts `factor` times; gives
         how many updates and branches that are (functions of W are none, but at 0)."""

@@ -14,7 +14,7 @@ measurement. Parts stand inside each other by phase, then in written order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 #: the passes of a micro-batch's samples, one by one
 Each: TypeAlias = Callable[[], Iterable[Callable[[], Tensor]]]
+#: samples of the micro-batch -> `whole`, `alone` and `each` of those alone
+Some: TypeAlias = Callable[[Sequence[int]],
+                           tuple[Callable[[], Tensor], Callable[[], Tensor], "Each | None"]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class Pass:
 
     index: of the update, from 0 on (micro-batches of one update share it).
     scale: what the loss of the loop is multiplied by on its way back.
+    whole: forward and backward as they will be made.
     """
 
     def __init__(self, tuned: Tuned, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
-                 each: Each | None = None, scale: Any = 1.0):
-        self._tuned, self._whole, self._alone, self._each = tuned, whole, alone, each
+                 each: Each | None = None, scale: Any = 1.0, some: Some | None = None):
+        self._tuned, self.whole, self._alone, self._each = tuned, whole, alone, each
+        self._some, self._narrowed = some, False
         self.index, self.scale = tuned.steps.timeline.step, scale
         self._after: Callable[[], None] | None = None
 
@@ -72,10 +77,25 @@ class Pass:
                 "tuned.around(..., each=...)")
         self._after = after
 
+    def narrow(self, rows: Sequence[int]) -> None:
+        """From here on the pass, and whatever is probed, is made of these samples of the
+        micro-batch, in this order; its loss is their mean and weighs in the update what the whole
+        micro-batch's would. Once a pass."""
+        if self._some is None:
+            raise ConfigError(
+                f"{self._tuned.recipe} chooses among the samples of a pass, and this loop makes "
+                "one of all: call tuned.backward(batch, loss) (or tuned.step, burnish.fit), or "
+                "give tuned.around(..., some=...)")
+        if self._narrowed or not rows or len(set(rows)) < len(rows):
+            raise ConfigError(f"a pass is narrowed once, to samples that are told apart; got "
+                              f"{list(rows)}")
+        self._narrowed = True
+        self.whole, self._alone, self._each = self._some(rows)
+
     def made(self) -> Tensor:
         """The pass itself; the loss, of samples their mean."""
         if self._after is None or self._each is None:
-            return self._whole()
+            return self.whole()
         losses = []
         for one in self._each():
             losses.append(one())
@@ -97,7 +117,7 @@ class Pass:
         """
         with _evaluating(self._tuned.model) if evaluate else nullcontext(), \
                 nullcontext() if of is None else self._instead(of):
-            return probe(self._tuned, self._whole if grads else self._alone, grads, statistics)
+            return probe(self._tuned, self.whole if grads else self._alone, grads, statistics)
 
     def _instead(self, of: Callable[[Run], Tensor]) -> Any:
         return self._tuned.state.riding.replaced(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,13 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..blocks.update.clip import check_norm, clip_norm_
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_side
 from ..core.anatomy import Anatomy
-from ..core.batches import call, singly
+from ..core.batches import call, singly, taken
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
 from ..core.groups import outputs
 from ..core.processes import anywhere, processes
 from ..core.words import honours, why
-from .around import Each, Pass, probe
+from .around import Each, Pass, Some, probe
 from .check import check_gradients
 from .objectives import Objectives
 from .spread import check_own, watch
@@ -254,18 +254,18 @@ class Steps:
 
     # -- passes (see around.py) ------------------------------------------------------------------
     def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
-               each: Each | None = None, scale: Any = 1.0) -> Tensor:
+               each: Each | None = None, scale: Any = 1.0, some: Some | None = None) -> Tensor:
         """``whole()``, with what the recipe does around it."""
         self.timeline.start(self.tuned.total_steps)
         self.passes += 1
         with ExitStack() as stack:
-            pass_ = Pass(self.tuned, whole, alone, each, scale)
+            pass_ = Pass(self.tuned, whole, alone, each, scale, some)
             for handler in self.timeline.around():
                 stack.enter_context(contextmanager(handler.around_step)(pass_))
             clip = getattr(self.optimizer, "clip", None)
             if clip is not None and clip.norm:       # LOMO: one backward for the norm alone
                 with clip.weighing():
-                    probe(self.tuned, whole, grads=True, statistics=False)
+                    probe(self.tuned, pass_.whole, grads=True, statistics=False)
             return pass_.made()
 
     def nothing_came(self) -> None:
@@ -290,8 +290,14 @@ class Steps:
             (value if isinstance(scale, float) and scale == 1 else value * scale).backward()
             return value.detach()
 
-        return self.around(lambda: whole(batch, scale), lambda: self.loss(batch, loss),
-                           lambda: (partial(whole, one, 1.0) for one in singly(batch)), scale)
+        def passes(batch: Any) -> Any:
+            return (lambda: whole(batch, scale), lambda: self.loss(batch, loss),
+                    lambda: (partial(whole, one, 1.0) for one in singly(batch)))
+
+        def some(rows: Sequence[int]) -> Any:
+            return passes(taken(batch, rows))
+
+        return self.around(*passes(batch), scale, some)
 
     def _passed(self) -> None:
         """Raises ConfigError when an update comes whose passes the recipe could not surround."""

@@ -21,7 +21,7 @@ from ..core.sampling import Sampling
 from ..core.site import Place
 from ..core.stage import Stage
 from .adapters import Adapter, Adapters, still_there
-from .around import Each, Probe, dropped, probe
+from .around import Each, Probe, Some, dropped, probe
 from .base import Base
 from .buffers import Buffers
 from .leave import give_back
@@ -258,14 +258,14 @@ class Tuned:
         return self.steps.step(batch, loss)
 
     def around(self, whole: Callable[[], Tensor], alone: Callable[[], Tensor],
-               each: Each | None = None, scale: Any = 1.0) -> Tensor:
+               each: Each | None = None, scale: Any = 1.0, some: Some | None = None) -> Tensor:
         """``whole()``, with what the recipe does around it, for loops that make their own passes.
 
         whole: forward and backward of one micro-batch, into ``.grad``; it may be called several
         times and means the same each time. alone: its loss without a backward. each: gives `whole`
-        of each sample alone, at no scale (dp). scale: of its loss. All return the loss.
-        """
-        return self.steps.around(whole, alone, each, scale)
+        of each sample alone, at no scale (dp). scale: of its loss. some: gives (whole, alone, each)
+        of the samples whose numbers it is told (uds). All return the loss."""
+        return self.steps.around(whole, alone, each, scale, some)
 
     def backward(self, batch: Any, loss: Loss | None = None, *,
                  scale: Any = 1.0) -> Tensor:

@@ -13,7 +13,6 @@ import json
 import math
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from ..core.batches import call, singly
+from ..core.batches import call
 from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
 from ..engine.tuned import Tuned
@@ -35,6 +34,7 @@ from . import checkpoint, state
 from .checkpoint import is_owed
 from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by
 from .moments import Moments
+from .passing import Passing
 from .secret import Drawn, loader
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
@@ -47,7 +47,7 @@ _ASKED = ("weight_decay", "betas", "eps")
 _PLAIN = "loss_per_answer"
 
 
-class Trainer(Compared, transformers.Trainer):
+class Trainer(Compared, Passing, transformers.Trainer):
     """`transformers.Trainer`, for a tuned model."""
 
     def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
@@ -168,32 +168,12 @@ class Trainer(Compared, transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
                       ) -> torch.Tensor:
         if not self.zeroth:
-            return self._pass(model, inputs, num_items_in_batch)
+            return self._pass(super().training_step, model, inputs, num_items_in_batch)
         model.train()
         batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain, self._smoothing())
         value = torch.as_tensor(self.tuned.step(batch, loss) if loss else self.tuned.step(batch))
         self._must_be_finite(value, "loss")
         return value.detach().to(self.args.device)
-
-    def _pass(self, model: nn.Module, inputs: Any, items: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch, and what the recipe does around them. Probes
-        are each process's own; only the pass itself is shared between processes."""
-        def whole() -> torch.Tensor:
-            shared = not self.tuned.steps.still or self.args.world_size == 1
-            with contextlib.nullcontext() if shared else self.accelerator.no_sync(model):
-                return super(Trainer, self).training_step(model, dict(inputs), items)
-
-        def alone() -> torch.Tensor:
-            model.train()
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(self._prepare_inputs(inputs)), False, items)
-
-        def one(sample: Any) -> torch.Tensor:
-            return super(Trainer, self).training_step(model, dict(sample), None)
-
-        scaler = self.accelerator.scaler
-        return self.tuned.around(whole, alone, lambda: (partial(one, s) for s in singly(inputs)),
-                                 1.0 if scaler is None else scaler.get_scale())
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
