@@ -189,9 +189,53 @@ def test_what_cannot_act_is_refused():
         net, _ = tiny("t5")
         b = batches(pad=True)[0]
         Antidote().lifecycle(net, [{**b, "decoder_input_ids": b["input_ids"][:, :3]}])
+    with pytest.raises(ConfigError, match="which of these are padding"):
+        Antidote().lifecycle(net, [{**b, "decoder_input_ids": b["input_ids"]}])
     other, data = factored(recipe="lokr")
     with pytest.raises(ConfigError, match="merge it first"):
         Antidote(targets="q").lifecycle(other, data)
-    assert len(Antidote(targets="o").lifecycle(other, data)) == 2
+    with pytest.raises(ConfigError, match="o_proj.weight is the base's own"):
+        Antidote(targets="o").lifecycle(other, data)
     other, data = factored(recipe="dora(rank={})")
     assert len(Antidote().lifecycle(other, data)) == 8      # its factors, not its lengths
+
+
+@pytest.mark.parametrize("recipe", ["lokr(targets='o')", "ia3(targets='mlp')", "full(targets='o')"])
+def test_weights_that_a_run_does_not_hold_stay(recipe):
+    model, _ = tiny("llama")
+    tuned, before = burnish.tune(model, recipe, head=False), copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match="q_proj.weight is the base's own, which no adapter"):
+        Antidote().lifecycle(tuned, batches())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_weights_that_a_recipe_trains_as_a_whole_are_masked():
+    model, _ = tiny("llama")
+    tuned, data = burnish.tune(model, "full(targets='q')", head=False), batches()
+    before = {n: t.clone() for n, t in tuned.tensors().items()}
+    x = inputs(model, "model.layers.0.self_attn.q_proj", data)
+    assert len(Antidote(ratio=0.25, targets="q").lifecycle(tuned, data)) == 2
+    name = "model.layers.0.self_attn.q_proj.weight"
+    W = before[name]
+    want = W * ~dense_mask(W.abs() * x.square().mean(0).sqrt(), 0.25, "row")
+    assert torch.equal(tuned.tensors()[name], want)
+
+
+def test_a_share_of_no_entry_is_refused():
+    for ranking in ("row", "global"):
+        with pytest.raises(ConfigError, match="less than one entry"):
+            Antidote(ratio=1e-12, ranking=ranking).lifecycle(tiny("llama")[0], None)
+
+
+def test_a_decoder_reads_what_labels_say():
+    net, batch = tiny("t5")
+    ids, labels = batch["input_ids"], batch["labels"][:, :4].contiguous()
+    said = net._shift_right(labels)
+    twin = copy.deepcopy(net)
+    Antidote(ratio=0.25).lifecycle(net, [{"input_ids": ids, "labels": labels}])
+    Antidote(ratio=0.25).lifecycle(twin, [{"input_ids": ids, "decoder_input_ids": said}])
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="bring labels or decoder_input_ids"):
+        Antidote().lifecycle(net, [{"input_ids": ids}])
+    with pytest.raises(ConfigError, match="a batch is a mapping"):
+        Antidote().lifecycle(net, [ids])

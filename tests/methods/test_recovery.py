@@ -9,7 +9,7 @@ import torch
 
 import burnish
 from burnish.blocks.state.early import last_token
-from burnish.core.errors import ConfigError
+from burnish.core.errors import CheckError, ConfigError
 from burnish.core.recipe import parse
 from burnish.methods.lifecycle.recovery import Recovery
 from burnish.testing.models import tiny
@@ -249,3 +249,25 @@ def test_what_cannot_act_is_refused():
         ask(Recovery(), m=burnish.tune(pair()[0], "lora(rank=2)"))
     with pytest.raises(ConfigError, match="one run of blocks"):
         ask(Recovery(), m=tiny("t5")[0])
+    with pytest.raises(ConfigError, match="is less than one of"):
+        ask(Recovery(restored=1e-9))
+    with pytest.raises(ConfigError, match="nothing to put back"):
+        ask(Recovery(), a=model.state_dict())
+
+
+@pytest.mark.parametrize("which", ["score", "harm"])
+@pytest.mark.parametrize("odd", [float("nan"), None, torch.ones(2)])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_figure_that_is_no_number_leaves_the_tuned_model(which, odd, when):
+    model, aligned = pair()
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def figure(m):
+        calls.append(1)
+        return odd if len(calls) == when + 1 else 1.0
+
+    given = {"score": lambda m: 1.0, "harm": lambda m: 1.0, which: figure}
+    with pytest.raises(CheckError, match=f"{which} gave "):
+        Recovery(restored=0.05, steps=3, warmup=1, every=1).lifecycle(
+            model, aligned, prompts(1), prompts(2), **given)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -153,6 +153,7 @@ def test_what_cannot_act_is_refused():
     for settings, said in (({"form": "column"}, "entry or row"), ({"updates": 0}, "at least 1"),
                            ({"step_rate": 0.0}, "positive"), ({"start": 0.0}, "positive"),
                            ({"weight": -1.0}, "at least 0"), ({"cold": 0.0}, "stay above 0"),
+                           ({"updates": 1, "cold": 0.5}, "cold is of the last"),
                            ({"hot": 0.05}, "fall"), ({"targets": "q"}, "targets do nothing")):
         with pytest.raises(ConfigError, match=said):
             Somf(**settings)
@@ -167,6 +168,32 @@ def test_what_cannot_act_is_refused():
         Somf().lifecycle(model, aligned, [aligned], batches)
     with pytest.raises(ConfigError, match="not in all of these"):
         Somf().lifecycle(model, aligned, [{}], batches)
+    with pytest.raises(ConfigError, match="a list of the tensors of one tuned"):
+        Somf().lifecycle(model, aligned, tuned[0], batches)
+    for wrong, said in ((lambda o, b: 1.0, "is 1.0"), (lambda o, b: o.logits, r"tensor \[2, "),
+                        (lambda o, b: torch.ones(()), "without a graph")):
+        with pytest.raises(ConfigError, match=said):
+            Somf().lifecycle(model, aligned, tuned, batches, loss=wrong)
+    with pytest.raises(ConfigError, match="is a mapping of what the model takes"):
+        Somf().lifecycle(model, aligned, tuned, [batches[0]["pixel_values"]])
     with pytest.raises(ConfigError, match="gives no loss"):
         Somf().lifecycle(model, aligned, tuned, [{"pixel_values": batches[0]["pixel_values"]}])
     assert all(torch.equal(p, aligned[n]) for n, p in weights(model).items())
+
+
+@pytest.mark.parametrize("mine", ["tuned", "aligned"])
+def test_tensors_may_be_those_of_the_model_that_is_fused(mine):
+    """It moves while the mask is learnt, and what was handed over is what it was before."""
+    made = []
+    for own in (False, True):
+        model, aligned, tuned, batches = setup(1)
+        model.load_state_dict(tuned[0] if mine == "tuned" else aligned, strict=False)
+        given = {"tuned": [tuned[0]], "aligned": aligned}
+        if own:
+            here = dict(model.named_parameters()) if mine == "tuned" else model.state_dict()
+            given[mine] = [here] if mine == "tuned" else here
+        told = Somf(updates=6, start=1.0, step_rate=0.5).lifecycle(
+            model, given["aligned"], given["tuned"], batches)
+        made.append(weights(model))
+        assert 0 < told.share < 1
+    assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])

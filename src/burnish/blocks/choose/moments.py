@@ -38,13 +38,15 @@ class SecondMoments:
 def read(model: nn.Module, seen: Mapping[str, Sequence[SecondMoments]],
          batches: Iterable[Mapping[str, Any]], who: str) -> None:
     """Run the model over batches in evaluation mode; `seen` of each module's path is told what it
-    reads. Tokens that ``attention_mask`` leaves out do not count."""
+    reads. Tokens that ``attention_mask`` leaves out do not count. Labels have a part only where a
+    decoder's input is made of them."""
     mask: Tensor | None = None
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def look(path: str, stats: Sequence[SecondMoments]) -> Any:
         def hook(module: Any, args: tuple, kw: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kw.values()))
-            rows = _valid(x, mask, path, who)
+            rows = _valid(x, mask, path, who, decodes)
             for s in stats:
                 s.see(rows)
         return hook
@@ -55,8 +57,15 @@ def read(model: nn.Module, seen: Mapping[str, Sequence[SecondMoments]],
     try:
         with evaluating([m for m in model.modules() if m.training]):
             for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise ConfigError(f"{who}: a batch is a mapping of what the model takes, and "
+                                      f"this is a {type(batch).__name__}")
                 mask = batch.get("attention_mask")
-                model(**{k: v for k, v in batch.items() if k != "labels"})
+                if decodes and not {"labels", "decoder_input_ids", "decoder_inputs_embeds"} & \
+                        batch.keys():
+                    raise ConfigError(f"{who}: this model has a decoder, whose input these batches "
+                                      "do not say: bring labels or decoder_input_ids")
+                model(**{k: v for k, v in batch.items() if k != "labels" or decodes})
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,12 +74,12 @@ def read(model: nn.Module, seen: Mapping[str, Sequence[SecondMoments]],
                           "module, or there were none")
 
 
-def _valid(x: Tensor, mask: Tensor | None, path: str, who: str) -> Tensor:
-    """Tokens (N, in) that count."""
+def _valid(x: Tensor, mask: Tensor | None, path: str, who: str, decodes: bool) -> Tensor:
+    """Tokens (N, in) that count. decodes: the mask may be of other tokens than these."""
     flat = x.reshape(-1, x.shape[-1])
     if mask is None or bool(mask.all()):
         return flat
-    if mask.numel() != len(flat):
+    if decodes or mask.numel() != len(flat):
         raise ConfigError(f"{who}: {path} reads {list(x.shape)}, and which of these are padding "
                           f"cannot be told from a mask of {list(mask.shape)}; give batches without "
                           "padding")

@@ -8,6 +8,7 @@ there at a time. See ``methods/lifecycle/somf.py``.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,14 +36,15 @@ class Fusing:
     def __init__(self, model: nn.Module, aligned: Mapping[str, Tensor],
                  tuned: Sequence[Mapping[str, Tensor]], scales: Sequence[float] | None, rows: bool,
                  start: float):
-        if not isinstance(model, nn.Module) or not tuned:
-            raise ConfigError("fusing takes a plain model and the tensors of one tuned model or "
-                              "more; merge an update first")
+        if not isinstance(model, nn.Module) or isinstance(tuned, Mapping) or not tuned:
+            raise ConfigError("fusing takes a plain model and a list of the tensors of one tuned "
+                              "model or more; merge an update first")
         scales = [1.0] * len(tuned) if scales is None else [float(s) for s in scales]
         if len(scales) != len(tuned):
             raise ConfigError(f"{len(tuned)} tuned models and {len(scales)} scales")
-        self.model, self.aligned, self.tuned, self.scales = model, aligned, tuned, scales
         self.before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        aligned, *tuned = (self._own(model, one) for one in (aligned, *tuned))
+        self.model, self.aligned, self.tuned, self.scales = model, aligned, tuned, scales
         self.change: dict[str, Tensor] = {}
         for name, p in model.named_parameters():
             for one in (aligned, *tuned):
@@ -63,6 +65,12 @@ class Fusing:
         for name, p in model.named_parameters():
             if name not in self.change:
                 p.data.copy_(aligned[name])
+
+    def _own(self, model: nn.Module, one: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors that stay while the model moves: a copy of those that are the model's."""
+        mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return ChainMap({n: self.before[n] for n in self.before if n in one
+                         and one[n].untyped_storage().data_ptr() in mine}, one)  # type: ignore
 
     def _change(self, name: str) -> Tensor:
         """sum_t lambda_t tau_t, in fp32 or wider."""
@@ -85,11 +93,17 @@ class Fusing:
         self.stand(mask)
         with evaluating([m for m in self.model.modules() if m.training]), torch.enable_grad(), \
                 asking(self.model, self.params.values()):
+            if not isinstance(batch, Mapping):
+                raise ConfigError(f"a batch of safety data is a mapping of what the model takes, "
+                                  f"and this is a {type(batch).__name__}")
             out = self.model(**batch)
-            value = out.loss if loss is None else loss(out, batch)
+            value = getattr(out, "loss", None) if loss is None else loss(out, batch)
             if value is None:
                 raise ConfigError("the model gives no loss for these batches: bring labels, or say "
                                   "loss=")
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise ConfigError("a safety loss is one number that follows the weights, and this "
+                                  f"one is {_said(value)}")
             found = torch.autograd.grad(value, list(self.params.values()), allow_unused=True)
         if not all(bool(g.isfinite().all()) for g in found if g is not None):
             raise CheckError("a gradient of the safety loss is not finite")
@@ -135,3 +149,9 @@ class Fusing:
     def stand_as_before(self) -> None:
         for name, p in self.model.named_parameters():
             p.copy_(self.before[name])
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"a tensor {list(value.shape)}{'' if value.requires_grad else ' without a graph'}"

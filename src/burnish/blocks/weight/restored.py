@@ -5,6 +5,7 @@ See ``methods/lifecycle/recovery.py`` for what is done and why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ class Restoring:
                     f"{list(p.shape)} of {p.dtype}"))
         self.aligned = aligned
         self.most = sum(p.numel() for p in model.parameters())
+        if int(share * self.most) < 1:
+            raise ConfigError(f"recovery: restored={share:g} is less than one of {self.most} "
+                              "parameters")
+        if all(torch.equal(p, aligned[n].to(p.device)) for n, p in self.params.items()):
+            raise ConfigError(f"recovery: the first {every} blocks are the aligned model's: there "
+                              "is nothing to put back")
         self.tuned = {n: p.detach().clone() for n, p in self.params.items()}
         self.back = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.params.items()}
 
@@ -81,9 +88,9 @@ class Restoring:
         with self._at_aligned():
             d_h = self._mean(self.harmful)
         d_b = self._mean(self.task)
-        whole = float(score(model))
+        whole = self._figure("score", score)
         least = whole - drop * abs(whole)
-        first = (0, 0.0, whole, float(harm(model)))
+        first = (0, 0.0, whole, self._figure("harm", harm))
         for rollback in (False, True):
             self.tuned_again()
             kept, trace, g = [({}, first)], [first], {}
@@ -93,16 +100,28 @@ class Restoring:
                 if rollback:
                     g = self._gradients(self.task, d_b, {})
                     self._towards(self.tuned, g, None, just)
-                if not rollback and step == warmup and float(score(model)) < least:
+                if not rollback and step == warmup and self._figure("score", score) < least:
                     break
                 if step % every == 0:
-                    trace.append((step, self._share(), float(score(model)), float(harm(model))))
+                    trace.append((step, self._share(), self._figure("score", score),
+                                  self._figure("harm", harm)))
                     kept.append((self._index(), trace[-1]))
             else:
                 index, best = min((k for k in kept if k[1][2] >= least),
                                   key=lambda k: (k[1][3], -k[1][2]))
                 return Restored(index, best[0], rollback, *best[1:], trace)
         raise AssertionError
+
+    def _figure(self, what: str, of: Score) -> float:
+        value: Any = of(self.model)
+        try:
+            found = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise CheckError(f"recovery: {what} gave {value!r}, and models are compared by finite "
+                             "numbers")
+        return found
 
     # -- one step --------------------------------------------------------------------------------
     def _gradients(self, batches: Batches, direction: Tensor, total: dict[str, Tensor]

@@ -46,7 +46,8 @@ def affines(method: Method, tuned: Any) -> dict[str, nn.Parameter]:
 def untargeted(method: Method, why: str) -> None:
     """ConfigError where `targets` are given that nothing reads."""
     if method.targets is not None:
-        raise ConfigError(f"{method.name}: targets={method.targets!r} does nothing: {why}")
+        raise ConfigError(f"{method.name or type(method).__name__.lower()}: "
+                          f"targets={method.targets!r} does nothing: {why}")
 
 
 def class_logits(outputs: Any, who: str) -> Tensor:

@@ -30,7 +30,8 @@ class Antidote(Method):
         told = burnish.parse("antidote")[0].lifecycle(tuned, harmful)        # batches
 
     W are the factors A (rank, in) and B (out, rank) of `lora` (and `dora`) where a recipe has some,
-    B's input being A x; else q, k and v of the model (`targets` names others). Inputs are seen by
+    B's input being A x; else q, k and v of the model (`targets` names others), which under a recipe
+    have to be what it trains (``full``). Inputs are seen by
     the whole model with nothing masked, then all is masked at once. Padding (`attention_mask`) has
     no part. ``harmful=None`` ranks by |W| alone.
 
@@ -38,7 +39,7 @@ class Antidote(Method):
     Merging comes after. Large weights serve the task too: score both. Published: 2,000 harmful
     samples, LoRA of rank 256 (unconfirmed) after 20 epochs of data with 10 to 20 % harmful; up to
     17.8 % less harm at a small loss (unconfirmed). When not: updates that are no product of two
-    factors (lokr), which are refused.
+    factors (lokr), which are refused, as are weights of a base that a run only stands on.
     """
 
     paper: ClassVar[str] = ("Antidote: Post-fine-tuning Safety Alignment for Large Language Models "
@@ -72,8 +73,12 @@ class Antidote(Method):
         def scores() -> Iterator[Tensor]:
             return (self._score(m) for m in found)
 
-        cut = 0.0 if self.ranking == "row" else threshold(
-            scores, int(self.ratio * sum(m.weight.numel() for m in found) + 1e-9))
+        every = int(self.ratio * sum(m.weight.numel() for m in found) + 1e-9)
+        if not (every if self.ranking == "global" else
+                any(self._of_row(m.weight.shape[1]) for m in found)):
+            raise ConfigError(f"antidote: ratio={self.ratio:g} is less than one entry of these "
+                              f"{len(found)} matrices")
+        cut = 0.0 if self.ranking == "row" else threshold(scores, every)
         told = {}
         for m, score in zip(found, scores(), strict=True):
             gone = score > cut if self.ranking == "global" else self._row(score)
@@ -81,9 +86,11 @@ class Antidote(Method):
             told[m.name] = float(gone.float().mean())
         return told
 
+    def _of_row(self, n: int) -> int:
+        return n - int(n * (1 - self.ratio) + 1e-9)
+
     def _row(self, score: Tensor) -> Tensor:
-        n = score.shape[1]
-        k = n - int(n * (1 - self.ratio) + 1e-9)
+        k = self._of_row(score.shape[1])
         at = score.argsort(dim=1, descending=True, stable=True)[:, :k]
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, at, True)
 
@@ -116,12 +123,18 @@ class Antidote(Method):
             raise ConfigError(f"antidote ranks what linears read, and {odd[0].name} is of another "
                               f"kind ({odd[0].kind})")
         changed = {} if isinstance(tuned, nn.Module) else dict(tuned.terms(nn.Module))
+        held = None if isinstance(tuned, nn.Module) else {
+            t.data_ptr() for t in tuned.tensors().values()}
         out = []
         for p in places:
             if any(name.partition("[")[0] == p.name.partition("[")[0] for name in changed):
                 raise ConfigError(f"antidote: {p.name} stands with an update that is no product of "
                                   "factors; merge it first, so that the whole weight is ranked")
             w = p.stored(model.get_submodule(p.path))
+            if held is not None and w.data_ptr() not in held:
+                raise ConfigError(f"antidote: {p.name} is the base's own, which no adapter holds: "
+                                  "name by targets what this recipe has tuned as a whole, or merge "
+                                  "it first")
             if not w.is_floating_point():
                 raise ConfigError(f"antidote: {p.name} is held as codes, which cannot be masked")
             out.append(_Matrix(p.name, p.path, p.view(w.data), SecondMoments()))
