@@ -84,7 +84,6 @@ class Restoring:
     # -- the loop --------------------------------------------------------------------------------
     def choose(self, score: Score, harm: Score, *, steps: int, warmup: int, every: int,
                drop: float) -> Restored:
-        model = self.model
         with self._at_aligned():
             d_h = self._mean(self.harmful)
         d_b = self._mean(self.task)

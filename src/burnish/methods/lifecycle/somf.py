@@ -65,7 +65,7 @@ class Somf(Method):
             raise ConfigError("somf: temperatures fall and stay above 0, got "
                               f"hot={self.hot:g} and cold={self.cold:g}")
         if self.updates == 1 and "cold" in self.changed():
-            raise ConfigError("somf: a single update is made at hot; cold is of the last of several")
+            raise ConfigError("somf: one update is made at hot; cold is of the last of several")
         if self.targets is not None:
             raise ConfigError("somf: what the tasks have changed is masked; targets do nothing")
 
