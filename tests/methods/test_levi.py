@@ -76,9 +76,10 @@ def written_out(tuned, base, batch, blocks):
 
 
 @pytest.mark.parametrize("model, more, blocks", [
-    ("vit", "", (0, 1)), ("vit", ", reads=(1,), depth=1", (1,)), ("bert", ", weighed=True", (0, 1))])
+    ("vit", "", (0, 1)), ("vit", ", reads=(1,), layers=1", (1,)),
+    ("bert", ", weighed=True", (0, 1))])
 def test_it_is_the_equation_and_so_are_its_gradients(model, more, blocks):
-    tuned, net, base, batch = made(f"levi(projection=8{more})", model)
+    tuned, net, base, batch = made(f"levi(bottleneck=8{more})", model)
     if model == "bert":
         mask = torch.ones_like(batch["input_ids"])
         mask[0, -3:] = 0
@@ -95,7 +96,7 @@ def test_it_is_the_equation_and_so_are_its_gradients(model, more, blocks):
 
 
 def test_no_gradient_in_the_frozen_model_and_no_graph():
-    tuned, net, _, batch = made("levi(projection=8)")
+    tuned, net, _, batch = made("levi(bottleneck=8)")
     ran = []
     net.vit.layers[0].attention.register_forward_hook(
         lambda m, a, out: ran.append(torch.is_grad_enabled()))
@@ -126,7 +127,7 @@ def test_what_waits_for_backward_does_not_grow_with_the_depth_but_by_one_row_a_b
     kept = []
     for depth in (2, 6):
         net, batch = tiny("vit", num_hidden_layers=depth, batch=3)
-        tuned = burnish.tune(net, "levi(projection=8)", head=False)
+        tuned = burnish.tune(net, "levi(bottleneck=8)", head=False)
         with Ledger(net) as ledger:
             for value in batch.values():
                 ledger.watch("weights", [value])
@@ -140,12 +141,12 @@ def test_what_waits_for_backward_does_not_grow_with_the_depth_but_by_one_row_a_b
 
 
 def test_the_large_model_may_be_tuned_beside():
-    tuned, net, _, batch = made("lora(rank=2) + levi(projection=8, frozen=False)")
+    tuned, net, _, batch = made("lora(rank=2) + levi(bottleneck=8, frozen=False)")
     tuned.loss(batch).backward()
     assert all(p.grad is not None and p.grad.any() for n, p in net.named_parameters()
                if ".lora." in n)
     with pytest.raises(RecipeError, match="could not train"):
-        made("lora(rank=2) + levi(projection=8)")
+        made("lora(rank=2) + levi(bottleneck=8)")
 
 
 def test_the_counts():
@@ -153,15 +154,15 @@ def test_the_counts():
     assert 12 * (768 * 128 + 128) == 1_181_184
     small = 768 * 192 + 192 + 2 * (12 * 192 ** 2 + 13 * 192) + 2 * 192
     assert method.count(12, 768, 10) == small + 1_181_184 + 12 * 10 * (128 + 192 + 1)
-    for text, blocks in (("levi(projection=8)", 2), ("levi(projection=8, weighed=True)", 2),
-                         ("levi(projection=8, reads=(0,), depth=3)", 1)):
+    for text, blocks in (("levi(bottleneck=8)", 2), ("levi(bottleneck=8, weighed=True)", 2),
+                         ("levi(bottleneck=8, reads=(0,), layers=3)", 1)):
         tuned, *_ = made(text)
         got = sum(p.numel() for p in tuned.parameters())
         assert got == tuned.recipe[0].count(blocks, 32, 3), text
 
 
 @pytest.mark.parametrize("text, why", [
-    ("levi(projection=0)", "of at least 1"), ("levi(reduction=3)", "not divisible"),
+    ("levi(bottleneck=0)", "of at least 1"), ("levi(reduction=3)", "not divisible"),
     ("levi(reads=(0, 0))", "each once"), ("levi(reads=(2,))", "blocks 0 to 1"),
     ("levi(reads=())", "each once"), ("linear_probe + levi", "heads of its own"),
     ("lora(rank=2, targets='classifier') + levi(frozen=False)", "heads of its own"),

@@ -19,18 +19,18 @@ class Levi(Method):
     """LEVI: heads over the layers of a pre-trained model, each beside a small model of the task.
 
     ``y = mean_j head_j([P_j z_j ; u])``, j over the blocks that are read: z_j (D) the mean of block
-    j's states over a sample's tokens, padding left out; P_j (projection, D) with a bias; head_j
-    (classes, projection + S) with a bias, in place of the model's own. u (S) is of a small
+    j's states over a sample's tokens, padding left out; P_j (p, D) with a bias; head_j
+    (classes, p + S) with a bias, in place of the model's own. u (S) is of a small
     transformer, S = D / reduction, trained from scratch on what goes into the first block: a
-    projection to S, `depth` pre-norm blocks, a norm, the mean over tokens. With ``weighed=True`` the
-    mean is by shares that train. The loss is the task's, of y.
+    projection to S, `layers` pre-norm blocks, a norm, the mean over tokens. With ``weighed=True``
+    the mean is by shares that train. The loss is the task's, of y.
 
     Ours, the text leaves them open (a best reading): the mean as what is pooled, the small model's
     form, that it reads the large one's embeddings, one loss of the mean.
 
-    Start: drawn as linears are; another function. Trains D S + S + depth (12 S^2 + 13 S) + 2 S for
+    Start: drawn as linears are; another function. Trains D S + S + layers (12 S^2 + 13 S) + 2 S for
     the small model, D p + p for each projection and classes (p + S + 1) for each head, p =
-    `projection`. Kept for backward: what the small model keeps, and of the large one the states
+    `bottleneck`. Kept for backward: what the small model keeps, and of the large one the states
     that go in and D numbers a sample and block. Not mergeable: two models run.
 
     frozen=True: the large model runs in evaluation mode without a graph, and nothing may train in
@@ -45,11 +45,10 @@ class Levi(Method):
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     takes_head: ClassVar[bool] = False
-    small: ClassVar[dict[str, Any]] = {"projection": 8}
 
-    projection: int = setting(128, "p, width of what a head reads of a block")
+    bottleneck: int = setting(128, "p, width of what a head reads of a block")
     reduction: int = setting(4, "D / S, the large model's width over the small one's")
-    depth: int = setting(2, "blocks of the small model")
+    layers: int = setting(2, "blocks of the small model")
     reads: tuple[int, ...] | None = setting(None, "blocks that have a head, from 0; None: all",
                                             other=((1,),))
     weighed: bool = setting(False, "heads are weighed by shares that train")
@@ -57,8 +56,8 @@ class Levi(Method):
                            unseen="alone nothing trains in it: tests/methods/test_levi.py")
 
     def __post_init__(self) -> None:
-        if min(self.projection, self.reduction, self.depth) < 1:
-            raise RecipeError(f"{self}: expected projection, reduction and depth of at least 1")
+        if min(self.bottleneck, self.reduction, self.layers) < 1:
+            raise RecipeError(f"{self}: expected bottleneck, reduction and layers of at least 1")
         if self.reads is not None and (not self.reads or len(set(self.reads)) < len(self.reads)
                                        or min(self.reads) < 0):
             raise RecipeError(f"levi(reads={self.reads}): expected numbers of blocks, each once")
@@ -97,14 +96,14 @@ class Levi(Method):
         like = next(p for p in attacher.model.get_submodule(blocks[0].path).parameters()
                     if p.is_floating_point())
         for i, block in enumerate(blocks):
-            small = Small(d, s, self.depth, heads) if not i else None
+            small = Small(d, s, self.layers, heads) if not i else None
             Viewed(state, name, small, i in read, self.frozen).to(
                 device=like.device, dtype=like.dtype).listen(attacher.slot(block.path), part.name)
-        Answers(state, name, Heads(len(read), d, self.projection, s, place.out, self.weighed)).to(
+        Answers(state, name, Heads(len(read), d, self.bottleneck, s, place.out, self.weighed)).to(
             device=like.device, dtype=like.dtype).listen(slot, f"{part.name}_heads")
 
     def count(self, blocks: int, d: int, classes: int) -> int:
         """Trainable parameters where so many blocks of width d are read."""
-        s, p = d // self.reduction, self.projection
-        return Small.count(d, s, self.depth) + blocks * (d * p + p + classes * (p + s + 1)) \
+        s, p = d // self.reduction, self.bottleneck
+        return Small.count(d, s, self.layers) + blocks * (d * p + p + classes * (p + s + 1)) \
             + blocks * self.weighed
