@@ -118,6 +118,14 @@ def test_a_trained_head_stays_where_only_ends_are_behind_its_last_token(tmp_path
     assert task.fit_head(model) is model
     with pytest.raises(ConfigError, match="writes 4 tokens and the tokenizer has 7"):
         task.fit_head(made(CTC, vocab_size=4)[0])
+    for filled, kept in ((8, True), (13, False)):               # up to a round number, or another
+        model = made(CTC, vocab_size=filled)[0]
+        model.save_pretrained(tmp_path / "model")
+        task = task_for(data, str(tmp_path / "model"))
+        loaded = task.load(str(tmp_path / "model"))
+        assert (loaded.lm_head.out_features == filled) is kept is not bool(task.fresh)
+        assert any("its head is drawn anew" in n for n in task.notes) is not kept
+    assert task.read(torch.tensor([3, 3, 0, 7, 12, 2, 4])) == "a b", "what no token stands for"
 
 
 def test_another_data_set_of_the_task_is_read_like_the_first(tmp_path):

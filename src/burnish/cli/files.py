@@ -30,12 +30,13 @@ def attached(adapter: Path, base: str | None, force: bool = False, unread: bool 
 
     from ..formats import safe
     from ..formats.combine import of_peft
+    from ..formats.fingerprint import dtype_of
     from ..formats.folder import CONFIG, RUN, read_config
     from ..formats.opened import open_model, opens
 
-    def model(name: str) -> Any:
+    def model(name: str, dtype: str | None = None) -> Any:
         target.needs_transformers("models")
-        return open_model(name) if unread and opens(name) else target.model(name)
+        return open_model(name, dtype) if unread and opens(name) else target.model(name, dtype)
 
     if of_peft(adapter):
         own = safe.read_json(adapter / CONFIG)
@@ -43,14 +44,16 @@ def attached(adapter: Path, base: str | None, force: bool = False, unread: bool 
         if not name:
             raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
         return burnish.load_peft(model(name), adapter), name
-    name = base or read_config(adapter)["base"].get("name")
+    was = read_config(adapter)["base"]
+    name = base or was.get("name")
     if not name:
         raise ConfigError(f"{adapter} does not say which base it was made on; give --base")
     if (adapter / RUN).is_file():
         from ..fit.finished import Finished
 
         return Finished.open(adapter, base, force, unread).tuned, name
-    return burnish.load(model(name), adapter, force=force), name
+    found = model(name, dtype_of(was))
+    return burnish.load(found, adapter, force=force), name
 
 
 @app.command()

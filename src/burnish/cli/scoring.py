@@ -82,7 +82,6 @@ class Models:
         if self.task.fresh:
             raise ConfigError(f"{folder} holds no {self.task.fresh[0]}, so it cannot be scored for "
                               f"{self.task.data.task}; give the folder of a tuned model")
-        self.task.settle(model)
         return model.eval()
 
     def figures(self, folder: Path, *_: Any) -> tuple[dict[str, float], str]:

@@ -12,10 +12,11 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError
 from ..core.reading import reading
+from .repository import file_of
 
 #: what a tokenizer of CTC has beside its characters; the blank, between two letters, is the first
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "|")
-#: any of these says that a folder has a tokenizer
+#: any of these says that a model has a tokenizer
 _FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 #: share of characters that a tokenizer may lack before its alphabet is another
 _LACKS = 0.2
@@ -37,7 +38,7 @@ def spoken(extractor: Any, name: str, trust_remote_code: bool) -> Spoken:
     """With the model's tokenizer, where it has one."""
     import transformers
 
-    if Path(name).is_dir() and not any(Path(name, f).is_file() for f in _FILES):
+    if not any(file_of(name, f) for f in _FILES):
         return Spoken(extractor)
     with reading(f"the tokenizer of {name}", ConfigError, "give processor="):
         try:

@@ -37,6 +37,7 @@ class Finished:
 
         import burnish
 
+        from ..formats.fingerprint import dtype_of
         from ..formats.folder import RUN, read_config, read_run
         from .data import Data
         from .places import processor_for
@@ -44,7 +45,8 @@ class Finished:
         from .tasks import task_for
 
         quiet()
-        recorded = read_config(folder)["base"].get("name")
+        was = read_config(folder)["base"]
+        recorded, dtype = was.get("name"), dtype_of(was)
         if not (folder / RUN).is_file():
             raise ConfigError(f"{folder} holds an adapter but no {RUN}, so its task is unknown; "
                               "predict and evaluate need the folder of a finished fit")
@@ -60,7 +62,8 @@ class Finished:
                         seed=int(facts["training"].get("seed", 42)), **facts.get("task", {}))
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
-            module = task.load(name, unread=unread or stores(facts["recipe"]))
+            module = task.load(name, unread=unread or stores(facts["recipe"]),
+                               **({} if dtype is None else {"dtype": dtype}))
         except ConfigError as e:
             if base is not None:
                 raise

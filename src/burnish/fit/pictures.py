@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import ConfigError
 from ..core.reading import reading, shown
 from ..formats import safe
+from .repository import file_of
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,8 @@ def processor_of(model: str | nn.Module, trust_remote_code: bool = False) -> Pic
 
 
 def _config(name: str) -> dict[str, Any] | None:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        file = path / "preprocessor_config.json"
-        return safe.read_json(file, finite=True) if file.exists() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return safe.read_json(hf_hub_download(name, "preprocessor_config.json"), finite=True)
-    except BurnishError:
-        raise
-    except Exception as e:
-        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
-            return None
-        raise ConfigError(f"{name!r} is neither a folder here nor a model that could be loaded "
-                          f"from the hub ({type(e).__name__})") from None
+    file = file_of(name, "preprocessor_config.json")
+    return None if file is None else safe.read_json(file, finite=True)
 
 
 def _from_config(config: dict[str, Any]) -> Picture:

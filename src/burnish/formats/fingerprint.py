@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ..core.errors import FormatError
 from ..core.processes import here
 from ..core.unread import values
 
+#: numbers that a model may be loaded as
+PLAIN = ("float32", "bfloat16", "float16", "float64")
 _PIECE = 1 << 24
 _cache: Any = WeakIdKeyDictionary()
 
@@ -52,6 +55,15 @@ def fingerprint(model: nn.Module, taken: Mapping[str, str] | None = None,
         lines[name] = _no_content(text) if name in whole else text
     total = hashlib.sha256("\n".join(f"{n} {lines[n]}" for n in sorted(lines)).encode())
     return Fingerprint(total.hexdigest(), {n: _short(lines[n]) for n in sorted(lines)})
+
+
+def dtype_of(base: Mapping[str, Any]) -> str | None:
+    """The numbers that most tensors of a recorded base are of ("bfloat16"), so that it can be
+    loaded as it was; None where no plain ones are recorded."""
+    tensors = (base.get("fingerprint") or {}).get("tensors", {})
+    kinds = Counter(text.partition("[")[0] for text in tensors.values())
+    plain = [k for k, _ in kinds.most_common() if k in PLAIN]
+    return plain[0] if plain else None
 
 
 def lines(model: nn.Module, whole: Container[str], taken: Container[str]) -> dict[str, str]:

@@ -37,6 +37,8 @@ class Task:
     notes: list[str] = field(default_factory=list)
     #: tensors of the loaded model that its files lack, or have in another size: drawn anew
     fresh: list[str] = field(default_factory=list)
+    #: what numbers the model is of, once it is settled
+    reads: torch.dtype | None = field(default=None, repr=False)
     _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     #: columns of a row that is asked about, the last ones where they are there
@@ -88,6 +90,7 @@ class Task:
                                   f"{plain(str(e).strip().partition(chr(10))[0])}") from None
         changed = (k[0] if isinstance(k, tuple) else k for k in found["mismatched_keys"])
         self.fresh = sorted({*found["missing_keys"], *changed})
+        self.settle(model)
         return model
 
     def prepare(self) -> None:
@@ -112,6 +115,7 @@ class Task:
 
         Raises ConfigError where they cannot.
         """
+        self.reads = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def check(self, model: nn.Module) -> None:
         """Looks through the rows for what the model cannot take. Raises DataError with the row."""
@@ -141,7 +145,13 @@ class Task:
         """Rows as one batch, with the keys of context that they have."""
         keys = [k for k in self.data.keys if k in rows[0]]
         bare = [{k: v for k, v in r.items() if k not in keys} for r in rows] if keys else rows
-        return self.together(bare) | {k: torch.tensor([r[k] for r in rows]) for k in keys}
+        return self.agreed(self.together(bare)) | {k: torch.tensor([r[k] for r in rows])
+                                                   for k in keys}
+
+    def agreed(self, batch: Batch) -> Batch:
+        """Pictures and sounds as the numbers that the model is of; what is right stays."""
+        return {k: v.to(self.reads) if k not in self.truth and isinstance(v, torch.Tensor)
+                and v.is_floating_point() else v for k, v in batch.items()}
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}

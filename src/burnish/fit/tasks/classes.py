@@ -28,7 +28,7 @@ class _Picture(Task):
         return Pictures(self.data.splits[split], self.processor, self.data.where.get(split))
 
     def encode(self, row: Mapping[str, Any]) -> Batch:
-        return {"pixel_values": self.processor(row["image"])[None]}
+        return self.agreed({"pixel_values": self.processor(row["image"])[None]})
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]),

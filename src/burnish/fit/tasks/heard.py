@@ -59,15 +59,10 @@ class Heard(Task):
         return (0.025 + 0.010 * (frames - 1)) if isinstance(frames, int) else None     # AST's
 
     # -- the model -----------------------------------------------------------------------------
-    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
-             ) -> nn.Module:
-        model = super().load(name, trust_remote_code, unread, **kw)
-        self.settle(model)
-        return model
-
     def settle(self, model: nn.Module) -> None:
         """Model and extractor speak of the same input; layers are never left out by chance, which
         no promise of memory could be made of."""
+        super().settle(model)
         config, p = getattr(model, "config", None), self.extractor
         wanted, made = getattr(model, "main_input_name", None), p.model_input_names[0]
         name = type(model).__name__
@@ -162,7 +157,8 @@ class Heard(Task):
     # -- answers to people ---------------------------------------------------------------------
     def encode(self, row: Mapping[str, Any]) -> Batch:
         try:
-            return self.padded([extracted(self.extractor, row["audio"], self.limit)])
+            return self.agreed(self.padded([extracted(self.extractor, row["audio"],
+                                                      self.limit)]))
         except ValueError as e:
             raise DataError(f"{row['audio']}: the sound cannot be read: {e}") from None
 

@@ -96,12 +96,6 @@ class SemanticSegmentation(Task):
         return {"num_labels": len(names), "id2label": names,
                 "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
 
-    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
-             ) -> nn.Module:
-        model = super().load(name, trust_remote_code, unread, **kw)
-        self.settle(model)
-        return model
-
     def fit_head(self, model: nn.Module) -> nn.Module:
         has = getattr(getattr(model, "config", None), "num_labels", None)
         if has != len(self.names):
@@ -113,6 +107,7 @@ class SemanticSegmentation(Task):
         return model
 
     def settle(self, model: nn.Module) -> None:
+        super().settle(model)
         config = getattr(model, "config", None)
         for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
             was = getattr(config, name, None)
@@ -196,8 +191,8 @@ class SemanticSegmentation(Task):
 
     # -- answers to people ---------------------------------------------------------------------
     def encode(self, row: Mapping[str, Any]) -> Batch:
-        return {"pixel_values": self.processor(images=self._seen(row["image"]),
-                                               return_tensors="pt")["pixel_values"]}
+        return self.agreed({"pixel_values": self.processor(
+            images=self._seen(row["image"]), return_tensors="pt")["pixel_values"]})
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         """shares: of what is seen of the picture, the largest first; mask: a PNG of the picture's

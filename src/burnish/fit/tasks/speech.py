@@ -81,6 +81,7 @@ class SpeechRecognition(Heard):
                               "processor= with the folder of a model of speech")
         super().prepare()
         texts = self.data.splits["train"]["text"][:] if "train" in self.data.splits else []
+        self._drawn = p.tokenizer is None
         if p.tokenizer is None:
             if not texts:
                 raise ConfigError("the model has no tokenizer, and there are no texts to draw its "
@@ -113,15 +114,20 @@ class SpeechRecognition(Heard):
         config = config_of(name, self.data.task, trust_remote_code)
         has = getattr(config, "vocab_size", None)
         self._width = has if self._spells(has) else len(self.processor.tokenizer)
+        if has is not None and has != self._width and not self._drawn:
+            self.notes.append(f"the model writes {has} tokens and its tokenizer {self._width}: its "
+                              "head is drawn anew")
         return super().load(name, trust_remote_code, unread, **kw)
 
     def _spells(self, width: Any) -> bool:
         """Whether a head of this width writes all that is learnt: many tokenizers have beginnings
-        and ends behind the last token that their model was trained to write."""
+        and ends behind the last token that their model was trained to write, and some heads are
+        filled up to a round number behind the last token of theirs."""
         t = self.processor.tokenizer
         ends = {t.bos_token, t.eos_token} - {t.pad_token, t.word_delimiter_token}
         needs = 1 + max(i for w, i in t.get_vocab().items() if w not in ends)
-        return isinstance(width, int) and needs <= width <= len(t)
+        round_up = () if self._drawn else (-(-len(t) // m) * m for m in (8, 16))
+        return isinstance(width, int) and (needs <= width <= len(t) or width in round_up)
 
     def head(self) -> dict[str, Any]:
         t = self.processor.tokenizer
@@ -220,7 +226,8 @@ class SpeechRecognition(Heard):
         t = self.processor.tokenizer
         once = torch.unique_consecutive(tokens[tokens >= 0]).tolist()
         marks = set(t.all_special_ids) - {t.word_delimiter_token_id}
-        return t.decode([i for i in once if i not in marks], group_tokens=False).strip()
+        kept = [i for i in once if i < len(t) and i not in marks]   # a head may be filled up
+        return t.decode(kept, group_tokens=False).strip()
 
     # -- answers to people ---------------------------------------------------------------------
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:

@@ -25,13 +25,8 @@ class Textual(Task):
                 raise ConfigError("the tokenizer has neither a padding nor an end-of-text token, "
                                   "so rows cannot be put together; set tokenizer.pad_token")
 
-    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
-             ) -> nn.Module:
-        model = super().load(name, trust_remote_code, unread, **kw)
-        self.settle(model)
-        return model
-
     def settle(self, model: nn.Module) -> None:
+        super().settle(model)
         self.notes += words.agree(model, self.processor, self.stops())
         asked, limit = self.max_length, self.processor.model_max_length
         self.max_length, notes = words.longest(
