@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "tune": "engine.tune", "Tuned": "engine.tuned", "load": "formats.adapter",
+    "tune": "engine.tune", "Tuned": "engine.tuned", "BlackBox": "engine.blackbox",
+    "load": "formats.adapter",
     "open_model": "formats.opened",
     "shard": "engine.sharded",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, parse
     from .core.registry import catalogue as methods
     from .core.registry import register
+    from .engine.blackbox import BlackBox
     from .engine.sharded import shard
     from .engine.tune import tune
     from .engine.tuned import Tuned

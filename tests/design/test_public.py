@@ -12,7 +12,8 @@ import burnish
 
 NAMES = {
     "tune", "Tuned", "load", "open_model", "shard", "simulate", "measure", "plan", "fit",
-    "TrainerCallback", "continual", "methods", "export_peft", "load_peft", "MemoryReport", "Method",
+    "TrainerCallback", "BlackBox", "continual",
+    "methods", "export_peft", "load_peft", "MemoryReport", "Method",
     "setting",
     "register",
     "Recipe", "parse", "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",

@@ -354,6 +354,18 @@ def test_a_probe_of_sizes_that_breaks_off_leaves_all_alive():
     assert [n for n, _ in opt.named()] == ["layers.0.w", "layers.1.w"]
 
 
+def test_a_step_that_breaks_off_leaves_no_loss_behind():
+    """One-sided: the loss at theta is that of the batch at hand, not of one that failed."""
+    p = nn.Parameter(torch.zeros(4))
+    opt = build("zo(one_sided=True, eps=1.0)", [("w", p)])
+    losses = iter([5.0])
+    with pytest.raises(StopIteration):
+        opt.step(lambda: next(losses))
+    losses = iter([1.0, 4.0])
+    opt.step(lambda: next(losses))
+    assert opt.log.scalars == [3.0]
+
+
 def test_what_rests_is_neither_probed_nor_moved():
     for settings in (", unit='block'", ", rule='adam'", ""):
         model = Stack().double().eval()

@@ -35,6 +35,7 @@ class ForwardGrad(ZerothOrder):
         **ZerothOrder.why,
         "objective": "a slope is read off the task's loss alone"}
 
+    reads_model: ClassVar[bool] = True
     mode: Mode = "in_place"                      # nothing is perturbed
     name: str = "forward_grad"
 

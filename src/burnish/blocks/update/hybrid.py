@@ -49,6 +49,7 @@ class Hybrid(Zoo):
         "objective": "gradients and probes are of the task's loss alone",
         "schedule": "the number of a block alone decides what goes without a gradient"}
     rates_probes: ClassVar[bool] = False
+    reads_model: ClassVar[bool] = True
 
     layers: int | None = None
     above: Rule = field(default_factory=AdamW)

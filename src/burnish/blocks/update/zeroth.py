@@ -87,6 +87,8 @@ class ZerothOrder:
     width: ClassVar[int] = 2
     #: its learning rate is that of a probe, a hundredth of a gradient's
     rates_probes: ClassVar[bool] = True
+    #: it needs a model, and not only its loss
+    reads_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.eps <= 0 or self.queries < 1:

@@ -167,6 +167,7 @@ class ZooOptimizer(ZerothOrderOptimizer):
     # -- sizes and masks ---------------------------------------------------------------------
     def _begin(self, update: int) -> Generator[Evaluate, float, None]:
         self._turn(update)
+        self._here = None                            # of an update that broke off
         if self.spec.mask == "global" and "shares" not in self.log.header:
             self.log.header["shares"] = self._shares()
             self._sized()
