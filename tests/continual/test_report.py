@@ -12,6 +12,7 @@ from tests.continual.plane import network, plane
 import burnish
 from burnish.cli import main
 from burnish.continual import Training, real
+from burnish.continual import report as module
 from burnish.continual.report import Line, Report
 from burnish.core.errors import ConfigError
 
@@ -52,6 +53,23 @@ def test_a_row_that_cannot_be_learnt_leaves_the_others():
         burnish.continual(wild, "full", baselines=False)
     with pytest.raises(ConfigError, match="a head of 6 classes"):        # the stream is wrong
         burnish.continual(replace(plane(), model=lambda: network(4)), "full")
+
+
+def test_a_row_that_breaks_leaves_those_that_are_done(monkeypatch):
+    """Whatever it breaks with: the hours before it are not lost."""
+    real, seen = module.run, []
+
+    def run(*a, **k):
+        seen.append(1)
+        if len(seen) == 2:
+            raise RuntimeError("a kernel gave up")
+        return real(*a, **k)
+
+    monkeypatch.setattr(module, "run", run)
+    report = burnish.continual(plane(), ["lora(rank=2)", "full", "bitfit"], baselines=False,
+                               training=QUICK)
+    assert [bool(x.results) for x in report.lines] == [True, False, True]
+    assert report.lines[1].refused == "RuntimeError: a kernel gave up"
 
 
 def test_one_recipe_one_learner_no_baselines():

@@ -316,7 +316,9 @@ def test_what_is_not_finite_or_foreign_is_not_summed():
     server = Server(model(), some(), Mean(), Training(RECIPE))
     good = {n: t.clone() for n, t in server.content.items()}
     name = next(iter(good))
-    for change, what in (({name: good[name][:1]}, "is expected"), ({"more": torch.ones(1)}, "has"),
+    for change, what in (({name: good[name][:1]}, "is expected"),
+                         ({name: good[name].double()}, "is torch.float64 .*float32 .*expected"),
+                         ({name: good[name].int()}, "is torch.int32"), ({"more": torch.ones(1)}, "has"),
                          ({name: None}, "lacks")):
         said = {n: t for n, t in {**good, **change}.items() if t is not None}
         with pytest.raises(FormatError, match=what):

@@ -87,7 +87,7 @@ class Server:
         self.content: Content = {}                   # the adapter that all go on from
         self.waiting: dict[str, list[Sent]] = {n: [] for n in names}     # to be merged by each
         self.places: dict[str, Any] = {}
-        self.expected: dict[str, dict[str, torch.Size]] = {}             # by recipe
+        self.expected: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}   # by recipe
         for client in self.clients:
             recipe = recipe_of(client, training)
             if recipe not in self.expected:
@@ -97,7 +97,7 @@ class Server:
                               f"{' and '.join(self.expected)} train different ones; take the rule "
                               "stack, or one recipe")
 
-    def _begin(self, client: Member) -> dict[str, torch.Size]:
+    def _begin(self, client: Member) -> dict[str, tuple[torch.Size, torch.dtype]]:
         tuned = joined(self.model, client, self.rule, self.training, 1)
         try:
             said = self.rule.says(tuned)
@@ -105,7 +105,7 @@ class Server:
             for update in updates(tuned) if self.rule.merges else ():
                 if isinstance(update, Added):
                     self.places[update.name] = update.place
-            return {n: t.shape for n, t in sorted(said.items())}
+            return {n: (t.shape, t.dtype) for n, t in sorted(said.items())}
         finally:
             tuned.detach()
 
@@ -134,9 +134,10 @@ class Server:
         if odd := sorted(said.keys() ^ expected.keys()):
             raise FormatError(f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}")
         for name, t in said.items():
-            if t.shape != expected[name]:
-                raise FormatError(f"{name} is {list(t.shape)}, and {list(expected[name])} is "
-                                  "expected")
+            if (t.shape, t.dtype) != expected[name]:
+                shape, dtype = expected[name]
+                raise FormatError(f"{name} is {t.dtype} {list(t.shape)}, and {dtype} "
+                                  f"{list(shape)} is expected")
             if t.is_floating_point() and not torch.isfinite(t).all():
                 raise FormatError(f"{name} is not finite")
         return said
