@@ -171,7 +171,7 @@ def _line(made: Sequence[Stream], recipe: Any, how: Learner, training: Training 
         if type(why) is not BurnishError:            # the call was wrong, for all of them
             raise
         return Line(str(recipe), said(how), refused=str(why))      # a loss that is not finite
-    except Exception as why:                         # rows that are done are worth more than its end
+    except Exception as why:                         # those that are done are not lost
         return Line(str(recipe), said(how), refused=f"{type(why).__name__}: {why}")
 
 
