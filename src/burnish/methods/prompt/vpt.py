@@ -48,6 +48,9 @@ class Vpt(Method):
     after: int | None = setting(None, "tokens before them; None counts class, distillation and "
                                       "register tokens", other=(0,))
 
+    def forbids(self) -> dict[str, str]:
+        return {"which tokens go on": "vpt finds its tokens by their places"}
+
     def prompt(self, anatomy: Anatomy) -> Among:
         if self.targets is not None:
             raise RecipeError("vpt takes no targets: it stands before the whole stack of blocks")
