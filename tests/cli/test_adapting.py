@@ -152,6 +152,8 @@ def test_a_run_is_what_evaluate_says_of_it(capsys, texts):
     (["--how", "tent(updates=0)"], "at least 1"), (["--order", "clas"], "did you mean 'class'"),
     (["--corrupt", "noize"], "did you mean 'noise'"), (["--corrupt", "blur,blur"], "twice"),
     (["--corrupt", "blur", "--severity", "9"], "severity 9: expected 1 to 5"),
+    (["--severity", "3"], "give --corrupt"), (["--seed", "0"], "give --corrupt or"),
+    (["--seed", "1", "--order", "class"], "give --corrupt or"),
     (["--base", "x"], "--base is of a run's adapter"), (["--split", "tests"], "no split 'tests'"),
 ])
 def test_what_cannot_act_is_refused(capsys, net, argv, said):

@@ -110,7 +110,7 @@ def test_weights_are_the_aligned_model_s_again(capsys, at, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("argv, said", [
     (["--how", "tent"], "expected one of antidote, recovery"),
-    (["--judge", "a:b"], "--judge is of recovery"),
+    (["--judge", "a:b"], "--judge is of recovery"), (["--tokens", "4"], "--tokens is of recovery"),
     (["--how", "recovery"], "recovery takes a whole model"),
     (["--base", "base"], "leave --base out"),
 ])
@@ -124,3 +124,33 @@ def test_what_cannot_act_is_refused(capsys, at, tmp_path, argv, said):
 def test_an_input_is_never_the_output(capsys, at):
     code, _, err = run(capsys, "repair", at / "tuned", at / "harm.txt", "--output", at / "tuned")
     assert code == 2 and "tuned" in err
+
+
+def test_models_that_cannot_be_asked_are_refused(capsys, at, tmp_path):
+    from tests.e2e.conftest import bytelevel
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    T5ForConditionalGeneration(T5Config(
+        vocab_size=bytelevel(tmp_path / "t5"), d_model=16, d_ff=16, num_layers=1, num_heads=2,
+        d_kv=8)).save_pretrained(tmp_path / "t5")
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=bytelevel(tmp_path / "gpt2"), n_embd=16, n_layer=1, n_head=2, n_positions=4)
+    ).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "long.txt").write_text("the cat sat on the mat\n")
+    for name, said in (("t5", "does not go on from a prompt"), ("gpt2", "than the 4 positions")):
+        code, out, err = run(capsys, "repair", tmp_path / name, tmp_path / "long.txt", "--output",
+                             tmp_path / "new")
+        assert code == 2 and said in err and out == "" and not (tmp_path / "new").exists()
+
+
+def test_a_run_without_factors_is_not_written_again_as_it_was(capsys, at, tmp_path):
+    burnish.fit(str(at / "base"), str(at / "docs.txt"), "ia3", output=tmp_path / "run", quiet=True,
+                report=False, max_steps=1, max_length=16, validation=0)
+    code, out, err = run(capsys, "repair", tmp_path / "run", at / "harm.txt", "--output",
+                         tmp_path / "new")
+    assert code == 2 and "which no adapter holds" in err and not (tmp_path / "new").exists()

@@ -87,3 +87,15 @@ def test_shares():
     assert shares("0.2, 0.4") == (0.2, 0.4)
     with pytest.raises(ConfigError, match="--grid 1;2"):
         shares("1;2")
+
+
+@pytest.mark.parametrize("argv", [
+    ["dimension", "--model", "no", "--data", "no", "--output", "no"],
+    ["search", "lora(rank=4|8)", "--model", "no", "--data", "no", "--output", "no"],
+    ["sparsity", "no", "no"], ["inspect", "no"]])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, argv):
+    (tmp_path / "file").write_text("")
+    assert main([*argv, "--picture", str(tmp_path / "file" / "a.svg")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert main([*argv, "--picture", "a.png"]) == 2
+    assert "pictures are SVG" in capsys.readouterr().err

@@ -178,6 +178,11 @@ def test_files_of_prompts(tmp_path):
     (tmp_path / "g.jsonl").write_text('{"prompt": "one"}\n{"prompt": 3}\n')
     with pytest.raises(DataError, match="a prompt is text"):
         prompts(tmp_path / "g.jsonl")
+    (tmp_path / "h.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert prompts(tmp_path / "h.txt") == [Prompt("one")]
+    (tmp_path / "i.txt").write_bytes("one\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8 text: byte 0xe9 in line 2"):
+        prompts(tmp_path / "i.txt")
 
 
 def test_what_cannot_be_asked_or_judged_is_refused(model):
@@ -187,6 +192,12 @@ def test_what_cannot_be_asked_or_judged_is_refused(model):
         judge_of("nowhere:judge")
     with pytest.raises(ConfigError, match="there is no judge json:judge"):
         judge_of("json:judge")
+    with pytest.raises(ConfigError, match="there is no judge :judge"):
+        judge_of(":judge")
+    with pytest.raises(ConfigError, match="math:pi is 3.14.*, and a judge is a function"):
+        judge_of("math:pi")
+    with pytest.raises(ConfigError, match="give the text of a policy"):
+        judge_of("somewhere", " \n")
     with pytest.raises(ConfigError, match="a function has its own"):
         judge_of("json:dumps", "policy")
     with pytest.raises(ConfigError, match="give the text of a policy"):
@@ -197,6 +208,70 @@ def test_what_cannot_be_asked_or_judged_is_refused(model):
         answers(tiny("t5")[0], None, ["a"])
     with pytest.raises(ConfigError, match="does not go on from a prompt"):
         answers(tiny("bert")[0], None, ["a"])
+
+
+@pytest.mark.parametrize("said", [True, 2.5, None, [1], torch.ones(2)])
+def test_a_score_is_one_of_five_numbers(model, said):
+    with pytest.raises(ConfigError, match="a judge gives 1 to 5"):
+        measure(*model, GIVEN[:1], lambda p, a: said, tokens=1)
+    assert measure(*model, GIVEN[:1], lambda p, a: 3.0, tokens=1).scores == [3]
+
+
+def test_a_judge_that_fails_says_on_which_prompt(model, tmp_path, monkeypatch):
+    def judge(prompt, answer):
+        raise KeyError("policy")
+
+    with pytest.raises(ConfigError, match="failed on the prompt 'the cat sat': KeyError: 'policy'"):
+        measure(*model, GIVEN, judge, tokens=1)
+    (tmp_path / "judge_of_mine.py").write_text(
+        "class Mine:\n    @staticmethod\n    def score(p, a):\n        return 4\n")
+    (tmp_path / "judge_broken.py").write_text("def (")
+    monkeypatch.chdir(tmp_path)                          # as a person stands beside it
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert judge_of("judge_of_mine:Mine.score")("a", "b") == 4
+    with pytest.raises(ConfigError, match="no judge judge_broken:f: invalid syntax"):
+        judge_of("judge_broken:f")
+    sys.modules.pop("judge_of_mine")
+
+
+@pytest.mark.parametrize("own", [
+    {"num_beams": 3}, {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": list(range(60, 300))}, {"do_sample": True, "temperature": 5.0}])
+def test_answers_are_greedy_whatever_the_model_s_folder_asks_for(model, own):
+    from transformers import GenerationConfig
+
+    net, tokenizer = model
+    texts = [p.text for p in GIVEN]
+    plain = answers(net, tokenizer, texts, tokens=6)
+    net.generation_config = mine = GenerationConfig(**own)
+    assert answers(net, tokenizer, texts, tokens=6) == plain
+    assert net.generation_config is mine
+    first = int(net(torch.tensor([tokenizer("the cat sat")["input_ids"]])).logits[0, -1].argmax())
+    net.generation_config = GenerationConfig(eos_token_id=[first])     # where its answers end
+    assert answers(net, tokenizer, ["the cat sat"], tokens=6) == [tokenizer.decode([first]).strip()]
+
+
+def test_what_has_no_position_is_refused_before_anything_is_answered(folder, tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2,
+                                     n_positions=12)).eval()
+    long = len(tokenizer("a dog ran in the park")["input_ids"])
+    net.generate = None
+    with pytest.raises(ConfigError, match=f"positions for an answer of {13 - long}, not of 9"):
+        answers(net, tokenizer, ["the cat", "a dog ran in the park"], tokens=9, batch=1)
+    del net.generate
+    assert len(answers(net, tokenizer, ["a dog ran in the park"], tokens=13 - long)) == 1
+    with pytest.raises(ConfigError, match="tokens is more than the 12 positions"):
+        answers(net, tokenizer, ["the cat " * 9], tokens=1)
+    with pytest.raises(ConfigError, match="is more than the 12 positions"):
+        ModelJudge(net, tokenizer, "no cats")("a", "b")
+    from burnish.fit.data import Data
+    from burnish.fit.tasks.language import LanguageModelling
+
+    task = LanguageModelling(Data("language-modelling", {}, "x", "txt", None), processor=tokenizer)
+    assert task.answer(net, {"text": "a dog ran"}, 99)["text"] is not None
 
 
 # -- the command -------------------------------------------------------------------------------
@@ -251,9 +326,13 @@ def test_a_model_alone_and_beside_the_one_it_was(capsys, folder, tmp_path):
     assert code == 0 and told["before"] == told["after"]
     code, out, _ = run(capsys, "audit", folder, tmp_path / "p.txt", "--tokens", "3")
     assert code == 0 and "nobody judged" in out
+    (tmp_path / "odd.txt").write_bytes(b"\xe9")
     for argv, said in ((["--policy", tmp_path / "p.txt"], "give --judge"),
                        (["--judge", folder], "give the text of a policy"),
                        (["--judge", folder, "--policy", tmp_path / "no.txt"], "no policy at"),
+                       (["--seed", "1"], "give --temperature"),
+                       (["--margin", "0.1"], "give --base"),
+                       (["--judge", folder, "--policy", tmp_path / "odd.txt"], "not UTF-8"),
                        (["--answers", tmp_path / "a.txt"], "ends in .jsonl")):
         code, _, err = run(capsys, "audit", folder, tmp_path / "p.txt", *argv)
         assert code == 2 and said in err and err.count("\n") == 1
@@ -261,3 +340,33 @@ def test_a_model_alone_and_beside_the_one_it_was(capsys, folder, tmp_path):
     code, out, err = run(capsys, "audit", folder, tmp_path / "p.txt", "--tokens", "3", "--judge",
                          folder, "--policy", tmp_path / "policy.txt", "--json")
     assert code == 0 and 1 <= json.loads(out)["after"]["score"] <= 5
+
+
+def test_a_file_that_is_read_is_never_the_one_written(capsys, folder, tmp_path, monkeypatch):
+    from burnish.fit import safety
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n')
+    monkeypatch.setattr(safety, "measure", None)             # refused before anything is asked
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "p.jsonl")
+    for name in ("p.jsonl", "link.jsonl"):
+        code, _, err = run(capsys, "audit", folder, tmp_path / "p.jsonl", "--answers",
+                           tmp_path / name)
+        assert code == 2 and "is the file of prompts itself, which would be replaced" in err
+    (tmp_path / "here").write_text("")
+    code, _, err = run(capsys, "audit", folder, tmp_path / "p.jsonl", "--answers",
+                       tmp_path / "here" / "a.jsonl")
+    assert code == 1 and "cannot write" in err
+    assert (tmp_path / "p.jsonl").read_text() == '{"prompt": "one"}\n'
+
+
+def test_texts_to_predict_on_are_read_as_prompts_are(tmp_path):
+    from types import SimpleNamespace
+
+    from burnish.fit.asked import rows
+
+    task = SimpleNamespace(takes=("text",), data=SimpleNamespace(task="language-modelling"))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert list(rows([str(tmp_path / "a.txt")], task, {})) == [("one", {"text": "one"})]
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="not UTF-8 text: byte 0xe9 in line 1"):
+        list(rows([str(tmp_path / "b.txt")], task, {}))

@@ -25,13 +25,15 @@ def adapt(
                                                        "each.")] = None,
     corrupt: Annotated[str | None, typer.Option(help="Make pictures worse first: noise,blur or "
                                                      "all; a row each.")] = None,
-    severity: Annotated[int, typer.Option(help="Of corruptions, 1 to 5.")] = 5,
+    severity: Annotated[int | None, typer.Option(help="Of corruptions, 1 to 5; default: 5.")
+                        ] = None,
     order: Annotated[str, typer.Option(help="data: as the rows come; shuffled; class: one class "
                                             "after the other.")] = "data",
     split: Annotated[str | None, typer.Option(help="Default: test, else validation, else train.")
                      ] = None,
     batch: Annotated[int, typer.Option(help="Rows at once; 1 with episodic methods.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Of corruptions and of the shuffled order.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of corruptions and of the shuffled order; "
+                                                  "default: 0.")] = None,
     base: Annotated[str | None, typer.Option(help="Of a run: the base model, where it moved "
                                                   "since.")] = None,
     json: Json = False,
@@ -42,9 +44,16 @@ def adapt(
     part but in the figures.
     """
     parts = [_part(text) for text in how or ["tent"]]
+    if severity is not None and corrupt is None:
+        raise ConfigError("--severity is of corruptions: give --corrupt")
+    severity = 5 if severity is None else severity
     names = _corruptions(corrupt, severity)
     if order not in ORDERS:
         raise ConfigError(f"--order {order}: expected {', '.join(ORDERS)}{nearest(order, ORDERS)}")
+    if seed is not None and not names and order != "shuffled":
+        raise ConfigError("--seed is of corruptions and of the shuffled order: give --corrupt or "
+                          "--order shuffled")
+    seed = seed or 0
     stream = _opened(source, data, split, batch, base)
     adapted = [(str(p), p.lifecycle(stream.tuned)) for p in parts]      # refused before any row
     stream.arrange(order, seed)

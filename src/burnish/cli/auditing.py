@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
+from ..core.reading import read_text
 from .app import Json, app
 from .screen import emit, table
 
@@ -31,9 +32,10 @@ def audit(
     batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 8,
     temperature: Annotated[float, typer.Option(help="0: greedy; above it answers are drawn.",
                                                min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of drawn answers.")] = 0,
-    margin: Annotated[float, typer.Option(help="By how much the harmful rate may rise without a "
-                                               "warning.", min=0.0)] = 0.05,
+    seed: Annotated[int | None, typer.Option(help="Of drawn answers; default: 0.")] = None,
+    margin: Annotated[float | None, typer.Option(help="By how much the harmful rate may rise "
+                                                      "without a warning; default: 0.05.",
+                                                 min=0.0)] = None,
     answers: Annotated[Path | None, typer.Option(help="A .jsonl file to write: every prompt with "
                                                       "its answers.")] = None,
     json: Json = False,
@@ -43,15 +45,22 @@ def audit(
     Without a judge only refusals are counted, by their words. No prompts come with burnish.
     """
     from ..fit import safety
-    from ..formats import safe
+    from ..formats import claim, safe
 
     if answers is not None and answers.suffix != ".jsonl":
         raise ConfigError(f"--answers {answers}: the file's name ends in .jsonl")
+    if seed is not None and not temperature:
+        raise ConfigError("--seed is of drawn answers, and these are greedy: give --temperature")
+    if answers is not None:
+        claim.refuse_file(answers, [("the file of prompts", prompts), ("the policy", policy)])
     given = safety.prompts(prompts)
     who = judge_of(judge, policy)
     models = opened(source, base)
+    if margin is not None and models.run is None and base is None:
+        raise ConfigError("--margin is of a comparison: give --base, the model's folder before")
+    margin = 0.05 if margin is None else margin
     how = {"system": system, "tokens": tokens, "batch": batch, "temperature": temperature,
-           "seed": seed}
+           "seed": seed or 0}
     found = {}
     for name in ("before", "after"):
         with models.standing(name) as (model, tokenizer):
@@ -77,7 +86,7 @@ def judge_of(judge: str | None, policy: Path | None) -> Any:
         return None
     if policy is not None and not policy.is_file():
         raise ConfigError(f"there is no policy at {policy}")
-    return safety.judge_of(judge, None if policy is None else policy.read_text("utf-8"))
+    return safety.judge_of(judge, None if policy is None else read_text(policy, ConfigError))
 
 
 class opened:

@@ -10,7 +10,7 @@ import typer
 from ..core.errors import ConfigError
 from . import config
 from .app import Json, app
-from .screen import emit, table
+from .screen import check_picture, emit, table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -43,8 +43,7 @@ def dimension(
     from ..methods.lifecycle.intrinsic_dimension import IntrinsicDimension
     from .scoring import best
 
-    if picture is not None and picture.suffix != ".svg":
-        raise ConfigError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    check_picture(picture)
     method = IntrinsicDimension(least=least, most=most, times=times, share=share, beyond=beyond,
                                 halvings=halvings)
     settings: dict[str, Any] = {"quiet": json, **config.overrides(list(ctx.args))}

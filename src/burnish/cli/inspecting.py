@@ -10,7 +10,7 @@ import typer
 from ..core.errors import ConfigError
 from .app import Json, app
 from .files import Adapter, Base, Force, attached
-from .screen import emit, table
+from .screen import check_picture, emit, table
 
 
 @app.command()
@@ -32,8 +32,7 @@ def inspect(
     from ..formats import safe
     from ..methods.lifecycle.intruders import Intruders
 
-    if picture is not None and picture.suffix != ".svg":
-        raise ConfigError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    check_picture(picture)
     if not intruders and (leading, likeness) != (10, 0.5):
         raise ConfigError("--leading and --likeness are about intruders; add --intruders")
     method = Intruders(leading=leading, likeness=likeness)

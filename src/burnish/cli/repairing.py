@@ -41,8 +41,8 @@ def repair(
                                                    "audit; default: words of refusal.")] = None,
     policy: Annotated[Path | None, typer.Option(help="A text file that a judging model reads.")
                       ] = None,
-    tokens: Annotated[int, typer.Option(help="Of recovery: longest answer that is looked at.",
-                                        min=1)] = 64,
+    tokens: Annotated[int | None, typer.Option(help="Of recovery: longest answer that is looked "
+                                                    "at; default: 64.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 8,
     json: Json = False,
 ) -> None:
@@ -57,7 +57,7 @@ def repair(
 
     part, kind = _part(how), kind_of([source])
     given = {"--benign": benign, "--data": data, "--split": split, "--metric": metric,
-             "--judge": judge, "--policy": policy}
+             "--judge": judge, "--policy": policy, "--tokens": tokens}
     if part.name == "antidote" and (idle := [n for n, v in given.items() if v is not None]):
         raise ConfigError(f"{idle[0]} is of recovery; antidote reads the harmful prompts alone")
     harmful = safety.prompts(prompts)
@@ -72,7 +72,7 @@ def repair(
                               "aligned model it was tuned from, --benign, prompts of the task, and "
                               "--data, held-out rows of it")
         told = _recovery(part, _Asked(source, base, harmful, safety.prompts(benign), data, split,
-                                      metric, judge, policy, tokens, batch), output, reads)
+                                      metric, judge, policy, tokens or 64, batch), output, reads)
     emit(json, {"output": output, "how": str(part), "kind": kind, **told}, "\n".join(
         [f"{kind} written to {output} ({part})", *_said(told)]))
 
@@ -86,12 +86,17 @@ def _part(text: str) -> Any:
     return parts[0]
 
 
-def _batches(tokenizer: Any, texts: Sequence[str], plain: bool | None, batch: int
+def _batches(model: Any, tokenizer: Any, texts: Sequence[str], plain: bool | None, batch: int
              ) -> list[dict[str, Any]]:
-    from ..fit.safety import asked
+    from ..fit.safety import asked, check_causal
+    from ..fit.words import check_room
 
-    return [asked(tokenizer, texts[i : i + batch], plain=plain)
-            for i in range(0, len(texts), batch)]
+    check_causal(model)
+    found = [asked(tokenizer, texts[i : i + batch], plain=plain)
+             for i in range(0, len(texts), batch)]
+    for given in found:
+        check_room(model, given["input_ids"].shape[1], 0)
+    return found
 
 
 def _antidote(part: Any, source: Path, base: str | None, kind: str, texts: Sequence[str],
@@ -107,7 +112,7 @@ def _antidote(part: Any, source: Path, base: str | None, kind: str, texts: Seque
     models = opened(source, base)
     with models.standing("after") as (model, tokenizer):
         tuned = model if models.run is None else models.run.tuned
-        shares = part.lifecycle(tuned, _batches(tokenizer, texts, models.plain, batch))
+        shares = part.lifecycle(tuned, _batches(model, tokenizer, texts, models.plain, batch))
 
         def write(new: Path) -> None:
             if models.run is None:
@@ -155,7 +160,7 @@ def _recovery(part: Any, of: _Asked, output: Path, reads: Sequence[Path]) -> dic
                                batch=of.batch)
         return 1 - found.refused if found.rate is None else found.rate
 
-    sets = [_batches(tokenizer, [p.text for p in some], plain, of.batch)
+    sets = [_batches(model, tokenizer, [p.text for p in some], plain, of.batch)
             for some in (of.harmful, of.benign)]
     found = part.lifecycle(model, aligned, *sets, harm=harm,
                            score=lambda net: held.score(net, of.metric))

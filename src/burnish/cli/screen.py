@@ -18,6 +18,18 @@ def emit(as_json: bool, data: Any, text: str) -> None:
         sys.stdout.write(text.rstrip("\n") + "\n")
 
 
+def check_picture(picture: Path | None) -> None:
+    """Refuses a picture that could not be written, before the work that it is of."""
+    from ..core.errors import ConfigError
+    from ..formats import safe
+
+    if picture is None:
+        return
+    if picture.suffix != ".svg":
+        raise ConfigError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    safe.check_writable(picture)
+
+
 def plain(value: Any) -> Any:
     """`value` in JSON's types; whatever knows `to_dict` is asked."""
     if hasattr(value, "to_dict"):

@@ -10,7 +10,7 @@ import typer
 from ..core.errors import BurnishError, ConfigError
 from . import config
 from .app import Json, app
-from .screen import emit, table
+from .screen import check_picture, emit, table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -45,8 +45,7 @@ def search(
     from ..search import Space, Trial
     from ..search import search as go
 
-    if picture is not None and picture.suffix != ".svg":
-        raise ConfigError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    check_picture(picture)
     made = Space.of(space)
     settings = config.overrides(list(ctx.args))
     if "recipe" in settings:

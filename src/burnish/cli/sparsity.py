@@ -10,7 +10,7 @@ import typer
 
 from ..core.errors import ConfigError
 from .app import Json, app
-from .screen import emit, table
+from .screen import check_picture, emit, table
 
 
 @app.command()
@@ -44,8 +44,7 @@ def sparsity(
     from ..methods.lifecycle.essential_sparsity import EssentialSparsity
     from .scoring import Models
 
-    if picture is not None and picture.suffix != ".svg":
-        raise ConfigError(f"--picture {picture}: pictures are SVG; name a file that ends in .svg")
+    check_picture(picture)
     if ranking not in ("global", "layer"):
         raise ConfigError(f"--ranking {ranking}: expected global or layer")
     asked: dict[str, Any] = {"drop": drop, "ranking": ranking, "runs": runs, "targets": targets}

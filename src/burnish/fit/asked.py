@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, DataError
-from ..core.reading import parse_json, plain
+from ..core.reading import parse_json, plain, read_text
 
 Row = dict[str, Any]
 
@@ -33,7 +33,7 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
     for given in inputs:
         path = Path(given)
         if path.suffix == ".txt" and path.is_file():
-            for line in filter(None, map(str.strip, path.read_text("utf-8").splitlines())):
+            for line in filter(None, map(str.strip, read_text(path, DataError).splitlines())):
                 yield line, _text(line, task)
         elif _table(path):
             yield from _tabled(path, names, task)

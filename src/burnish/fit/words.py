@@ -89,6 +89,27 @@ def longest(model: nn.Module, asked: int | None, limit: int | None) -> tuple[int
     return min(ends) if ends else None, notes
 
 
+def room(model: nn.Module, prompt: int, tokens: int) -> int:
+    """How many of so many tokens can follow a prompt, before a model's table of positions ends.
+
+    Raises ConfigError for a prompt that does not fit by itself.
+    """
+    found = positions_of(model)
+    if found is None or not found[1]:
+        return tokens
+    if prompt > found[0]:
+        raise ConfigError(f"a prompt of {prompt} tokens is more than the {found[0]} positions that "
+                          f"{type(model).__name__} has")
+    return min(tokens, found[0] - prompt + 1)            # the last one is read by nobody
+
+
+def check_room(model: nn.Module, prompt: int, tokens: int) -> None:
+    """Raises ConfigError where :func:`room` is less than `tokens`."""
+    if (most := room(model, prompt, tokens)) < tokens:
+        raise ConfigError(f"a prompt of {prompt} tokens leaves {type(model).__name__} positions "
+                          f"for an answer of {most}, not of {tokens}")
+
+
 def check_words(rows: Any, words: int, where: str) -> None:
     """Every id has a row in the embedding. Raises DataError with the first that has none."""
     for i in range(len(rows)):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .. import words
 from ..rows import Documents, OneByOne, Rows, Turns
 from .base import Batch
 from .textual import Textual
@@ -69,8 +70,9 @@ class LanguageModelling(Written):
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         asked = self.encode(row)
+        most = words.room(model, asked["input_ids"].shape[1], tokens)
         made = model.generate(  # type: ignore[operator]
-            **asked, max_new_tokens=tokens, do_sample=False,
+            **asked, max_new_tokens=most, do_sample=False,
             pad_token_id=self.processor.pad_token_id)
         return {"text": self.processor.decode(made[0, asked["input_ids"].shape[1]:],
                                               skip_special_tokens=True)}
