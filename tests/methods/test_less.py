@@ -243,7 +243,7 @@ def test_what_cannot_be_chosen_from_says_why(warm, tmp_path, capsys):
                 save_strategy="no")
     for words, said in (
             ([str(tmp_path / "bare"), rows, "--like", like], "has no checkpoints"),
-            ([str(root / "run"), rows, "--like", like, "--how", "soup"], "chosen by less"),
+            ([str(root / "run"), rows, "--like", like, "--how", "soup"], "or less, with"),
             ([str(root / "run"), rows, "--like", like, "--out", "x.csv"], "ends in .jsonl"),
             ([str(root / "run"), rows, "--like", like, "--like", like], "same file twice"),
             ([str(root / "run"), rows, "--like", like, "--split", "test"], "no split 'test'")):

@@ -26,20 +26,24 @@ def select(
         help="The base model, where it has moved since the run.")] = None,
     json: Json = False,
 ) -> None:
-    """Choose rows by their gradients: burnish select RUN DATA --like FILE --out chosen.jsonl
+    """Choose rows like wanted ones: burnish select RUN DATA --like FILE --out chosen.jsonl
 
     The warm-up is a run on some of the rows that keeps its checkpoints: burnish fit ...
-    --save-strategy epoch --save-total-limit 4. Then burnish fit trains the base on the chosen rows.
+    --save-strategy epoch --save-total-limit 4 (goracs reads any run). Then burnish fit trains the
+    base on the chosen rows.
     """
+    from ..core import registry
     from ..core.recipe import parse
     from ..fit.choosing import Chooser
     from ..formats import claim
-    from ..methods.lifecycle.less import Less
 
+    method: Any
     (method, *others) = parse(how)
-    if others or not isinstance(method, Less):
-        raise ConfigError(f"--how {how}: rows are chosen by less, with its settings: "
-                          "'less(fraction=0.1)'")
+    if others or not getattr(method, "chooses", False):
+        known = [n for n in registry.names(extra=False)
+                 if getattr(registry.find(n), "chooses", False)]
+        raise ConfigError(f"--how {how}: rows are chosen by {' or '.join(known)}, with its "
+                          "settings: 'less(fraction=0.1)'")
     if out is not None and (out.suffix != ".jsonl" or not out.parent.is_dir()):
         raise ConfigError(f"--out {out}: rows are written as lines of JSON, into a folder that is "
                           "there: name a file that ends in .jsonl")

@@ -1,4 +1,5 @@
-"""A finished run as a warm-up: its checkpoints as points of LESS, rows one by one."""
+"""A finished run as a warm-up: its checkpoints as points of LESS, rows one by one, for whatever
+chooses among them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .state import load_tree
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..methods.lifecycle.less import Less, Point
+    from ..methods.lifecycle.less import Point
 
 
 @dataclass
@@ -34,27 +35,27 @@ class Chooser:
 
     @classmethod
     def open(cls, folder: Path, base: str | None = None) -> Chooser:
-        """Raises ConfigError for a run that has no checkpoints, FormatError for one of which some
-        are not what was written."""
+        """Raises FormatError for a run some of whose checkpoints are not what was written."""
         for one in checkpoint.named(folder):
             if bad := checkpoint.changed(one) or (not checkpoint.whole(one) and checkpoint.SEAL):
                 raise FormatError(f"{one / bad} is not what the run wrote; remove {one.name} to "
                                   "choose rows without that point")
         found = checkpoint.all_in(folder)
         run = Finished.open(folder, base)
-        if not found:
-            raise ConfigError(f"{folder} has no checkpoints, and rows are scored at them: run the "
-                              "warm-up with --save-strategy epoch --save-total-limit 4")
         starts = [0, *map(checkpoint.step_of, found)]
         return cls(run, [_point(run, f, a) for f, a in zip(found, starts, strict=False)])
 
-    def scores(self, method: Less, data: str, like: Sequence[str], split: str,
+    def scores(self, method: Any, data: str, like: Sequence[str], split: str,
                say: Callable[[str], None] = lambda line: None, written: bool = False) -> Tensor:
-        """Of the rows of `data` (see `numbers`), as :class:`~burnish.methods.lifecycle.less.Less`
-        has them; of a row that the task reads in several pieces the best piece's. Documents, which
-        a training runs end to end, are scored one by one, by what max_length takes of each.
+        """Of the rows of `data` (see `numbers`), as a method that chooses (less, goracs) has them;
+        of a row that the task reads in several pieces the best piece's. Documents, which a
+        training runs end to end, are scored one by one, by what max_length takes of each.
 
-        written: ConfigError, before anything is scored, for rows that :meth:`write` could not."""
+        written: ConfigError, before anything is scored, for rows that :meth:`write` could not, and
+        for a method that reads checkpoints where the run has none."""
+        if method.at_points and not self.points:
+            raise ConfigError(f"{self.run.folder} has no checkpoints, and rows are scored at them: "
+                              "run the warm-up with --save-strategy epoch --save-total-limit 4")
         if self.run.task.own_loss:
             raise ConfigError(f"a row of {self.run.task.data.task} has no loss of its own, so "
                               "there is no gradient to choose it by")

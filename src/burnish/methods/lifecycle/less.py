@@ -16,6 +16,7 @@ from ...core.errors import ConfigError
 from ...core.method import Method, setting
 from ...core.processes import assign
 from ._adapted import untargeted
+from ._choosing import Chooses
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Less(Method):
+class Less(Chooses, Method):
     """LESS: of many rows those whose gradients point where a few wanted rows point.
 
     A warm-up leaves points theta_i with Adam's moments and a mean rate eta_i. At each, with g the
@@ -65,6 +66,7 @@ class Less(Method):
     paper: ClassVar[str] = ("LESS: Selecting Influential Data for Targeted Instruction Tuning, "
                             "ICML 2024, arXiv:2402.04333")
     tier: ClassVar[str] = "checked against an independent equation"
+    at_points: ClassVar[bool] = True
 
     dimension: int = setting(8192, "numbers that stand for a gradient")
     fraction: float = setting(0.05, "share of the rows that is chosen")
