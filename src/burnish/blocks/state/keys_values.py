@@ -33,6 +33,29 @@ _MHA = F.multi_head_attention_forward
 _MHA_NAMES = tuple(inspect.signature(_MHA).parameters)
 
 
+def joined(func: Callable[..., Tensor], given: dict[str, Any], P: Any,
+           wider: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The attention `func` of these arguments over ``[P_k; K]`` and ``[P_v; V]``, P_k and P_v (1 or
+    B, L, H h). wider: gives a mask over so many keys L open columns. A causal call stays one: L
+    queries in front, whose answers are dropped."""
+    given = dict(given)
+    q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
+    if given.get("attn_mask") is not None:
+        given["attn_mask"] = wider(given["attn_mask"], k.shape[-2])
+    ahead = P[0].shape[1] if given.get("is_causal") else 0
+    if ahead:
+        q = F.pad(q, (0, 0, ahead, 0))
+    K, V = (torch.cat([as_heads(rows.to(t.dtype), *t.shape[:2], t.shape[-1]), t], -2)
+            for rows, t in zip(P, (k, v), strict=True))
+    out = func(q, K, V, **given)
+    return out[..., ahead:, :] if ahead else out
+
+
+def opened(mask: Tensor, keys: int, L: int) -> Tensor:
+    """A mask over so many keys with L open columns before them."""
+    return F.pad(mask.expand(*mask.shape[:-1], keys), (L, 0), value=mask.dtype == torch.bool)
+
+
 class Trunk(nn.Module):
     """The shared part of a prefix's MLP: ``tanh(W P' + b)``; P' (L, D), W (M, D)."""
 
@@ -125,17 +148,9 @@ class KeysValues(Listener):
     def attend(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
         """Attention over ``[P_k; K]`` and ``[P_v; V]``."""
         given = dict(zip(_SDPA_NAMES, args, strict=False)) | kwargs
-        q, k, v = (given.pop(n) for n in _SDPA_NAMES[:3])
-        P = self._dropped(self.made().to(k.dtype).unsqueeze(1), len(k))
-        if given.get("attn_mask") is not None:
-            given["attn_mask"] = self._wider(given["attn_mask"], k.shape[-2])
-        ahead = self.length if given.get("is_causal") else 0
-        if ahead:
-            q = F.pad(q, (0, 0, ahead, 0))
-        K, V = (torch.cat([as_heads(rows, *t.shape[:2], t.shape[-1]), t], -2)
-                for rows, t in zip(P, (k, v), strict=True))
-        out = func(q, K, V, **given)
-        return out[..., ahead:, :] if ahead else out
+        k = given["key"]
+        return joined(func, given, self._dropped(self.made().to(k.dtype).unsqueeze(1), len(k)),
+                      self._wider)
 
     def _dropped(self, P: Tensor, samples: int) -> Tensor:
         """Rows (2, 1, L, H h), or (2, samples, L, H h) where each sample drops its own."""
@@ -149,8 +164,7 @@ class KeysValues(Listener):
         had = box.get(name)
         if had is not None and had[0] is mask:
             return had[1]
-        wide = F.pad(mask.expand(*mask.shape[:-1], keys), (self.length, 0),
-                     value=mask.dtype == torch.bool)
+        wide = opened(mask, keys, self.length)
         box[name] = (mask, wide)
         return wide
 
