@@ -100,7 +100,8 @@ class MftCoder(Method):
             next(h for _, h in tuned.timeline.handlers if isinstance(h, Whole)).saw(run.batch)
         how = {"case1": "tokens", "case2": "samples", "case3": "task tokens",
                "case4": "task samples", "focal": "focal", "task_focal": "task focal"}[self.case]
-        w = None if self.task_weights is None else torch.tensor(self.task_weights, device=each.device)
+        w = None if self.task_weights is None else \
+            torch.tensor(self.task_weights, device=each.device)
         yield balanced(each, labels, task, how, own if whole is None else whole, w, self.focus) \
             - balanced(each, labels, task, "tokens", own)
 
