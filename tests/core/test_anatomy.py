@@ -54,6 +54,7 @@ EXPECTED = {
     "mha": {"": 1, "qkv": 1, "o": 1, "head": 1},
     "cnn": {"conv": 2, "head": 1},
     "mlp": {"": 2, "head": 1},
+    "points": {"": 6, **FUSED, "head": 1},
 }
 STACKS = {
     "swin": {"swin.encoder.layers": 3}, "convnext": {"convnext.encoder.stages": 2},
@@ -69,6 +70,7 @@ HEADS = {
     "whisper": (("proj_out",), "lm"), "clip": ((), "none"),
     "timm_qkv": (("head",), "classification"), "encoder": (("head",), "classification"),
     "mha": (("head",), "classification"), "mlp": (("head",), "classification"),
+    "points": (("head",), "classification"),
 }
 
 

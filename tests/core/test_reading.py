@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -185,3 +186,18 @@ def test_a_recipe_that_is_none_is_refused_by_its_own_error(text):
 def test_every_error_is_ours():
     for error in (ConfigError, DataError, FormatError, RecipeError):
         assert issubclass(error, BurnishError)
+
+
+def test_what_stands_beside_a_path_or_nothing_where_nobody_may_look(tmp_path, monkeypatch):
+    from burnish.core.reading import beside
+
+    (tmp_path / "adapter").mkdir()
+    assert beside(tmp_path / "adaptor") == ["adapter"]
+    monkeypatch.chdir(tmp_path)
+    assert beside(Path("none/at/all")) == ["adapter"]
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", closed)
+    assert beside(tmp_path / "adaptor") == []

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.architecture import architecture
 from ..core.errors import ConfigError, nearest
+from ..core.reading import beside
 
 
 def config(target: str) -> Any:
@@ -72,5 +73,4 @@ def _looks_local(target: str) -> bool:
 
 
 def _nothing_at(path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path(".")
-    return f"there is nothing at {path}{nearest(path.name, (p.name for p in parent.iterdir()))}"
+    return f"there is nothing at {path}{nearest(path.name, beside(path))}"

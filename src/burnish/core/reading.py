@@ -54,6 +54,15 @@ def reading(what: Any, error: type[BurnishError] = FormatError, advice: str = ""
         raise error(f"{plain(what)} cannot be read: {plain(e)}{tail}") from None
 
 
+def beside(path: Path) -> list[str]:
+    """Names in the folder where `path` was looked for (this one where there is none), for an error
+    to choose from; none where nobody may look."""
+    try:
+        return os.listdir(path.parent if path.parent.is_dir() else ".")
+    except OSError:
+        return []
+
+
 def plain(text: Any, limit: int = 300) -> str:
     """One printable line, not longer than an error should be."""
     try:

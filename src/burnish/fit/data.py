@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, DataError, nearest
 from ..core.keys import Read
-from ..core.reading import reading
+from ..core.reading import beside, reading
 from . import layouts, masks
 from .beside import apart, missing
 from .columns import Roles, assign
@@ -287,11 +287,9 @@ def _from_hub(name: str, split: str | None) -> dict[str, Table]:
     try:
         found = datasets.load_dataset(repo)
     except Exception as e:
-        path = Path(name)
-        here = path.parent if path.parent.is_dir() else Path(".")
         raise DataError(f"{repo!r} is neither a path here nor a data set that could be loaded from "
                         f"the hub ({type(e).__name__}: {str(e).splitlines()[0]})"
-                        f"{nearest(path.name, (p.name for p in here.iterdir()))}") from None
+                        f"{nearest(Path(name).name, beside(Path(name)))}") from None
     return _from_datasets(found, split or named or None, "hub")
 
 

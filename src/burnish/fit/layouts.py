@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, nearest
-from ..core.reading import parse_json, plain, read_text, reading, regular
+from ..core.reading import beside, parse_json, plain, read_text, reading, regular
 from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
 from .table import Table
@@ -37,9 +37,7 @@ def files(path: Path, task: str | None = None) -> dict[str, Table]:
     Raises DataError when nothing readable is there, saying what was expected.
     """
     if not path.exists():
-        here = path.parent if path.parent.is_dir() else Path(".")
-        raise DataError(f"there is nothing at {path}"
-                        f"{nearest(path.name, (p.name for p in here.iterdir()))}")
+        raise DataError(f"there is nothing at {path}{nearest(path.name, beside(path))}")
     with reading(path, DataError):
         return folder(path, task) if path.is_dir() else {"train": table(path)}
 

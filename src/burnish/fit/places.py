@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import ConfigError, nearest
-from ..core.reading import reading
+from ..core.reading import beside, reading
 from ..formats.model_files import loading, near, unfound
 from .data import Data
 from .kinds import INSTEAD, KINDS, heard, pictured
@@ -18,9 +18,7 @@ def check_there(name: str) -> Path:
     """The path of `name`; raises ConfigError where it can only be a path and nothing is there."""
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        here = path.parent if path.parent.is_dir() else Path(".")
-        raise ConfigError(f"there is no model at {path}"
-                          f"{nearest(path.name, (p.name for p in here.iterdir()))}")
+        raise ConfigError(f"there is no model at {path}{nearest(path.name, beside(path))}")
     return path
 
 

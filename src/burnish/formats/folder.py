@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.errors import BurnishError, FormatError, nearest
 from ..core.reading import FIELDS as KNOWN_KINDS
-from ..core.reading import check_fields, plain, shown
+from ..core.reading import beside, check_fields, plain, shown
 from . import claim, safe, staged
 from .card import model_card
 
@@ -154,8 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         raise FormatError(f"{folder} is a file; expected an adapter folder")
     if not folder.is_dir():
-        here = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise FormatError(f"{folder}: no such folder{nearest(folder.name, here)}")
+        raise FormatError(f"{folder}: no such folder{nearest(folder.name, beside(folder))}")
     path = staged.current(folder, CONFIG)
     if not path.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in safe.PICKLES)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ..core.errors import BurnishError, ConfigError, FormatError, nearest
+from ..core.reading import beside
 from .folder import CARD, CONFIG, RUN, TENSORS, read_config
 from .model_files import near
 
@@ -31,8 +32,7 @@ def resolve(name: str | Path, revision: str | None = None, trust_remote_code: bo
         return path
     text = str(name)
     if not text or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"{text!r}: no such file or folder{nearest(path.name, here)}")
+        raise ConfigError(f"{text!r}: no such file or folder{nearest(path.name, beside(path))}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError, FormatError, nearest
-from ..core.reading import plain, reading
+from ..core.reading import beside, plain, reading
 from . import safe
 
 #: tokenizers, image processors and chat templates
@@ -56,10 +56,10 @@ def near(name: str) -> str:
     path = Path(name).expanduser()
     if path.exists() or not path.parent.is_dir():
         return ""
-    beside = {p.name: str(Path(name).with_name(p.name)) for p in path.parent.iterdir()
-              if p.is_dir()}
-    close = nearest(path.name, beside)
-    for short, whole in beside.items():
+    there = {n: str(Path(name).with_name(n)) for n in beside(path)
+             if path.with_name(n).is_dir()}
+    close = nearest(path.name, there)
+    for short, whole in there.items():
         close = close.replace(repr(short), repr(whole))
     return close
 
