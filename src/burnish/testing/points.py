@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..blocks.state.clouds import between, spread
 from ..core.draw import drawn
 from .plain import CLASSES, Block, Plain
 
@@ -23,18 +24,10 @@ class Groups(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        sample = torch.arange(len(x), device=x.device)
-        far = (x - x.mean(1, keepdim=True)).square().sum(-1)
-        last = x[sample, far.argmax(1)]
-        chosen, far = [last], torch.full_like(far, math.inf)
-        while len(chosen) < self.groups:
-            far = torch.minimum(far, (x - last.unsqueeze(1)).square().sum(-1))
-            last = x[sample, far.argmax(1)]
-            chosen.append(last)
-        centres = torch.stack(chosen, 1)
-        between = (centres.unsqueeze(2) - x.unsqueeze(1)).square().sum(-1)
-        near = between.topk(self.neighbours, largest=False).indices
-        return x[sample.view(-1, 1, 1), near] - centres.unsqueeze(2), centres
+        sample = torch.arange(len(x), device=x.device).unsqueeze(1)
+        centres = x[sample, spread(x, self.groups)]
+        near = between(centres, x).topk(self.neighbours, largest=False).indices
+        return x[sample.unsqueeze(1), near] - centres.unsqueeze(2), centres
 
 
 class Tokens(nn.Module):
@@ -80,7 +73,7 @@ class PointTransformer(Plain):
     def example(self, samples: int) -> dict[str, Tensor]:
         """A seeded batch, of numbers that bf16 holds: which points are near is the same there."""
         batch = super().example(samples)
-        return batch | {"x": batch["x"].bfloat16().float()}
+        return batch | {"x": (batch["x"] / 2).bfloat16().float()}
 
 
 # -- surfaces ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ..tape.roles import reading
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
     "gelu_new": lambda z: F.gelu(z, approximate="tanh"), "linear": lambda z: z,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
 }
 
 
@@ -50,7 +51,8 @@ class Bottleneck(nn.Module):
     that trains, without weight decay, from there on. dropout acts on the activation and is drawn
     again in backward. mixer: any module from (..., R) to (..., `inner`), None for none; inner: R.
     init: "zero" (down Kaiming-uniform(sqrt 5), everything else 0: the branch is exactly 0),
-    "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0).
+    "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0),
+    "xavier" (uniform, biases N(0, 1e-6)).
 
     Kept for backward: h, and R numbers per token.
     """
@@ -60,7 +62,7 @@ class Bottleneck(nn.Module):
                  train_scale: bool = False, dropout: float = 0.0, bias: bool = True,
                  mixer: nn.Module | None = None, heads: int = 1,
                  inner: int | None = None,
-                 init: Literal["zero", "bert", "truncated"] = "zero"):
+                 init: Literal["zero", "bert", "truncated", "xavier"] = "zero"):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         activation(act)
@@ -88,12 +90,14 @@ class Bottleneck(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02)
             elif init == "truncated":
                 truncated_normal_(linear.weight, 0.01)
+            elif init == "xavier":
+                nn.init.xavier_uniform_(linear.weight)
             elif linear is self.up:
                 nn.init.zeros_(linear.weight)
             else:
                 nn.init.kaiming_uniform_(linear.weight, a=5 ** 0.5)
             if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+                nn.init.normal_(linear.bias, std=1e-6 if init == "xavier" else 0.0)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.norm_in is not None:

@@ -68,6 +68,27 @@ def noted(key: Any, what: str) -> Any:
                           "forward: run the whole model on points") from None
 
 
+# -- groups -----------------------------------------------------------------------------------
+@torch.no_grad()
+def spread(points: Tensor, count: int) -> Tensor:
+    """(B, count): which of (B, P, 3) are far from each other. The first is the farthest from the
+    mean, then always the one farthest from those before it."""
+    x = points.to(torch.promote_types(points.dtype, torch.float32))
+    sample = torch.arange(len(x), device=x.device)
+    last = (x - x.mean(1, keepdim=True)).square().sum(-1).argmax(1)
+    chosen, far = [last], torch.full(x.shape[:2], torch.inf, dtype=x.dtype, device=x.device)
+    while len(chosen) < count:
+        far = torch.minimum(far, (x - x[sample, last].unsqueeze(1)).square().sum(-1))
+        last = far.argmax(1)
+        chosen.append(last)
+    return torch.stack(chosen, 1)
+
+
+def between(a: Tensor, b: Tensor) -> Tensor:
+    """(B, M, P): squared distances of (B, M, 3) from (B, P, 3), each by itself."""
+    return (a.unsqueeze(2) - b.unsqueeze(1)).square().sum(-1)
+
+
 # -- bases ------------------------------------------------------------------------------------
 def spectrum(centres: Tensor) -> Tensor:
     """Phi (..., G, G) of centres (..., G, 3), in float32 at least; rows are orthonormal, and of
