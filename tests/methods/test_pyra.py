@@ -227,6 +227,15 @@ def test_switched_off_nothing_merges():
 
 
 
+def test_blocks_that_somebody_else_runs_again_are_refused():
+    """They would not know what their tokens stand for."""
+    net, batch = tiny("vit")
+    net.gradient_checkpointing_enable({"use_reentrant": False})
+    tuned = burnish.tune(net, "lora(rank=2) + pyra(merged=3)")
+    with pytest.raises(burnish.RecipeError, match="drop the checkpointing"):
+        tuned.loss(batch).backward()
+
+
 @pytest.mark.parametrize("model, recipe, why", [
     ("vit", "pyra", "is not of 2 blocks"), ("vit", "pyra(merged=(3, 2, 1))", "is not of 2 blocks"),
     ("vit", "pyra(merged=-1)", "expected 'low'"), ("vit", "pyra(merged='some')", "expected 'low'"),

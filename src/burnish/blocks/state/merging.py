@@ -125,17 +125,17 @@ class Merging(Listener):
     """Listens to one block, whose halves hold a :class:`Half` each ("attention", "mlp").
 
     r: pairs. change: a module as in :meth:`Pairs.merged`, or None (ToMe). proportional: log s is
-    added to the scores of keys. last: nobody asks for sizes behind it.
+    added to the scores of keys. first, last: where in the stack, and who hands sizes on.
     """
 
     what = "merging of tokens"
     part = "pyra"
 
     def __init__(self, state: Any, adapter: str, r: int, change: nn.Module | None, *,
-                 protected: int, proportional: bool, last: bool):
+                 protected: int, proportional: bool, first: bool, last: bool):
         super().__init__(state, adapter)
-        self.r, self.protected, self.proportional, self.last = r, protected, proportional, last
-        self.change = change
+        self.r, self.protected, self.proportional = r, protected, proportional
+        self.first, self.last, self.change = first, last, change
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         x = args[0] if args else next(iter(kw.values()))
@@ -144,6 +144,9 @@ class Merging(Listener):
                               "tokens, width)")
         box, key = self.here.box, ("sizes", self.adapter)
         sizes = box.pop(key, None)
+        if sizes is None and not self.first:
+            raise RecipeError(f"{self.part}: {type(module).__name__} runs without the block before "
+                              "it, which says what its tokens stand for; drop the checkpointing")
         if sizes is not None and sizes.shape[:2] != x.shape[:2]:
             raise RecipeError(f"{self.part}: a block is given {x.shape[1]} tokens where the one "
                               f"before it left {sizes.shape[1]}")

@@ -94,7 +94,7 @@ class Pyra(Method):
         for b, r in zip(blocks, self.pairs(len(blocks)), strict=True):
             if post_norm(anatomy, b) or not (b.mlp or b.mlp_out):
                 raise RecipeError(f"pyra: {b.path} is no attention and MLP behind a norm each")
-            yield Merges(self, b, r, b is blocks[-1])
+            yield Merges(self, b, r, b is blocks[0], b is blocks[-1])
 
     def count(self, d: int, r: int) -> int:
         """Trainable parameters of a block of width d that merges r pairs."""
@@ -108,6 +108,7 @@ class Merges:
     method: Pyra
     block: Block
     r: int
+    first: bool
     last: bool
 
     def install(self, attacher: Attacher, part: Method) -> None:
@@ -116,6 +117,6 @@ class Merges:
         Half(state, name, "attention").listen(attacher.slot(b.attn), part.name)
         Half(state, name, "mlp").listen(attacher.slot(b.mlp or b.mlp_out or ""), part.name)
         change = Modulated(self.r, b.hidden_size) if m.count(1, self.r) else None
-        made = Merging(state, name, self.r, change, proportional=m.proportional, last=self.last,
-                       protected=special_tokens(attacher.model, b.stack))
+        made = Merging(state, name, self.r, change, proportional=m.proportional, first=self.first,
+                       last=self.last, protected=special_tokens(attacher.model, b.stack))
         made.to(attacher.device(b.path)).listen(attacher.slot(b.path), part.name)
