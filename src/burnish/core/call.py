@@ -39,6 +39,7 @@ class Call:
     valid: the (batch, tokens) attention mask the model was called with, or None: all count.
     given: the declared keys of the batch by name: task, domain, modality, whatever a part reads.
     noted: what was made of the input alone, once, for all that read it, blocks that run again too.
+    ahead: name of a part -> what it found out before this forward (`Method.ahead`).
     box: what one module leaves for another within this forward.
     standing: (id of a module, parameter) -> the tensor that answers for it just now.
     """
@@ -54,6 +55,7 @@ class Call:
     valid: Tensor | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     noted: dict[Any, Any] = field(default_factory=dict)
+    ahead: dict[str, Any] = field(default_factory=dict)
     box: dict[Any, Any] = field(default_factory=dict)
     standing: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 

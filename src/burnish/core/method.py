@@ -176,6 +176,12 @@ class Method:
         """Paths of modules whose outputs the objective reads as ``run.taps[path]``."""
         return ()
 
+    def ahead(self, tuned: Tuned, run: Any) -> Any:
+        """What parts of a forward that trains want to know before it begins: `run` has ``batch``,
+        ``given``, ``reference()`` and ``reference_taps()``, whose runs are made once and are those
+        that objectives read later. Kept as ``context().ahead[name]`` of that forward, also where
+        backward runs a block of it again; other forwards have none."""
+
     def mixture(self, anatomy: Anatomy) -> Iterable[Branch]:
         """A gate around several answers, as branches that carry their router."""
         return ()

@@ -121,7 +121,7 @@ class Pass:
 
     def _instead(self, of: Callable[[Run], Tensor]) -> Any:
         return self._tuned.state.riding.replaced(
-            lambda args, kw, out, given: of(Run(self._tuned, args, kw, out, given, dict)))
+            lambda args, kw, out, given: of(Run(self._tuned, args, kw, given, dict).ended(out)))
 
     def damped(self, paths: Iterable[str], factor: float) -> AbstractContextManager[int]:
         """Inside, what the active adapter adds within these modules counts `factor` times; a

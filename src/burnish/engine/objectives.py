@@ -32,13 +32,22 @@ class Run:
     batch: what the model was called with: keywords as a mapping, or the positional arguments.
     given: the keys of the batch that parts of the recipe read beside it (`Method.context`).
     outputs: what it returned.  taps: module path -> its output, for the paths a method asked for.
+    Neither is there ahead of the forward.
     """
 
-    def __init__(self, tuned: Tuned, args: tuple, kw: dict[str, Any], outputs: Any,
-                 given: Mapping[str, Any], taken: Callable[[], dict[str, Any]]):
+    outputs: Any
+    taps: dict[str, Any]
+
+    def __init__(self, tuned: Tuned, args: tuple, kw: dict[str, Any], given: Mapping[str, Any],
+                 taken: Callable[[], dict[str, Any]]):
         self._tuned, self._args, self._kw = tuned, args, kw
-        self.outputs, self.given, self.taps, self._taken = outputs, given, taken(), taken
+        self.given, self._taken = given, taken
         self._references: dict[Any, tuple[Any, dict[str, Any]]] = {}
+
+    def ended(self, outputs: Any) -> Run:
+        """The forward has answered."""
+        self.outputs, self.taps = outputs, self._taken()
+        return self
 
     @property
     def batch(self) -> Any:
@@ -131,6 +140,7 @@ class Objectives:
         self.tuned, self.riding, self.in_backward = tuned, tuned.state.riding, in_backward
         methods = [m for m in tuned.recipe if "objective" in m.axes()]
         self.sees_run = [m for m in methods if m.sees_run]
+        self.ahead = [m for m in tuned.recipe if type(m).ahead is not Method.ahead]
         self.on_weights = self._static([m for m in methods if not m.sees_run])
         self._term: dict[nn.Parameter, list[OnWeights]] = {}
         for term in self.on_weights:
@@ -148,7 +158,9 @@ class Objectives:
         self._seen = False                       # a term of a forward has ridden since the update
         riding = self.riding
         riding.ridden = False
-        riding.on_end = self._end if methods else None
+        self._run: Run | None = None             # of the forward under way, where it has begun
+        riding.on_begin = self._begin if self.ahead else None
+        riding.on_end = self._end if methods or self.ahead else None
         riding.on_share = self._made.clear
 
     def _static(self, methods: list[Method]) -> list[OnWeights]:
@@ -158,18 +170,35 @@ class Objectives:
                               f"weights as OnWeights, not {type(strange[0]).__name__}")
         return [t for t in terms if any(p.requires_grad for p in t.params)]
 
+    # -- a forward begins -----------------------------------------------------------------------
+    def _begin(self, args: tuple, kw: dict[str, Any], call: Any) -> None:
+        """What parts want to know before a forward that trains."""
+        if self._busy:
+            return
+        self._run = None
+        if not self.riding.wanted:
+            return
+        run, self._busy = Run(self.tuned, args, kw, call.given, self._taken), True
+        try:
+            for m in self.ahead:
+                call.ahead[m.name] = m.ahead(self.tuned, run)
+        finally:
+            self._busy = False
+        self._run = run
+
     # -- a forward ends -------------------------------------------------------------------------
     def _end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]
              ) -> list[Tensor]:
         """The terms of one forward."""
         if self._busy and not torch.is_grad_enabled():
             return []                            # a reference: what was tapped is read then
+        begun, self._run = self._run, None
         if self._busy or not self.riding.wanted or not self.sees_run:
             self._taken()
             return []
         self._busy = True                        # a reference runs the model, too
         try:
-            run = Run(self.tuned, args, kw, out, given, self._taken)
+            run = (begun or Run(self.tuned, args, kw, given, self._taken)).ended(out)
             terms = [(m, list(m.objective(self.tuned, run))) for m in self.sees_run]
         finally:
             self._busy = False
@@ -239,7 +268,7 @@ class Objectives:
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
-        self.riding.on_end = self.riding.on_share = None
+        self.riding.on_begin = self.riding.on_end = self.riding.on_share = None
 
 
 class _Notice(torch.autograd.Function):

@@ -137,6 +137,8 @@ class Slot(Weights):
             kw, call = state.take(module, kw, call)
         if self.root and call.rows is not None:
             check_rows(state, call.rows, args, kw)
+        if self.root and not call.off:
+            state.riding.begin(args, kw, call)
         with again(call, state.loose(self.root)), state.tape.recording(state.watched):
             out = self.run(module, forward, args, kw)
         return state.riding.end(args, kw, out, call.given) if self.root and not call.off else out

@@ -79,6 +79,7 @@ class Riding:
         self._other: Any = None                   # what stands in place of that loss
         self._due = False                         # and does anybody wait for its share?
         self._portion: Any = None
+        self.on_begin: Callable[..., None] | None = None
         self.on_end: Callable[..., Any] | None = None
         self._instead: Callable[..., Tensor] | None = None     # of a forward: the loss, for now
         self.on_share: Callable[[], None] | None = None
@@ -118,6 +119,12 @@ class Riding:
         was answered (blocks/state/members.py)."""
         n, self.answers = self.answers, 1
         return batch if n == 1 else repeated(batch, n)
+
+    # -- a forward begins ---------------------------------------------------------------------
+    def begin(self, args: tuple, kw: dict[str, Any], call: Any) -> None:
+        """The model's forward is about to run in this call."""
+        if self.on_begin is not None and self._instead is None:
+            self.on_begin(args, kw, call)
 
     # -- the end of a forward -----------------------------------------------------------------
     def end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]) -> Any:
