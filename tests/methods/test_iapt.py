@@ -242,6 +242,7 @@ def test_a_head_norm_is_refused():
 @pytest.mark.parametrize("model, recipe, why", [
     ("llama", "iapt(length=0)", "expected a row"), ("llama", "iapt(bottleneck=0)", "a width"),
     ("llama", "iapt(search=1.0)", "to below 1"), ("llama", "iapt(targets='q')", "no targets"),
+    ("llama", "iapt(search=0.5) + sgd + step_in_backward", "gradients at once"),
     ("bert", "iapt", "iapt"), ("mamba", "iapt", "iapt"),
 ])
 def test_what_it_refuses(model, recipe, why):

@@ -77,7 +77,8 @@ class Learner:
 
     def check(self, study: Study) -> None:
         """Refuse, before anything is made, what cannot be learnt so."""
-        read = {k: m.name for m in study.recipe for k in m.context}
+        read = {k: m.name for m in study.recipe for k, key in m.context.items()
+                if not key.optional}
         for key, part in read.items():
             if key not in KEYS:
                 raise RecipeError(f"{part} reads {key!r} of the batch, and a stream of tasks has "

@@ -54,17 +54,21 @@ class Fused(nn.Module):
 
 
 class Projected(nn.Module):
-    """``rows W^T + b`` of rows that a prompt elsewhere owns: W (out, D) as linears start."""
+    """``rows W^T + b`` of rows that a prompt elsewhere owns: W (out, D) as linears start, or those
+    of a linear that another place owns."""
 
-    def __init__(self, source: nn.Module, width: int, out: int):
+    def __init__(self, source: nn.Module, width: int, out: int, linear: nn.Linear | None = None):
         super().__init__()
         self.__dict__["source"] = source             # of the model, no part of this module
-        self.linear = nn.Linear(width, out)
+        if linear is None:
+            self.linear = nn.Linear(width, out)
+        else:
+            self.__dict__["linear"] = linear
 
     @property
     def borrowed(self) -> tuple[Tensor, ...]:
         """What another place holds, for whoever runs this again in backward."""
-        return (self.source.rows,)
+        return (self.source.rows, *(() if "linear" in self._modules else self.linear.parameters()))
 
     def forward(self) -> Tensor:
         made: Tensor = self.linear(self.source.rows)

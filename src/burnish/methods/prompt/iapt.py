@@ -68,6 +68,10 @@ class Iapt(Method):
                               f"{self.search}): expected a row, a width and a share from 0 to "
                               "below 1")
 
+    @property
+    def relies_on(self) -> tuple[str, ...]:          # type: ignore[override]
+        return ("gradients",) if self.search else ()
+
     def forbids(self) -> dict[str, str]:
         return {"how attention is computed": "iapt adds rows to the exact attention"}
 

@@ -61,34 +61,16 @@ class Maple(Method):
         return None
 
     def prompt(self, anatomy: Anatomy) -> Maple:
-        if self.targets is not None:
-            raise RecipeError("maple takes no targets: it stands in the first blocks; say how many "
-                              "with layers")
-        two = towers(anatomy)
-        if two is None or unmet(type(self), anatomy):
-            refuse(self, anatomy)
-        if self.layers > (most := min(len(two.text), len(two.vision))):
-            raise RecipeError(f"maple(layers={self.layers}): the towers have "
-                              f"{len(two.text)} and {len(two.vision)} blocks; at most {most}")
+        check_layers(self, anatomy)
         return self
 
     def install(self, attacher: Any, part: Method) -> None:
-        two, state, name = towers(attacher.anatomy), attacher.state, attacher.adapter.name
-        table, n = attacher.model.get_submodule(two.table), self.length
-        d, out = table.embedding_dim, two.vision[0].hidden_size
-        for i, block in enumerate(two.vision):
-            maker = own = None
-            if i < self.layers:
-                path = two.text[i].path if i else two.table
-                first = start_rows(self, table.weight, n) if not i and self.ids is not None \
-                    else torch.randn(n, d) * 0.02
-                text = Placed(state, name, first, entering=i > 0).to(attacher.device(path))
-                text.listen(attacher.slot(path), part.name)
-                maker = Projected(text, d, out) if self.coupled else None
-                own = None if self.coupled else torch.randn(n, out) * 0.02
-            Tokens(state, name, n, own, after=None, enter=i == 0, leave=i + 1 == len(two.vision),
-                   maker=maker).to(attacher.device(block.path)).listen(
-                       attacher.slot(block.path), part.name)
+        table = attacher.model.get_submodule(towers(attacher.anatomy).table)
+        n, d = self.length, table.embedding_dim
+        rows = [torch.randn(n, d) * 0.02 for _ in range(self.layers)]
+        if self.ids is not None:
+            rows[0] = start_rows(self, table.weight, n)
+        stand_in_both(attacher, part, rows, self.coupled)
 
     def finished(self) -> Maple:
         return replace(self, coupled=False)
@@ -97,3 +79,37 @@ class Maple(Method):
         """Trainable parameters at text width d, pictures of width `out`."""
         made = d * out + out if self.coupled else self.length * out
         return self.layers * (self.length * d + made)
+
+
+def stand_in_both(attacher: Any, part: Method, rows: list[torch.Tensor], coupled: bool,
+                  share: bool = False) -> None:
+    """Rows (L, d_t) in the first blocks of the text tower, and in those of the pictures' what a
+    linear makes of them (``share=True``: one for all blocks), or N(0, 0.02^2) of their own."""
+    two, state, name = towers(attacher.anatomy), attacher.state, attacher.adapter.name
+    n, d = rows[0].shape
+    out, linear = two.vision[0].hidden_size, None
+    for i, block in enumerate(two.vision):
+        maker = own = None
+        if i < len(rows):
+            path = two.text[i].path if i else two.table
+            text = Placed(state, name, rows[i], entering=i > 0).to(attacher.device(path))
+            text.listen(attacher.slot(path), part.name)
+            maker = Projected(text, d, out, linear) if coupled else None
+            linear = maker.linear if share and maker is not None else None
+            own = None if coupled else torch.randn(n, out) * 0.02
+        Tokens(state, name, n, own, after=None, enter=i == 0, leave=i + 1 == len(two.vision),
+               maker=maker).to(attacher.device(block.path)).listen(
+                   attacher.slot(block.path), part.name)
+
+
+def check_layers(method: Any, anatomy: Anatomy) -> None:
+    """RecipeError where a method of both towers has no place, or asks for more blocks than are."""
+    if method.targets is not None:
+        raise RecipeError(f"{method.name} takes no targets: it stands in the first blocks; say how "
+                          "many with layers")
+    two = towers(anatomy)
+    if two is None or unmet(type(method), anatomy):
+        refuse(method, anatomy)
+    if method.layers > (most := min(len(two.text), len(two.vision))):
+        raise RecipeError(f"{method.name}(layers={method.layers}): the towers have "
+                          f"{len(two.text)} and {len(two.vision)} blocks; at most {most}")
