@@ -125,8 +125,9 @@ class Attacher(Informed):
 
     def _fix(self, part: Method) -> None:
         """A body that a part declares fixed is in evaluation mode, if nothing trains in it."""
-        mine = [p for _, _, slot in slots(self.model) for p in slot.parts
-                if p.adapter == self.adapter.name]
+        mine = [p for path, _, slot in slots(self.model) for p in slot.parts
+                if p.adapter == self.adapter.name
+                and not any(_within(path, h) for h in self.anatomy.head)]
         if mine:
             self.notes.append(f"{part.name}: {mine[0].key} trains in the body, so it is not fixed")
             return
