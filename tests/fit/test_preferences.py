@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -176,7 +177,9 @@ def test_a_run_that_goes_on_from_another_is_compared_with_that(made, tmp_path, t
         wanted = task.spoken(call(instructed, task.feed(batch)).logits, batch["labels"])[0]
     run = burnish.fit(str(tmp_path / "base"), str(then), recipe, output=tmp_path / "dpo", lr=0.1,
                       init_from=str(tmp_path / "sft"), **words)
-    assert run.facts["task"] == {"reference_from": str((tmp_path / "sft").resolve())}
+    held = tmp_path / "sft" / "adapter_model.safetensors"
+    assert run.facts["task"] == {"reference_from": str((tmp_path / "sft").resolve()),
+                                 "reference_is": hashlib.sha256(held.read_bytes()).hexdigest()}
     finished = Finished.open(tmp_path / "dpo")              # with values that have gone on
     finished.task.data = task.data
     before = {n: t.clone() for n, t in finished.tuned.tensors().items()}
@@ -186,6 +189,14 @@ def test_a_run_that_goes_on_from_another_is_compared_with_that(made, tmp_path, t
     assert main(["evaluate", str(tmp_path / "dpo"), str(then), "--split", "train", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["tuned"]
     assert told["margin"] != 0
+    burnish.fit(str(tmp_path / "base"), str(first), recipe, output=tmp_path / "sft", lr=0.2,
+                overwrite=True, **words)     # the run it began from, made anew
+    asked = ["evaluate", str(tmp_path / "dpo"), str(then), "--split", "train"]
+    assert main(asked) == 2 and "has changed since this run began from" in capsys.readouterr().err
+    (tmp_path / "sft").rename(tmp_path / "moved")
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "no such folder" in said and "task.reference_from" in said
 
 
 def test_a_key_of_a_pair_is_that_of_both_answers(made):

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.batches import call, moved
-from ...core.errors import ConfigError, nearest
+from ...core.errors import BurnishError, ConfigError, nearest
 from ...core.processes import assign
+from ...formats.claim import digest
+from ...formats.folder import TENSORS
+from ...formats.staged import current
 from ...formats.warm import begin_from
 from ..rows import Choices, Rows
 from .base import Batch, Task, flat
@@ -66,7 +69,7 @@ class PreferenceTuning(InstructionTuning):
     counts_items = False
     alone = False                                # a sample is a pair, which nobody else knows
     truth = ("labels", "reference")
-    settings = ("loss_type", "beta", "gamma", "reference_from")
+    settings = ("loss_type", "beta", "gamma", "reference_from", "reference_is")
 
     def prepare(self) -> None:
         super().prepare()
@@ -144,7 +147,9 @@ class PreferenceTuning(InstructionTuning):
 
     def begun(self, path: str | Path | None) -> None:
         if path is not None and self.kind in COMPARED:
-            self.how["reference_from"] = str(Path(path).resolve())
+            found = Path(path).resolve()
+            self.how["reference_from"] = str(found)
+            self.how["reference_is"] = digest(current(found, TENSORS))
 
     @contextlib.contextmanager
     def base(self, tuned: Any) -> Iterator[None]:
@@ -157,7 +162,15 @@ class PreferenceTuning(InstructionTuning):
         live = tuned.tensors(tuned.training)
         held = {n: t.detach().clone() for n, t in live.items()}
         try:
-            begin_from(tuned, path)
+            try:
+                begin_from(tuned, path)
+            except BurnishError as e:
+                raise ConfigError("answers are compared with those of the run this one began from, "
+                                  f"which run.json names as task.reference_from: {e}") from None
+            known = self.how.get("reference_is")
+            if known is not None and digest(current(Path(path), TENSORS)) != known:
+                raise ConfigError(f"{path} has changed since this run began from it, and answers "
+                                  "are compared with what it was")
             yield
         finally:
             for n, t in live.items():
