@@ -222,3 +222,10 @@ def test_a_class_whose_name_stands_where_the_rows_are_is_refused():
     ids[1, 3] = ids[0, 3]
     ids[1, 4] = (ids[0, 4] + 1) % 60                         # the first of its own words
     net(input_ids=ids, pixel_values=batch["pixel_values"])
+
+
+def test_tokens_that_start_no_row_are_refused():
+    for recipe in ("coop(length=2, ids=(3, 4, 5))", "maple(length=2, layers=1, ids=(3, 4, 5))",
+                   "prefix(length=2, ids=(3, 4, 5), init='activations')"):
+        with pytest.raises(burnish.RecipeError, match="3 tokens are more than the 2 rows"):
+            burnish.tune(tiny("llama" if "prefix" in recipe else "clip")[0], recipe)

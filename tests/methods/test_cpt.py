@@ -244,3 +244,15 @@ def test_a_loss_without_labels_in_the_batch_is_refused():
     keys = {k: v for k, v in batch.items() if k != "labels"}
     with pytest.raises(burnish.ConfigError, match="put labels in the batch"):
         tuned.step(keys, loss=lambda out, b: out.logits.square().mean())
+
+
+@pytest.mark.parametrize("given, what", [
+    ("label_decay=0.5", "a label"), ("format_radius=0.5", "a template"),
+    ("types=(1, 4), input_radius=0.5", "an input"), ("types=(2, 0), label_decay=0.5", "a label"),
+    ("types=(2, 4), format_radius=0.5", "a template")])
+def test_a_setting_of_tokens_that_are_not_there_is_refused(given, what):
+    with pytest.raises(burnish.RecipeError, match=f"does nothing: by `types` no token is {what}"):
+        burnish.parse(f"cpt(ids=(5, 9), {given})")
+    for fine in ("types=(2, 4), label_decay=0.5", "types=(1, 3), format_radius=0.5",
+                 "input_radius=0.5"):
+        burnish.parse(f"cpt(ids=(5, 9), {fine})")

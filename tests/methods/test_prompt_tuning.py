@@ -103,12 +103,13 @@ def test_counts_and_defaults():
     ("prompt_tuning(length=0)", "at least one row"), ("prompt_tuning(targets='q')", "no targets"),
     ("prompt_tuning(ids=[])", "ids from 0 to 63"), ("prompt_tuning(ids=[-1])", "from 0 to 63"),
     ("prompt_tuning(ids=[3, 64])", "from 0 to 63"),
+    ("prompt_tuning(length=1, ids=[0, 63])", "2 tokens are more than the 1 rows"),
     ("prompt_tuning(ids=[3], init='normal')", "init='normal' reads none.*init='vocabulary'"),
 ])
 def test_what_it_refuses(recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny("llama")[0], recipe)
-    burnish.tune(tiny("llama")[0], "prompt_tuning(length=1, ids=[0, 63])")
+    burnish.tune(tiny("llama")[0], "prompt_tuning(length=2, ids=[0, 63])")
 
 
 def test_an_encoder_that_is_padded_on_the_left(beside):

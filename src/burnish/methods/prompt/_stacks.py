@@ -34,13 +34,16 @@ def above(anatomy: Anatomy, stack: str, *names: str) -> str | None:
 
 
 def check_ids(method: Any, init: str, table: torch.Tensor | None = None) -> None:
-    """RecipeError for `ids` that another start than `init` would not read, or (with the embedding
-    `table`) that name no token."""
+    """RecipeError for `ids` that another start than `init` would not read, that are more than the
+    rows, or (with the embedding `table`) that name no token."""
     if method.ids is None:
         return
     if method.init != init:
         raise RecipeError(f"{method.name}(ids=...) starts from tokens, and init={method.init!r} "
                           f"reads none: leave one of them out, or take init={init!r}")
+    if len(method.ids) > method.length:
+        raise RecipeError(f"{method.name}(ids=...): {len(method.ids)} tokens are more than the "
+                          f"{method.length} rows (length) that start from them")
     if table is not None and not (method.ids and 0 <= min(method.ids)
                                   and max(method.ids) < len(table)):
         raise RecipeError(f"{method.name}(ids=...): expected ids from 0 to {len(table) - 1}")

@@ -92,8 +92,11 @@ class Coop(Method):
 
 def start_rows(method: Any, table: Tensor, length: int) -> Tensor:
     """The embeddings of the method's `ids`, repeated to `length`. RecipeError for ids that name no
-    token."""
+    token, or are more than that."""
     ids = list(method.ids)
+    if len(ids) > length:
+        raise RecipeError(f"{method.name}(ids=...): {len(ids)} tokens are more than the {length} "
+                          "rows (length) that start from them")
     if not ids or not 0 <= min(ids) <= max(ids) < len(table):
         raise RecipeError(f"{method.name}(ids=...): expected ids from 0 to {len(table) - 1}")
     index = torch.tensor([ids[i % len(ids)] for i in range(length)], device=table.device)

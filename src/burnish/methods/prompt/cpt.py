@@ -71,6 +71,13 @@ class Cpt(Method):
                               f"{len(self.types)} types")
         if self.types is not None and min(self.types, default=0) < 0:
             raise RecipeError("cpt: types are 0 (free text) or counted from 1")
+        kinds = {t % 4 if t else None for t in self.coded().codes}
+        for name, kind, what in (("input_radius", 2, "an input"), ("label_decay", 0, "a label"),
+                                 ("format_radius", None, "a template")):
+            if self.ids and name in self.changed() and not (
+                    {1, 3} & kinds if kind is None else kind in kinds):
+                raise RecipeError(f"cpt({name}={getattr(self, name):g}) does nothing: by `types` "
+                                  f"no token is {what}")
 
     def coded(self) -> Types:
         """The types; all are input where none are given."""
