@@ -142,7 +142,7 @@ def test_what_the_head_reads_are_the_features_and_nothing_moves(name, recipe):
     torch.testing.assert_close(got.exp().double(), want, rtol=1e-4, atol=1e-5)
     assert float((want - q).abs().max()) > 1e-3 and len(again) == 4
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert net.training and not head._forward_pre_hooks and not got.requires_grad
+    assert net.training and not head._forward_hooks and not got.requires_grad
 
 
 def test_features_may_be_made_of_the_outputs():
@@ -195,3 +195,39 @@ def test_what_cannot_act_is_refused():
 
     with Lame().lifecycle(Skips()) as adapted, pytest.raises(ConfigError, match="head did not run"):
         adapted(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_of_a_model_that_writes_on_the_features_are_of_the_token_that_answers(kind, side):
+    import transformers
+
+    torch.manual_seed(0)
+    wide = {"vocab_size": 64, "num_labels": 4, "pad_token_id": 0}
+    model = (transformers.GPT2ForSequenceClassification(transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=16, **wide)) if kind == "gpt2" else
+        transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            **wide))).double().eval()
+    torch.nn.init.normal_(model.score.weight)
+    ids, mask = torch.randint(3, 60, (6, 7)), torch.ones(6, 7, dtype=torch.long)
+    for i in range(6):
+        mask[i, :i] = 0                              # 0 to 5 tokens of padding
+    if side == "right":
+        mask = mask.flip(1)
+    ids = ids * mask
+    batch = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        plain = model(**batch).logits
+        states = model.base_model(**batch).last_hidden_state
+    last = torch.tensor([int(m.nonzero().max()) for m in mask])
+    f = states[torch.arange(6), last]
+    torch.testing.assert_close(f @ model.score.weight.t(), plain)
+    with Lame(neighbours=2).lifecycle(model) as adapted:
+        got = adapted(batch).logits.softmax(-1)
+    z = q = plain.softmax(-1)
+    W = dense(f, "knn", 2)
+    for _ in range(100):
+        z = (torch.log(q + 1e-10) + W @ z).softmax(-1)
+    torch.testing.assert_close(got, z, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(got, q, atol=1e-3)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ...blocks.choose.affinity import KINDS, affinity, agreeing
@@ -31,11 +32,12 @@ class Lame(Adapts, Method):
             for batch in stream:
                 outputs = adapted(batch)         # the model's, with log z in place of the logits
 
-    features: what the last linear of the head reads, or what `features` makes of the outputs;
-    taken to length 1, in fp32. affinity: "knn", the paper's, 1 for the `neighbours` nearest others
-    (searched in 1, 3, 5); "rbf", what the released best settings come to, since they name none;
-    "linear", F F^T. Only for "linear" and "rbf", which are symmetric and positive, is it sure that
-    every step goes down; neighbours are neither: `symmetrise` makes them the one.
+    features: what the last linear of the head reads (of a model that writes on: of the token whose
+    answer is the text's), or what `features` makes of the outputs; taken to length 1, in fp32.
+    affinity: "knn", the paper's, 1 for the `neighbours` nearest others (searched in 1, 3, 5);
+    "rbf", what the released best settings come to, since they name none; "linear", F F^T. Only for
+    "linear" and "rbf", which are symmetric and positive, is it sure that every step goes down;
+    neighbours are neither: `symmetrise` makes them the one.
 
     Start: W = 0 gives z = q. Trains nothing, keeps nothing from batch to batch; of one sample
     neighbours leave q as it is. Costs B^2 + B K numbers after a forward.
@@ -76,8 +78,9 @@ class Lame(Adapts, Method):
             raise ConfigError("lame: this model has no linear head whose input could be the "
                               "features; give features=lambda outputs: ...")
         head = model.get_submodule(linears[-1])
-        return Adapting("lame", model, finish=lambda out: self.corrected(out, seen.taken()),
-                        hooks=lambda: [head.register_forward_pre_hook(seen)])
+        return Adapting("lame", model, finish=lambda out: self.corrected(
+            out, seen.taken(logits_of(out, "lame"))), hooks=lambda: [
+                head.register_forward_hook(seen, with_kwargs=True)])
 
     def corrected(self, outputs: Any, features: Tensor) -> Any:
         """Outputs with log z in place of the logits."""
@@ -93,16 +96,26 @@ class Lame(Adapts, Method):
 
 
 class _Seen:
-    """What a head has read last."""
+    """What a head has read last, and said of it."""
 
-    features: Tensor | None = None
+    last: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, module: Any, args: tuple) -> None:
-        self.features = args[0].detach() if args else None
+    def __call__(self, module: Any, args: tuple, kw: dict[str, Any], out: Any) -> None:
+        x = args[0] if args else next(iter(kw.values()), None)
+        self.last = (x.detach(), out.detach()) if isinstance(x, Tensor) \
+            and isinstance(out, Tensor) else None
 
-    def taken(self) -> Tensor:
-        found, self.features = self.features, None
+    def taken(self, logits: Tensor) -> Tensor:
+        """What the head read of each sample. Where it reads every token, as of a model that writes
+        on, the one whose answer was taken: the last of which it said these very logits."""
+        found, self.last = self.last, None
         if found is None:
             raise ConfigError("lame: the head did not run, or not on a tensor; give "
                               "features=lambda outputs: ...")
-        return found
+        x, said = found
+        if x.dim() == 3 and said.dim() == 3 and (len(said), said.shape[-1]) == logits.shape:
+            same = (said == logits.unsqueeze(1)).all(-1)
+            if bool(same.any(1).all()):
+                at = (same * torch.arange(1, same.shape[1] + 1, device=same.device)).argmax(1)
+                return x[torch.arange(len(x), device=x.device), at]
+        return x
