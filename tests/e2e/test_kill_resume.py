@@ -120,7 +120,10 @@ POINTS = [("step", 2), ("file", 1), ("step", 3), ("before the name", 1), ("evalu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["lora(rank=2, dropout=0.1)", "snella(rank=4) + adam8bit"])
+@pytest.mark.parametrize("recipe", [
+    "lora(rank=2, dropout=0.1)", "snella(rank=4) + adam8bit", "mezo(queries=2) + lora(rank=2)",
+    "full + zo_fo", "lst(reduction=4)",
+    "lora(rank=2, dropout=0.1) + offload(to='disk', threshold=0)"])
 def test_killed_again_and_again_it_ends_in_the_same_weights(processes, vit, tmp_path, recipe):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(processes, whole, vit, recipe, False) == 0

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
+from ..blocks.update.precise import NotFinite
 from ..core.batches import call
 from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
@@ -130,6 +131,8 @@ class Trainer(Compared, Passing, transformers.Trainer):
         if self.optimizer is None:
             made = self.tuned.optimizer(self.args.learning_rate, **self.hyper)
             self.zeroth = bool(getattr(made, "zeroth_order", False))
+            if self.zeroth:
+                made.stops = True
             self.optimizer = Driven(made) if self.zeroth else made
         return self.optimizer
 
@@ -171,7 +174,11 @@ class Trainer(Compared, Passing, transformers.Trainer):
             return self._pass(super().training_step, model, inputs, num_items_in_batch)
         model.train()
         batch, loss = self.task.call(self._prepare_inputs(inputs), self.plain, self._smoothing())
-        value = torch.as_tensor(self.tuned.step(batch, loss) if loss else self.tuned.step(batch))
+        try:
+            value = torch.as_tensor(self.tuned.step(batch, loss))
+        except NotFinite as e:
+            self._must_be_finite(torch.tensor(e.loss), "loss")
+            raise
         self._must_be_finite(value, "loss")
         return value.detach().to(self.args.device)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..blocks.update.noise import ScalarLog
 from ..core.errors import FormatError, nearest
 from ..core.processes import alike, gathered, is_sharded
 from ..core.reading import plain, reading
@@ -127,6 +128,21 @@ def optimizer_state(optimizer: torch.optim.Optimizer,
     rest = {k: v for k, v in state.items() if k not in ("state", "param_groups")}
     return {"state": {_named(k, by_number): _whole(v) for k, v in state["state"].items()},
             "groups": groups, "rest": rest}
+
+
+def scalar_log(folder: Path) -> ScalarLog:
+    """The log of a zeroth-order run, out of its checkpoint: with the starting weights it is the
+    run. ``tuned.optimizer(...).replay(log)`` repeats it, without data and bit for bit.
+
+    Raises FormatError for a checkpoint of another kind of run.
+    """
+    tree = load_tree(folder, "optimizer")
+    with reading("the optimizer state of a checkpoint"):
+        kept = tree["rest"].get("log")
+    if kept is None:
+        raise FormatError(f"{folder} is of a run with gradients, which leaves no log of scalars; "
+                          "expected a checkpoint of mezo or a relative")
+    return ScalarLog.from_tensors(*kept)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer,

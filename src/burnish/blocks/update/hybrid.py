@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
+from ...core.errors import ConfigError, FormatError, RecipeError
 from ...core.processes import processes
 from .noise import ScalarLog, fold
 from .plan import Plan
-from .precise import Evaluation
+from .precise import Evaluation, NotFinite
 from .rules import AdamW, Rule
 from .scratch import Callers, Evaluate
 from .subspace import in_memory_order
@@ -108,7 +108,7 @@ class HybridOptimizer(ZooOptimizer):
         try:
             loss = yield Evaluation(self._with_graph(), self.model)
             if not math.isfinite(loss):
-                raise BurnishError(f"{self.spec.name}: the loss is {loss}; nothing was updated")
+                raise NotFinite(self.spec.name, loss)
             yield from super().passes()
             self._descend(self.param_groups[0]["updates"] - 1)
         finally:

@@ -17,6 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...core.errors import BurnishError
+
+
+class NotFinite(BurnishError):
+    """A loss that is no number, before anything moved. loss: it."""
+
+    def __init__(self, name: str, loss: float):
+        super().__init__(f"{name}: the loss is {loss}; nothing was updated")
+        self.loss = loss
+
+
 HALF = (torch.float16, torch.bfloat16)
 #: besides everything called ``*_loss``; what hand-written losses begin with
 _LOSSES = frozenset(("cross_entropy", "kl_div", "binary_cross_entropy", "log_softmax",

@@ -42,7 +42,7 @@ from ...core.processes import processes
 from .noise import STREAM, STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
-from .precise import HALF, Evaluation, widened
+from .precise import HALF, Evaluation, NotFinite, widened
 from .scratch import Callers, Evaluate, Scratch, perturbed, strip
 from .step import Plan
 from .subspace import in_memory_order
@@ -129,6 +129,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     simulated = False
     #: the last loss was a tensor; a plain number may be a count, which stands still for longer
     smooth = True
+    #: a loss that is not finite raises NotFinite before anything moves; False: it moves nothing
+    stops = False
 
     def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
         self.spec, self.seed = spec, seed
@@ -197,6 +199,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         eps = self._radius(update)
         lrs, units, q = self._rates(update), self.units(), self.spec.queries
         found, losses = [], []
+        self._still = True                           # nothing has moved yet
         try:
             yield from self._begin(update)
             for u, self._only in enumerate(units):
@@ -219,6 +222,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 self.log.rests(self.resting())
                 for s, g in zip(seeds, here, strict=True):
                     self.log.append(s, g, lrs)
+                self._still = False
                 self._take(seeds, here, lrs, (update * len(units) + u) * q)
         finally:
             self._only = None
@@ -260,12 +264,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _of_all(self, *losses: float) -> tuple[float, ...]:
         """Means over the processes of a run: each sees its own rows, and all take one step."""
-        if self.simulated or processes() == 1:
-            return losses
-        device = self.param_groups[0]["params"][0].device
-        both = torch.tensor(losses, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(both)
-        return tuple((both / processes()).tolist())
+        if not self.simulated and processes() > 1:
+            device = self.param_groups[0]["params"][0].device
+            both = torch.tensor(losses, dtype=torch.float64, device=device)
+            torch.distributed.all_reduce(both)
+            losses = tuple((both / processes()).tolist())
+        if self.stops and self._still and not all(map(math.isfinite, losses)):
+            raise NotFinite(self.spec.name, next(x for x in losses if not math.isfinite(x)))
+        return losses
 
     def _read(self, value: Any) -> float:
         """What a closure gave, as a number; asked for within the context it was evaluated in."""

@@ -228,6 +228,9 @@ class ZooOptimizer(ZerothOrderOptimizer):
         for key in ("factors", "shares"):
             if key in log.header:
                 self.log.header[key] = log.header[key]
+        for shaped in (self.noise, self.moves):      # masks are those of the seed that was
+            if isinstance(shaped, Shaped):
+                shaped.seed = int(log.header.get("seed", self.seed))
         self._sized()
         super().replay(log)
 
