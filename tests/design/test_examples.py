@@ -57,3 +57,12 @@ def test_the_configuration_names_only_known_settings():
     assert own["data"] == "digits"
     _, args, _ = sort_out(settings)
     assert args["learning_rate"] == 3e-3 and args["num_train_epochs"] == 5
+
+
+def test_surfaces(capsys):
+    """A filter on what is known of other surfaces tells more than chance, with less than a tenth
+    of what full fine-tuning trains; every way has its line."""
+    found = load("surfaces").main(steps=100, after=50)
+    assert set(found) == {"linear probe", "LoRA", "PointGST", "full"}
+    assert min(found.values()) > 0.3 and found["PointGST"] > 0.4
+    assert len(capsys.readouterr().out.splitlines()) == 5
