@@ -1,4 +1,4 @@
-"""Tell surfaces by clouds of points: a small point transformer, trained on some and moved to others.
+"""Tell surfaces by clouds of points: a small transformer, trained on some and moved to others.
 
     python examples/surfaces.py               # a minute
 
