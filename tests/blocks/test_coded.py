@@ -332,6 +332,91 @@ def test_a_rounding_that_is_not_random_would_be_seen():
     assert off > 0.02
 
 
+# -- probabilities --------------------------------------------------------------------------------
+def attend(x):
+    """Attention written out, scores with a mask of what is to come."""
+    scores = x @ x.transpose(-1, -2) * 0.5
+    mask = torch.full((x.shape[-2],) * 2, float("-inf"), dtype=x.dtype).triu(1)
+    return torch.softmax(scores + mask, dim=-1) @ x.detach().cos()
+
+
+@pytest.mark.parametrize("how", [lambda x: torch.softmax(x, -1), lambda x: x.softmax(dim=1),
+                                 lambda x: F.softmax(x, dim=-1, dtype=torch.float64)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_softmax_is_exact_forward_and_keeps_bits_a_number_and_a_step_a_row(bits, how):
+    x = torch.randn(40, 33, dtype=torch.float32)
+    policy = Coded(bits=4, softmax=bits)
+    y, _ = run(how, x, [], policy)
+    assert torch.equal(y, how(x))
+    wide = y.element_size()
+    assert kept(lambda t: how(t), x.clone().requires_grad_(), policy) == \
+        math.ceil(40 * 33 * bits / 8) + 40 * wide
+
+
+def test_the_mean_gradient_of_a_softmax_is_the_exact_one():
+    """Two bits, where the variance of a code is largest, against P (g - sum g P) written out."""
+    x = torch.randn(6, 9, dtype=torch.float64) * 2
+    x[2, 4:] = float("-inf")
+    g = torch.randn(6, 9, dtype=torch.float64)
+    P = x.exp() / x.exp().sum(1, keepdim=True)
+    want = P * (g - (g * P).sum(1, keepdim=True))
+    policy, n, total, square = Coded(bits=4, softmax=2), 20000, 0.0, 0.0
+    leaf = x.clone().requires_grad_()
+    for step in range(n):
+        policy.begin(step)
+        with Tape(True, policy).recording():
+            y = leaf.softmax(-1)
+        (made,) = torch.autograd.grad((y * g).sum(), [leaf])
+        total, square = total + made, square + made.square()
+    mean = total / n
+    error = ((square / n - mean.square()).clamp_min(0) / n).sqrt()
+    assert torch.equal(mean[2, 4:], torch.zeros(5, dtype=torch.float64))    # what is masked stays
+    noisy = error > 1e-9
+    z = ((mean - want)[noisy] / error[noisy])
+    assert noisy.sum() > 40 and float(z.square().mean()) < 1.6 and float(z.abs().max()) < 4.5
+    torch.testing.assert_close(mean[~noisy], want[~noisy], rtol=1e-6, atol=1e-7)
+    # an estimate that squared one code would be off by its variance, which this would see
+    s = P.amax(1, keepdim=True) / 3
+    f = (P / s).frac()
+    assert float((s * s * f * (1 - f) * g)[noisy].div(error[noisy]).abs().max()) > 10
+
+
+def test_each_softmax_of_a_step_has_numbers_of_its_own_and_a_step_comes_again():
+    x = torch.randn(5, 64)
+    policy = Coded(bits=4, softmax=2, seed=3)
+    draws = []
+    for step in (1, 1, 2):
+        policy.begin(step)
+        draws.append([run(lambda t: t.softmax(-1), x, [], policy)[1][0] for _ in range(2)])
+    assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(draws[0][0], draws[0][1])
+    assert not torch.equal(draws[0][0], draws[2][0])
+    other = Coded(bits=4, softmax=2, seed=4)
+    other.begin(1)
+    assert not torch.equal(draws[0][0], run(lambda t: t.softmax(-1), x, [], other)[1][0])
+
+
+def test_a_softmax_over_another_axis_or_unasked_is_stock():
+    x = torch.randn(6, 8)
+    for policy, how in ((Coded(softmax=4), lambda t: t.softmax(0)),
+                        (Coded(), lambda t: t.softmax(-1))):
+        assert torch.equal(run(how, x, [], policy)[1][0], run(how, x, [])[1][0])
+
+
+def test_written_out_attention_is_right_in_the_mean():
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    want = run(attend, x, [])[1][0]
+    policy, n, total, square = Coded(bits=4, softmax=4, group=64), 3000, 0.0, 0.0
+    for step in range(n):
+        policy.begin(step)
+        made = run(attend, x, [], policy)[1][0]
+        total, square = total + made, square + made.square()
+    mean = total / n
+    error = ((square / n - mean.square()).clamp_min(0) / n).sqrt()
+    z = (mean - want) / error
+    assert float(z.square().mean()) < 1.6 and float(z.abs().max()) < 5
+
+
 # -- odd circumstances ----------------------------------------------------------------------------
 def test_in_somebody_elses_checkpointing_everything_is_stock():
     block, x = Block(), torch.randn(2, N, D, dtype=torch.float64)

@@ -273,6 +273,45 @@ def test_removing_the_adapter_takes_the_codes_away():
     assert not tuned.state.tape.policy.roles
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_probabilities_of_attention_that_is_written_out_wait_in_bits(name):
+    """The loss is exact; a square matrix of a head takes bits where it took its dtype."""
+    found, n, rows = {}, [], []
+
+    def seen(weights):                                # (batch, heads, tokens, tokens)
+        n.append(weights.numel())
+        rows.append(weights.numel() // weights.shape[-1])
+
+    for recipe in ("coded", "coded(softmax_bits=4)"):
+        torch.manual_seed(0)
+        model, batch = tiny(name, batch=4)
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            given = {k: v for k, v in batch.items() if k != "labels"}
+            shapes = model(**given, output_attentions=True).attentions
+        for weights in shapes if recipe == "coded" else ():
+            seen(weights)
+        tuned = burnish.tune(model, f"lora(rank=2) + {recipe}", head=False)
+        with Ledger(model) as ledger:
+            value = tuned.loss(batch)
+            held = sum(e.bytes for e in ledger.entries
+                       if e.death is None and ledger.category(e) != "weights")
+        grads = torch.autograd.grad(value, list(tuned.parameters()))
+        found[recipe] = float(value.detach()), held, grads
+    (plain, most, exact), (loss, few, coded) = found.values()
+    assert loss == plain and n
+    took = 4 * sum(n)                                  # once, for the softmax and the product
+    takes = sum(n) / 2 + 4 * sum(rows) + sum(n) / 2 + 8 * sum(math.ceil(k / 256) for k in n)
+    assert most - few == pytest.approx(took - takes, rel=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(exact, coded, strict=True))
+
+
+def test_a_code_that_would_save_nothing_is_refused():
+    with pytest.raises(RecipeError, match="keeps its probabilities as they are"):
+        burnish.parse("coded(bits=0, softmax_bits=4)")
+
+
 def test_bits_that_are_not_given_are_those_of_the_description():
-    given = burnish.parse("coded(bits=4, norm_bits=8, derivative_bits=4, group=256)")[0]
+    given = burnish.parse("coded(bits=4, norm_bits=8, derivative_bits=4, "
+                          "softmax_bits=0, group=256)")[0]
     assert burnish.parse("coded")[0] == given

@@ -5,6 +5,7 @@ factor
 norm           x^ = (x - mean) / std in k bits, 1 / std exact; a linear that reads the norm's output
                makes it again from x^, so it keeps nothing of its own
 activation     ReLU one bit and GELU, SiLU the number of an interval of their derivative
+softmax        where asked for: probabilities in k bits, right in the mean (probabilities.py)
 weight         never
 other          as it is; what is kept as it is anyway is not coded a second time
 
@@ -25,6 +26,7 @@ from .codes import Codes, packed, pieces, unpacked
 from .derivatives import table
 from .functions import once_differentiable, storage_of, version_of
 from .notes import View
+from .probabilities import Softmax
 from .roles import IN_THE_MEAN, Role, name_of
 from .saved import Policy
 
@@ -56,16 +58,17 @@ class _Coded:
 
 
 class Coded(Policy):
-    """bits: of linear inputs. norm: of norms. derivative: of GELU and SiLU (ReLU takes one). 0
-    keeps that role as it is. group: values that share a range. seed: of the rounding, which draws
-    from a generator of its own."""
+    """bits: of linear inputs. norm: of norms. derivative: of GELU and SiLU (ReLU takes one).
+    softmax: of probabilities. 0 keeps that role as it is. group: values that share a range. seed:
+    of the rounding, which draws from a generator of its own."""
 
     roles = True
     outer = True
     beside = "what is kept for backward is coded (coded)"
 
     def __init__(self, bits: int = 4, norm: int = 8, derivative: int = 4, group: int = 256,
-                 seed: int = 0):
+                 seed: int = 0, softmax: int = 0):
+        self.softmax, self.drawn = softmax, 0        # softmaxes so far in this step
         self.bits, self.norm, self.derivative, self.group = bits, norm, derivative, group
         self.seed, self.step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -74,12 +77,13 @@ class Coded(Policy):
         self._made: dict[int, tuple[Any, int, Any]] = {}
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.bits, self.norm, self.derivative, self.group, self.seed), \
+        return type(self), (self.bits, self.norm, self.derivative, self.group, self.seed,
+                            self.softmax), \
             {"inner": self.inner, "step": self.step}
 
     def begin(self, step: int) -> None:
         """The numbers of a step depend on the seed and the step alone."""
-        self.step = step
+        self.step, self.drawn = step, 0
         self._generators.clear()
 
     @property
@@ -164,6 +168,11 @@ class Coded(Policy):
                 return None
             return lambda tape: _Activation.apply(x, _on(func, args, kwargs), name,
                                                   1 if name == "relu" else self.derivative)
+        if name == "softmax" and self.softmax and kwargs.get("out") is None and \
+                (args[1] if len(args) > 1 else kwargs.get("dim")) in (-1, x.dim() - 1):
+            self.drawn += 1
+            seed = hash_of(self.seed, self.step, self.drawn)
+            return lambda tape: Softmax.apply(x, _on(func, args, kwargs), self.softmax, seed)
         if name in ("layer_norm", "rms_norm") and self.norm:
             return lambda tape: self._normed(tape, name, func, args, kwargs)
         return None
@@ -207,6 +216,14 @@ class Steps:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step_begin(state["step"])
+
+
+def hash_of(*numbers: int) -> int:
+    """One seed of several numbers."""
+    made = 0
+    for n in numbers:
+        made = (made * 6364136223846793005 + n + 1442695040888963407) % 2 ** 63
+    return made
 
 
 def _gone() -> None:

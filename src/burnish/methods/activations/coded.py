@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...blocks.tape.coded import Coded as Policy
 from ...blocks.tape.coded import Steps
+from ...core.errors import RecipeError
 from ...core.method import Method, setting
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ class Coded(Method):
       minimise the integral of (f' - level)^2 (GELU in 4 bits: at most 0.07 off): the one part that
       is off in the mean too. ReLU: one bit, exact. Dropout: a generator state, exact.
 
-    Each range costs 64 / group bits more. Weights are never coded; what has another role (softmax,
-    fused attention, losses) is kept as it is, and what is kept as it is anyway is not coded again.
+    * softmax, with softmax_bits: probabilities on levels from 0 to the row's largest, rounded the
+      same way, and a gradient that is right in the mean though it holds them twice (attention that
+      is written out; a fused one keeps none).
+
+    Each range costs 64 / group bits more. Weights are never coded; what has another role (fused
+    attention, losses) is kept as it is, and what is kept as it is anyway is not coded again.
     A pre-norm block with LoRA on all linears keeps 5.5 hidden-size units in fp32 and 7 in bf16
     where the lean tape keeps 10. 0 bits leave a role as the tape keeps it.
 
@@ -51,7 +56,16 @@ class Coded(Method):
     bits: Literal[0, 1, 2, 4, 8] = setting(4, "bits of linear inputs")
     norm_bits: Literal[0, 2, 4, 8] = setting(8, "bits of the normed state in a norm")
     derivative_bits: Literal[0, 1, 2, 4] = setting(4, "bits of the derivative of GELU and SiLU")
+    softmax_bits: Literal[0, 2, 4, 8] = setting(
+        0, "bits of probabilities in a softmax", unseen="attention is fused in the suite's models: "
+                                                       "tests/methods/test_coded.py")
     group: Literal[64, 128, 256, 512, 1024] = setting(256, "values that share a range")
+
+    def __post_init__(self) -> None:
+        if self.softmax_bits and not self.bits:
+            raise RecipeError("coded(bits=0): the product behind a softmax keeps its probabilities "
+                              "as they are, so that a code of them saves nothing; take bits=4, or "
+                              "softmax_bits=0")
 
     def claims(self) -> tuple[str, ...]:
         return ("the form of kept tensors",)
@@ -70,4 +84,4 @@ class CodedSwitch:
     def install(self, attacher: Any, part: Method) -> None:
         m = self.method
         attacher.state.tape.keep(Policy(m.bits, m.norm_bits, m.derivative_bits, m.group,
-                                        attacher.adapter.seed))
+                                        attacher.adapter.seed, m.softmax_bits))
