@@ -51,6 +51,33 @@ def test_tags():
     assert load("tags").main(count=480, epochs=6)["f1"] > 0.25
 
 
+def test_cells():
+    found = load("cells").main(epochs=10)
+    assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9
+
+
+def test_series():
+    found = load("series").main(many=1024, few=96, epochs=3, first=2)
+    assert max(found.values()) < 1 and found["lora(rank=8)"] < found["linear_probe"]
+
+
+def test_states():
+    module = load("states")
+    module.LONG = 24                                 # the scan is a loop of Python's
+    found = module.main(first=120, few=64, held=24, epochs=2, files=30)
+    assert found["lora(rank=8)"] < found["linear_probe"] < 8
+
+
+def test_captions():
+    found = load("captions").main(each=60, few=6, epochs=3, first=3)
+    assert found["lora(rank=8)"] > 1 / 18 and set(found) == set(load("captions").RECIPES)
+
+
+def test_strokes():
+    found = load("strokes").main(many=600, few=75, epochs=3, first=2)
+    assert found["lora(rank=8)"] < found["linear_probe"] < 1
+
+
 def test_the_configuration_names_only_known_settings():
     settings = config.read(EXAMPLES / "handwriting.yaml")
     own = {k: settings.pop(k) for k in ("data", "recipe", "output")}
