@@ -38,9 +38,9 @@ def main(epochs: int = 20, first: int = 200) -> dict[str, float]:
         return float((model(x[judged]).argmax(-1) == y[judged]).float().mean())
 
     print(f"as it was pre-trained: {right(base.eval()):.4f}")
-    return compare(lambda: copy.deepcopy(base), [(x[learnt[i]], y[learnt[i]]) for i in split(60, 16)],
-                   right, RECIPES, epochs=epochs, loss=lambda out, b: nn.functional.cross_entropy(
-                       out, b[1]))
+    batches = [(x[learnt[i]], y[learnt[i]]) for i in split(60, 16)]
+    return compare(lambda: copy.deepcopy(base), batches, right, RECIPES, epochs=epochs,
+                   loss=lambda out, b: nn.functional.cross_entropy(out, b[1]))
 
 
 if __name__ == "__main__":

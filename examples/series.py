@@ -19,11 +19,12 @@ from transferred import compare, split, trained
 from transformers import PatchTSTConfig, PatchTSTForPrediction
 
 PAST, AHEAD = 64, 16
-RECIPES = {"linear_probe": 1e-2, "norms": 3e-3, "lora(rank=8)": 3e-3, "houlsby(bottleneck=16)": 3e-3,
-           "full": 1e-3}
+RECIPES = {"linear_probe": 1e-2, "norms": 3e-3, "lora(rank=8)": 3e-3,
+           "houlsby(bottleneck=16)": 3e-3, "full": 1e-3}
 
 
-def windows(count: int, periods: tuple[float, float], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(count: int, periods: tuple[float, float], seed: int
+            ) -> tuple[torch.Tensor, torch.Tensor]:
     """(count, PAST, 1) and (count, AHEAD, 1), which follow."""
     g = np.random.default_rng(seed)
     t = np.arange(PAST + AHEAD)

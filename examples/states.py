@@ -21,8 +21,8 @@ from transferred import compare, split, trained
 from transformers import MambaConfig, MambaForCausalLM
 
 LONG = 96
-RECIPES = {"linear_probe": 3e-3, "norms": 1e-2, "lora(rank=8)": 1e-2, "prompt_tuning(length=8)": 1e-2,
-           "full": 3e-3}
+RECIPES = {"linear_probe": 3e-3, "norms": 1e-2, "lora(rank=8)": 1e-2,
+           "prompt_tuning(length=8)": 1e-2, "full": 3e-3}
 
 
 def read(files: int) -> tuple[bytes, bytes]:

@@ -4,8 +4,8 @@
     python examples/strokes.py                # about a minute
 
 Pre-training takes the noise out of printed figures from 0 to 9, shifted and of unlike weight; the
-task is scikit-learn's scanned handwriting. Scores are mean squared errors of the noise that is told,
-on handwriting that nobody has learnt, over those of a guess of none (lower is better).
+task is scikit-learn's scanned handwriting. Scores are mean squared errors of the noise that is
+told, on handwriting that nobody has learnt, over those of a guess of none (lower is better).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import nn
 from transferred import compare, split, trained
 
 STEPS = 100
-RECIPES = {"linear_probe": 1e-2, "bitfit": 3e-3, "lora(rank=8)": 3e-3, "houlsby(bottleneck=16)": 3e-3,
-           "full": 1e-3}
+RECIPES = {"linear_probe": 1e-2, "bitfit": 3e-3, "lora(rank=8)": 3e-3,
+           "houlsby(bottleneck=16)": 3e-3, "full": 1e-3}
 
 
 def printed(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

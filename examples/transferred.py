@@ -1,9 +1,9 @@
-"""One pre-trained model, one small task, several recipes: the table that examples of transfer print.
+"""One pre-trained model, one small task, several recipes: the table that examples print.
 
     compare(fresh, batches, score, {"lora(rank=8)": 3e-3, "full": 1e-3})
 
-Every recipe starts from the same weights, takes the same batches in the same order, and is scored on
-rows that none has seen.
+Every recipe starts from the same weights, takes the same batches in the same order, and is scored
+on rows that none has seen.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def compare(fresh: Callable[[], nn.Module], batches: Sequence[Any],
         with torch.no_grad():
             found[recipe] = score(model.eval())
         trains = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        print(f"{recipe:{wide}}  {found[recipe]:9.4f}  {trains:9,}  {peak / MB:11.2f} MB", flush=True)
+        print(f"{recipe:{wide}}  {found[recipe]:9.4f}  {trains:9,}  {peak / MB:11.2f} MB",
+              flush=True)
     return found
 
 
