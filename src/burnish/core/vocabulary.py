@@ -23,6 +23,7 @@ VOCABULARY: dict[str, str] = {
     "length": "tokens or rows of a prompt",
     "layers": "blocks, by number or how many",
     "k": "answers a router takes per token",
+    "kernel": "tokens that a convolution sees",
     "units": "what is taken out together",
     "neighbours": "the nearest others that have a say",
     "bits": "of a value that is held as a code",

@@ -86,6 +86,9 @@ class Bottleneck(nn.Module):
     def reset(self, init: str) -> None:
         """Draw the start again (see the class)."""
         for linear in (self.down, self.up):
+            if init == "linear":
+                linear.reset_parameters()
+                continue
             if init == "bert":
                 nn.init.normal_(linear.weight, std=0.02)
             elif init == "truncated":
@@ -243,3 +246,15 @@ class Normed(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         base = getattr(type(self.norm), "_burnish_base", type(self.norm))
         return self.inner(base.forward(self.norm, h))      # past the norm's own slot
+
+
+class Resting(nn.Module):
+    """``LN(gelu(f(x)) + x)`` of a bottleneck f: what it reads is in what it answers."""
+
+    def __init__(self, bottleneck: Bottleneck):
+        super().__init__()
+        self.inner = bottleneck
+        self.norm = nn.LayerNorm(bottleneck.down.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _in_dtype_of(self.norm, F.gelu(self.inner(x)) + x)

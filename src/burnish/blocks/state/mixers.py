@@ -89,3 +89,33 @@ class Conformer(nn.Module):
     def count(width: int, kernel: int) -> int:
         """Trainable numbers."""
         return width * (kernel + 2)
+
+
+class Temporal(nn.Module):
+    """``gelu(conv(z))``: z (B, T, R), the convolution over tokens, all channels with all.
+
+    conv.weight (R, R, K), conv.bias (R,). As many tokens come out as go in; beyond the ends, and
+    where the call's attention mask says padding, are zeros. RecipeError for states without a batch
+    and a token axis.
+    """
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.dim() != 3:
+            raise RecipeError(f"a convolution over tokens is given states of {tuple(z.shape)}; "
+                              "expected (batch, tokens, channels)")
+        valid = context().valid
+        if valid is not None and valid.shape == z.shape[:2]:
+            z = z * valid.unsqueeze(-1).to(z.dtype)
+        K, conv = self.conv.kernel_size[0], self.conv
+        z = F.pad(z.mT, ((K - 1) // 2, K // 2))
+        assert conv.bias is not None
+        return F.gelu(F.conv1d(z, conv.weight.to(z.dtype), conv.bias.to(z.dtype))).mT
+
+    @staticmethod
+    def count(width: int, kernel: int) -> int:
+        """Trainable numbers."""
+        return width * width * kernel + width
