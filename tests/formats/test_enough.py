@@ -72,7 +72,7 @@ def comes_back(recipe, model, tmp_path, monkeypatch, **kw):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_brings_every_method_back_to_the_bit(method, tmp_path, monkeypatch):
     # findings 3.1
-    model = next((m for m in ("vit", "llama", "mixtral", "cnn", "clip", "mlp", "points")
+    model = next((m for m in ("vit", "llama", "mixtral", "cnn", "clip", "mlp", "points", "bert")
                   if not conformance.refusal(method, m)), None)
     assert model is not None, conformance.refusal(method, "vit")
     comes_back(conformance.recipe(method), model, tmp_path, monkeypatch)

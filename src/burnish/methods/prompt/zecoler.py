@@ -39,8 +39,8 @@ class Zecoler(Method):
     ``made_by="none"``: length d. A finished file (``tuned.save``) holds P alone, a checkpoint of a
     run all of it. Kept for backward: what frozen blocks keep. Not mergeable.
 
-    CodePrompt, the other method of these prompts, pools the mask's states of several layers; it
-    has no part here.
+    CodePrompt, the other method of these prompts, pools the mask's states of several layers: see
+    `codeprompt`.
     """
 
     paper: ClassVar[str] = ("Zero-Shot Code Representation Learning via Prompt Tuning (2024), "

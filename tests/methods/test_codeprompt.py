@@ -1,0 +1,130 @@
+"""CodePrompt: the mask's states of all layers, pooled for a head, in float64 with stock models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import burnish
+from burnish.blocks.state.pooled import Pooled
+from burnish.core.recipe import parse
+from burnish.testing import stir
+from burnish.testing.models import tiny
+
+BLOCKS = {"bert": "bert.encoder.layer.{}", "roberta": "roberta.encoder.layer.{}"}
+
+
+def masked(batch, mask=62, at=(3, 5)):
+    ids = batch["input_ids"].clamp(max=60)
+    for i, n in enumerate(at):
+        ids[i, n] = mask
+    batch["input_ids"] = ids
+    return at
+
+
+def pooled(states, W, w):
+    """f and the weights, sample by sample."""
+    out, shares = [], []
+    for h in states:
+        e = torch.stack([(w @ torch.tanh(W @ x)).exp() for x in h])
+        shares.append(e / e.sum())
+        out.append((shares[-1][:, None] * h).sum(0))
+    return torch.stack(out), torch.stack(shares)
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+@pytest.mark.parametrize("layers, mask", [(None, 62), (1, 62), (None, None)])
+def test_the_equation_written_out(beside, model, layers, mask):
+    one = beside(model, f"codeprompt(bottleneck=4, layers={layers}, mask={mask})", head=True)
+    at = masked(one.batch) if mask else (0, 0)
+    states = []
+    for i in range(2 - (layers or 2), 2):
+        one.base.get_submodule(BLOCKS[model].format(i)).register_forward_hook(
+            lambda m, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+
+    def reads(m, args):
+        h = torch.stack([s[torch.arange(2), list(at)] for s in states], 1)
+        f, _ = pooled(h, one.theta["classifier", "linear.weight"],
+                      one.theta["classifier", "score"])
+        return (f[:, None] if model == "roberta" else f,)
+
+    one.base.classifier.register_forward_pre_hook(reads)
+    if layers == 1:                                        # one layer leaves pooling no choice
+        got, want = (m(**one.batch).logits for m in (one.tuned.model, one.base))
+        torch.testing.assert_close(got, want)
+        return
+    one.agree()
+
+
+def test_weights_of_the_layers_sum_to_one_and_begin_alike():
+    one = Pooled(None, "a", 8, 4)
+    h = torch.randn(3, 5, 8)
+    assert torch.equal(one.weights(h), torch.full((3, 5), 0.2))
+    stir_ = torch.Generator().manual_seed(0)
+    one.score.data = 3 * torch.randn(4, generator=stir_)
+    got = one.weights(h)
+    torch.testing.assert_close(got.sum(1), torch.ones(3))
+    assert float(got.max()) > 0.3
+    torch.testing.assert_close(got, pooled(h, one.linear.weight, one.score)[1])
+
+
+def test_a_text_without_its_mask_is_refused():
+    net, batch = tiny("roberta")
+    burnish.tune(net, "codeprompt(mask=62)")
+    masked(batch)
+    assert net(**batch).loss.isfinite()
+    batch["input_ids"][1, 2] = 62
+    with pytest.raises(burnish.RecipeError, match="needs one token 62, and here they have 1, 2"):
+        net(**batch)
+    batch["input_ids"][1, [2, 5]] = 4
+    with pytest.raises(burnish.RecipeError, match="have 0, 1 .truncation must leave the mask"):
+        net(**batch)
+    with pytest.raises(burnish.RecipeError, match="give input_ids"):
+        net(inputs_embeds=torch.randn(2, 8, 32))
+
+
+def test_nothing_below_the_head_waits_for_backward(kept):
+    """Of a frozen model; with it all trains, as published."""
+    waits = []
+    for n in (2, 4):
+        net, batch = tiny("bert", num_hidden_layers=n)
+        waits.append(kept(burnish.tune(net, "codeprompt(bottleneck=4, layers=2)"), batch))
+    assert waits[0] == waits[1]
+    net, batch = tiny("bert")
+    masked(batch)
+    tuned = burnish.tune(net, "full + codeprompt(mask=62)")
+    stir(tuned)
+    tuned.loss(batch).backward()
+    assert net.get_submodule(BLOCKS["bert"].format(0)).output.dense.weight.grad.any()
+
+
+def test_soft_words_beside_it():
+    """A template of pseudo-tokens, made by zecoler, around the mask."""
+    net, batch = tiny("bert")
+    masked(batch)
+    batch["input_ids"][:, 6:8] = 61
+    tuned = burnish.tune(net, "codeprompt(mask=62) + zecoler(length=2, placeholder=61)")
+    tuned.optimizer(lr=1e-2)
+    losses = [float(tuned.step(batch)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_count_and_defaults():
+    m = parse("codeprompt")[0]
+    assert (m.mask, m.bottleneck, m.layers) == (None, 0, None)
+    assert m.count(768) == 768 * 769 and m.repeats() is None
+    for recipe in ("codeprompt", "codeprompt(bottleneck=5)"):
+        tuned = burnish.tune(tiny("bert")[0], recipe, head=False)
+        assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32)
+
+
+@pytest.mark.parametrize("model, recipe, why", [
+    ("bert", "codeprompt(bottleneck=-1)", "a width of 0"),
+    ("bert", "codeprompt(mask=-1)", "a token id"), ("vit", "codeprompt", "codeprompt"),
+    ("bert", "codeprompt(layers=3)", "has 2 blocks"), ("llama", "codeprompt", "codeprompt"),
+    ("bert", "codeprompt(targets='q')", "no targets"),
+    ("bert", "codeprompt + checkpoint", "mode of the blocks"),
+])
+def test_what_it_refuses(model, recipe, why):
+    with pytest.raises(burnish.RecipeError, match=why):
+        burnish.tune(tiny(model)[0], recipe)
