@@ -131,3 +131,15 @@ def test_what_is_declared_equivalent_is_a_mutant(monkeypatch):
 def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
     done = run("--named")
     assert done.returncode == 0, done.stdout
+
+
+def test_functions_on_what_is_there_have_no_cell(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants
+    import mutants_run
+
+    for name, cells in (("tent", False), ("ties", False), ("spsa_gc", True)):
+        of = mutants.subject(name)
+        said = {"killer": None, "why": "", "cost": {}}
+        mutants_run.Runner(ROOT, tmp_path, (), of.cells)._conformance(said)
+        assert bool(said["cost"]) is cells and said["killer"] is None, said["why"]
