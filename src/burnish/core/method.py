@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 
+#: behind a path of `Method.taps`: what the module reads, not what it returns
+INPUT = "/input"
 #: how a method was held against its source: read and written down; its test computes the equation
 #: again, in float64 and without burnish; its test meets figures that the source prints
 TIERS = ("from the text", "checked against an independent equation",
@@ -173,7 +175,8 @@ class Method:
         return ()
 
     def taps(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Paths of modules whose outputs the objective reads as ``run.taps[path]``."""
+        """Paths of modules whose outputs the objective reads as ``run.taps[path]``; with
+        :data:`INPUT` behind it, what the module is given first."""
         return ()
 
     def ahead(self, tuned: Tuned, run: Any) -> Any:

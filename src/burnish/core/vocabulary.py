@@ -58,6 +58,7 @@ VOCABULARY: dict[str, str] = {
     "cooldown": "share of the run after a schedule has arrived",
     "decay": "of a smoothed score",
     "samples": "read before training",
+    "buffer": "samples of earlier steps that are remembered",
     "tolerance": "when something counts as converged",
     "steps": "how often a part does what it does",
     "drop": "share of a figure that may be lost",

@@ -20,7 +20,7 @@ from ..blocks.update.objective import OnWeights
 from ..core.batches import size
 from ..core.call import giving
 from ..core.errors import CheckError, ConfigError
-from ..core.method import Method
+from ..core.method import INPUT, Method
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -151,9 +151,11 @@ class Objectives:
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._term]
         for m in self.sees_run:
             for path in m.taps(tuned.anatomy):
-                module = tuned.model.get_submodule(path)
+                module = tuned.model.get_submodule(path.removesuffix(INPUT))
                 self._hooks.append(module.register_forward_hook(
-                    lambda _m, _a, out, path=path: self._taps.__setitem__(path, out)))
+                    lambda _m, args, kw, out, path=path: self._taps.__setitem__(
+                        path, next(iter((*args, *kw.values()))) if path.endswith(INPUT) else out),
+                    with_kwargs=True))
         self._busy = False
         self._seen = False                       # a term of a forward has ridden since the update
         riding = self.riding
@@ -202,6 +204,7 @@ class Objectives:
             terms = [(m, list(m.objective(self.tuned, run))) for m in self.sees_run]
         finally:
             self._busy = False
+            self._taken()                        # a term may have run a tapped module by itself
         made = [t for _, mine in terms for t in mine]
         if torch.is_grad_enabled() and _trains(out):
             for m, mine in terms:
