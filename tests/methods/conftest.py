@@ -33,8 +33,8 @@ class Beside:
         for name, p in self.tuned.named_parameters():
             p.data = p.double()
             p.data.add_(size * torch.randn(p.shape, generator=g, dtype=torch.float64))
-            path, _, rest = name.partition(".burnish.default.")
-            key = path, rest.removeprefix(next((f"{n}." for n in names
+            path, _, rest = f".{name}".partition(".burnish.default.")
+            key = path[1:], rest.removeprefix(next((f"{n}." for n in names
                                                 if rest.startswith(f"{n}.")), ""))
             self.own[key] = p
             self.theta[key] = p.detach().clone().requires_grad_()

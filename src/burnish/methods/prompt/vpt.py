@@ -14,7 +14,8 @@ from ._stacks import above
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
 
-_CLASS = ("cls_token", "class_token", "class_embedding")
+#: names of a class token
+CLASS = ("cls_token", "class_token", "class_embedding")
 _MORE = ("distillation_token", "dist_token", "register_tokens", "reg_token", "storage_tokens")
 
 
@@ -114,6 +115,6 @@ def special_tokens(model: nn.Module, stack: str) -> int:
     n = 0
     for name, p in held.items():
         leaf = name.rpartition(".")[2]
-        n += leaf in _CLASS
+        n += leaf in CLASS
         n += (p.shape[-2] if p.dim() > 1 else 1) if leaf in _MORE else 0
     return n
