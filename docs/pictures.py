@@ -2,6 +2,7 @@
 
     python docs/pictures.py plan            # a few minutes, no GPU, no weights
     python docs/pictures.py result OUT      # OUT: the folder `burnish demo` wrote
+    python docs/pictures.py frontier FILE   # FILE: what benchmarks/frontier.py wrote
 """
 
 from __future__ import annotations
@@ -106,11 +107,57 @@ def result(folder: Path) -> None:
     save(figure, "result")
 
 
+#: families by what a recipe's dearest word is, for colours: the first that is in it
+KINDS = (("the update", ("galore", "adam8bit", "lisa", "badam", "mezo"), "#758e4f"),
+         ("storage", ("nf4", "rtn"), "#86bbd8"),
+         ("the tape", ("checkpoint", "coded", "lean"), "#f6ae2d"),
+         ("at the side", ("lst", "unipt", "sherl"), "#f26419"),
+         ("beside weights", ("houlsby", "ssf", "ia3", "prefix", "vpt"), "#a45ee5"),
+         ("a part as it is", ("linear_probe", "bitfit", "norms", "full"), "#444444"),
+         ("on weights", ("",), "#33658a"))
+
+
+def frontier(file: Path) -> None:
+    """Accuracy over the measured peak of a step, a point a recipe, and the planner's choices."""
+    lines = [json.loads(x) for x in file.read_text().splitlines()]
+    rows = sorted((r for r in lines if "mean" in r), key=lambda r: (r["peak"], -r["mean"]))
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    edge, best = [], 0.0
+    for r in rows:
+        if r["mean"] > best:
+            edge, best = [*edge, r], r["mean"]
+    axes.step([r["peak"] / 1e6 for r in edge], [100 * r["mean"] for r in edge], where="post",
+              color="#c9d3dc", zorder=0)
+    for label, _, colour in KINDS:
+        own = [r for r in rows if next(k for k, w, _ in KINDS if any(
+            x in r["recipe"] for x in w)) == label]
+        if own:
+            axes.errorbar([r["peak"] / 1e6 for r in own], [100 * r["mean"] for r in own],
+                          [100 * r["sd"] for r in own], fmt="o", color=colour, label=label,
+                          markersize=5, elinewidth=0.6)
+    for r in edge:
+        axes.annotate(r["recipe"], (r["peak"] / 1e6, 100 * r["mean"]), xytext=(4, 5),
+                      textcoords="offset points", fontsize=7, family="monospace")
+    low = sorted(r["mean"] for r in rows)[len(rows) // 10]
+    axes.set(xscale="log", xlabel="MB at the peak of a step, measured", ylim=(100 * low - 3, None),
+             ylabel="test accuracy, %, five seeds")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.text(0.99, -0.1, f"printed figures to handwriting, {len(rows)} recipes; burnish "
+                f"{burnish.__version__}, torch {torch.__version__}, {date.today()}", ha="right",
+                fontsize=7, color="grey")
+    save(figure, "frontier")
+
+
 if __name__ == "__main__":
     style()
     if sys.argv[1:2] == ["plan"]:
         plan()
     elif sys.argv[1:2] == ["result"] and len(sys.argv) == 3:
         result(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["frontier"] and len(sys.argv) == 3:
+        frontier(Path(sys.argv[2]))
     else:
         sys.exit(__doc__)

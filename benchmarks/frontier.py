@@ -1,0 +1,98 @@
+"""Accuracy against the measured peak of recipes of every axis, and what the planner chooses there.
+
+    python benchmarks/frontier.py benchmarks/results/transfers-2026-11-29.jsonl --out frontier.jsonl
+    python docs/pictures.py frontier frontier.jsonl
+
+On the handwriting transfer (transfers.py: five seeds at the rate best on validation). Rows that the
+files named first hold are taken from them, the others are run. Then, at five budgets between the
+least and the largest peak, the planner is asked without any of these figures, its first choice is
+run like every other recipe, and held against the best of all that fit the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from forked import rows
+from transfers import TRANSFERS, row
+
+NAME = "handwriting"
+RECIPES = (
+    "linear_probe", "bitfit", "norms", "full",                                     # what trains
+    "lora", "lora(rank=16)", "dora", "pissa", "vera", "snella", "snella(magnitude='linear')",
+    "shira", "miss", "oft", "adalora", "hra",                                      # on weights
+    "houlsby", "ssf", "ia3", "prefix", "vpt",                                      # beside them
+    "lst", "unipt", "sherl",                                                       # at the side
+    "lora + checkpoint", "lora + coded", "lora + lean", "full + checkpoint",       # the tape
+    "nf4 + lora", "nf4 + lora + checkpoint", "nf4 + snella + checkpoint", "rtn(bits=4) + lora",
+    "full + galore(rank=16)", "full + adam8bit", "lisa(layers=1)", "badam",        # the update
+    "full + mezo", "lora + mezo")
+BUDGETS = 5
+
+
+def choices(found: list[dict[str, Any]], transfer: Any, run: Any) -> list[dict[str, Any]]:
+    """The planner's first choice at each budget beside the best that was tried."""
+    import burnish
+
+    peaks = [r["peak"] for r in found]
+    low, high = 1.05 * min(peaks), 1.05 * max(peaks)
+    batch, out = transfer.epoch("train", 0)[0], []
+    for k in range(BUDGETS):
+        budget = int(low * (high / low) ** (k / (BUDGETS - 1)))
+        best = burnish.plan(transfer.fresh().train(), memory=budget, batch=batch,
+                            loss=transfer.loss, **transfer.how).best
+        fits = [r for r in found if r["peak"] <= budget]
+        top = max(fits, key=lambda r: r["mean"])
+        own = None if best is None else run(best.recipe)
+        out.append({"budget": budget, "chosen": best and best.recipe,
+                    "accuracy": own and own.get("mean"), "peak": own and own.get("peak"),
+                    "best": top["recipe"], "best_accuracy": top["mean"], "tried": len(fits)})
+    return out
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("known", nargs="*", type=Path)
+    ask.add_argument("--out", type=Path, default=Path("frontier.jsonl"))
+    ask.add_argument("--workers", type=int, default=2)
+    a = ask.parse_args()
+    import torch
+
+    from burnish.fit.driving import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+    def held() -> dict[str, dict[str, Any]]:
+        lines = [json.loads(x) for x in a.out.read_text().splitlines()] if a.out.is_file() else []
+        return {r["recipe"]: r for r in lines if "recipe" in r}
+
+    have = held()
+    with a.out.open("a") as f:
+        for line in (x for path in a.known for x in path.read_text().splitlines()):
+            r = json.loads(line)
+            if r["transfer"] == NAME and r["recipe"] in RECIPES and r["recipe"] not in have \
+                    and "mean" in r:
+                f.write(line + "\n")
+    made = TRANSFERS[NAME]()
+
+    def run(*recipes: str) -> dict[str, Any]:
+        rows([{"recipe": r, "transfer": NAME} for r in recipes],
+             lambda recipe, transfer: row(recipe, made), str(a.out), a.workers)
+        return held()[recipes[-1]]
+
+    run(*RECIPES)
+    found = [r for r in held().values() if r["recipe"] in RECIPES and "mean" in r]
+    with a.out.open("a") as f:
+        for choice in choices(found, made, run):
+            f.write(json.dumps(choice) + "\n")
+            print(f"{choice['budget'] / 1e6:7.2f} MB  {choice['chosen']}: {choice['accuracy']}; "
+                  f"best of {choice['tried']}: {choice['best']}: {choice['best_accuracy']}")
+
+
+if __name__ == "__main__":
+    main()
