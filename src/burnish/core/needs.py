@@ -135,6 +135,17 @@ def _open(a: Anatomy) -> bool:
     return bool(found) and not any(isinstance(m, nn.MultiheadAttention) for m in found)
 
 
+def mlp_modules(a: Anatomy) -> list[tuple[Block, list[Place]]]:
+    """Blocks whose MLP is a module of its own, of whole linears for all tokens, with these."""
+    out = []
+    for b in a.blocks:
+        mine = [p for p in a.places if b.mlp and f"{p.path}.".startswith(f"{b.mlp}.")]
+        if len(mine) > 1 and b.mlp_out and all(p.kind in ("linear", "conv1d") and not p.rows
+                                               and p.path != b.mlp for p in mine):
+            out.append((b, mine))
+    return out
+
+
 def inner(a: Anatomy) -> list[Group]:
     """The inner channels of MLPs of whole linears (a fused gate and up are none)."""
     return [g for g in groups(a)[0] if g.kind == "channels"
@@ -223,6 +234,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                                        a.model.named_parameters())),
     "last matrices": ("MLPs with a last linear of their own", lambda a: any(
         p.role in ("fc2", "down") for p in mlp_linears(a))),
+    "mlp modules": ("blocks whose MLP is a module of linears", lambda a: bool(mlp_modules(a))),
     "last linears": ("blocks whose MLP ends in one linear for all tokens",
                      lambda a: any(b.mlp_out for b in a.blocks)),
     "queries": ("linears that make queries, keys and values", lambda a: bool(qkv_linears(a))),
