@@ -231,3 +231,33 @@ def test_of_a_model_that_writes_on_the_features_are_of_the_token_that_answers(ki
         z = (torch.log(q + 1e-10) + W @ z).softmax(-1)
     torch.testing.assert_close(got, z, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(got, q, atol=1e-3)
+
+
+def test_of_tokens_that_say_the_same_the_last_is_read():
+    from burnish.methods.lifecycle.lame import _Seen
+
+    head = torch.nn.Linear(3, 2, bias=False)
+    head.weight.data[:, 2] = 0                       # so that two tokens may say the same
+    x = torch.randn(2, 4, 3)
+    x[:, 1:3, :2] = x[:, :1, :2]
+    seen = _Seen()
+    head.register_forward_hook(seen, with_kwargs=True)
+    with torch.no_grad():
+        said = head(input=x)                         # by name, as some models call theirs
+    assert torch.equal(seen.taken(said[:, 0]), x[:, 2])
+    with torch.no_grad():
+        head(x)
+    assert torch.equal(seen.taken(said.mean(1)), x)  # an answer of no one token: refused by shape
+    for args, out in (((x,), (said,)), (("x",), said), ((), said)):
+        seen(head, args, {}, out)
+        with pytest.raises(ConfigError, match="did not run, or not on a tensor"):
+            seen.taken(said[:, 0])
+
+
+def test_one_neighbour_is_enough():
+    f, q = samples(6)
+    W = dense(f, "knn", 1)
+    model = torch.nn.Identity()
+    with Lame(neighbours=1).lifecycle(model, features=lambda out: f) as adapted:
+        got = adapted(q.log()).exp()
+    torch.testing.assert_close(got, dense_steps(q, W, 1.0, 100), rtol=1e-6, atol=1e-8)
