@@ -99,6 +99,8 @@ def test_a_weight_has_three_values_and_half_of_normal_ones_are_zero():
     assert float((V == 0).float().mean()) == pytest.approx(0.42, abs=0.02)  # P(|w| < 0.7 E|w|)
     V, _ = Ternary(8, 2.5, None).rounded(W, W)
     assert len(set(V.flatten().tolist())) == 3
+    W = torch.tensor([[0.0, -2.0, 0.1, 0.0]])                  # one of them alone is large
+    assert Ternary(8, 2.5, -1).rounded(W, W)[0].tolist() == [[0.0, -2.0, 0.0, 0.0]]
     V, _ = Ternary(8, 2.5, -1).rounded(torch.zeros(2, 3), torch.zeros(2, 3))
     assert torch.equal(V, torch.zeros(2, 3))
 
@@ -147,3 +149,15 @@ def test_settings_are_checked(text):
 def test_the_defaults():
     assert parse("twn")[0].settings() == {"targets": None, "share": "row", "input_bits": 8,
                                           "edge": 2.5}
+
+
+def test_one_function_of_a_weight_and_others_elsewhere():
+    net, _ = tiny("bert")
+    for text in ("full + twn + bibert(attention=False)", "lora(rank=2) + bibert(attention=False) "
+                 "+ twn"):
+        with pytest.raises(RecipeError, match="function"):
+            burnish.tune(net, text, head=False)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tuned = burnish.tune(net, "full + twn(targets='0') + twn(targets='1', share='matrix')",
+                         targets="0,1", head=False)
+    assert [t.dims for _, t in tuned.terms(Ternary)] == [-1, None]

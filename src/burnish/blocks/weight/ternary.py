@@ -44,7 +44,7 @@ class Ternary(Straight):
     def rounded(self, made: Tensor, V: Tensor) -> tuple[Tensor, Tensor | None]:
         W = made.clamp(-self.edge, self.edge)
         size = W.abs()
-        over = (-1, -2) if self.dims is None else self.dims
-        large = size > SHARE * size.mean(over, keepdim=True)
-        value = (size * large).sum(over, keepdim=True) / large.sum(over, keepdim=True).clamp_min(1)
+        large = size > SHARE * size.mean(self.dims, keepdim=True)
+        count = large.sum(self.dims, keepdim=True).clamp_min(1)
+        value = (size * large).sum(self.dims, keepdim=True) / count
         return W.sign() * large * value, made.abs() < self.edge
