@@ -93,3 +93,10 @@ def test_surfaces():
     assert set(found) == set(module.RECIPES)
     assert min(found.values()) > 0.3 and found["point_gst(rank=16, local=8)"] > 0.4
 
+
+def test_molecules(capsys):
+    """What adapts the blocks tells more than a probe of them; every way has its line."""
+    found = load("molecules").main(steps=200, after=100)
+    assert set(found) == {"linear probe", "LoRA", "adapters", "full"}
+    assert min(found["LoRA"], found["adapters"], found["full"]) > found["linear probe"] > 0.55
+    assert len(capsys.readouterr().out.splitlines()) == 5
