@@ -315,3 +315,82 @@ def test_bits_that_are_not_given_are_those_of_the_description():
     given = burnish.parse("coded(bits=4, norm_bits=8, derivative_bits=4, "
                           "softmax_bits=0, group=256)")[0]
     assert burnish.parse("coded")[0] == given
+
+
+# -- bits by ranges -------------------------------------------------------------------------------
+def test_the_mean_with_allocated_bits_is_the_exact_gradient_in_float64():
+    """Groups of one, two and four bits; reference: plain torch, which keeps everything."""
+    torch.manual_seed(0)
+    net = nn.Linear(INP, OUT).double()
+    x, y = torch.randn(N, INP, dtype=torch.float64), torch.randn(N, OUT, dtype=torch.float64)
+    x *= torch.logspace(-1, 0.5, N, dtype=torch.float64)[:, None]
+    stock = copy.deepcopy(net)
+    mse(stock(x), (x, y)).backward()
+    tuned = burnish.tune(nn.Sequential(net), "full + coded(mean_bits=2.0, group=64)", head=False)
+    each = []
+    for k in range(300):
+        tuned.state.tape.policy.begin(k)
+        each.append(gradients(tuned, (x, y))["0.weight"])
+    each = torch.stack(each)
+    error = each.std(0) / 300 ** 0.5
+    assert float(error.min()) > 0
+    assert float(((each.mean(0) - stock.weight.grad) / error).abs().max()) < 5.5
+
+
+def test_allocated_bits_take_what_they_say_and_vary_less_than_even_ones():
+    """Tokens of different sizes, two bits in the mean against two bits each."""
+    torch.manual_seed(0)
+    rows, found = 2048, {}
+    x = torch.randn(rows, 64) * torch.logspace(-1.5, 0.5, rows)[torch.randperm(rows)][:, None]
+    y = torch.randn(rows, OUT)
+    stock = nn.Linear(64, OUT)
+    want = None
+    for how in ("bits=2", "mean_bits=2.0"):
+        net = copy.deepcopy(stock)
+        tuned = burnish.tune(nn.Sequential(net), f"full + coded({how}, group=64)", head=False)
+        with Ledger(net) as ledger:
+            ledger.watch("weights", [x, y])
+            loss = tuned.loss((x, y), mse)
+            kept = sum(e.bytes for e in ledger.entries
+                       if e.death is None and ledger.category(e) != "weights")
+        assert loss.requires_grad
+        if want is None:
+            plain = copy.deepcopy(stock)
+            mse(plain(x), (x, y)).backward()
+            want = plain.weight.grad
+        off = 0.0
+        for k in range(20):
+            tuned.state.tape.policy.begin(k)
+            off += float((gradients(tuned, (x, y))["0.weight"] - want).square().sum())
+        found[how] = kept, off
+    (even, more), (few, less) = found.values()
+    assert few - even == pytest.approx(rows + 8, abs=64)      # which bits a group has
+    assert less < 0.5 * more
+
+
+@pytest.mark.parametrize("model", ["vit", "llama"])
+def test_the_promise_holds_with_allocated_bits(model):
+    net, batch = tiny(model, batch=4)
+    recipe = "full + coded(mean_bits=2.5)"
+    promised = burnish.simulate(copy.deepcopy(net), recipe, batch)
+    measured = burnish.measure(burnish.tune(net, recipe), batch)
+    assert promised.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+
+
+def test_allocated_bits_wait_elsewhere_and_come_back_the_same():
+    grads = []
+    for more in ("", " + offload"):
+        torch.manual_seed(0)
+        net, batch = tiny("vit", batch=4)
+        tuned = burnish.tune(net, f"full + coded(mean_bits=2.0){more}", head=False)
+        grads.append(gradients(tuned, batch, None))
+    for n, g in grads[0].items():
+        assert torch.equal(g, grads[1][n]), n
+
+
+@pytest.mark.parametrize("said, why", [
+    ("mean_bits=1.0", "between 1 and 4"), ("mean_bits=4.0", "between 1 and 4"),
+    ("mean_bits=-2.0", "between 1 and 4"), ("bits=8, mean_bits=2.0", "leave one out")])
+def test_a_mean_that_no_groups_can_have_is_refused(said, why):
+    with pytest.raises(RecipeError, match=why):
+        burnish.parse(f"coded({said})")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .allocated import Allocated
 from .codes import Codes, packed, pieces, unpacked
 from .derivatives import table
 from .functions import once_differentiable, storage_of, version_of
@@ -38,12 +39,11 @@ class _Packed:
     """Codes that wait where the inner policy says, and how the tensor looked at its storage."""
 
     def __init__(self, codes: Codes, inner: Policy):
-        self.meta = codes.n, codes.bits, codes.group, codes.dtype
+        self.kind, self.meta = type(codes), (codes.n, codes.bits, codes.group, codes.dtype)
         self.held = [inner.pack(t) for t in codes.tensors]
 
     def codes(self) -> Codes:
-        low = [h.open() for h in self.held]
-        return Codes((low[0], low[1], low[2]), *self.meta)
+        return self.kind(tuple(h.open() for h in self.held), *self.meta)
 
 
 class _Coded:
@@ -60,16 +60,19 @@ class _Coded:
 class Coded(Policy):
     """bits: of linear inputs. norm: of norms. derivative: of GELU and SiLU (ReLU takes one).
     softmax: of probabilities. 0 keeps that role as it is. group: values that share a range. seed:
-    of the rounding, which draws from a generator of its own."""
+    of the rounding, which draws from a generator of its own. mean: bits of linear inputs in the
+    mean, in place of `bits`, which go to the groups by their ranges (allocated.py)."""
 
     roles = True
     outer = True
     beside = "what is kept for backward is coded (coded)"
 
     def __init__(self, bits: int = 4, norm: int = 8, derivative: int = 4, group: int = 256,
-                 seed: int = 0, softmax: int = 0):
+                 seed: int = 0, softmax: int = 0, mean: float = 0.0):
         self.softmax, self.drawn = softmax, 0        # softmaxes so far in this step
         self.bits, self.norm, self.derivative, self.group = bits, norm, derivative, group
+        self.mean = mean
+        self.kind, self.room = (Allocated, mean) if mean else (Codes, bits)
         self.seed, self.step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}
         # storage -> (the storage, its version, what keeps it), weakly: addresses are used again
@@ -78,7 +81,7 @@ class Coded(Policy):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.bits, self.norm, self.derivative, self.group, self.seed,
-                            self.softmax), \
+                            self.softmax, self.mean), \
             {"inner": self.inner, "step": self.step}
 
     def begin(self, step: int) -> None:
@@ -119,9 +122,9 @@ class Coded(Policy):
     # -- tensors --------------------------------------------------------------------------------
     def pack(self, t: Tensor, role: Role | None = None) -> Any:
         key = storage_of(t)
-        if role not in IN_THE_MEAN or not self.bits or key is None or not t.is_floating_point() \
-                or t.element_size() * t.numel() <= Codes.nbytes(t.numel(), self.bits, self.group,
-                                                                t.dtype):
+        if role not in IN_THE_MEAN or not self.room or key is None or not t.is_floating_point() \
+                or t.element_size() * t.numel() <= self.kind.nbytes(t.numel(), self.room,
+                                                                    self.group, t.dtype):
             return self._as_it_is(t, key, role)
         if self._found(self._exact, t, key) is not None:
             return self.inner.pack(t)                         # it is kept anyway
@@ -136,8 +139,8 @@ class Coded(Policy):
         return _Coded(codes, View(t), t.shape)
 
     def _coded(self, flat: Tensor) -> _Packed:
-        return _Packed(self.encode(lambda a, b: flat[a:b], flat.numel(), self.bits, flat),
-                       self.inner)
+        return _Packed(self.kind.of(lambda a, b: flat[a:b], flat.numel(), self.room, self.group,
+                                    flat, self.generator(flat.device)), self.inner)
 
     def _as_it_is(self, t: Tensor, key: int | None, role: Role | None) -> Any:
         kept = self.inner.pack(t)

@@ -12,6 +12,7 @@ so |x^ - x| < s and Var[x^] <= s^2 / 4. Bytes: k/8 per value, and two numbers pe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,13 @@ def unpacked(b: Tensor, bits: int, n: int) -> Tensor:
 class Codes:
     """k-bit codes of n values. tensors: (codes, least values, steps), what is held."""
 
-    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], n: int, bits: int, group: int,
+    def __init__(self, tensors: tuple[Tensor, ...], n: int, bits: Any, group: int,
                  dtype: torch.dtype):
         self.tensors, self.n, self.bits, self.group, self.dtype = tensors, n, bits, group, dtype
 
     @classmethod
     @torch.no_grad()
-    def of(cls, part: Part, n: int, bits: int, group: int, like: Tensor,
+    def of(cls, part: Part, n: int, bits: Any, group: int, like: Tensor,
            generator: torch.Generator | None, unit: int = 1) -> Codes:
         """Codes of the values that `part` gives, piece by piece (pieces are whole in `unit`).
 
@@ -108,7 +109,7 @@ class Codes:
         return out
 
     @staticmethod
-    def nbytes(n: int, bits: int, group: int, dtype: torch.dtype) -> int:
+    def nbytes(n: int, bits: Any, group: int, dtype: torch.dtype) -> int:
         """Bytes of the codes of n values."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return -(-n // (8 // bits)) + 2 * wide * -(-n // group)

@@ -21,7 +21,9 @@ class Coded(Method):
 
     * inputs of linears and convolutions, factors of products: `bits`. In groups of `group` values
       with least value z and step s, ``q = floor((x - z) / s + u)``, u uniform in [0, 1), and
-      ``x^ = z + s q``. E[x^] = x and the gradient is linear in x^, so it is right in the mean;
+      ``x^ = z + s q``. E[x^] = x and the gradient is linear in x^, so it is right in the mean.
+      With `mean_bits` a group has 1, 2 or 4 bits, so many in the mean over a tensor and as
+      ``sum r^2 / (2^b - 1)^2`` over its groups of range r is least; 8 bits a group say which;
     * LayerNorm, RMSNorm: ``x^ = (x - mean) / std`` in `norm_bits` the same way, 1 / std exactly;
       linears behind it read ``x^ w + b`` and keep nothing. Its own dx holds x^ twice, which leaves
       a bias below s^2 / (4 D) of dx;
@@ -44,8 +46,9 @@ class Coded(Method):
     nothing is coded; a model that is compiled runs uncompiled, and says so.
 
     Departures: the tables come from dynamic programming (the shipped ones of Few-Bit are not
-    optimal); one number of bits for all layers instead of ActNN's allocation; the norm's input in
-    place of Mesa's running clip range.
+    optimal); bits are allocated within each tensor, over its samples and tokens, and all layers
+    have the same mean, so what is kept does not depend on the data (ActNN weighs samples and layers
+    by gradients of steps before too); the norm's input in place of Mesa's running clip range.
     """
 
     paper: ClassVar[str] = ("Few-Bit Backward (2022), arXiv:2202.00441; ActNN (2021), "
@@ -59,9 +62,17 @@ class Coded(Method):
     softmax_bits: Literal[0, 2, 4, 8] = setting(
         0, "bits of probabilities in a softmax", unseen="attention is fused in the suite's models: "
                                                        "tests/methods/test_coded.py")
+    mean_bits: float = setting(0.0, "bits of linear inputs in the mean, more of them for groups of "
+                                    "a wide range; 0: `bits` each", other=(2.5,))
     group: Literal[64, 128, 256, 512, 1024] = setting(256, "values that share a range")
 
     def __post_init__(self) -> None:
+        if self.mean_bits and not 1 < self.mean_bits < 4:
+            raise RecipeError(f"coded(mean_bits={self.mean_bits}): a group has 1, 2 or 4 bits, so "
+                              "expected a mean between 1 and 4, or 0 for the same `bits` each")
+        if self.mean_bits and self.bits != Coded.bits:
+            raise RecipeError(f"coded(bits={self.bits}, mean_bits={self.mean_bits}): both say how "
+                              "many bits linear inputs have; leave one out")
         if self.softmax_bits and not self.bits:
             raise RecipeError("coded(bits=0): the product behind a softmax keeps its probabilities "
                               "as they are, so that a code of them saves nothing; take bits=4, or "
@@ -84,4 +95,4 @@ class CodedSwitch:
     def install(self, attacher: Any, part: Method) -> None:
         m = self.method
         attacher.state.tape.keep(Policy(m.bits, m.norm_bits, m.derivative_bits, m.group,
-                                        attacher.adapter.seed, m.softmax_bits))
+                                        attacher.adapter.seed, m.softmax_bits, m.mean_bits))
