@@ -10,58 +10,41 @@ whether an atom is bound to both of them, of which few answers are known. Nothin
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
+from transferred import compare, split, trained
 
-import burnish
 from burnish.testing.graphs import GraphNetwork, molecules
 
-RECIPES = {"linear probe": ("linear_probe", 5e-3), "LoRA": ("lora(rank=8)", 3e-3),
-           "adapters": ("parallel(bottleneck=16)", 3e-3), "full": ("full", 1e-3)}
+RECIPES = {"linear_probe": 5e-3, "lora(rank=8, targets='fc1,fc2')": 3e-3,
+           "parallel(bottleneck=16)": 3e-3, "full": 1e-3}
 
 
-def labelled(count: int, seed: int, question: str, classes: int):
+def labelled(count: int, seed: int, question: str, classes: int) -> dict[str, torch.Tensor]:
     nodes, adjacency, said = molecules(count, seed)
     labels = torch.tensor([min(s[question], classes - 1) for s in said])
     return {"nodes": nodes, "adjacency": adjacency, "labels": labels}
 
 
-def learn(model, recipe: str, lr: float, data, steps: int, batch: int = 32, seed: int = 0):
-    """The tuned model, after so many steps on batches drawn from the graphs."""
-    tuned = burnish.tune(model, recipe, targets="fc1,fc2" if recipe.startswith("lora") else None)
-    tuned.total_steps = steps
-    tuned.optimizer(lr=lr)
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        some = torch.randint(len(data["labels"]), (batch,), generator=g)
-        tuned.step({k: t[some] for k, t in data.items()})
-    return tuned
+def main(many: int = 2000, first: int = 6, epochs: int = 60, few: int = 120) -> dict[str, float]:
+    def batches(rows: dict[str, torch.Tensor]) -> list[Any]:
+        return [{k: t[i] for k, t in rows.items()} for i in split(len(rows["labels"]), 32)]
 
+    def right(rows: dict[str, torch.Tensor], model: nn.Module) -> float:
+        return float((model(**rows).logits.argmax(-1) == rows["labels"]).float().mean())
 
-@torch.no_grad()
-def right(model, data) -> float:
-    """The share of graphs that are told right."""
-    return float((model.eval()(**data).logits.argmax(-1) == data["labels"]).float().mean())
-
-
-def main(steps: int = 400, after: int = 200, few: int = 60) -> dict[str, float]:
     torch.manual_seed(0)
-    model = GraphNetwork(width=64, blocks=4, classes=3)
-    base = learn(model, "full", 1e-3, labelled(2000, 1, "pairs", 3), steps).model
-    print(f"bonds counted: {right(base, labelled(400, 2, 'pairs', 3)):.1%} right; atoms bound to "
-          f"both kinds, {few} graphs:")
-    some, rest = labelled(few, 3, "between", 2), labelled(400, 4, "between", 2)
-    found = {}
-    for name, (recipe, lr) in RECIPES.items():
-        fresh = GraphNetwork(width=64, blocks=4, classes=3)
-        fresh.load_state_dict({k: v for k, v in base.state_dict().items() if "burnish" not in k})
-        torch.manual_seed(0)
-        fresh.head = nn.Linear(fresh.head.in_features, 2)
-        tuned = learn(fresh, recipe, lr, some, after)
-        count = sum(p.numel() for p in tuned.parameters())
-        found[name] = right(tuned.model, rest)
-        print(f"{name:<14} {count:>8,} trained   {found[name]:.1%} right")
-    return found
+    base = trained(GraphNetwork(width=64, blocks=4, classes=3), batches(
+        labelled(many, 1, "pairs", 3)), 1e-3, first, lambda model, b: model(**b).loss)
+    with torch.no_grad():
+        print(f"bonds counted: {right(labelled(400, 2, 'pairs', 3), base.eval()):.4f}")
+    base.head = nn.Linear(base.head.in_features, 2)
+    judged = labelled(400, 4, "between", 2)
+    return compare(lambda: copy.deepcopy(base), batches(labelled(few, 3, "between", 2)),
+                   lambda model: right(judged, model), RECIPES, epochs=epochs)
 
 
 if __name__ == "__main__":
