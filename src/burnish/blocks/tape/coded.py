@@ -69,7 +69,7 @@ class Coded(Policy):
 
     def __init__(self, bits: int = 4, norm: int = 8, derivative: int = 4, group: int = 256,
                  seed: int = 0, softmax: int = 0, mean: float = 0.0):
-        self.softmax, self.drawn = softmax, 0        # softmaxes so far in this step
+        self.softmax, self.softmaxes = softmax, 0    # so many so far in this step
         self.bits, self.norm, self.derivative, self.group = bits, norm, derivative, group
         self.mean = mean
         self.kind, self.room = (Allocated, mean) if mean else (Codes, bits)
@@ -86,7 +86,7 @@ class Coded(Policy):
 
     def begin(self, step: int) -> None:
         """The numbers of a step depend on the seed and the step alone."""
-        self.step, self.drawn = step, 0
+        self.step, self.softmaxes = step, 0
         self._generators.clear()
 
     @property
@@ -173,8 +173,8 @@ class Coded(Policy):
                                                   1 if name == "relu" else self.derivative)
         if name == "softmax" and self.softmax and kwargs.get("out") is None and \
                 (args[1] if len(args) > 1 else kwargs.get("dim")) in (-1, x.dim() - 1):
-            self.drawn += 1
-            seed = hash_of(self.seed, self.step, self.drawn)
+            self.softmaxes += 1
+            seed = hash_of(self.seed, self.step, self.softmaxes)
             return lambda tape: Softmax.apply(x, _on(func, args, kwargs), self.softmax, seed)
         if name in ("layer_norm", "rms_norm") and self.norm:
             return lambda tape: self._normed(tape, name, func, args, kwargs)
