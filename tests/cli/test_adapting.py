@@ -115,6 +115,28 @@ def test_a_model_before_and_with_each_method(capsys, net):
     assert list(a["figures"][0]["after"]) == ["tent"] and files() == before
 
 
+def test_what_learns_beforehand_has_the_train_split_and_its_labels(capsys, net):
+    from burnish.fit.data import read
+    from burnish.fit.tasks import task_for
+
+    how = "label_shift(hidden=8, steps=20, step_rate=0.01)"
+    found = told(capsys, net, "digits", "--split", "validation", "--how", how)["figures"][0]
+    task = task_for(read("digits", validation=0), str(net))
+    model, learnt, rows = task.load(str(net)).eval(), task.rows("train"), task.rows("validation")
+
+    def batches(rows, labels):
+        for at in range(0, len(rows), 64):
+            some = [rows[i] for i in range(at, min(at + 64, len(rows)))]
+            yield {"pixel_values": torch.stack([r["pixel_values"] for r in some])} | (
+                {"labels": torch.tensor([r["labels"] for r in some])} if labels else {})
+
+    with burnish.parse(how)[0].lifecycle(model, batches(learnt, True)) as adapted:
+        said = torch.cat([adapted(b).logits for b in batches(rows, False)])
+    want = torch.tensor([rows[i]["labels"] for i in range(len(rows))])
+    loss = float(torch.nn.functional.cross_entropy(said, want))
+    assert found["after"][how]["loss"] == pytest.approx(loss, rel=1e-4) != found["before"]["loss"]
+
+
 def test_a_table_of_corruptions(capsys, net):
     argv = (net, "digits", "--split", "validation", "--corrupt", "noise,blur", "--severity", "4",
             "--how", "tent", "--how", "alpha_bn(alpha=0.0)")
@@ -144,16 +166,19 @@ def test_a_run_is_what_evaluate_says_of_it(capsys, texts):
     assert code == 2 and "--corrupt makes pictures worse" in err
     code, _, err = run(capsys, "adapt", at, rows, "--how", "alpha_bn")
     assert code == 2 and "this model has none" in err
+    code, _, err = run(capsys, "adapt", at, rows, "--how", "label_shift", "--split", "train")
+    assert code == 2 and "label_shift learns of the labels of the train split" in err
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--how", "lora(rank=2)"], "expected one method that adapts: alpha_bn, lame, tent"),
+    (["--how", "lora(rank=2)"], "expected one method that adapts: alpha_bn, "),
     (["--how", "tent + lame"], "expected one method that adapts"),
     (["--how", "tent(updates=0)"], "at least 1"), (["--order", "clas"], "did you mean 'class'"),
     (["--corrupt", "noize"], "did you mean 'noise'"), (["--corrupt", "blur,blur"], "twice"),
     (["--corrupt", "blur", "--severity", "9"], "severity 9: expected 1 to 5"),
     (["--severity", "3"], "give --corrupt"), (["--seed", "0"], "give --corrupt or"),
     (["--seed", "1", "--order", "class"], "give --corrupt or"),
+    (["--how", "label_shift", "--split", "train"], "train split, which is the stream"),
     (["--base", "x"], "--base is of a run's adapter"), (["--split", "tests"], "no split 'tests'"),
 ])
 def test_what_cannot_act_is_refused(capsys, net, argv, said):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,8 @@ def adapt(
     """Test-time adaptation: figures of a model on a stream of rows, before and with it.
 
     Every column begins at the model as it is in the folder, and nothing is written. Labels have no
-    part but in the figures.
+    part but in the figures; label_shift learns beforehand, of the rows and labels of the data's
+    train split.
     """
     parts = [_part(text) for text in how or ["tent"]]
     if severity is not None and corrupt is None:
@@ -55,7 +56,8 @@ def adapt(
                           "--order shuffled")
     seed = seed or 0
     stream = _opened(source, data, split, batch, base)
-    adapted = [(str(p), p.lifecycle(stream.tuned)) for p in parts]      # refused before any row
+    adapted = [(str(p), p.lifecycle(stream.tuned, *stream.source(p)))   # refused before any row
+               for p in parts]
     stream.arrange(order, seed)
     found = []
     for name in names or (None,):
@@ -121,6 +123,23 @@ class _Stream:
         self.rows = self.rows.select(index)
         if at := self.task.data.where.get(self.split):
             self.task.data.where[self.split] = lambda i: at(index[i])
+
+    def source(self, part: Any) -> tuple[Iterator[Any], ...]:
+        """What a part that learns beforehand is given besides the model: labelled batches."""
+        if not part.learns:
+            return ()
+        if self.split == "train":
+            raise ConfigError(f"{part.name} learns of the labels of the train split, which is the "
+                              "stream: give another --split")
+        if "train" not in self.task.data.splits:
+            raise ConfigError(f"{part.name} learns of the labels of the train split, and "
+                              f"{self.task.data.source} has none")
+        return (self._learnt(self.task.rows("train")),)
+
+    def _learnt(self, rows: Any) -> Iterator[Any]:
+        for at in range(0, len(rows), self.batch):
+            batch = self.task.collate([rows[i] for i in range(at, min(at + self.batch, len(rows)))])
+            yield {**self.task.feed(batch), "labels": self.task.right(batch)}
 
     def corrupt(self, name: str | None, severity: int, seed: int) -> None:
         from ..fit.corruptions import Corrupted

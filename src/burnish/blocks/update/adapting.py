@@ -18,8 +18,8 @@ and flags that were there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,20 @@ from ..state.taps import evaluating
 from .rules import AdamW, accumulator, move
 
 Loss = Callable[[Any], "Tensor | None"]
+
+
+class Part(Protocol):
+    """What acts in the model beside the steps, and keeps something from batch to batch."""
+
+    def begin(self) -> None:
+        """What it keeps is as before the first batch."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def asked(self) -> AbstractContextManager[None]:
+        """Around one batch. What leaves it by an exception has kept nothing."""
 
 
 @contextmanager
@@ -61,9 +75,15 @@ class Adapting:
         self.loss, self.rule, self.lr = loss, rule or AdamW(weight_decay=0.0), lr
         self.updates, self.episodic, self.after = updates if self.params else 0, episodic, after
         self.alpha, self.finish, self._hooks = alpha, finish, hooks
+        self.parts: list[Part] = []
         self._source = {n: p.detach().clone() for n, p in self.params.items()}
         self._open = False
         self._begin()
+
+    def beside(self, part: Part) -> Adapting:
+        """This, with a part that acts in the model meanwhile."""
+        self.parts.append(part)
+        return self
 
     # -- the stream ------------------------------------------------------------------------------
     def __call__(self, batch: Mapping[str, Any] | Tensor) -> Any:
@@ -95,6 +115,8 @@ class Adapting:
         for name, x in self._wide.items():
             out[f"value.{name}"] = x.clone()
             out |= {f"{k}.{name}": v.clone() for k, v in self._states[name].items()}
+        for i, part in enumerate(self.parts):
+            out |= {f"part.{i}.{k}": v for k, v in part.state().items()}
         return out
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -111,6 +133,8 @@ class Adapting:
                 self.params[name].copy_(x)
                 for k, v in self._states[name].items():
                     v.copy_(state[f"{k}.{name}"])
+            for i, part in enumerate(self.parts):
+                part.restore({k: state[f"part.{i}.{k}"] for k in part.state()})
 
     # -- one batch ------------------------------------------------------------------------------
     def _begin(self) -> None:
@@ -118,6 +142,8 @@ class Adapting:
         self._wide = {n: p.detach().to(accumulator(p.dtype), copy=True)
                       for n, p in self.params.items()}
         self._states = {n: self.rule.init(x) for n, x in self._wide.items()}
+        for part in self.parts:
+            part.begin()
 
     def _run(self, batch: Mapping[str, Any] | Tensor) -> Any:
         return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
@@ -158,7 +184,9 @@ class Adapting:
     def _asked(self) -> Iterator[None]:
         """The model as it is asked: evaluation mode, statistics mixed, hooks on."""
         with evaluating([m for m in self.model.modules() if m.training]), \
-                mixed_statistics(self.model, self.alpha):
+                mixed_statistics(self.model, self.alpha), ExitStack() as parts:
+            for part in self.parts:
+                parts.enter_context(part.asked())
             hooks = self._hooks()
             try:
                 yield

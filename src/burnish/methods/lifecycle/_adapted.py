@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...blocks.state.taps import evaluating
 from ...core.anatomy import Anatomy
 from ...core.batches import call, inputs
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, DataError
 from ...core.method import Method
 from ...core.outputs import vocabulary_head
 from ...core.targets import tensors
@@ -18,9 +19,13 @@ from ..objective.distill import logits_of
 
 
 class Adapts:
-    """A method whose ``lifecycle(tuned)`` is the model as it answers a stream."""
+    """A method whose ``lifecycle(tuned)`` is the model as it answers a stream.
+
+    learns: it is ``lifecycle(tuned, source)``, which learns of labelled batches of source data
+    first, the model as it is."""
 
     adapts: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
 
 
 def module_of(tuned: Any) -> nn.Module:
@@ -44,6 +49,56 @@ def affines(method: Method, tuned: Any) -> dict[str, nn.Parameter]:
         raise ConfigError(f"{method.name} moves the scales and shifts of norms, and this model has "
                           f"none{' there' if found else ''}; lame needs no weight")
     return {n: found[n] for n in names}
+
+
+def linear_head(who: str, tuned: Any, other: str = "") -> nn.Module:
+    """The last linear of the head of a model that classifies."""
+    anatomy = anatomy_of(tuned)
+    linears = [p.path for p in anatomy.places if anatomy.in_head(p) and p.kind == "linear"]
+    if not linears or anatomy.head_kind != "classification":
+        raise ConfigError(f"{who}: this model has no linear head whose input could be the "
+                          f"features{other}")
+    return module_of(tuned).get_submodule(linears[-1])
+
+
+def labelled(who: str, model: nn.Module, head: nn.Module, batches: Iterable[Any]
+             ) -> tuple[Tensor, Tensor, int]:
+    """(what the head reads of the rows of labelled batches, (N, D); their labels (N,); how many
+    classes it tells apart). The model answers in evaluation mode and is what it was."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    features, labels, classes = [], [], 0
+
+    def keep(module: Any, args: tuple, kw: dict[str, Any], out: Any) -> None:
+        x = args[0] if args else next(iter(kw.values()), None)
+        if isinstance(x, Tensor) and isinstance(out, Tensor):
+            seen.append((x.detach(), out.detach()))
+
+    hook = head.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with evaluating([m for m in model.modules() if m.training]), torch.no_grad():
+            for batch in batches:
+                y = batch.get("labels") if isinstance(batch, Mapping) else \
+                    batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+                if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+                    raise DataError(f"{who}: source data are batches with labels, one class a "
+                                    "sample: a mapping with 'labels', or (inputs, labels)")
+                seen.clear()
+                call(model, {k: v for k, v in batch.items() if k != "labels"}
+                     if isinstance(batch, Mapping) else batch)
+                if not seen or seen[-1][0].dim() != 2 or len(seen[-1][0]) != len(y):
+                    raise ConfigError(f"{who}: the head of this model does not read a row for "
+                                      "each sample")
+                classes = seen[-1][1].shape[-1]
+                if not (0 <= int(y.min()) and int(y.max()) < classes):
+                    raise DataError(f"{who}: labels from {int(y.min())} to {int(y.max())} of a "
+                                    f"head with {classes} classes")
+                features.append(seen[-1][0])
+                labels.append(y.to(seen[-1][0].device))
+    finally:
+        hook.remove()
+    if not features:
+        raise DataError(f"{who} learns of labelled source data, and there is no batch of them")
+    return torch.cat(features), torch.cat(labels), classes
 
 
 def untargeted(method: Method, why: str) -> None:

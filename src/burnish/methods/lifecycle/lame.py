@@ -13,7 +13,7 @@ from ...blocks.update.adapting import Adapting
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
 from ..objective.distill import logits_of
-from ._adapted import Adapts, anatomy_of, class_logits, module_of, untargeted
+from ._adapted import Adapts, class_logits, linear_head, module_of, untargeted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,7 @@ class Lame(Adapts, Method):
         model, seen = module_of(tuned), _Seen()
         if features is not None:
             return Adapting("lame", model, finish=lambda out: self.corrected(out, features(out)))
-        anatomy = anatomy_of(tuned)
-        linears = [p.path for p in anatomy.places if anatomy.in_head(p) and p.kind == "linear"]
-        if not linears or anatomy.head_kind != "classification":
-            raise ConfigError("lame: this model has no linear head whose input could be the "
-                              "features; give features=lambda outputs: ...")
-        head = model.get_submodule(linears[-1])
+        head = linear_head("lame", tuned, "; give features=lambda outputs: ...")
         return Adapting("lame", model, finish=lambda out: self.corrected(
             out, seen.taken(logits_of(out, "lame"))), hooks=lambda: [
                 head.register_forward_hook(seen, with_kwargs=True)])
