@@ -27,6 +27,10 @@ PRESETS: dict[str, str] = {
     "mhr": "poly(slices=8)",
     # QZO (2025): two forwards a step, and only the scales of 4-bit codes move
     "qzo": "nf4 + peqa(group=64) + mezo(g_max=100.0)",
+    # S2A (2025): biases, prompts and branches at a lower resolution in every block (0.86 % of a
+    # ViT-B; sizes are a best reading), and what backward keeps in a few bits by what it is for
+    "s2a": "bitfit + vpt(length=20, deep=True) + lite_residual(bottleneck=24) + "
+           "coded(softmax_bits=4)",
     # LOMO (2023) and AdaLomo (2023): each tensor is stepped, and its gradient freed, in backward
     "lomo": "full + sgd + step_in_backward",
     "adalomo": "full + adafactor(scale_parameter=True) + step_in_backward",

@@ -49,6 +49,9 @@ class Vpt(Method):
     after: int | None = setting(None, "tokens before them; None counts class, distillation and "
                                       "register tokens", other=(0,))
 
+    def claims(self) -> tuple[str, ...]:
+        return ("where prompts stand among patches",) if self.after else ()
+
     def forbids(self) -> dict[str, str]:
         return {"which tokens go on": "vpt finds its tokens by their places"}
 
