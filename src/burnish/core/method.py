@@ -233,6 +233,11 @@ class Method:
         """The keys of `context` that these settings read; all of them unless a method says so."""
         return self.context
 
+    def together(self) -> int:
+        """Consecutive samples of a batch that are one thing (slices of a scan, views of an object),
+        so that a batch holds whole ones in order, which `fit` does not: it draws each sample."""
+        return 1
+
     def repeats(self) -> int | None:
         """After how many blocks of a stack what this part does to a block begins again: 1, the same
         for each; None, it depends on the block's place among them or on how many there are. A

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, FormatError
+from ..core.errors import ConfigError, FormatError, RecipeError
 from ..core.recipe import Recipe, joins
 from ..core.stage import Stage, label, shares
 from ..engine.adapters import check_name
@@ -98,9 +98,15 @@ def tasks_of(data: Any) -> dict[str, Any]:
 
 def check_tasks(tasks: Mapping[str, Any], recipe: Recipe | None) -> None:
     """Raises ConfigError where nothing says how several tasks are trained one after the other, and
-    RecipeError where nothing of the recipe joins to a model."""
+    RecipeError where nothing of the recipe joins to a model, or a part takes
+    several samples for one thing."""
     if recipe is not None:
         joins(recipe)
+        for part in recipe:
+            if (n := part.together()) > 1:
+                raise RecipeError(f"{part.name} takes {n} consecutive samples for one thing, and "
+                                  "fit draws each by itself; expected a loop of your own with "
+                                  "tuned.step")
     if "" in tasks or recipe is not None and divides(recipe):
         return
     told = f"{recipe} trains in one stretch" if recipe is not None else "there is no recipe"

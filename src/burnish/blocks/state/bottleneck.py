@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
     again in backward. mixer: any module from (..., R) to (..., `inner`), None for none; inner: R.
     init: "zero" (down Kaiming-uniform(sqrt 5), everything else 0: the branch is exactly 0),
     "bert" (N(0, 0.02), biases 0), "truncated" (normal cut at two deviations of 0.01, biases 0),
-    "xavier" (uniform, biases N(0, 1e-6)).
+    "xavier" (uniform, biases N(0, 1e-6)), "linear" (as torch draws linears).
 
     Kept for backward: h, and R numbers per token.
     """
@@ -62,7 +62,7 @@ class Bottleneck(nn.Module):
                  train_scale: bool = False, dropout: float = 0.0, bias: bool = True,
                  mixer: nn.Module | None = None, heads: int = 1,
                  inner: int | None = None,
-                 init: Literal["zero", "bert", "truncated", "xavier"] = "zero"):
+                 init: Literal["zero", "bert", "truncated", "xavier", "linear"] = "zero"):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         activation(act)

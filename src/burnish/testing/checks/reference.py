@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from itertools import pairwise
 from statistics import median
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError
+from ...core.recipe import parse
 from ...formats.adapter import put
 from ..choose import IN_BLOCKS, OTHERWISE, PLACES, ROWS, applies
 from .common import (
@@ -153,7 +155,8 @@ def _checkpointed(name: str, model: str, check: Any) -> Skip | None:
 
 def _two(name: str, model: str, text: str) -> Skip | None:
     tuned, first, _ = make(name, model, text=text)
-    second = fresh(model, torch.float64, text, seed=1, batch=3)[1]
+    whole = math.lcm(*(p.together() for p in parse(text)))
+    second = fresh(model, torch.float64, text, seed=1, batch=3 if whole == 1 else 2 * whole)[1]
     widen(tuned)
     stir(tuned)
     alone = []
