@@ -41,8 +41,8 @@ def adapt(
     """Test-time adaptation: figures of a model on a stream of rows, before and with it.
 
     Every column begins at the model as it is in the folder, and nothing is written. Labels have no
-    part but in the figures; label_shift learns beforehand, of the rows and labels of the data's
-    train split.
+    part but in the figures; label_shift and itta learn beforehand, of the rows and labels of the
+    data's train split.
     """
     parts = [_part(text) for text in how or ["tent"]]
     if severity is not None and corrupt is None:

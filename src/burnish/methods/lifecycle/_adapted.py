@@ -61,6 +61,24 @@ def linear_head(who: str, tuned: Any, other: str = "") -> nn.Module:
     return module_of(tuned).get_submodule(linears[-1])
 
 
+def labels_of(who: str, batch: Any) -> tuple[Tensor, Any]:
+    """(labels (B,), what else is in a batch of source data)"""
+    y = batch.get("labels") if isinstance(batch, Mapping) else \
+        batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+        raise DataError(f"{who}: source data are batches with labels, one class a sample: a "
+                        "mapping with 'labels', or (inputs, labels)")
+    return y, {k: v for k, v in batch.items() if k != "labels"} \
+        if isinstance(batch, Mapping) else batch[0]
+
+
+def in_classes(who: str, labels: Tensor, classes: int) -> None:
+    """DataError where a label is no class of the head."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{who}: labels from {low} to {high} of a head with {classes} classes")
+
+
 def labelled(who: str, model: nn.Module, head: nn.Module, batches: Iterable[Any]
              ) -> tuple[Tensor, Tensor, int]:
     """(what the head reads of the rows of labelled batches, (N, D); their labels (N,); how many
@@ -77,21 +95,14 @@ def labelled(who: str, model: nn.Module, head: nn.Module, batches: Iterable[Any]
     try:
         with evaluating([m for m in model.modules() if m.training]), torch.no_grad():
             for batch in batches:
-                y = batch.get("labels") if isinstance(batch, Mapping) else \
-                    batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-                if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
-                    raise DataError(f"{who}: source data are batches with labels, one class a "
-                                    "sample: a mapping with 'labels', or (inputs, labels)")
+                y, given = labels_of(who, batch)
                 seen.clear()
-                call(model, {k: v for k, v in batch.items() if k != "labels"}
-                     if isinstance(batch, Mapping) else batch)
+                call(model, given)
                 if not seen or seen[-1][0].dim() != 2 or len(seen[-1][0]) != len(y):
                     raise ConfigError(f"{who}: the head of this model does not read a row for "
                                       "each sample")
                 classes = seen[-1][1].shape[-1]
-                if not (0 <= int(y.min()) and int(y.max()) < classes):
-                    raise DataError(f"{who}: labels from {int(y.min())} to {int(y.max())} of a "
-                                    f"head with {classes} classes")
+                in_classes(who, y, classes)
                 features.append(seen[-1][0])
                 labels.append(y.to(seen[-1][0].device))
     finally:
@@ -155,3 +166,16 @@ class Read:
 
     def _seen(self, module: Any, args: tuple) -> None:
         self._last = args[0].detach() if args and isinstance(args[0], Tensor) else None
+
+
+def stages_of(who: str, tuned: Any) -> list[nn.Module]:
+    """The stages of a network of convolutions, in the order they run."""
+    stacks = anatomy_of(tuned).stacks()
+    paths = list(stacks)
+    if len(stacks) == 1:
+        (stack, blocks), = stacks.items()
+        paths = list(dict.fromkeys(f"{stack}.{b.path[len(stack) + 1:].split('.')[0]}"
+                                   for b in blocks))
+    if len(paths) < 2:
+        raise ConfigError(f"{who}: this model has no two stages of blocks to stand maps behind")
+    return [module_of(tuned).get_submodule(path) for path in paths]
