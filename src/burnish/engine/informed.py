@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class Informed:
                  data: tuple[Any, ...]):
         self.model, self.anatomy, self.state, self.adapter = model, anatomy, state, adapter
         self.data = data
+        self._looked: set[str] = set()               # keys of parts that have had their pass here
 
     def _module(self, place: Place) -> nn.Module:
         return self.model.get_submodule(place.path)
@@ -54,7 +55,7 @@ class Informed:
         """Run the base as it was found, one calibration sample after another until `enough()`
         (default: all), or this batch. False, and nothing runs, where values come from a file or the
         model has none."""
-        if self._blank(part):
+        if self._blank(part, self._looked):
             return False
         batches, run, base = self.data
         if batch is None and not batches:
@@ -79,6 +80,7 @@ class Informed:
                 yield place, None, (known or {}).get(place.name, {})
             return
         record = self.adapter.settled[key] = {}
+        self._looked.add(key)
         left = dict.fromkeys(places)
         looks = Pass(self.model, part, places, *self.data, weight=self._weight)
         for seen, decided in looks.rounds():
@@ -91,10 +93,11 @@ class Informed:
         for place in left:                           # the part asked for nothing there
             yield place, None, {}
 
-    def _blank(self, part: Method) -> bool:
+    def _blank(self, part: Method, looked: Collection[str] = ()) -> bool:
         """Are shapes all that is wanted: what the part would make of values comes from a file, or
-        the model has none?"""
-        return self.adapter.filled or key_of(self.adapter.recipe, part) in self.adapter.settled \
+        the model has none? looked: keys whose settling is no file's."""
+        key = self._key(part)
+        return self.adapter.filled or key in self.adapter.settled and key not in looked \
             or isinstance(next(self.model.parameters(), None), FakeTensor)
 
     def _runs(self, part: Method) -> bool:

@@ -72,6 +72,28 @@ class Moments(Norms):
         return self.spread / max(1, self.n)
 
 
+class MeanSize(Statistic):
+    """``mean |x|`` over all numbers of all tokens."""
+
+    def __init__(self) -> None:
+        self.total: Tensor = torch.zeros(())
+        self.n = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 4
+
+    @torch.no_grad()
+    def update(self, x: Tensor, valid: Tensor | None = None) -> None:
+        X = wide(tokens(x, valid))
+        self.total = self.total.to(X) + X.abs().sum()
+        self.n += X.numel()
+
+    @property
+    def value(self) -> float:
+        return float(self.total) / max(1, self.n)
+
+
 class Ranges(Statistic):
     """The smallest and the largest number that a layer reads, and that it gives, (2,) each; zero
     always counts, padding does not."""

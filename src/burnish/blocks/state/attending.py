@@ -6,11 +6,13 @@ keys. Which attentions can be answered so is read off an anatomy here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...core.errors import RecipeError
 from .prompts import Listener
@@ -55,6 +57,46 @@ class Attending(Listener):
 def named(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``F.scaled_dot_product_attention`` by name."""
     return dict(zip(_NAMES, args, strict=False)) | kwargs
+
+
+class _Told(TorchFunctionMode):
+    def __init__(self, told: Callable[[dict[str, Any]], None]):
+        super().__init__()
+        self.told = told
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            self.told(named(args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def watched(model: nn.Module, paths: Iterable[str],
+            told: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, `told(path, arguments by name)` whenever one of these modules, run by `model`, calls
+    ``F.scaled_dot_product_attention``."""
+    inside: list[str] = []
+
+    def enter(path: str) -> Any:
+        return lambda *_: inside.append(path)
+
+    def leave(*_: Any) -> None:
+        if inside:                                   # not so where its run has failed
+            inside.pop()
+
+    hooks: list[Any] = []
+    for path in paths:
+        attention = model.get_submodule(path)
+        hooks += [attention.register_forward_pre_hook(enter(path)),
+                  attention.register_forward_hook(leave, always_call=True)]
+    try:
+        with _Told(lambda given: told(inside[-1], given) if inside else None):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def as_heads(rows: Tensor, batch: int, heads: int, h: int) -> Tensor:

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ...core.call import call_of
 from ...core.errors import RecipeError
-from .attending import SDPA, Attending, named
+from .attending import Attending, named, watched
 from .prompts import Listener
 
 
@@ -66,49 +65,22 @@ def masked(S: Tensor, given: Mapping[str, Any], fill: float) -> Tensor:
     return S
 
 
-class _Scores(TorchFunctionMode):
-    def __init__(self, told: Callable[[Tensor], None]):
-        super().__init__()
-        self.told = told
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (),
-                           kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is SDPA:
-            self.told(scores(named(args, kwargs)))
-        return func(*args, **kwargs)
-
-
 @contextmanager
 def read(model: nn.Module, outs: Mapping[str, str], into: Signals) -> Iterator[None]:
     """Inside, a forward's signals are written down. outs: attention -> its last linear."""
-    inside: list[str] = []
-
-    def enter(path: str) -> Any:
-        return lambda module, args, kw: inside.append(path)
-
-    def leave(module: nn.Module, args: tuple, out: Any) -> None:
-        if inside:                                   # not so where its run has failed
-            inside.pop()
-
     def last(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kw: dict[str, Any], out: Tensor) -> None:
             into.context[path] = (args[0] if args else next(iter(kw.values()))).detach()
             into.output[path] = out.detach()
         return hook
 
-    def told(S: Tensor) -> None:
-        if inside:
-            into.scores[inside[-1]] = S.detach()
+    def told(path: str, given: dict[str, Any]) -> None:
+        into.scores[path] = scores(given).detach()
 
-    hooks: list[Any] = []
-    for path, out in outs.items():
-        attention = model.get_submodule(path)
-        hooks += [attention.register_forward_pre_hook(enter(path), with_kwargs=True),
-                  attention.register_forward_hook(leave, always_call=True),
-                  model.get_submodule(out).register_forward_hook(last(path), with_kwargs=True)]
+    hooks = [model.get_submodule(out).register_forward_hook(last(path), with_kwargs=True)
+             for path, out in outs.items()]
     try:
-        with _Scores(told):
+        with watched(model, outs, told):
             yield
     finally:
         for hook in hooks:

@@ -43,6 +43,11 @@ class Straight(Wrap):
         """The gradient of the tokens, from that of the rounded ones."""
         raise NotImplementedError
 
+    def pulled(self, g_NI: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of its own tensors (`theta`) from that of the rounded tokens; None for one that
+        they do not read."""
+        return ()
+
     def ready(self, V: Tensor) -> Tensor:
         """What of the weight is rounded: differentiable, linear or nearly so."""
         return V
@@ -120,17 +125,24 @@ class _Straight(torch.autograd.Function):
         with torch.enable_grad():
             made, V = _Straight.inner(ctx)
         values, inside = how.rounded(made.detach(), V)
-        dx = None
-        if need_x:
-            dx = shaped(how.passed(g2 @ values.to(g2.dtype), kept), ctx.shape)
-        grads: list[Tensor | None] = [None] * len(needs)
+        own = {id(t) for t in how.theta()}
+        needs_own = any(n and id(t) in own for t, n in zip(ctx.reads, needs, strict=True))
+        dx, found = None, dict.fromkeys(own)
+        if need_x or needs_own:
+            dq = g2 @ values.to(g2.dtype)
+            if needs_own:
+                found = dict(zip(map(id, how.theta()), how.pulled(dq, kept), strict=True))
+            dx = shaped(how.passed(dq, kept), ctx.shape) if need_x else None
+        grads: list[Tensor | None] = [found.get(id(t)) if n else None
+                                      for t, n in zip(ctx.reads, needs, strict=True)]
+        needs = [n and id(t) not in own for t, n in zip(ctx.reads, needs, strict=True)]
         wanted = [t for t, need in zip(ctx.reads, needs, strict=True) if need]
         if wanted:
             dV = (g2.t() @ how.opened(kept, ctx.dtype)).to(made.dtype)
             if inside is not None:
                 dV.mul_(inside)
             got = iter(torch.autograd.grad(made, wanted, dV, allow_unused=True))
-            grads = [next(got) if need else None for need in needs]
+            grads = [next(got) if need else g for need, g in zip(needs, grads, strict=True)]
         return dx, None, None, None, *grads
 
 
