@@ -84,8 +84,8 @@ class Descriptor(nn.Module):
 class Modular(nn.Module):
     """One adapter at a site that may grow: ``g_e f_e(x)``, beside as many others as are active.
 
-    number: of the block.  path: of the module it writes to.  first: nothing stands beside it while it trains, so its router has no
-    gradient and stays as it is drawn.
+    number: of the block.  path: of the module it writes to.  first: nothing stands beside it while
+    it trains, so its router has no gradient and stays as it is drawn.
     """
 
     def __init__(self, number: int, path: str, d: int, width: int, descriptor: Descriptor,

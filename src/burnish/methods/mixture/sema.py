@@ -73,8 +73,8 @@ class Sema(Method):
         if min(self.bottleneck, self.descriptor) < 1 or self.buffer < 3 or self.threshold < 0 \
                 or not self.descriptor_rate > 0 or not 0 < self.functional < 1:
             raise RecipeError(f"{self}: expected widths of at least 1, a buffer of at least 3, a "
-                              "threshold of at least 0, a descriptor_rate above 0 and functional between 0 "
-                              "and 1")
+                              "threshold of at least 0, a descriptor_rate above 0 and functional "
+                              "between 0 and 1")
         if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
             raise RecipeError(f"sema(layers={self.layers}): expected numbers of blocks, each once")
         if self.grown is not None and (self.grown not in self.layers or self.targets is not None):
