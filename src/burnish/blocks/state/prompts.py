@@ -295,6 +295,10 @@ class Tokens(Listener):
         """The rows, or None."""
         return self.rows if self.maker is None else self.maker()
 
+    def made_for(self, x: Tensor) -> Tensor | None:
+        """The rows beside the tokens x (B, T, D): (L, D), or (B, L, D), or None."""
+        return self.made()
+
     @torch.no_grad()
     def finished(self) -> dict[str, Tensor]:
         """Its tensors once training is over: the rows, whatever made them."""
@@ -323,7 +327,7 @@ class Tokens(Listener):
         if x.dim() != 3:
             raise RecipeError(f"vpt needs tokens (batch, tokens, width); this block is given "
                               f"{tuple(x.shape)}")
-        if (made := self.made()) is None:
+        if (made := self.made_for(x)) is None:
             return x
         rows = made.to(x.dtype).expand(len(x), -1, -1)
         rows = F.dropout(rows, self.dropout, self.training)
