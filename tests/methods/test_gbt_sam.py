@@ -255,6 +255,16 @@ def test_what_it_refuses():
         net(**batch)
 
 
+def test_tables_of_positions_of_one_size_are_refused():
+    from transformers import BeitConfig, BeitForImageClassification
+
+    net = BeitForImageClassification(BeitConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, use_relative_position_bias=True))
+    with pytest.raises(burnish.RecipeError, match="relative_position_bias_table is a table"):
+        burnish.tune(net, "gbt_sam")
+
+
 def test_fit_draws_samples_so_it_refuses(tmp_path):
     with pytest.raises(burnish.RecipeError, match=r"gbt_sam .* 16 consecutive samples"):
         burnish.fit(tiny("vit")[0], "digits", "gbt_sam", output=tmp_path / "run")

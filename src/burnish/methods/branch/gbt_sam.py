@@ -89,10 +89,10 @@ class GbtSam(Method):
 
 
 def _sized(anatomy: Anatomy, s: Site) -> None:
-    """RecipeError for an attention with a table of positions of one size."""
-    for name, _ in anatomy.model.get_submodule(s.block.attn or "").named_parameters():
+    """RecipeError for a block with a table of relative positions of one size."""
+    for name, _ in anatomy.model.get_submodule(s.block.path).named_parameters():
         if "relative" in name:
-            raise RecipeError(f"gbt_sam: {s.block.attn}.{name} is a table of positions of one "
+            raise RecipeError(f"gbt_sam: {s.block.path}.{name} is a table of positions of one "
                               "size, and slices are others; expected an attention without, or "
                               "one that resizes it (SAM's)")
 
