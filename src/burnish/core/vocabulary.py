@@ -15,6 +15,8 @@ VOCABULARY: dict[str, str] = {
     "grow": "components a matrix gains at a time",
     "bottleneck": "width of a bottleneck",
     "reduction": "a width over the narrow one",
+    "cache": "folder where a frozen backbone's states wait from epoch to epoch",
+    "cache_gb": "most that folder holds, in 10^9 bytes",
     "hidden": "width of an MLP that makes what trains",
     "code": "width of what adapters are generated from",
     "embedding": "width of the vector that stands for a task, a condition or a place",

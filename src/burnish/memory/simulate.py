@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from ..core.batches import inputs
+from ..blocks.state.tap_cache import assumed_there
+from ..core.batches import call, inputs
 from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
@@ -65,8 +66,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              count: bool = False, evaluate: bool = False,
              tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
              whole: bool = False, shallows: Shallows | None = None, during: str = "train",
-             world_size: int = 1, shard: str | None = None, shard_offload: bool = False
-             ) -> MemoryReport:
+             world_size: int = 1, shard: str | None = None, shard_offload: bool = False,
+             taps_read: bool = False) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -100,6 +101,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     shard: how the model stands in them: "ddp" (the default of several), whole in each, with its
         gradients in buckets; "fsdp2", as :func:`burnish.shard` spreads it.
     shard_offload: the shares wait on the host.
+    taps_read: the states that a side network keeps in a folder (``lst(cache=...)``) are there and
+        are read, as from the second epoch on; else they are computed and written, which takes more.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -115,13 +118,16 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
                           "whole model first, writes an adapter as one process does, and a merge "
                           "needs the whole model; leave shard out")
     parts = parse("full" if recipe is None else recipe)   # imports methods outside the fake mode
+    if taps_read and not any(getattr(p, "cache", None) for p in parts):
+        raise ConfigError(f"taps_read=True: no part of {parts} keeps states in a folder; expected "
+                          "a side network with cache=..., such as lst(cache='taps')")
     if not isinstance(model, nn.Module):
         model = from_config(model, dtype)
     batches = dict(tasks) if isinstance(tasks, Mapping) else {
         f"task{n + 1}": batch for n in range(tasks)}
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
                     loss=loss, count=count, during=during, cached=cached, world=world,
-                    unread=during == "load" and is_unread(model))
+                    unread=during == "load" and is_unread(model), taps_read=taps_read)
     whole = whole or world.size > 1
     if not whole:
         shallows = shallows or Shallows(model)
@@ -146,8 +152,9 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
-               world: World, unread: bool, order: Callable[[list[str]], list[int]] | None = None,
-               **words: Any) -> tuple[Stream, list[str]]:
+               world: World, unread: bool, taps_read: bool,
+               order: Callable[[list[str]], list[int]] | None = None, **words: Any
+               ) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
     from ..engine.stages import begin, stages_of
@@ -161,6 +168,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
     here = device if kind == "cpu" or _usable(kind) else "cpu"
     ledger.offloads = world.offload and here != device
     with (collector_waits(), world.started(here) as mesh, random_kept(), values_are_known(),
+          assumed_there() if taps_read else contextlib.nullcontext(),
           fakes_move(), shapes_aside(), tables_forgotten(), quick_noise(ledger),
           quick_strips(ledger), quick_runs(ledger), quick_distances(ledger), quiet(),
           whole_bunches(order) if order is not None else contextlib.nullcontext(),
@@ -195,6 +203,9 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                 ledger.model = tuned.model
                 if cached is not None:
                     tuned.state.room.limit = size(cached)
+                if taps_read:                     # what blocks return is seen before the ledger
+                    with torch.no_grad():
+                        call(tuned.model, example)
                 if during == "train":
                     stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
                                     kind, begin=lambda: world.wrap(tuned), **words)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import RecipeError
-from ..tape.executor import checkpoint, no_grad
+from ..tape.executor import checkpoint
 from .prompts import Listener
 from .taps import Beside, Down
 
@@ -84,7 +84,7 @@ class Tapped(Beside):
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = args[0] if args else next(iter(kw.values()))
         args, kw = self.alone(module, given, args, kw)
-        out = no_grad(module, call, args, kw)
+        out, _ = self.quiet(module, call, args, kw)
         box, key = self.here.box, ("taps", self.adapter)
         if self.enter:
             box[key] = [given]

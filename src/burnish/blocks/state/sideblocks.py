@@ -74,6 +74,14 @@ class Watch:
                               "attn_implementation='sdpa'")
         return self.seen
 
+    def causal(self) -> bool:
+        """Of an attention without a mask: the whole of what is to be known of it."""
+        mask, causal = self.mask()
+        if mask is not None:
+            raise RecipeError("lst(cache=...): plain side blocks read the mask of an attention "
+                              "that would not run; leave cache out")
+        return causal
+
 
 #: what says in a constructor that a block owns the relative positions its stack shares
 TABLE = "has_relative_attention_bias"

@@ -87,6 +87,22 @@ class Beside(Listener):
     """Listens to one block of a backbone that runs without a graph."""
 
     what = "a side network"
+    #: keeps what the blocks return (tap_cache.py), and which of them this one is
+    cache: Any = None
+    number = 0
+
+    def kept(self, cache: Any, number: int) -> Beside:
+        self.cache, self.number = cache, number
+        return self
+
+    def quiet(self, module: nn.Module, call: Callable[..., Any], args: tuple, kw: dict[str, Any],
+              note: Callable[[], bool | None] = lambda: None) -> tuple[Any, bool | None]:
+        """(what the block returns, without a graph; what `note` says of its run): it may be read
+        where it has been kept."""
+        if self.cache is None:
+            return no_grad(module, call, args, kw), None
+        out, said = self.cache.run(self, self.number, module, call, args, kw, note)
+        return out, said
 
     def alone(self, module: nn.Module, given: Tensor, args: tuple, kw: dict[str, Any]
               ) -> tuple[tuple, dict[str, Any]]:
@@ -139,14 +155,16 @@ class Rung(Beside):
         box, key = self.here.box, ("side", self.adapter)
         watch = Watch(self.state.tape) if isinstance(self.side, Plain) else None
         with watch or _nothing():
-            out = no_grad(module, call, args, kw)
+            out, causal = self.quiet(module, call, args, kw,
+                                     lambda: None if watch is None else watch.causal())
         if self.first is not None:
             box[key] = self.first(given)
         if self.side is not None:
             tap = out[0] if isinstance(out, tuple) else out
             u = self.gate(box[key], self.down(tap))
             if watch is not None:
-                box[key] = self.side(u, *watch.mask())
+                masked = watch.mask() if self.cache is None else (None, causal)
+                box[key] = self.side(u, *masked)
             else:
                 box[key] = self._again(u, module, args, kw)
         return out

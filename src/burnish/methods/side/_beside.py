@@ -4,14 +4,54 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ...blocks.state.tap_cache import TapCache
 from ...blocks.state.taps import Still
 from ...core.errors import RecipeError
-from ...core.method import Method
+from ...core.method import Method, setting
+from ..branch._sites import samples_first
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached(Method):
+    """A side network that may keep what the backbone's blocks return in a folder.
+
+    With ``cache="folder"`` no block runs for a batch whose samples have all been seen before, in
+    training or evaluation, in any order and batch size, in this run or another of the same
+    backbone; blocks/state/tap_cache.py says how. The bytes are those of the first time.
+    """
+
+    cache: str | None = setting(None, "folder that keeps the backbone's states; None: none",
+                                unseen="it changes no number: tests/blocks/test_tap_cache.py")
+    cache_gb: float = setting(32.0, "most that folder holds, in 10^9 bytes",
+                              unseen="it changes no number: tests/blocks/test_tap_cache.py")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cache_gb < float("inf"):
+            raise RecipeError(f"{self.name}(cache_gb={self.cache_gb}): more than 0, and a number")
+        if self.cache is None and self.cache_gb != Cached.cache_gb:
+            raise RecipeError(f"{self.name}(cache_gb={self.cache_gb}) bounds a folder, and there "
+                              "is none: give cache='folder', or leave cache_gb out")
+        if self.cache == "":
+            raise RecipeError(f"{self.name}(cache=''): expected a folder, or None")
+
+    def finished(self) -> Method:
+        """Without the folder: an adapter is read on other machines."""
+        return replace(self, cache=None, cache_gb=Cached.cache_gb)
+
+    def keeping(self, attacher: Any, blocks: Sequence[Block]) -> TapCache | None:
+        """What keeps the states of a run of blocks."""
+        if self.cache is None:
+            return None
+        samples_first(attacher.anatomy, self)
+        return TapCache(self.name, attacher.adapter.name,
+                        [attacher.model.get_submodule(b.path) for b in blocks],
+                        self.cache, round(self.cache_gb * 1e9))
 
 
 def width(anatomy: Anatomy, part: Method, stacks: Sequence[Sequence[Block]]) -> int:

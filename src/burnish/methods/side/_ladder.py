@@ -44,6 +44,9 @@ class Ladder:
             scores.read(attacher, part, [b for blocks, kept in self.stacks
                                          for i, b in enumerate(blocks) if i in kept])
         keep = None
+        if self.method.cache is not None and len(self.stacks) > 1:
+            raise RecipeError("lst(cache=...) keeps the states of one stack of blocks; beside an "
+                              "encoder and its decoder leave cache out")
         for n, (blocks, kept) in enumerate(self.stacks):
             last = n + 1 == len(self.stacks)
             keep = self._stack(attacher, part, blocks, kept, scores, (d, s), keep, last)
@@ -60,13 +63,14 @@ class Ladder:
         like = next(p for p in model.get_submodule(blocks[0].path).parameters()
                     if p.is_floating_point())
         keep = embedding_channels(scores, d, s)
+        cache = m.keeping(attacher, blocks)
         for i, block in enumerate(blocks):
             side = None
             if i in kept:
                 side = self._side(attacher, blocks, i, s, table=i == min(kept))
                 if m.init != "random" and not isinstance(side, Plain):
                     keep = prune(scores, block, side, keep, encoded, m.reduction, blocks[0])
-            rung = Rung(state, name, side, d, s, enter=i == 0)
+            rung = Rung(state, name, side, d, s, enter=i == 0).kept(cache, i)
             rung.to(device=like.device, dtype=like.dtype).listen(attacher.slot(block.path),
                                                                  part.name)
         end = anatomy.final_norms.get(blocks[0].stack)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...blocks.choose.observe import SquaredGradient
 from ...core.errors import RecipeError
-from ...core.method import Method, setting
+from ...core.method import setting
+from ._beside import Cached
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lst(Method):
+class Lst(Cached):
     """LST: a ladder of small transformer blocks beside a backbone that runs without a graph.
 
     ``s_0 = D_first h_0``; for each kept block i ``u = w_i s + (1 - w_i) D_i h_i``, ``s = g_i(u)``,
@@ -40,6 +41,10 @@ class Lst(Method):
     backbone's in the same cache. Where a block's class cannot be built from a config, a plain
     pre-norm block with the same attention mask stands in, and `notes` says so. Models of two
     towers are refused, and so is anything that trains inside the backbone.
+
+    cache="folder" keeps h_i on disk by sample, for data that do not change: a batch that is all
+    there runs no block (blocks/state/tap_cache.py). Refused beside an encoder-decoder, and for
+    plain side blocks where attention has a mask; what fills a key-value cache runs the backbone.
     """
 
     paper: ClassVar[str] = ("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer "

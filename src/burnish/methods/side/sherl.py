@@ -8,14 +8,14 @@ from ...blocks.state.parallel_head import Tapped
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
-from ._beside import frozen, narrowed, still, width
+from ._beside import Cached, frozen, narrowed, still, width
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sherl(Method):
+class Sherl(Cached):
     """SHERL: the states below the last block, gathered into the one that the last block reads.
 
     With H_0 .. H_K what goes into the first block and what comes out of each below the last
@@ -38,6 +38,9 @@ class Sherl(Method):
     A token is gathered from its own states, so models write on from a cache as without one.
     Departures: with K = 1 (two blocks) the only shallow state counts whole, without w and b, which
     could not train. S divides D; the published S is 512 beside D = 768.
+
+    cache="folder" keeps H_i on disk by sample, for data that do not change: of a batch that is all
+    there the last blocks alone run (blocks/state/tap_cache.py).
     """
 
     paper: ClassVar[str] = ("SHERL: Synthesizing High Accuracy and Efficient Memory for "
@@ -54,6 +57,7 @@ class Sherl(Method):
     dropout: float = setting(0.1, "on what is gathered")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduction < 1 or self.layers < 1:
             raise RecipeError(f"sherl(reduction={self.reduction}, layers={self.layers}): 1 or more")
         if not 0 <= self.dropout < 1:
@@ -86,8 +90,10 @@ class Sherl(Method):
         small = narrowed(self, d)
         still(attacher, part, [blocks])
         state, name = attacher.state, attacher.adapter.name
+        cache = self.keeping(attacher, below)
         for i, block in enumerate(below):
-            Tapped(state, name, enter=i == 0).listen(attacher.slot(block.path), part.name)
+            Tapped(state, name, enter=i == 0).kept(cache, i).listen(
+                attacher.slot(block.path), part.name)
         like = next(p for p in model.get_submodule(late[0].path).parameters()
                     if p.is_floating_point())
         head = Early(len(below) + 1, d, small, self.dropout)

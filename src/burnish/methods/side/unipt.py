@@ -8,14 +8,14 @@ from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
 from ..branch._sites import samples_first
-from ._beside import frozen, narrowed, still, width
+from ._beside import Cached, frozen, narrowed, still, width
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPT(Method):
+class UniPT(Cached):
     """UniPT: one head beside a frozen backbone that reads the states of all its layers at once.
 
     With H_0 .. H_L what goes into the first block and what comes out of each, ``X_l = Norm(D_l
@@ -37,6 +37,9 @@ class UniPT(Method):
     and the means look at a sequence as a whole. So are several stacks, and anything that trains
     inside the backbone. Departures: U's width is the backbone's, so that the model's head fits; the
     published w has a bias, which the softmax does not see.
+
+    cache="folder" keeps H_l on disk by sample, for data that do not change: a batch that is all
+    there runs no block (blocks/state/tap_cache.py).
     """
 
     paper: ClassVar[str] = ("UniPT: Universal Parallel Tuning for Transfer Learning with Efficient "
@@ -52,6 +55,7 @@ class UniPT(Method):
     reduction: int = setting(2, "D / S, the backbone's width over the head's")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduction < 1:
             raise RecipeError(f"unipt(reduction={self.reduction}): 1 or more")
 
@@ -74,8 +78,10 @@ class UniPT(Method):
         small = narrowed(self, d)
         still(attacher, part, [blocks])
         state, name = attacher.state, attacher.adapter.name
+        cache = self.keeping(attacher, blocks)
         for i, block in enumerate(blocks):
-            Tapped(state, name, enter=i == 0).listen(attacher.slot(block.path), part.name)
+            Tapped(state, name, enter=i == 0).kept(cache, i).listen(
+                attacher.slot(block.path), part.name)
         like = next(p for p in model.get_submodule(blocks[0].path).parameters()
                     if p.is_floating_point())
         head = ParallelHead(len(blocks) + 1, d, small)
