@@ -355,7 +355,8 @@ class _Writing:
             return self
         last = n + 1 == len(self.cache.blocks)
         if self.cache.used + self.at + form.nbytes * len(self.rows) > self.cache.room:
-            return self._stop(f"its room of {self.cache.room:,} bytes is used")
+            self._stop(f"its room of {self.cache.room:,} bytes is used")
+            return None
         try:
             with open(self.part, "ab") as f:
                 self.shard.forms.append(form)
@@ -373,7 +374,8 @@ class _Writing:
             if last:
                 self._whole()
         except OSError as e:
-            return self._stop(e.strerror or str(e))
+            self._stop(e.strerror or str(e))
+            return None
         return self
 
     def _whole(self) -> None:

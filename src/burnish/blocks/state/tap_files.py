@@ -110,7 +110,8 @@ def read_into(into: Any, shard: Shard, n: int, wanted: list[tuple[int, int]]) ->
 def raw(t: Tensor) -> memoryview:
     """The bytes of a tensor, in the order of its elements."""
     flat = t.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(data)
 
 
 def unlink(path: Path) -> None:

@@ -27,9 +27,9 @@ class Cached(Method):
     """
 
     cache: str | None = setting(None, "folder that keeps the backbone's states; None: none",
-                                unseen="it changes no number: tests/blocks/test_tap_cache.py")
+                                unseen="no number of a run changes: tests/blocks/test_tap_cache.py")
     cache_gb: float = setting(32.0, "most that folder holds, in 10^9 bytes",
-                              unseen="it changes no number: tests/blocks/test_tap_cache.py")
+                              unseen="no number of a run changes: tests/blocks/test_tap_cache.py")
 
     def __post_init__(self) -> None:
         if not 0 < self.cache_gb < float("inf"):
