@@ -148,7 +148,7 @@ def test_counts_and_defaults(published):
     made = [b for b in m.branch(vit) if hasattr(b, "module")]
     assert len(made) == 12
     assert sum(p.numel() for b in made for p in b.module.parameters()) \
-        == m.count(768, 12) == 12 * (2 * 768 * 24 + 24 + 768)
+        == m.count(768, 12) == 12 * m.count(768) == 12 * (2 * 768 * 24 + 24 + 768)
 
 
 @pytest.mark.parametrize("model, recipe, why", [
@@ -160,3 +160,10 @@ def test_counts_and_defaults(published):
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], recipe)
+
+
+def test_tokens_before_samples_are_refused():
+    net, _ = tiny("vit")
+    net.vit.layers[0].batch_first = False
+    with pytest.raises(burnish.RecipeError, match="tokens before samples"):
+        burnish.tune(net, "lite_residual")

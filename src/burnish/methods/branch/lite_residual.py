@@ -60,7 +60,7 @@ class LiteResidual(Method):
         if unmet(type(self), anatomy):
             refuse(self, anatomy)
         samples_first(anatomy, self)
-        d: Any = anatomy.blocks[0].hidden_size or anatomy.hidden_size
+        d: Any = anatomy.hidden_size
         for s in found(anatomy, [Site(b, b.path, d) for b in anatomy.blocks], self, "block"):
             inner = Bottleneck(d, self.bottleneck, act=self.act, scale=self.scale)
             yield Branch(s.path, Coarse(inner, self.downsample), read=(s.path, "input"))
