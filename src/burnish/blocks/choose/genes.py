@@ -19,9 +19,13 @@ DROPOUT, NORM, ACT, SOFTMAX = 4, 5, 8, 5
 
 
 def genetic(space: Sequence[Sequence[int]], fitness: Callable[[Genes], float], *,
-            population: int = 50, rounds: int = 100, crossover: float = 0.6, seed: int = 0
-            ) -> Genes:
-    """The fittest that was met; of equals the smallest."""
+            population: int = 50, rounds: int = 100, crossover: float = 0.6, seed: int = 0,
+            mend: Callable[[Genes, Random], Genes] | None = None) -> Genes:
+    """The fittest that was met; of equals the smallest.
+
+    mend: makes of any genome one that is allowed; only such are then looked at. Where a hundred
+    others are known too, no new one is looked for.
+    """
     draw, size = Random(seed), math.prod(map(len, space))
     known: dict[Genes, float] = {}
 
@@ -31,10 +35,16 @@ def genetic(space: Sequence[Sequence[int]], fitness: Callable[[Genes], float], *
 
     def fresh(genes: Genes) -> None:
         """Join those that are known, drawn anew as long as it is one of them."""
-        while genes in known and len(known) < size:
+        tries = 0
+        while True:
+            genes = genes if mend is None else mend(genes, draw)
+            if genes not in known:
+                known[genes] = fitness(genes)
+                return
+            tries += 1
+            if len(known) == size or mend is not None and tries > 100:
+                return
             genes = mutated(genes)
-        if genes not in known:
-            known[genes] = fitness(genes)
 
     def best() -> list[Genes]:
         return sorted(known, key=lambda g: (-known[g], g))[:population]
