@@ -77,7 +77,8 @@ class LlmQfa(Method):
     group: int = setting(128, "inputs of one output that share a scale; 0: all")
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
     draw: Literal["swept", "uniform"] = setting(
-        "swept", "so that all mean widths come alike, or each layer by itself", beside={"every": 32})
+        "swept", "so that all mean widths come alike, or each layer by itself",
+        beside={"every": 32})
     every: int = setting(32, "updates of a sweep", other=(1, 3))
     seed: int = setting(0, "of the draws")
 
