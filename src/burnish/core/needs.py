@@ -238,6 +238,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "last linears": ("blocks whose MLP ends in one linear for all tokens",
                      lambda a: any(b.mlp_out for b in a.blocks)),
     "queries": ("linears that make queries, keys and values", lambda a: bool(qkv_linears(a))),
+    "queries alone": ("linears that make queries, keys and values each by itself", lambda a: bool(
+        qkv_linears(a)) and all(p.role in ("q", "k", "v") for p in qkv_linears(a))),
     "head": ("a task head", lambda a: bool(a.head)),
     "linear head": ("a task head of one linear", lambda a: head_linear(a) is not None),
     "vocabulary": ("a linear head over a vocabulary", lambda a: vocabulary_head(a) is not None),

@@ -99,8 +99,10 @@ class Bottleneck(nn.Module):
                 nn.init.zeros_(linear.weight)
             else:
                 nn.init.kaiming_uniform_(linear.weight, a=5 ** 0.5)
-            if linear.bias is not None:
-                nn.init.normal_(linear.bias, std=1e-6 if init == "xavier" else 0.0)
+            if linear.bias is not None and init == "xavier":
+                nn.init.normal_(linear.bias, std=1e-6)
+            elif linear.bias is not None:            # (drawing nothing: other starts stay)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.norm_in is not None:

@@ -177,7 +177,12 @@ class TernaryExperts(nn.Module):
 
 def _copied(mlp: nn.Module, places: list[Place], path: str, stored: bool) -> nn.Module:
     """A copy of an MLP with ternary linears in the place of its own."""
-    made = copy.deepcopy(mlp).requires_grad_(not stored)
+    slot = mlp._modules.get("burnish")               # what acts around it acts around all experts
+    made = copy.deepcopy(mlp, {} if slot is None else {id(slot): None})
+    if slot is not None:
+        del made._modules["burnish"]
+        made.__class__ = getattr(type(mlp), "_burnish_base", type(mlp))
+    made.requires_grad_(not stored)
     for place in places:
         *above, leaf = place.path[len(path) + 1 :].split(".")
         home = made.get_submodule(".".join(above))

@@ -40,7 +40,7 @@ class Connected(Method):
 
     paper: ClassVar[str] = ("Scattered or Connected? An Optimized Parameter-efficient Tuning "
                             "Approach for Information Retrieval (2022), arXiv:2208.09847")
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "one width"})
     merges: ClassVar[bool] = False
 
     bottleneck: int = setting(32, "r, width of the bottleneck")

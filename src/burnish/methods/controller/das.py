@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ...core.anatomy import Anatomy, Block
     from ...core.protocols import Attacher, Pass, Tuned
 
+#: behind a block's name: what trains in it beside its own adapter
+BESIDE = " beside"
 FEW = "six updates of two blocks: tests/methods/test_das.py"
 
 
@@ -34,9 +37,9 @@ class Das(Method):
     in proportion to ``p = sigma(g)``, and every `every` updates `candidates` distinct sets S_j are
     compared: with R_j = exp(-loss) of the batch in evaluation mode, less its mean over j,
     ``g_i <- g_i + R_j p_i (1 - p_i)`` for i in S_j: g rises where skipping does no harm. Then the K
-    largest stay skipped (of equals the first). Where ``tuned.total_steps`` is not known gates are
-    compared from the first update to the last. What kept blocks learn are parts beside it:
-    ``lora + das``.
+    largest stay skipped (of equals the first). What else trains in a skipped block rests. Where
+    ``tuned.total_steps`` is not known gates are compared from the first update to the last. What
+    kept blocks learn are parts beside it: ``lora + das``.
 
     Start: the first K blocks are skipped, weights N(0, 0.02): not the pre-trained function.
     Trains 2 d r + r + 3 d per skipped block (444,960 at d = 768, r = 288); the adapters of the
@@ -103,7 +106,7 @@ class Das(Method):
                                                               for p in m.parameters())]
                  for b in tuned.anatomy.blocks}
         mine = {path: m[-1] for path, m in found.items() if m}
-        return Skips(self, mine, tuned) if mine else None
+        return Skips(self, mine, tuned, _beside(tuned, mine)) if mine else None
 
     def count(self, d: int) -> int:
         """Trainable parameters of one skipped block of width d."""
@@ -128,17 +131,29 @@ class Stands:
         made.listen(attacher.slot(b.path), part.name)
 
 
+def _beside(tuned: Tuned, blocks: Mapping[str, Skippable]) -> dict[str, list[Any]]:
+    """What else trains in each block, and in no other: it rests while the block is skipped."""
+    own = {id(p) for m in blocks.values() for p in m.parameters()}
+    found = {n: [p for p in tuned.model.get_submodule(n).parameters()
+                 if p.requires_grad and id(p) not in own] for n in blocks}
+    count = Counter(id(p) for some in found.values() for p in some)
+    alone = {n: [p for p in some if count[id(p)] == 1] for n, some in found.items()}
+    return {n: some for n, some in alone.items() if some}
+
+
 class Skips:
     """Which blocks are skipped, and the gates. Early, so that other handlers see what is live."""
 
     phase: ClassVar[int] = EARLY
 
-    def __init__(self, method: Das, blocks: Mapping[str, Skippable], tuned: Tuned):
-        self.method, self.blocks = method, dict(blocks)
+    def __init__(self, method: Das, blocks: Mapping[str, Skippable], tuned: Tuned,
+                 beside: Mapping[str, list[Any]]):
+        self.method, self.blocks, self.beside = method, dict(blocks), beside
         self.gates, self.total = dict.fromkeys(blocks, 0.0), tuned.total_steps
-        self.schedule = TrainableSchedule({n: list(m.parameters()) for n, m in blocks.items()},
-                                          lambda step: None, state_on_leave="keep",
-                                          optimizer=lambda: tuned.current_optimizer)
+        self.schedule = TrainableSchedule(
+            {**{n: list(m.parameters()) for n, m in blocks.items()},
+             **{n + BESIDE: own for n, own in beside.items()}},
+            lambda step: None, state_on_leave="keep", optimizer=lambda: tuned.current_optimizer)
         self.scored: int | None = None               # the update of the last comparison
 
     def start(self, total: int | None) -> None:
@@ -158,7 +173,7 @@ class Skips:
         names = set(names)
         for n, m in self.blocks.items():
             m.skip(n in names)
-        self.schedule.set(names)
+        self.schedule.set(names | {n + BESIDE for n in self.beside if n not in names})
 
     def over(self, step: int, share: float, unknown: bool = False) -> bool:
         return unknown if self.total is None else step >= share * self.total

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -41,6 +41,8 @@ class Lily(Method):
     merges: ClassVar[bool] = False
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs: ClassVar[frozenset[str]] = frozenset({"linears"})
+    excused: ClassVar[Mapping[str, str]] = {
+        "every_setting_acts on points": "linears of one name are those of one size there"}
 
     rank: int = setting(32, "rank of every factor", alias=("r",))
     stride: int = setting(1, "linears of a group that share A", alias=("stride_A",))

@@ -56,7 +56,7 @@ class TeacherIntervention(Method):
                             "arXiv:2302.11812")
     tier: ClassVar[str] = "checked against an independent equation"
     exact: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"open attention", "queries"})
+    needs: ClassVar[frozenset[str]] = frozenset({"open attention", "queries alone"})
     shown_beside: ClassVar[str] = "full + twn"
     #: norms that attention alone reads get no gradient while the base answers for it
     small: ClassVar[dict[str, int]] = {"steps": 1}

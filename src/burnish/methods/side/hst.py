@@ -52,7 +52,6 @@ class Hst(Method):
     takes_head: ClassVar[bool] = False
     small: ClassVar[dict[str, Any]] = {"widths": (8, 16), "heads": (2, 4), "drop_path": 0.0}
     excused: ClassVar[dict[str, str]] = {
-        "its_dropout_acts": "batch norms remember what was dropped: tests/methods/test_hst.py",
         "bf16_is_near_fp32 on timm_qkv": "two have hardly a variance; test_hst.py takes sixteen"}
 
     widths: tuple[int, ...] | list[int] = setting(

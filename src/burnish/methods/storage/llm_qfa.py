@@ -79,7 +79,7 @@ class LlmQfa(Method):
     draw: Literal["swept", "uniform"] = setting(
         "swept", "so that all mean widths come alike, or each layer by itself",
         beside={"every": 32})
-    every: int = setting(32, "updates of a sweep", other=(1, 3))
+    every: int = setting(32, "updates of a sweep", other=(2, 3))
     seed: int = setting(0, "of the draws")
 
     def __post_init__(self) -> None:

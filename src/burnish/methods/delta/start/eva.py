@@ -52,6 +52,9 @@ class Eva(Method):
                             "Variance Adaptation (2024), arXiv:2410.07170")
     tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    excused: ClassVar[Mapping[str, str]] = {
+        "simulated_is_measured on mlp": "without data every matrix has the mean rank, and ranks of "
+                                        "unlike matrices weigh unlike"}
 
     rank: int = setting(16, "mean rank: the budget is rank x matrices", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
