@@ -135,17 +135,18 @@ def frontier(file: Path) -> None:
             axes.errorbar([r["peak"] / 1e6 for r in own], [100 * r["mean"] for r in own],
                           [100 * r["sd"] for r in own], fmt="o", color=colour, label=label,
                           markersize=5, elinewidth=0.6)
-    for r in edge:
-        axes.annotate(r["recipe"], (r["peak"] / 1e6, 100 * r["mean"]), xytext=(4, 5),
-                      textcoords="offset points", fontsize=7, family="monospace")
-    low = sorted(r["mean"] for r in rows)[len(rows) // 10]
-    axes.set(xscale="log", xlabel="MB at the peak of a step, measured", ylim=(100 * low - 3, None),
+    for k, r in enumerate(edge):                     # above and below in turn: some are near
+        axes.annotate(r["recipe"], (r["peak"] / 1e6, 100 * r["mean"]),
+                      xytext=(-4, 8) if k % 2 else (4, -11), textcoords="offset points",
+                      fontsize=7, family="monospace", ha="right" if k % 2 else "left")
+    low = sorted(r["mean"] for r in rows)[len(rows) // 20]
+    axes.set(xscale="log", xlabel="MB at the peak of a step, measured", ylim=(100 * low - 1, None),
              ylabel="test accuracy, %, five seeds")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.text(0.99, -0.1, f"printed figures to handwriting, {len(rows)} recipes; burnish "
+    figure.text(0.99, -0.17, f"printed figures to handwriting, {len(rows)} recipes; burnish "
                 f"{burnish.__version__}, torch {torch.__version__}, {date.today()}", ha="right",
                 fontsize=7, color="grey")
     save(figure, "frontier")
