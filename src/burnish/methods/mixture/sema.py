@@ -55,7 +55,7 @@ class Sema(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     merges: ClassVar[bool] = False
     relies_on: ClassVar[tuple[str, ...]] = ("objective",)
-    small: ClassVar[dict[str, Any]] = {"layers": (1,), "descriptor": 8}
+    small: ClassVar[dict[str, Any]] = {"bottleneck": 8, "layers": (1,), "descriptor": 8}
 
     bottleneck: int = setting(16, "m, width of an adapter", alias=("reduced", "width"))
     layers: tuple[int, ...] = setting((9, 10, 11), "blocks that may grow, by number",
