@@ -50,6 +50,10 @@ def _one_width(a: Anatomy) -> bool:
             and not any(b.cross for b in a.blocks))
 
 
+def _even(a: Anatomy) -> bool:
+    return all(len({b.hidden_size for b in blocks if b.attn}) < 2 for blocks in a.stacks().values())
+
+
 def _reads_whole(a: Anatomy) -> bool:
     return _one_width(a) and all(b.mixer for b in a.blocks) and not next_token(a.model)
 
@@ -272,6 +276,7 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                lambda a: isinstance(stream(a), Stream)),
     "ladder": ("transformer blocks of one width, in one stack or an encoder and its decoder",
                _ladder),
+    "even stacks": ("blocks with attention that have one width in each stack", _even),
     "one width": ("a single stack of blocks of one width", _one_width),
     "whole reading": ("a single stack of blocks of one width, in a model that reads its input as a "
                       "whole and writes nothing on", _reads_whole),

@@ -40,7 +40,7 @@ class Connected(Method):
 
     paper: ClassVar[str] = ("Scattered or Connected? An Optimized Parameter-efficient Tuning "
                             "Approach for Information Retrieval (2022), arXiv:2208.09847")
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "one width"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "even stacks"})
     merges: ClassVar[bool] = False
 
     bottleneck: int = setting(32, "r, width of the bottleneck")
@@ -62,10 +62,8 @@ class Connected(Method):
             raise RecipeError("connected takes no targets: its path runs beside all blocks")
         if unmet(type(self), anatomy):
             refuse(self, anatomy)
-        for stack, blocks in anatomy.stacks().items():
+        for blocks in anatomy.stacks().values():
             mine = [b for b in blocks if b.attn]
-            if mine and len({b.hidden_size for b in mine}) > 1:
-                raise RecipeError(f"connected: the blocks of {stack} have different widths")
             for b in mine:
                 yield Step(self, b, b is mine[0], b is mine[-1])
 
