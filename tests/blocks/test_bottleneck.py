@@ -278,3 +278,15 @@ def test_rows_of_a_fused_output():
 def test_a_shift_with_nowhere_to_go_is_refused():
     with pytest.raises(CheckError, match="no bias"):
         stirred(Affine(4, shift=True)).fold(nn.RMSNorm(4), {})
+
+
+@pytest.mark.parametrize("init", ["zero", "bert", "truncated"])
+def test_biases_that_begin_at_nothing_draw_nothing(init):
+    """What is drawn behind them, in the same run, stays what it was."""
+    states = []
+    for bias in (True, False):
+        made = Bottleneck(8, 4, bias=bias)
+        torch.manual_seed(0)
+        made.reset(init)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -238,3 +238,26 @@ def test_the_defaults():
     m = parse("das")[0]
     assert (m.layers, m.bottleneck, m.scale, m.warmup, m.search, m.every, m.candidates, m.seed) == \
         (4, 288, 1.0, 0.1, 0.3, 10, 3, 0)
+
+
+def test_what_stands_in_a_skipped_block_rests_with_it():
+    """It has no gradient, so nothing of it moves, and the first step is no error; its turn comes
+    when its block runs."""
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, "lora(rank=2) + das(layers=1, bottleneck=4, warmup=1.0, search=1.0)",
+                         head=False)
+    tuned.total_steps = 6
+    stir(tuned)
+    tuned.optimizer(lr=1e-2)
+    before = {n: p.detach().clone() for n, p in net.named_parameters() if ".lora." in n}
+    assert before
+    where, seen = [m for _, m in tuned.timeline.handlers if isinstance(m, Skips)][0], set()
+    for _ in range(6):
+        skipped = {n for n, m in where.blocks.items() if bool(m.skipped)}
+        tuned.step(batch)                            # (its end decides who is skipped next)
+        moved = {b for b in where.blocks for n, p in net.named_parameters()
+                 if n.startswith(f"{b}.") and n in before and not torch.equal(p, before[n])}
+        assert moved == where.blocks.keys() - skipped
+        before = {n: p.detach().clone() for n, p in net.named_parameters() if n in before}
+        seen |= skipped
+    assert seen == where.blocks.keys()

@@ -208,3 +208,12 @@ def test_what_cannot_act_is_refused(text, why):
 def test_models_without_such_mlps_are_refused(model):
     with pytest.raises(RecipeError, match="mote needs blocks whose MLP is a module of linears"):
         burnish.tune(tiny(model)[0], "mote", head=False)
+
+
+def test_experts_are_copies_of_the_mlp_without_what_stands_around_it():
+    """An adapter of the same MLP acts on the sum once; no expert has it a second time."""
+    net, _ = tiny("vit")
+    tuned = burnish.tune(net, "gbt_sam(scan=2, mlp=True) + mote(experts=2, every=1)", head=False)
+    inside = [n for n, _ in net.named_parameters() if ".experts." in n]
+    assert inside and not any(".burnish." in n.partition(".experts.")[2] for n in inside)
+    assert any(".gbt_sam." in n for n, _ in tuned.named_parameters())
