@@ -150,6 +150,8 @@ class Task:
 
     def agreed(self, batch: Batch) -> Batch:
         """Pictures and sounds as the numbers that the model is of; what is right stays."""
+        if self.reads is None:                           # no model is settled, or it has no such
+            return batch
         return {k: v.to(self.reads) if k not in self.truth and isinstance(v, torch.Tensor)
                 and v.is_floating_point() else v for k, v in batch.items()}
 
