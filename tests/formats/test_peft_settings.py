@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import burnish
 from burnish.core.errors import FormatError
-from burnish.formats import peft_files, peft_settings
+from burnish.formats import peft_files, peft_prompts, peft_settings
 from burnish.formats.peft import load_peft
 from burnish.formats.peft_forms import FORMS
 from burnish.formats.peft_variants import VARIANTS
@@ -46,6 +46,8 @@ CONFIGS = {
     "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "P_TUNING": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8,
                                          task_type="CAUSAL_LM"),
+    "CPT": peft.CPTConfig(cpt_token_ids=[5, 9, 7], cpt_tokens_type_mask=[1, 2, 4],
+                          task_type="CAUSAL_LM"),
     "PREFIX_TUNING": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "OSF": peft.OSFConfig(**LINEAR), "PSOFT": peft.PsoftConfig(r=3, **LINEAR),
     "PEANUT": peft.PeanutConfig(r=2, **LINEAR), "DEFT": peft.DeftConfig(r=2, **LINEAR),
@@ -76,7 +78,7 @@ NOTHING = {
         "qalora_group_size", "megatron_core", "asa_target_subspaces", "init_warmup",
         "final_warmup", "mask_interval", "asa_importance_beta", "asa_uncertainty_beta",
         "asa_schedule_exponent"},
-    "how it runs": {"runtime_config"},
+    "how it runs": {"runtime_config"}, "nobody looks at it": {"cpt_mask"},
     "one tensor has one value": {"ensure_weight_tying"},
 }
 
@@ -94,7 +96,7 @@ def test_every_type_of_the_installed_peft_is_read_or_refused_with_the_reason(tmp
 
 def test_every_type_is_here():
     forms = {f.kind for f in FORMS}
-    assert set(CONFIGS) == forms | {"LORA", "LN_TUNING", *peft_settings.PROMPTS}
+    assert set(CONFIGS) == forms | {"LORA", "LN_TUNING", *peft_prompts.PROMPTS}
     assert set(peft_settings.BIASED) == {
         k for k, c in CONFIGS.items() if hasattr(c, "bias")}
 
@@ -236,6 +238,9 @@ ACTS = [
     ("ADALORA", "trainable_token_indices", [3], "has no counterpart in burnish for an adapter of"),
     ("TRAINABLE_TOKENS", "token_indices", [5, 9], lambda r: r[0].ids == (5, 9)),
     ("PROMPT_TUNING", "num_virtual_tokens", 4, "its settings say 4"),
+    ("CPT", "opt_projection_epsilon", 0.5, lambda r: r[0].input_radius == 0.5),
+    ("CPT", "opt_projection_format_epsilon", 0.5, lambda r: r[0].format_radius == 0.5),
+    ("CPT", "opt_weighted_loss_type", "decay", lambda r: r[0].label_decay == 1),
     ("PREFIX_TUNING", "num_transformer_submodules", 2, "an encoder and a decoder"),
     ("LOHA", "bias", "all", "PEFT's LOHA trains none"),
     ("OSF", "effective_rank", 16, lambda r: r[0].kept == 16),

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.state.gates import Shift
-from ..blocks.state.keys_values import KeysValues
-from ..blocks.state.prompts import Behind, Prepended
 from ..blocks.weight.factor import Chain
 from ..blocks.weight.factor_algebra import Factors, cat, truncate
 from ..blocks.weight.magnitude import Magnitude
@@ -34,12 +32,21 @@ from ..engine.slot import ATTR, Slot, slots
 from ..engine.tune import check_model, join
 from ..engine.tuned import Tuned
 from ..engine.undo import Transaction, whole
-from . import peft_experts, peft_files, peft_lora, peft_own, peft_shared, peft_tied, peft_whole
+from . import (
+    peft_experts,
+    peft_files,
+    peft_lora,
+    peft_own,
+    peft_prompts,
+    peft_shared,
+    peft_tied,
+    peft_whole,
+)
 from .card import code
 from .peft_folder import Lora, PeftFolder
 from .peft_forms import TOKENS
 from .peft_own import Own
-from .peft_types import BEHIND, as_miss, as_own, as_prompt, check_plain, counts
+from .peft_types import as_miss, as_own, check_plain, counts
 
 _KINDS = {"linear": "linear", "conv1d": "linear", "embedding": "embedding", "conv": "conv"}
 _WRITES = "ForConditionalGeneration"
@@ -81,7 +88,7 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
     what = PeftFolder(base=_base_name(tuned.model))
     errors: dict[str, float] = {}
     if not pairs:
-        as_prompt(tuned, what, weights)
+        peft_prompts.as_prompt(tuned, what, weights, counts)
         as_own(tuned, what, weights, near=rank is not None)
     for path, module, slot in slots(tuned.model) if what.plain_lora else ():
         parts = _parts(slot, path, weights)
@@ -125,10 +132,7 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
     if what.own and what.fan_in_fan_out:
         what.settings["fan_in_fan_out"] = True
     what.task_type = _task(tuned.model, what)
-    if what.prompt is not None and what.task_type is None:
-        raise FormatError("PEFT puts rows before models whose task it is told (a causal language "
-                          "model, one that writes from what it reads, a classifier with its head "
-                          f"in the adapter), and {type(tuned.model).__name__} is none")
+    peft_prompts.check_task(what, tuned.model)
     return what, errors
 
 
@@ -311,10 +315,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
             extra += peft_lora.compressed(what.config, folder)
     except RecipeError as e:
         raise FormatError(f"{folder}: {e}") from None
-    if what.prompt is not None:
-        parts.append(make("prefix", {"length": len(what.prompt), "moved": True})
-                     if what.kind == "PREFIX_TUNING" else
-                     make("prompt_tuning", {"length": len(what.prompt), "init": "normal"}))
+    parts += peft_prompts.part(what, folder)
     recipe = parse(parts + extra)
     settled = {key_of(recipe, part): {f"{p}.weight": what.own[p].settled for p in paths
                                       if p in what.own and what.own[p].settled}
@@ -389,13 +390,8 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
             tuned.undo.keep(there, partial(tuned.originals.get, *key[0::2]))
         there.copy_(value)
 
-    filled, banks = False, [m for _, _, slot in slots(tuned.model) for p in slot.parts
-                            if isinstance(m := slot.module_of(p), KeysValues)]
-    if banks and what.prompt is not None:
-        layers = what.prompt.unflatten(1, (-1, what.prompt.shape[1] // (2 * len(banks)))) \
-            if what.prompt.shape[1] % (2 * len(banks)) == 0 else what.prompt[:, None]
-        for k, bank in enumerate(banks):
-            put(bank.rows, layers[:, 2 * k : 2 * k + 2].transpose(0, 1), "prompt_embeddings")
+    filled = False
+    peft_prompts.fill(tuned, what, put, folder)
     for path, module, slot in slots(tuned.model):
         for part in slot.parts:
             term = slot.module_of(part)
@@ -405,10 +401,6 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
                     filled = True
                     _fill_beside(what, shared, put, folder)
                 peft_own.fill(what.own[path], term, module, put, f"{folder}: {path}")
-            elif isinstance(term, Behind) and what.prompt is not None:
-                raise FormatError(f"{folder}: {BEHIND}")
-            elif isinstance(term, Prepended) and what.prompt is not None:
-                put(term.rows, what.prompt, "prompt_embeddings")
             elif isinstance(term, Shards):
                 put(term.D, what.blocks[path], f"{path}.miss_block")
             elif isinstance(term, Shift):

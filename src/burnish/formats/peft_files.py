@@ -24,16 +24,17 @@ from torch import Tensor
 
 from ..core.errors import FormatError
 from ..core.reading import shown
-from . import peft_lora, peft_settings, safe, staged
+from . import peft_lora, peft_prompts, peft_settings, safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
 from .peft_folder import PREFIX, PeftFolder, keep, pattern, strip
 from .peft_forms import OF_KIND
 from .peft_own import BIAS, HERE, Form, sort_out
-from .peft_settings import PROMPTS, UNREAD
+from .peft_prompts import PROMPTS
+from .peft_settings import UNREAD
 from .peft_variants import variant_of
 
-_ROWS, _NORM = "prompt_embeddings", ".ln_tuning_layers."
+_NORM = ".ln_tuning_layers."
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def read(folder: str | Path) -> PeftFolder:
                      bias=config.get("bias") or "none",
                      fan_in_fan_out=bool(config.get("fan_in_fan_out")))
     if kind in PROMPTS:
-        _read_prompt(out, tensors, config, folder)
+        peft_prompts.read(out, tensors, config, folder)
     elif kind == "LN_TUNING":
         _read_norms(out, tensors, folder)
     elif form is not None:
@@ -154,23 +155,6 @@ def _read_norms(out: PeftFolder, tensors: Mapping[str, Tensor], folder: Path) ->
         out.whole[f"{path}.{leaf}" if found else name] = value
 
 
-def _read_prompt(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
-                 folder: Path) -> None:
-    if (rows := tensors.get(_ROWS)) is None or rows.dim() != 2 or not rows.numel() \
-            or not rows.is_floating_point():
-        said = "nothing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
-        raise FormatError(f"{folder}: {_ROWS} should be a matrix, a row for each token, got {said}")
-    if (config.get("num_transformer_submodules") or 1) != 1:
-        raise FormatError(f"{folder} has rows for an encoder and a decoder; burnish puts them "
-                          "before the encoder alone")
-    if (n := config.get("num_virtual_tokens") or len(rows)) != len(rows):
-        raise FormatError(f"{folder}: {_ROWS} has {len(rows)} rows, its settings say {n}")
-    out.prompt = rows
-    for key, value in tensors.items():           # no tuner wraps the base: one name less in front
-        if key != _ROWS:
-            out.whole[key.removeprefix("base_model.")] = value
-
-
 # -- writing --------------------------------------------------------------------------------
 def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
           card: str | None = None, inputs: Inputs = ()) -> Path:
@@ -202,7 +186,7 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
                     for n, t in own.tensors.items()}
     elif what.kind in PROMPTS:
         config |= what.settings
-        tensors[_ROWS] = what.prompt
+        tensors[peft_prompts.ROWS] = what.prompt
     elif what.kind == "LN_TUNING":
         pass
     elif what.own:

@@ -15,18 +15,14 @@ from ..core.errors import FormatError
 from ..core.reading import check_fields, shown
 from .folder import CONFIG
 from .peft_own import Form
+from .peft_prompts import OF_ALL, OF_ROWS
 
-#: types whose adapter is rows in front of the input, or (the last) of all keys and values: (length,
-#: layers 2 width); what makes them is gone once they are saved
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 #: types that are not read, and why
 UNREAD = {
     "XLORA": "its gates ask a first pass of the model about adapters that lie in other folders; "
              "load those, and weigh them with tuned.use({...})",
     "SHADOW": "it is a second model that runs beside the first and hands its states over, which no "
               "part of burnish does",
-    "CPT": "its rows are cut to a ball around embeddings that are looked up at every call; train "
-           "cpt here",
     "MULTITASK_PROMPT_TUNING": "every call names the task whose rows it is given; make a "
                                "PROMPT_TUNING folder of one task's",
     "CARTRIDGE": "some of its rows never train (num_frozen_tokens), which prefix has not"}
@@ -66,14 +62,7 @@ _OF: dict[str, set[str]] = {
                "asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"},
     "SHIRA": {"mask_type"},                      # the entries are in the folder
     "IA3": {"feedforward_modules", "init_ia3_weights"},
-    "PROMPT_TUNING": {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
-                      "tokenizer_kwargs"},
-    "P_TUNING": {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
-                 "encoder_dropout"},
-    "PREFIX_TUNING": {"encoder_hidden_size", "prefix_projection"},
 }
-_PROMPT = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads",
-           "num_layers"}
 #: starting values that PEFT takes off the base; the bare factors then mean nothing
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -81,14 +70,16 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def known(kind: str, form: Form | None) -> set[str]:
     """The settings of a type that are acted upon, refused by themselves, or say nothing."""
     own = {*form.settings, *form.alone, *form.patterned.values()} if form else set()
-    return _READ | _TOLD | own | _OF.get(kind, set()) | (_PROMPT if kind in PROMPTS else set())
+    rows = OF_ALL | OF_ROWS[kind].settings if kind in OF_ROWS else set()
+    return _READ | _TOLD | own | _OF.get(kind, set()) | rows
 
 
 def check(config: dict[str, Any], form: Form | None, folder: Path) -> None:
     """Raises FormatError, one line, for a setting of another kind than it should be, and for one
     that changes what is computed and has no counterpart here."""
     kind = config["peft_type"]
-    check_fields(config, {**KINDS, **(form.fields if form else {})}, folder / CONFIG)
+    own = form.fields if form else OF_ROWS[kind].fields if kind in OF_ROWS else {}
+    check_fields(config, {**KINDS, **own}, folder / CONFIG)
     there = known(kind, form)
     for name, value in config.items():
         if name not in there and not _idle(value):

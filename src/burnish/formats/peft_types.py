@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..blocks.state.keys_values import KeysValues, Moved, OwnMass, Trunk
-from ..blocks.state.prompts import Behind, Lengthened, Prepended
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import Wrap
 from ..core.errors import FormatError
@@ -64,42 +61,6 @@ def counts(made: nn.Module) -> bool:
     a tied table, nor what only decides what is kept for backward?"""
     return not isinstance(made, Shared) and getattr(made, "changes", True) \
         and not getattr(made, "mirrors", False)
-
-
-#: why a prompt of some models has no counterpart on the other side
-BEHIND = ("this model has a pooler, which reads the first of PEFT's rows, and in burnish the first "
-          "token: two functions")
-
-
-def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float]) -> None:
-    """The adapter as PEFT's prompt or prefix tuning when rows in front of the input, or of keys and
-    values, are all there is."""
-    mine = [slot.module_of(p) for _, _, slot in slots(tuned.model) for p in slot.parts
-            if p.adapter in weights and counts(slot.module_of(p))]
-    if mine and all(isinstance(m, KeysValues | Moved | Trunk) for m in mine) \
-            and set(weights.values()) == {1.0}:
-        if any(isinstance(m, OwnMass) for m in mine):
-            raise FormatError("prefix(mass='own') gives its rows a share of attention that PEFT's "
-                              "prefix tuning has no words for; train with mass='shared' to export")
-        made = [m.made().detach() for m in mine if isinstance(m, KeysValues)]
-        if not any(isinstance(m, Moved) for m in mine):
-            raise FormatError("prefix: in PEFT real tokens count from the length of the prefix on; "
-                              "train with prefix(moved=True) to export")
-        what.kind, what.prompt = "PREFIX_TUNING", torch.cat(made).transpose(0, 1).flatten(1)
-        n, width = made[0].shape[1:]
-        what.settings = {"num_virtual_tokens": n, "token_dim": width, "num_layers": len(made),
-                         "num_transformer_submodules": 1, "prefix_projection": False}
-        return
-    rows = [m for m in mine if isinstance(m, Prepended) and m.edit is None and m.maker is None]
-    if len(rows) != 1 or any(not isinstance(m, Prepended | Behind | Lengthened) for m in mine) \
-            or set(weights.values()) != {1.0}:
-        return
-    if any(isinstance(m, Behind) for m in mine):
-        raise FormatError(f"prompt_tuning: {BEHIND}")
-    what.kind, what.prompt = "PROMPT_TUNING", rows[0].rows.detach()
-    n, d = what.prompt.shape
-    what.settings = {"num_virtual_tokens": n, "token_dim": d, "num_transformer_submodules": 1,
-                     "prompt_tuning_init": "RANDOM"}
 
 
 def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool = False) -> None:

@@ -60,9 +60,13 @@ class Examples(Prepended):
         self.ids, self.radii, self.labels = tuple(ids), tuple(radii), tuple(labels)
         self.__dict__["said"] = None                 # of the forward under way
 
+    def plain(self) -> Tensor:
+        """``e(c)``."""
+        return self.embed(torch.tensor(self.ids, device=self.rows.device))
+
     def made(self) -> Tensor:
         """``e(c) + m d``."""
-        e = self.embed(torch.tensor(self.ids, device=self.rows.device))
+        e = self.plain()
         free = torch.tensor(self.radii, device=self.rows.device).unsqueeze(1) > 0
         return e + (self.rows * free).to(e.dtype)
 
