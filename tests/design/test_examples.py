@@ -51,6 +51,10 @@ def test_tags():
     assert load("tags").main(count=480, epochs=6)["f1"] > 0.25
 
 
+def test_dictation():
+    assert load("dictation").main(each=110, epochs=14)["cer"] < 0.7
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

@@ -34,7 +34,7 @@ class Spoken:
         self.tokenizer.save_pretrained(folder)
 
 
-def spoken(extractor: Any, name: str, trust_remote_code: bool) -> Spoken:
+def with_tokenizer(extractor: Any, name: str, trust_remote_code: bool) -> Spoken:
     """With the model's tokenizer, where it has one."""
     import transformers
 

@@ -80,6 +80,10 @@ class Options:
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
     reduce_labels: number 0 of a mask is not counted, and the classes begin at 1 (default: as the
         image processor says).
+    language, translate: of speech to text: which language is said, and whether it is written in
+        English, for models whose prompt says so (Whisper).
+    max_answer: tokens that an evaluation lets a model write of a row (default: those of the longest
+        text of the data, and a quarter of it).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
     processor: tokenizer, picture or feature extractor, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
@@ -113,6 +117,9 @@ class Options:
     pooling: str | None = None
     scale: float | None = None
     reduce_labels: bool | None = None
+    language: str | None = None
+    translate: bool | None = None
+    max_answer: int | None = None
     max_length: int | None = None
     max_seconds: float | None = None
     processor: Any = None
@@ -136,7 +143,7 @@ class Options:
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
         names = ("loss_type", "beta", "gamma", "pooling", "scale", "max_seconds",
-                 "reduce_labels")
+                 "reduce_labels", "language", "translate", "max_answer")
         return {n: getattr(self, n) for n in names}
 
 
@@ -208,9 +215,9 @@ def _inner(node: ast.AnnAssign) -> bool:
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
-         "max_length": 1, "validation": 0.0, "num_train_epochs": 0.0, "max_steps": -1,
-         "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0, "save_total_limit": 0,
-         "samples": 0}
+         "max_length": 1, "max_answer": 1, "validation": 0.0, "num_train_epochs": 0.0,
+         "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
+         "save_total_limit": 0, "samples": 0}
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 

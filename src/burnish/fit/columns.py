@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..core.errors import DataError, nearest
-from .kinds import form_of_label, heard, pictured
+from .kinds import form_of_label, heard, pictured, spoken
 from .labels import quantities
 from .readings import ambiguous, aside, heard_or_written, label_like, pictures, tagged, texts
 from .table import Table
@@ -106,8 +106,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _words(table, flags)
     if found == "embedding":
         return _near(names, flags)
-    if found == "speech-recognition":
-        return _spoken(names, flags)
+    if spoken(found):
+        return _spoken(names, replace(flags, task=found))
     if found == "semantic-segmentation":
         return _scenes(table, flags)
     image = audio = label = text = pair = None
@@ -161,10 +161,10 @@ def _task(table: Table, flags: Roles) -> str:
             return "semantic-segmentation"
         return f"image-{_learnt(table, label)}"
     if flags.audio or _first(names, AUDIO):
-        spoken = flags.text or _first(names, SPOKEN)
-        if spoken and label and not (flags.text or flags.label):
-            raise heard_or_written(table, label, spoken)
-        if spoken and not flags.label:
+        said = flags.text or _first(names, SPOKEN)
+        if said and label and not (flags.text or flags.label):
+            raise heard_or_written(table, label, said)
+        if said and not flags.label:
             return "speech-recognition"
         return f"audio-{_learnt(table, label)}"
     if flags.label or (label is not None and not _prose(table, label)):
@@ -192,9 +192,9 @@ def _spoken(names: list[str], flags: Roles) -> Roles:
     """Which column holds recordings, and which what is said in them."""
     audio, text = flags.audio or _first(names, AUDIO), flags.text or _first(names, SPOKEN)
     if audio is None or text is None:
-        raise DataError(f"speech recognition reads recordings and what is said in them; the data "
-                        f"has {', '.join(names)}; name them with audio= and text=")
-    return replace(flags, task="speech-recognition", audio=audio, text=text, label=None)
+        raise DataError(f"{flags.task} reads recordings and what is said in them; the data has "
+                        f"{', '.join(names)}; name them with audio= and text=")
+    return replace(flags, audio=audio, text=text, label=None)
 
 
 def _mask(table: Table, flags: Roles) -> str | None:

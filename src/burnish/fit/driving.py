@@ -110,12 +110,27 @@ def quiet_libraries() -> None:
 
 class Compared:
     """A trainer that lets go of labels as soon as answers have been compared with them, where all
-    of them together would fill the memory (:attr:`Task.heavy`)."""
+    of them together would fill the memory (:attr:`Task.heavy`), and that lets a model write where
+    figures are of that (:attr:`Task.writes`)."""
 
     task: Any
 
-    def prediction_step(self, *args: Any, **kw: Any) -> tuple[Any, Any, Any]:
-        loss, logits, labels = super().prediction_step(*args, **kw)  # type: ignore[misc]
-        if self.task.heavy and logits is not None:
-            logits, labels = self.task.kept(logits, labels), self.task.told(labels)
-        return loss, logits, labels
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kw: Any
+                        ) -> tuple[Any, Any, Any]:
+        trainer: Any = super()
+        loss, logits, labels = trainer.prediction_step(model, inputs, *args, **kw)
+        if logits is None or not (self.task.heavy or self.task.writes):
+            return loss, logits, labels
+        if self.task.writes:
+            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                made = self.task.looked(
+                    model, self._prepare_inputs(inputs), logits)  # type: ignore[attr-defined]
+        else:
+            made = self.task.kept(logits, labels)
+        return loss, made, self.task.told(labels)
+
+
+def kept_of(task: Any) -> Any:
+    """What a trainer keeps of logits when all are there; None where :class:`Compared` has kept it.
+    """
+    return None if task.heavy or task.writes else task.kept

@@ -25,6 +25,7 @@ KINDS = {
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
     "audio-regression": Kind(_AUDIO, "audio-classification"),
     "speech-recognition": Kind("AutoModelForCTC", "automatic-speech-recognition"),
+    "speech-to-text": Kind("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
     "semantic-segmentation": Kind("AutoModelForSemanticSegmentation", "image-segmentation"),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
@@ -42,9 +43,10 @@ KINDS = {
 TASKS = tuple(KINDS)
 
 #: what rows are learnt as by a model that is not made for their first reading: an encoder fills
-#: gaps in texts, an encoder-decoder answers prompts
+#: gaps in texts, an encoder-decoder answers prompts and writes down what it hears
 INSTEAD = {"language-modelling": "masked-language-modelling",
-           "instruction-tuning": "sequence-to-sequence"}
+           "instruction-tuning": "sequence-to-sequence",
+           "speech-recognition": "speech-to-text"}
 
 
 def pictured(task: str) -> bool:
@@ -52,7 +54,11 @@ def pictured(task: str) -> bool:
 
 
 def heard(task: str) -> bool:
-    return task.startswith("audio-") or task == "speech-recognition"
+    return task.startswith("audio-") or spoken(task)
+
+
+def spoken(task: str) -> bool:
+    return task in ("speech-recognition", "speech-to-text")
 
 
 def form_of_label(task: str) -> str | None:

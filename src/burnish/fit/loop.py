@@ -33,7 +33,7 @@ from ..formats.adapter import put
 from ..formats.folder import finite
 from . import checkpoint, state
 from .checkpoint import is_owed
-from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by
+from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by, kept_of
 from .moments import Moments
 from .passing import Passing
 from .secret import Drawn, loader
@@ -68,7 +68,7 @@ class Trainer(Compared, Passing, transformers.Trainer):
             tuned.model._is_accelerate_prepared = True
         super().__init__(model=tuned.model, args=args, data_collator=task.collate,
                          compute_metrics=self._figures,
-                         preprocess_logits_for_metrics=None if task.heavy else task.kept, **kw)
+                         preprocess_logits_for_metrics=kept_of(task), **kw)
         # most models take the number of items and do not read it; theirs is a mean to be shared
         self.model_accepts_loss_kwargs &= task.counts_items
         self.pop_callback(PrinterCallback)
@@ -97,7 +97,7 @@ class Trainer(Compared, Passing, transformers.Trainer):
     def look_at(self, task: Task) -> None:
         """Evaluate another task from now on."""
         self.task, self.data_collator = task, task.collate
-        self.preprocess_logits_for_metrics = None if task.heavy else task.kept
+        self.preprocess_logits_for_metrics = kept_of(task)
 
     def let_go(self) -> None:
         """Nothing of the update stays: a later stage has an optimizer of its own."""

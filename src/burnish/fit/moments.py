@@ -167,9 +167,10 @@ def longest(tasks: Mapping[str, Task], size: int, test: bool | None, plain: bool
 
 
 def answers(task: Task) -> Any:
-    """What evaluation makes of the model's answer to a batch: figures of its logits."""
-    def made(out: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return task.kept(out, batch if isinstance(batch, Mapping) else batch[1])
+    """What evaluation makes of the model's answer to a batch: figures of its logits, and what it
+    writes, the longest there may be."""
+    def made(model: Any, out: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        return task.looked(model, batch if isinstance(batch, Mapping) else batch[1], out, True)
 
     return made
 

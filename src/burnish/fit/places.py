@@ -11,7 +11,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.reading import beside, reading
 from ..formats.model_files import loading, near, unfound
 from .data import Data
-from .kinds import INSTEAD, KINDS, heard, pictured
+from .kinds import INSTEAD, KINDS, heard, pictured, spoken
 
 
 def check_there(name: str) -> Path:
@@ -40,11 +40,11 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     if pictured(task):
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-    if task == "speech-recognition":
-        from .alphabet import spoken
+    if spoken(task):
+        from .alphabet import with_tokenizer
 
-        return spoken(_prepares(name, "AutoFeatureExtractor", "feature extractor",
-                                trust_remote_code), name, trust_remote_code)
+        return with_tokenizer(_prepares(name, "AutoFeatureExtractor", "feature extractor",
+                                        trust_remote_code), name, trust_remote_code)
     if heard(task):
         return _prepares(name, "AutoFeatureExtractor", "feature extractor", trust_remote_code)
     if task == "semantic-segmentation":       # on every machine the same, whatever is installed
@@ -168,7 +168,10 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     if task == "embedding" and (getattr(config, "is_encoder_decoder", False)
                                 or not hasattr(config, "vocab_size") or _hears(config)):
         return f"no encoder or decoder of text, and {task} is for those"
-    if task == "sequence-to-sequence" and not getattr(config, "is_encoder_decoder", False):
+    both = getattr(config, "is_encoder_decoder", False)
+    if task == "speech-recognition" and both:
+        return f"an encoder-decoder, and {task} is served for models with a CTC head"
+    if task in ("sequence-to-sequence", "speech-to-text") and not both:
         return f"no encoder-decoder, and {task} is for those"
     if by_name and type(config) not in getattr(transformers, auto)._model_mapping:
         return f"for which transformers has no model for {task}"

@@ -28,8 +28,8 @@ from ..core.batches import call
 from .ledger import Ledger
 from .report import MemoryReport
 
-#: what evaluation makes of (the model's answer, the batch)
-Read = Callable[[Any, Any], Any] | None
+#: what evaluation makes of (the model, its answer, the batch)
+Read = Callable[[Any, Any, Any], Any] | None
 MOMENTS = ("load", "train", "evaluate", "save", "merge")
 
 
@@ -79,14 +79,14 @@ def evaluated(tuned: Any, ledger: Ledger, batch: Any, read: Read = None) -> None
     """Evaluation: no gradients, no tape, no update. Twice where it keeps something: then all of
     that is there from the beginning.
 
-    read: what is made of (the model's answer, the batch), such as figures of logits."""
+    read: what is made of (the model, its answer, the batch), such as figures of logits."""
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
     tuned.model.eval()
     with ledger, torch.no_grad():
         watch_originals(tuned, ledger)
         for _ in range(2):
             out = call(tuned.model, batch)
-            made = read(out, batch) if read is not None else None
+            made = read(tuned.model, out, batch) if read is not None else None
             del out, made
             if not tuned.state.room.held:
                 break

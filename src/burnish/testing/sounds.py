@@ -3,10 +3,11 @@ recordings of tones that tell them apart."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WAV2VEC2, AST, WHISPER, CTC = "wav2vec2", "ast", "whisper", "ctc"
+WAV2VEC2, AST, WHISPER, CTC, WRITES = "wav2vec2", "ast", "whisper", "ctc", "writes"
 KINDS = (WAV2VEC2, AST, WHISPER)
 
 _BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -21,7 +22,8 @@ _STEADY = {f"{k}_dropout": 0.0 for k in ("hidden", "attention", "activation", "f
 
 
 def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any]:
-    """(model with a head of two classes, or one that spells (CTC), its feature extractor)."""
+    """(model with a head of two classes, or one that spells (CTC), or writes (WRITES: Whisper with
+    its decoder), its feature extractor)."""
     import torch
     import transformers as t
 
@@ -42,8 +44,26 @@ def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any]:
              "num_mel_bins": 16, "max_source_positions": 50, "classifier_proj_size": 16,
              "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
              "decoder_start_token_id": 1}
+    if kind == WRITES:
+        config = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+                  "decoder_start_token_id": 1, "max_target_positions": 24} | config
+        return (t.WhisperForConditionalGeneration(t.WhisperConfig(**(heard | config))),
+                t.WhisperFeatureExtractor(feature_size=16, chunk_length=1))
     return (t.WhisperForAudioClassification(t.WhisperConfig(**(heard | config))),
             t.WhisperFeatureExtractor(feature_size=16, chunk_length=1))
+
+
+def letters() -> Any:
+    """Whisper's tokenizer with three letters and a blank."""
+    import transformers as t
+
+    marks = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|transcribe|>",
+             "<|translate|>", "<|notimestamps|>")
+    made = t.WhisperTokenizer(vocab={w: i for i, w in enumerate((*marks, "Ġ", "a", "b", "c"))},
+                              merges=[])
+    made.add_special_tokens({"additional_special_tokens": list(marks[1:]),
+                             "pad_token": marks[0]})
+    return made
 
 
 def tones(folder: Path, each: int = 30, seed: int = 0, rate: int = 8000) -> Path:
@@ -63,9 +83,10 @@ def tones(folder: Path, each: int = 30, seed: int = 0, rate: int = 8000) -> Path
     return folder
 
 
-def spelt(folder: Path, each: int = 100, seed: int = 0, rate: int = 16000) -> Path:
+def spelt(folder: Path, each: int = 100, seed: int = 0, rate: int = 16000,
+          among: Sequence[str] = ()) -> Path:
     """Recordings beside a `metadata.csv` of what is said: a letter is a tone of its own, a space a
-    rest; letters are of unlike length, in noise."""
+    rest; letters are of unlike length, in noise. among: texts that are said, instead of any."""
     import numpy as np
     from scipy.io import wavfile
 
@@ -74,14 +95,15 @@ def spelt(folder: Path, each: int = 100, seed: int = 0, rate: int = 16000) -> Pa
     lines = ["file_name,transcription"]
     for i in range(each):
         words = ["".join(g.choice(list("abc"), g.integers(1, 4))) for _ in range(g.integers(1, 3))]
+        text = str(g.choice(list(among))) if among else " ".join(words)
         parts = []
-        for letter in " ".join(words):
+        for letter in text:
             t = np.arange(int(rate * g.uniform(0.05, 0.08))) / rate
             pitch = {" ": 0, "a": 300, "b": 800, "c": 2000}[letter]
             parts += [0.4 * np.sin(2 * np.pi * pitch * t), np.zeros(int(rate * 0.02))]
         x = np.concatenate(parts)
         x = np.clip(x + 0.01 * g.standard_normal(len(x)), -1, 1)
         wavfile.write(folder / f"{i}.wav", rate, np.int16(32767 * x))
-        lines.append(f"{i}.wav,{' '.join(words)}")
+        lines.append(f"{i}.wav,{text}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder

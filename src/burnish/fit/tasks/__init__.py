@@ -20,6 +20,7 @@ from .classes import (
     TextMultiLabel,
     TextRegression,
 )
+from .dictation import SpeechToText
 from .embeddings import Embedding
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
@@ -41,6 +42,7 @@ TASKS: dict[str, type[Task]] = {
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,
     "speech-recognition": SpeechRecognition,
+    "speech-to-text": SpeechToText,
     "semantic-segmentation": SemanticSegmentation,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,

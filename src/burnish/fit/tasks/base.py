@@ -53,6 +53,8 @@ class Task:
     alone: ClassVar[bool] = True
     #: whether what is right takes so much room that only :meth:`told` of it is kept
     heavy: ClassVar[bool] = False
+    #: whether evaluation lets the model write its answers, in :meth:`looked`
+    writes: ClassVar[bool] = False
     #: settings of the run that the task itself reads
     settings: ClassVar[tuple[str, ...]] = ()
     #: whether what is right is one of several classes, which may be smoothed
@@ -214,6 +216,12 @@ class Task:
         logits, right = self.logits(outputs), self.right(truth)
         return self.reduce(logits, right), self.losses(logits, right)
 
+    def looked(self, model: Any, batch: Any, outputs: Any, longest: bool = False
+               ) -> tuple[Any, torch.Tensor]:
+        """What evaluation keeps of a batch (or of what is right, where nothing is written).
+        longest: for memory: what is written is as long as it may be."""
+        return self.kept(outputs, batch)
+
     def told(self, labels: torch.Tensor) -> torch.Tensor:
         """What of the labels is kept until figures are made of all rows."""
         return labels
@@ -277,7 +285,7 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int = 64) -> 
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
         batch = task.collate([rows[i] for i in range(start, stop)])
-        said, lost = task.kept(model(**task.feed(batch)), batch)
+        said, lost = task.looked(model, batch, model(**task.feed(batch)))
         answers += said
         losses += lost
         labels += task.told(task.right(batch))
