@@ -6,7 +6,13 @@ import json
 
 import pytest
 import torch
-from peft import CPTConfig, PeftModel, get_peft_model
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 import burnish
@@ -160,3 +166,101 @@ def test_damaged_rows_are_one_clear_error(tmp_path):
         with pytest.raises(FormatError) as caught:
             load_peft(tiny("llama")[0], tmp_path)
         assert "\n" not in str(caught.value)
+
+
+# -- multitask prompt tuning ----------------------------------------------------------------------
+TASK = torch.tensor([2, 0])
+
+
+def shared(name, task_type="CAUSAL_LM", tasks=3, rank=2):
+    config = MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=tasks, num_ranks=rank,
+                                         num_transformer_submodules=1, task_type=task_type)
+    return stir(get_peft_model(tiny(name)[0], config), size=0.8)
+
+
+@pytest.mark.parametrize("name, kind, tasks", [
+    ("llama", "CAUSAL_LM", 3), ("t5", "SEQ_2_SEQ_LM", 3), ("gpt2", "CAUSAL_LM", 1)])
+def test_rows_that_tasks_share_go_both_ways(name, kind, tasks, tmp_path):
+    theirs, (_, batch) = shared(name, kind, tasks), tiny(name)
+    ids = TASK.clamp_max(tasks - 1)
+    more = {"labels": batch["labels"].clamp(min=0)} if name == "t5" else {}
+    mine = {**more, **({"task": ids} if tasks > 1 else {})}
+    base, want = outputs(tiny(name)[0], batch, **more), outputs(theirs, batch, task_ids=ids, **more)
+    assert (want - base).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "peft")
+    tuned = load_peft(tiny(name)[0], tmp_path / "peft")
+    part, = tuned.recipe
+    assert (part.name, part.length, part.tasks, part.rank) == ("mpt", 4, tasks, 2)
+    same(outputs(tuned.model, batch, **mine), want)
+    tuned.save(tmp_path / "ours")
+    same(outputs(burnish.load(tiny(name)[0], tmp_path / "ours").model, batch, **mine), want)
+    export_peft(tuned, tmp_path / "again")
+    assert said(tmp_path / "again")["peft_type"] == "MULTITASK_PROMPT_TUNING"
+    back = PeftModel.from_pretrained(tiny(name)[0], tmp_path / "again")
+    same(outputs(back, batch, task_ids=ids, **more), want)
+
+
+def test_one_task_s_rows_become_a_prompt_of_its_own(tmp_path):
+    theirs, (_, batch) = shared("llama"), tiny("llama")
+    want = outputs(theirs, batch, task_ids=torch.tensor([1, 1]))
+    theirs.save_pretrained(tmp_path / "peft")
+    tuned = load_peft(tiny("llama")[0], tmp_path / "peft")
+    tuned.recipe[0].lifecycle(tuned, 1, "one")
+    same(outputs(tuned.model, batch), want)
+    export_peft(tuned, tmp_path / "one", name="one")
+    assert said(tmp_path / "one")["peft_type"] == "PROMPT_TUNING"
+    same(outputs(PeftModel.from_pretrained(tiny("llama")[0], tmp_path / "one"), batch), want)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("prefix_task_cols"), "lacks prefix_task_cols"),
+    (lambda t: t.update(prefix_task_rows=t["prefix_task_rows"][:2].clone()), "the model needs"),
+    (lambda t: t.update(prompt_embeddings=t["prompt_embeddings"][:, :8].clone()), "model needs"),
+    (lambda t: t.update(prefix_task_cols=t["prefix_task_cols"] / 0), "NaN or infinite"),
+])
+def test_damaged_task_rows_are_one_clear_error(change, words, tmp_path):
+    shared("llama").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=words) as caught:
+        load_peft(tiny("llama")[0], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# -- cartridges -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, frozen", [("llama", 2), ("gpt2", 1), ("llama", 0)])
+def test_a_cartridge_goes_both_ways_and_its_first_rows_stay(name, frozen, tmp_path):
+    config = CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=frozen, task_type="CAUSAL_LM")
+    theirs, (_, batch) = get_peft_model(tiny(name)[0], config), tiny(name)
+    base, want = outputs(tiny(name)[0], batch), outputs(theirs, batch)
+    assert (want - base).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "peft")
+    tuned = load_peft(tiny(name)[0], tmp_path / "peft")
+    part, = tuned.recipe
+    assert (part.name, part.length, part.moved, part.frozen_rows) == ("prefix", 4, True, frozen)
+    same(outputs(tuned.model, batch), want)
+    tuned.save(tmp_path / "ours")
+    same(outputs(burnish.load(tiny(name)[0], tmp_path / "ours").model, batch), want)
+    tuned.optimizer(lr=1e-2, weight_decay=0.1)
+    tuned.step(batch)
+    stepped = outputs(tuned.model, batch)
+    assert (stepped - want).abs().max() > 1e-3
+    export_peft(tuned, tmp_path / "again")
+    assert said(tmp_path / "again")["peft_type"] == ("CARTRIDGE" if frozen else "PREFIX_TUNING")
+    back = PeftModel.from_pretrained(tiny(name)[0], tmp_path / "again")
+    same(outputs(back, batch), stepped)
+    old, new = (load_file(tmp_path / f / "adapter_model.safetensors")["prompt_embeddings"]
+                for f in ("peft", "again"))
+    moved = (new - old).abs().amax(1) > 0
+    assert moved.tolist() == [False] * frozen + [True] * (4 - frozen)
+
+
+def test_a_cartridge_whose_rows_all_stay_has_nothing_to_train(tmp_path):
+    config = CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(tiny("llama")[0], config).save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match="expected fewer than the 3 rows"):
+        load_peft(tiny("llama")[0], tmp_path)
+    edit(tmp_path, num_frozen_tokens=None)           # PEFT's default
+    assert load_peft(tiny("llama")[0], tmp_path).recipe[0].frozen_rows == 1

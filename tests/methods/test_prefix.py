@@ -179,6 +179,10 @@ def test_counts_and_defaults():
 
 @pytest.mark.parametrize("model, recipe, why", [
     ("vit", "prefix(length=0)", "at least one row"), ("vit", "prefix(targets='q')", "no targets"),
+    ("vit", "prefix(length=3, frozen_rows=3)", "expected fewer than the 3 rows"),
+    ("vit", "prefix(frozen_rows=-1)", "expected fewer than the 30"),
+    ("vit", "prefix(frozen_rows=1, hidden=4)", "train directly"),
+    ("vit", "prefix(frozen_rows=1, mass='own')", "none scales them"),
     ("convnext", "prefix", "no attention"), ("mlp", "prefix", "no attention"),
 ])
 def test_what_it_refuses(model, recipe, why):
@@ -541,3 +545,31 @@ def test_own_mass_counts_files_and_refusals(tmp_path):
         burnish.tune(tiny("encoder")[0], "prefix(mass='own')")
     groups = tuned.optimizer(weight_decay=0.1).param_groups
     assert {g["weight_decay"] for g in groups for p in g["params"] if p.numel() == 2} == {0.0}
+
+
+# -- rows that stay (Cartridges) ------------------------------------------------------------------
+def test_frozen_rows_are_read_and_never_move(beside, monkeypatch):
+    """The attention of all rows; of the first neither gradient nor decay, nor are they counted."""
+    one = beside("llama", "prefix(length=4, frozen_rows=1)")
+    banks = [m for m in one.tuned.model.modules() if isinstance(m, KeysValues)]
+    first = [b.first.clone() for b in banks]
+    assert all(f.shape[1] == 1 and f.any() for f in first)
+    one.agree(stock(one, monkeypatch, [
+        torch.cat([f.double(), rows], 1) for f, (_, rows) in zip(first, one.at("rows"),
+                                                                 strict=True)]))
+    m = one.tuned.recipe[0]
+    assert sum(p.numel() for p in one.tuned.parameters()) == m.count(2, banks[0].width, 32)
+    assert m.count(2, 16, 32) == 2 * 2 * 3 * 16
+
+
+def test_a_frozen_row_is_the_first_token_s():
+    net, batch = tiny("vit")
+    base = copy.deepcopy(net)
+    whole = burnish.tune(net, "prefix(length=3, init='activations')", calibration=[batch])
+    some = burnish.tune(base, "prefix(length=3, init='activations', frozen_rows=2)",
+                        calibration=[batch])
+    pairs = zip(*([m for m in t.model.modules() if isinstance(m, KeysValues)]
+                  for t in (whole, some)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(b.first, a.rows[:, :2].detach())
+        torch.testing.assert_close(b.rows, a.rows[:, 2:])

@@ -186,7 +186,7 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
                     for n, t in own.tensors.items()}
     elif what.kind in PROMPTS:
         config |= what.settings
-        tensors[peft_prompts.ROWS] = what.prompt
+        tensors |= {peft_prompts.ROWS: what.prompt, **what.beside}
     elif what.kind == "LN_TUNING":
         pass
     elif what.own:

@@ -2,6 +2,8 @@
 
     PROMPT_TUNING, P_TUNING   prompt_embeddings (L, D)
     CPT                       prompt_embeddings (L, D): the tokens of a context, moved
+    MULTITASK_PROMPT_TUNING   prompt_embeddings (L, D), prefix_task_cols (tasks, L, r),
+                              prefix_task_rows (tasks, r, D); a call is told ``task_ids``
     PREFIX_TUNING, CARTRIDGE  prompt_embeddings (L, layers 2 H h), keys before values
 
 What made rows is gone once they are saved. All other tensors are modules saved whole.
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ..blocks.state.examples import Examples
 from ..blocks.state.keys_values import KeysValues, Moved, OwnMass, Trunk
 from ..blocks.state.prompts import Behind, Lengthened, Prepended
+from ..blocks.state.task_prompts import TaskRows
 from ..core.errors import FormatError, RecipeError
 from ..core.method import Method
 from ..core.reading import shown
@@ -36,12 +39,12 @@ Put = Callable[[Tensor, Tensor, str], None]
 
 class Rows:
     """One of these types. settings: PEFT's that are acted upon or say nothing, beside those of all;
-    fields: what those that are read should be. beside: tensors beside the rows -> dimensions."""
+    fields: what those that are read should be. beside: tensors beside the rows -> the module's."""
 
     settings: ClassVar[set[str]] = {"prompt_tuning_init", "prompt_tuning_init_text",
                                     "tokenizer_name_or_path", "tokenizer_kwargs"}
     fields: ClassVar[dict[str, str]] = {}
-    beside: ClassVar[dict[str, int]] = {}
+    beside: ClassVar[dict[str, str]] = {}
 
     # -- in -------------------------------------------------------------------------------------
     def part(self, what: PeftFolder, where: str) -> Method:
@@ -133,12 +136,41 @@ class Context(Rows):
             "opt_projection_format_epsilon": said["format_radius"]}
 
 
+class Shared(Rows):
+    """Multitask prompt tuning: a factor of the rows for each task."""
+
+    settings = Rows.settings | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task",
+                                "num_ranks", "num_tasks"}
+    fields = {"num_ranks": "count?", "num_tasks": "count?"}
+    beside = {"prefix_task_cols": "U", "prefix_task_rows": "V"}
+
+    def part(self, what: PeftFolder, where: str) -> Method:
+        tasks, rank = (1 if (n := what.config.get(k)) is None else n
+                       for k in ("num_tasks", "num_ranks"))
+        return make("mpt", {**super().part(what, where).changed(), "tasks": tasks, "rank": rank})
+
+    def place(self, module: Any, what: PeftFolder, put: Put, where: str) -> None:
+        super().place(module, what, put, where)
+        for theirs, ours in self.beside.items():
+            if theirs not in what.beside:
+                raise FormatError(f"{where} lacks {theirs}")
+            put(getattr(module, ours), what.beside[theirs], theirs)
+
+    def give(self, module: Any, method: Method) -> tuple[Tensor, dict[str, Any]]:
+        said = method.settings()
+        return module.rows.detach(), {"prompt_tuning_init": "RANDOM", "num_tasks": said["tasks"],
+                                      "num_ranks": said["rank"]}
+
+
 class Prefixed(Rows):
     settings = {"encoder_hidden_size", "prefix_projection"}
 
     def part(self, what: PeftFolder, where: str) -> Method:
         assert what.prompt is not None
-        return make("prefix", {"length": len(what.prompt), "moved": True})
+        args = {"length": len(what.prompt), "moved": True}
+        if frozen := what.config.get("num_frozen_tokens"):
+            args["frozen_rows"] = frozen
+        return make("prefix", args)
 
     def fill(self, tuned: Tuned, what: PeftFolder, put: Put, where: str) -> None:
         assert what.prompt is not None
@@ -146,12 +178,29 @@ class Prefixed(Rows):
         each, odd = divmod(what.prompt.shape[1], 2 * len(banks))
         layers = what.prompt[:, None] if odd else what.prompt.unflatten(1, (-1, each))
         for k, bank in enumerate(banks):
-            put(bank.rows, layers[:, 2 * k : 2 * k + 2].transpose(0, 1), ROWS)
+            rows = layers[:, 2 * k : 2 * k + 2].transpose(0, 1)
+            put(bank.rows, rows[:, bank.frozen :], ROWS)
+            if bank.frozen:
+                put(bank.first, rows[:, : bank.frozen], ROWS)
+
+
+class Cartridge(Prefixed):
+    """A prefix whose first rows never train."""
+
+    settings = {"num_frozen_tokens"}
+    fields = {"num_frozen_tokens": "count?"}
+
+    def part(self, what: PeftFolder, where: str) -> Method:
+        given = what.config.get("num_frozen_tokens")
+        what.config = {**what.config, "num_frozen_tokens": 1 if given is None else given}
+        return super().part(what, where)
 
 
 OF_ROWS: dict[str, Rows] = {"PROMPT_TUNING": Rows(), "P_TUNING": Made(), "CPT": Context(),
-                            "PREFIX_TUNING": Prefixed()}
+                            "MULTITASK_PROMPT_TUNING": Shared(), "PREFIX_TUNING": Prefixed(),
+                            "CARTRIDGE": Cartridge()}
 PROMPTS = tuple(OF_ROWS)
+_OF_MODULE: dict[type[nn.Module], str] = {Examples: "CPT", TaskRows: "MULTITASK_PROMPT_TUNING"}
 #: settings of all of them
 OF_ALL = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads",
           "num_layers"}
@@ -177,8 +226,9 @@ def read(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, An
     if (n := config.get("num_virtual_tokens") or len(rows)) != len(rows):
         raise FormatError(f"{folder}: {ROWS} has {len(rows)} rows, its settings say {n}")
     out.prompt, out.config = rows, config
+    out.beside = {n: tensors[n] for n in OF_ROWS[out.kind].beside if n in tensors}
     for key, value in tensors.items():           # no tuner wraps the base: one name less in front
-        if key != ROWS:
+        if key != ROWS and key not in out.beside:
             out.whole[key.removeprefix("base_model.")] = value
 
 
@@ -215,8 +265,11 @@ def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float],
                               "train with prefix(moved=True) to export")
         what.kind, what.prompt = "PREFIX_TUNING", torch.cat(made).transpose(0, 1).flatten(1)
         n, width = made[0].shape[1:]
+        frozen = max(m.frozen for m in mine if isinstance(m, KeysValues))
         what.settings = {"num_virtual_tokens": n, "token_dim": width, "num_layers": len(made),
-                         "num_transformer_submodules": 1, "prefix_projection": False}
+                         "num_transformer_submodules": 1}
+        what.settings["num_frozen_tokens" if frozen else "prefix_projection"] = frozen or False
+        what.kind = "CARTRIDGE" if frozen else what.kind
         return
     rows = [m for m in mine if isinstance(m, Prepended) and m.edit is None and m.maker is None]
     if len(rows) != 1 or any(not isinstance(m, Prepended | Behind | Lengthened) for m in mine) \
@@ -224,9 +277,11 @@ def as_prompt(tuned: Tuned, what: PeftFolder, weights: dict[str, float],
         return
     if any(isinstance(m, Behind) for m in mine):
         raise FormatError(f"prompt_tuning: {BEHIND}")
-    what.kind = "CPT" if isinstance(rows[0], Examples) else "PROMPT_TUNING"
+    what.kind = _OF_MODULE.get(type(rows[0]), "PROMPT_TUNING")
     method = next(m for a in weights for m in tuned.adapters[a].recipe if "prompt" in m.axes())
     what.prompt, said = OF_ROWS[what.kind].give(rows[0], method)
+    what.beside = {theirs: getattr(rows[0], ours).detach()
+                   for theirs, ours in OF_ROWS[what.kind].beside.items()}
     n, d = what.prompt.shape
     what.settings = {"num_virtual_tokens": n, "token_dim": d, "num_transformer_submodules": 1,
                      **said}

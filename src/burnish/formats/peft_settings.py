@@ -22,10 +22,7 @@ UNREAD = {
     "XLORA": "its gates ask a first pass of the model about adapters that lie in other folders; "
              "load those, and weigh them with tuned.use({...})",
     "SHADOW": "it is a second model that runs beside the first and hands its states over, which no "
-              "part of burnish does",
-    "MULTITASK_PROMPT_TUNING": "every call names the task whose rows it is given; make a "
-                               "PROMPT_TUNING folder of one task's",
-    "CARTRIDGE": "some of its rows never train (num_frozen_tokens), which prefix has not"}
+              "part of burnish does"}
 #: types that can train biases beside themselves, each with what it calls those of its own layers
 BIASED = {"LORA": "lora_only", "ADALORA": "adalora_only", "OFT": "oft_only", "BOFT": "boft_only",
           "HRA": "hra_only", "MISS": "MiSS_only", "VERA": "vera_only", "PVERA": "pvera_only",

@@ -72,7 +72,8 @@ class KeysValues(Listener):
     """Rows before the keys and values of one attention: ``K' = [P_k; K]``, ``V' = [P_v; V]``.
 
     rows (2, L, H h) train, or are made by an MLP whose first part (`trunk`) all layers share:
-    ``P = up(tanh(W P' + b))``; :meth:`collapse` keeps only its result. The rows join the keys as
+    ``P = up(tanh(W P' + b))``; :meth:`collapse` keeps only its result. frozen: as many of them, the
+    first ones, stay as they are (`first`, a buffer). The rows join the keys as
     the attention sees them (behind rotary positions, before heads are repeated), so positions of
     real tokens do not move, a key-value cache does not hold them, and a causal mask lets every
     token see them. dropout acts on the numbers of the rows, for every sample on its own.
@@ -85,12 +86,15 @@ class KeysValues(Listener):
     """
 
     def __init__(self, state: Any, adapter: str, length: int, width: int,
-                 trunk: Trunk | None = None, std: float = 0.02, dropout: float = 0.0):
+                 trunk: Trunk | None = None, std: float = 0.02, dropout: float = 0.0,
+                 frozen: int = 0):
         super().__init__(state, adapter)
         self.length, self.width, self.dropout = length, width, dropout
-        self.trunk = trunk
+        self.trunk, self.frozen = trunk, frozen
         if trunk is None:
-            self.rows = nn.Parameter(torch.randn(2, length, width) * std)
+            self.rows = nn.Parameter(torch.randn(2, length - frozen, width) * std)
+            if frozen:
+                self.register_buffer("first", torch.randn(2, frozen, width) * std)
         else:
             self.rows = None
             self.up = nn.Linear(trunk.down.out_features, 2 * width)
@@ -98,7 +102,7 @@ class KeysValues(Listener):
     def made(self) -> Tensor:
         """The rows: (2, L, H h)."""
         if self.trunk is None:
-            return self.rows
+            return torch.cat([self.first.to(self.rows), self.rows], 1) if self.frozen else self.rows
         return self.up(self.trunk()).view(self.length, 2, self.width).transpose(0, 1)
 
     @torch.no_grad()
@@ -106,7 +110,9 @@ class KeysValues(Listener):
         """Start from these rows, (2, L, H h). Where an MLP makes them its last layer becomes what
         comes nearest to them: it meets them where it is as wide as L - 1 or wider."""
         if self.trunk is None:
-            self.rows.copy_(rows)
+            self.rows.copy_(rows[:, self.frozen :])
+            if self.frozen:
+                self.first.copy_(rows[:, : self.frozen])
             return
         inner = self.trunk().to("cpu", torch.float64)
         wanted = rows.to(inner).transpose(0, 1).reshape(self.length, -1)
@@ -117,6 +123,8 @@ class KeysValues(Listener):
     @torch.no_grad()
     def finished(self) -> dict[str, Tensor]:
         """Its tensors once training is over: the rows alone, whatever made them."""
+        if self.frozen:
+            return {"rows": self.rows, "first": self.first}
         return {"rows": self.made().contiguous()}
 
     @torch.no_grad()

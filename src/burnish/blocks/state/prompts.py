@@ -143,6 +143,10 @@ class Prepended(Listener):
         """P."""
         return self.rows if self.maker is None else self.maker(self.rows, self.edit)
 
+    def made_for(self, x: Tensor) -> Tensor:
+        """P before the embeddings x (B, T, D): (L, D), or (1 or B, L, D)."""
+        return self.made()
+
     @torch.no_grad()
     def finished(self) -> dict[str, Tensor]:
         """Its tensors once training is over: P, whatever made it, and the edit."""
@@ -168,7 +172,8 @@ class Prepended(Listener):
                 kw["input_ids"] = None
             return _noted(call(**kw), known, kw)
         x = self.embedded(module, kw, 0, text)
-        kw["inputs_embeds"] = x = torch.cat([self.made().to(x.dtype).expand(len(x), -1, -1), x], 1)
+        kw["inputs_embeds"] = x = torch.cat([self.made_for(x).to(x.dtype).expand(len(x), -1, -1),
+                                              x], 1)
         kw["input_ids"] = None
         if kw.get("token_type_ids") is not None:
             kw["token_type_ids"] = F.pad(kw["token_type_ids"], (L, 0))

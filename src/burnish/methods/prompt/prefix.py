@@ -37,21 +37,26 @@ class Prefix(Method):
     softmax(q (s_k P_k)^T) s_v P_v``, s_k and s_v one number an attention each, from 1 on, so that
     rows learn as fast as other modules do. Two attentions in place of one.
 
+    frozen_rows=1 keeps the first row as it began, an attention sink that training would break; with
+    ``init="activations"`` it is the first token's (Cartridges: a document's keys and values, which
+    train on conversations about it).
+
     Start: rows N(0, 0.02^2), or P' normal. ``init="activations"`` starts from the keys and values
     that the pre-trained model gives to real tokens: to the words `ids`, repeated to length (before
     the text where positions are rotary: there the prefix is those words), or to the first `length`
     tokens of ``tune(..., calibration=batches)``, padding left out. With the MLP, up_l is the least
     squares solution. Never the pre-trained function, since the prefix takes a share.
-    Trains 2 length H h per attention (own mass: and 2); with the MLP length d + (d + 1) hidden
-    once and 2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks keep and the
-    extra keys and values, in a causal attention as many queries. Not mergeable.
+    Trains 2 (length - frozen_rows) H h per attention (own mass: and 2); with the MLP length d +
+    (d + 1) hidden once and 2 (hidden + 1) H h per attention. Kept for backward: what frozen blocks
+    keep and the extra keys and values, in a causal attention as many queries. Not mergeable.
 
     Works wherever attention calls ``F.scaled_dot_product_attention``, and on
     ``nn.MultiheadAttention``; eager attention is refused.
     """
 
     paper: ClassVar[str] = ("Prefix-Tuning (2021), arXiv:2101.00190; P-Tuning v2 (2022), "
-                            "arXiv:2110.07602; LAE (2023), arXiv:2303.10070")
+                            "arXiv:2110.07602; LAE (2023), arXiv:2303.10070; Cartridges (2025), "
+                            "as PEFT describes it")
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     identity: ClassVar[bool] = False
@@ -67,9 +72,19 @@ class Prefix(Method):
 
     mass: Literal["shared", "own"] = setting(
         "shared", "of the rows in attention: a share that tokens leave, or one of their own")
+    frozen_rows: int = setting(0, "rows, the first ones, that stay as they began",
+                               alias=("num_frozen_tokens",))
     moved: bool = setting(
         False, "real tokens count from length on",
         unseen="not all models count their tokens: tests/methods/test_prefix.py")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.frozen_rows < max(1, self.length):
+            raise RecipeError(f"prefix(frozen_rows={self.frozen_rows}): expected fewer than the "
+                              f"{self.length} rows (length), so that one trains")
+        if self.frozen_rows and (self.hidden or self.mass == "own"):
+            raise RecipeError("prefix(frozen_rows=...): rows stay as they are where they train "
+                              "directly (hidden=0) and none scales them (mass='shared')")
 
     def prompt(self, anatomy: Anatomy) -> Sides:
         if self.targets is not None:
@@ -99,7 +114,7 @@ class Prefix(Method):
         """Trainable parameters over `layers` attentions with keys of this width, states of d."""
         own = 2 * layers * (self.mass == "own")
         if not self.hidden:
-            return 2 * layers * self.length * width + own
+            return 2 * layers * (self.length - self.frozen_rows) * width + own
         once = self.length * d + (d + 1) * self.hidden
         return once + layers * 2 * width * (self.hidden + 1) + own
 
@@ -119,7 +134,7 @@ class Sides:
         for path, keys in self.sites:
             kind = OwnMass if m.mass == "own" else KeysValues
             banks[path] = kind(attacher.state, attacher.adapter.name, m.length, keys, trunk,
-                               dropout=m.dropout).to(attacher.device(path))
+                               dropout=m.dropout, frozen=m.frozen_rows).to(attacher.device(path))
             banks[path].listen(attacher.slot(path), part.name)
         if m.moved:
             move_tokens(attacher, part, m.length)

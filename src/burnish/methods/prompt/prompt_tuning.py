@@ -73,6 +73,12 @@ class PromptTuning(Method):
         """(what is added to the embeddings, what makes P of its rows), for methods built on it."""
         return None, None
 
+    def listener(self, state: Any, name: str, rows: Tensor, causal: bool, stay: bool) -> Prepended:
+        """What puts the rows before the input, likewise."""
+        edit, maker = (None if m is None else m.to(rows.device)
+                       for m in self.beside(rows.shape[1]))
+        return Prepended(state, name, rows, causal, stay, edit, maker)
+
     def count(self, d: int) -> int:
         """Trainable parameters at embedding width d."""
         return self.length * d
@@ -98,9 +104,7 @@ class Front:
         causal = not offset and any(getattr(m, "is_causal", False) for m in stack.modules())
         readers = [p for p in others
                    if accepts(anatomy.model.get_submodule(p), "encoder_attention_mask")]
-        edit, maker = (None if m is None else m.to(rows.device)
-                       for m in self.method.beside(rows.shape[1]))
-        Prepended(state, name, rows, causal, bool(readers), edit, maker).listen(
+        self.method.listener(state, name, rows, causal, bool(readers)).listen(
             attacher.slot(path), part.name)
         if isinstance(getattr(stack, "pooler", None), nn.Module):
             pooler = f"{path}.pooler" if path else "pooler"
