@@ -191,6 +191,12 @@ BYPASS = {
     "DisentangledSelfAttention": ("in_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
+#: class name -> modules that its forward runs without a graph, whatever the caller asks for; those
+#: that follow each other together
+UNGRADED = {
+    "CLIPSegForImageSegmentation": (("clip.vision_model", "clip.visual_projection"),
+                                    ("clip.text_model", "clip.text_projection")),
+}
 #: the fused kernels of state-space mixers (modules that own A_log) take these as plain tensors
 MIXER_BYPASS = ("conv1d", "x_proj", "dt_proj", "out_proj")
 

@@ -176,7 +176,8 @@ def _logits(a: Anatomy) -> bool:
 class Towers:
     """A model that matches images and texts. text, vision: their blocks. table: the text's token
     embeddings. image: what projects images into the common width `joint`. scale: the parameter
-    whose exponential multiplies their cosines, None where there is none of that name."""
+    whose exponential multiplies their cosines, None where there is none of that name. pixels: the
+    module that reads pictures and returns the states of their tower."""
 
     text: list[Block]
     vision: list[Block]
@@ -184,25 +185,38 @@ class Towers:
     image: str
     joint: int
     scale: str | None = None
+    pixels: str = ""
 
 
-def towers(a: Anatomy) -> Towers | None:
-    """The two towers of a model that takes images and token ids, None where it has none."""
-    if "logits_per_image" not in (declared(a.model) or ()) or len(a.stacks()) != 2:
-        return None
-    text = [b for stack, b in a.stacks().items() if _reads_text(a, stack)]
-    vision = [b for stack, b in a.stacks().items() if not _reads_text(a, stack)]
+def towers(a: Anatomy, within: bool = False) -> Towers | None:
+    """The two towers of a model that takes images and token ids, None where it has none; `within`:
+    or of one that is a part of it, with blocks of other stacks behind."""
+    homes = [p for p, m in a.model.named_modules() if "logits_per_image" in (declared(m) or ())]
+    return next(filter(None, (_towers(a, f"{p}." if p else "") for p in homes
+                              if within or not p)), None)
+
+
+def _towers(a: Anatomy, home: str) -> Towers | None:
+    """Those of the module with this path (and a point)."""
+    stacks = {s: b for s, b in a.stacks().items() if s.startswith(home)}
+    text = [b for stack, b in stacks.items() if _reads_text(a, stack)]
+    vision = [b for stack, b in stacks.items() if not _reads_text(a, stack)]
     if len(text) != 1 or len(vision) != 1:
         return None
-    top = f"{text[0][0].stack.split('.')[0]}."
-    tables = [p for p in a.places if p.kind == "embedding" and p.path.startswith(top)]
-    outside = [p for p in a.places if p.block is None and p.kind == "linear" and "." not in p.path]
-    image = [p for p in outside if p.path.startswith("vis") or "image" in p.path]
+    top, eye = (f"{home}{b[0].stack.removeprefix(home).split('.')[0]}"
+                for b in (text[0], vision[0]))
+    tables = [p for p in a.places if p.kind == "embedding" and p.path.startswith(f"{top}.")]
+    outside = [p for p in a.places if p.block is None and p.kind == "linear"
+               and p.path.startswith(home) and "." not in p.path.removeprefix(home)]
+    image = [p for p in outside if (leaf := p.path.removeprefix(home)).startswith("vis")
+             or "image" in leaf]
     if not tables or len(image) != 1:
         return None
     longest = max(tables, key=lambda p: p.inp)
-    scale = "logit_scale" if "logit_scale" in a.model._parameters else None
-    return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out, scale)
+    scale = f"{home}logit_scale"
+    return Towers(text[0], vision[0], longest.path, image[0].path, image[0].out,
+                  scale if "logit_scale" in a.model.get_submodule(home.rstrip("."))._parameters
+                  else None, eye)
 
 
 def token_tables(a: Anatomy) -> list[Place]:
@@ -267,6 +281,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
     "tables": ("an embedding of tokens, tied to nothing but linears and embeddings", _tables),
     "two towers": ("two towers, one that reads token ids and one that reads pictures, and a linear "
                    "that projects pictures", lambda a: towers(a) is not None),
+    "towers within": ("two towers as a matcher of pictures and texts has them, itself or as a part",
+                      lambda a: towers(a, within=True) is not None),
     "token table": ("one table of token embeddings", lambda a: len(token_tables(a)) == 1),
     "tiles": ("weights that are whole numbers of square tiles", _tiles),
     "inner channels": ("MLPs of linears whose inner channels can be told",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..blocks.state.prompts import Fixed
+from ..blocks.state.prompts import Fixed, Graded
 from ..blocks.weight.dropped import Dropping
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
@@ -17,9 +17,11 @@ from ..blocks.weight.term import DROPS, asks_to_drop
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, left_alone, wanted
 from ..core.errors import RankError, RecipeError, TargetError
+from ..core.families import UNGRADED
 from ..core.keys import keys_of
 from ..core.method import Method
 from ..core.needs import refuse, unmet
+from ..core.outputs import base_class
 from ..core.recipe import Recipe, joins
 from ..core.site import Branch, Place, Site
 from ..core.targets import match
@@ -113,6 +115,7 @@ class Attacher(Informed):
             if part.targets is not None and "optimizer" in part.axes():
                 self._optimizer(part)
         self._met(recipe)
+        self._graded()
         self.asked.check(self.anatomy, recipe)
         self.notes += self.asked.notes
 
@@ -122,6 +125,17 @@ class Attacher(Informed):
             if set(part.axes()) <= {"optimizer", "controller", "objective", "lifecycle"} \
                     and unmet(type(part), self.anatomy) is not None:
                 refuse(part, self.anatomy)
+
+    def _graded(self) -> None:
+        """Modules that the model runs without a graph have one where something trains in them."""
+        own = [*self.adapter.selected,
+               *(path for path, _, slot in slots(self.model) for p in slot.parts
+                 if p.adapter == self.adapter.name
+                 and any(q.requires_grad for m in slot.module_of(p).modules()
+                         for q in (*m.parameters(recurse=False), *getattr(m, "borrowed", ()))))]
+        for paths in UNGRADED.get(base_class(self.model).__name__, ()):
+            for path in paths if any(_within(o, p) for o in own for p in paths) else ():
+                Graded(self.state, self.adapter.name).listen(self.slot(path), "graded")
 
     def _fix(self, part: Method) -> None:
         """A body that a part declares fixed is in evaluation mode, if nothing trains in it."""

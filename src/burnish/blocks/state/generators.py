@@ -75,7 +75,27 @@ class Projected(nn.Module):
         return made
 
 
-class Unified(nn.Module):
+class Block(nn.Module):
+    """A transformer of one block and one head on rows of width W, whose norms come before:
+
+        x += softmax(q k^T / sqrt(W)) v,  x += MLP(Norm x),   q, k and v of Norm x, MLP of 4 W
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """(rows, W) that have looked at each other."""
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.proj((q @ k.t() / math.sqrt(x.shape[1])).softmax(-1) @ v)
+        made: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return made
+
+
+class Unified(Block):
     """Rows of two towers that have looked at each other in a transformer of one block and one head:
 
         x = [U_0 A_0 + a_0; U_1 A_1 + a_1],  x += softmax(q k^T / sqrt(W)) v,  x += MLP(Norm x)
@@ -85,19 +105,14 @@ class Unified(nn.Module):
     """
 
     def __init__(self, length: int, widths: tuple[int, int], width: int):
-        super().__init__()
+        super().__init__(width)
         self.rows = nn.ParameterList(torch.randn(length, d) * 0.02 for d in widths)
         self.enter = nn.ModuleList(nn.Linear(d, width) for d in widths)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.leave = nn.ModuleList(nn.Linear(width, d) for d in widths)
 
     def forward(self, side: int) -> Tensor:
-        x = torch.cat([enter(U) for enter, U in zip(self.enter, self.rows, strict=True)])
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.proj((q @ k.t() / math.sqrt(x.shape[1])).softmax(-1) @ v)
-        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = self.mixed(torch.cat([enter(U) for enter, U in zip(self.enter, self.rows,
+                                                               strict=True)]))
         made: Tensor = self.leave[side](x.chunk(2)[side])
         return made
 
@@ -121,6 +136,58 @@ class Side(nn.Module):
 
     def forward(self) -> Tensor:
         made: Tensor = self.bank(self.side)
+        return made
+
+
+class Common(Block):
+    """What makes rows of two towers out of the same ones, (L, W): a linear for each tower, behind a
+    :class:`Block` where it `attends`. As linears start."""
+
+    def __init__(self, width: int, outs: tuple[int, int], attends: bool):
+        if attends:
+            super().__init__(width)
+        else:
+            nn.Module.__init__(self)
+        self.attends = attends
+        self.leave = nn.ModuleList(nn.Linear(width, out) for out in outs)
+
+    def forward(self, rows: Tensor, side: int) -> Tensor:
+        made: Tensor = self.leave[side](self.mixed(rows) if self.attends else rows)
+        return made
+
+
+class OfCommon(nn.Module):
+    """One side's rows of common ones: of its own, or of another place's (`source`). Who `owns` what
+    makes them of these holds it, the others borrow it."""
+
+    def __init__(self, common: Common, side: int, rows: Tensor | None,
+                 source: OfCommon | None = None, owns: bool = False):
+        super().__init__()
+        self.side = side
+        if owns:
+            self.common = common
+        else:
+            self.__dict__["common"] = common
+        if source is None:
+            self.rows = nn.Parameter(rows)
+        else:
+            self.__dict__["rows_of"] = source
+
+    @property
+    def common_rows(self) -> Tensor:
+        """Those of width W."""
+        source = self.__dict__.get("rows_of")
+        rows: Tensor = self.rows if source is None else source.rows
+        return rows
+
+    @property
+    def borrowed(self) -> tuple[Tensor, ...]:
+        """What another place holds, for whoever runs this again in backward."""
+        own = () if "rows_of" not in self.__dict__ else (self.common_rows,)
+        return (*own, *(() if "common" in self._modules else self.common.parameters()))
+
+    def forward(self) -> Tensor:
+        made: Tensor = self.common(self.common_rows, self.side)
         return made
 
 

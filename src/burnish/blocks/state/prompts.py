@@ -101,6 +101,36 @@ class Fixed(Listener):
                 m.training = True
 
 
+class Graded(Listener):
+    """Listens to a module that a model runs without a graph: where the model was called with one,
+    it has one, so that what trains inside is reached."""
+
+    changes = False
+
+    def check(self, call: Any) -> None:
+        pass                                     # it changes no number
+
+    def forward(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        here = self.here
+        if here.off or not here.grad or not dict(here.active).get(self.adapter):
+            return call(*args, **kw)
+        with torch.enable_grad():
+            return call(*args, **kw)
+
+
+class Bare(Listener):
+    """Listens to a stack's owner: of the states between its blocks those of the rows put in, the
+    last ones, are left out too."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        out = call(*args, **kw)
+        if isinstance(out, tuple | Tensor) or out.get("hidden_states") is None:
+            return out
+        n = out["last_hidden_state"].shape[1]
+        out["hidden_states"] = tuple(None if h is None else h[:, :n] for h in out["hidden_states"])
+        return out
+
+
 def named(module: nn.Module, args: tuple, kw: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of the module by name."""
     own = getattr(type(module), "_burnish_base", type(module)).forward
