@@ -55,6 +55,10 @@ def test_dictation():
     assert load("dictation").main(each=110, epochs=14)["cer"] < 0.7
 
 
+def test_matching():
+    assert load("matching").main(each=12, epochs=8)["text_recall_at_1"] > 0.4
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
         for path in _files(inputs, SOUND):
             yield str(path), {"audio": str(path)}
         return
+    if task.takes == ("image", "text"):
+        yield from _both(inputs)
+        return
     names = {k: roles.get(k) or roles.get("prompt" if k == "text" else k) or k
              for k in task.takes}
     for given in inputs:
@@ -42,6 +46,33 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
                               plain(given, 60))
         else:
             yield given, _text(given, task)
+
+
+def _both(inputs: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Each picture among the texts, and each text among the pictures."""
+    from .media import PICTURE
+
+    texts: list[str] = []
+    paths: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir() or path.is_file() and PICTURE.is_one(path):
+            paths += _files([given], PICTURE)
+        elif path.suffix == ".txt" and path.is_file():
+            texts += filter(None, map(str.strip, read_text(path, DataError).splitlines()))
+        elif PICTURE.is_one(path):
+            raise DataError(f"there is no picture at {given}")
+        else:
+            texts.append(given)
+    if not texts or not paths:
+        raise ConfigError("pictures and texts are told apart by each other: give some of both, "
+                          "such as photos/ 'a red kiln' 'a blue bowl'")
+    said = {t: t for t in texts}
+    seen = {str(p): functools.partial(_picture, p) for p in paths}
+    for path in paths:
+        yield str(path), {"image": _picture(path), "among": said}
+    for text in said:
+        yield text, {"text": text, "among": seen}
 
 
 def _text(text: str, task: Any) -> Row:

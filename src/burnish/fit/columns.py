@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..core.errors import DataError, nearest
-from .kinds import form_of_label, heard, pictured, spoken
+from .kinds import captioned, form_of_label, heard, pictured, spoken
 from .labels import quantities
 from .readings import ambiguous, aside, heard_or_written, label_like, pictures, tagged, texts
 from .table import Table
@@ -20,6 +20,8 @@ LABEL = ("label", "labels", "class", "target", "category", "sentiment", "y", "in
 IMAGE = ("image", "img", "picture", "photo", "pixel_values")
 #: what was said in a recording
 SPOKEN = ("transcription", "transcript", "sentence", "text", "normalized_text")
+#: what is on a picture
+CAPTION = ("text", "caption", "description", "sentence")
 MASK = ("mask", "masks", "segmentation_mask", "annotation", "segmentation", "semantic_mask")
 AUDIO = ("audio", "sound", "recording", "wav")
 
@@ -108,6 +110,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _near(names, flags)
     if spoken(found):
         return _spoken(names, replace(flags, task=found))
+    if captioned(found):
+        return _captioned(names, replace(flags, task=found))
     if found == "semantic-segmentation":
         return _scenes(table, flags)
     image = audio = label = text = pair = None
@@ -159,6 +163,8 @@ def _task(table: Table, flags: Roles) -> str:
     if flags.image or _first(names, IMAGE):
         if _mask(table, flags) is not None:
             return "semantic-segmentation"
+        if not flags.label and (flags.text or label is None and _first(names, CAPTION)):
+            return "image-text-contrastive"
         return f"image-{_learnt(table, label)}"
     if flags.audio or _first(names, AUDIO):
         said = flags.text or _first(names, SPOKEN)
@@ -195,6 +201,15 @@ def _spoken(names: list[str], flags: Roles) -> Roles:
         raise DataError(f"{flags.task} reads recordings and what is said in them; the data has "
                         f"{', '.join(names)}; name them with audio= and text=")
     return replace(flags, audio=audio, text=text, label=None)
+
+
+def _captioned(names: list[str], flags: Roles) -> Roles:
+    """Which column holds pictures, and which what is on them."""
+    image, text = flags.image or _first(names, IMAGE), flags.text or _first(names, CAPTION)
+    if image is None or text is None:
+        raise DataError(f"{flags.task} reads pictures and a text for each; the data has "
+                        f"{', '.join(names)}; name them with image= and text=")
+    return replace(flags, image=image, text=text, label=None)
 
 
 def _mask(table: Table, flags: Roles) -> str | None:

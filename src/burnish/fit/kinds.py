@@ -21,6 +21,8 @@ KINDS = {
     "image-classification": Kind(_IMAGE, "image-classification"),
     "image-multi-label": Kind(_IMAGE, "image-classification"),
     "image-regression": Kind(_IMAGE, "image-classification"),
+    "image-text-contrastive": Kind("AutoModelForZeroShotImageClassification",
+                                   "zero-shot-image-classification"),
     "audio-classification": Kind(_AUDIO, "audio-classification"),
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
     "audio-regression": Kind(_AUDIO, "audio-classification"),
@@ -49,12 +51,21 @@ INSTEAD = {"language-modelling": "masked-language-modelling",
            "speech-recognition": "speech-to-text"}
 
 
+#: pairs of towers for pictures and texts, and those of them whose pairs are told one by one
+TOWERS = frozenset({"clip", "metaclip_2", "siglip"})
+SIGMOID = frozenset({"siglip"})
+
+
 def pictured(task: str) -> bool:
     return task.startswith("image-")
 
 
 def heard(task: str) -> bool:
     return task.startswith("audio-") or spoken(task)
+
+
+def captioned(task: str) -> bool:
+    return task == "image-text-contrastive"
 
 
 def spoken(task: str) -> bool:

@@ -107,6 +107,8 @@ def media(path: Path, task: str | None = None) -> Table:
     medium = _medium(path, task)
     word = medium.word
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if medium.role == "image" and (told := _told(path, medium)) is not None:
+        return told
     if not classes:
         raise DataError(f"{path} holds {word}s but no class folders; expected "
                         f"{path}/<class>/<{word}>, or a metadata.csv with file_name and label")
@@ -138,6 +140,20 @@ def _medium(path: Path, task: str | None) -> Medium:
                                             f"{'; or '.join(map(str, ways))}", ways)
         return said[0]
     return there[0]
+
+
+def _told(path: Path, medium: Medium) -> Table | None:
+    """Pictures with a text of the same name beside each, None where the first has none."""
+    found = medium.among(path)
+    if not found[0].with_suffix(".txt").is_file():
+        return None
+    for p in found:
+        if not p.with_suffix(".txt").is_file():
+            raise DataError(f"{p} has no {p.stem}.txt beside it, and the first picture has one")
+    paths = [str(p) for p in found]
+    medium.look(paths)
+    return Table({"image": paths, "text": [_utf8(p.with_suffix(".txt")).strip() for p in found]},
+                 paths.__getitem__, "pictures with texts")
 
 
 def prose(paths: Sequence[Path]) -> Table:

@@ -94,6 +94,11 @@ def processor_of(model: str | nn.Module, trust_remote_code: bool = False) -> Pic
     return Picture(height, width, (0.5,) * channels, (0.5,) * channels)
 
 
+def picture_of(config: dict[str, Any]) -> Picture:
+    """From what an image processor of transformers says of itself."""
+    return _sane(_from_config(config), "the image processor")
+
+
 def _config(name: str) -> dict[str, Any] | None:
     file = file_of(name, "preprocessor_config.json")
     return None if file is None else safe.read_json(file, finite=True)

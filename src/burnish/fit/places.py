@@ -11,7 +11,7 @@ from ..core.errors import ConfigError, nearest
 from ..core.reading import beside, reading
 from ..formats.model_files import loading, near, unfound
 from .data import Data
-from .kinds import INSTEAD, KINDS, heard, pictured, spoken
+from .kinds import INSTEAD, KINDS, TOWERS, captioned, heard, pictured, spoken
 
 
 def check_there(name: str) -> Path:
@@ -37,6 +37,11 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     or a module."""
     from .pictures import processor_of
 
+    if captioned(task):
+        from .captioned import Captioned
+
+        return Captioned(processor_of(model, trust_remote_code),
+                         processor_for("text", model, trust_remote_code))
     if pictured(task):
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -168,6 +173,8 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     if task == "embedding" and (getattr(config, "is_encoder_decoder", False)
                                 or not hasattr(config, "vocab_size") or _hears(config)):
         return f"no encoder or decoder of text, and {task} is for those"
+    if task == "image-text-contrastive" and config.model_type not in TOWERS:
+        return f"no pair of towers such as CLIP or SigLIP, and {task} is for those"
     both = getattr(config, "is_encoder_decoder", False)
     if task == "speech-recognition" and both:
         return f"an encoder-decoder, and {task} is served for models with a CTC head"

@@ -159,7 +159,8 @@ def lengths(task: Any, model: str, trust: bool) -> dict[str, Any]:
     batch = task.example(1)
     if "input_ids" in batch:
         many = sorted(rows.length(i) for i in range(len(rows)))
-        told |= {"longest": int(batch["input_ids"].shape[-1]), "shaped": True,
+        told |= {"longest": int(batch["input_ids"].shape[-1]),
+                 "shaped": "pixel_values" not in batch,
                  "tokens": {"median": many[len(many) // 2], "most": many[-1],
                             "nine_in_ten": many[(9 * len(many)) // 10 - (len(many) % 10 == 0)]}}
     elif "pixel_values" in batch and pictured(task.data.task):

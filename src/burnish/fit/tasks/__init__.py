@@ -20,6 +20,7 @@ from .classes import (
     TextMultiLabel,
     TextRegression,
 )
+from .contrast import ImageTextContrastive
 from .dictation import SpeechToText
 from .embeddings import Embedding
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
@@ -38,6 +39,7 @@ TASKS: dict[str, type[Task]] = {
     "image-classification": ImageClassification,
     "image-multi-label": ImageMultiLabel,
     "image-regression": ImageRegression,
+    "image-text-contrastive": ImageTextContrastive,
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,
@@ -92,13 +94,13 @@ def by_itself(task: str, recipe: Any, memory: Any) -> None:
         return
     if recipe is None:
         if memory is not None:
-            raise ConfigError(f"a sample of {task} is several texts, which no plan divides; give "
+            raise ConfigError(f"a sample of {task} is several at once, which no plan divides; give "
                               "the recipe, and memory= to hold it to")
         return
     parts = [m.name for m in parse(recipe) if m.private or "own loss" in m.needs]
     if parts:
         raise ConfigError(f"{parts[0]} looks at each sample by itself, and a sample of {task} is "
-                          "several texts: take another task or leave it out")
+                          "several at once: take another task or leave it out")
 
 
 def smooths(task: str, smoothing: float) -> None:
