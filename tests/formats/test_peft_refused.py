@@ -10,7 +10,6 @@ from peft import (
     AdamssConfig,
     AdaptionPromptConfig,
     FrodConfig,
-    GloraConfig,
     PeftModel,
     get_peft_model,
 )
@@ -40,9 +39,6 @@ def kind(folder):
     ("gpt2", AdaptionPromptConfig(adapter_len=3, adapter_layers=1),
      "of llama and mistral as wide as the model, not for a GPT2Attention"),
     ("bert", AdamssConfig(r=8, target_modules=["query"]), "query has a bias, which PEFT's ADAMSS"),
-    ("bert", GloraConfig(r=2, target_modules=["query"]), "moves a bias, which glora leaves alone"),
-    ("bert", GloraConfig(r=2, target_modules=["query"], config_C="none", config_D_E="vector"),
-     "glora_D.X moves a bias"),
 ])
 def test_a_folder_that_is_another_function(name, config, words, tmp_path):
     stir(get_peft_model(tiny(name)[0], config)).save_pretrained(tmp_path)

@@ -79,9 +79,10 @@ NOTHING = {
         "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
         "encoder_dropout", "prefix_projection", "token_dim", "num_attention_heads", "num_layers"},
     "stands beside a setting that is refused": {
-        "qalora_group_size", "megatron_core", "asa_target_subspaces", "init_warmup",
-        "final_warmup", "mask_interval", "asa_importance_beta", "asa_uncertainty_beta",
-        "asa_schedule_exponent"},
+        "qalora_group_size", "megatron_core"},
+    "which clusters went on training, which no folder holds": {
+        "use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval",
+        "asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"},
     "how it runs": {"runtime_config"}, "nobody looks at it": {"cpt_mask"},
     "one tensor has one value": {"ensure_weight_tying"},
 }
@@ -217,7 +218,7 @@ ACTS = [
     ("ADAMSS", "subspace_rank", 1, "the model needs rank 1 at most"),
     ("ADAMSS", "random_seed", 5, "the model needs"),
     ("ADAMSS", "use_dynamic_rank", True, lambda r: r[0].threshold == 0.1),
-    ("ADAMSS", "use_asa", True, "use_asa = True has no counterpart"),
+    ("ADAMSS", "use_asa", True, lambda r: r[0].clusters == 3),     # as it ended
     ("GLORA", "r", 3, "the model needs"), ("GLORA", "config_A_B", "vector", "lacks glora_A.X"),
     ("GLORA", "config_A_B", "none", "config_A_B = 'none'; expected"),
     ("GLORA", "config_C", "constant", "config_C = 'constant'; expected one of"),

@@ -303,7 +303,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
         if path not in what.norms and (path not in what.own or what.own[path].form.plain):
             check_plain(names[path], path)
         if path in what.own:
-            what.own[path].form.check_layer(names[path], path)
+            own = what.own[path]
+            own.form.check_layer(names[path], path)
+            own.shift = peft_own.asked(f"{folder}: {path}", own.form.shift_of, own, names[path])
     if what.form is not None and not what.beside and (what.form.beside or what.form.shares):
         what.beside = what.form.draw(what.config, {p: names[p] for p in what.own})
     head, extra = peft_whole.trained(anatomy, what, folder)
@@ -377,6 +379,9 @@ def _groups(what: PeftFolder) -> dict[tuple[str, Settings], list[str]]:
     for path, x in what.loras.items():
         if x.shift is not None:
             out.setdefault(("beft", (("scale", x.scale),)), []).append(path)
+    for path, own in what.own.items():
+        if own.shift is not None:
+            out.setdefault(("beft", ()), []).append(path)
     return out
 
 
@@ -395,7 +400,9 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path) -> None:
     for path, module, slot in slots(tuned.model):
         for part in slot.parts:
             term = slot.module_of(part)
-            if path in what.own and counts(term):
+            if path in what.own and isinstance(term, Shift) and what.own[path].shift is not None:
+                put(term.shift, what.own[path].shift, f"{path}, the shift of its outputs")
+            elif path in what.own and counts(term):
                 shared = term.__dict__.get("shared")
                 if shared is not None and not filled:
                     filled = True

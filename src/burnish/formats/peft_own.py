@@ -50,7 +50,7 @@ class Said(NamedTuple):
 @dataclass
 class Own:
     """One module: its tensors as PEFT names them, the burnish method that computes it with its
-    settings, and what is settled for this place."""
+    settings, and what is settled for this place; what they add to its outputs beside, (out,)."""
 
     method: str
     settings: dict[str, Any]
@@ -58,6 +58,7 @@ class Own:
     settled: dict[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
     form: Any = None
+    shift: Tensor | None = None
 
 
 class Form:
@@ -90,6 +91,8 @@ class Form:
     pairs: ClassVar[bool] = False
     #: does it change the weights of plain layers?
     plain: ClassVar[bool] = True
+    #: may it move the biases of its layers? A shift of their outputs stands beside the method then
+    shifts: ClassVar[bool] = False
 
     @property
     def fields(self) -> dict[str, str]:
@@ -115,6 +118,12 @@ class Form:
     def check_found(self, modules: Mapping[str, nn.Module], terms: list[Any], method: Method
                     ) -> None:
         """Raises FormatError for modules that PEFT would find something else in."""
+
+    def give_shifts(self, owns: Mapping[str, Own], shifts: Mapping[str, Tensor],
+                    modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Write what is added to the outputs of some modules into their tensors; the settings that
+        say so. Raises FormatError."""
+        raise NotImplementedError
 
     def finish(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of all modules together, as PEFT is told them."""
@@ -169,6 +178,11 @@ class Form:
         """The term's own tensors of a module's. A KeyError names what is missing."""
         return {held.name: own.tensors[leaf] for leaf, held in self.tensors.items()}
 
+    def shift_of(self, own: Own, module: nn.Module) -> Tensor | None:
+        """What a module's tensors add to its outputs, (out,); None: nothing ever. A KeyError names
+        what is missing."""
+        return None
+
     def values_beside(self, tensors: Tensors, shared: nn.Module) -> Tensors:
         """The shared tensors, by the method's names."""
         return {held.name: tensors[leaf] for leaf, held in self.beside.items()}
@@ -200,15 +214,21 @@ def sort_out(form: Form, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 @torch.no_grad()
-def fill(own: Own, term: nn.Module, module: nn.Module, put: Any, where: str) -> None:
-    """Give a term the values of a file. put: copies one tensor, and refuses another shape."""
+def asked(where: str, ask: Any, *args: Any) -> Any:
+    """What a form answers of a file's tensors; whatever they lack is a FormatError."""
     try:
-        values = own.form.values(own, term, module)
+        return ask(*args)
     except KeyError as e:
         raise FormatError(f"{where} lacks {e.args[0]}") from None
     except RuntimeError as e:
         raise FormatError(f"{where} has tensors of other shapes than this model needs "
                           f"({str(e).splitlines()[0]})") from None
+
+
+@torch.no_grad()
+def fill(own: Own, term: nn.Module, module: nn.Module, put: Any, where: str) -> None:
+    """Give a term the values of a file. put: copies one tensor, and refuses another shape."""
+    values = asked(where, own.form.values, own, term, module)
     for name, there in term.state_dict(keep_vars=True).items():
         if name not in values:
             raise FormatError(f"{where} has no {name}, the model needs {list(there.shape)}")

@@ -55,7 +55,8 @@ _OF: dict[str, set[str]] = {
     # of AdaLoRA PEFT looks at none of these; the betas smooth scores while it trains
     "ADALORA": {"r", "use_rslora", "alpha_pattern", "beta1", "beta2", *_BEGAN},
     "HIRA": {"rank_pattern"},
-    "ADAMSS": {"asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval",   # use_asa
+    # which of its clusters had stopped training is in no folder: PEFT chooses them anew as well
+    "ADAMSS": {"use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval",
                "asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"},
     "SHIRA": {"mask_type"},                      # the entries are in the folder
     "IA3": {"feedforward_modules", "init_ia3_weights"},

@@ -106,7 +106,6 @@ class Adamss(Form):
     kind, method, terms, pairs = "ADAMSS", "adamss", (Clustered,), True
     tensors = {f"adamss_{side}.{n}": Held(f"{side}.{n}") for side in "AB" for n in range(64)} | {
         "adamss_newB": Held("V")}
-    alone = {"use_asa": False}
     settings = {"r": Said("rank", "count", 100), "num_subspaces": Said("clusters", "count", 5),
                 "subspace_rank": Said("each", "count", 1), "random_seed": Said("seed", "whole", 0),
                 "use_dynamic_rank": Said(None, "flag", False),
@@ -131,7 +130,7 @@ class Adamss(Form):
         return out, {"r": said["rank"], "num_subspaces": said["clusters"],
                      "subspace_rank": said["each"], "random_seed": said["seed"],
                      "use_dynamic_rank": not fixed, "init_weights": "orthogonal",
-                     "svd_threshold": 0.1 if fixed else said["threshold"]} | self.alone
+                     "svd_threshold": 0.1 if fixed else said["threshold"], "use_asa": False}
 
     @staticmethod
     def _clusters(module: nn.Module, said: Mapping[str, Any]) -> Tensor:
@@ -164,7 +163,7 @@ class Adamss(Form):
 
 
 class Glora(Form):
-    kind, method, terms = "GLORA", "glora", (Generalised,)
+    kind, method, terms, shifts = "GLORA", "glora", (Generalised,), True
     tensors = {f"glora_{n}.{leaf}": Held(n, (1, 2)) for n in "ABCDE"
                for leaf in ("Xd", "Xu", "X", "zeros")}
     settings = {"r": Said("rank", "count", 8), "config_A_B": Said("form", "text", "lora"),
@@ -198,12 +197,46 @@ class Glora(Form):
             if own.said[name] not in known:
                 raise FormatError(f"{where}: {name} = {own.said[name]!r:.60}; expected one of "
                                   f"{known}")
-        if moves := [n for n in own.tensors if n[6] in "CDE" and not n.endswith("zeros")]:
-            raise FormatError(f"{where}.{moves[0]} moves a bias, which glora leaves alone; train "
-                              "with config_C='none' and config_D_E='none'")
+
+    def shift_of(self, own: Own, module: nn.Module) -> Tensor | None:
+        """``b D + E + W C`` of a layer with a bias, where any of them is there."""
+        t, said, zeros = own.tensors, own.said, self._zeros(module)
+        if not any(n[6] in "CDE" and n not in zeros for n in t):
+            return None
+        if getattr(module, "bias", None) is None:
+            raise RuntimeError("they move a bias, and here is none")
+        W, b = module.weight.detach().float(), module.bias.detach().float()
+        made = torch.zeros_like(b)
+        if said["config_C"] != "none":
+            C = t["glora_C.X"] if said["config_C"] == "vector" else \
+                t["glora_C.Xd"] @ t["glora_C.Xu"]
+            made = made + (W @ C.to(W)).view(b.shape)
+        if said["config_D_E"] != "none":
+            D, E = (t[f"glora_{n}.X"].to(b) for n in "DE")
+            if {tuple(D.shape), tuple(E.shape)} - {
+                    tuple(b.shape) if said["config_D_E"] == "vector" else (1,)}:
+                raise RuntimeError(f"glora_D.X is {list(D.shape)}, glora_E.X {list(E.shape)}")
+            made = made + b * D + E
+        return made
+
+    def give_shifts(self, owns: Mapping[str, Own], shifts: Mapping[str, Tensor],
+                    modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """As E, one number for each output; layers without a shift of their own have zeros."""
+        for path, own in owns.items():
+            if getattr(modules[path], "bias", None) is None:
+                if path in shifts:
+                    raise FormatError(f"{path} has a shift of its outputs and no bias, which is "
+                                      "what PEFT's GLORA moves; merge instead")
+                continue
+            for n in "DE":
+                zeros = own.tensors.pop(f"glora_{n}.zeros")
+                own.tensors[f"glora_{n}.X"] = shifts.get(path, zeros) if n == "E" else zeros
+        return {"config_D_E": "vector"}
 
     def values(self, own: Own, term: Any, module: nn.Module) -> Tensors:
         for n, zeros in self._zeros(module).items():
+            if own.shift is not None and n not in own.tensors:
+                continue
             if not torch.equal(own.tensors[n].to(zeros), zeros):
                 raise FormatError(f"{n} should be {list(zeros.shape)} zeros")
         if term.form != "lora":

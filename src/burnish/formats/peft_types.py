@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..blocks.state.gates import Shift
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import Wrap
 from ..core.errors import FormatError
@@ -69,10 +70,15 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
     near: an approximation as LoRA will do where PEFT has no form for one of its layers.
     """
     found: list[tuple[str, nn.Module, Part, Any]] = []
+    shifts: dict[str, Tensor] = {}
     for path, module, slot in slots(tuned.model):
         mine = [p for p in slot.parts if p.adapter in weights
                 and counts(slot.module_of(p))]
         terms = [slot.module_of(part) for part in mine]
+        if len(mine) == 2 and isinstance(terms[1], Shift) and (f := _form(terms[0])) and f.shifts \
+                and weights[mine[1].adapter] == 1:
+            shifts[path] = terms[1].whole(mine[0].place.out if mine[0].place else 0).detach()
+            mine, terms = mine[:1], terms[:1]
         if len(mine) > 1 and not _one_part(terms):
             return
         for part in mine:
@@ -97,6 +103,8 @@ def as_own(tuned: Tuned, what: PeftFolder, weights: dict[str, float], near: bool
             what.own[path] = Own(method.name, {}, tensors, form=form)
         form.check_found({p: m for p, m, *_ in found}, [t for *_, t in found], method)
         what.settings = form.finish(_together(form, given))
+        if shifts:
+            what.settings |= form.give_shifts(what.own, shifts, {p: m for p, m, *_ in found})
         what.beside, said = _beside(form, [term for *_, term in found])
         what.settings |= said
     except FormatError:
