@@ -59,6 +59,10 @@ def test_matching():
     assert load("matching").main(each=12, epochs=8)["text_recall_at_1"] > 0.4
 
 
+def test_telling():
+    assert load("telling").main(each=16, epochs=10)["rouge_l"] > 0.6
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

@@ -56,7 +56,7 @@ def test_a_text_stands_behind_its_prompt(tmp_path):
     assert batch["decoder_input_ids"][0, 4:].tolist() == text
     assert batch["labels"][0].tolist() == [-100] * 3 + text + [t.eos_token_id]
     task, _ = learnt(tmp_path / "b", language="chinese", translate=True)
-    assert t.convert_ids_to_tokens(task._prompt)[1:3] == ["<|zh|>", "<|translate|>"]
+    assert t.convert_ids_to_tokens(task.prompt)[1:3] == ["<|zh|>", "<|translate|>"]
 
 
 def test_what_is_written_is_what_generate_writes(tmp_path):

@@ -48,7 +48,7 @@ class Data:
     image-...: ``image``, ``label``.  audio-...: ``audio``, ``label``.  text-...: ``text`` (and
     ``pair``), ``label``.  A label is a class (-classification), a list of classes (-multi-label) or
     a number (-regression).  semantic-segmentation: ``image``, ``mask``.
-    image-text-contrastive: ``image``, ``text``.
+    image-text-contrastive, image-captioning: ``image``, ``text``.
     speech-recognition, speech-to-text: ``audio``, ``text``.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:

@@ -23,6 +23,7 @@ KINDS = {
     "image-regression": Kind(_IMAGE, "image-classification"),
     "image-text-contrastive": Kind("AutoModelForZeroShotImageClassification",
                                    "zero-shot-image-classification"),
+    "image-captioning": Kind("AutoModelForImageTextToText", "image-to-text"),
     "audio-classification": Kind(_AUDIO, "audio-classification"),
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
     "audio-regression": Kind(_AUDIO, "audio-classification"),
@@ -45,10 +46,12 @@ KINDS = {
 TASKS = tuple(KINDS)
 
 #: what rows are learnt as by a model that is not made for their first reading: an encoder fills
-#: gaps in texts, an encoder-decoder answers prompts and writes down what it hears
+#: gaps in texts, an encoder-decoder answers prompts and writes down what it
+#: hears and sees
 INSTEAD = {"language-modelling": "masked-language-modelling",
            "instruction-tuning": "sequence-to-sequence",
-           "speech-recognition": "speech-to-text"}
+           "speech-recognition": "speech-to-text",
+           "image-text-contrastive": "image-captioning"}
 
 
 #: pairs of towers for pictures and texts, and those of them whose pairs are told one by one
@@ -65,7 +68,7 @@ def heard(task: str) -> bool:
 
 
 def captioned(task: str) -> bool:
-    return task == "image-text-contrastive"
+    return task in ("image-text-contrastive", "image-captioning")
 
 
 def spoken(task: str) -> bool:

@@ -175,6 +175,8 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"no encoder or decoder of text, and {task} is for those"
     if task == "image-text-contrastive" and config.model_type not in TOWERS:
         return f"no pair of towers such as CLIP or SigLIP, and {task} is for those"
+    if task == "image-captioning" and config.model_type != "vision-encoder-decoder":
+        return f"no encoder of pictures with a decoder of text, and {task} is for those"
     both = getattr(config, "is_encoder_decoder", False)
     if task == "speech-recognition" and both:
         return f"an encoder-decoder, and {task} is served for models with a CTC head"

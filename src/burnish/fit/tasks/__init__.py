@@ -12,6 +12,7 @@ from ...core.recipe import parse
 from ..data import Data
 from ..places import check_local, check_there, processor_for
 from .base import Batch, Task, evaluate
+from .captions import ImageCaptioning
 from .classes import (
     ImageClassification,
     ImageMultiLabel,
@@ -40,6 +41,7 @@ TASKS: dict[str, type[Task]] = {
     "image-multi-label": ImageMultiLabel,
     "image-regression": ImageRegression,
     "image-text-contrastive": ImageTextContrastive,
+    "image-captioning": ImageCaptioning,
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,
