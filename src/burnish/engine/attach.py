@@ -350,7 +350,7 @@ class Attacher(Informed):
             slot.absorbed += absorbed
             slot.stored_by[place.param] = self._key(part)
             set_aside(module, place.param)
-            slot.provide(place.param, provider)
+            slot.provide(place, provider)
             swap_provided(module, tuple(slot.providers))
             restart(slot, module, place.param)
             self.replaced[f"{place.path}.{place.param}"] = \

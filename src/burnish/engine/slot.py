@@ -40,6 +40,7 @@ class Slot(Weights):
         self.path = path
         self.parts: list[Part] = []
         self.providers: dict[str, str] = {}          # parameter -> child name
+        self.stacks: dict[str, Place] = {}           # those of them that are stacks of experts
         self.stored_by: dict[str, str] = {}          # parameter -> the storage that made it
         self.absorbed: list[Part] = []               # starts that a provider holds subtracted
         self.shells: dict[str, nn.Parameter] = {}    # parameters that a provider answers for
@@ -75,10 +76,13 @@ class Slot(Weights):
             self.state.room.clear()              # see blocks/weight/folded.py
         return super().train(mode)
 
-    def provide(self, param: str, provider: Provider) -> None:
+    def provide(self, place: Place, provider: Provider) -> None:
+        param = place.param
         name = PROVIDED + param.replace(".", "_")
         self.add_module(name, provider)
         self.providers[param] = name
+        if place.kind == "experts":
+            self.stacks[param] = place
         self.state.changed()
 
     def drop(self, adapter: str) -> None:

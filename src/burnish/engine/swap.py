@@ -131,6 +131,7 @@ def unprovide(module: nn.Module, param: str, value: Tensor) -> None:
     module._parameters[param] = nn.Parameter(value, requires_grad=False) if shell is None else \
         refill(shell, value)
     slot.shells.pop(param, None)
+    slot.stacks.pop(param, None)
     if (name := slot.providers.pop(param, None)) is not None:
         slot._modules.pop(name, None)
 

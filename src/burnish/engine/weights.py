@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.gpu.coded import Coded
+from ..blocks.tape.functions import plainly, transformed
 from ..blocks.tape.replay import replay, rng_state
 from ..blocks.weight import held_conv
 from ..blocks.weight.convolved import convolved
@@ -25,6 +26,7 @@ from ..blocks.weight.folded import NOTHING
 from ..blocks.weight.integer import Grid
 from ..blocks.weight.lookup import looked_up
 from ..blocks.weight.provided import Weighted, linear
+from ..blocks.weight.stacked import Source, Stack, stack
 from ..blocks.weight.term import Provider, asks_to_drop
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
@@ -42,6 +44,7 @@ class Weights(nn.Module):
     state: State
     parts: list[Part]
     providers: dict[str, str]
+    stacks: dict[str, Place]
     absorbed: list[Part]
     reads: set[tuple[str, str]]
     _plans: tuple[int, dict[Any, Any]]
@@ -149,11 +152,7 @@ class Weights(nn.Module):
             return self._plain(module, first_of(args, kw))
         if self.providers and self._frozen(module, forward, first_of(args, kw)):
             return self._convolved(module, first_of(args, kw))
-        with ExitStack() as stack:
-            for param in self.providers:
-                make = functools.partial(self._stored, module, param)
-                stack.enter_context(self._noted(module, param, make, self._held(module, param)))
-            return forward(module, *args, **kw)
+        return self._effective(module, forward, [], args, kw)
 
     def _frozen(self, module: nn.Module, forward: Callable[..., Any], x: Any) -> bool:
         """Is it a convolution that keeps nothing of x, its weight being frozen?"""
@@ -288,12 +287,42 @@ class Weights(nn.Module):
                                   "other parts there: they act on the weight. Set dropout=0, or "
                                   "give the parts different targets")
             by_param.setdefault(place.param, []).append((place, op))
-        with ExitStack() as stack:
-            for param, items in by_param.items():
-                make = functools.partial(self._once, module, param, items)
-                reads = [r for _, op in items for r in op.reads(True, True, True)]
-                stack.enter_context(self._noted(module, param, make, reads))
+        with ExitStack() as standing:
+            for param in dict.fromkeys((*by_param, *self.providers)):
+                items = by_param.get(param, [])
+                make = functools.partial(self._once, module, param, items) if items else \
+                    functools.partial(self._stored, module, param)
+                if (made := self._experts(module, param, items, make)) is not None:
+                    standing.enter_context(self._standing(module, param, made))
+                    continue
+                reads = [r for _, op in items for r in op.reads(True, True, True)] if items else \
+                    self._held(module, param)
+                standing.enter_context(self._noted(module, param, make, reads))
             return forward(module, *args, **kw)
+
+    def _experts(self, module: nn.Module, param: str, items: list, make: Callable[[], Tensor]
+                 ) -> Stack | None:
+        """What stands for the weights of experts, made one by one as they are multiplied; None
+        where they are a tensor: they train whole, or what is added to them has no such form.
+
+        items: what answers for them beside what holds them. make: gives all of them."""
+        place = items[0][0] if items else self.stacks.get(param)
+        if place is None or place.kind != "experts" or place.rows is not None or transformed() \
+                or not _by_expert([op for _, op in items]) \
+                or any(p.place.param == param for p in self.absorbed):
+            return None
+        if param in self.providers:
+            provider = self._modules[self.providers[param]]
+            matrix, like = provider.matrix, torch.empty(
+                0, dtype=provider.dtype, device=next(provider.buffers()).device)
+        else:
+            like = self._stored(module, param)
+            matrix = like.__getitem__
+            if like.requires_grad or not isinstance(like, nn.Parameter):
+                return None
+        terms = [ts for _, op in items for ts in op.terms]
+        held = functools.partial(self._held, module, param)
+        return stack(Source(place, like, matrix, make, held, terms, self.state.tape))
 
     @contextmanager
     def _noted(self, module: nn.Module, param: str, make: Callable[[], Tensor],
@@ -303,15 +332,22 @@ class Weights(nn.Module):
         reads: what `make` reads; changed before backward, it raises.
         """
         value = make()
-        call = current()
         if torch.is_grad_enabled():
-            again = functools.partial(_in, call, make)
+            again = functools.partial(_in, current(), make)
             self.state.tape.note(value, again, (), {}, reads)
+        with self._standing(module, param, value):
+            del value
+            yield
+
+    @contextmanager
+    def _standing(self, module: nn.Module, param: str, value: Tensor) -> Iterator[None]:
+        """A tensor answers for the parameter, in this thread alone."""
+        call = current()
         owner, leaf = module, param
         *parents, leaf = param.split(".")
         for p in parents:
             owner = getattr(owner, p)
-        expose(owner, leaf)                      # a property answers, in this thread alone
+        expose(owner, leaf)                      # a property answers
         key = id(owner), leaf
         call.standing[key] = value
         del value
@@ -345,6 +381,12 @@ class Weights(nn.Module):
             rows = fused[..., a:b, :]
             pieces.append(rows if op is None else op.effective(rows))
         return first.unview(torch.cat(pieces, dim=-2), stored)
+
+
+def _by_expert(ops: list[Weighted]) -> bool:
+    """Is each of these answers one for every expert alone?"""
+    return all(op.wrap is None and all(t.by_expert for t, _ in op.terms)
+               and not plainly(op.theta()) for op in ops)
 
 
 def _in(call: Call, make: Callable[[], Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ numbers for B's; with A frozen it keeps R numbers per token and no x at all.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from ..matmul import linear, mm
 from ..tape.replay import Mask
 from .persample import product_norms
 from .provided import Term
+from .term import Run
 
 
 class Chain(Term):
@@ -112,6 +114,38 @@ class Chain(Term):
                 dx_NI.addmm_(gB_NR, A)
             else:                               # dropout is linear: the same mask on the gradient
                 dx_NI.add_(mask(gB_NR @ A))
+        return [dA, dB]
+
+    @property
+    def by_expert(self) -> bool:
+        cls = type(self)
+        return self.A.dim() == 3 and set(self._parameters) == {"A", "B"} \
+            and cls.forward_ is Chain.forward_ and cls.backward_ is Chain.backward_
+
+    def forward_each(self, x_SI: Tensor, y_SO: Tensor, runs: Sequence[Run], scale: float
+                     ) -> tuple[Tensor | None, ...]:
+        h_SR = x_SI.new_empty(len(x_SI), self.A.shape[1])
+        for e, a, b in runs:
+            torch.mm(x_SI[a:b], self.A[e].t().to(x_SI.dtype), out=h_SR[a:b])
+            y_SO[a:b].addmm_(h_SR[a:b], self.B[e].t().to(y_SO.dtype), alpha=self.scale * scale)
+        return (h_SR if self.B.requires_grad else None,)
+
+    def backward_each(self, g_SO: Tensor, x_SI: Any, kept: tuple[Tensor | None, ...],
+                      dx_SI: Tensor | None, runs: Sequence[Run], scale: float
+                      ) -> list[Tensor | None]:
+        (h_SR,) = kept
+        s = self.scale * scale
+        dA, dB = (torch.zeros_like(t) if t.requires_grad else None for t in (self.A, self.B))
+        gB_SR = g_SO.new_empty(len(g_SO), self.A.shape[1])
+        for e, a, b in runs:
+            g, gB = g_SO[a:b], gB_SR[a:b]
+            torch.mm(g, self.B[e].to(g.dtype), out=gB).mul_(s)
+            if h_SR is not None and dB is not None:
+                dB[e] = over_tokens(g, h_SR[a:b]).mul_(s)
+            if dA is not None:
+                dA[e] = over_tokens(x_SI[a:b], gB).t()
+            if dx_SI is not None:
+                dx_SI[a:b].addmm_(gB, self.A[e].to(g.dtype))
         return [dA, dB]
 
     def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[object, ...], scale: float

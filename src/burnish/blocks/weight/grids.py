@@ -60,12 +60,13 @@ class OnGrid(Held):
     def rows(self) -> int:
         return self.lead.numel()
 
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """Runs of rows that are worked on at once. Of a fake weight the first says what each
-        costs."""
+    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Runs of rows that are worked on at once, from `start`, a multiple of 8, to `stop`. Of a
+        fake weight the first says what each costs."""
         step = max(8, PIECE // self.inp // 8 * 8)          # whole bytes of every part
-        stop = min(self.rows, step) if is_fake(self.scale) else self.rows
-        return ((a, min(self.rows, a + step)) for a in range(0, stop, step))
+        stop = self.rows if stop is None else stop
+        end = min(stop, start + step) if is_fake(self.scale) else stop
+        return ((a, min(stop, a + step)) for a in range(start, end, step))
 
     def room(self, device: torch.device) -> None:
         """Make the buffers of the codes."""
@@ -80,13 +81,23 @@ class OnGrid(Held):
         raise NotImplementedError
 
     def weight(self) -> Tensor:
-        out = torch.empty(self.rows, self.inp, dtype=self.dtype, device=self.scale.device)
+        W = self.decoded(0, self.rows).view(*self.lead, self.inp)
+        return self.place.unview(W, torch.empty(self.stored, device="meta"))
+
+    def matrix(self, expert: int) -> Tensor:
+        start, n = expert * self.lead[-1], self.lead[-1]
+        first = start // 8 * 8                             # whole bytes of every part
+        W = self.decoded(first, start + n)[start - first:]
+        return self.place.unview(W, torch.empty(self.stored[1:], device="meta"))
+
+    def decoded(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop, start a multiple of 8."""
+        out = torch.empty(stop - start, self.inp, dtype=self.dtype, device=self.scale.device)
         wide = torch.promote_types(self.dtype, torch.float32)
-        for a, b in self.runs():
+        for a, b in self.runs(start, stop):
             w = self.get(a, b, wide).mul_(self.scale[a:b].unsqueeze(-1))
-            out[a:b] = w.flatten(1)[:, : self.inp]
-        like = torch.empty(self.stored, device="meta")
-        return self.place.unview(out.view(*self.lead, self.inp), like)
+            out[a - start:b - start] = w.flatten(1)[:, : self.inp]
+        return out
 
     @property
     def bits(self) -> float:

@@ -44,6 +44,9 @@ class Pruned(Provider):
     def weight(self) -> Tensor:
         return self.held
 
+    def matrix(self, expert: int) -> Tensor:
+        return self.held[expert]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.held.dtype

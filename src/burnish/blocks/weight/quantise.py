@@ -119,13 +119,13 @@ class Nf4Tensor:
         return 8 * self.nbytes / max(1, self.shape.numel())
 
     def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """absmax of blocks start:stop in fp32; `start` a multiple of 256."""
+        """absmax of blocks start:stop in fp32."""
         a = self.absmax[start:stop]
         if self.offset is None or self.absmax_max is None:
             return a
         top = self.absmax_max[start // GROUP : -(-(start + len(a)) // GROUP)]
-        values = _table("dynamic", a).index_select(0, a.int())
-        return values.mul_(top.repeat_interleave(GROUP)[: len(a)]).add_(self.offset)
+        top = top.repeat_interleave(GROUP)[start % GROUP :][: len(a)]
+        return _table("dynamic", a).index_select(0, a.int()).mul_(top).add_(self.offset)
 
     def decode(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense tensor of `dtype` (default: as encoded), into `out` if given."""
@@ -147,6 +147,21 @@ class Nf4Tensor:
         for i in _pieces(n, self.codes):
             self._decode_piece(i, flat[i : i + PIECE], pairs)
         return out
+
+    def run(self, start: int, stop: int) -> Tensor:
+        """Entries start:stop of the flattened weight, the same numbers as in the whole."""
+        if start % (BLOCK * GROUP) == 0:             # its codes are a run too
+            a, b = start // BLOCK, -(-stop // BLOCK)
+            top = None if self.absmax_max is None else \
+                self.absmax_max[a // GROUP : -(-b // GROUP)]
+            return Nf4Tensor(self.codes[start // 2 : (stop + 1) // 2], self.absmax[a:b], top,
+                             self.offset, torch.Size((stop - start,)), self.dtype).decode()
+        first = start // BLOCK * BLOCK
+        out = torch.empty(stop - first, dtype=self.dtype, device=self.codes.device)
+        pairs = _table("pairs", self.codes)
+        for i in _pieces(stop - first, self.codes):
+            self._decode_piece(first + i, out[i : i + PIECE], pairs)
+        return out[start - first :]
 
     def coded(self, dtype: torch.dtype, shape: tuple[int, int] | None = None) -> Coded:
         """As Triton's kernels take it, decoded to `dtype`."""
@@ -275,6 +290,10 @@ class Nf4Provider(Held):
     def weight(self) -> Tensor:
         return self.held().decode()
 
+    def matrix(self, expert: int) -> Tensor:
+        n = self.shape[1:].numel()
+        return self.held().run(expert * n, expert * n + n).view(self.shape[1:])
+
     def road(self) -> str:
         return refusal(torch.empty(0, dtype=self.dtype, device=self.codes.device), self.codes)
 
@@ -299,6 +318,9 @@ class Bf16Provider(Held):
 
     def weight(self) -> Tensor:
         return self.held.to(self.dtype)
+
+    def matrix(self, expert: int) -> Tensor:
+        return self.held[expert].to(self.dtype)
 
     def road(self) -> str | None:
         like = torch.empty(0, dtype=self.dtype, device=self.held.device)

@@ -5,6 +5,7 @@ Letters: N tokens, O out, I in. :mod:`~burnish.blocks.weight.provided` evaluates
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .panels import Panels
     from .provided import Weighted
 
+
+#: (expert, first row, end of its rows): whose tokens lie where
+Run = tuple[int, int, int]
 
 #: what a term may drop in training: see dropped.py, and rotation.py for the last
 DROPS = ("dropout", "drop_path", "rank_dropout", "module_dropout", "block_dropout")
@@ -54,6 +58,11 @@ class Provider(nn.Module):
     def remade(self, weight: Tensor, state: Tensor) -> None:
         """Hold the weight, as it was, by the choice that an extra state says."""
         raise NotImplementedError
+
+    def matrix(self, expert: int) -> Tensor:
+        """Of a stack (experts, a, b) the matrix of one expert, (a, b), possibly a temporary. One
+        that makes it without the others overrides this."""
+        return self.weight()[expert]
 
     @property
     def grid(self) -> Grid | None:
@@ -199,6 +208,24 @@ class Term(nn.Module):
         """``sum_n g_no (scale Delta x)_no`` per output, the term's part in the gradient of a gain
         on the result; None where Delta itself tells it (no dropout in between)."""
         return None
+
+    # -- experts ----------------------------------------------------------------------------
+    @property
+    def by_expert(self) -> bool:
+        """Has an update of a stack (experts, out, in) a form for rows that are sorted by expert
+        (:meth:`forward_each`, :meth:`backward_each`)?"""
+        return False
+
+    def forward_each(self, x_SI: Tensor, y_SO: Tensor, runs: Sequence[Run], scale: float
+                     ) -> tuple[Any, ...]:
+        """As :meth:`forward_`, each run of rows through its expert's update."""
+        raise NotImplementedError
+
+    def backward_each(self, g_SO: Tensor, x_SI: Tensor | None, kept: tuple[Any, ...],
+                      dx_SI: Tensor | None, runs: Sequence[Run], scale: float
+                      ) -> list[Tensor | None]:
+        """As :meth:`backward_`; gradients of experts without rows are zero."""
+        raise NotImplementedError
 
     # -- panels -----------------------------------------------------------------------------
     def prepare(self) -> Any:

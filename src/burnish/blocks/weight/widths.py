@@ -65,6 +65,9 @@ class Grids(Provider):
     def weight(self) -> Tensor:
         return self.at(self.chosen).weight()
 
+    def matrix(self, expert: int) -> Tensor:
+        return self.at(self.chosen).matrix(expert)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.at(self.chosen).dtype

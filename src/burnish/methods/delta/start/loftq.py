@@ -59,10 +59,7 @@ class Loftq(Starting):
             "of it; tests/methods/test_loftq.py has each kind",
         "bf16_is_near_fp32":
             "by chance: a base in bf16 lies on the other side of some borders, so other codes are "
-            "left to other factors; tests/methods/test_loftq.py holds gradients in float64",
-        **dict.fromkeys(("keeps_what_it_says on mixtral", "keeps_what_it_says on qwen_moe"),
-                        "rtn, which it is shown beside, makes a layer's experts whole, and they "
-                        "are kept until backward")}
+            "left to other factors; tests/methods/test_loftq.py holds gradients in float64"}
 
     rank: int = setting(8, "rank of the update", alias=("r",))
     alternations: int = setting(5, "T, between rounding and decomposing", alias=("loftq_iter",))
