@@ -26,6 +26,7 @@ _HOME = {
     "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
     "setting": "core.method", "register": "core.registry",
     "export_peft": "formats.peft", "load_peft": "formats.peft",
+    "push": "formats.sharing", "pull": "formats.sharing",
     **dict.fromkeys(("BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",
                      "FormatError", "NoPlanError", "CheckError", "MemoryExceeded"), "core.errors"),
 }
@@ -76,4 +77,5 @@ if TYPE_CHECKING:
     from .formats.adapter import load
     from .formats.opened import open_model
     from .formats.peft import export_peft, load_peft
+    from .formats.sharing import pull, push
     from .memory import MemoryReport, measure, plan, simulate

@@ -159,6 +159,8 @@ SURFACE = {
                "world_size",
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output rank to",
+    "push": "folder json message public repository revision",
+    "pull": "json output repository revision",
     "inspect": "adapter base force intruders json leading likeness picture",
     "adapt": "base batch corrupt data how json order seed severity source split",
     "audit": "answers base batch json judge margin policy prompts seed source system temperature "

@@ -13,7 +13,7 @@ import burnish
 NAMES = {
     "tune", "Tuned", "load", "open_model", "shard", "simulate", "measure", "plan", "fit",
     "TrainerCallback", "BlackBox", "continual",
-    "methods", "export_peft", "load_peft", "MemoryReport", "Method",
+    "methods", "export_peft", "load_peft", "push", "pull", "MemoryReport", "Method",
     "setting",
     "register",
     "Recipe", "parse", "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",
@@ -59,6 +59,8 @@ ARGUMENTS = {
     "plan": ["memory", "batch", "prefer"],
     "export_peft": ["tuned"],
     "load_peft": ["model"],
+    "push": ["folder", "repo_id", "private", "revision", "message"],
+    "pull": ["repo_id", "output", "revision"],
 }
 
 

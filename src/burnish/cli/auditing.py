@@ -140,8 +140,8 @@ def language_model(folder: str) -> tuple[Any, Any]:
     from ..formats.model_files import loading
 
     model = target.model(folder)
-    with loading(folder, "the tokenizer of"):
-        return model, transformers.AutoTokenizer.from_pretrained(folder)
+    with loading(folder, "the tokenizer of") as where:
+        return model, transformers.AutoTokenizer.from_pretrained(where)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -67,8 +67,8 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
-    from ..formats import claim, staged
-    from ..formats.folder import read_config
+    from ..formats import claim, safe, staged
+    from ..formats.folder import CARD, read_config
     from ..formats.model_files import copy_processor
 
     reads = [("the adapter", adapter), ("the base model", base),
@@ -85,8 +85,20 @@ def merge(
     with staged.replace(output, "model", reads) as new:
         merged.save_pretrained(new)
         copy_processor([Path(source), adapter], new)
+        safe.write_text(new / CARD, _card(adapter))
     emit(json, {"output": output, "drift": drift},
          f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
+
+
+def _card(adapter: Path) -> str:
+    """The card of a merged model, from what is beside the adapter."""
+    from ..fit.card import card
+    from ..formats.card import model_card
+    from ..formats.folder import RUN, read_config, read_run
+
+    if (adapter / RUN).is_file():
+        return card(read_run(adapter), merged=True)
+    return model_card(read_config(adapter), merged=True)
 
 
 FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx")

@@ -16,7 +16,8 @@ def config(target: str) -> Any:
     Code that comes with a model is never run. Raises ConfigError when there is none.
     """
     transformers = needs_transformers("model configurations")
-    from ..formats.model_files import loading, near, unfound
+    from ..formats.hub import near
+    from ..formats.model_files import loading, unfound
 
     path = Path(target)
     if path.name == "config.json":
@@ -29,9 +30,9 @@ def config(target: str) -> Any:
         raise ConfigError(f"{path} is a file; expected a model folder, a config as JSON "
                           "(config.json) or a name on the hub")
     name = str(path) if path.exists() else target
-    with loading(name, "the configuration of"):
+    with loading(name, "the configuration of") as where:
         try:
-            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
         except (OSError, KeyError) as error:
             raise ConfigError(f"no model configuration in {target}: {unfound(name, error)}"
                               f"{near(name)}") from None
@@ -40,17 +41,19 @@ def config(target: str) -> Any:
 def model(target: str, dtype: str | None = None) -> Any:
     """The model of a folder or a hub name with its weights, as what its config stands for."""
     transformers = needs_transformers("models")
-    from ..formats.model_files import check_weights, loading, near, unfound
+    from ..formats.hub import near
+    from ..formats.model_files import check_weights, loading, named, unfound
 
     found = config(target)
     cls: Any = architecture(found)
     if not issubclass(cls, transformers.PreTrainedModel):
         raise ConfigError(f"{target} names {cls.__name__}, which is no model of transformers")
-    with loading(target, "the weights of"):
-        check_weights(target, lambda: cls(found))
+    with loading(target, "the weights of", weights=True) as where:
+        check_weights(where, lambda: cls(found))
         try:
-            return cls.from_pretrained(target, dtype=dtype or "auto", trust_remote_code=False,
+            made = cls.from_pretrained(where, dtype=dtype or "auto", trust_remote_code=False,
                                        use_safetensors=True)
+            return named(made, target) if where != target else made
         except OSError as error:
             raise ConfigError(f"cannot load the weights of {target}: {unfound(target, error)}"
                               f"{near(target)}") from None

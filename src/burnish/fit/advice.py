@@ -180,9 +180,9 @@ def blank(task: Task, name: str) -> nn.Module:
 
     auto = getattr(transformers, KINDS[task.data.task].auto)
     head = {k: v for k, v in task.head().items() if k != "ignore_mismatched_sizes"}
-    with loading(name, f"the model for {task.data.task},"):
+    with loading(name, f"the model for {task.data.task},") as where:
         try:
-            config = transformers.AutoConfig.from_pretrained(name, **head)
+            config = transformers.AutoConfig.from_pretrained(where, **head)
             with torch.device("meta"):
                 module = auto.from_config(config)
         except (OSError, ValueError) as e:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError
 from ..core.reading import reading
+from ..formats.hub import local
 from .repository import file_of
 
 #: what a tokenizer of CTC has beside its characters; the blank, between two letters, is the first
@@ -43,7 +44,7 @@ def with_tokenizer(extractor: Any, name: str, trust_remote_code: bool) -> Spoken
     with reading(f"the tokenizer of {name}", ConfigError, "give processor="):
         try:
             return Spoken(extractor, transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust_remote_code))
+                local(name, code=trust_remote_code), trust_remote_code=trust_remote_code))
         except (OSError, ValueError) as e:
             raise ConfigError(f"no tokenizer could be loaded from {name}: "
                               f"{str(e).partition(chr(10))[0]}; give processor=") from None

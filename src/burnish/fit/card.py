@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..formats.card import code, quoted, words
+from ..formats.card import code, heading, quoted, words
 from ..memory import format_bytes
 from .kinds import KINDS
 from .report import sources
@@ -14,16 +14,12 @@ from .report import sources
 KNOWN = {"accuracy": "Accuracy", "f1": "F1", "perplexity": "Perplexity"}
 
 
-def card(run: Mapping[str, Any]) -> str:
-    """README.md of a finished run, from the facts of its `run.json`."""
+def card(run: Mapping[str, Any], merged: bool = False) -> str:
+    """README.md of a finished run, from the facts of its `run.json`. merged: of the model with what
+    it learnt in its weights."""
     data, recipe, base = run["data"], run["recipe"], run["model"]
     auto, pipeline = KINDS[data["task"]].auto, KINDS[data["task"]].pipeline
-    hub = "/" in base and not base.startswith((".", "/", "~"))
-    head = ["---", "library_name: burnish"]
-    if hub:
-        head += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
-    head += [f"pipeline_tag: {pipeline}", "tags:", "- burnish", "- adapter",
-             *[f"- {name}" for name in run["parts"]]]
+    head = ["---", *heading(base, merged, pipeline, run["parts"])]
     if "/" in data["source"] and data["layout"] == "hub":
         head += ["datasets:", f"- {quoted(data['source'].partition(':')[0])}"]
     head += _index(run, pipeline)
@@ -41,9 +37,11 @@ def card(run: Mapping[str, Any]) -> str:
         f"{code(_short(base))} fine-tuned with burnish, recipe {code(recipe)}: "
         f"{run['trainable']:,} of "
         f"{run['parameters']:,} parameters trained.", "",
-        *_figures(run), "## Use", "", "```python", "import burnish",
-        f"from transformers import {auto}", "",
-        f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")', "```", "",
+        *_figures(run), "## Use", "", "```python", *([] if merged else ["import burnish"]),
+        f"from transformers import {auto}", "", *(
+            [f'model = {auto}.from_pretrained("path/to/this/folder")'] if merged else
+            [f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")']),
+        "```", "",
         "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
         *[line for name, about in run.get("tasks", {"": data}).items() for line in (
             f"{words(name) + ': ' if name else ''}{words(about['layout'])}, {about['task']}: "

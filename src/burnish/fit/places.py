@@ -9,7 +9,8 @@ from torch import nn
 
 from ..core.errors import ConfigError, nearest
 from ..core.reading import beside, reading
-from ..formats.model_files import loading, near, unfound
+from ..formats.hub import local, near
+from ..formats.model_files import loading, unfound
 from .data import Data
 from .kinds import INSTEAD, KINDS, TOWERS, captioned, heard, pictured, spoken
 
@@ -62,11 +63,13 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
 
     with reading(f"the tokenizer of {name}", ConfigError, "give processor="):
         how = {"trust_remote_code": trust_remote_code}
+        where = local(name, code=trust_remote_code)
         try:
-            found = transformers.AutoTokenizer.from_pretrained(name, **how)
+            found = transformers.AutoTokenizer.from_pretrained(where, **how)
             if task == "token-classification" and getattr(found, "add_prefix_space", None) is False:
-                found = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True,
+                found = transformers.AutoTokenizer.from_pretrained(where, add_prefix_space=True,
                                                                    **how)
+            found.name_or_path = name
             return found
         except (OSError, ValueError) as e:
             raise ConfigError(f"no tokenizer could be loaded from {name}: {unfound(name, e)}"
@@ -83,7 +86,7 @@ def _prepares(name: str, auto: str, what: str, trust_remote_code: bool, **how: A
     with reading(f"the {what} of {name}", ConfigError, "give processor="):
         try:
             return getattr(transformers, auto).from_pretrained(
-                name, trust_remote_code=trust_remote_code, **how)
+                local(name, code=trust_remote_code), trust_remote_code=trust_remote_code, **how)
         except (OSError, ValueError) as e:
             raise ConfigError(f"no {what} could be loaded from {name}: "
                               f"{unfound(name, e)}{near(name) or '; give processor='}") from None
@@ -114,10 +117,10 @@ def config_of(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any
     if isinstance(model, nn.Module):
         config = getattr(model, "config", None)
         return config if isinstance(config, transformers.PretrainedConfig) else None
-    with loading(model, "the configuration of"):
+    with loading(model, "the configuration of", code=trust_remote_code) as where:
         try:
             return transformers.AutoConfig.from_pretrained(
-                model, trust_remote_code=trust_remote_code)
+                where, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as e:
             raise ConfigError(f"{model} cannot be loaded for {task}: {unfound(model, e)}"
                               f"{near(model)}") from None

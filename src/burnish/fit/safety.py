@@ -190,12 +190,12 @@ def judge_of(where: str, policy: str | None = None) -> Judge:
                           "that judges is told by what: give the text of a policy")
     from ..formats.model_files import check_weights, loading
 
-    with loading(where, "the judge"):
-        config = transformers.AutoConfig.from_pretrained(where)
-        check_weights(where, lambda: transformers.AutoModelForCausalLM.from_config(config))
+    with loading(where, "the judge", weights=True) as folder:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        check_weights(folder, lambda: transformers.AutoModelForCausalLM.from_config(config))
         return ModelJudge(
-            transformers.AutoModelForCausalLM.from_pretrained(where, use_safetensors=True),
-            transformers.AutoTokenizer.from_pretrained(where), policy)
+            transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True),
+            transformers.AutoTokenizer.from_pretrained(folder), policy)
 
 
 def _function(where: str) -> Judge:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..core.reading import plain
 
 
-def model_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> str:
-    """README.md for an adapter, from its configuration and, where there was one, its run."""
+def model_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None,
+               merged: bool = False) -> str:
+    """README.md for an adapter, from its configuration and, where there was one, its run.
+    merged: of the base with the adapter in its weights."""
     base = (config.get("base") or {}).get("name") or ""
     recipe = str(config.get("recipe", ""))
-    header = ["---", "library_name: burnish"]
-    if base:
-        header += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
-    header += ["tags:", "- burnish", "- adapter", "---"]
+    header = ["---", *heading(base, merged), "---"]
     text = [
-        "# Adapter" + (f" for {words(base)}" if base else ""),
+        ("# Tuned from " if merged else "# Adapter for ") + words(base) if base else
+        ("# Tuned" if merged else "# Adapter"),
         "",
-        f"Trained with burnish, recipe {code(recipe)}.",
+        f"Trained with burnish, recipe {code(recipe)}"
+        + (", and merged into plain weights." if merged else "."),
+    ]
+    text += [] if merged else [
         "",
         "```python",
         "import burnish",
@@ -34,6 +38,18 @@ def model_card(config: Mapping[str, Any], run: Mapping[str, Any] | None = None) 
     if rows:
         text += ["", "| | |", "|---|---|", *[f"| {words(k)} | {words(v)} |" for k, v in rows]]
     return "\n".join([*header, "", *text]) + "\n"
+
+
+def heading(base: str, merged: bool, pipeline: str = "", tags: Iterable[str] = ()) -> list[str]:
+    """The header by which hubs show what this is of; a base that is a folder has no name there."""
+    kind, library = ("finetune", "transformers") if merged else ("adapter", "burnish")
+    rows = [f"library_name: {library}"]
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():
+        rows += [f"base_model: {quoted(base)}", f"base_model_relation: {kind}"]
+    if pipeline:
+        rows.append(f"pipeline_tag: {pipeline}")
+    return [*rows, "tags:", "- burnish", *([] if merged else ["- adapter"]),
+            *(f"- {name}" for name in tags)]
 
 
 def one_line(text: Any) -> str:

@@ -7,6 +7,7 @@ memory first (on the meta device) and compared with what the weight files hold.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError, FormatError, nearest
-from ..core.reading import beside, plain, reading
+from ..core.errors import ConfigError, FormatError
+from ..core.reading import plain, reading
 from . import safe
+from .hub import local
 
 #: tokenizers, image processors and chat templates
 PROCESSOR = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model",
@@ -41,41 +43,31 @@ def copy_processor(sources: Iterable[Path], output: Path) -> None:
 
 
 @contextmanager
-def loading(name: str, what: str) -> Iterator[None]:
-    """Whatever a library raises inside is a ConfigError that names the model; a folder's
-    configuration and weight files are looked at first."""
-    folder = Path(name).expanduser()
+def loading(name: str, what: str, weights: bool = False, code: bool = False) -> Iterator[str]:
+    """Whatever a library raises inside is a ConfigError that names the model; its configuration is
+    looked at first. Gives the folder that it lies in: `name`, or what the hub has under that name,
+    with its weights or its code where they are asked for."""
     with reading(f"{what} {plain(name)}", ConfigError):
+        where = local(name, weights, code)
+        folder = Path(where).expanduser()
         if (folder / "config.json").exists():
             check_config(folder)
-        yield
+        yield where
 
 
-def near(name: str) -> str:
-    """Folders beside a place where nothing is, whose name is like it: the tail of an error."""
-    path = Path(name).expanduser()
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    there = {n: str(Path(name).with_name(n)) for n in beside(path)
-             if path.with_name(n).is_dir()}
-    close = nearest(path.name, there)
-    for short, whole in there.items():
-        close = close.replace(repr(short), repr(whole))
-    return close
+def named(model: nn.Module, name: str) -> nn.Module:
+    """The model, which says that it is of `name` and not of a folder in the hub's cache."""
+    model.name_or_path = name
+    if hasattr(getattr(model, "config", None), "_name_or_path"):
+        model.config._name_or_path = name
+    return model
 
 
 def unfound(name: str, error: BaseException) -> str:
-    """Why a library found no files under `name`, in words: they speak of the network where a
-    folder was meant, and of a folder where a name was."""
-    said = plain(str(error).strip().partition("\n")[0])
-    if Path(name).expanduser().exists():
-        return said
-    if "connect" in said or "offline" in said.lower():
-        return "there is no such folder here, and the hub cannot be reached for such a name"
-    if "not a valid model identifier" in said or "is not a local folder" in said:
-        return ("there is no such folder here, and the hub knows no such name (a private one needs "
-                "HF_TOKEN)")
-    return said
+    """Why a library found no files under `name`, in words: it speaks of a folder in the hub's cache
+    where a name was meant."""
+    said = re.sub(r"\S*models--\S+/snapshots/[0-9a-f]{40}", lambda _: name, str(error))
+    return plain(said.strip().partition("\n")[0])
 
 
 def check_config(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ...core.errors import ConfigError
-from ...core.reading import plain
-from ...formats.model_files import check_weights, loading
+from ...formats.model_files import check_weights, loading, named, unfound
 from ...formats.opened import opened_as, opens
 from ..data import Data
 from ..kinds import KINDS
@@ -76,20 +75,22 @@ class Task:
         check_local(name)
         check_served(self.data.task, name, trust_remote_code)
         auto = getattr(transformers, KINDS[self.data.task].auto)
-        with loading(name, f"the model for {self.data.task},"):
+        with loading(name, f"the model for {self.data.task},", True, trust_remote_code) as where:
             if not trust_remote_code:
-                check_weights(name, lambda: auto.from_config(
-                    transformers.AutoConfig.from_pretrained(name)))
+                check_weights(where, lambda: auto.from_config(
+                    transformers.AutoConfig.from_pretrained(where)))
             try:
-                if unread and not trust_remote_code and opens(name):
-                    model, found = opened_as(auto, name, **self.head(), **kw)
+                if unread and not trust_remote_code and opens(where):
+                    model, found = opened_as(auto, where, **self.head(), **kw)
                 else:
                     model, found = auto.from_pretrained(
-                        name, trust_remote_code=trust_remote_code, use_safetensors=True,
+                        where, trust_remote_code=trust_remote_code, use_safetensors=True,
                         output_loading_info=True, **self.head(), **kw)
             except (OSError, ValueError) as e:
                 raise ConfigError(f"{name} cannot be loaded for {self.data.task}: "
-                                  f"{plain(str(e).strip().partition(chr(10))[0])}") from None
+                                  f"{unfound(name, e)}") from None
+        if where != name:
+            named(model, name)
         changed = (k[0] if isinstance(k, tuple) else k for k in found["mismatched_keys"])
         self.fresh = sorted({*found["missing_keys"], *changed})
         self.settle(model)
