@@ -18,8 +18,7 @@ from burnish.testing.models import NAMES, tiny
 METHODS = conformance.methods()
 #: what few of the small models have
 FEW = {"stream", "pictures", "batch norms", "linear head", "two towers", "towers within",
-       "plain mlp",
-       "groups of points"}
+       "plain patches", "plain mlp", "groups of points"}
 #: needs that few have all of: BERT and its kin with a head, decoders whose attention is reached
 TOGETHER = ({"text", "whole reading", "head"}, {"open attention", "writes on"})
 LIVE = conformance.live(METHODS)

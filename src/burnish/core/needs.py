@@ -76,6 +76,13 @@ def behind_patches(a: Anatomy) -> list[list[Block]]:
             if tops and (len(stacks) == 1 or stack.split(".")[0] in tops)]
 
 
+def patch_stack(a: Anatomy) -> list[Block] | None:
+    """The one stack of attending blocks of one width that reads pictures cut into patches."""
+    found = behind_patches(a)
+    return found[0] if len(found) == 1 and all(b.attn for b in found[0]) \
+        and len({b.hidden_size for b in found[0]}) == 1 else None
+
+
 def point_groups(a: Anatomy) -> str | None:
     """The module that gathers a cloud's points into groups and returns their centres; None where
     none stands before one stack of transformer blocks that mixes no text in."""
@@ -300,6 +307,8 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                  "patches and a head of one linear", _pictures),
     "patches": ("blocks behind a convolution that cuts pictures into patches",
                 lambda a: bool(behind_patches(a))),
+    "plain patches": ("one stack of transformer blocks of one width behind a convolution that cuts "
+                      "pictures into patches", lambda a: patch_stack(a) is not None),
     "groups of points": ("a module group_divider that gathers a cloud's points into groups, before "
                          "transformer blocks of one width", lambda a: point_groups(a) is not None),
     "scalable states": ("keys and values, or an inner state of an MLP, that a module of their own "

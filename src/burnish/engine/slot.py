@@ -122,10 +122,18 @@ class Slot(Weights):
             return self._inside(module, forward, call_of(state), args, kw)
 
         for listener in self.listeners:
-            run = functools.partial(listener, module, run)
+            if not getattr(listener, "outside", False):
+                run = functools.partial(listener, module, run)
         if self.mode and not call.off:
-            return MODES[self.mode](module, run, args, kw, state.tape)
+            run = functools.partial(self._moded, module, run)
+        for listener in self.listeners:
+            if getattr(listener, "outside", False):
+                run = functools.partial(listener, module, run)
         return run(*args, **kw)
+
+    def _moded(self, module: nn.Module, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        assert self.mode is not None
+        return MODES[self.mode](module, run, args, kw, self.state.tape)
 
     def _outermost(self, module: nn.Module, forward: Callable[..., Any], args: tuple,
                    kw: dict) -> Any:

@@ -47,6 +47,8 @@ class Listener(nn.Module):
     #: does the module compute something else with it? One that only decides what is kept, and
     #: when, is no part of the function, so files for others leave it out
     changes = True
+    #: does it stand around whatever mode a block runs in, so that backward never runs it again?
+    outside = False
 
     def __init__(self, state: Any, adapter: str):
         super().__init__()
