@@ -20,7 +20,7 @@ _HOME = {
     "tune": "engine.tune", "Tuned": "engine.tuned", "BlackBox": "engine.blackbox",
     "load": "formats.adapter",
     "open_model": "formats.opened",
-    "shard": "engine.sharded",
+    "shard": "engine.sharded", "repeat_blocks": "engine.repeat",
     "simulate": "memory", "measure": "memory", "plan": "memory", "MemoryReport": "memory",
     "fit": "fit", "TrainerCallback": "fit", "continual": "continual",
     "parse": "core.recipe", "Recipe": "core.recipe", "Method": "core.method",
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .core.registry import catalogue as methods
     from .core.registry import register
     from .engine.blackbox import BlackBox
+    from .engine.repeat import repeat_blocks
     from .engine.sharded import shard
     from .engine.tune import tune
     from .engine.tuned import Tuned

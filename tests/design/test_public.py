@@ -13,7 +13,8 @@ import burnish
 NAMES = {
     "tune", "Tuned", "load", "open_model", "shard", "simulate", "measure", "plan", "fit",
     "TrainerCallback", "BlackBox", "continual",
-    "methods", "export_peft", "load_peft", "push", "pull", "MemoryReport", "Method",
+    "methods", "export_peft", "load_peft", "repeat_blocks", "push", "pull", "MemoryReport",
+    "Method",
     "setting",
     "register",
     "Recipe", "parse", "BurnishError", "ConfigError", "RecipeError", "TargetError", "DataError",

@@ -135,7 +135,6 @@ DAMAGE = {
                   "truncated"),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "base PEFT had changed"),
     "biases": (lambda f: edit(f, bias="some"), "expected 'none', 'all' or"),
-    "layers twice": (lambda f: edit(f, layer_replication=[[0, 1]]), "layer_replication"),
     "dora without": (lambda f: edit(f, use_dora=True), "use_dora is True but .* has no magnitude"),
 }
 

@@ -13,6 +13,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 import burnish
 from burnish.core.errors import FormatError
 from burnish.formats.peft import export_peft, load_peft
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -335,3 +336,48 @@ def test_every_field_of_a_variants_own_settings_is_known(tmp_path):
         assert set(config_in(tmp_path / case)[name]) == {f.name for f in dataclasses.fields(cls)}
         assert name in said
         load_peft(tiny("llama")[0], tmp_path / case)
+
+
+# -- blocks that are run again --------------------------------------------------------------------
+@pytest.mark.parametrize("name, more", [("llama", {}), ("bert", {}), ("llama", {"use_dora": True})])
+def test_blocks_that_are_repeated_go_both_ways(name, more, tmp_path):
+    targets = ["q_proj", "down_proj"] if name == "llama" else ["query", "value"]
+    config = LoraConfig(r=2, target_modules=targets, layer_replication=[[0, 2], [1, 2], [0, 1]],
+                        **more)
+    theirs, (_, batch) = stir(get_peft_model(tiny(name)[0], config), size=0.3), tiny(name)
+    want = outputs(theirs, batch)
+    assert (want - outputs(tiny(name)[0], batch)).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "peft")
+    model = tiny(name)[0]
+    size = sum(p.numel() for p in model.parameters())
+    tuned = load_peft(model, tmp_path / "peft")
+    own = sum(p.numel() for p in tuned.parameters())
+    assert sum(p.numel() for p in model.parameters()) == size + own, "weights are held once"
+    torch.testing.assert_close(outputs(model, batch), want, rtol=1e-5, atol=2e-6)
+    export_peft(tuned, tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert said["layer_replication"] == [[0, 2], [1, 2], [0, 1]]
+    back = PeftModel.from_pretrained(tiny(name)[0], tmp_path / "again")
+    torch.testing.assert_close(outputs(back, batch), want, rtol=1e-5, atol=2e-6)
+    again = load_peft(tuned.detach(), tmp_path / "again")        # its blocks are repeated already
+    torch.testing.assert_close(outputs(again.model, batch), want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_folder_for_other_runs_leaves_the_model_as_it_was(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+    get_peft_model(tiny("llama")[0], config).save_pretrained(tmp_path)
+    model, batch = tiny("llama")
+    want, names = outputs(model, batch), list(model.state_dict())
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"layer_replication": [[0, 2], [0, 1]]}))
+    with pytest.raises(FormatError, match=r"adapts model\.layers\.3\.self_attn"):
+        load_peft(model, tmp_path)
+    assert torch.equal(outputs(model, batch), want) and list(model.state_dict()) == names
+    assert model.config.num_hidden_layers == 2
+    burnish.repeat_blocks(model, [(0, 1), (0, 2)])
+    with pytest.raises(FormatError, match="this model runs .* of its base's"):
+        load_peft(model, tmp_path)
+    tuned = burnish.tune(model, "loha(rank=2)")
+    with pytest.raises(FormatError, match="beside LoRA alone"):
+        export_peft(tuned, tmp_path / "b")

@@ -161,6 +161,9 @@ ACTS = [
     ("LORA", "velora_config", {"num_groups": 0}, "1 group or more"),
     ("LORA", "velora_config", {"later": 0}, "later has no counterpart"),
     ("LORA", "velora_config", [3], "has no counterpart"),
+    ("LORA", "layer_replication", [[0, 1], [0, 2]], lambda r: r[0].rank == 2),
+    ("LORA", "layer_replication", [[0, 3]], "layer_replication: runs of blocks .* from 0 to 2"),
+    ("LORA", "layer_replication", "a", "layer_replication: runs of blocks are pairs"),
     ("LORA", "bias", "some", "expected 'none', 'all' or 'lora_only'"),
     ("LORA", "init_lora_weights", "pissa", "trained on a base PEFT had changed"),
     ("LORA", "trainable_token_indices", [3], "no tensor has their rows"),
@@ -279,7 +282,7 @@ def test_a_setting_acts_or_is_refused(kind, name, value, then, tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("layer_replication", [[0, 2]]), ("arrow_config", {"top_k": 2}),
+    ("arrow_config", {"top_k": 2}),
     ("monteclora_config", {"num_samples": 2}),
     ("megatron_config", {"a": 1}), ("qalora", 3.5), ("x" * 500, "y" * 500)])
 def test_what_is_not_built_is_refused_in_a_line(name, value, tmp_path):

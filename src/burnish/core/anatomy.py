@@ -67,6 +67,8 @@ class Anatomy:
     embeddings: modules that turn inputs into states (token embeddings, patch projections).
     final_norm: the norm after the last block; final_norms: the same per stack.
     aliases: tied parameter -> the name under which it is a place.
+    again: weight of a block that is run again -> the name under which it is the first time. A place
+        of its own at each, since each run is a module with its own adapter.
     past: modules whose weight another one reads past them.
     asking: parameters that asked for a gradient when the model was read, by name.
     notes: what was guessed or left out.
@@ -86,6 +88,7 @@ class Anatomy:
     heads: int | None = None
     kv_heads: int | None = None
     aliases: dict[str, str] = field(default_factory=dict)
+    again: dict[str, str] = field(default_factory=dict)
     past: frozenset[str] = frozenset()
     asking: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
@@ -188,7 +191,7 @@ class _Reader:
         places = [replace(p, role=found.roles[p]) for p in found.places]
         blocks = [self._sites(i, b, places, norms) for i, b in enumerate(blocks)]
         out = Anatomy(self.model, places, blocks, head, kind, norms=norms,
-                      aliases=found.aliases, past=frozenset(found.past),
+                      aliases=found.aliases, again=found.again, past=frozenset(found.past),
                       notes=[*self.notes, *found.notes],
                       asking=tuple(n for n, p in self.model.named_parameters()
                                    if p.requires_grad and ".burnish." not in f".{n}"))

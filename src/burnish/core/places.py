@@ -26,6 +26,7 @@ class Found:
     places: list[Place] = field(default_factory=list)
     roles: dict[Place, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    again: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     past: set[str] = field(default_factory=set)          # modules whose weight another reads
 
@@ -117,7 +118,8 @@ class _Matrices:
         for path, m in self.modules.items():
             for leaf, p in m._parameters.items():
                 full, first = (f"{path}.{leaf}" if path else leaf), self.first.get(id(p))
-                if p is not None and first is not None and full != first:
+                if p is not None and first is not None and full != first \
+                        and full not in self.found.again:
                     self.found.aliases.setdefault(full, first)
 
     # -- roles ----------------------------------------------------------------------------------
@@ -165,12 +167,13 @@ class _Matrices:
             owner = getattr(owner, p)
         tensor = owner._parameters.get(last)
         if tensor is not None:
-            if id(tensor) in self.first:
-                alias = self.first[id(tensor)]
+            alias = self.first.setdefault(id(tensor), full)
+            if alias != full and self.runs_again(full, alias):
+                self.found.again[full] = alias
+            elif alias != full:
                 self.found.aliases[full] = alias
                 self.found.notes.append(f"{full} is tied to {alias}: one weight, under that name")
                 return
-            self.first[id(tensor)] = full
         named = ".".join(x for x in (path, leaf) if x) if leaf else path
         block = self.block_of(path)
         place = Place(path, param, kind, out, inp, block=self.numbers[block] if block else None,
@@ -178,6 +181,13 @@ class _Matrices:
                       groups=groups)
         self.found.places.append(place)
         self.found.roles[place] = self.role(named, kind)
+
+    def runs_again(self, full: str, first: str) -> bool:
+        """Is it the same weight of a block that is run once more (engine/repeat.py)?"""
+        here, there = self.block_of(full), self.block_of(first)
+        return here is not None and there is not None and here != there \
+            and here.rpartition(".")[0] == there.rpartition(".")[0] \
+            and full.removeprefix(here) == first.removeprefix(there)
 
     # -- siblings -------------------------------------------------------------------------------
     def _families(self) -> dict[str, list[Place]]:

@@ -49,6 +49,8 @@ def why_not(tuned: Tuned) -> str | None:
         for m in tuned.adapters[name].recipe:
             if not m.merges:
                 return f"{m.name} has no form as a plain weight: it computes on hidden states"
+    for again, first in tuned.anatomy.again.items():
+        return f"{again} is {first} once more, and one weight cannot hold what each run of it adds"
     for path, _, slot in slots(tuned.model):
         if slot.ends is not None:
             return f"{path} reads and gives numbers on a grid, which a plain module does not"

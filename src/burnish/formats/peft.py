@@ -133,6 +133,7 @@ def collected(tuned: Tuned, name: str | None = None, rank: int | None = None,
         what.settings["fan_in_fan_out"] = True
     what.task_type = _task(tuned.model, what)
     peft_prompts.check_task(what, tuned.model)
+    peft_lora.replicated(tuned.model, what)
     return what, errors
 
 
@@ -285,12 +286,24 @@ def load_peft(model: nn.Module, folder: str | Path) -> Tuned:
 
     The recipe of what comes back is written out per rank and scale, with its targets, so it can be
     trained on, saved and exported like any other. Done whole or not at all: whatever is refused
-    leaves the model as it was. Raises FormatError for what has no counterpart
-    here and for a model the folder does not fit; TargetError for modules burnish cannot adapt.
+    leaves the model as it was. A folder with `layer_replication` repeats the model's blocks in
+    place, as ``burnish.repeat_blocks`` does, and they stay so. Raises FormatError for what has no
+    counterpart here and for a model the folder does not fit; TargetError for modules burnish cannot
+    adapt.
     """
     what = peft_files.read(folder)
     if ATTR in getattr(model, "_modules", ()):
         raise ConfigError("this model is tuned already; tuned.detach() it first")
+    back = peft_lora.replicate(model, what, folder)
+    try:
+        return _load(model, what, folder)
+    except BaseException:
+        back()
+        raise
+
+
+def _load(model: nn.Module, what: PeftFolder, folder: str | Path) -> Tuned:
+    """The same, of what a folder says."""
     names = {n: m for n, m in model.named_modules()}
     peft_shared.place(what, names, folder)
     anatomy = Anatomy.of(model)

@@ -199,6 +199,8 @@ def write(folder: str | Path, what: PeftFolder, names: Iterable[str],
         config |= {"r": rank, "miss_dropout": what.dropout, "mini_r": width if what.mini else 1,
                    "init_weights": "mini" if what.mini else True}
         tensors |= {f"{PREFIX}{p}.miss_block": D for p, D in what.blocks.items()}
+    if what.spans is not None:
+        config["layer_replication"] = what.spans
     for n, t in what.whole.items():
         path, _, leaf = n.rpartition(".")
         inside = f"{path}{_NORM}{leaf}" if path in what.norms else \

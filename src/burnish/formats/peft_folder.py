@@ -45,7 +45,8 @@ class PeftFolder:
     value, trained outright; saved: the modules that own them; norms: those that are the adapter
     itself (LN_TUNING). experts: parameter -> its update; pairs: of a file, factors whose place only
     the model tells (`target_parameters`). prompt: rows before the input. mini: MISS blocks repeat.
-    minor: a LoRA whose B is frozen (MiCA). A LORA with a `form` is one of peft_variants.py.
+    minor: a LoRA whose B is frozen (MiCA). spans: runs of the base's blocks that it is for. A LORA
+    with a `form` is one of peft_variants.py.
     """
 
     kind: str = "LORA"
@@ -71,6 +72,7 @@ class PeftFolder:
     task_type: str | None = None
     fan_in_fan_out: bool = False
     velora: dict[str, Any] | None = None
+    spans: list[list[int]] | None = None
 
     @property
     def modules(self) -> list[str]:

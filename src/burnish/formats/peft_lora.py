@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks.state.gates import Shift
-from ..core.errors import FormatError
+from ..core.errors import ConfigError, FormatError
 from ..core.method import Method
 from ..core.reading import shown
 from ..core.recipe import make
+from ..engine.repeat import checked, repeat, repeated
 from .peft_experts import Stack
 from .peft_folder import Lora, PeftFolder, keep, pattern, strip
 from .peft_forms import TOKENS
@@ -124,6 +125,32 @@ def as_compressed(method: Method) -> dict[str, Any]:
     said = method.settings()
     names = {ours: theirs for theirs, ours in _INITS.items()}
     return {n: names.get(said[ours], said[ours]) for n, ours in _VELORA.items()}
+
+
+def replicate(model: nn.Module, what: PeftFolder, folder: str | Path) -> Callable[[], None]:
+    """Let a model run its blocks as often as the folder says; what takes it back. A model that runs
+    them so already stays as it is. Raises FormatError for blocks that it has not."""
+    spans, there = what.config.get("layer_replication"), repeated(model)
+    if not spans and there is None:
+        return lambda: None
+    try:
+        if there is None:
+            return repeat(model, spans)
+        if spans and checked(spans) == there:
+            return lambda: None
+    except ConfigError as e:
+        raise FormatError(f"{folder}: layer_replication: {e}") from None
+    raise FormatError(f"{folder} is for blocks run as layer_replication = {shown(spans)}, and this "
+                      f"model runs {shown([list(s) for s in there])} of its base's")
+
+
+def replicated(model: nn.Module, what: PeftFolder) -> None:
+    """Note how often a model's blocks are run. Raises FormatError where PEFT could not say so."""
+    if (spans := repeated(model)) is not None:
+        if what.kind != "LORA":
+            raise FormatError("this model runs blocks again, which PEFT says beside LoRA alone "
+                              f"(layer_replication), not beside {what.kind}")
+        what.spans = [list(s) for s in spans]
 
 
 def shift(x: Lora, path: str, shifts: Sequence[tuple[Shift, float]]) -> None:

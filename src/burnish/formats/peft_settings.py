@@ -50,7 +50,7 @@ _BEGAN = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lo
 _OF: dict[str, set[str]] = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
              "alpha_pattern", "lora_bias", "velora_config", "trainable_token_indices",
-             "target_parameters", *_BEGAN},
+             "target_parameters", "layer_replication", *_BEGAN},
     "MISS": {"r", "miss_dropout", "mini_r"},
     # of AdaLoRA PEFT looks at none of these; the betas smooth scores while it trains
     "ADALORA": {"r", "use_rslora", "alpha_pattern", "beta1", "beta2", *_BEGAN},
