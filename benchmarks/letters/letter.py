@@ -118,7 +118,8 @@ def page(letter: Letter, facts: Row, rows: Rows) -> str:
     out = [f"# {letter.title}", "", letter.words.strip(), "",
            f"`python -m benchmarks.letters {name}` wrote this page on {facts['date']} (torch "
            f"{facts['torch']}, one thread of a shared {facts['machine']} machine, "
-           f"{facts['processor_s']} s of a processor). Settings are the methods' defaults where "
+           f"{facts['processor_s']} s of a processor{facts.get('made_of', '')}). Settings are the "
+           "methods' defaults where "
            "nothing else stands; nothing was chosen on the rows that are scored.", ""]
     for table in dict.fromkeys(r["table"] for r in rows):
         own = [r for r in rows if r["table"] == table]
