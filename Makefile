@@ -65,7 +65,7 @@ bench: $(STAMP)  ## steps and memory against other libraries; see benchmarks/
 
 docs: $(DOCSTAMP)  ## the handbook, in build/docs
 	$(BIN)/python docs/catalogue.py
-	$(BIN)/python docs/accuracy.py
+	$(BIN)/python docs/board.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 clean:  ## remove what was built; .venv stays

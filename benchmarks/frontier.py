@@ -1,10 +1,10 @@
 """Accuracy against the measured peak of recipes of every axis, and what the planner chooses there.
 
-    python benchmarks/frontier.py benchmarks/results/transfers-2026-11-29.jsonl --out frontier.jsonl
+    python benchmarks/frontier.py --out frontier.jsonl
     python docs/pictures.py frontier frontier.jsonl
 
-On the handwriting transfer (transfers.py: five seeds at the rate best on validation). Rows that the
-files named first hold are taken from them, the others are run. Then, at five budgets between the
+On the board's handwriting (five seeds at the rate best on validation). Runs that benchmarks/board
+holds are taken from there, the others are run. Then, at five budgets between the
 least and the largest peak, the planner is asked without any of these figures, its first choice is
 run like every other recipe, and held against the best of all that fit the budget.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from forked import rows
-from transfers import TRANSFERS, row
+
+from burnish.board import Records, Task, run, task
 
 NAME = "handwriting"
 RECIPES = (
@@ -33,30 +35,35 @@ RECIPES = (
 BUDGETS = 5
 
 
-def choices(found: list[dict[str, Any]], transfer: Any, run: Any) -> list[dict[str, Any]]:
+def choices(found: list[dict[str, Any]], own: Task, tried: Any) -> list[dict[str, Any]]:
     """The planner's first choice at each budget beside the best that was tried."""
     import burnish
 
     peaks = [r["peak"] for r in found]
     low, high = 1.05 * min(peaks), 1.05 * max(peaks)
-    batch, out = transfer.epoch("train", 0)[0], []
+    batch, out = own.collate(own.splits["train"][:own.batch]), []
     for k in range(BUDGETS):
         budget = int(low * (high / low) ** (k / (BUDGETS - 1)))
-        best = burnish.plan(transfer.fresh().train(), memory=budget, batch=batch,
-                            loss=transfer.loss, **transfer.how).best
+        best = burnish.plan(own.fresh().train(), memory=budget, batch=batch, loss=own.loss,
+                            **own.how).best
         fits = [r for r in found if r["peak"] <= budget]
         top = max(fits, key=lambda r: r["mean"])
-        own = None if best is None else run(best.recipe)
+        chosen = None if best is None else tried(best.recipe)
         out.append({"budget": budget, "chosen": best and best.recipe,
-                    "accuracy": own and own.get("mean"), "peak": own and own.get("peak"),
+                    "accuracy": chosen and chosen.get("mean"),
+                    "peak": chosen and chosen.get("peak"),
                     "best": top["recipe"], "best_accuracy": top["mean"], "tried": len(fits)})
     return out
+
+
+def told(r: Any) -> dict[str, Any]:
+    """A run as a row."""
+    return {"mean": statistics.mean(r.scores), "sd": statistics.stdev(r.scores), **r.to_dict()}
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("known", nargs="*", type=Path)
     ask.add_argument("--out", type=Path, default=Path("frontier.jsonl"))
     ask.add_argument("--workers", type=int, default=2)
     a = ask.parse_args()
@@ -73,22 +80,21 @@ def main() -> None:
 
     have = held()
     with a.out.open("a") as f:
-        for line in (x for path in a.known for x in path.read_text().splitlines()):
-            r = json.loads(line)
-            if r["transfer"] == NAME and r["recipe"] in RECIPES and r["recipe"] not in have \
-                    and "mean" in r:
-                f.write(line + "\n")
-    made = TRANSFERS[NAME]()
+        for r in Records.read(Path(__file__).with_name("board")):
+            if (r.task, r.budget) == (NAME, "as_is") and r.recipe in set(RECIPES) - set(have) \
+                    and r.scores:
+                f.write(json.dumps(told(r)) + "\n")
+    made = task(NAME)
 
-    def run(*recipes: str) -> dict[str, Any]:
-        rows([{"recipe": r, "transfer": NAME} for r in recipes],
-             lambda recipe, transfer: row(recipe, made), str(a.out), a.workers)
+    def tried(*recipes: str) -> dict[str, Any]:
+        rows([{"recipe": r} for r in recipes], lambda recipe: told(run(made, recipe)), str(a.out),
+             a.workers)
         return held()[recipes[-1]]
 
-    run(*RECIPES)
+    tried(*RECIPES)
     found = [r for r in held().values() if r["recipe"] in RECIPES and "mean" in r]
     with a.out.open("a") as f:
-        for choice in choices(found, made, run):
+        for choice in choices(found, made, tried):
             f.write(json.dumps(choice) + "\n")
             print(f"{choice['budget'] / 1e6:7.2f} MB  {choice['chosen']}: {choice['accuracy']}; "
                   f"best of {choice['tried']}: {choice['best']}: {choice['best_accuracy']}")

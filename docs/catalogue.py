@@ -3,12 +3,14 @@ Run by `make docs`."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
-import accuracy
-
+import board
+from burnish.board import Records
+from burnish.board.page import table
 from burnish.cli.catalogue import facts
 from burnish.core import registry
 from burnish.core.axes import AXES
@@ -24,7 +26,7 @@ YES = {True: "yes", False: "no"}
 
 def pages() -> dict[str, str]:
     """File below docs -> its text: the catalogue, and a page per method."""
-    entries, measured = registry.catalogue(), accuracy.read()
+    entries, measured = registry.catalogue(), board.read()
     presets = registry.presets()
     made = {f"methods/{e.name}.md": page(e, measured, presets) for e in entries}
     return {"catalogue.md": index(entries, presets), **made}
@@ -55,7 +57,7 @@ def tiers(entries: list[Any]) -> list[tuple[str, int]]:
     return [(t, n) for t in TIERS if (n := sum(e.cls.tier == t for e in entries))]
 
 
-def page(entry: Any, measured: accuracy.Rows, presets: dict[str, str]) -> str:
+def page(entry: Any, measured: Records, presets: dict[str, str]) -> str:
     """One method: what its docstring says, its settings, its facts, what was measured."""
     d, cls = facts(entry), entry.cls
     out = [f"# `{d['name']}`", "", *told(d["doc"]), "", "## Settings", ""]
@@ -75,24 +77,26 @@ def page(entry: Any, measured: accuracy.Rows, presets: dict[str, str]) -> str:
     if cls.context:
         known["reads of the batch"] = "; ".join(f"`{k}`, {prose(v.meaning)}"
                                                 for k, v in cls.context.items())
-    if own := [n for n, r in sorted(presets.items()) if _has(r, entry.name)]:
+    if own := [n for n, r in sorted(presets.items()) if entry.name in _names(r)]:
         known["is part of"] = ", ".join(f"`{n}` = `{presets[n]}`" for n in own)
     known |= {"source": prose(d["paper"]) or "-", "held against it": d["tier"]}
     out += ["", "## Facts", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in known.items())]
-    rows = {r: t for r, t in measured.items() if _has(r, entry.name)
-            and any("mean" in row for row in t.values())}
+    rows = [r for r in measured if r.budget == "as_is" and r.scores
+            and entry.name in _names(r.recipe)]
     if rows:
-        out += ["", "## Measured", "", "Test accuracy in per cent on three transfers, five seeds "
-                "([all of them](../accuracy.md)); parameters and peak are of the text transfer.",
-                "", *accuracy.table(rows, measured)]
+        out += ["", "## Measured", "", "Right answers in per cent on small transfers "
+                "([the board](../board.md)).", "",
+                *table(rows, [r for r in measured if r.budget == "as_is"])]
     return "\n".join([*out, ""])
 
 
-def _has(recipe: str, name: str) -> bool:
+@functools.cache
+def _names(recipe: str) -> frozenset[str]:
+    """Methods of a recipe."""
     try:
-        return parse(recipe).named(name) is not None
+        return frozenset(m.name for m in parse(recipe))
     except RecipeError:                              # a row of another version
-        return False
+        return frozenset()
 
 
 # -- a docstring as Markdown -----------------------------------------------------------------------

@@ -172,6 +172,7 @@ SURFACE = {
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",
     "federate": "alpha batch clients compare data down epochs image json label lr memory model "
                 "output rank ranks recipe rounds rule sampled seed strict text up",
+    "bench": "budget json output page picture recipes seeds task",
     "reproduce": "json listed names page",
     "soup": "batch data folders greedy json learned metric output rank split",
     "arithmetic": "expression json output rank",

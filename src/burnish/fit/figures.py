@@ -307,6 +307,25 @@ def front(tried: Sequence[tuple[int, float]], best: Sequence[tuple[int, float, s
     return _svg(figure, "figure over memory of the recipes that were tried")
 
 
+def board(tried: Sequence[tuple[str, float, float]], best: Sequence[tuple[str, float, float]]
+          ) -> str:
+    """Mean score over the peak beside LoRA's; recipes that none beats in both are named."""
+    if not tried:
+        return ""
+    figure, (ax,) = _axes(9, 3.6)
+    ax.scatter([p for _, p, _ in tried], [100 * s for _, _, s in tried], color=FAINT, s=18)
+    ax.plot([p for _, p, _ in best], [100 * s for _, _, s in best], color=ACCENT, linewidth=1.0,
+            marker="o", markersize=4)
+    for name, p, s in best:
+        ax.annotate(_brief(name), (p, 100 * s), xytext=(5, -3), textcoords="offset points",
+                    fontsize=8, color=INK)
+    ax.margins(0.12)
+    ax.set_xlabel("peak of a step beside lora(rank=8)", fontsize=8, color=FAINT)
+    ax.set_title("mean score in per cent; recipes that none tried beats are named", loc="left",
+                 fontsize=10, color=INK)
+    return _svg(figure, "mean score over memory of the recipes of the board")
+
+
 def _brief(name: str, width: int = 46) -> str:
     name = name.removesuffix(".weight").replace(".weight[", "[")
     return name if len(name) <= width else "..." + name[3 - width:]

@@ -13,14 +13,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..blocks.update.zeroth import ZerothOrder
 from ..core.batches import cut, tensors
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
@@ -29,6 +27,7 @@ from .cache import Reports
 from .concessions import Step
 from .fakes import dtype_of
 from .limits import Limit
+from .quality import Quality, kind_of, quality_of
 from .rates import Rates, rates
 from .report import MemoryReport
 from .search import OVERHEAD, SLACK, Family, Found, Progress, Search
@@ -45,7 +44,8 @@ class Plan:
 
     recipe: the expression to pass on. batch: samples at once; accumulate: such batches per update.
     needs: bytes of the budget it takes (the peak, and the device's own share).
-    quality: the prior of its head, in [0, 1]; source: where that comes from.
+    quality: the score its head may be expected to reach on tasks of the model's kind, in [0, 1],
+        and its standard deviation; source: where that comes from.
     time: of one update, relative to full fine-tuning of the whole batch (1.0).
     seconds: (least, most) of one update, by the rates of the plans; hours: of the whole training,
         where its rows were named. card: the smallest that holds it, on accelerators.
@@ -59,6 +59,7 @@ class Plan:
     quality: float
     source: str
     time: float
+    spread: float = 0.0
     notes: list[str] = field(default_factory=list)
     seconds: tuple[float, float] = (0.0, 0.0)
     hours: tuple[float, float] | None = None
@@ -81,9 +82,10 @@ class Plan:
         report.pop("timeline")                # one curve per recipe is not what a plan is for
         return {"recipe": self.recipe, "batch": self.batch, "accumulate": self.accumulate,
                 "needs": self.needs, "peak_bytes": self.peak_bytes, "quality": self.quality,
-                "source": self.source, "time": self.time, "seconds": self.seconds,
-                "hours": self.hours, "card": self.card, "trainable": self.trainable,
-                "adapter_bytes": self.adapter_bytes, "notes": self.notes, "report": report}
+                "spread": self.spread, "source": self.source, "time": self.time,
+                "seconds": self.seconds, "hours": self.hours, "card": self.card,
+                "trainable": self.trainable, "adapter_bytes": self.adapter_bytes,
+                "notes": self.notes, "report": report}
 
 
 @dataclass
@@ -240,9 +242,10 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
         families = shipped()
         search.usual = usual(search.shallows().model)
     found = search.all(families, prefer == "memory", workers, progress)
-    plans = _ranked(search, found, prefer, rates(kind, card))
+    of = kind_of(search.shallows().model, batch)
+    plans = _ranked(search, found, prefer, rates(kind, card), of)
     plans.gpu, plans.shape = card.label if card else None, _shape(batch, samples)
-    answered(plans, search, batch, training, limits, goal, lambda r: quality_of(r)[0])
+    answered(plans, search, batch, training, limits, goal, lambda r: quality_of(r, of).score)
     return plans
 
 
@@ -257,14 +260,15 @@ def _name(part: str) -> str:
     return part.strip().partition("(")[0]
 
 
-def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates) -> Plans:
+def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates, kind: str) -> Plans:
     refused = {r: why for family in families for r, why in family.refused.items()}
     reasons = set(refused.values())
     found = [f for family in families for f in family.found]
     if not found and len(reasons) == 1:
         raise ConfigError(reasons.pop())      # the call is wrong, not the candidates
     unit = _whole_step(search, found, speed) if found else 1.0
-    plans = _one_row_each([_plan(search, f, unit, speed) for f in found])
+    plans = _one_row_each([_plan(search, f, unit, speed, quality_of(f.recipe, kind))
+                           for f in found])
     keys = {
         "quality": lambda p: (-round(p.quality, 3), p.time, p.needs),
         "speed": lambda p: (p.time, -p.quality, p.needs),
@@ -278,17 +282,23 @@ def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates) -
         notes.append("recipes without measured quality are ranked at the mean of those with, those "
                      "without a backward at the least")
     if plans:
-        notes.append("quality is what the same recipe reached elsewhere (digits, a small vision "
-                     "transformer): an order to try them in, no promise for this task")
+        best = fits[0] if fits else over[0]
+        notes.append(f"quality is what a recipe may reach on {_task(kind)}, by the runs of the "
+                     f"board (the first: {best.quality:.2f} ± {best.spread:.2f}): an order to try "
+                     "them in, no promise for this task")
     return Plans(search.budget, search.samples, prefer, search.device, fits, over, refused, notes,
                  looked=len({f.recipe for f in found} | set(refused)), rates=speed)
 
 
-def _plan(search: Search, found: Found, unit: float, speed: Rates) -> Plan:
+def _task(kind: str) -> str:
+    return {"image": "pictures", "text": "texts", "table": "tables", "sound": "sounds",
+            "language": "language models"}.get(kind, "a task of any kind")
+
+
+def _plan(search: Search, found: Found, unit: float, speed: Rates, quality: Quality) -> Plan:
     accumulate = -(-search.samples // found.samples)
-    quality, source = quality_of(found.recipe)
-    return Plan(found.recipe, found.report, found.samples, accumulate, found.needs, quality, source,
-                _seconds(found.report, accumulate, speed) / unit,
+    return Plan(found.recipe, found.report, found.samples, accumulate, found.needs, quality.score,
+                quality.source, _seconds(found.report, accumulate, speed) / unit, quality.spread,
                 seconds=speed.seconds(found.report, accumulate))
 
 
@@ -333,37 +343,6 @@ def _kept(model: Any, settings: dict[str, Any], device: str) -> Reports | None:
         return None
     return Reports({"config": model.to_dict(), "class": type(model).__name__, "device": device,
                     **{k: str(v) for k, v in settings.items()}})
-
-
-# -- quality ------------------------------------------------------------------------------------
-@lru_cache(maxsize=1)
-def _priors() -> dict[str, dict[str, Any]]:
-    """quality.json: recipe head -> {"score": in [0, 1], "source": text}."""
-    file = files("burnish.memory").joinpath("quality.json")
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
-def quality_of(recipe: str) -> tuple[float, str]:
-    """(prior, its source) of a recipe: the longest head in quality.json that it contains."""
-    priors = {k: v for k, v in _priors().items() if isinstance(v, Mapping) and "score" in v}
-    parts = parse(recipe)
-    whole, names = {str(m) for m in parts}, {m.name for m in parts}
-    if priors and any(isinstance(m.optimizer(), ZerothOrder) for m in parts
-                      if "optimizer" in m.axes()) and recipe not in priors:
-        return (min(float(v["score"]) for v in priors.values()),    # not what its head reaches
-                f"no measured quality for {recipe}")
-    best: tuple[int, int, str] | None = None
-    for key in priors:
-        wanted = [p.strip() for p in key.split("+")]
-        exact = all(w in whole for w in wanted)
-        if exact or all(_name(w) in names for w in wanted):
-            rank = (len(wanted), exact, key)
-            best = rank if best is None or rank[:2] > best[:2] else best
-    if best is not None:
-        found = priors[best[2]]
-        return float(found["score"]), str(found.get("source", ""))
-    mean = sum(float(v["score"]) for v in priors.values()) / len(priors) if priors else 0.5
-    return mean, f"no measured quality for {recipe}"
 
 
 # -- batches --------------------------------------------------------------------------------------

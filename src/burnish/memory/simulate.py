@@ -290,7 +290,11 @@ def _stand_in(tuned: Any) -> Callable[[Any, Any], Tensor] | None:
             outputs, "loss", None)
         if value is None:
             value = outputs if isinstance(outputs, Tensor) else next(
-                t for t in leaves(_plain(outputs)) if t.is_floating_point())
+                (t for t in leaves(_plain(outputs)) if t.is_floating_point()), None)
+        if value is None:
+            raise ConfigError(f"the model's answer, {type(outputs).__name__}, has no .loss and no "
+                              "tensor to stand in for one; say what is made of it with "
+                              "loss=lambda outputs, batch: ...")
         return value if value.dim() == 0 else value.float().mean()
 
     return loss
