@@ -157,7 +157,10 @@ def probe(model: Any) -> Any:
 
     model.eval()
     batch = {k: v.to(model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v
-             for k, v in example_batch(model, 2).items() if k != "labels"}
+             for k, v in example_batch(model, 2).items()}
+    told = batch.pop("labels", None)
+    if told is not None and getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = told
     with torch.no_grad():
         out = model(**batch)
     return next(t for t in out.to_tuple() if torch.is_tensor(t) and t.is_floating_point()).float()

@@ -94,6 +94,8 @@ def _part(config: Any, name: str) -> Any:
 
 def _inputs(config: Any, samples: int, tokens: int | None, draw: _Draw) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    if _tells(config):                                      # its decoder reads the labels
+        return _inputs(config.encoder, samples, tokens, draw)
     text, vision = _part(config, "text_config"), _part(config, "vision_config")
     if (sound := _sound(config, tokens)) is not None:
         return {sound[0]: draw.normal((samples, *sound[1]))}
@@ -120,6 +122,11 @@ def _sound(config: Any, tokens: int | None) -> tuple[str, tuple[int, ...]] | Non
     if hasattr(config, "conv_stride") and hasattr(config, "num_feat_extract_layers"):
         return "input_values", (tokens or 16000,)
     return None
+
+
+def _tells(config: Any) -> bool:
+    """An encoder of pictures with a decoder of text, each with a config of its own."""
+    return getattr(config, "model_type", None) == "vision-encoder-decoder"
 
 
 def _image_token(config: Any) -> bool:
@@ -150,6 +157,10 @@ def _labels(config: Any, cls: str, inputs: dict[str, Any], samples: int, tokens:
         return {"labels": draw.ids((samples, *inputs["pixel_values"].shape[-2:]), 0, classes)}
     if cls.endswith("ForTokenClassification"):
         return {"labels": draw.ids(tuple(inputs["input_ids"].shape), 0, classes)}
+    if _tells(config):
+        length = tokens or min(SEQUENCE, getattr(config.decoder, "max_position_embeddings", None)
+                               or SEQUENCE)
+        return {"labels": draw.ids((samples, length), 1, config.decoder.vocab_size)}
     if cls.endswith(_PER_TOKEN):
         text = _part(config, "text_config")
         length = inputs["input_ids"].shape[1] if "input_ids" in inputs else \
