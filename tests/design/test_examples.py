@@ -63,6 +63,11 @@ def test_telling():
     assert load("telling").main(each=16, epochs=10)["rouge_l"] > 0.6
 
 
+def test_marked():
+    before, after = load("marked").main(first=20, then=5)
+    assert after > before + 0.1
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

@@ -201,9 +201,12 @@ def test_prose_with_a_column_of_few_words_is_not_guessed(tmp_path):  # newcomer 
 def test_answers_marked_good_and_bad_are_not_all_learnt(tmp_path):
     rows = [{"prompt": f"what is {i}", "completion": f"it is {i % 7}", "label": i % 2 == 0}
             for i in range(20)]
-    with pytest.raises(AmbiguousError):
-        read(lines(tmp_path / "x.jsonl", rows))
+    data = read(lines(tmp_path / "x.jsonl", rows), validation=0)
+    assert data.task == "unpaired-preference-tuning" and data.train["good"][:2] == [True, False]
     assert read(tmp_path / "x.jsonl", task="instruction-tuning").task == "instruction-tuning"
+    rows = [{**r, "label": "fine" if r["label"] else "poor"} for r in rows]
+    with pytest.raises(AmbiguousError):
+        read(lines(tmp_path / "y.jsonl", rows))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])

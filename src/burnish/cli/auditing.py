@@ -127,7 +127,8 @@ class opened:
 def as_trained(about: Any) -> bool:
     """Whether a task's models are asked without a chat template: those of completions and of
     documents were trained so. ConfigError for a task whose models do not go on from a prompt."""
-    if about.task not in ("language-modelling", "instruction-tuning", "preference-tuning"):
+    if about.task not in ("language-modelling", "instruction-tuning", "preference-tuning",
+                          "unpaired-preference-tuning"):
         raise ConfigError(f"a language model is asked, and this one is of {about.task}")
     return about.task == "language-modelling" or about.form == "completion"
 

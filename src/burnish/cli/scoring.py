@@ -70,7 +70,7 @@ class Models:
         self.split = split or next((s for s in prefer if s in found.splits), None) or \
             _held_out(data, list(found.splits))
         self.batch = batch
-        if found.task == "preference-tuning":
+        if found.task.endswith("preference-tuning"):
             raise ConfigError("preferences are compared with what a base says, and model folders "
                               "have none; give adapters")
         if self.split not in found.splits:

@@ -77,6 +77,7 @@ class Options:
         :func:`burnish.fit.data.read`.
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`).
+    desirable_weight, undesirable_weight: of answers marked good and bad, in the loss.
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
     reduce_labels: number 0 of a mask is not counted, and the classes begin at 1 (default: as the
         image processor says).
@@ -117,6 +118,8 @@ class Options:
     pooling: str | None = None
     scale: float | None = None
     reduce_labels: bool | None = None
+    desirable_weight: float | None = None
+    undesirable_weight: float | None = None
     language: str | None = None
     translate: bool | None = None
     max_answer: int | None = None
@@ -142,8 +145,8 @@ class Options:
 
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
-        names = ("loss_type", "beta", "gamma", "pooling", "scale", "max_seconds",
-                 "reduce_labels", "language", "translate", "max_answer")
+        names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
+                 "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer")
         return {n: getattr(self, n) for n in names}
 
 

@@ -102,6 +102,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return replace(flags, task=found, form=form)
     if found == "question-answering":
         return replace(flags, task=found, form=_questions(names))
+    if found == "unpaired-preference-tuning":
+        return _marks(names, flags)
     if found == "preference-tuning":
         return replace(flags, task=found, form=_preferences(names))
     if found == "token-classification":
@@ -151,8 +153,10 @@ def _task(table: Table, flags: Roles) -> str:
         if _preferences(names, ask=True):
             return "preference-tuning"
         if form := _form(names):
-            if form == "completion" and label is not None:    # answers marked good and bad, perhaps
-                raise ambiguous(table)
+            if form == "completion" and label is not None:
+                if marked(table.columns[label]):
+                    return "unpaired-preference-tuning"
+                raise ambiguous(table)                      # marked otherwise, perhaps
             return "instruction-tuning"
         if _questions(names, ask=True):
             return "question-answering"
@@ -251,6 +255,22 @@ def _preferences(names: list[str], ask: bool = False) -> str | None:
         return None
     raise DataError("preference tuning reads prompt, chosen and rejected (or chosen and rejected "
                     f"turns that begin alike); the data has {', '.join(names)}")
+
+
+def marked(values: list[object]) -> bool:
+    """Whether a column is of true and false and nothing else."""
+    return bool(values) and all(isinstance(v, bool) or (
+        isinstance(v, str) and v.strip().lower() in ("true", "false")) for v in values)
+
+
+def _marks(names: list[str], flags: Roles) -> Roles:
+    asked, answer = flags.prompt or "prompt", flags.completion or "completion"
+    label = flags.label or _label(names)
+    if not {asked, answer} <= set(names) or label is None:
+        raise DataError("unpaired preference tuning reads prompt, completion and label (true or "
+                        f"false); the data has {', '.join(names)}; name two columns with prompt= "
+                        "and completion=, and the third with label=")
+    return replace(flags, task="unpaired-preference-tuning", form="completion", label=label)
 
 
 def _pairs(names: list[str]) -> tuple[str, ...] | None:

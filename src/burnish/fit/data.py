@@ -54,6 +54,7 @@ class Data:
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
     embedding: ``text`` and ``pair``, with ``negative`` or ``label``, a number.
+    unpaired-preference-tuning: ``messages``, or ``prompt`` and ``completion``, with ``good``.
     sequence-to-sequence: ``prompt`` and ``completion``.  preference-tuning: ``chosen`` and
     ``rejected`` turns, or texts beside a ``prompt``.
     """
@@ -203,7 +204,8 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
         differ(splits["train"]["label"][:], roles.label or "", source)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
     form = None
-    if roles.task in ("instruction-tuning", "sequence-to-sequence", "preference-tuning"):
+    if roles.task in ("instruction-tuning", "sequence-to-sequence", "preference-tuning",
+                      "unpaired-preference-tuning"):
         form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: t.where for k, t in tables.items()}, form,

@@ -40,6 +40,7 @@ KINDS = {
     "instruction-tuning": Kind(_CAUSAL, "text-generation"),
     "embedding": Kind("AutoModel", "sentence-similarity"),
     "preference-tuning": Kind(_CAUSAL, "text-generation"),
+    "unpaired-preference-tuning": Kind(_CAUSAL, "text-generation"),
     "sequence-to-sequence": Kind("AutoModelForSeq2SeqLM", "text2text-generation"),
 }
 

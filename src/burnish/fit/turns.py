@@ -98,6 +98,21 @@ def preferences(table: Table, roles: Roles) -> list[dict[str, Any]]:
     return rows
 
 
+def marks(table: Table, roles: Roles) -> list[dict[str, Any]]:
+    """Prompts with their answers, and ``good``: whether an answer is."""
+    rows = canonical(table, roles)
+    for i, given in enumerate(table.columns[roles.label or "label"]):
+        said = given.strip().lower() if isinstance(given, str) else given
+        known = {"true": True, "false": False, "1": True, "0": False}
+        if said in known:
+            said = known[said]
+        if not isinstance(said, bool | int) or said not in (0, 1):
+            raise DataError(f"{table.where(i)}, field {roles.label!r}: expected true or false, it "
+                            f"is {given!r}")
+        rows[i] = rows[i] | {"good": bool(said)}
+    return rows
+
+
 def _role(turn: dict[str, Any]) -> Any:
     return ROLES.get(turn.get("role", turn.get("from")))
 

@@ -24,6 +24,8 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
 
     if roles.task in ("instruction-tuning", "sequence-to-sequence"):
         return datasets.Dataset.from_list(turns.canonical(table, roles)), None
+    if roles.task == "unpaired-preference-tuning":
+        return datasets.Dataset.from_list(turns.marks(table, roles)), None
     if roles.task == "preference-tuning":
         return datasets.Dataset.from_list(turns.preferences(table, roles)), None
     if roles.task == "question-answering":

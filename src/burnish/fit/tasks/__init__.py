@@ -26,6 +26,7 @@ from .dictation import SpeechToText
 from .embeddings import Embedding
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
+from .marks import UnpairedPreferenceTuning
 from .masked import MaskedLanguageModelling
 from .pixels import SemanticSegmentation
 from .preferences import PreferenceTuning
@@ -58,6 +59,7 @@ TASKS: dict[str, type[Task]] = {
     "instruction-tuning": InstructionTuning,
     "embedding": Embedding,
     "preference-tuning": PreferenceTuning,
+    "unpaired-preference-tuning": UnpairedPreferenceTuning,
     "sequence-to-sequence": SequenceToSequence,
 }
 

@@ -25,7 +25,7 @@ from .language import InstructionTuning, pad_tokens
 #: loss -> its usual beta
 BETAS = {"dpo": 0.1, "ipo": 0.1, "hinge": 1.0, "orpo": 0.1, "simpo": 2.0}
 #: losses that compare with what the base says
-COMPARED = ("dpo", "ipo", "hinge")
+COMPARED = ("dpo", "ipo", "hinge", "kto")
 
 
 def preference(kind: str, said: Tensor, counts: Tensor, base: Tensor, beta: float,
@@ -73,6 +73,9 @@ class PreferenceTuning(InstructionTuning):
 
     def prepare(self) -> None:
         super().prepare()
+        if self.kind == "kto":
+            raise ConfigError("loss_type='kto' learns from answers marked good or bad, each by "
+                              "itself: rows of prompt, completion and label (true or false)")
         if self.kind not in BETAS:
             raise ConfigError(f"loss_type={self.kind!r} is not one of {', '.join(BETAS)}"
                               f"{nearest(str(self.kind), BETAS)}")
