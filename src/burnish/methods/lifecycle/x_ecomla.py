@@ -46,9 +46,9 @@ class XEcomla(Method):
 
     Start: not the pre-trained function (another key that turns, other frequencies, ranks cut off);
     at full rank, one head of keys and rope = D it is. Ranks: given, or as many leading values as
-    hold `spectrum` of the sum of their `norm_power`-th powers; up to multiples of 8. Trains nothing by
-    itself; r (d + H D) + (R + rope) d + R H (2 D - rope) numbers stand in a block (6,225,920 of
-    Llama-3.2-1B). The authors: all parameters, 8e-5, cosine, 2048 tokens, one epoch.
+    hold `spectrum` of the sum of their `norm_power`-th powers; up to multiples of 8. Trains
+    nothing by itself; r (d + H D) + (R + rope) d + R H (2 D - rope) numbers stand in a block
+    (6,225,920 of Llama-3.2-1B). The authors: all parameters, 8e-5, cosine, 2048 tokens, one epoch.
 
     Departures: the KL is a mean over tokens that count, not a sum over a sequence; turned numbers
     are paired half by half, as in the models that are converted. Attentions with biases or norms of
@@ -61,7 +61,7 @@ class XEcomla(Method):
 
     q_rank: int | None = setting(None, "r of the queries; None: by spectrum")
     kv_rank: int | None = setting(None, "R of keys and values; None: by spectrum")
-    spectrum: float = setting(0.95, "share of the sum of powers that is kept, where no rank is given")
+    spectrum: float = setting(0.95, "share of the sum of powers that is kept, without a rank")
     norm_power: float = setting(2.0, "p of these powers")
     rope: int = setting(32, "numbers of a head that turn with the position", alias=("d_r",))
     only: tuple[int, ...] | list[int] = setting((), "blocks that are converted; none said: all")
