@@ -627,7 +627,7 @@ def test_an_import_that_fails_leaves_the_model_as_it_was(case, which, tmp_path):
 
 
 def test_an_import_that_is_interrupted_leaves_the_model_as_it_was(tmp_path, monkeypatch):
-    from burnish.formats import peft as module
+    from burnish.formats import peft_load as module
 
     name, _, _ = from_peft("llama saved", tmp_path)
     fill = module._fill

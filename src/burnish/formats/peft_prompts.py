@@ -11,7 +11,7 @@ What made rows is gone once they are saved. All other tensors are modules saved 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,9 +52,9 @@ class Rows:
         assert what.prompt is not None
         return make("prompt_tuning", {"length": len(what.prompt), "init": "normal"})
 
-    def fill(self, tuned: Tuned, what: PeftFolder, put: Put, where: str) -> None:
-        """Give its modules the values of a file."""
-        for m in listeners(tuned):
+    def fill(self, added: list[nn.Module], what: PeftFolder, put: Put, where: str) -> None:
+        """Give the modules that were added the values of a file."""
+        for m in added:
             if isinstance(m, Behind):
                 raise FormatError(f"{where}: {BEHIND}")
             if isinstance(m, Prepended):
@@ -172,9 +172,9 @@ class Prefixed(Rows):
             args["frozen_rows"] = frozen
         return make("prefix", args)
 
-    def fill(self, tuned: Tuned, what: PeftFolder, put: Put, where: str) -> None:
+    def fill(self, added: list[nn.Module], what: PeftFolder, put: Put, where: str) -> None:
         assert what.prompt is not None
-        banks = [m for m in listeners(tuned) if isinstance(m, KeysValues)]
+        banks = [m for m in added if isinstance(m, KeysValues)]
         each, odd = divmod(what.prompt.shape[1], 2 * len(banks))
         layers = what.prompt[:, None] if odd else what.prompt.unflatten(1, (-1, each))
         for k, bank in enumerate(banks):
@@ -206,10 +206,10 @@ OF_ALL = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_
           "num_layers"}
 
 
-def listeners(tuned: Tuned, adapters: Mapping[str, float] | None = None) -> list[nn.Module]:
-    """What these adapters (None: all) have added, in order."""
+def listeners(tuned: Tuned, adapters: Collection[str]) -> list[nn.Module]:
+    """What these adapters have added, in order."""
     return [slot.module_of(p) for _, _, slot in slots(tuned.model) for p in slot.parts
-            if adapters is None or p.adapter in adapters]
+            if p.adapter in adapters]
 
 
 # -- in -----------------------------------------------------------------------------------------
@@ -242,10 +242,10 @@ def part(what: PeftFolder, folder: str | Path) -> list[Method]:
         raise FormatError(f"{folder}: {e}") from None
 
 
-def fill(tuned: Tuned, what: PeftFolder, put: Put, folder: str | Path) -> None:
+def fill(tuned: Tuned, what: PeftFolder, put: Put, folder: str | Path, adapter: str) -> None:
     """Give the modules that hold rows the values of a file. Raises FormatError."""
     if what.prompt is not None:
-        OF_ROWS[what.kind].fill(tuned, what, put, str(folder))
+        OF_ROWS[what.kind].fill(listeners(tuned, (adapter,)), what, put, str(folder))
 
 
 # -- out ----------------------------------------------------------------------------------------
