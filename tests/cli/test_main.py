@@ -93,6 +93,24 @@ def test_doctor_trains_a_step(capsys):
     assert "training works" in run(capsys, "doctor")[1]
 
 
+def test_doctor_knows_every_extra():
+    import re
+    from pathlib import Path
+
+    from burnish.cli.catalogue import OPTIONAL
+
+    try:
+        import tomllib
+    except ModuleNotFoundError:                            # Python 3.10
+        import tomli as tomllib
+    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    extras = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
+    ours = {"test", "browser", "dev", "docs", "all"}       # for people who work on burnish itself
+    named = {extra: tuple(re.match(r"[\w.-]+", n)[0] for n in names if "burnish[" not in n)
+             for extra, names in extras.items() if extra not in ours}
+    assert named == OPTIONAL
+
+
 def test_version(capsys):
     import burnish
 

@@ -154,8 +154,6 @@ def test_from_the_command_line(tmp_path, capsys):
     stir(tuned, size=0.2)
     tuned.save(tmp_path / "adapter")
     argv = ["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
-    assert main([*argv, "--for", "onnx"]) == 2
-    assert "optimum-cli export onnx" in capsys.readouterr().err
     assert main([*argv, "--for", "sgland"]) == 2
     assert "did you mean 'sglang'" in capsys.readouterr().err
     assert main([*argv, "--for", "vllm", "--json"]) == 0

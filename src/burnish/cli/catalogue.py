@@ -88,9 +88,14 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
                       + "; `burnish methods NAME` tells all about one"])
 
 
-OPTIONAL = {"fit": ("transformers", "accelerate", "datasets", "torchmetrics", "matplotlib"),
-            "peft": ("peft",), "bitsandbytes": ("bitsandbytes",), "torchao": ("torchao",),
-            "scipy": ("scipy",), "triton": ("triton",)}
+#: what each extra of the package brings
+OPTIONAL = {
+    "fit": ("transformers", "accelerate", "datasets", "huggingface-hub", "torchmetrics",
+            "matplotlib", "jinja2", "pillow", "scikit-learn", "pyyaml"),
+    "peft": ("peft",), "bitsandbytes": ("bitsandbytes",), "torchao": ("torchao",),
+    "scipy": ("scipy",), "audio": ("scipy", "soundfile"), "privacy": ("dp-accounting",),
+    "federated": ("flwr",), "triton": ("triton",), "search": ("optuna",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"), "ui": ("starlette", "uvicorn")}
 
 
 @app.command()
@@ -157,6 +162,7 @@ def _step() -> tuple[float, float]:
 
 
 def _diagnosis(d: dict[str, Any]) -> str:
+    from ..memory.table import wrapped
     from ..memory.units import format_bytes
 
     lines = [f"Python {d['python']} on {d['platform']}, {d['threads']} threads"]
@@ -165,7 +171,7 @@ def _diagnosis(d: dict[str, Any]) -> str:
         missing = [p for p, v in packages.items() if v is None]
         state = f"missing {', '.join(missing)}: pip install 'burnish[{extra}]'" if missing \
             else ", ".join(f"{p} {v}" for p, v in packages.items())
-        lines.append(f"  [{extra}] {state}")
+        lines += [f"  {line}" for line in wrapped(f"[{extra}] {state}")]
     lines += [f"  {g['device']}: {g['name']}, {format_bytes(g['free'])} free of "
               f"{format_bytes(g['total'])}" for g in d["devices"]] or ["  no GPU: runs on the CPU"]
     lines += [f"  kernels on {g['device']} by {d['kernels'][g['device']]}" for g in d["devices"]]

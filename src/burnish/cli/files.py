@@ -76,12 +76,7 @@ def merge(
     claim.refuse_overlap(output, reads, whole=True)      # before anything is loaded
     staged.refuse_others(output, "model")
     tuned, source = attached(adapter, base, force)
-    before = probe(tuned.model)
-    merged = tuned.merge()
-    drift = difference(before, probe(merged))
-    if not drift <= tolerance:
-        raise CheckError(f"merging changes the outputs by {drift:.2g} of their size, more than "
-                         f"--tolerance {tolerance:g}; nothing was written")
+    merged, drift = merged_within(tuned, tolerance)
     with staged.replace(output, "model", reads) as new:
         merged.save_pretrained(new)
         copy_processor([Path(source), adapter], new)
@@ -101,11 +96,7 @@ def _card(adapter: Path) -> str:
     return model_card(read_config(adapter), merged=True)
 
 
-FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx")
-#: what is asked for and not made here
-ELSEWHERE = {
-    "onnx": "onnx holds a whole model, and torch writes it with packages that burnish does without "
-            "(onnx, onnxscript): burnish merge, then optimum-cli export onnx --model MERGED OUT"}
+FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx", "onnx")
 
 
 @app.command()
@@ -123,7 +114,9 @@ def export(
     """The adapter in another program's files, and what to type there.
 
     peft takes nearly everything. vllm, sglang, gguf (llama.cpp) and mlx read pairs of factors of a
-    language model's linear layers, with one rank and one scale; the rest is refused by name.
+    language model's linear layers, with one rank and one scale; the rest is refused by name. onnx
+    is the whole model with the update in its weights, run once by onnxruntime; the folder of a
+    merged model will do.
     """
     import burnish
 
@@ -131,13 +124,18 @@ def export(
     from ..formats.served import export_served
     from ..memory.table import wrapped
 
-    if to in ELSEWHERE:
-        raise ConfigError(ELSEWHERE[to])
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
                           f"{nearest(to, FORMATS)}")
     claim.refuse_overlap(output, [("the adapter", adapter), ("the base model", base)], whole=True)
-    staged.refuse_others(output, "mlx" if to == "mlx" else "peft")
+    staged.refuse_others(output, to if to in ("mlx", "onnx") else "peft")
+    if to == "onnx":
+        if rank is not None:
+            raise ConfigError("--rank approximates an update, and onnx holds the merged weights")
+        whole = _onnx(adapter, output, base, force)
+        emit(json, whole, "\n".join(line for part in str(whole).split("\n")
+                                    for line in wrapped(part)))
+        return
     tuned, source = attached(adapter, base, force)
     if to == "peft":
         burnish.export_peft(tuned, output, rank=rank)
@@ -147,6 +145,34 @@ def export(
     said = [line for part in str(done).split("\n") for line in (
         [part] if part.startswith("  ") else wrapped(part))]       # commands are copied whole
     emit(json, done, "\n".join(said))
+
+
+def _onnx(folder: Path, output: Path, base: str | None, force: bool) -> Any:
+    """The model of an adapter, merged, or of a model's folder, as ONNX."""
+    from ..formats.exported import export_onnx, needed
+    from ..formats.folder import CONFIG
+
+    needed()                                             # before anything is loaded
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        if base is not None:
+            raise ConfigError(f"--base is of an adapter, and {folder} is a whole model")
+        return export_onnx(target.model(str(folder)), output, [folder], [("the model", folder)])
+    tuned, source = attached(folder, base, force)
+    merged, _ = merged_within(tuned, 1e-2)
+    return export_onnx(merged, output, [source, folder],
+                       [("the adapter", folder), ("the base model", source)])
+
+
+def merged_within(tuned: Any, tolerance: float) -> tuple[Any, float]:
+    """(the model with the update in its weights, by how much its outputs drift). CheckError where
+    it is more than `tolerance`."""
+    before = probe(tuned.model)
+    merged = tuned.merge()
+    drift = difference(before, probe(merged))
+    if not drift <= tolerance:
+        raise CheckError(f"merging changes the outputs by {drift:.2g} of their size, more than "
+                         f"the tolerance of {tolerance:g}; nothing was written")
+    return merged, drift
 
 
 def probe(model: Any) -> Any:
