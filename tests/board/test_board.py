@@ -154,7 +154,10 @@ def search(cells, scores, tried=(0, 1, -1)):
 def test_rates_are_tried_until_none_beside_the_best_is_better(cells):
     assert search(cells, {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.65}) == (2, {-1, 0, 1, 2, 3})
     assert search(cells, {0: 0.5, -1: 0.6, -2: 0.5}) == (-1, {-2, -1, 0, 1})
-    assert search(cells, {0: 0.7, 1: 0.7, -1: 0.7, 2: 0.9}) == (2, {-1, 0, 1, 2, 3})   # still
+    still = dict.fromkeys(range(-4, 5), 0.7)
+    assert search(cells, still | {2: 0.9}) == (2, {-2, -1, 0, 1, 2, 3})        # nothing moved
+    assert search(cells, still | {-3: 0.9}) == (-3, {-4, -3, -2, -1, 0, 1, 2, 3})
+    assert search(cells, still)[1] == set(still)
     assert search(cells, {4: 1.0}, tried=(4,)) == (4, {3, 4})                  # no wider
 
 

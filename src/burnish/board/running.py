@@ -1,7 +1,7 @@
 """One recipe on one task: the search for a learning rate, the seeds, and what a step takes.
 
 A recipe is tried at the task's rate with seed 0, then at rates half a decade away while validation
-gets better (upwards too while it does not move at all). Where few rows choose and a run takes a
+gets better (both ways while all come to the same). Where few rows choose and a run takes a
 blink, all rates of the task are tried, with all its seeds. The seeds are run at the best rate, and
 test rows are read once each. Seeds draw the order of rows, a new head and what the method draws.
 AdamW without decay, rate to zero in a line; a new head has a rate of its own, so that no method is
@@ -93,12 +93,11 @@ class Search:
         while True:
             best = max(self.tried, key=lambda p: (self.tried[p], -abs(p)))
             around = [p for p in (best - 1, best + 1) if abs(p) <= WIDEST]
+            if len(set(self.tried.values())) == 1:
+                # nothing moved, or everything broke: learning begins above or ends below
+                around = [p for p in (max(self.tried) + 1, min(self.tried) - 1) if abs(p) <= WIDEST]
             if all(p in self.tried for p in around):
-                # nothing moved at any of these rates: learning begins above them
-                top = max(self.tried) + 1
-                if best < 0 or len(set(self.tried.values())) > 1 or top > WIDEST:
-                    return best
-                around = [top]
+                return best
             for p in around:
                 self.valid(p)
 
