@@ -134,11 +134,11 @@ def text() -> Task:
     def collate(rows: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
         return {**words([t for t, _ in rows]), "labels": torch.tensor([y for _, y in rows])}
 
-    return Task("text", "text", lambda: real.sentences(folder, len(PACKAGES)), _docstrings(),
+    return Task("text", "text", lambda: real.sentences(folder, len(PACKAGES)), docstrings(),
                 collate, _labels, None, 16, 6, {}, "classifier.")
 
 
-def _docstrings() -> dict[str, list[tuple[str, int]]]:
+def docstrings() -> dict[str, list[tuple[str, int]]]:
     """Sentences of the standard library with the number of their package, none twice."""
     out: dict[str, list[tuple[str, int]]] = {s: [] for s in SPLITS}
     seen: set[str] = set()
