@@ -82,6 +82,7 @@ class Tour:
                               learning_rate=rate, epochs=EPOCHS, batch_size=BATCH, max_length=16,
                               quiet=True, overwrite=True, seed=0)
             memory = run.facts["memory"]
+            assert run.promise is not None and run.truth is not None        # neither is put off
             self.rows.append({"recipe": recipe, "accuracy": run.metrics["test"]["accuracy"],
                               "trained": run.facts["trainable"],
                               "promised": run.promise.peak_bytes,
