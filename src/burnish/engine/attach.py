@@ -120,10 +120,10 @@ class Attacher(Informed):
         self.notes += self.asked.notes
 
     def _met(self, recipe: Recipe) -> None:
-        """Parts that put nothing into the model are asked nothing that could refuse it."""
+        """Parts that are asked of no more than single weights have nothing to refuse a model by."""
+        asked = {"storage", "optimizer", "controller", "objective", "lifecycle"}
         for part in recipe:
-            if set(part.axes()) <= {"optimizer", "controller", "objective", "lifecycle"} \
-                    and unmet(type(part), self.anatomy) is not None:
+            if set(part.axes()) <= asked and unmet(type(part), self.anatomy) is not None:
                 refuse(part, self.anatomy)
 
     def _graded(self) -> None:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..blocks.state.tap_cache import assumed_there
+from ..blocks.weight.hosted import standing_in
 from ..core.batches import call, inputs
 from ..core.draw import random_kept
 from ..core.errors import BurnishError, ConfigError, nearest
@@ -172,7 +173,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
           fakes_move(), shapes_aside(), tables_forgotten(), quick_noise(ledger),
           quick_strips(ledger), quick_runs(ledger), quick_distances(ledger), quiet(),
           whole_bunches(order) if order is not None else contextlib.nullcontext(),
-          kernels_of(kind if here == "cpu" else "cpu")):
+          kernels_of(kind if here == "cpu" else "cpu"), standing_in(here != device)):
         twin = fake_copy(model, mode, here, dtype)
         try:
             with mode:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.weight.hosted import hosted
 from ..core.processes import is_sharded
 from .devices import COLLECTIVES
 from .operators import leaves
@@ -71,6 +72,8 @@ class Together:
         def transient(self, nbytes: int, device: str = "cpu") -> None: ...
 
     def _begin_together(self, model: nn.Module | None) -> None:
+        if model is not None:
+            self._hosted(model)
         self.together = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.together and model is not None:
             self.shares = self.shares or any(map(is_sharded, model.parameters()))
@@ -117,6 +120,12 @@ class Together:
                     self.transient(t.nbytes)
         elif self.offloads and packet.__name__ == "all_gather_copy_in":
             self.transient(sum(t.nbytes for t in args[0]))
+
+    def _hosted(self, model: nn.Module) -> None:
+        """What waits on a host for which the CPU stands."""
+        for part in hosted([model]):
+            if part.away and (entry := self._lookup(part.held)) is not None:
+                entry.device = HOST
 
     def _give_time(self) -> None:
         self._let_go = False
