@@ -292,6 +292,7 @@ def test_what_is_not_built_is_refused_in_a_line(name, value, tmp_path):
     with pytest.raises(FormatError, match="has no counterpart in burnish for an") as caught:
         load_peft(tiny("llama")[0], tmp_path)
     assert name[:40] in str(caught.value) and len(str(caught.value)) < 400
+    assert peft_settings.UNBUILT.get(name, "") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

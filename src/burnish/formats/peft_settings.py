@@ -20,9 +20,13 @@ from .peft_prompts import OF_ALL, OF_ROWS
 #: types that are not read, and why
 UNREAD = {
     "XLORA": "its gates ask a first pass of the model about adapters that lie in other folders; "
-             "load those, and weigh them with tuned.use({...})",
+             "load each, load_peft(tuned, folder, name), and weigh them with tuned.use({...}) or "
+             "by the lifecycle of arrow",
     "SHADOW": "it is a second model that runs beside the first and hands its states over, which no "
               "part of burnish does"}
+#: settings that are not read, and why
+UNBUILT = {"arrow_config": "its experts lie in other folders: load each, load_peft(tuned, folder, "
+                           "name), and route among them with the lifecycle of arrow"}
 #: types that can train biases beside themselves, each with what it calls those of its own layers
 BIASED = {"LORA": "lora_only", "ADALORA": "adalora_only", "OFT": "oft_only", "BOFT": "boft_only",
           "HRA": "hra_only", "MISS": "MiSS_only", "VERA": "vera_only", "PVERA": "pvera_only",
@@ -81,8 +85,9 @@ def check(config: dict[str, Any], form: Form | None, folder: Path) -> None:
     there = known(kind, form)
     for name, value in config.items():
         if name not in there and not _idle(value):
+            why = f": {UNBUILT[name]}" if name in UNBUILT else ""
             raise FormatError(f"{folder}: {shown(name)[1:-1]} = {shown(value)} has no counterpart "
-                              f"in burnish for an adapter of type {kind}")
+                              f"in burnish for an adapter of type {kind}{why}")
     if kind == "LORA":
         check_fields(config, {"target_parameters": "texts?"}, folder / CONFIG)
     if kind == "LORA" and config.get("target_parameters") and (
