@@ -68,6 +68,10 @@ def test_marked():
     assert after > before + 0.1
 
 
+def test_objects():
+    assert load("objects").main(each=160, epochs=24)["map_50"] > 0.15
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

@@ -173,12 +173,12 @@ def test_numbers_that_are_no_classes_are_refused(tmp_path, numbers, said):
 
 @pytest.mark.parametrize("folder, ending, whose", [
     ("annotations", "json", "COCO"), ("labels", "txt", "YOLO"), ("annotations", "xml", "Pascal")])
-def test_boxes_of_objects_are_not_served_and_told_what_is(tmp_path, folder, ending, whose):
+def test_boxes_of_other_forms_are_told_which_is_read(tmp_path, folder, ending, whose):
     (tmp_path / folder).mkdir()
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.jpg")
     (tmp_path / folder / f"0.{ending}").write_text("{}")
-    with pytest.raises(DataError, match=f"as {whose}.* them; objects in boxes are not served"):
+    with pytest.raises(DataError, match=f"as {whose}.* them; objects in boxes are read from COCO"):
         read(tmp_path)
 
 

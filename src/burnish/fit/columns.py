@@ -46,6 +46,8 @@ class Roles:
     audio: str | None = None
     #: pictures of the classes of pixels
     mask: str | None = None
+    #: boxes and their classes
+    objects: str | None = None
     pair: str | None = None
     #: texts that are not near the first
     negative: str | None = None
@@ -62,8 +64,8 @@ class Roles:
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "mask", "audio", "text", "pair", "negative", "tokens",
-                                "label", "prompt", "completion")
+        parts = {k: v for k in ("image", "mask", "objects", "audio", "text", "pair", "negative",
+                                "tokens", "label", "prompt", "completion")
                  if (v := getattr(self, k)) is not None}
         used = set(parts.values()) | _FORMS.get(self.form or "", set())
         if self.label is not None:
@@ -112,6 +114,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _near(names, flags)
     if spoken(found):
         return _spoken(names, replace(flags, task=found))
+    if found == "object-detection":
+        return _detected(table, flags)
     if captioned(found):
         return _captioned(names, replace(flags, task=found))
     if found == "semantic-segmentation":
@@ -167,6 +171,8 @@ def _task(table: Table, flags: Roles) -> str:
     if flags.image or _first(names, IMAGE):
         if _mask(table, flags) is not None:
             return "semantic-segmentation"
+        if not (flags.label or flags.text) and _objects(table) is not None:
+            return "object-detection"
         if not flags.label and (flags.text or label is None and _first(names, CAPTION)):
             return "image-text-contrastive"
         return f"image-{_learnt(table, label)}"
@@ -205,6 +211,27 @@ def _spoken(names: list[str], flags: Roles) -> Roles:
         raise DataError(f"{flags.task} reads recordings and what is said in them; the data has "
                         f"{', '.join(names)}; name them with audio= and text=")
     return replace(flags, audio=audio, text=text, label=None)
+
+
+def _objects(table: Table) -> str | None:
+    """The column of boxes with their classes."""
+    for name, values in table.columns.items():
+        seen = next((v for v in values if v), None)
+        first = seen[0] if isinstance(seen, list) else seen
+        if isinstance(first, dict) and "bbox" in first:
+            return name
+    return None
+
+
+def _detected(table: Table, flags: Roles) -> Roles:
+    """Which column holds pictures, and which the objects on them."""
+    names = list(table.columns)
+    image = flags.image or _first(names, IMAGE)
+    boxes = flags.label or _objects(table)
+    if image is None or boxes is None:
+        raise DataError("object detection reads pictures and their objects (bbox and category); "
+                        f"the data has {', '.join(names)}; name them with image= and label=")
+    return replace(flags, task="object-detection", image=image, objects=boxes, label=None)
 
 
 def _captioned(names: list[str], flags: Roles) -> Roles:

@@ -48,6 +48,7 @@ class Data:
     image-...: ``image``, ``label``.  audio-...: ``audio``, ``label``.  text-...: ``text`` (and
     ``pair``), ``label``.  A label is a class (-classification), a list of classes (-multi-label) or
     a number (-regression).  semantic-segmentation: ``image``, ``mask``.
+    object-detection: ``image``, ``boxes`` (x, y, width, height in pixels), ``classes``.
     image-text-contrastive, image-captioning: ``image``, ``text``.
     speech-recognition, speech-to-text: ``audio``, ``text``.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,

@@ -30,6 +30,7 @@ KINDS = {
     "speech-recognition": Kind("AutoModelForCTC", "automatic-speech-recognition"),
     "speech-to-text": Kind("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
     "semantic-segmentation": Kind("AutoModelForSemanticSegmentation", "image-segmentation"),
+    "object-detection": Kind("AutoModelForObjectDetection", "object-detection"),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
     "text-regression": Kind(_SEQUENCE, "text-classification"),
@@ -58,6 +59,10 @@ INSTEAD = {"language-modelling": "masked-language-modelling",
 #: pairs of towers for pictures and texts, and those of them whose pairs are told one by one
 TOWERS = frozenset({"clip", "metaclip_2", "siglip"})
 SIGMOID = frozenset({"siglip"})
+
+
+#: models that tell boxes by queries, one each, and learn them as DETR does
+DETECTORS = frozenset({"yolos"})
 
 
 def pictured(task: str) -> bool:

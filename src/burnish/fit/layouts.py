@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import beside, parse_json, plain, read_text, reading, regular
+from .boxes import coco
 from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
 from .table import Table
@@ -66,6 +67,8 @@ def table(path: Path) -> Table:
 
 def folder(path: Path, task: str | None = None) -> dict[str, Table]:
     """A folder: split folders or files, class folders of pictures or sounds, or plain texts."""
+    if (found := coco(path)) is not None:
+        return {"train": found}
     if (scenes := paired(path, task, _split_of)) is not None:
         return scenes
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
@@ -101,6 +104,8 @@ def media(path: Path, task: str | None = None) -> Table:
 
     Raises AmbiguousError for a folder of both where `task` does not say which is learnt.
     """
+    if (found := coco(path)) is not None:
+        return found
     for name in ("metadata.csv", "metadata.jsonl"):
         if (path / name).exists():
             return _described(path, path / name)

@@ -42,8 +42,9 @@ def paired(path: Path, task: str | None, split_of: Callable[[str], str | None]
         for ending, whose in ((".json", "COCO"), (".txt", "YOLO"), (".xml", "Pascal VOC")):
             if any(masks.rglob(f"*{ending}")):
                 raise DataError(f"{path} holds pictures and {masks.name}/*{ending}, as {whose} has "
-                                "them; objects in boxes are not served, classes of pixels (a mask "
-                                f"for each picture in {masks}) and of whole pictures are")
+                                "them; objects in boxes are read from COCO's form beside "
+                                f"{images.name}/ (annotations.json), classes of pixels from a mask "
+                                f"for each picture in {masks}")
         return None
     inside = {s: p for p in sorted(images.iterdir()) if p.is_dir() and (s := split_of(p.name))}
     names = _names(path, split_of(path.resolve().name) is not None)

@@ -12,7 +12,7 @@ from ..core.reading import beside, reading
 from ..formats.hub import local, near
 from ..formats.model_files import loading, unfound
 from .data import Data
-from .kinds import INSTEAD, KINDS, TOWERS, captioned, heard, pictured, spoken
+from .kinds import DETECTORS, INSTEAD, KINDS, TOWERS, captioned, heard, pictured, spoken
 
 
 def check_there(name: str) -> Path:
@@ -43,7 +43,7 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
 
         return Captioned(processor_of(model, trust_remote_code),
                          processor_for("text", model, trust_remote_code))
-    if pictured(task):
+    if pictured(task) or task == "object-detection":
         return processor_of(model, trust_remote_code)
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if spoken(task):
@@ -180,6 +180,8 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"no pair of towers such as CLIP or SigLIP, and {task} is for those"
     if task == "image-captioning" and config.model_type != "vision-encoder-decoder":
         return f"no encoder of pictures with a decoder of text, and {task} is for those"
+    if task == "object-detection" and config.model_type not in DETECTORS:
+        return f"no model that tells boxes as YOLOS does, and {task} is for those"
     both = getattr(config, "is_encoder_decoder", False)
     if task == "speech-recognition" and both:
         return f"an encoder-decoder, and {task} is served for models with a CTC head"

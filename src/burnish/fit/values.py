@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.reading import plain
-from . import labels, turns
+from . import boxes, labels, turns
 from .columns import Roles
 from .kinds import form_of_label
 from .labels import Classes
@@ -45,6 +45,12 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
         if name is not None:
             columns[role], features[role] = _column(table, name), feature
             columns[role] = check(columns[role], name, table) or columns[role]
+    if roles.objects is not None:
+        told = _column(table, roles.objects)
+        columns["boxes"], columns["classes"], classes = boxes.objects(
+            told, roles.objects, table, classes or table.classes.get(roles.objects))
+        features["boxes"] = datasets.List(datasets.List(datasets.Value("float64")))
+        features["classes"] = datasets.List(datasets.Value("int64"))
     form = form_of_label(roles.task or "")
     if form is None or roles.label is None:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes

@@ -22,6 +22,7 @@ from .classes import (
     TextRegression,
 )
 from .contrast import ImageTextContrastive
+from .detection import ObjectDetection
 from .dictation import SpeechToText
 from .embeddings import Embedding
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
@@ -49,6 +50,7 @@ TASKS: dict[str, type[Task]] = {
     "speech-recognition": SpeechRecognition,
     "speech-to-text": SpeechToText,
     "semantic-segmentation": SemanticSegmentation,
+    "object-detection": ObjectDetection,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,
     "text-regression": TextRegression,

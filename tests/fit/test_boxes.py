@@ -1,0 +1,161 @@
+"""Objects in boxes: layouts, pairing, the loss, average precision, a whole run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import burnish
+from burnish.cli import main
+from burnish.core.errors import ConfigError, DataError
+from burnish.fit.boxes import assigned, average_precision, corners, overlap
+from burnish.fit.data import read
+from burnish.fit.tasks import evaluate, task_for
+from burnish.testing.boxes import made, shapes
+
+
+def learnt(folder, each=6, model=None, **how):
+    own, reads = made()
+    data = read(shapes(folder, each), validation=0)
+    task = task_for(data, "", processor=reads, **how)
+    task.settle(model or own)
+    return task, model or own
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+def test_both_forms_say_the_same(tmp_path):
+    a = read(shapes(tmp_path / "a", 6), validation=0)
+    b = read(shapes(tmp_path / "b", 6, form="rows"), validation=0)
+    assert a.task == b.task == "object-detection" and "COCO" in a.layout
+    assert (a.labels, b.labels) == (("disc", "box"), ("box", "disc"))      # COCO's own order
+    for x, y in zip(a.train, b.train, strict=True):
+        assert x["boxes"] == y["boxes"]
+        assert [a.labels[k] for k in x["classes"]] == [b.labels[k] for k in y["classes"]]
+    (tmp_path / "split").mkdir()
+    (tmp_path / "a").rename(tmp_path / "split" / "train")
+    shapes(tmp_path / "split" / "valid", 3, seed=1)
+    both = read(tmp_path / "split")
+    assert {k: len(v) for k, v in both.splits.items()} == {"train": 6, "validation": 3}
+
+
+def test_crowds_are_left_out_and_what_is_wrong_is_named(tmp_path):
+    folder = shapes(tmp_path / "a", 3)
+    file = folder / "annotations.json"
+    told = json.loads(file.read_text())
+
+    def changed(**how):
+        new = json.loads(json.dumps(told))
+        new["annotations"][0] |= how
+        file.write_text(json.dumps(new))
+        return read(folder, validation=0)
+
+    count = sum(map(len, read(folder, validation=0).train["classes"]))
+    assert sum(map(len, changed(iscrowd=1).train["classes"])) == count - 1
+    for how, words in (({"image_id": 99}, r"annotations\[0\]: there is no image 99"),
+                       ({"category_id": 3}, "there is no category 3"),
+                       ({"bbox": [1, 2, 0, 4]}, "0.png, field 'objects': a box is .*above 0"),
+                       ({"bbox": [1, 2, 3]}, "expected x, y, width and height")):
+        with pytest.raises(DataError, match=words):
+            changed(**how)
+    data = changed(bbox=[90, 90, 5, 5])
+    task = task_for(data, "", processor=made()[1])
+    task.settle(made()[0])
+    with pytest.raises(DataError, match="a box lies outside of the picture, which is 40 x 40"):
+        task.rows("train")[0]
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"images\[0\]: there is no picture"):
+        read(folder)
+
+
+# -- pairing, loss ---------------------------------------------------------------------------------
+def test_every_object_has_a_query_and_no_pairing_costs_less():
+    g = torch.Generator().manual_seed(0)
+    cost, counts = torch.randn(5, 4, 3, generator=g), torch.tensor([3, 0, 1, 2, 3])
+    found = assigned(cost, counts)
+    for c, n, which in zip(cost, counts.tolist(), found.tolist(), strict=True):
+        assert which[n:] == [4] * (3 - n) and len(set(which[:n])) == n
+        least = min(sum(c[q, k].item() for k, q in enumerate(p))
+                    for p in itertools.permutations(range(4), n))
+        assert sum(c[q, k].item() for k, q in enumerate(which[:n])) == pytest.approx(least)
+
+
+def test_overlaps_by_hand():
+    a = torch.tensor([0.0, 0, 2, 2])
+    iou, wide = overlap(a, torch.tensor([[0.0, 0, 2, 2], [1, 0, 3, 2], [3, 0, 4, 2]]))
+    assert iou.tolist() == pytest.approx([1, 1 / 3, 0])
+    assert wide.tolist() == pytest.approx([1, 1 / 3, -2 / 8])
+    assert corners(torch.tensor([2.0, 3, 2, 4])).tolist() == [1, 1, 3, 5]
+
+
+def test_the_loss_is_transformers_own(tmp_path):
+    task, model = learnt(tmp_path / "a")
+    model.eval()
+    rows = task.rows("train")
+    batch = task.collate([rows[i] for i in range(6)])
+    labels = [{"class_labels": rows[i]["labels"], "boxes": rows[i]["boxes"]} for i in range(6)]
+    with torch.no_grad():
+        theirs = model(pixel_values=batch["pixel_values"], labels=labels)
+        ours = task.loss(theirs, (batch["labels"], batch["boxes"]))
+        assert ours.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+        for size in (1, 4):                                # however rows are batched
+            assert evaluate(model, task, "train", size)["loss"] == pytest.approx(ours.item(),
+                                                                                 rel=1e-5)
+
+
+# -- average precision -----------------------------------------------------------------------------
+def test_average_precision_by_hand():
+    true = [torch.tensor([[0.0, 0, 4, 4, 0], [10, 0, 14, 4, 0]]), torch.zeros(0, 5)]
+    said = [torch.tensor([[0.0, 0, 4, 4, 0.9, 0], [0, 0, 4, 4, 0.8, 0], [10, 0, 14, 3, 0.3, 0]]),
+            torch.tensor([[0.0, 0, 1, 1, 0.7, 0]])]
+    found = average_precision(said, true, 2)
+    # surest first: right, a second of the same, a stranger, right while 3 / 4 overlap is enough
+    low = (51 * 1.0 + 50 * 2 / 4) / 101
+    assert found[0.5] == pytest.approx(low) and found[0.7] == pytest.approx(low)
+    assert found[0.9] == pytest.approx(51 / 101)
+    assert average_precision(said, [t[:0] for t in true], 2)[0.5] == 0
+    assert average_precision([t.clone() for t in (torch.tensor([[0.0, 0, 4, 4, 0.9, 1]]),) * 2],
+                             true, 2)[0.5] == 0
+
+
+# -- refusals --------------------------------------------------------------------------------------
+def test_what_does_not_fit_is_refused(tmp_path):
+    task, model = learnt(tmp_path / "a")
+    with pytest.raises(ConfigError, match="has 5 classes and the data 2"):
+        task.fit_head(made(num_labels=5)[0])
+    with pytest.raises(DataError, match="2 objects, and the model tells 1 in a picture at most"):
+        learnt(tmp_path / "b", model=made(num_detection_tokens=1)[0])[0].rows("train")
+    from transformers import DetrConfig, ResNetConfig, ViTConfig
+
+    back = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    for config, name in ((ViTConfig(), "vit"), (DetrConfig(backbone_config=back), "detr")):
+        config.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"is {name}, no model that tells boxes as YOLOS"):
+            burnish.fit(str(tmp_path / name), str(tmp_path / "a"), "lora(rank=2)", quiet=True,
+                        output=tmp_path / "out")
+
+
+# -- a whole run -----------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_objects_are_found_within_the_promise(tmp_path, capsys):
+    for part in made():
+        part.save_pretrained(tmp_path / "model")
+    data = shapes(tmp_path / "yard", 130)
+    run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=2e-3,
+                      epochs=16, batch_size=16, quiet=True)
+    losses = [h["eval_loss"] for h in run.history if "eval_loss" in h]
+    assert losses[-1] < 0.85 * losses[0] and run.metrics["validation"]["map_50"] > 0.05
+    assert run.promise.peak_bytes == run.truth.peak_bytes
+    moment = run.facts["memory"]["moments"]["evaluate"]
+    assert moment["promised"] == moment["measured"]
+    assert main(["evaluate", str(run.folder), str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tuned"] == pytest.approx(run.metrics["validation"], abs=1e-5)
+    assert main(["predict", str(run.folder), str(data / "images" / "0.png"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    for o in answer["objects"]:
+        x, y, w, h = o["box"]
+        assert o["label"] in ("disc", "box") and o["score"] >= 0.5
+        assert 0 <= x <= x + w <= 40 and 0 <= y <= y + h <= 40
