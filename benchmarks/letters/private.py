@@ -73,7 +73,7 @@ def line(recipe: str, base: Any, own: Any, test: Any) -> Row:
 
     import burnish
 
-    out: Row = {"table": "digits on their side", "how": recipe}
+    out: Row = {"table": "digits on their side", "how": f"{recipe} + dp"}
     for budget in BUDGETS:
         part = "" if budget is None else (f" + dp(epsilon={budget}, records={ROWS}, batch={BATCH}, "
                                           f"max_norm={NORM})")
@@ -102,7 +102,7 @@ def better(first: str, second: str, keys: tuple[str, ...], least: float = 0.0
            ) -> Callable[[Rows], tuple[bool, str]]:
     """At each of these epsilons."""
     def found(rows: Rows) -> tuple[bool, str]:
-        one_, two = one(rows, first), one(rows, second)
+        one_, two = one(rows, f"{first} + dp"), one(rows, f"{second} + dp")
         return all(one_[k] - two[k] >= least for k in keys), "; ".join(
             f"{100 * one_[k]:.1f} beside {100 * two[k]:.1f} at epsilon {k}" for k in keys)
 
