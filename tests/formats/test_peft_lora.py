@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 import burnish
 from burnish.core.errors import FormatError
@@ -381,3 +381,20 @@ def test_a_folder_for_other_runs_leaves_the_model_as_it_was(tmp_path):
     tuned = burnish.tune(model, "loha(rank=2)")
     with pytest.raises(FormatError, match="beside LoRA alone"):
         export_peft(tuned, tmp_path / "b")
+
+
+def test_monteclora_answers_as_the_lora_it_is_and_says_what_is_not_here(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=5,
+                        monteclora_config=MontecloraConfig(num_samples=3))
+    theirs, (_, batch) = stir(get_peft_model(tiny("llama")[0], config), size=0.3), tiny("llama")
+    want = outputs(theirs, batch)
+    theirs.save_pretrained(tmp_path)
+    tuned = load_peft(tiny("llama")[0], tmp_path)
+    torch.testing.assert_close(outputs(tuned.model, batch), want, rtol=1e-5, atol=2e-6)
+    assert [m.name for m in tuned.recipe] == ["lora"]
+    assert [n for n in tuned.summary()["notes"] if "MonteCLoRA draws noise while it trains" in n]
+    with pytest.raises(FormatError, match="monteclora_config"):
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"use_bdlora": {
+            "target_modules_bd_b": ["q_proj"], "nblocks": 1}}))
+        load_peft(tiny("llama")[0], tmp_path)

@@ -164,6 +164,7 @@ ACTS = [
     ("LORA", "layer_replication", [[0, 1], [0, 2]], lambda r: r[0].rank == 2),
     ("LORA", "layer_replication", [[0, 3]], "layer_replication: runs of blocks .* from 0 to 2"),
     ("LORA", "layer_replication", "a", "layer_replication: runs of blocks are pairs"),
+    ("LORA", "monteclora_config", {"num_samples": 2}, lambda r: r[0].name == "lora"),
     ("LORA", "bias", "some", "expected 'none', 'all' or 'lora_only'"),
     ("LORA", "init_lora_weights", "pissa", "trained on a base PEFT had changed"),
     ("LORA", "trainable_token_indices", [3], "no tensor has their rows"),
@@ -283,7 +284,6 @@ def test_a_setting_acts_or_is_refused(kind, name, value, then, tmp_path):
 
 @pytest.mark.parametrize("name, value", [
     ("arrow_config", {"top_k": 2}),
-    ("monteclora_config", {"num_samples": 2}),
     ("megatron_config", {"a": 1}), ("qalora", 3.5), ("x" * 500, "y" * 500)])
 def test_what_is_not_built_is_refused_in_a_line(name, value, tmp_path):
     get_peft_model(tiny("llama")[0], CONFIGS["LORA"]).save_pretrained(tmp_path)

@@ -32,6 +32,7 @@ from . import (
     peft_lora,
     peft_own,
     peft_prompts,
+    peft_settings,
     peft_shared,
     peft_tied,
     peft_whole,
@@ -200,6 +201,7 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path, adapter: str) -> N
         there.copy_(value)
 
     filled = False
+    tuned.adapters[adapter].notes += peft_settings.notes(what.config)
     peft_prompts.fill(tuned, what, put, folder, adapter)
     for path, module, slot in slots(tuned.model):
         for part in (p for p in slot.parts if p.adapter == adapter):

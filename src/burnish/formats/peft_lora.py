@@ -26,7 +26,7 @@ from .peft_forms import TOKENS
 
 #: where PEFT keeps the tokens that train beside a LoRA
 BESIDE = "token_adapter."
-_DIRECTION = ".lora_velora_embed"
+_DIRECTION, _NOISE = ".lora_velora_embed", ".lora_monteclora_sampler."
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "c",
           ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
           ".lora_magnitude_vector.weight": "m"}
@@ -48,6 +48,8 @@ def read(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, An
             continue
         if name.endswith(_DIRECTION) and config.get("velora_config"):
             continue                             # of the last batch, found anew by the next
+        if _NOISE in name and config.get("monteclora_config"):
+            continue                             # of training alone
         suffix = next((s for s in _PARTS if name.endswith(s)), None)
         if suffix is None:
             if ".lora_" in name:

@@ -27,6 +27,10 @@ UNREAD = {
 #: settings that are not read, and why
 UNBUILT = {"arrow_config": "its experts lie in other folders: load each, load_peft(tuned, folder, "
                            "name), and route among them with the lifecycle of arrow"}
+#: settings that acted in training alone, which goes on otherwise here: what an adapter's notes say
+TRAINED = {"monteclora_config": "MonteCLoRA draws noise while it trains, which burnish does not: "
+                                "it answers, and trains on, as the lora that it is without",
+           "use_asa": "AdaMSS lets some clusters stop training (use_asa): here all train on"}
 #: types that can train biases beside themselves, each with what it calls those of its own layers
 BIASED = {"LORA": "lora_only", "ADALORA": "adalora_only", "OFT": "oft_only", "BOFT": "boft_only",
           "HRA": "hra_only", "MISS": "MiSS_only", "VERA": "vera_only", "PVERA": "pvera_only",
@@ -54,7 +58,8 @@ _BEGAN = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lo
 _OF: dict[str, set[str]] = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
              "alpha_pattern", "lora_bias", "velora_config", "trainable_token_indices",
-             "target_parameters", "layer_replication", *_BEGAN},
+             "target_parameters", "layer_replication",
+             "monteclora_config", *_BEGAN},
     "MISS": {"r", "miss_dropout", "mini_r"},
     # of AdaLoRA PEFT looks at none of these; the betas smooth scores while it trains
     "ADALORA": {"r", "use_rslora", "alpha_pattern", "beta1", "beta2", *_BEGAN},
@@ -102,6 +107,11 @@ def check(config: dict[str, Any], form: Form | None, folder: Path) -> None:
         raise FormatError(
             f"{folder}: init_lora_weights = {start!r} trained on a base PEFT had changed; save it "
             "with path_initial_model_for_weight_conversion, which makes it plain LoRA")
+
+
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """What is otherwise here than the settings say, of training alone."""
+    return [why for name, why in TRAINED.items() if not _idle(config.get(name))]
 
 
 def _idle(value: Any) -> bool:

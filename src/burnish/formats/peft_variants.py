@@ -39,7 +39,7 @@ class Variant(Form):
                 "use_rslora": Said(None, "flag", False)}
     patterned = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     alone = {"use_dora": False, "lora_bias": False, "trainable_token_indices": None,
-             "target_parameters": None, "velora_config": None}
+             "target_parameters": None, "velora_config": None, "monteclora_config": None}
 
     def give(self, term: Any, method: Method, module: nn.Module, path: str
              ) -> tuple[Tensors, dict[str, Any]]:
