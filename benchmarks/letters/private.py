@@ -95,7 +95,7 @@ def line(recipe: str, base: Any, own: Any, test: Any) -> Row:
 
 
 def belongs(cls: type) -> bool:
-    return getattr(cls, "private", False)
+    return getattr(cls, "private", False) is True    # a number elsewhere: private experts of mos
 
 
 def better(first: str, second: str, keys: tuple[str, ...], least: float = 0.0
