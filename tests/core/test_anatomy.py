@@ -55,6 +55,7 @@ EXPECTED = {
     "cnn": {"conv": 2, "head": 1},
     "mlp": {"": 2, "head": 1},
     "points": {"": 6, **FUSED, "head": 1},
+    "graphs": {"": 1, "fc1": 2, "fc2": 2, "head": 1},
 }
 STACKS = {
     "swin": {"swin.encoder.layers": 3}, "convnext": {"convnext.encoder.stages": 2},
@@ -70,7 +71,7 @@ HEADS = {
     "whisper": (("proj_out",), "lm"), "clip": ((), "none"),
     "timm_qkv": (("head",), "classification"), "encoder": (("head",), "classification"),
     "mha": (("head",), "classification"), "mlp": (("head",), "classification"),
-    "points": (("head",), "classification"),
+    "points": (("head",), "classification"), "graphs": (("head",), "classification"),
 }
 
 

@@ -43,7 +43,7 @@ def under(net, batch, P):
     there = batch["nodes"].abs().sum(-1, keepdim=True) > 0
     h = (net.embed(batch["nodes"]) + P) * there
     for layer in net.layers:
-        h = layer(h, batch["adjacency"]) * there
+        h = layer(h, batch["adjacency"], there)
     S = net.norm(h)
     whole = (S * there).sum(1)
     most = S.masked_fill(~there, torch.finfo(S.dtype).min).amax(1)

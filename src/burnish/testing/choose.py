@@ -29,7 +29,7 @@ from .models import NAMES, tiny
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("vit", "deit", "swin", "convnext", "clip", "timm_qkv"),
     ("bert", "roberta", "gpt2", "llama", "mixtral", "qwen_moe", "t5", "mamba", "whisper"),
-    ("encoder", "mha", "cnn", "mlp", "points"),
+    ("encoder", "mha", "cnn", "mlp", "points", "graphs"),
 )
 #: what tells models apart where methods are concerned: the structure and the models that have it
 STRUCTURES: dict[str, tuple[str, ...]] = {
@@ -45,12 +45,13 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
     "two towers": ("clip",),
     "plain blocks": ("vit", "deit", "bert", "roberta"),
     "groups of points": ("points",),
+    "nodes and their neighbours": ("graphs",),
     "no blocks": ("mlp", "cnn", "mha"),
 }
 #: the models, neighbours unlike each other: checks that follow each other look at other structures
 ROUND: tuple[str, ...] = (
     "vit", "gpt2", "mixtral", "cnn", "t5", "timm_qkv", "mamba", "bert", "clip", "encoder", "llama",
-    "swin", "mlp", "whisper", "deit", "convnext", "qwen_moe", "points", "mha", "roberta")
+    "swin", "mlp", "whisper", "deit", "convnext", "qwen_moe", "points", "mha", "roberta", "graphs")
 #: (kind of place, model, targets): what the default targets of most models leave out
 PLACES: tuple[tuple[str, str, str], ...] = (
     ("linear", "mlp", "layers.0"), ("conv1d", "gpt2", "c_proj"), ("conv", "cnn", "conv"),

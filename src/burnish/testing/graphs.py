@@ -15,7 +15,8 @@ VALENCE = (4, 3, 2, 1)
 
 
 class Layer(nn.Module):
-    """``h + mlp(norm((1 + eps) h + A h))``: what a node's neighbours say, added."""
+    """``h + mlp(norm((1 + eps) h + A h))``: what a node's neighbours say, added where there is a
+    node."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
@@ -23,8 +24,8 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mlp = Mlp(width, 2 * width, dropout)
 
-    def forward(self, h: Tensor, adjacency: Tensor) -> Tensor:
-        return h + self.mlp(self.norm((1 + self.eps) * h + adjacency @ h))
+    def forward(self, h: Tensor, adjacency: Tensor, there: Tensor) -> Tensor:
+        return h + self.mlp(self.norm((1 + self.eps) * h + adjacency @ h)) * there
 
 
 class GraphNetwork(nn.Module):
@@ -44,7 +45,7 @@ class GraphNetwork(nn.Module):
         there = nodes.abs().sum(-1, keepdim=True) > 0
         h = self.embed(nodes) * there
         for layer in self.layers:
-            h = layer(h, adjacency) * there
+            h = layer(h, adjacency, there)
         h = self.norm(h)
         whole = (h * there).sum(1)
         most = h.masked_fill(~there, torch.finfo(h.dtype).min).amax(1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.draw import drawn
 from ..core.errors import ConfigError, nearest
 from ..core.example import example_batch
+from .graphs import GraphNetwork
 from .plain import CLASSES, AttentionPool, Cnn, Encoder, Perceptron, VisionTransformer
 from .points import PointTransformer
 
@@ -74,7 +75,7 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "timm_qkv": VisionTransformer, "encoder": Encoder, "mha": AttentionPool, "cnn": Cnn,
-    "mlp": Perceptron, "points": PointTransformer,
+    "mlp": Perceptron, "points": PointTransformer, "graphs": GraphNetwork,
 }
 
 NAMES: tuple[str, ...] = (*_TRANSFORMERS, *_PLAIN)

@@ -63,7 +63,9 @@ class Das(Method):
         "every_tensor_has_a_gradient": "adapters of blocks that run have none: "
                                        "tests/methods/test_das.py",
         "exactly_what_trains_moves on points": "by chance: its four units are closed for the tokens"
-                                               " that are read"}
+                                               " that are read",
+        "bf16_is_near_fp32 on graphs": "another node is the largest there: with a mean in the place"
+                                       " of the maximum it is near"}
 
     layers: int = setting(4, "K, blocks that are skipped", unseen="small models have two "
                           "blocks, of which one runs: tests/methods/test_das.py")

@@ -67,6 +67,8 @@ class LlmQfa(Method):
         "every_tensor_has_a_gradient": "factors of widths that rest have none: "
                                        "tests/methods/test_llm_qfa.py",
         "exactly_what_trains_moves": "by chance: six draws of one width in three leave some out",
+        "loss_falls on graphs": "it swings at the suite's rate, each update being of other widths; "
+                                "at a fifth of that rate it falls",
         "every_kind_of_place":
             "slices of a fused weight are refused, as in other storages: "
             "tests/methods/test_llm_qfa.py shows linears and GPT-2's transposed ones"}
