@@ -19,7 +19,7 @@ from .table import Table
 COCO = ("annotations.json", "_annotations.coco.json", "instances.json")
 #: overlaps at which COCO's average precision is taken
 OVERLAPS = tuple(0.5 + 0.05 * k for k in range(10))
-#: boxes of a picture that are counted, the surest first
+#: boxes of a class in a picture that are counted, the surest first
 MOST = 100
 
 
@@ -161,9 +161,8 @@ def average_precision(said: Sequence[Tensor], right: Sequence[Tensor], classes: 
             continue
         scores, hits = [], {t: [] for t in OVERLAPS}
         for boxes, theirs in zip(said, true, strict=True):
-            order = boxes[:, 4].argsort(descending=True, stable=True)[:MOST]
-            own = boxes[order]
-            own = own[own[:, 5] == c]
+            own = boxes[boxes[:, 5] == c]
+            own = own[own[:, 4].argsort(descending=True, stable=True)[:MOST]]
             scores.append(own[:, 4])
             iou = overlap(own[:, None, :4], theirs[None, :, :4])[0].numpy()
             for t in OVERLAPS:
@@ -174,7 +173,7 @@ def average_precision(said: Sequence[Tensor], right: Sequence[Tensor], classes: 
             so_far = hit.cumsum()
             precision = so_far / np.arange(1, len(hit) + 1)
             best = np.maximum.accumulate(precision[::-1])[::-1]
-            at = np.searchsorted(so_far / many, np.linspace(0, 1, 101) - 1e-12)
+            at = np.searchsorted(so_far / many, np.linspace(0, 1, 101))
             found[t].append(float(sum(best[k] for k in at if k < len(best)) / 101))
     return {t: sum(v) / len(v) if v else 0.0 for t, v in found.items()}
 
