@@ -59,7 +59,9 @@ class Ist(Method):
     excused: ClassVar[dict[str, str]] = {
         f"exactly_what_trains_moves on {model}": "six draws of one block in four leave one out; "
         "tests/methods/test_ist.py shows that exactly what is drawn moves"
-        for model in ("clip", "swin", "t5", "whisper")}
+        for model in ("clip", "swin", "t5", "whisper")} | {
+        "every_setting_acts on graphs": "in a few updates scores move enough there to draw others, "
+                                        "which settings called unseen then show"}
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     shown_beside: ClassVar[str] = "lora(rank=4)"
     relies_on: ClassVar[tuple[str, ...]] = ("around_step", "schedule")
