@@ -41,7 +41,7 @@ def choices(found: list[dict[str, Any]], own: Task, tried: Any) -> list[dict[str
 
     peaks = [r["peak"] for r in found]
     low, high = 1.05 * min(peaks), 1.05 * max(peaks)
-    batch, out = own.collate(own.splits["train"][:own.batch]), []
+    batch, out = own.first(own.batch), []
     for k in range(BUDGETS):
         budget = int(low * (high / low) ** (k / (BUDGETS - 1)))
         best = burnish.plan(own.fresh().train(), memory=budget, batch=batch, loss=own.loss,

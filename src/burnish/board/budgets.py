@@ -75,9 +75,7 @@ def trained(task: Task, recipe: str) -> int:
 def report(task: Task, recipe: str, samples: int) -> Any:
     from ..memory import simulate
 
-    rows = task.splits["train"]
-    return simulate(task.fresh().train(), recipe, task.collate(rows[:samples]), loss=task.loss,
-                    **task.how)
+    return simulate(task.fresh().train(), recipe, task.first(samples), loss=task.loss, **task.how)
 
 
 def sized(task: Task, recipe: str, most: int) -> str:

@@ -167,8 +167,7 @@ def measured(task: Task, own: Share) -> int:
     tuned = burnish.tune(task.fresh().train(), own.recipe,
                          calibration=task.epoch("train", 0)[:4], **task.how)
     tuned.optimizer(lr=task.rate)
-    rows = task.splits["train"]
-    return burnish.measure(tuned, task.collate(rows[:own.batch]), loss=task.loss).peak_bytes
+    return burnish.measure(tuned, task.first(own.batch), loss=task.loss).peak_bytes
 
 
 def _version() -> str:

@@ -69,6 +69,11 @@ class Task:
         return [self.collate([rows[i] for i in order[k:k + self.batch]])
                 for k in range(0, len(order), self.batch)]
 
+    def first(self, samples: int) -> Any:
+        """The batch of the first rows to train."""
+        rows = self.splits["train"]
+        return self.collate([rows[i] for i in range(samples)])
+
     @property
     def updates(self) -> int:
         """Of a training as it stands, one per batch."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.weight.term import Wrap
+from ..core.caches import without_cache
 from ..core.draw import random_kept
 from ..core.errors import ConfigError
 from .buffers import movable
@@ -184,7 +185,7 @@ def dropped(tuned: Tuned, blocks: int) -> Iterator[None]:
 
 def probe(tuned: Tuned, run: Callable[[], Tensor], grads: bool, statistics: bool) -> Probe:
     """One pass that leaves no trace but what it found."""
-    with _untouched(tuned), ExitStack() as stack:
+    with _untouched(tuned), without_cache(tuned.model), ExitStack() as stack:
         if not statistics:
             stack.enter_context(statistics_kept(tuned.model))
         with torch.enable_grad() if grads else torch.no_grad():

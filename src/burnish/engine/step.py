@@ -17,6 +17,7 @@ from ..blocks.update.clip import check_norm, clip_norm_
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_side
 from ..core.anatomy import Anatomy
 from ..core.batches import call, singly, taken
+from ..core.caches import without_cache
 from ..core.errors import BurnishError, CheckError, ConfigError, RecipeError
 from ..core.events import Timeline
 from ..core.groups import outputs
@@ -209,7 +210,8 @@ class Steps:
         self.tuned.check_plain()
         opt = self.optimizer or self.tuned.optimizer()
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
-            return self._evaluate(opt, batch, loss)
+            with without_cache(self.tuned.model):
+                return self._evaluate(opt, batch, loss)
         opt.zero_grad(set_to_none=True)
         value = self.backward(batch, loss, 1.0)
         opt.step()
@@ -297,7 +299,8 @@ class Steps:
         def some(rows: Sequence[int]) -> Any:
             return passes(taken(batch, rows))
 
-        return self.around(*passes(batch), scale, some)
+        with without_cache(self.tuned.model):
+            return self.around(*passes(batch), scale, some)
 
     def _passed(self) -> None:
         """Raises ConfigError when an update comes whose passes the recipe could not surround."""

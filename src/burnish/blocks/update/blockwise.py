@@ -60,8 +60,7 @@ class BlockwiseOptimizer(ZerothOrderOptimizer):
             raise ConfigError(f"{self.spec.name} runs the blocks of a model: use tuned.step(batch)")
         blocks = Blocks(self.model, self.blocks, self.spec.name)
         blocks.check(self._callers.called, self._callers.first)
-        with without_cache(self.model):
-            return (yield from self._lockstep(blocks, seed, eps))
+        return (yield from self._lockstep(blocks, seed, eps))
 
     def _lockstep(self, blocks: Blocks, seed: int, eps: float
                   ) -> Generator[Evaluation, float, tuple[float, float]]:
@@ -82,21 +81,6 @@ class BlockwiseOptimizer(ZerothOrderOptimizer):
                     "this loss reads more of the blocks than what the last one gives (states or "
                     "attention of others, a balance of experts); take mezo")
         return up, down
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """A language model keeps no keys and values inside: a block that runs twice would read its
-    first run's."""
-    config = getattr(model, "config", None)
-    was = getattr(config, "use_cache", None)
-    if was:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if was:
-            config.use_cache = was
 
 
 class Blocks:
