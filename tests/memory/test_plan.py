@@ -68,10 +68,25 @@ def test_nothing_fits_is_said_with_the_cheapest(vit):
 @pytest.mark.parametrize("prefer", PREFERENCES)
 def test_preferences_order_the_list(vit, prefer):
     plans = make_plan(vit, "1GB", 8, prefer=prefer, candidates=FEW)
-    key = {"quality": lambda p: (-round(p.quality, 3), p.time), "speed": lambda p: p.time,
-           "memory": lambda p: p.needs, "size": lambda p: p.adapter_bytes}[prefer]
+    best, least = (f(p.quality for p in plans) for f in (max, min))
+    width = (best - least) / 20                     # what differs by less counts as equal
+    key = {"quality": lambda p: (int((best - p.quality) / width), p.time),
+           "speed": lambda p: p.time, "memory": lambda p: p.needs,
+           "size": lambda p: p.adapter_bytes}[prefer]
     values = [key(p) for p in plans]
     assert values == sorted(values)
+
+
+def test_of_recipes_that_are_as_good_the_faster_is_first(vit, monkeypatch):
+    from importlib import import_module
+
+    quality = import_module("burnish.memory.quality")
+    for dora, first in ((0.801, "lora"), (0.85, "dora")):
+        monkeypatch.setattr(quality, "priors", lambda dora=dora: {
+            "lora": known(0.8), "dora": known(dora), "bitfit": known(0.7)})
+        plans = make_plan(vit, "1GB", 8, candidates=["lora(rank=4)", "dora(rank=4)", "bitfit"])
+        assert [p.recipe.split("(")[0] for p in plans][0] == first
+        assert plans.fits[-1].recipe == "bitfit"
 
 
 def test_relative_time_is_of_full_fine_tuning(vit):

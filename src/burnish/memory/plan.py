@@ -35,6 +35,8 @@ from .units import format_bytes
 from .usual import usual
 from .world import World
 
+#: qualities that differ by less than this share of their range count as equal: the faster is first
+TIE = 0.05
 PREFERENCES = ("quality", "speed", "memory", "size")
 
 
@@ -203,7 +205,8 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
         Where nothing fits that is said in any case, for the budget.
     batch: samples, (samples, tokens) or a batch of tensors: the effective batch of an update. It
         may be halved and accumulated to fit.
-    prefer: "quality" (default), then "speed", "memory" or "size" (of the adapter file).
+    prefer: "quality" (default; of recipes that are nearly as good the faster is first), then
+        "speed", "memory" or "size" (of the adapter file).
     candidates: expressions to consider instead of the shipped list; each is one plan, with no
         variants added; `lean` beside its twin is one row.
     cache: keep the reports on disk (cache.py) and use those that are there. Only for a config.
@@ -269,8 +272,10 @@ def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates, k
     unit = _whole_step(search, found, speed) if found else 1.0
     plans = _one_row_each([_plan(search, f, unit, speed, quality_of(f.recipe, kind))
                            for f in found])
+    best = max((p.quality for p in plans), default=0.0)
+    width = TIE * (best - min((p.quality for p in plans), default=0.0)) or 1.0
     keys = {
-        "quality": lambda p: (-round(p.quality, 3), p.time, p.needs),
+        "quality": lambda p: (int((best - p.quality) / width), p.time, p.needs),
         "speed": lambda p: (p.time, -p.quality, p.needs),
         "memory": lambda p: (p.needs, -p.quality, p.time),
         "size": lambda p: (p.adapter_bytes, -p.quality, p.time),
@@ -282,10 +287,10 @@ def _ranked(search: Search, families: list[Family], prefer: str, speed: Rates, k
         notes.append("recipes without measured quality are ranked at the mean of those with, those "
                      "without a backward at the least")
     if plans:
-        best = fits[0] if fits else over[0]
+        first = fits[0] if fits else over[0]
         notes.append(f"quality is what a recipe may reach on {_task(kind)}, by the runs of the "
-                     f"board (the first: {best.quality:.2f} ± {best.spread:.2f}): an order to try "
-                     "them in, no promise for this task")
+                     f"board (the first: {first.quality:.2f} ± {first.spread:.2f}): an order to "
+                     "try them in, no promise for this task")
     return Plans(search.budget, search.samples, prefer, search.device, fits, over, refused, notes,
                  looked=len({f.recipe for f in found} | set(refused)), rates=speed)
 
