@@ -210,7 +210,9 @@ def test_a_document_is_read_as_it_was_written(tmp_path):
     (tmp_path / "notes.txt").write_text("not a run")
     read = Records.read(tmp_path)
     assert len(read) == 2 and first in list(read)
-    assert ("full", "text", "as_is") in read and ("full", "cells", "as_is") not in read
+    assert read.get("full", "text", "as_is").scores == [0.4]
+    assert read.get("full", "cells", "as_is") is None
+    assert read.get("lora( rank = 8 )", "text", "as_is") == first      # however it is written
     assert len(Records.read(tmp_path / "nowhere")) == 0
 
 
@@ -225,16 +227,23 @@ def test_recipes_have_file_names_of_their_own():
     names = {made(r, t, 0.1, budget=b).file for r in ("lora(rank=8)", "lora(rank=16)", "nf4 + lora")
              for t in ("text", "cells") for b in ("as_is", "peak")}
     assert len(names) == 12 and all("/" not in n and " " not in n for n in names)
+    same = {made(r, "text", 0.1).file for r in ("lora(rank=2)", "lora( rank = 2 )")}
+    assert len(same) == 1
+    signs = {made(f"fourierft(alpha={a})", "text", 0.1).file for a in (1.0, -1.0)}
+    assert len(signs) == 2
+    assert len(made(" + ".join(["lora(rank=2)"] * 40), "text", 0.1).file) < 120
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    ("{", "is not JSON"), ("[1]", "is an object"), ('{"recipe": "lora"}', "task is to be a text"),
+    ("{", "bad.json"), ("[1]", "is an object"), ('{"recipe": "lora"}', "task is to be a text"),
     ('{"recipe": "a", "task": "b", "budget": "c"}', "neither scores nor why"),
     ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1.5]}', "shares from 0 to 1"),
     ('{"recipe": "a", "task": "b", "budget": "c", "scores": [true]}', "shares from 0 to 1"),
     ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "peak": -1}', "peak=-1"),
     ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "made": 3}', "made is to be"),
-    ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "colour": 3}', "no 'colour'")])
+    ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "colour": 3}', "no 'colour'"),
+    ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "rate": NaN}', "finite"),
+    ('{"recipe": "a", "task": "b", "budget": "c", "scores": [1], "tried": {"1": "x"}}', "tried")])
 def test_what_is_no_run_is_named_by_file(tmp_path, text, why):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(FormatError, match=why) as e:

@@ -30,13 +30,24 @@ def test_runs_are_made_once_and_a_refused_one_says_why(tmp_path, capsys, quick):
     assert (tmp_path / "page.md").read_text() == first.out.removesuffix("\n") \
         or (tmp_path / "page.md").read_text().strip() == first.out.strip()
     files = sorted(p.name for p in (tmp_path / "runs").iterdir())
-    assert files == ["cells-as_is-houlsby.json", "cells-as_is-lora-rank-2.json"]
+    assert [f.rpartition("-")[0] for f in files] == ["cells-as_is-houlsby",
+                                                     "cells-as_is-lora-rank-2"]
     assert main([*ask, "--json"]) == 0
     again = capsys.readouterr()
     assert again.err == ""                             # nothing was run again
     runs = {r["recipe"]: r for r in json.loads(again.out)["runs"]}
     assert len(runs["lora(rank=2)"]["scores"]) == 2 and runs["houlsby"]["refused"]
     assert "houlsby: " in runs["houlsby"]["refused"]
+
+
+def test_more_seeds_are_run_again_and_a_file_is_no_folder(tmp_path, capsys, quick):
+    ask = ["bench", "bitfit", "--output", str(tmp_path / "runs"), "--task", "cells", "--json"]
+    for seeds, many in (("1", 1), ("2", 2), ("1", 2)):
+        assert main([*ask, "--seeds", seeds]) == 0
+        assert len(json.loads(capsys.readouterr().out)["runs"][0]["scores"]) == many
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "bitfit", "--output", str(tmp_path / "file")]) != 0
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_a_picture_of_the_frontier(tmp_path, capsys, quick):

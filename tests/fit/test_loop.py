@@ -231,6 +231,19 @@ def test_the_best_step_by_validation_is_kept(vit, tmp_path):
     assert scores[run.facts["best"]["step"]] == pytest.approx(best)
 
 
+def test_of_steps_whose_figure_is_the_same_the_one_of_least_loss_is_kept(vit, tmp_path,
+                                                                         monkeypatch):
+    """A figure that has not moved yet is no reason to give back what was there before training."""
+    from burnish.fit.tasks.classes import ImageClassification
+
+    monkeypatch.setattr(ImageClassification, "measure", lambda *_: {"accuracy": 0.5})
+    run = burnish.fit(vit, "digits", "full", output=tmp_path, **{**SMALL, "lr": 3e-3})
+    losses = {r["step"]: r["eval_loss"] for r in rows(tmp_path) if "eval_loss" in r}
+    assert {r["eval_accuracy"] for r in rows(tmp_path) if "eval_accuracy" in r} == {0.5}
+    assert run.facts["best"]["step"] == min(losses, key=losses.__getitem__) > 1
+    assert run.metrics["validation"]["loss"] == pytest.approx(min(losses.values()))
+
+
 def test_a_module_of_ones_own(tmp_path):
     """No transformers anywhere: a plain module, told how pictures are read."""
     torch.manual_seed(0)

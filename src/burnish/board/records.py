@@ -5,14 +5,16 @@ A file is a document (``.json``) or one a line (``.jsonl``). Of two of a run the
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BurnishError, ConfigError, FormatError
+from ..core.errors import ConfigError, FormatError, RecipeError
+from ..core.reading import parse_json, read_text
+from ..core.recipe import parse
 from ..formats import safe
 
 NUMBERS = {"rate", "step_s", "seconds", "limit"}
@@ -50,13 +52,15 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        return self.recipe, self.task, self.budget
+        return said(self.recipe), self.task, self.budget
 
     @property
     def file(self) -> str:
-        """A name for its document that says what it is of."""
-        name = re.sub(r"[^a-z0-9.]+", "-", self.recipe.lower()).strip("-")
-        return f"{self.task}-{self.budget}-{name}.json"
+        """A name for its document that says what it is of, and is its own."""
+        recipe = said(self.recipe)
+        name = re.sub(r"[^a-z0-9.]+", "-", recipe.lower()).strip("-")[:60]
+        mark = hashlib.sha256(recipe.encode()).hexdigest()[:8]
+        return f"{self.task}-{self.budget}-{name}-{mark}.json"
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v not in ("", [], {}, None)}
@@ -83,12 +87,24 @@ class Record:
             raise FormatError(f"{where}: scores are to be a list of shares from 0 to 1")
         if not scores and not read.get("refused"):
             raise FormatError(f"{where}: neither scores nor why there are none (refused)")
+        tried = read.get("tried", {})
+        if not isinstance(tried, dict) or not all(
+                isinstance(x, int | float) and not isinstance(x, bool) for x in tried.values()):
+            raise FormatError(f"{where}: tried is to be an object of numbers")
         for key, kind in (("tried", dict), ("made", dict), ("date", str), ("ran", str),
                           ("refused", str)):
             if key in read and not isinstance(read[key], kind):
                 raise FormatError(f"{where}: {key} is to be "
                                   f"{'an object' if kind is dict else 'a text'}")
         return cls(**read)
+
+
+def said(recipe: str) -> str:
+    """The recipe as it is always written; one of another version as it stands."""
+    try:
+        return str(parse(recipe))
+    except RecipeError:
+        return recipe
 
 
 class Records:
@@ -110,8 +126,9 @@ class Records:
     def __len__(self) -> int:
         return len(self.found)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.found
+    def get(self, recipe: str, task: str, budget: str) -> Record | None:
+        """The run of a recipe, however it is written."""
+        return self.found.get((said(recipe), task, budget))
 
     @classmethod
     def read(cls, path: str | Path) -> Records:
@@ -122,20 +139,12 @@ class Records:
             if path.is_dir() else [path] if path.exists() else []
         out = cls()
         for file in files:
-            try:
-                text = file.read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as e:
-                raise FormatError(f"{file} cannot be read: {safe.reason(e)}") from None
+            text = read_text(file)
             lines = text.splitlines() if file.suffix == ".jsonl" else [text]
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-                try:
-                    found = json.loads(line)
-                except ValueError as e:
-                    raise FormatError(f"{where} is not JSON: {e}") from None
-                out.add(Record.of(found, where))
+                if line.strip():
+                    where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
+                    out.add(Record.of(parse_json(line, where, finite=True), where))
         return out
 
     @staticmethod
@@ -147,7 +156,3 @@ class Records:
             raise ConfigError(f"{folder} cannot be a folder of runs: {safe.reason(e)}") from None
         safe.write_json(folder / record.file, record.to_dict())
         return folder / record.file
-
-
-def refusal(recipe: str, task: str, budget: str, error: BurnishError, date: str) -> Record:
-    return Record(recipe, task, budget, refused=str(error), date=date)

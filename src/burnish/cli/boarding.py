@@ -16,7 +16,7 @@ def bench(
     recipes: Annotated[list[str] | None, typer.Argument(
         help="One or more, e.g. 'lora(rank=8)'. None: what the folder holds is shown.")] = None,
     output: Annotated[Path, typer.Option(
-        help="A folder of runs, a JSON document each; what it holds already is not run again.")
+        help="A folder of runs, a JSON document each; what it holds is not run again.")
     ] = Path("board"),
     task: Annotated[list[str] | None, typer.Option(
         help="handwriting, text, cells, patients, bytes or tones; may be given several times. "
@@ -50,6 +50,8 @@ def bench(
     check_picture(picture)
     if page is not None:
         safe.check_writable(page)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; expected a folder of runs")
     budgets = list(dict.fromkeys(budget or ["as_is"]))
     for b in budgets:
         if b not in BUDGETS:
@@ -101,7 +103,8 @@ def _fill(output: Path, recipes: list[str], tasks: list[str], budgets: list[str]
         own = None
         for budget in budgets:
             for recipe in recipes:
-                if (recipe, name, budget) in Records.read(output):
+                there = Records.read(output).get(recipe, name, budget)
+                if there is not None and (there.refused or len(there.scores) >= seeds):
                     continue
                 try:
                     own = own or made(name)

@@ -268,6 +268,19 @@ class Trainer(Compared, Passing, transformers.Trainer):
             checkpoint.rewrite(folder, STATE, self._state_text())
             checkpoint.settle(folder)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of evaluations that are as good the one of least loss: a figure that has not moved yet
+        would give back what was there before training."""
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = "eval_" + str(self.args.metric_for_best_model).removeprefix("eval_")
+        was = next((h["eval_loss"] for h in reversed(self.state.log_history)
+                    if h.get("step") == self.state.best_global_step and "eval_loss" in h), None)
+        if was is None or metrics[name] != self.state.best_metric or metrics["eval_loss"] >= was:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
     def evaluate(self, *args: Any, **kw: Any) -> dict[str, float]:
         """Draws nothing from the run's random generators, so that it can be repeated or left."""
         before = state.random_state()
