@@ -6,16 +6,20 @@ meaning, or says the same words in each; a name of one method's own needs nothin
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from types import FunctionType
+from typing import Any, ClassVar
 
 import pytest
 
 import burnish
 from burnish.core.errors import RecipeError
-from burnish.core.method import Method
+from burnish.core.method import Method, setting
 from burnish.core.recipe import make
+from burnish.core.registry import find
 from burnish.core.vocabulary import VOCABULARY
 
 COMMON = {f.name for f in fields(Method)}
@@ -77,11 +81,64 @@ def test_one_name_for_two_ideas_is_found():
 
 
 def test_a_second_word_for_an_idea_is_found():
-    from burnish.core.method import setting
-
     width = setting(4, "a width")
     width.name = "width"                                  # an alias of bottleneck
     assert second_words([*SETTINGS, ("new", width)], VOCABULARY) == {"new.width": "bottleneck"}
+
+
+def shadowed(cls: type[Method]) -> dict[str, str]:
+    """What of a method has the name of a question or fact of every method and is none: the engine
+    would read it as that."""
+    out: dict[str, str] = {f.name: "a setting" for f in fields(cls)
+                           if f.name in vars(Method) and f.name not in COMMON}
+    for name, base in vars(Method).items():
+        if name.startswith("__") or name in COMMON or name in out:
+            continue
+        mine = inspect.getattr_static(cls, name)
+        wanted = _sort(base)
+        if not issubclass(_sort(mine), wanted):
+            out[name] = f"{mine!r} for a {wanted.__name__}"
+    return out
+
+
+def _sort(value: Any) -> type:
+    """What it is to whoever asks an instance for it; of a property, what it says it gives."""
+    if isinstance(value, property):
+        said = str(inspect.signature(value.fget).return_annotation)
+        value = {"bool": False, "str": ""}.get(said, () if said.startswith("tuple") else value)
+    if isinstance(value, Mapping):
+        return Mapping
+    return FunctionType if isinstance(value, classmethod | staticmethod) else type(value)
+
+
+@pytest.mark.parametrize("method", [e.name for e in burnish.methods()
+                                    if e.cls.__module__.startswith("burnish.")])
+def test_no_setting_or_attribute_hides_a_fact_of_every_method(method):
+    found = shadowed(find(method))
+    assert not found, f"{found}: take another name, with this one as alias of a setting"
+
+
+def test_a_fact_that_is_hidden_is_found():
+    @dataclass(frozen=True, kw_only=True)
+    class Counts(Method):
+        private: int = setting(1, "rows of its own")
+        merges: bool = setting(True, "of the same type, and no fact")
+        together: ClassVar[int] = 3
+        exact: ClassVar[int] = 1
+        needs: ClassVar[tuple[str, ...]] = ("blocks",)
+        context: ClassVar[dict[str, Any]] = {}
+
+        @property
+        def sees_run(self) -> bool:
+            return True
+
+        @property
+        def relies_on(self) -> int:
+            return 1
+
+    assert shadowed(Counts).keys() == {"private", "merges", "together", "exact", "needs",
+                                       "relies_on"}
+    assert not shadowed(Method)
 
 
 @pytest.mark.parametrize("method", sorted({m for m, _ in SETTINGS}))
@@ -96,7 +153,9 @@ def test_other_spellings_mean_one_setting(method):
     ("houlsby", "width", "bottleneck", 4), ("parallel", "reduced", "bottleneck", 4),
     ("parallel", "width", "bottleneck", 4), ("adalora", "interval", "every", 3),
     ("adalora", "final", "cooldown", 0.2), ("galore", "update_every", "every", 3),
-    ("fira", "update_every", "every", 3), ("apollo", "update_every", "every", 3)])
+    ("fira", "update_every", "every", 3), ("apollo", "update_every", "every", 3),
+    ("mos", "private", "own_rows", 0), ("mtlora", "shared", "shared_last", False),
+    ("less", "together", "at_once", 3)])
 def test_earlier_spellings_are_still_read(method, old, new, value):
     assert make(method, {old: value}) == make(method, {new: value})
     with pytest.raises(RecipeError, match="twice"):

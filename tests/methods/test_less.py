@@ -114,7 +114,7 @@ def test_scores_are_the_equation_s_and_do_not_depend_on_how_many_go_together(toy
     tuned, points, rows, wanted, loss = toy
     before = {n: t.clone() for n, t in tuned.tensors().items()}
     groups = {"a": wanted[:3], "b": wanted[3:]}
-    made = [Less(dimension=4096, together=n).lifecycle(tuned, points, rows, groups, loss)
+    made = [Less(dimension=4096, at_once=n).lifecycle(tuned, points, rows, groups, loss)
             for n in (1, 16)]
     torch.testing.assert_close(*made, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in tuned.tensors().items())
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_is_refused(toy):
         with pytest.raises(ConfigError, match=words):
             less.lifecycle(tuned, **how)
         assert tuned.model.training
-    for wrong in ("less(fraction=0.0)", "less(dimension=0)", "less(together=0)"):
+    for wrong in ("less(fraction=0.0)", "less(dimension=0)", "less(at_once=0)"):
         with pytest.raises(ConfigError, match="are expected"):
             parse(wrong)
     with pytest.raises(ConfigError, match="targets='q' does nothing"):

@@ -22,7 +22,7 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
             "num_attention_heads": 32, "num_key_value_heads": 32}
 
 
-def made(settings="rank=4, budget=4, pieces=2, private=2, alpha=8", layers=3, inp=12, out=8, **kw):
+def made(settings="rank=4, budget=4, pieces=2, own_rows=2, alpha=8", layers=3, inp=12, out=8, **kw):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(*((inp, out) if k % 2 == 0 else (out, inp)))
                             for k in range(layers))).double()
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_the_equation():
 
 def test_all_private_in_one_piece_it_is_lora():
     """Budget = private = rank, one piece: rows of the pools are the factors, layer by layer."""
-    model, tuned, terms = made("rank=3, budget=3, private=3, pieces=1, alpha=6")
+    model, tuned, terms = made("rank=3, budget=3, own_rows=3, pieces=1, alpha=6")
     stir(tuned, size=0.5)
     torch.manual_seed(0)
     other = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(12, 8)).double()
@@ -101,7 +101,7 @@ def test_counts_on_published_shapes_whatever_the_rank(budget, want):
         assert sum(t.numel() for t in pools.values()) == want and len(pools) == 14
         assert sum(method.count(p) for p in places) == 0 and method.per_token(places[0]) == 0
     assert parse("mos")[0].settings() == {
-        "targets": None, "rank": 8, "alpha": 16.0, "budget": 2, "pieces": 4, "private": 1,
+        "targets": None, "rank": 8, "alpha": 16.0, "budget": 2, "pieces": 4, "own_rows": 1,
         "seed": 0}
     assert parse("mos")[0].repeats() is None
 
@@ -174,32 +174,32 @@ def test_checkpointing_gives_the_pools_their_gradients():
     assert all(torch.allclose(grads[1][n], g) and g.any() for n, g in grads[0].items())
 
 
-@pytest.mark.parametrize("settings", ["pieces=0", "budget=0, private=0", "private=-1", "private=3",
-                                      "rank=1, private=2"])
+@pytest.mark.parametrize("settings", ["pieces=0", "budget=0, own_rows=0", "own_rows=-1",
+                                      "own_rows=3", "rank=1, own_rows=2"])
 def test_settings_beyond_their_bounds_are_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^mos"):
         parse(f"mos({settings})")
 
 
 def test_refusals():
-    assert parse("mos(rank=1, budget=1, pieces=1, private=1)") and parse("mos(private=0)")
+    assert parse("mos(rank=1, budget=1, pieces=1, own_rows=1)") and parse("mos(own_rows=0)")
     with pytest.raises(TargetError, match=r"mos cuts .* into 5 pieces, which 0.weight \(8 x 12\)"):
         made("rank=2, pieces=5")
     with pytest.raises(TargetError, match="into 8 pieces"):
         made("rank=2, pieces=8")                           # 12 has no eighth
     with pytest.raises(burnish.RecipeError, match=r"rank 4 needs more .* the 2 like 0.weight.* 3$"):
-        made("rank=4, budget=2, private=1, pieces=2")
-    made("rank=3, budget=2, private=1, pieces=2", layers=4)
+        made("rank=4, budget=2, own_rows=1, pieces=2")
+    made("rank=3, budget=2, own_rows=1, pieces=2", layers=4)
     with pytest.raises(RankError, match="rank 9 does not fit"):
-        made("rank=9, budget=9, private=9, pieces=1")
+        made("rank=9, budget=9, own_rows=9, pieces=1")
     with pytest.raises(RankError, match="rank 0 does not fit"):
-        made("rank=0, private=0")
+        made("rank=0, own_rows=0")
     place = Place("l", "weight", "linear", 24, 16)
-    assert parse("mos(rank=16, budget=16, private=16)")[0].shared([place])
+    assert parse("mos(rank=16, budget=16, own_rows=16)")[0].shared([place])
 
 
 def test_matrices_too_small_for_the_rank_are_left_alone():
     net, _ = tiny("llama")
-    tuned = burnish.tune(net, "mos(rank=20, budget=14, private=8, pieces=2)", head=False)
+    tuned = burnish.tune(net, "mos(rank=20, budget=14, own_rows=8, pieces=2)", head=False)
     assert any("too small for its rank" in n for n in tuned.adapters["default"].notes)
     assert {min(t.out, t.inp) for _, t in tuned.terms(Pooled)} == {32}

@@ -29,7 +29,7 @@ def make(more="", model="swin", **kw):
 def test_the_equation_written_out(model, shared):
     """y = W x + s B_0 A_0 x + s B_t A_t x, the last in the last block of every stage; the factors
     of a task that no sample has get no gradient."""
-    tuned, batch = make(f", shared={shared}", model)
+    tuned, batch = make(f", shared_last={shared}", model)
     mine = dict(tuned.branches(Tasked))
     base = tiny(model, dtype=torch.float64, batch=3)[0].eval()
 
@@ -98,7 +98,7 @@ def test_a_mixed_batch_is_its_tasks_one_by_one():
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("model, targets", [("swin", None), ("timm_qkv", "q,v,fc1")])
 def test_one_task_by_itself_is_lora_parts_that_merge(model, targets, shared, tmp_path):
-    tuned, batch = make(f", shared={shared}", model,
+    tuned, batch = make(f", shared_last={shared}", model,
                         **({} if targets is None else {"targets": targets}))
     with torch.no_grad():
         want = [tuned.model(**batch, task=k).logits for k in range(3)]
@@ -177,7 +177,7 @@ def test_start_counts_and_defaults():
             tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} == {0.0}
     (m,) = burnish.parse("mtlora")
     assert m.settings() == {"targets": None, "rank": 64, "tasks": 2, "task_rank": 4, "scale": 4.0,
-                            "dropout": 0.05, "shared": True}
+                            "dropout": 0.05, "shared_last": True}
 
 
 def test_the_count_on_swin_tiny(published):
@@ -185,7 +185,7 @@ def test_the_count_on_swin_tiny(published):
     anatomy, _ = published("SwinConfig", "SwinForImageClassification")
     for shared in (True, False):
         (m,) = burnish.parse("mtlora(rank=16, tasks=4, targets='q,k,v,o,fc1,fc2', "
-                             f"shared={shared})")
+                             f"shared_last={shared})")
         with torch.device("meta"):
             made = list(m.mixture(anatomy))
         want = 0

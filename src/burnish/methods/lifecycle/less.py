@@ -55,7 +55,7 @@ class Less(Chooses, Method):
 
     rows, wanted: of one row each, what ``tuned.step`` takes; they are gone through once for each
     point. Trains nothing; what is tuned holds what it held. Takes a backward for each row and
-    point, `together` gradients at once, and dimension numbers for each group of wanted rows: no
+    point, `at_once` gradients at a time, and dimension numbers for each group of wanted rows: no
     store of gradients is written. P dimension products a row: 8,192 numbers suit an accelerator,
     1,024 a processor.
 
@@ -70,14 +70,14 @@ class Less(Chooses, Method):
 
     dimension: int = setting(8192, "numbers that stand for a gradient")
     fraction: float = setting(0.05, "share of the rows that is chosen")
-    together: int = setting(16, "gradients of rows that exist at once")
+    at_once: int = setting(16, "gradients of rows that exist at once", alias=("together",))
     seed: int = setting(0, "of what is drawn")
 
     def __post_init__(self) -> None:
-        if min(self.dimension, self.together) < 1 or not 0 < self.fraction <= 1:
-            raise ConfigError("less: a dimension and rows together of at least 1 and a fraction "
+        if min(self.dimension, self.at_once) < 1 or not 0 < self.fraction <= 1:
+            raise ConfigError("less: a dimension and rows at_once of at least 1 and a fraction "
                               f"above 0 and up to 1 are expected, got {self.dimension}, "
-                              f"{self.together} and {self.fraction:g}")
+                              f"{self.at_once} and {self.fraction:g}")
         untargeted(self, "a gradient is that of all that the warm-up trains")
 
     def lifecycle(self, tuned: Any, points: Sequence[Point], rows: Iterable[Any],
@@ -127,7 +127,7 @@ class Less(Chooses, Method):
                  loss: Any) -> Iterator[Tensor]:
         """(some, dimension): projected, where Adam would go with one row each."""
         left = iter(rows)
-        while some := list(islice(left, self.together)):
+        while some := list(islice(left, self.at_once)):
             grads = [self._gradient(tuned, batch, loss) for batch in some]
             yield projected({n: adam_direction(
                 torch.stack([g[n] for g in grads]).float(), m["exp_avg"].float(),

@@ -28,15 +28,15 @@ class MtLora(Method):
     ``y = W x + b + s B_0 A_0 drop(x) + s B_t A_t drop(x)``, t the sample's task: the batch names
     ``task``. A_0 (rank, in), B_0 (out, rank) on every linear; A (tasks, task_rank, in), B (tasks,
     out, task_rank) in the last block of every stage (of a model without stages: the last block).
-    shared=False leaves the first out where the second stands, so that a task's last blocks hold
-    nothing of the others'. s is used as it is, with no division by the rank. With tasks=0 it is a
-    LoRA.
+    shared_last=False leaves the first out where the second stands, so that a task's last blocks
+    hold nothing of the others'. s is used as it is, with no division by the rank. With tasks=0 it
+    is a LoRA.
 
     Departure: the authors run every task on every picture, each as a stream of its own from the
     last blocks of a stage to a decoder, beside a stream for all that goes on to the next stage.
     Here a sample has one task and one stream, so what follows a stage's last block reads it too
-    (shared=True is their "matrixv2" there, False their "matrix"; "addition", a norm of the sum of
-    all tasks' streams, has none to sum). Norms, patch embeddings and
+    (shared_last=True is their "matrixv2" there, False their "matrix"; "addition", a norm of the
+    sum of all tasks' streams, has none to sum). Norms, patch embeddings and
     whatever else trains beside it are parts of their own: ``mtlora + norms``.
 
     Start: A uniform in +-1/sqrt(in), B = 0: the pre-trained function exactly. Trains rank (in +
@@ -58,7 +58,8 @@ class MtLora(Method):
     task_rank: int = setting(4, "rank of a task's own update")
     scale: float = setting(4.0, "s, what both are multiplied by")
     dropout: float = setting(0.05, "dropout on the input of A", alias=("lora_dropout",))
-    shared: bool = setting(True, "the update for all tasks stands in last blocks too")
+    shared_last: bool = setting(True, "the update for all tasks stands in last blocks too",
+                                alias=("shared",))
 
     def __post_init__(self) -> None:
         check_dropout("mtlora", self.dropout)
@@ -78,7 +79,7 @@ class MtLora(Method):
             own = self.tasks > 0 and anatomy.blocks[place.block or 0].path in last
             yield Branch(place.path, Tasked(
                 place.inp, out, self.tasks, self.task_rank if own else 0,
-                self.rank if self.shared or not own else 0, scale=self.scale,
+                self.rank if self.shared_last or not own else 0, scale=self.scale,
                 dropout=self.dropout, rows=rows), read=(place.path, "input"))
 
     def repeats(self) -> int | None:
@@ -101,7 +102,7 @@ class MtLora(Method):
     def count(self, place: Place, last: bool = False) -> int:
         """Trainable parameters on one matrix, of a last block or of another."""
         own = self.tasks * self.task_rank if last else 0
-        return ((self.rank if self.shared or not own else 0) + own) * (place.inp + place.out)
+        return ((self.rank if self.shared_last or not own else 0) + own) * (place.inp + place.out)
 
 
 def _stage(block: str) -> str:

@@ -36,7 +36,7 @@ class Zo2(Method):
     paper: ClassVar[str] = ("ZO2: Scalable Zeroth-Order Fine-Tuning for Extremely Large Language "
                             "Models with Limited GPU Memory, 2025")
     tier: ClassVar[str] = "checked against an independent equation"
-    needs: ClassVar[tuple[str, ...]] = ("one width",)
+    needs: ClassVar[frozenset[str]] = frozenset({"one width"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "experts"})
     shown_beside: ClassVar[str] = "lora(rank=4)"
 

@@ -28,7 +28,7 @@ class Mos(Method):
     and, in repeated blocks, of one role share two pools of n = budget L pieces shards, P_A (n, in /
     pieces) and P_B (n, out / pieces); a row of A is `pieces` shards of P_A side by side, a column
     of B as many of P_B. Which ones is a table drawn once from `seed` and the matrix's name, for A
-    and B apart, no shard twice in a factor. `private` rows of each factor are shards that no other
+    and B apart, no shard twice in a factor. `own_rows` rows of each factor are shards that no other
     matrix reads, aligned in A and B; they are part of the budget (how many the authors take is
     unconfirmed). No gate depends on tokens.
 
@@ -36,7 +36,7 @@ class Mos(Method):
     function exactly. Trains budget L (in + out) per kind, whatever the rank: what LoRA of rank
     `budget` trains. Kept for backward: x; the factors are gathered again there. Files hold the
     pools alone. Merges exactly, and exports as plain LoRA. No weight decay, which would fall on
-    shards unevenly. With budget = private = rank and pieces = 1 it is LoRA.
+    shards unevenly. With budget = own_rows = rank and pieces = 1 it is LoRA.
     """
 
     paper: ClassVar[str] = ("MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with "
@@ -48,14 +48,15 @@ class Mos(Method):
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     budget: int = setting(2, "parameters, as the rank of the LoRA that has as many", alias=("e",))
     pieces: int = setting(4, "shards of a row of A and of a column of B", alias=("l",), other=(2,))
-    private: int = setting(1, "rows of each factor that no other matrix reads", other=(0,))
+    own_rows: int = setting(1, "rows of each factor that no other matrix reads", other=(0,),
+                           alias=("private",))
     seed: int = setting(0, "of the tables")
 
     def __post_init__(self) -> None:
         if self.pieces < 1 or self.budget < 1:
             raise RecipeError("mos: budget and pieces of at least 1 are expected")
-        if not 0 <= self.private <= min(self.rank, self.budget):
-            raise RecipeError(f"mos: private={self.private}: expected from 0 to the smaller of "
+        if not 0 <= self.own_rows <= min(self.rank, self.budget):
+            raise RecipeError(f"mos: own_rows={self.own_rows}: expected from 0 to the smaller of "
                               f"rank {self.rank} and budget {self.budget}")
 
     def repeats(self) -> int | None:
@@ -73,11 +74,11 @@ class Mos(Method):
                 raise TargetError(f"mos cuts rows and columns into {self.pieces} pieces, which "
                                   f"{p.name} ({p.out} x {p.inp}) has no whole number for: take "
                                   "other pieces, or leave it out of targets")
-            most = self.private + (self.budget - self.private) * len(group)
+            most = self.own_rows + (self.budget - self.own_rows) * len(group)
             if self.rank > most:
                 raise RecipeError(f"mos: rank {self.rank} needs more shards than there are for the "
                                   f"{len(group)} like {p.name}: with budget={self.budget} and "
-                                  f"private={self.private} the largest rank there is {most}")
+                                  f"own_rows={self.own_rows} the largest rank there is {most}")
             first = torch.empty(shards, p.inp // self.pieces).uniform_(-p.inp**-0.5, p.inp**-0.5)
             out[f"{name}A"] = nn.Parameter(first)
             out[f"{name}B"] = nn.Parameter(torch.zeros(shards, p.out // self.pieces))
@@ -89,8 +90,8 @@ class Mos(Method):
         site.place.check_rank(self.rank, "mos")
         name, place = kind(site.place), site.place
         alike = [p for p in site.places if kind(p) == name]
-        public = (self.budget - self.private) * len(alike) * self.pieces
-        a, b = (table(self.rank, self.pieces, public, self.private, alike.index(place),
+        public = (self.budget - self.own_rows) * len(alike) * self.pieces
+        a, b = (table(self.rank, self.pieces, public, self.own_rows, alike.index(place),
                       f"{self.seed}/{place.name}/{side}") for side in "AB")
         return Pooled(place, self.alpha / self.rank, a, b, site.shared,
                       (f"{name}A", f"{name}B"))
