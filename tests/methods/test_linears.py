@@ -26,7 +26,8 @@ EXPERT = place("b.experts.0")
 
 def found(places, asked=False, **how):
     places = list(places)
-    anatomy = SimpleNamespace(asked=SimpleNamespace(of=lambda m: (places if asked else None, 1)),
+    anatomy = SimpleNamespace(asked=SimpleNamespace(of=lambda m: (places if asked else None, 1),
+                                                    notes=[]),
                               places=[HEAD, ONE, Q, K, V, FUSED, CONV, EXPERT])
     return list(linears(anatomy, METHOD, places, **how))
 
@@ -71,17 +72,23 @@ def test_rows_of_a_fused_one(places, rows):
 
 def test_one_too_small_for_the_rank_is_left_out_unless_it_is_asked_for_or_the_largest():
     small, wide = place("b.z", 3, 20), place("b.a", 6, 5)
-    every = [small, place("b.m", 20, 2), wide]
+    every, notes = [small, place("b.m", 20, 2), wide], []
 
     def run(**how):
+        notes.clear()
         places = how.pop("of", every)
         anatomy = SimpleNamespace(places=places, asked=SimpleNamespace(
-            of=lambda m: (places if how.pop("asked", False) else None, 1)))
+            of=lambda m: (places if how.pop("asked", False) else None, 1), notes=notes))
         return [p.path for p, *_ in linears(anatomy, METHOD, places, **how)]
 
     assert run() == ["b.z", "b.m", "b.a"], "of no rank all are"
-    assert run(rank=2) == ["b.z", "b.m", "b.a"]
-    assert run(rank=3) == ["b.z", "b.a"] and run(rank=5) == ["b.a"]
+    assert run(rank=2) == ["b.z", "b.m", "b.a"] and not notes
+    assert run(rank=3) == ["b.z", "b.a"]
+    assert notes == ["mix leaves 1 of 3 weights alone, too small for its rank, e.g. b.m.weight "
+                     "(20 x 2)"]
+    assert run(rank=5) == ["b.a"]
+    assert notes == ["mix leaves 2 of 3 weights alone, too small for its rank, e.g. b.z.weight "
+                     "(3 x 20)"]
     with pytest.raises(RankError, match="rank 6 does not fit.*b.a"):
         run(rank=6)
     with pytest.raises(RankError, match="rank 4 does not fit.*b.z"):

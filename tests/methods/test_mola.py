@@ -396,7 +396,10 @@ def experts_of(model, recipe):
 
 
 def test_linears_too_small_for_the_rank_are_left_out():
-    """By default; one that was asked for, or a rank that is too large for all, is refused."""
+    """By default, with a note; one that was asked for, or a rank too large for all, is refused."""
+    tuned = burnish.tune(tiny("llama")[0], "mola(rank=20, allocation='2-2')")
+    (note,) = [n for n in tuned.active.notes if "rank" in n]
+    assert note.startswith("mola leaves 4 of 14 weights alone, too small for its rank, e.g. ")
     small = experts_of("llama", "mola(rank=20, allocation='2-2')")
     assert set(small) == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for recipe in ("mola(rank=20, targets='k')", "mola(rank=500)"):

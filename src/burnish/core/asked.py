@@ -72,6 +72,12 @@ def left_alone(method: Method, places: int, left: list[str]) -> list[str]:
     return [f"{method.name} leaves {why}" for why in left]
 
 
+def too_small(method: Method, small: Sequence[Place], of: int) -> list[str]:
+    """A note about weights that a rank does not fit, of so many that a part was to act on."""
+    return [f"{method.name} leaves {len(small)} of {of} weights alone, too small for its rank, "
+            f"e.g. {p.name} ({p.out} x {p.inp})" for p in small[:1]]
+
+
 def _text(recipe: Sequence[Method]) -> str:
     return " + ".join(p.name for p in recipe)
 

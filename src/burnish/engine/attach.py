@@ -15,7 +15,7 @@ from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import DROPS, asks_to_drop
 from ..core.anatomy import Anatomy
-from ..core.asked import Asked, left_alone, wanted
+from ..core.asked import Asked, left_alone, too_small, wanted
 from ..core.errors import RankError, RecipeError, TargetError
 from ..core.families import UNGRADED
 from ..core.keys import keys_of
@@ -198,7 +198,7 @@ class Attacher(Informed):
     def _deltas(self, part: Method) -> None:
         undropped: list[tuple[Place, str]] = []
         acts = not asks_to_drop(part)           # where it is asked for, it acts somewhere
-        small: list[tuple[Place, RankError]] = []
+        small: list[Place] = []
         placed = self.places(part)
         shared, blank = self._shared(part, placed), self._blank(part)
         for place, seen, settled in self.informed(part, placed):
@@ -222,10 +222,10 @@ class Attacher(Informed):
                                              slot.beside(place), placed, self._weight,
                                              functools.partial(self._rounded, place)))
                     del weight                       # one that was read for this is gone then
-            except RankError as error:
+            except RankError:
                 if self.asked.of(part)[0] is not None or len(small) + 1 == len(placed):
                     raise
-                small.append((place, error))
+                small.append(place)
                 continue
             if answer is None:
                 continue
@@ -255,11 +255,7 @@ class Attacher(Informed):
                     beside = slot_of(self._module(end), self.state, end.path)
                     beside.add(self.adapter.name, label, other, place=end)
             self.placed.setdefault(part.name, []).append(place)
-        if small:
-            first = small[0][0]
-            self.notes.append(f"{part.name} leaves {len(small)} of {len(placed)} weights alone, "
-                              f"too small for its rank, e.g. {first.name} "
-                              f"({first.out} x {first.inp})")
+        self.notes += too_small(part, small, len(placed))
         if undropped:
             self._without_dropout(part, undropped, len(placed))
         elif not acts and len(small) < len(placed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...core.asked import too_small
 from ...core.errors import RankError, RecipeError, TargetError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Rows = tuple[tuple[int, int], ...] | None
 def linears(anatomy: Anatomy, method: Any, places: list[Place], *, anywhere: bool = False,
             samples: bool = False, rank: int | None = None) -> Iterator[tuple[Place, Rows, int]]:
     """(a place, its runs of rows, its outputs) for every linear inside a block (anywhere: any)
-    among `places`. One too small for a rank, if there is one, is left out when nobody
+    among `places`. One too small for a rank, if there is one, is left out with a note when nobody
     asked for it, unless it is the largest. samples: those of routed experts are none, which are
     given the tokens of all samples together.
 
@@ -38,6 +39,7 @@ def linears(anatomy: Anatomy, method: Any, places: list[Place], *, anywhere: boo
     if not by_path:
         raise RecipeError(f"{method.name}: none of the targets is one of the {where}")
     largest = max(by_path, key=lambda p: min(by_path[p][0].out, by_path[p][0].inp))
+    small: list[Place] = []
     for path, places in by_path.items():
         first = places[0]
         try:
@@ -45,12 +47,14 @@ def linears(anatomy: Anatomy, method: Any, places: list[Place], *, anywhere: boo
         except RankError:
             if asked is not None or path == largest:
                 raise
+            small.append(first)
             continue
         rows = tuple(sorted(p.rows for p in places if p.rows)) or None
         out = next(p.out for p in anatomy.places if p.path == path and not p.rows)
         if rows and sum(b - a for a, b in rows) == out:
             rows = None
         yield first, rows, out
+    anatomy.asked.notes += too_small(method, small, len(by_path))
 
 
 def _routed(place: Place) -> bool:
