@@ -70,6 +70,46 @@ def test_crowds_are_left_out_and_what_is_wrong_is_named(tmp_path):
         read(folder)
 
 
+def test_a_file_that_is_told_badly_is_named_where_it_is(tmp_path):
+    folder = shapes(tmp_path / "a", 4)
+    file = folder / "annotations.json"
+    plain = file.read_text()
+
+    def wrong(part, at, how, words):
+        told = json.loads(plain)
+        told[part][at] |= how
+        file.write_text(json.dumps(told))
+        with pytest.raises(DataError, match=words) as error:
+            read(folder, validation=0)
+        assert "cannot be read" not in str(error.value)         # no library's own words
+
+    for part, at, how, words in (
+            ("images", 1, {"id": 0}, r"images\[1\] has the id of images\[0\], 0"),
+            ("categories", 1, {"id": 1}, r"categories\[1\] has the id of categories\[0\], 1"),
+            ("images", 1, {"id": [1]}, r"images\[1\], id: expected a number"),
+            ("categories", 0, {"id": None}, r"categories\[0\], id: .* missing"),
+            ("categories", 0, {"name": None}, r"categories\[0\], name: .* missing"),
+            ("images", 0, {"file_name": None}, r"images\[0\], file_name: .* missing"),
+            ("annotations", 0, {"image_id": {}}, r"annotations\[0\]: there is no image"),
+            ("annotations", 0, {"category_id": [1]}, r"annotations\[0\]: there is no category"),
+            ("annotations", 0, {"bbox": [1, 1, True, 4]}, "expected x, y, width and height")):
+        wrong(part, at, how, words)
+    told = json.loads(plain)
+    file.write_text(json.dumps(told | {"annotations": []}))
+    with pytest.raises(DataError, match="no picture has an object"):
+        read(folder, validation=0)
+    for image in told["images"]:                    # named from the folder that the file stands in
+        image["file_name"] = f"images/{image['file_name']}"
+    file.write_text(json.dumps(told))
+    assert len(read(folder, validation=0).train) == 4
+    rows = shapes(tmp_path / "b", 2, form="rows") / "metadata.jsonl"
+    first, second = map(json.loads, rows.read_text().splitlines())
+    first["objects"]["categories"] = [None] * len(first["objects"]["bbox"])
+    rows.write_text(f"{json.dumps(first)}\n{json.dumps(second)}")
+    with pytest.raises(DataError, match="line 1, field 'objects', category: .* missing"):
+        read(tmp_path / "b", validation=0)
+
+
 # -- pairing, loss ---------------------------------------------------------------------------------
 def test_every_object_has_a_query_and_no_pairing_costs_less():
     g = torch.Generator().manual_seed(0)

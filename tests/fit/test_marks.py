@@ -47,9 +47,10 @@ def test_every_way_to_write_a_mark(tmp_path):
     assert data.train["good"][:] == [True, False]
     (tmp_path / "x.csv").write_text("prompt,completion,label\na,b,true\nc,d,false\n")
     assert read(tmp_path / "x.csv", validation=0).train["good"][:] == [True, False]
-    rows = [{"prompt": "a", "completion": "b", "label": k} for k in (True, None)]
-    with pytest.raises(DataError, match="line 2, field 'label': expected true or false, it is"):
-        read(lines(tmp_path / "x.jsonl", rows), task="unpaired-preference-tuning")
+    for wrong in (None, [1], "yes", -1):
+        rows = [{"prompt": "a", "completion": "b", "label": k} for k in (True, wrong)]
+        with pytest.raises(DataError, match="field 'label': expected true or false, it is"):
+            read(lines(tmp_path / "x.jsonl", rows), task="unpaired-preference-tuning")
 
 
 def test_the_loss_is_its_equation():

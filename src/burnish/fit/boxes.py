@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +40,71 @@ def coco(path: Path) -> Table | None:
         for i, entry in enumerate(told[k]):
             if not isinstance(entry, dict):
                 raise DataError(f"{file}, {k}[{i}]: expected an object with fields")
-    names = {c.get("id"): str(c.get("name")) for c in told["categories"]}
-    below = path / "images" if (path / "images").is_dir() else path
-    rows: dict[Any, dict[str, list[Any]]] = {m.get("id"): {"bbox": [], "category": []}
-                                             for m in told["images"]}
+    names = {k: _word(c.get("name"), f"{at}, name")
+             for k, c, at in _known(told, "categories", file)}
+    rows: dict[Any, dict[str, list[Any]]] = {}
+    paths = []
+    for k, m, at in _known(told, "images", file):
+        rows[k] = {"bbox": [], "category": []}
+        paths.append(_found(path, m, at))
     for i, a in enumerate(told["annotations"]):
         at = f"{file}, annotations[{i}]"
         if a.get("iscrowd"):
             continue
-        if a.get("image_id") not in rows:
-            raise DataError(f"{at}: there is no image {a.get('image_id')!r}")
-        if a.get("category_id") not in names:
-            raise DataError(f"{at}: there is no category {a.get('category_id')!r}")
-        rows[a["image_id"]]["bbox"].append(a.get("bbox"))
-        rows[a["image_id"]]["category"].append(names[a["category_id"]])
-    paths = [str(below / str(m.get("file_name"))) for m in told["images"]]
+        of, kind = a.get("image_id"), a.get("category_id")
+        if not _plain(of) or of not in rows:
+            raise DataError(f"{at}: there is no image {plain(of)}")
+        if not _plain(kind) or kind not in names:
+            raise DataError(f"{at}: there is no category {plain(kind)}")
+        rows[of]["bbox"].append(a.get("bbox"))
+        rows[of]["category"].append(names[kind])
     if not paths:
         raise DataError(f"{file} names no picture")
-    for i, p in enumerate(paths):
-        if not Path(p).is_file():
-            raise DataError(f"{file}, images[{i}]: there is no picture at {plain(p)}")
     PICTURE.look(paths)
     used = {c for row in rows.values() for c in row["category"]}
     return Table({"image": paths, "objects": list(rows.values())}, paths.__getitem__,
                  "pictures with objects, as COCO has them",
                  {"objects": tuple(n for n in names.values() if n in used)})
+
+
+def _plain(value: Any) -> bool:
+    """Whether it can be an id or the name of a class: a number or a text."""
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def _word(value: Any, at: str) -> str:
+    if not _plain(value):
+        raise DataError(f"{at}: expected the name of a class, it is "
+                        f"{'missing' if value is None else plain(value, 60)}")
+    return str(value)
+
+
+def _known(told: dict[str, Any], part: str, file: Path
+           ) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """(id, entry, where it stands) of each; two of one id would be taken for each other."""
+    seen: dict[Any, int] = {}
+    for i, entry in enumerate(told[part]):
+        at, k = f"{file}, {part}[{i}]", entry.get("id")
+        if not _plain(k):
+            raise DataError(f"{at}, id: expected a number, it is "
+                            f"{'missing' if k is None else plain(k, 60)}")
+        if k in seen:
+            raise DataError(f"{at} has the id of {part}[{seen[k]}], {plain(k)}")
+        seen[k] = i
+        yield k, entry, at
+
+
+def _found(folder: Path, image: dict[str, Any], at: str) -> str:
+    """Where a picture lies: below `images/`, or as it is named from the folder itself."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{at}, file_name: expected the name of a picture, it is "
+                        f"{'missing' if name is None else plain(name, 60)}")
+    places = [p / name for p in (folder / "images", folder) if p.is_dir()]
+    for place in places:
+        if place.is_file():
+            return str(place)
+    raise DataError(f"{at}: there is no picture at {plain(places[0])}")
 
 
 def objects(values: Sequence[Any], field: str, table: Table, classes: Sequence[str] | None
@@ -85,13 +125,17 @@ def objects(values: Sequence[Any], field: str, table: Table, classes: Sequence[s
             raise DataError(f"{at}: bbox and category should be lists of one length")
         for box in v["bbox"]:
             good = isinstance(box, list | tuple) and len(box) == 4 and all(
-                isinstance(x, int | float) and abs(x) < 1e9 for x in box)
+                isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
+                for x in box)
             if not good or not (box[2] > 0 and box[3] > 0):
                 raise DataError(f"{at}: a box is {plain(box, 60)}; expected x, y, width and height "
                                 "in pixels, the last two above 0")
         boxes.append([[float(x) for x in box] for box in v["bbox"]])
-        kinds.append([str(k) for k in kind])
+        kinds.append([_word(k, f"{at}, category") for k in kind])
     found = {k for row in kinds for k in row}
+    if not found and not classes:
+        raise DataError(f"{table.where(0)}, field {field!r}: no picture has an object, this one "
+                        "neither, so there is no class to learn")
     names = tuple(classes) if classes else tuple(sorted(
         found, key=lambda n: (0, int(n), n) if n.isdigit() else (1, 0, n)))
     if strange := found - set(names):

@@ -104,8 +104,8 @@ def marks(table: Table, roles: Roles) -> list[dict[str, Any]]:
     for i, given in enumerate(table.columns[roles.label or "label"]):
         said = given.strip().lower() if isinstance(given, str) else given
         known = {"true": True, "false": False, "1": True, "0": False}
-        if said in known:
-            said = known[said]
+        if isinstance(said, str):
+            said = known.get(said, said)
         if not isinstance(said, bool | int) or said not in (0, 1):
             raise DataError(f"{table.where(i)}, field {roles.label!r}: expected true or false, it "
                             f"is {given!r}")
