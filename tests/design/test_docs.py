@@ -31,7 +31,8 @@ def test_relative_links_lead_somewhere():
     link = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
     broken = [f"{p.relative_to(ROOT)}: {target}" for p in [*PAGES, *(ROOT / "docs").rglob("*.md")]
               if p.name not in ("catalogue.md", "board.md") and p.parent.name != "methods"
-              for target in link.findall(p.read_text()) if not (p.parent / target).exists()]
+              for target in link.findall(p.read_text()) if not (p.parent / target).exists()
+              and (p.parent / target).resolve() != ROOT / "docs" / "board.md"]    # make docs
     assert not broken
 
 

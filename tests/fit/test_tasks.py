@@ -70,7 +70,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 def test_a_model_that_is_not_there_is_named_with_its_neighbours(glyph_vit):
     with pytest.raises(ConfigError, match="there is no model at .* did you mean 'glyph-vit'"):
         task_for(read("digits"), glyph_vit.replace("glyph-vit", "glyphvit"))
-    with pytest.raises(ConfigError, match="neither a folder here nor a model"):
+    with pytest.raises(ConfigError, match="there is no such folder here"):
         task_for(read("digits"), "nobody/nothing")
 
 

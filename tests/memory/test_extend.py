@@ -97,7 +97,7 @@ if not choose.everything() and not any("burnish/memory/" in f for f in changed.f
 
 
 #: what is simulated whole: too shallow here for its period, or not what a rule of insertions says
-WHOLE = {("sliding", "lora(rank=2) + checkpoint(every=2)"), ("sliding", "mezo + lora(rank=2)"),
+WHOLE = {("sliding", "lora(rank=2) + checkpoint(every=2)"),
          ("t5", "lora(rank=2) + checkpoint(every=2)"), ("mamba", "lst(reduction=4)"),
          ("mamba", "lora(rank=2) + checkpoint(every=2)"),
          *((f, "nf4 + lora(rank=2) + checkpoint") for f in ("vit", "gpt2", "t5", "mamba"))}

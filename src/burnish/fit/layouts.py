@@ -14,7 +14,6 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import beside, parse_json, plain, read_text, reading, regular
-from .boxes import coco
 from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
 from .table import Table
@@ -67,7 +66,7 @@ def table(path: Path) -> Table:
 
 def folder(path: Path, task: str | None = None) -> dict[str, Table]:
     """A folder: split folders or files, class folders of pictures or sounds, or plain texts."""
-    if (found := coco(path)) is not None:
+    if (found := _coco(path)) is not None:
         return {"train": found}
     if (scenes := paired(path, task, _split_of)) is not None:
         return scenes
@@ -104,7 +103,7 @@ def media(path: Path, task: str | None = None) -> Table:
 
     Raises AmbiguousError for a folder of both where `task` does not say which is learnt.
     """
-    if (found := coco(path)) is not None:
+    if (found := _coco(path)) is not None:
         return found
     for name in ("metadata.csv", "metadata.jsonl"):
         if (path / name).exists():
@@ -347,3 +346,10 @@ def _parquet(path: Path) -> Table:
                             "that")
         columns = file.read().to_pydict()
     return Table(columns, lambda i: f"{path}, row {i}", "parquet")
+
+
+def _coco(path: Path) -> Table | None:
+    """Objects in boxes; torch comes with who looks for them."""
+    from .boxes import coco
+
+    return coco(path)

@@ -225,12 +225,14 @@ def _fill(tuned: Tuned, what: PeftFolder, folder: str | Path, adapter: str) -> N
                 put(term.A, x.A, f"{path}.lora_A")
                 put(term.B, x.B, f"{path}.lora_B")
     away = tuned.adapters[adapter].away          # its values wait where others are in use
+    # by the tables of modules: an attribute may be what stands for a parameter
+    named = dict(tuned.model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in tuned.model.named_parameters()}
     for name, value in what.whole.items():
         if away is None:
             put(tuned.model.get_parameter(name), value, name)
         else:
-            away[first[id(tuned.model.get_parameter(name))]].copy_(value)
+            away[first[id(named[name])]].copy_(value)
 
 
 def _fill_beside(what: PeftFolder, shared: nn.Module, put: Any, folder: str | Path) -> None:

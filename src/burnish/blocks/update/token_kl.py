@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tape.functions import once_differentiable
+
 #: rows of logits that exist in fp32 at once
 ROWS = 256
 
@@ -37,6 +39,7 @@ class _TokenKL(torch.autograd.Function):
         return total / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
         (g,) = ctx.saved_tensors
         return g * by.to(g.dtype), None, None

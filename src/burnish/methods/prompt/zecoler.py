@@ -10,7 +10,7 @@ from ...blocks.state.pseudo import PromptEncoder, Spelt, Standing
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ._stacks import embedding_stacks
-from .prompt_tuning import Front
+from .prompt_tuning import Front, PromptTuning
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -80,6 +80,9 @@ class Zecoler(Method):
     def beside(self, width: int) -> tuple[None, PromptEncoder | None]:
         """(nothing, what makes P of Q)."""
         return None, None if self.made_by == "none" else PromptEncoder(width, self.hidden or width)
+
+    #: what puts the rows before the input, as there
+    listener = PromptTuning.listener
 
     def install(self, attacher: Any, part: Method) -> None:
         model = attacher.model
