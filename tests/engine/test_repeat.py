@@ -79,6 +79,20 @@ def test_every_run_has_an_adapter_of_its_own(tmp_path):
         tuned.merge()
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_what_is_added_to_blocks_that_run_once_merges(at):
+    """Blocks 0 1 2 1 2: 0 runs once, 2 does not."""
+    model, batch = tiny("llama", num_hidden_layers=3)
+    tuned = stir(burnish.tune(burnish.repeat_blocks(model, ((0, 3), (1, 3))),
+                              f"lora(rank=2, targets='q@{at}')"), size=0.3)
+    want = outputs(tuned.model, batch).logits
+    if at:
+        with pytest.raises(CheckError, match="is model.layers.2.* once more"):
+            tuned.merge()
+    else:
+        torch.testing.assert_close(outputs(tuned.merge(), batch).logits, want)
+
+
 def test_a_weight_that_trains_whole_trains_once():
     model, batch = tiny("llama")
     tuned = burnish.tune(burnish.repeat_blocks(model, SPANS), "full(targets='q')")

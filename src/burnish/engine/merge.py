@@ -49,7 +49,11 @@ def why_not(tuned: Tuned) -> str | None:
         for m in tuned.adapters[name].recipe:
             if not m.merges:
                 return f"{m.name} has no form as a plain weight: it computes on hidden states"
+    added = {f"{path}.{place.param}" for path, _, slot in slots(tuned.model)
+             for place in (part.place for part in slot.parts) if place is not None}
     for again, first in tuned.anatomy.again.items():
+        if not added & {again, first}:                   # nothing is written there
+            continue
         return f"{again} is {first} once more, and one weight cannot hold what each run of it adds"
     for path, _, slot in slots(tuned.model):
         if slot.ends is not None:

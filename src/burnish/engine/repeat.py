@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..core.anatomy import Anatomy
+from ..core.depth import deepened
 from ..core.errors import ConfigError
 from ..core.reading import shown
 from .swap import ATTR
@@ -56,28 +57,7 @@ def repeat(model: nn.Module, spans: Any) -> Callable[[], None]:
     wanted = checked(spans, len(found))
     made = nn.ModuleList(_again(found[i]) for a, b in wanted for i in range(a, b))
     setattr(made, _SAID, wanted)
-    for k, block in enumerate(made):
-        for m in block.modules():
-            if isinstance(vars(m).get("layer_idx"), int):        # its place in a cache
-                m.layer_idx = k
-    parent, _, name = stacks[0].rpartition(".")
-    model.get_submodule(parent)._modules[name] = made
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    was: dict[str, Any] = {}
-    if isinstance(getattr(config, "num_hidden_layers", None), int):
-        was["num_hidden_layers"], config.num_hidden_layers = config.num_hidden_layers, len(made)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == len(found):
-        was["layer_types"] = kinds
-        config.layer_types = [kinds[i] for a, b in wanted for i in range(a, b)]
-
-    def back() -> None:
-        model.get_submodule(parent)._modules[name] = found
-        for key, value in was.items():
-            setattr(config, key, value)
-
-    return back
+    return deepened(model, stacks[0], made, [i for a, b in wanted for i in range(a, b)])
 
 
 def checked(spans: Any, blocks: int | None = None) -> Spans:
