@@ -72,6 +72,10 @@ def test_objects():
     assert load("objects").main(each=160, epochs=24)["map_50"] > 0.15
 
 
+def test_forecast():
+    assert load("forecast").main(steps=300, epochs=8)["mae_to_naive"] < 0.5
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

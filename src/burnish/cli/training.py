@@ -172,7 +172,8 @@ def predict(
                                                          "input, e.g. task=1; may repeat.")] = None,
     json: Json = False,
 ) -> None:
-    """Answers of a finished run: labels, numbers, tags, stretches of a context, or text."""
+    """Answers of a finished run: labels, numbers, tags, stretches of a context, text, or what a
+    series does next."""
     from ..fit.finished import Finished
 
     keys = {k: v for k, v in map(_key, given or ())}

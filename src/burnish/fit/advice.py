@@ -30,8 +30,8 @@ from ..memory.search import Progress
 from ..memory.table import duration
 from ..memory.usual import CHUNKED
 from .arguments import OWN_ALIASES, sort_out
+from .autos import auto_of
 from .data import read, there
-from .kinds import KINDS
 from .places import check_local, check_served, suited
 from .promise import as_trained, device, stores
 from .settings import learning_rate, usual_rate
@@ -178,7 +178,7 @@ def blank(task: Task, name: str) -> nn.Module:
     """The model that `task` trains, by its configuration alone: no weights are read."""
     import transformers
 
-    auto = getattr(transformers, KINDS[task.data.task].auto)
+    auto = auto_of(task.data.task)
     head = {k: v for k, v in task.head().items() if k != "ignore_mismatched_sizes"}
     with loading(name, f"the model for {task.data.task},") as where:
         try:

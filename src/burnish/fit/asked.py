@@ -13,7 +13,7 @@ from ..core.reading import parse_json, plain, read_text
 Row = dict[str, Any]
 
 
-def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator[tuple[str, Row]]:
+def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
     """(what was given, its columns as the task reads them) of every input.
 
     roles: what the run's own columns are called. Raises DataError and ConfigError where an input
@@ -31,6 +31,10 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, str]) -> Iterator
         return
     if task.takes == ("image", "text"):
         yield from _both(inputs)
+        return
+    if task.takes == ("values",):
+        for given in inputs:
+            yield from _series(given, roles)
         return
     names = {k: roles.get(k) or roles.get("prompt" if k == "text" else k) or k
              for k in task.takes}
@@ -114,6 +118,23 @@ def _row(given: Any, names: Mapping[str, str], task: Any, where: str) -> Row:
             raise DataError(f"{where}, field {names[k]!r}: expected text, it is a "
                             f"{type(value).__name__}")
     return {k: v for k, v in row.items() if v is not None}
+
+
+def _series(given: str, roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    """Each series of a table, by the columns that the run was of."""
+    from .layouts import table
+    from .series import together
+
+    if not _table(Path(given)):
+        raise DataError(f"a series is asked for what comes next: give a table with the columns "
+                        f"{', '.join(roles['channels'])}; there is no such file as "
+                        f"{plain(given, 60)!r}")
+    found = table(Path(given))
+    time, of = (c if c in found.columns else None for c in (roles.get("time"),
+                                                            roles.get("series")))
+    for name, (values, times) in together(found, roles["channels"], time, of).items():
+        said = f"{given}, {name}" if name else given
+        yield said, {"values": values, "times": times, "time": time, "where": said}
 
 
 def _files(inputs: Sequence[str], medium: Any) -> Iterator[Path]:

@@ -18,7 +18,8 @@ def card(run: Mapping[str, Any], merged: bool = False) -> str:
     """README.md of a finished run, from the facts of its `run.json`. merged: of the model with what
     it learnt in its weights."""
     data, recipe, base = run["data"], run["recipe"], run["model"]
-    auto, pipeline = KINDS[data["task"]].auto, KINDS[data["task"]].pipeline
+    pipeline = KINDS[data["task"]].pipeline
+    auto = run.get("class", KINDS[data["task"]].auto)
     head = ["---", *heading(base, merged, pipeline, run["parts"])]
     if "/" in data["source"] and data["layout"] == "hub":
         head += ["datasets:", f"- {quoted(data['source'].partition(':')[0])}"]

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..core.errors import DataError, nearest
-from .kinds import captioned, form_of_label, heard, pictured, spoken
+from . import series
+from .kinds import captioned, form_of_label, heard, in_time, pictured, spoken
 from .labels import quantities
-from .readings import ambiguous, aside, heard_or_written, label_like, pictures, tagged, texts
+from .readings import (
+    ambiguous,
+    aside,
+    heard_or_written,
+    label_like,
+    pictures,
+    tabular,
+    tagged,
+    texts,
+)
 from .table import Table
 
 #: names people give these columns, likeliest first
@@ -57,17 +68,25 @@ class Roles:
     form: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    #: of series: their columns of numbers, and what says when a row is and of which series
+    channels: tuple[str, ...] = ()
+    time: str | None = None
+    series: str | None = None
 
-    def named(self) -> dict[str, str]:
-        """role -> its column, of what a row is asked with."""
-        return {k: v for k in ("text", "pair", "tokens", "prompt") if (v := getattr(self, k))}
+    def named(self) -> dict[str, Any]:
+        """role -> its column, of what a row is asked with; of ``channels`` all of them."""
+        found = {k: v for k in ("text", "pair", "tokens", "prompt", "time", "series")
+                 if (v := getattr(self, k))}
+        return found | ({"channels": list(self.channels)} if self.channels else {})
 
     def said(self, names: Iterable[str]) -> str:
         """"text from 'body', label from 'mood'; not read: id" """
         parts = {k: v for k in ("image", "mask", "objects", "audio", "text", "pair", "negative",
-                                "tokens", "label", "prompt", "completion")
+                                "tokens", "label", "prompt", "completion", "time", "series")
                  if (v := getattr(self, k)) is not None}
-        used = set(parts.values()) | _FORMS.get(self.form or "", set())
+        if self.channels:
+            parts["numbers"] = ", ".join(self.channels)
+        used = set(parts.values()) | set(self.channels) | _FORMS.get(self.form or "", set())
         if self.label is not None:
             used |= {n.strip() for n in self.label.split(",")}
         left = [n for n in names if n not in used]
@@ -94,7 +113,7 @@ def assign(table: Table, flags: Roles) -> Roles:
         given = getattr(flags, flag)
         if given is None or given in names:
             continue
-        if flag == "label" and "," in given:              # columns of ones and noughts, by name
+        if flag == "label" and "," in given:              # several columns by name
             continue
         raise DataError(f"{flag}={given!r} is no column of the data; it has "
                         f"{', '.join(names)}{nearest(given, names)}")
@@ -120,6 +139,10 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _captioned(names, replace(flags, task=found))
     if found == "semantic-segmentation":
         return _scenes(table, flags)
+    if in_time(found):
+        time, of, _ = series.parts(table)
+        return replace(flags, task=found, label=None, time=time, series=of,
+                       channels=series.channels(table, flags.label))
     image = audio = label = text = pair = None
     labelled = form_of_label(found) is not None
     if pictured(found):
@@ -152,6 +175,8 @@ def _task(table: Table, flags: Roles) -> str:
         return "preference-tuning"
     if flags.prompt:
         return "instruction-tuning"
+    if not (flags.text or flags.label or flags.image or flags.audio) and series.recognised(table):
+        return "time-series-forecasting"
     label = flags.label or _label(names)
     if not flags.text and not flags.label:
         if _preferences(names, ask=True):
@@ -366,6 +391,8 @@ def _text(table: Table, label: str | None, told: bool) -> str:
         if len(found) == 1:
             return found[0]
     if not words and not named:
+        if (numbers := tabular(table, label)) is not None:
+            raise numbers
         raise DataError(f"cannot tell which column holds the text; the data has "
                         f"{', '.join(names)}; name it with text=")
     if not told:

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, DataError, nearest
 from ..core.keys import Read
 from ..core.reading import beside, reading
-from . import layouts, masks
+from . import layouts, masks, series
 from .beside import apart, missing
 from .columns import Roles, assign
-from .kinds import TASKS, form_of_label
+from .kinds import TASKS, form_of_label, in_time
 from .labels import differ
 from .layouts import SPLITS
 from .media import opened
@@ -51,6 +51,7 @@ class Data:
     object-detection: ``image``, ``boxes`` (x, y, width, height in pixels), ``classes``.
     image-text-contrastive, image-captioning: ``image``, ``text``.
     speech-recognition, speech-to-text: ``audio``, ``text``.
+    time-series-forecasting: ``series``, ``values``, ``begin`` (series.py), a row a series.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
@@ -70,7 +71,7 @@ class Data:
     form: str | None = None
     #: which columns are read as what, in words, and by role
     columns: str = ""
-    roles: dict[str, str] = field(default_factory=dict, repr=False)
+    roles: dict[str, Any] = field(default_factory=dict, repr=False)
     #: what :func:`read` was told, so that the same rows can be found again
     reading: dict[str, Any] = field(default_factory=dict, repr=False)
     #: the numbers that masks hold
@@ -100,6 +101,11 @@ class Data:
         """As it is read. Raises DataError for a picture that is broken inside."""
         return opened(self.splits[split], i, self.where.get(split))
 
+    def sizes(self) -> dict[str, int]:
+        """Rows of each split; of series their steps."""
+        return {k: series.steps(v) if in_time(self.task) else len(v)
+                for k, v in self.splits.items()}
+
     def samples(self, n: int = 3) -> list[str]:
         """The first rows of each kind, as people read them."""
         seen: list[str] = []
@@ -108,13 +114,13 @@ class Data:
             row = self.row("train", i)
             seen.append("  ".join(
                 f"{k}={_short(v, self.labels if k in ('label', 'tags') else None)}"
-                for k, v in row.items()))
+                for k, v in row.items() if k != "begin"))
         return seen
 
     def summary(self) -> dict[str, Any]:
         """The facts written into `run.json`."""
         return {"source": self.source, "layout": self.layout, "task": self.task,
-                "rows": {k: len(v) for k, v in self.splits.items()},
+                "rows": self.sizes(),
                 "labels": list(self.labels) if self.labels else None, "form": self.form,
                 "reading": self.reading, "roles": self.roles, "fingerprint": self.fingerprint()}
 
@@ -129,7 +135,7 @@ class Data:
         return h.hexdigest()[:16]
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{len(v)} {k}" for k, v in self.splits.items())
+        sizes = ", ".join(f"{n} {k}" for k, n in self.sizes().items())
         kinds = f", {len(self.labels)} classes" if self.labels else ""
         read = f"; {self.columns}" if self.columns else ""
         return f"{self.source}: {self.layout}, {self.task} ({sizes}{kinds}){read}"
@@ -200,6 +206,9 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
             if roles.task in ("language-modelling", "masked-language-modelling"):
                 raise DataError(f"language modelling runs documents end to end, so no row has a "
                                 f"{key!r} of its own, which {keys[key].part} reads")
+            if in_time(roles.task):
+                raise DataError(f"a forecast is of many rows, none of which has a {key!r} of its "
+                                f"own, which {keys[key].part} reads")
             splits[name] = splits[name].add_column(key, entries)
     if "label" in splits["train"].column_names and form_of_label(roles.task or "") == "number":
         differ(splits["train"]["label"][:], roles.label or "", source)
@@ -209,7 +218,8 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                       "unpaired-preference-tuning"):
         form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
-                {k: t.where for k, t in tables.items()}, form,
+                {k: series.where(splits[k]) if in_time(roles.task) else t.where
+                 for k, t in tables.items()}, form,
                 roles.said(tables["train"].columns), roles.named(),
                 {"task": task, "text": text, "label": label, "image": image, "audio": audio,
                  "prompt": prompt, "completion": completion, "split": split,
@@ -220,9 +230,14 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
 
 
 def set_aside(data: Data, part: float | int, seed: int) -> Data:
-    """Moves a reproducible part of the training rows into `validation`, class by class."""
+    """Moves a reproducible part of the training rows into `validation`, class by class; of series
+    their last steps."""
     import torch
 
+    if in_time(data.task):
+        early, late = series.set_aside(data.train, part)
+        return replace(data, splits=data.splits | {"train": early, "validation": late},
+                       where=data.where | {"validation": series.where(late)})
     rows = len(data.train)
     count = int(part) if part >= 1 else max(1, round(rows * part))
     if count >= rows:

@@ -181,6 +181,25 @@ def _curve(report: Mapping[str, Any], widths: Mapping[str, float]
     return x, [p for _, p in report["timeline"]]
 
 
+def forecast(shown: Mapping[str, Any] | None) -> str:
+    """A series, what it did next and what was foretold of it, a channel beside another.
+
+    shown: ``channels``, of each its name, ``past``, ``truth`` and ``forecast``.
+    """
+    if not shown or not shown["channels"]:
+        return ""
+    figure, axes = _axes(9, 2.8, len(shown["channels"]))
+    for ax, c in zip(axes, shown["channels"], strict=True):
+        after = range(1, len(c["truth"]) + 1)
+        ax.plot(range(1 - len(c["past"]), 1), c["past"], color=FAINT, linewidth=1.0)
+        ax.plot(after, c["truth"], color=ACCENT, linewidth=1.4, label="what came")
+        ax.plot(after, c["forecast"], color=WARM, linewidth=1.4, label="forecast")
+        ax.set_title(c["name"], loc="left", fontsize=10, color=INK)
+        ax.set_xlabel("rows", fontsize=8, color=FAINT)
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    return _svg(figure, "forecast beside what came")
+
+
 def layers(moved: Mapping[str, Mapping[str, float]]) -> str:
     """Where the update went: relative size, and the share of entries it touches."""
     if not moved:

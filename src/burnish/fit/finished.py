@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import CheckError, ConfigError
 from . import asked
+from .series import listed
 
 #: either says that a run left its tokenizer, image processor or feature extractor in the folder
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json")
@@ -55,7 +56,7 @@ class Finished:
         about = facts["data"]
         data = Data(about["task"], {}, about["source"], about["layout"],
                     tuple(about["labels"]) if about["labels"] else None,
-                    form=about.get("form"))
+                    form=about.get("form"), roles=about.get("roles", {}))
         own = any((folder / f).is_file() for f in PROCESSORS)   # as it was used in training
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
                         None, max_length=facts.get("max_length"),
@@ -138,7 +139,7 @@ class Finished:
         with self.tuned.disabled():
             base = evaluate(self.tuned.model, self.task, name, batch)
         return {"data": str(data), "split": name,
-                "rows": len(self.task.data.splits[name]), "these": these,
+                "rows": self.task.data.sizes()[name], "these": these,
                 "tuned": tuned, "base": base}
 
     def held_out(self, data: Any, split: str | None) -> str:
@@ -164,6 +165,8 @@ class Finished:
         about, *others = self.facts.get("tasks", {"": self.facts["data"]}).values()
         how = {**about.get("reading", {}), **{k: v for k, v in columns.items() if v}}
         part, seed = how.pop("validation", 0), how.pop("seed", 0)
+        if (names := about.get("roles", {}).get("channels")) and not columns.get("label"):
+            how["label"] = listed(names)                # in their order, whatever a file's is
         found = read(data, **{**how, "task": about["task"]}, validation=0,
                      labels=self.task.data.labels, keys=self.keys,
                      optional=[k for k, r in self.keys.items() if r.key.training])

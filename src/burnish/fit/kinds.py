@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """auto: the class of transformers that holds the models. pipeline: the task's name on hubs."""
+    """auto: the class of transformers that holds the models. pipeline: the task's name on hubs.
+    also: (configuration, model) of those that `auto` does not know (autos.py)."""
 
     auto: str
     pipeline: str
+    also: tuple[tuple[str, str], ...] = ()
 
 
 _SEQUENCE, _IMAGE = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
@@ -31,6 +33,10 @@ KINDS = {
     "speech-to-text": Kind("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
     "semantic-segmentation": Kind("AutoModelForSemanticSegmentation", "image-segmentation"),
     "object-detection": Kind("AutoModelForObjectDetection", "object-detection"),
+    "time-series-forecasting": Kind(
+        "AutoModelForTimeSeriesPrediction", "time-series-forecasting",
+        (("PatchTSTConfig", "PatchTSTForPrediction"),
+         ("PatchTSMixerConfig", "PatchTSMixerForPrediction"))),
     "text-classification": Kind(_SEQUENCE, "text-classification"),
     "text-multi-label": Kind(_SEQUENCE, "text-classification"),
     "text-regression": Kind(_SEQUENCE, "text-classification"),
@@ -65,6 +71,10 @@ SIGMOID = frozenset({"siglip"})
 DETECTORS = frozenset({"yolos"})
 
 
+#: models that read so many steps of a series and foretell so many, as their config says
+FORECASTERS = frozenset({"patchtst", "patchtsmixer"})
+
+
 def pictured(task: str) -> bool:
     return task.startswith("image-")
 
@@ -79,6 +89,10 @@ def captioned(task: str) -> bool:
 
 def spoken(task: str) -> bool:
     return task in ("speech-recognition", "speech-to-text")
+
+
+def in_time(task: str | None) -> bool:
+    return task == "time-series-forecasting"
 
 
 def form_of_label(task: str) -> str | None:

@@ -11,8 +11,20 @@ from ..core.errors import ConfigError, nearest
 from ..core.reading import beside, reading
 from ..formats.hub import local, near
 from ..formats.model_files import loading, unfound
+from .autos import auto_of
 from .data import Data
-from .kinds import DETECTORS, INSTEAD, KINDS, TOWERS, captioned, heard, pictured, spoken
+from .kinds import (
+    DETECTORS,
+    FORECASTERS,
+    INSTEAD,
+    KINDS,
+    TOWERS,
+    captioned,
+    heard,
+    in_time,
+    pictured,
+    spoken,
+)
 
 
 def check_there(name: str) -> Path:
@@ -38,6 +50,8 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     or a module."""
     from .pictures import processor_of
 
+    if in_time(task):                         # the model scales what it reads
+        return None
     if captioned(task):
         from .captioned import Captioned
 
@@ -182,11 +196,13 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"no encoder of pictures with a decoder of text, and {task} is for those"
     if task == "object-detection" and config.model_type not in DETECTORS:
         return f"no model that tells boxes as YOLOS does, and {task} is for those"
+    if in_time(task) and config.model_type not in FORECASTERS:
+        return f"no forecaster such as PatchTST or PatchTSMixer, and {task} is for those"
     both = getattr(config, "is_encoder_decoder", False)
     if task == "speech-recognition" and both:
         return f"an encoder-decoder, and {task} is served for models with a CTC head"
     if task in ("sequence-to-sequence", "speech-to-text") and not both:
         return f"no encoder-decoder, and {task} is for those"
-    if by_name and type(config) not in getattr(transformers, auto)._model_mapping:
+    if by_name and type(config) not in auto_of(task)._model_mapping:
         return f"for which transformers has no model for {task}"
     return None

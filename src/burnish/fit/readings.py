@@ -94,7 +94,7 @@ def texts(table: Table) -> list[str]:
     for name, values in table.columns.items():
         seen = [v for v in values[:_LOOKED_AT] if v is not None]
         if seen and not aside(name) and all(isinstance(v, str) for v in seen) and any(
-                not _number(v) for v in seen):
+                number(v) is None for v in seen):
             size[name] = sum(map(len, seen)) / len(seen)
     return sorted(size, key=lambda n: -size[n])
 
@@ -134,6 +134,8 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
     if text is not None:
         found.append(Reading((("task", "language-modelling"), ("text", text)),
                              f"learns to write such {text}"))
+    if not found and (numbers := tabular(table)) is not None:
+        return numbers
     if not found:
         return DataError(f"{at}: cannot tell what the columns mean: {listed}; name them with "
                          "text=, label=, image=, audio=, or prompt= and completion=")
@@ -142,9 +144,24 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
                               f"which: {ways}", tuple(found))
 
 
-def _number(value: Any) -> bool:
+def number(value: Any) -> float | None:
+    """A value as a number, as tables write them; None where it is none. True is none."""
+    if isinstance(value, bool) or value is None:
+        return None
     try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def tabular(table: Table, label: str | None = None) -> AmbiguousError | None:
+    """What to say of rows of numbers alone, beside a label perhaps; None of other rows."""
+    names = [n for n in table.columns if n != label and not aside(n)]
+    if not names or any(number(v) is None for n in names for v in table.columns[n][:1]):
+        return None
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    way = Reading((("task", "time-series-forecasting"),), "learns to forecast rows in time order")
+    return AmbiguousError(table.where(0).partition(", ")[0], (
+        f"its columns are numbers ({listed}), and fit serves no task of tables: a plain module is "
+        "tuned on them with burnish.tune and a loop of one's own, as examples/cells.py shows; "
+        f"{way}"), (way,))

@@ -20,7 +20,7 @@ from ..engine.tuned import Tuned
 from ..engine.updates import updates
 from ..memory import MemoryReport, format_bytes
 from . import figures
-from .kinds import pictured
+from .kinds import KINDS, pictured
 
 if TYPE_CHECKING:
     from .data import Data
@@ -62,6 +62,10 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
                                        for k, v in facts.items()) for n, facts in told.items()]
     if "vocab_size" in (head := task.head()):       # of a head that spells, whatever the base's
         several["vocabulary"] = head["vocab_size"]
+    if KINDS[task.data.task].also:                  # an auto class alone does not know the model
+        several["class"] = type(tuned.model).__name__
+    if trainer.args.process_index == 0 and tuned.state.shards is None:
+        several |= task.shown(tuned.model, trainer.args.device)
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held
@@ -140,6 +144,7 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         "timeline": figures.timeline(memory["simulated"], memory["measured"]),
         "layers": figures.layers(layers),
         "spectra": figures.spectra(layers),
+        "forecast": figures.forecast(facts.get("forecast")),
         "comparison": figures.comparison(comparison["rows"]) if comparison else "",
     }
     env = jinja2.Environment(

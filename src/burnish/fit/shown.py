@@ -94,6 +94,8 @@ def posed(task: Task, row: Mapping[str, Any]) -> Posed:
     gaps to fill the word in the middle is hidden.
     """
     keys = {k: row[k] for k in task.data.keys}
+    if (own := task.parted(row)) is not None:
+        return Posed(*own, keys)
     turns = row.get("messages") or (row["chosen"] if isinstance(row.get("chosen"), list) else None)
     if turns:
         at = next((i for i, t in enumerate(turns) if t["role"] == "user"), 0)

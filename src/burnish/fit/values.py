@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.reading import plain
-from . import boxes, labels, turns
+from . import boxes, labels, series, turns
 from .columns import Roles
-from .kinds import form_of_label
+from .kinds import form_of_label, in_time
 from .labels import Classes
 from .table import Table
 
@@ -30,6 +30,8 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
         return datasets.Dataset.from_list(turns.preferences(table, roles)), None
     if roles.task == "question-answering":
         return datasets.Dataset.from_list(_questions(table)), None
+    if in_time(roles.task):
+        return series.canonical(table, roles), None
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
     words = datasets.List(datasets.Value("string"))

@@ -237,11 +237,9 @@ def point(p: Any, fits: bool) -> dict[str, Any]:
 
 def as_task(config: Any, task: str, labels: Sequence[str] | None) -> None:
     """The configuration as `fit` loads it: the task's class, with a head of as many classes."""
-    import transformers
+    from ..fit.autos import auto_of
 
-    from ..fit.kinds import KINDS
-
-    known = getattr(transformers, KINDS[task].auto)._model_mapping
+    known = auto_of(task)._model_mapping
     if type(config) in known:
         found = known[type(config)]
         config.architectures = [(found[0] if isinstance(found, tuple | list) else found).__name__]

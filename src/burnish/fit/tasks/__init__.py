@@ -25,6 +25,7 @@ from .contrast import ImageTextContrastive
 from .detection import ObjectDetection
 from .dictation import SpeechToText
 from .embeddings import Embedding
+from .forecast import TimeSeriesForecasting
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
 from .marks import UnpairedPreferenceTuning
@@ -51,6 +52,7 @@ TASKS: dict[str, type[Task]] = {
     "speech-to-text": SpeechToText,
     "semantic-segmentation": SemanticSegmentation,
     "object-detection": ObjectDetection,
+    "time-series-forecasting": TimeSeriesForecasting,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,
     "text-regression": TextRegression,

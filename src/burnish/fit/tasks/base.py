@@ -15,8 +15,8 @@ from torch import nn
 from ...core.errors import ConfigError
 from ...formats.model_files import check_weights, loading, named, unfound
 from ...formats.opened import opened_as, opens
+from ..autos import auto_of
 from ..data import Data
-from ..kinds import KINDS
 from ..places import check_local, check_served
 from ..rows import Rows
 
@@ -74,7 +74,7 @@ class Task:
 
         check_local(name)
         check_served(self.data.task, name, trust_remote_code)
-        auto = getattr(transformers, KINDS[self.data.task].auto)
+        auto = auto_of(self.data.task)
         with loading(name, f"the model for {self.data.task},", True, trust_remote_code) as where:
             if not trust_remote_code:
                 check_weights(where, lambda: auto.from_config(
@@ -253,7 +253,16 @@ class Task:
     def ready(self, tuned: Any, device: Any, batch_size: int) -> None:
         """What the rows still lack once the recipe has joined the model and before it trains."""
 
+    def shown(self, model: nn.Module, device: Any) -> dict[str, Any]:
+        """What the report shows of a finished run beside its figures, as plain values by name."""
+        return {}
+
     # -- answers to people -------------------------------------------------------------------
+    def parted(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], str, str] | None:
+        """A row of the data as (what is asked, that in words, what is right in words), where the
+        columns of `takes` do not say it."""
+        return None
+
     def encode(self, row: Mapping[str, Any]) -> Batch:
         """A batch of one row, without what is right. `row` has the columns of `takes`."""
         raise NotImplementedError
