@@ -73,7 +73,7 @@ def test_objects():
 
 
 def test_forecast():
-    assert load("forecast").main(steps=300, epochs=8)["mae_to_naive"] < 0.5
+    assert load("forecast").main(steps=300, epochs=16)["mae_to_naive"] < 0.5
 
 
 def test_cells():
