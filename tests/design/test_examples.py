@@ -59,6 +59,11 @@ def test_matching():
     assert load("matching").main(each=12, epochs=8)["text_recall_at_1"] > 0.4
 
 
+def test_shapes():
+    pytest.importorskip("diffusers")
+    assert load("shapes").main(each=24, epochs=8)["loss"] < 0.6
+
+
 def test_telling():
     assert load("telling").main(each=16, epochs=10)["rouge_l"] > 0.6
 

@@ -59,13 +59,15 @@ class Models:
                  prefer: Sequence[str] = ()):
         from ..fit.data import read
         from ..fit.finished import quiet
+        from ..fit.pipelines import usual_task
         from ..fit.places import suited
         from ..fit.tasks import task_for
 
         quiet()
-        found = read(data, validation=0)
+        task = usual_task(str(folder))
+        found = read(data, task=task, validation=0)
         if found.labels and (names := _labels(folder, found.labels)):
-            found = read(data, validation=0, labels=names)
+            found = read(data, task=task, validation=0, labels=names)
         self.task = task_for(suited(found, str(folder)), str(folder))
         self.split = split or next((s for s in prefer if s in found.splits), None) or \
             _held_out(data, list(found.splits))

@@ -32,6 +32,8 @@ from ..memory.usual import CHUNKED
 from .arguments import OWN_ALIASES, sort_out
 from .autos import auto_of
 from .data import read, there
+from .kinds import generated
+from .pipelines import usual_task
 from .places import check_local, check_served, suited
 from .promise import as_trained, device, stores
 from .settings import learning_rate, usual_rate
@@ -117,8 +119,9 @@ def advise(model: str, data: Any, memory: str | int | None = None, *, test: bool
     check_local(model)
     there(data)
     budget, whose = (parse_bytes(memory), "as you said") if memory is not None else at_hand()
-    found = suited(read(data, task=own.task, text=own.text, label=own.label, image=own.image,
-                        audio=own.audio, prompt=own.prompt, completion=own.completion,
+    found = suited(read(data, task=own.task or usual_task(model), text=own.text,
+                        label=own.label, image=own.image, audio=own.audio,
+                        prompt=own.prompt, completion=own.completion,
                         split=own.split, validation=own.validation, seed=seed), model)
     by_itself(found.task, None, budget)
     check_served(found.task, model)
@@ -178,6 +181,8 @@ def blank(task: Task, name: str) -> nn.Module:
     """The model that `task` trains, by its configuration alone: no weights are read."""
     import transformers
 
+    if generated(task.data.task):
+        return task.blank(name)
     auto = auto_of(task.data.task)
     head = {k: v for k, v in task.head().items() if k != "ignore_mismatched_sizes"}
     with loading(name, f"the model for {task.data.task},") as where:

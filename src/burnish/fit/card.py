@@ -7,7 +7,7 @@ from typing import Any
 
 from ..formats.card import code, heading, quoted, words
 from ..memory import format_bytes
-from .kinds import KINDS
+from .kinds import KINDS, generated
 from .report import sources
 
 #: figures that hubs know by these names
@@ -33,16 +33,22 @@ def card(run: Mapping[str, Any], merged: bool = False) -> str:
         loader += f", vocab_size={run['vocabulary']}, ignore_mismatched_sizes=True"
     elif data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
+    use = ["```python", *([] if merged else ["import burnish"]),
+        f"from transformers import {auto}", "", *(
+            [f'model = {auto}.from_pretrained("path/to/this/folder")'] if merged else
+            [f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")']),
+        "```"]
+    if generated(data["task"]):
+        use = ["```python", "import burnish", f"from diffusers import {auto}", "",
+               f"pipe = {auto}.from_pretrained({base!r})",
+               'model = pipe.components.get("unet") or pipe.components["transformer"]',
+               'tuned = burnish.load(model, "path/to/this/folder")', "```"]
     lines = [
         f"# {words(recipe)} on {words(', then '.join(map(_short, sources(run))))}", "",
         f"{code(_short(base))} fine-tuned with burnish, recipe {code(recipe)}: "
         f"{run['trainable']:,} of "
         f"{run['parameters']:,} parameters trained.", "",
-        *_figures(run), "## Use", "", "```python", *([] if merged else ["import burnish"]),
-        f"from transformers import {auto}", "", *(
-            [f'model = {auto}.from_pretrained("path/to/this/folder")'] if merged else
-            [f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")']),
-        "```", "",
+        *_figures(run), "## Use", "", *use, "",
         "## Memory", "", *_memory(run["memory"]), "", "## Data", "",
         *[line for name, about in run.get("tasks", {"": data}).items() for line in (
             f"{words(name) + ': ' if name else ''}{words(about['layout'])}, {about['task']}: "

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from . import series
-from .kinds import captioned, form_of_label, heard, in_time, pictured, spoken
+from .kinds import captioned, form_of_label, generated, heard, in_time, pictured, spoken
 from .labels import quantities
 from .readings import (
     ambiguous,
@@ -143,6 +143,8 @@ def assign(table: Table, flags: Roles) -> Roles:
         time, of, _ = series.parts(table)
         return replace(flags, task=found, label=None, time=time, series=of,
                        channels=series.channels(table, flags.label))
+    if generated(found):
+        return _generated(names, replace(flags, task=found))
     image = audio = label = text = pair = None
     labelled = form_of_label(found) is not None
     if pictured(found):
@@ -266,6 +268,15 @@ def _captioned(names: list[str], flags: Roles) -> Roles:
         raise DataError(f"{flags.task} reads pictures and a text for each; the data has "
                         f"{', '.join(names)}; name them with image= and text=")
     return replace(flags, image=image, text=text, label=None)
+
+
+def _generated(names: list[str], flags: Roles) -> Roles:
+    """Which column holds pictures, and which the class of each, if any."""
+    image = flags.image or _first(names, IMAGE)
+    if image is None:
+        raise DataError(f"no column holds pictures; the data has {', '.join(names)}; name it with "
+                        "image=")
+    return replace(flags, image=image, label=flags.label or _label(names), text=None)
 
 
 def _mask(table: Table, flags: Roles) -> str | None:

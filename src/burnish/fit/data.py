@@ -29,7 +29,7 @@ from ..core.reading import beside, reading
 from . import layouts, masks, series
 from .beside import apart, missing
 from .columns import Roles, assign
-from .kinds import TASKS, form_of_label, in_time
+from .kinds import TASKS, form_of_label, generated, in_time
 from .labels import differ
 from .layouts import SPLITS
 from .media import opened
@@ -50,6 +50,7 @@ class Data:
     a number (-regression).  semantic-segmentation: ``image``, ``mask``.
     object-detection: ``image``, ``boxes`` (x, y, width, height in pixels), ``classes``.
     image-text-contrastive, image-captioning: ``image``, ``text``.
+    image-generation: ``image``, and ``label``, a class, where there are such.
     speech-recognition, speech-to-text: ``audio``, ``text``.
     time-series-forecasting: ``series``, ``values``, ``begin`` (series.py), a row a series.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
@@ -244,7 +245,8 @@ def set_aside(data: Data, part: float | int, seed: int) -> Data:
         raise ConfigError(f"validation={part} would take {count} of the {rows} training rows")
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=g).tolist()
-    if data.task.endswith("-classification") and "label" in data.train.column_names:
+    classes = data.task.endswith("-classification") or generated(data.task)
+    if classes and "label" in data.train.column_names:
         labels = data.train["label"][:]
         by_class: dict[int, list[int]] = {}
         for i in order:

@@ -61,6 +61,7 @@ class Finished:
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
                         None, max_length=facts.get("max_length"),
                         seed=int(facts["training"].get("seed", 42)), **facts.get("task", {}))
+        task.folder = folder
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
             module = task.load(name, unread=unread or stores(facts["recipe"]),

@@ -25,6 +25,7 @@ KINDS = {
     "image-regression": Kind(_IMAGE, "image-classification"),
     "image-text-contrastive": Kind("AutoModelForZeroShotImageClassification",
                                    "zero-shot-image-classification"),
+    "image-generation": Kind("DiffusionPipeline", "unconditional-image-generation"),
     "image-captioning": Kind("AutoModelForImageTextToText", "image-to-text"),
     "audio-classification": Kind(_AUDIO, "audio-classification"),
     "audio-multi-label": Kind(_AUDIO, "audio-classification"),
@@ -93,6 +94,11 @@ def spoken(task: str) -> bool:
 
 def in_time(task: str | None) -> bool:
     return task == "time-series-forecasting"
+
+
+def generated(task: str) -> bool:
+    """Are pictures made, by a pipeline of diffusers?"""
+    return task == "image-generation"
 
 
 def form_of_label(task: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import beside, parse_json, plain, read_text, reading, regular
+from .kinds import generated
 from .masks import paired
 from .media import MEDIA, SOUND, Medium, held
 from .table import Table
@@ -113,6 +114,10 @@ def media(path: Path, task: str | None = None) -> Table:
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if medium.role == "image" and (told := _told(path, medium)) is not None:
         return told
+    if not classes and generated(task or ""):
+        paths = [str(p) for p in medium.among(path)]
+        medium.look(paths)
+        return Table({medium.role: paths}, paths.__getitem__, "pictures")
     if not classes:
         raise DataError(f"{path} holds {word}s but no class folders; expected "
                         f"{path}/<class>/<{word}>, or a metadata.csv with file_name and label")

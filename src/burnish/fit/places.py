@@ -20,11 +20,13 @@ from .kinds import (
     KINDS,
     TOWERS,
     captioned,
+    generated,
     heard,
     in_time,
     pictured,
     spoken,
 )
+from .pipelines import Pipeline, is_pipeline, tasks_of
 
 
 def check_there(name: str) -> Path:
@@ -40,7 +42,7 @@ def check_local(name: str) -> None:
     path = check_there(name)
     if path.is_file():
         raise ConfigError(f"{path} is a file; expected a model folder or a name on the hub")
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not is_pipeline(path) and not (path / "config.json").exists():
         has = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise ConfigError(f"{path} is no model folder: it lacks config.json (it holds {has})")
 
@@ -52,6 +54,11 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
 
     if in_time(task):                         # the model scales what it reads
         return None
+    if generated(task):
+        if not is_pipeline(model):
+            raise ConfigError(f"{task} takes the folder of a pipeline of diffusers, with a "
+                              "model_index.json")
+        return Pipeline(str(model))
     if captioned(task):
         from .captioned import Captioned
 
@@ -116,6 +123,8 @@ def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) 
     instead = INSTEAD.get(data.task)
     if data.reading.get("task") is not None or instead is None:
         return data
+    if is_pipeline(model):
+        return data
     config = config_of(model, data.task, trust_remote_code)
     named = isinstance(model, str)
     if config is None or _unserved(data.task, config, named) is None or \
@@ -142,6 +151,14 @@ def config_of(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any
 
 def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = False) -> None:
     """Raises ConfigError, with what the model could be trained for, where `task` is not for it."""
+    if is_pipeline(model):
+        if task not in tasks_of(model):
+            part, served = Pipeline(str(model)).part, " or ".join(tasks_of(model))
+            raise ConfigError(f"{model} is a pipeline of diffusers with a {part}, and {task} is "
+                              "not for it; "
+                              + (f"fit can train it for {served}" if served else
+                                 "fit serves no task of it yet"))
+        return
     config = config_of(model, task, trust_remote_code)
     if config is None:
         return
@@ -174,6 +191,8 @@ def _hears(config: Any) -> bool:
 def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     import transformers
 
+    if generated(task):
+        return f"no pipeline of diffusers, and {task} is for those"
     auto = KINDS[task].auto
     own = getattr(config, "auto_map", None) or {}
     if auto in own:

@@ -174,7 +174,7 @@ def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]
         buffer = io.BytesIO()
         image.save(buffer, "png")
         coded = base64.b64encode(buffer.getvalue()).decode()
-        said = _label(row["label"], data.labels) if "label" in row else row["text"]
+        said = _label(row["label"], data.labels) if "label" in row else row.get("text", "")
         out.append((f"data:image/png;base64,{coded}", said))
     return out
 

@@ -30,6 +30,7 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
+from .pipelines import usual_task
 from .places import check_local, check_served, suited
 from .processes import alone, sayer, settle, spread
 from .promise import (
@@ -166,6 +167,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
                     **own.of_task())
+    task.folder = output
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):
@@ -173,7 +175,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         with moments.reading():
             module = task.load(named, own.trust_remote_code, stores(recipe), **kw)
         name = named
-        moments.will_read(named, module)
+        moments.will_read(task.files(named), module)
         task.notes += drawn(module, task.fresh, own.head)
     else:
         module = task.fit_head(named)
@@ -237,9 +239,10 @@ def _read(data: dict[str, Any], model: str | nn.Module, own: Options, seed: int,
           keys: Mapping[str, Read], say: Any) -> dict[str, Data]:
     """Every data set; those after the first are of its task, with its classes."""
     found: dict[str, Data] = {}
+    made = usual_task(model)
     for name, where in data.items():
         first = next(iter(found.values()), None)
-        one = read(where, task=own.task, text=own.text, label=own.label, image=own.image,
+        one = read(where, task=own.task or made, text=own.text, label=own.label, image=own.image,
                    audio=own.audio, prompt=own.prompt, completion=own.completion,
                    split=own.split, validation=own.validation, seed=seed, keys=keys,
                    labels=first.labels if first else None)

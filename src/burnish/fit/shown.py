@@ -115,7 +115,7 @@ def posed(task: Task, row: Mapping[str, Any]) -> Posed:
         words[len(words) // 2] = task.processor.mask_token
         text = " ".join(words)
         return Posed({"text": text}, text, hidden, keys)
-    asked = {k: row[k] for k in task.takes if row.get(k) is not None}
+    asked = task.posed(row)
     return Posed(asked, "\n".join(map(_words, asked.values())), _right(task, row), keys)
 
 

@@ -9,7 +9,7 @@ from ..core.errors import DataError
 from ..core.reading import plain
 from . import boxes, labels, series, turns
 from .columns import Roles
-from .kinds import form_of_label, in_time
+from .kinds import form_of_label, generated, in_time
 from .labels import Classes
 from .table import Table
 
@@ -53,7 +53,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
             told, roles.objects, table, classes or table.classes.get(roles.objects))
         features["boxes"] = datasets.List(datasets.List(datasets.Value("float64")))
         features["classes"] = datasets.List(datasets.Value("int64"))
-    form = form_of_label(roles.task or "")
+    form = "class" if generated(roles.task or "") else form_of_label(roles.task or "")
     if form is None or roles.label is None:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
     if form == "several" and roles.label not in table.columns:

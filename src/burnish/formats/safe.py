@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..core.errors import BurnishError, FormatError
 from ..core.reading import LARGEST, parse_json, plain, read_text, regular
 
+#: weights of a whole model, as transformers and diffusers call them
+_WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 #: endings of files that run code when they are opened
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _ALIASES = "aliases"
@@ -264,14 +266,14 @@ class Tensors(Mapping[str, Tensor]):
 def weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    index = next((i for n in _WHOLE if (i := path / f"{n}.index.json").is_file()), None)
+    if index is not None:
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(s, str) for s in named.values()):
             raise FormatError(f"{index}: field 'weight_map' should map tensors to files")
         shards = sorted(set(named.values()))
         return [path / Path(s).name for s in shards]
-    for name in ("model.safetensors", "adapter_model.safetensors"):
+    for name in (*_WHOLE, "adapter_model.safetensors"):
         if (path / name).is_file():
             return [path / name]
     raise FormatError(f"{path} holds no model.safetensors" + (

@@ -101,10 +101,13 @@ def rows(data: str, tops: list[str], model: str | None, trust: bool,
          how: Mapping[str, Any] | None) -> Any:
     """The data as `fit` reads them, for this model."""
     from ..fit.data import read
+    from ..fit.pipelines import usual_task
     from ..fit.places import suited
 
     confine(data, tops, (how or {}).values())
-    found = read(data, **(how or {}), seed=42)
+    how = dict(how or {})
+    how["task"] = how.get("task") or usual_task(model)
+    found = read(data, **how, seed=42)
     return found if model is None else suited(found, model, trust)
 
 

@@ -24,6 +24,7 @@ from .classes import (
 from .contrast import ImageTextContrastive
 from .detection import ObjectDetection
 from .dictation import SpeechToText
+from .diffusion import ImageGeneration
 from .embeddings import Embedding
 from .forecast import TimeSeriesForecasting
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
@@ -45,6 +46,7 @@ TASKS: dict[str, type[Task]] = {
     "image-regression": ImageRegression,
     "image-text-contrastive": ImageTextContrastive,
     "image-captioning": ImageCaptioning,
+    "image-generation": ImageGeneration,
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,

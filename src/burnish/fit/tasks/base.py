@@ -38,6 +38,8 @@ class Task:
     fresh: list[str] = field(default_factory=list)
     #: what numbers the model is of, once it is settled
     reads: torch.dtype | None = field(default=None, repr=False)
+    #: where a task that makes files puts them
+    folder: Path | None = field(default=None, repr=False)
     _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     #: columns of a row that is asked about, the last ones where they are there
@@ -95,6 +97,14 @@ class Task:
         self.fresh = sorted({*found["missing_keys"], *changed})
         self.settle(model)
         return model
+
+    def files(self, name: str) -> str:
+        """Where the weights of the model at `name` lie."""
+        return name
+
+    def blank(self, name: str) -> nn.Module:
+        """The model at `name` on the meta device, of tasks whose models are not transformers'."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Readies what reads the rows. Raises ConfigError where it cannot read them."""
@@ -266,6 +276,10 @@ class Task:
     def encode(self, row: Mapping[str, Any]) -> Batch:
         """A batch of one row, without what is right. `row` has the columns of `takes`."""
         raise NotImplementedError
+
+    def posed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the data as :meth:`answer` is asked."""
+        return {k: row[k] for k in self.takes if row.get(k) is not None}
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         """What the model says of a row, as plain values. tokens: the longest text that it writes.

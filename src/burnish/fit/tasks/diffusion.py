@@ -1,0 +1,277 @@
+"""Pictures made out of noise: a denoiser of diffusers, of a class or of none."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError
+from ..from_files import Kept, picture
+from ..pipelines import Latents, Pipeline, Schedule, called, classes_of
+from ..rows import Rows
+from .base import Task
+
+#: steps at which an evaluation looks at each picture
+LOOKS = 4
+
+
+class Clean(Kept):
+    """``x`` (C, H, W) between -1 and 1."""
+
+    def __init__(self, rows: Any, reads: Any, where: Callable[[int], str] | None):
+        super().__init__(rows, where)
+        self.reads = reads
+
+    def read(self, i: int) -> dict[str, Any]:
+        return {"x": self.reads(picture(self.opened(i)["image"], self.where(i)))}
+
+
+class Noised(Rows):
+    """Pictures at a step of the schedule, with what is to be told of them.
+
+    again: each pass draws other steps (all alike likely) and other noise: row i of pass k is asked
+    for as ``i + k * len(rows)``. Otherwise a picture is looked at LOOKS times, once in each part of
+    the schedule, with the same noise for ever. All is a function of seed, pass and row.
+    beside: what the model is told of each picture.
+    """
+
+    def __init__(self, drawn: Callable[[int, torch.Generator], Tensor], count: int,
+                 schedule: Schedule, name: str, beside: Callable[[int], dict[str, Tensor]],
+                 seed: int, again: bool):
+        self.drawn, self.count, self.schedule, self.name = drawn, count, schedule, name
+        self.beside, self.seed, self.redrawn = beside, seed, again
+        self.looks = 1 if again else LOOKS
+
+    def __len__(self) -> int:
+        return self.count * self.looks
+
+    def source(self, i: int) -> int:
+        return i // self.looks
+
+    def row(self, i: int) -> dict[str, Any]:
+        turn, i = divmod(i, len(self))
+        g = torch.Generator().manual_seed(
+            ((self.seed * 1_000_003 + turn) * 1_000_003 + i) % 2**63)
+        x = self.drawn(self.source(i), g)
+        part = (i % self.looks + float(torch.rand((), generator=g, dtype=torch.float64)))
+        t = min(int(part / self.looks * len(self.schedule)), len(self.schedule) - 1)
+        there, target, weight = self.schedule.at(x, torch.randn(x.shape, generator=g), t)
+        return {self.name: there, "timestep": torch.tensor(t), **self.beside(self.source(i)),
+                "target": target, "weight": torch.tensor(weight)}
+
+
+class ImageGeneration(Task):
+    """The noisy picture under the name that the model gives it, ``timestep`` (B,) and
+    ``class_labels`` (B,) where the model knows classes; ``target`` (B, C, H, W) is what it should
+    tell, ``weight`` (B,) how much a picture counts.
+
+    The loss is ``mean_b weight_b |f(x_t, t) - target|^2 / (C H W)``
+    (:meth:`burnish.fit.pipelines.Schedule.at`). What a model tells of variances is not learnt.
+    """
+
+    smooths = False
+    own_loss = True
+    heavy = True
+    takes = ("label",)
+    truth = ("target", "weight")
+
+    def prepare(self) -> None:
+        if not isinstance(self.processor, Pipeline):
+            raise ConfigError(f"{self.data.task} takes the folder of a pipeline of diffusers, "
+                              f"not {type(self.processor).__name__}")
+        if self.max_length is not None:
+            raise ConfigError(f"max_length={self.max_length}: {self.data.task} has no texts of a "
+                              "length; leave it out")
+        self.schedule = self.processor.schedule()
+
+    # -- the model -----------------------------------------------------------------------------
+    def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
+             ) -> nn.Module:
+        """The denoiser of the pipeline in the folder `name`."""
+        pipeline = Pipeline(name)
+        how = {"torch_dtype": kw["dtype"]} if "dtype" in kw else {}
+        model = pipeline.load(pipeline.part, **how)
+        model.name_or_path = name
+        self.settle(model)
+        return model
+
+    def files(self, name: str) -> str:
+        return str(Path(name, self.processor.part))
+
+    def blank(self, name: str) -> nn.Module:
+        with torch.device("meta"):
+            model = self.processor.blank(self.processor.part)
+        self.settle(model)
+        return model
+
+    def settle(self, model: nn.Module) -> None:
+        super().settle(model)
+        self.reads_pictures = self.processor.picture(model)
+        self.channels = int(model.config.in_channels)  # type: ignore[union-attr, arg-type]
+        self.name = called(model)
+        self.numbers = self._numbers(model)
+
+    def _numbers(self, model: nn.Module) -> list[int] | None:
+        """The model's number of every class of the data; None for a model without classes."""
+        many, labels = classes_of(model), self.data.labels
+        if many is None:
+            if labels:
+                self.notes.append(f"{type(model).__name__} knows no classes: those of the data "
+                                  "are not read")
+            return None
+        if not labels:
+            raise ConfigError(f"{type(model).__name__} makes pictures of {many} classes, and the "
+                              "data has none: put the pictures into a folder for each class, or "
+                              "name a column with label=")
+        names = self.processor.names
+        if all(k in names for k in labels):
+            return [names[k] for k in labels]
+        if len(labels) > many:
+            raise ConfigError(f"the data has {len(labels)} classes, and {type(model).__name__} "
+                              f"{many}")
+        if names:
+            stranger = next(k for k in labels if k not in names)
+            self.notes.append(f"{stranger!r} is no class of the pipeline: the data's are learnt "
+                              f"as its numbers 0 to {len(labels) - 1}")
+        return list(range(len(labels)))
+
+    # -- the rows ------------------------------------------------------------------------------
+    def make(self, split: str) -> Rows:
+        rows = self.data.splits[split]
+        clean = Clean(rows, self.reads_pictures, self.data.where.get(split))
+        drawn: Callable[[int, torch.Generator], Tensor] = lambda i, g: clean[i]["x"]  # noqa: E731
+        if self.processor.coder is not None:
+            drawn = self.latents(clean).drawn
+        return Noised(drawn, len(rows), self.schedule, self.name, self.beside(rows), self.seed,
+                      again=split == "train")
+
+    def beside(self, rows: Any) -> Callable[[int], dict[str, Tensor]]:
+        """What the model is told of each row beside the picture."""
+        if self.numbers is None:
+            return lambda i: {}
+        which = [torch.tensor(self.numbers[k]) for k in rows["label"][:]]
+        return lambda i: {"class_labels": which[i]}
+
+    @torch.no_grad()
+    def latents(self, clean: Clean) -> Latents:
+        """What the pipeline's coder makes of every picture, asked once; it is let go then."""
+        assert self.processor.coder is not None
+        coder: Any = self.processor.load(self.processor.coder).eval()
+        if torch.cuda.is_available():
+            coder = coder.cuda()
+        scale = coder.config.scaling_factor
+        shift = coder.config.get("shift_factor") or 0.0
+        middle: list[Tensor] = []
+        spread: list[Tensor] = []
+        for i in range(len(clean)):
+            made = coder.encode(clean[i]["x"][None].to(coder.device, coder.dtype))
+            if "latent_dist" in made:
+                spread.append((made.latent_dist.std[0] * scale).float().cpu())
+                found = made.latent_dist.mean
+            else:
+                found = made.latents
+            middle.append(((found[0] - shift) * scale).float().cpu())
+        return Latents(middle, spread or None)
+
+    # -- loss and figures ----------------------------------------------------------------------
+    def logits(self, outputs: Any) -> Tensor:
+        made = outputs if isinstance(outputs, Tensor) else \
+            outputs["sample"] if isinstance(outputs, Mapping) else outputs[0]
+        return made[:, :self.channels]
+
+    def right(self, truth: Any) -> Tensor:
+        """How much a picture counts: what it should be is too large to be kept."""
+        return torch.as_tensor(truth["weight"] if isinstance(truth, Mapping) else self.told(truth))
+
+    def told(self, labels: Any) -> Tensor:
+        return labels[1] if isinstance(labels, tuple | list) else labels
+
+    def errors(self, outputs: Any, target: Tensor, weight: Tensor) -> Tensor:
+        off = (self.logits(outputs).float() - target.float()).square().flatten(1).mean(1)
+        return off * weight
+
+    def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
+        return self.errors(outputs, *labels).mean()
+
+    def kept(self, outputs: Any, truth: Any) -> tuple[Tensor, Tensor]:
+        target, weight = (truth[k] for k in self.truth) if isinstance(truth, Mapping) else truth
+        errors = self.errors(outputs, target, weight)
+        return errors, torch.stack([errors, torch.ones_like(errors)], -1)
+
+    def measure(self, answers: Any, labels: Any) -> dict[str, float]:
+        """The loss of each part of the schedule, the least noise first."""
+        parts = torch.as_tensor(answers).double().view(-1, LOOKS).mean(0).tolist() \
+            if len(answers) % LOOKS == 0 else []
+        return {f"loss_{k + 1}_of_{LOOKS}": v for k, v in enumerate(parts)}
+
+    # -- answers to people ---------------------------------------------------------------------
+    def asked(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], str, int]:
+        """(what the sampler is called with, a name for the picture, the seed of its noise)."""
+        given = row.get("label")
+        if self.numbers is None:                       # told apart by nothing but their noise
+            text = str(given)
+            if not re.fullmatch(r"\d{1,9}", text):
+                raise ConfigError(f"the model makes pictures of no class: ask it with a number, "
+                                  f"the seed of the noise, not {text[:40]!r}")
+            return {}, text, int(text)
+        labels = self.data.labels or ()
+        if given not in labels:
+            raise ConfigError(f"{str(given)[:40]!r} is no class of this run; it knows "
+                              f"{', '.join(labels[:40])}")
+        return {"class_labels": [self.numbers[labels.index(given)]]}, str(given), self.seed
+
+    def posed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The class of a row, or where there are none the seed of the run."""
+        labels = self.data.labels
+        return {"label": str(self.seed) if self.numbers is None or labels is None
+                else labels[row["label"]]}
+
+    @torch.no_grad()
+    def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """A picture by the pipeline's own sampler, written into :attr:`folder`."""
+        how, name, seed = self.asked(row)
+        image = self.drawn(model, how, seed)
+        folder = Path(self.folder or ".", "pictures")
+        folder.mkdir(parents=True, exist_ok=True)
+        return {"picture": str(written(image, folder, name))}
+
+    def drawn(self, model: nn.Module, how: Mapping[str, Any], seed: int) -> Any:
+        """The picture that the pipeline's sampler makes of the noise of `seed`."""
+        pipe = self.processor.around(model)
+        takes = inspect.signature(pipe.__call__).parameters
+        how = dict(how)
+        hooks = []
+        if "class_labels" in how and "class_labels" not in takes:      # a sampler without classes
+            which = torch.tensor(how.pop("class_labels"), device=next(model.parameters()).device)
+
+            def add(module: nn.Module, args: Any, kw: dict[str, Any]) -> tuple[Any, Any]:
+                return args, {**kw, "class_labels": which.expand(len(args[0]))}
+
+            hooks.append(model.register_forward_pre_hook(add, with_kwargs=True))
+        elif "class_labels" in how and classes_of(model) != 1000:
+            how["guidance_scale"] = 1.0       # the sampler takes number 1000 for no class
+        steps = min(takes["num_inference_steps"].default, len(self.schedule))
+        try:
+            return pipe(**how, num_inference_steps=steps,
+                        generator=torch.Generator().manual_seed(seed)).images[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def said(self, answer: Mapping[str, Any]) -> str:
+        return str(answer["picture"])
+
+
+def written(image: Any, folder: Path, name: str) -> Path:
+    """Writes a picture under a name that is free."""
+    stem = re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "picture"
+    free = next(p for k in range(1, 10**9)
+                if not (p := folder / f"{stem}{f'-{k}' if k > 1 else ''}.png").exists())
+    image.save(free)
+    return free
