@@ -77,7 +77,7 @@ TURNS = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "
 
 
 def task(name, takes=("text",), labels=None, said=lambda a: str(a["text"])):
-    return SimpleNamespace(data=SimpleNamespace(task=name, labels=labels, keys=("task",)),
+    return SimpleNamespace(parted=lambda row: None, data=SimpleNamespace(task=name, labels=labels, keys=("task",)),
                            takes=takes, said=said, processor=SimpleNamespace(mask_token="[MASK]"))
 
 
