@@ -60,7 +60,6 @@ def test_matching():
 
 
 def test_shapes():
-    pytest.importorskip("diffusers")
     assert load("shapes").main(each=24, epochs=8)["loss"] < 0.6
 
 

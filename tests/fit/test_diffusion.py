@@ -17,8 +17,6 @@ from burnish.fit.pipelines import Pipeline
 from burnish.fit.tasks import evaluate, task_for
 from burnish.testing.pipelines import CLASSES, DIT, PIXELS, STEPS, pipeline, shapes
 
-pytest.importorskip("diffusers")
-
 
 def made(folder, kind=CLASSES, tells="epsilon", each=2, validation=0, **how):
     pipeline(kind, tells).save_pretrained(folder / "pipe")
