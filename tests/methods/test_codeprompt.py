@@ -7,6 +7,7 @@ import torch
 
 import burnish
 from burnish.blocks.state.pooled import Pooled
+from burnish.core.errors import RecipeError
 from burnish.core.recipe import parse
 from burnish.testing import stir
 from burnish.testing.models import tiny
@@ -128,3 +129,11 @@ def test_count_and_defaults():
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], recipe)
+
+
+def test_what_another_part_adds_to_a_pooler_would_not_train_and_is_refused():
+    net, batch = tiny("bert")
+    with pytest.raises(RecipeError, match="bert.pooler.dense would not train"):
+        burnish.tune(net, "ssf + codeprompt")
+    assert not [n for n, _ in net.named_modules() if ".burnish" in f".{n}"]
+    burnish.tune(net, "ssf(targets='attention') + codeprompt").step(batch)
