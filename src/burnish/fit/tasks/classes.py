@@ -13,6 +13,7 @@ from ..from_files import Pictures
 from ..heads import resize_head
 from ..rows import Rows, Sentences
 from .base import Batch, Task
+from .named import Named
 from .textual import Textual
 
 
@@ -55,20 +56,13 @@ class _Sentence(Textual):
         raise NotImplementedError
 
 
-class _Labelled(Task):
+class _Labelled(Named):
     """What a head over a whole row has in common; `problem` is transformers' name of its loss."""
 
     problem = ""
 
-    @property
-    def names(self) -> Sequence[str]:
-        return self.data.labels or ()
-
     def head(self) -> dict[str, Any]:
-        names = dict(enumerate(self.names))
-        return {"num_labels": len(names), "id2label": names,
-                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True,
-                "problem_type": self.problem}
+        return {**super().head(), "problem_type": self.problem}
 
     def fit_head(self, model: nn.Module) -> nn.Module:
         return resize_head(model, self.names, self.problem)

@@ -16,7 +16,8 @@ from ..boxes import assigned, average_precision, corners, overlap
 from ..from_files import Kept, picture
 from ..pictures import Picture, picture_of
 from ..rows import Rows
-from .base import Batch, Task
+from .base import Batch
+from .named import Named
 
 #: a picture's objects end here
 NOTHING = -100
@@ -54,7 +55,7 @@ class Found(Kept):
                 "labels": torch.tensor(self.kinds[i], dtype=torch.long)}
 
 
-class ObjectDetection(Task):
+class ObjectDetection(Named):
     """``pixel_values`` (B, C, H, W); ``labels`` (B, N), -100 behind a picture's objects, and
     ``boxes`` (B, N, 4), their middles and sizes over the picture's.
 
@@ -81,25 +82,6 @@ class ObjectDetection(Task):
             raise ConfigError(f"max_length={self.max_length} counts tokens, and a picture has none")
 
     # -- the model -----------------------------------------------------------------------------
-    @property
-    def names(self) -> Sequence[str]:
-        return self.data.labels or ()
-
-    def head(self) -> dict[str, Any]:
-        names = dict(enumerate(self.names))
-        return {"num_labels": len(names), "id2label": names,
-                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
-
-    def fit_head(self, model: nn.Module) -> nn.Module:
-        has = getattr(getattr(model, "config", None), "num_labels", None)
-        if has != len(self.names):
-            raise ConfigError(f"{type(model).__name__} has {has} classes and the data "
-                              f"{len(self.names)}; give the model by its folder, or with "
-                              f"num_labels={len(self.names)}")
-        model.config.id2label = dict(enumerate(self.names))
-        model.config.label2id = {v: k for k, v in enumerate(self.names)}
-        return model
-
     def settle(self, model: nn.Module) -> None:
         super().settle(model)
         config = getattr(model, "config", None)

@@ -18,10 +18,11 @@ from .. import masks
 from ..from_files import Scenes
 from ..masks import IGNORED, NOTHING
 from ..rows import Rows
-from .base import Batch, Task
+from .base import Batch
+from .named import Named
 
 
-class SemanticSegmentation(Task):
+class SemanticSegmentation(Named):
     """``pixel_values`` (B, C, H, W), and ``labels`` (B, H, W), 255 where a pixel is not counted.
 
     Picture and mask go through the model's own image processor, the mask to the nearest pixel. With
@@ -91,21 +92,6 @@ class SemanticSegmentation(Task):
         return bool(set(np.unique(made).tolist()) - {0, 8, 9, IGNORED})
 
     # -- the model -----------------------------------------------------------------------------
-    def head(self) -> dict[str, Any]:
-        names = dict(enumerate(self.names))
-        return {"num_labels": len(names), "id2label": names,
-                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
-
-    def fit_head(self, model: nn.Module) -> nn.Module:
-        has = getattr(getattr(model, "config", None), "num_labels", None)
-        if has != len(self.names):
-            raise ConfigError(f"{type(model).__name__} has {has} classes and the data "
-                              f"{len(self.names)}; give the model by its folder, or with "
-                              f"num_labels={len(self.names)}")
-        model.config.id2label = dict(enumerate(self.names))
-        model.config.label2id = {v: k for k, v in enumerate(self.names)}
-        return model
-
     def settle(self, model: nn.Module) -> None:
         super().settle(model)
         config = getattr(model, "config", None)

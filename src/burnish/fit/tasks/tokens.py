@@ -11,10 +11,11 @@ from torch import nn
 from ..heads import resize_head
 from ..rows import Rows, Tagged
 from .base import Batch
+from .named import Named
 from .textual import Textual
 
 
-class TokenClassification(Textual):
+class TokenClassification(Textual, Named):
     """``input_ids``, ``labels`` (B, T): a word's tag at its first token, -100 at all others."""
 
     metric = "f1"
@@ -25,13 +26,8 @@ class TokenClassification(Textual):
         super().prepare()
         self.fast()
 
-    def head(self) -> dict[str, Any]:
-        names = dict(enumerate(self.data.labels or ()))
-        return {"num_labels": len(names), "id2label": names,
-                "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
-
     def fit_head(self, model: nn.Module) -> nn.Module:
-        return resize_head(model, self.data.labels or ())
+        return resize_head(model, self.names)
 
     def make(self, split: str) -> Rows:
         made = Tagged(self.data.splits[split], self.processor, self.max_length)
