@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from burnish import tune
-from burnish.board import Record, Records, budgets, page, prior, running, tasks
+from burnish.board import Record, Records, budgets, page, running, tasks
 from burnish.board.page import frontier, percent, points, ranking
 from burnish.core.errors import ConfigError, FormatError, RecipeError
 from burnish.core.recipe import parse
@@ -56,7 +56,7 @@ def test_the_first_rows_of_every_task_are_a_batch(name):
     sizes = {v.shape[0] for v in (batch if isinstance(batch, tuple) else batch.values())}
     assert sizes == {3}
     assert budgets.trained(made, "full") > 0
-    assert made.kind == prior.KINDS[name]
+    assert made.kind == tasks.KINDS[name] and set(tasks.KINDS) == set(tasks.TASKS)
 
 
 def test_a_task_that_is_none_is_refused_with_the_nearest():

@@ -21,13 +21,11 @@ from typing import Any
 
 from .page import LORA
 from .records import Records
-from .tasks import TASKS
+from .tasks import KINDS, TASKS
 
 MOST = 0.1
 #: seeds leave out what other test rows would do
 FLOOR = 0.002
-KINDS = {"handwriting": "image", "text": "text", "cells": "table", "patients": "table",
-         "bytes": "language", "tones": "sound"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ from ..core.errors import ConfigError, DataError, nearest
 from ..formats import safe
 from ..memory import cache
 
-Kind = Literal["image", "text", "table", "language", "sound"]
+#: task -> the kind of model and data that it stands for
+KINDS = {"handwriting": "image", "text": "text", "cells": "table", "patients": "table",
+         "bytes": "language", "tones": "sound"}
 SPLITS = ("train", "validation", "test")
 
 
@@ -45,7 +47,6 @@ class Task:
     """
 
     name: str
-    kind: Kind
     fresh: Callable[[], nn.Module]
     splits: dict[str, Sequence[Any]]
     collate: Callable[[Sequence[Any]], Any]
@@ -58,6 +59,10 @@ class Task:
     rate: float = 3e-3
     choosing: int = 1
     tried: tuple[int, ...] = (0, 1, -1)
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.name]
 
     def epoch(self, split: str, seed: int | None = None) -> list[Any]:
         """Batches of a split, shuffled where a seed is given."""
@@ -116,7 +121,7 @@ def handwriting() -> Task:
 
     quiet_libraries()
     own = task_for(read("digits"), str(GLYPH_VIT))
-    return Task("handwriting", "image", lambda: own.load(str(GLYPH_VIT)),
+    return Task("handwriting", lambda: own.load(str(GLYPH_VIT)),
                 {s: own.rows(s) for s in SPLITS}, own.collate, _labels, None, 32, 4, {},
                 "classifier.")
 
@@ -139,7 +144,7 @@ def text() -> Task:
     def collate(rows: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
         return {**words([t for t, _ in rows]), "labels": torch.tensor([y for _, y in rows])}
 
-    return Task("text", "text", lambda: real.sentences(folder, len(PACKAGES)), docstrings(),
+    return Task("text", lambda: real.sentences(folder, len(PACKAGES)), docstrings(),
                 collate, _labels, None, 16, 6, {}, "classifier.")
 
 
@@ -183,7 +188,7 @@ def _table(name: str, x: Tensor, y: Tensor, fresh: Callable[[], nn.Module], trai
         return torch.stack([a for a, _ in some]), torch.stack([b for _, b in some])
 
     middle = train + validation
-    return Task(name, "table", fresh, {"train": rows[:train], "validation": rows[train:middle],
+    return Task(name, fresh, {"train": rows[:train], "validation": rows[train:middle],
                                        "test": rows[middle:]},
                 collate, lambda out, batch: (out, batch[1]),
                 lambda out, batch: F.cross_entropy(out, batch[1]), 16, 10, {"head": False},
@@ -231,7 +236,7 @@ def bytes_() -> Task:
         ids = torch.tensor([list(row) for row in some])
         return {"input_ids": ids, "labels": ids.clone()}
 
-    return Task("bytes", "language", lambda: _kept("bytes", _reader, _reads), splits, collate,
+    return Task("bytes", lambda: _kept("bytes", _reader, _reads), splits, collate,
                 lambda out, batch: (out.logits[:, :-1], batch["labels"][:, 1:]), None, 16, 8,
                 {"head": False})
 
@@ -281,7 +286,7 @@ def tones() -> Task:
         model.config.num_labels = model.num_labels = 8                      # type: ignore
         return model
 
-    return Task("tones", "sound", fresh, {"train": rows[:240], "validation": rows[240:400],
+    return Task("tones", fresh, {"train": rows[:240], "validation": rows[240:400],
                                           "test": rows[400:]},
                 collate, _labels, None, 16, 6, {}, "classifier.dense.")
 
