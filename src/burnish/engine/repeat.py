@@ -28,9 +28,10 @@ def repeat_blocks(model: nn.Module, spans: Sequence[Sequence[int]]) -> nn.Module
 
     spans: runs of blocks, first and one behind the last, in the order in which they run:
     ``[(0, 4), (2, 5)]`` makes blocks 0 1 2 3 2 3 4. Repeated blocks share their parameters, so the
-    weights take no more memory; an adapter has its own tensors at each. Nothing of a base so made
-    can be merged, and a storage leaves weights that are read twice as they are. The number of
-    blocks in ``model.config`` follows, and so do the places of blocks in a key-value cache.
+    weights take no more memory; an adapter has its own tensors at each. What is added to a block
+    that runs twice cannot be merged, and a storage leaves weights that are read twice as they are.
+    The number of blocks in ``model.config`` follows, and so do the places of blocks in a key-value
+    cache.
 
     Raises ConfigError for spans that name no blocks, for a model that is tuned or repeated already,
     and for one whose blocks are not one list.

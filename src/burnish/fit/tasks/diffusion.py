@@ -145,9 +145,11 @@ class ImageGeneration(Task):
     def make(self, split: str) -> Rows:
         rows = self.data.splits[split]
         clean = Clean(rows, self.reads_pictures, self.data.where.get(split))
-        drawn: Callable[[int, torch.Generator], Tensor] = lambda i, g: clean[i]["x"]  # noqa: E731
-        if self.processor.coder is not None:
-            drawn = self.latents(clean).drawn
+
+        def plain(i: int, g: torch.Generator) -> Tensor:
+            return clean[i]["x"]
+
+        drawn = plain if self.processor.coder is None else self.latents(clean).drawn
         return Noised(drawn, len(rows), self.schedule, self.name, self.beside(rows), self.seed,
                       again=split == "train")
 

@@ -18,16 +18,18 @@ from ._adapted import module_of, untargeted
 class Crash(Method):
     """CRaSh: a smaller model of a large one's blocks to train on; what trained is plugged back.
 
-    Clustering: intervals of the N blocks. Those that train stand alone; of the others the two
-    neighbours are joined, again and again, whose blocks at the border are most alike::
+    Clustering: intervals of the N blocks. Those that train stand alone (a best reading, as is the
+    default of `intervals` at other depths); of the others the two neighbours are joined, again and
+    again, whose blocks at the border are most alike::
 
         CKA(X, Y) = ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F)
 
     of the centred states behind them on a support set, until `intervals` are left. Removing: of
     each its middle block stays. Sharing: it runs wherever one of its cluster did, its weights held
-    once; with share=False it runs once. `layers` blocks train, spread over the depth or half at
-    either end; no block that trains is repeated. Offsite tuning, where of the middle the first of
-    every two stays, is ``crash(outer=True, cluster="turn", share=False)``::
+    once; with share=False it runs once. `layers` blocks train, evenly spread (4 of 32: 0, 10, 21,
+    31, where the paper has 0, 8, 17, 31) or half at either end; no block that trains is repeated.
+    Offsite tuning, where of the middle the first of every two stays, is
+    ``crash(outer=True, cluster="turn", share=False)``::
 
         method = burnish.parse("crash")[0]
         emulator = method.lifecycle(model, batches)               # the owner of the model

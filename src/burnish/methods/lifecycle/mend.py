@@ -26,9 +26,10 @@ class Mend(Method):
         W' = W - alpha sum_t d~_t u~_t^T        (u~, d~) = z
 
     u (in,) is what a row of the edit reads at W (out, in), d (out,) the gradient there; mu and s
-    run over the rows of all lessons (Welford; rows of zeros have no part). One net for matrices of
-    one shape, with gamma, beta and alpha of each. Lessons are (edit, rephrased, local), three
-    batches; Adam goes down, by the mean of `lessons` at a time,
+    run over the rows of all lessons at all matrices of one shape (Welford; rows of zeros have no
+    part; that a shape has them in common is a best reading). One net for matrices of one shape,
+    with gamma, beta and alpha of each. Lessons are (edit, rephrased, local), three batches; Adam
+    goes down, by the mean of `lessons` at a time,
 
         weight * loss(rephrased; W') + mean KL(p(local; W) || p(local; W'))
 
