@@ -49,7 +49,7 @@ UPDATES, TIMED = 12, 3
 ALIKE = 0.9
 #: settings that say how rows are read; the others are of the run
 READ = ("task", "text", "label", "image", "audio", "prompt", "completion", "split", "validation",
-        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "seed")
+        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "shots", "group", "seed")
 #: updates that a run should have at least, and the batch and epochs it is given for that
 LEAST, BATCHES, EPOCHS = 60, (16, 8, 4), (3, 6, 10)
 #: share of what is free on a host that a run may take, and what the process itself does
@@ -122,7 +122,8 @@ def advise(model: str, data: Any, memory: str | int | None = None, *, test: bool
     found = suited(read(data, task=own.task or usual_task(model), text=own.text,
                         label=own.label, image=own.image, audio=own.audio,
                         prompt=own.prompt, completion=own.completion,
-                        split=own.split, validation=own.validation, seed=seed), model)
+                        split=own.split, validation=own.validation, group=own.group,
+                        seed=seed), model)
     by_itself(found.task, None, budget)
     check_served(found.task, model)
     task = task_for(found, model, max_length=own.max_length, seed=seed, **own.of_task())

@@ -85,6 +85,9 @@ class Options:
         English, for models whose prompt says so (Whisper).
     max_answer: tokens that an evaluation lets a model write of a row (default: those of the longest
         text of the data, and a quarter of it).
+    shots, group: of instruction tuning: so many examples of one task in one sequence, of which each
+        answer is learnt, and the column that says which task an example is of
+        (:mod:`burnish.fit.shots`).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
     processor: tokenizer, picture or feature extractor, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
@@ -123,6 +126,8 @@ class Options:
     language: str | None = None
     translate: bool | None = None
     max_answer: int | None = None
+    shots: int | None = None
+    group: str | None = None
     max_length: int | None = None
     max_seconds: float | None = None
     processor: Any = None
@@ -146,7 +151,8 @@ class Options:
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
         names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
-                 "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer")
+                 "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
+                 "shots")
         return {n: getattr(self, n) for n in names}
 
 
@@ -218,7 +224,7 @@ def _inner(node: ast.AnnAssign) -> bool:
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
-         "max_length": 1, "max_answer": 1, "validation": 0.0, "num_train_epochs": 0.0,
+         "max_length": 1, "max_answer": 1, "shots": 1, "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
          "save_total_limit": 0, "samples": 0}
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0}

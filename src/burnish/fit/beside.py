@@ -28,6 +28,24 @@ def apart(table: Table, split: str, keys: Mapping[str, Read], optional: Collecti
     return (replace(table, columns=left) if found else table), found
 
 
+def told_apart(table: Table, name: str) -> list[str]:
+    """The column that ``group=`` names, as text. Raises DataError where there is none, or no
+    value in it."""
+    if name not in table.columns:
+        raise DataError(f"group={name!r} is no column of the data; it has "
+                        f"{', '.join(table.columns)}{nearest(name, table.columns)}")
+    for i, value in enumerate(table.columns[name]):
+        if value is None or isinstance(value, list | dict) or not str(value).strip():
+            raise DataError(f"{table.where(i)}, field {name!r}: expected a word or a number, it is "
+                            f"{'missing' if value is None else repr(value)}")
+    return [str(v) for v in table.columns[name]]
+
+
+def without(table: Table, name: str) -> Table:
+    """The other columns."""
+    return replace(table, columns={k: v for k, v in table.columns.items() if k != name})
+
+
 def missing(read: Read, name: str, source: str, has: Iterable[str]) -> str:
     """What to say of a key that the data lacks."""
     has = list(has)

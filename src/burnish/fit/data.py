@@ -27,7 +27,7 @@ from ..core.errors import ConfigError, DataError, nearest
 from ..core.keys import Read
 from ..core.reading import beside, reading
 from . import layouts, masks, series
-from .beside import apart, missing
+from .beside import apart, missing, told_apart, without
 from .columns import Roles, assign
 from .kinds import TASKS, form_of_label, generated, in_time
 from .labels import differ
@@ -157,7 +157,7 @@ def _said(reader: Callable[..., Data]) -> Callable[..., Data]:
 def read(data: Any, *, task: str | None = None, text: str | None = None, label: str | None = None,
          image: str | None = None, audio: str | None = None, split: str | None = None,
          validation: float | int = 0.1, seed: int = 0, labels: Sequence[str] | None = None,
-         prompt: str | None = None, completion: str | None = None,
+         prompt: str | None = None, completion: str | None = None, group: str | None = None,
          keys: Mapping[str, Read] = MappingProxyType({}),
          optional: Collection[str] = ()) -> Data:
     """Reads data for fine-tuning.
@@ -166,6 +166,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     task: one of TASKS; None takes what the columns say.
     text, label, image, audio: names of columns where they cannot be told.
     prompt, completion: two columns of which the second is learnt as the answer to the first.
+    group: a column that says which task an example of instruction-tuning is of, kept as ``group``.
     split: the training split's name where it is not called train.
     validation: share (or number) of training rows set aside when there is no validation split;
         0 for none. The choice is a function of `seed`, and keeps the proportions of classes.
@@ -192,7 +193,12 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                         "with split=")
     beside = {s: apart(t, s, keys, optional) for s, t in tables.items()}
     tables = {s: t for s, (t, _) in beside.items()}
+    grouped = {s: told_apart(t, group) for s, t in tables.items()} if group else {}
+    tables |= {s: without(t, group) for s, t in tables.items() if group}
     roles = assign(tables["train"], flags)
+    if group and roles.task != "instruction-tuning":
+        raise ConfigError(f"group={group!r} says which task an example of instruction-tuning is "
+                          f"of, and the data are for {roles.task}")
     classes = tuple(labels) if labels else None
     held: set[int] = set()
     if roles.mask and roles.image:
@@ -211,6 +217,8 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                 raise DataError(f"a forecast is of many rows, none of which has a {key!r} of its "
                                 f"own, which {keys[key].part} reads")
             splits[name] = splits[name].add_column(key, entries)
+        if group:
+            splits[name] = splits[name].add_column("group", grouped[name])
     if "label" in splits["train"].column_names and form_of_label(roles.task or "") == "number":
         differ(splits["train"]["label"][:], roles.label or "", source)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
@@ -223,7 +231,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                  for k, t in tables.items()}, form,
                 roles.said(tables["train"].columns), roles.named(),
                 {"task": task, "text": text, "label": label, "image": image, "audio": audio,
-                 "prompt": prompt, "completion": completion, "split": split,
+                 "prompt": prompt, "completion": completion, "group": group, "split": split,
                  "validation": validation, "seed": seed}, tuple(sorted(held)), known)
     if "validation" not in splits and validation:
         done = set_aside(done, validation, seed)

@@ -162,7 +162,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     for one in found.values():                  # values, before a model is loaded
         with transformers_errors():
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
-    by_itself(first.task, recipe, memory)
+    by_itself(first.task, recipe, memory, own.shots)
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
@@ -245,7 +245,7 @@ def _read(data: dict[str, Any], model: str | nn.Module, own: Options, seed: int,
         one = read(where, task=own.task or made, text=own.text, label=own.label, image=own.image,
                    audio=own.audio, prompt=own.prompt, completion=own.completion,
                    split=own.split, validation=own.validation, seed=seed, keys=keys,
-                   labels=first.labels if first else None)
+                   labels=first.labels if first else None, group=own.group)
         one = suited(one, model, own.trust_remote_code)
         if first is not None and one.task != first.task:
             raise ConfigError(f"{name} is {one.task} and {next(iter(found))} {first.task}: tasks "

@@ -85,6 +85,9 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
             whose = ", ".join(t for t, k in TASKS.items() if name in k.settings)
             raise ConfigError(f"{name}={how[name]!r} is a setting of {whose}, and the data are for "
                               f"{data.task}")
+    if how.get("shots", 1) == 1 and any("group" in s.column_names for s in data.splits.values()):
+        raise ConfigError("group= says which examples may share a sequence, and a sequence has one "
+                          "example; give shots=, how many")
     if isinstance(processor, str | Path):
         check_there(str(processor))
         processor = processor_for(data.task, str(processor), trust_remote_code)
@@ -97,9 +100,14 @@ def task_for(data: Data, model: str | nn.Module, *, processor: Any = None,
     return made
 
 
-def by_itself(task: str, recipe: Any, memory: Any) -> None:
+def by_itself(task: str, recipe: Any, memory: Any, shots: int | None = None) -> None:
     """Raises ConfigError where the recipe, or the plan of one for a memory, looks at one text by
-    itself and a sample of the task is several, or is told apart from those beside it."""
+    itself and a sample of the task is several, or is told apart from those beside it; where it
+    protects rows and a sample is several of them."""
+    if (shots or 1) > 1 and recipe is not None:
+        if private := next((m.name for m in parse(recipe) if m.private), None):
+            raise ConfigError(f"{private} protects a sample, and with shots={shots} a sample is "
+                              "several rows of the data: leave shots out")
     if TASKS[task].alone:
         return
     if recipe is None:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import words
 from ..rows import Documents, OneByOne, Rows, Turns
+from ..shots import Shots
 from .base import Batch
 from .textual import Textual
 
@@ -79,18 +80,28 @@ class LanguageModelling(Written):
 
 
 class InstructionTuning(LanguageModelling):
-    """As language modelling, row by row, with ``labels`` -100 wherever nothing is learnt."""
+    """As language modelling, row by row, with ``labels`` -100 wherever nothing is learnt.
+
+    ``shots``: so many rows of the data stand in one sequence (:mod:`burnish.fit.shots`).
+    """
 
     usual_length = None
+    settings = ("shots",)
 
     def make(self, split: str) -> Rows:
-        turns = Turns(self.data.splits[split], self.processor, self.max_length,
-                      self.data.where.get(split))
-        self.tell(split, turns.notes)
-        return turns
+        shots = int(self.how.get("shots", 1))
+        made = self._turns(split) if shots == 1 else Shots(
+            self.data.splits[split], self.processor, self.max_length, self.data.where.get(split),
+            shots=shots, seed=self.seed, again=split == "train", keys=self.data.keys)
+        self.tell(split, made.notes)
+        return made
 
     def singly(self, split: str) -> Rows:
-        return self.rows(split)
+        return self.rows(split) if self.how.get("shots", 1) == 1 else self._turns(split)
+
+    def _turns(self, split: str) -> Turns:
+        return Turns(self.data.splits[split], self.processor, self.max_length,
+                     self.data.where.get(split))
 
     def stops(self) -> list[int]:
         from ..chat import stop_ids
