@@ -21,7 +21,7 @@ from burnish.blocks.state import tap_cache
 from burnish.blocks.state.tap_cache import MARK, TapCache
 from burnish.blocks.state.tap_files import Shard
 from burnish.core.errors import ConfigError, FormatError, RecipeError
-from burnish.formats.adapter import put
+from burnish.formats.placed import put
 from burnish.testing.models import tiny
 
 BLOCKS = {"vit": "vit.layers", "bert": "bert.encoder.layer", "llama": "model.layers",

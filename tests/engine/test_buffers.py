@@ -180,7 +180,7 @@ def test_files_hold_only_those_that_moved(tmp_path):
     assert not {k for k in quiet.tensors() if "burnish" not in k}
     moved = tuned.tensors()
     moved["bn.running_mean"] = torch.zeros(9)
-    from burnish.formats.adapter import put
+    from burnish.formats.placed import put
 
     with pytest.raises(FormatError, match="bn.running_mean has shape"):
         put(quiet, moved, "this")
@@ -188,7 +188,7 @@ def test_files_hold_only_those_that_moved(tmp_path):
 
 
 def test_a_checkpoint_without_them_puts_them_at_the_start():
-    from burnish.formats.adapter import put
+    from burnish.formats.placed import put
 
     tuned = train(burnish.tune(net(), "lora(rank=2)", head=False))
     before = {k: v.clone() for k, v in tuned.tensors().items() if "burnish" in k}

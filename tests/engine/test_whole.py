@@ -11,7 +11,7 @@ from torch import nn
 import burnish
 from burnish.engine import originals
 
-OURS = ("burnish/engine/", "burnish/formats/adapter")
+OURS = ("burnish/engine/", "burnish/formats/adapter", "burnish/formats/placed")
 #: what runs after a change was made, or takes it back
 BACK = {"roll_back", "put_back", "_put", "run", "whole", "to_the_end", "clear"}
 

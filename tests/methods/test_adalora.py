@@ -202,7 +202,7 @@ def test_resumed_scores_and_pattern():
                            whole.current_optimizer.state_dict()))
     for k in range(16, STEPS):
         step(whole, k)
-    from burnish.formats.adapter import put
+    from burnish.formats.placed import put
 
     second = start()
     put(second, saved[1], "memory")

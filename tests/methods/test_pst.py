@@ -13,7 +13,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import RankError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
-from burnish.formats.adapter import put
+from burnish.formats.placed import put
 from burnish.methods.delta.sparse.pst import Pruned
 from burnish.testing import follows, stir
 from burnish.testing.checks.cost import keeps_what_it_says

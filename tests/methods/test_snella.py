@@ -189,7 +189,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
         step(whole, k)
 
     second = start()
-    from burnish.formats.adapter import put
+    from burnish.formats.placed import put
 
     put(second, saved[1], "memory")
     second.current_optimizer.load_state_dict(saved[2])

@@ -16,7 +16,7 @@ from burnish.core.errors import RankError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.core.targets import match
-from burnish.formats.adapter import put
+from burnish.formats.placed import put
 from burnish.testing import follows, stir
 from burnish.testing.models import tiny
 

@@ -29,8 +29,8 @@ from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
 from ..engine.tuned import Tuned
 from ..formats import safe
-from ..formats.adapter import put
 from ..formats.folder import finite
+from ..formats.placed import put
 from . import checkpoint, state
 from .checkpoint import is_owed
 from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by, kept_of

@@ -7,6 +7,7 @@ those of the file.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +16,18 @@ from torch import nn
 from ..core.errors import BurnishError, FormatError
 from ..core.recipe import parse
 from ..engine.tune import tune
+from ..engine.tuned import Tuned
 
 #: settings up to this size make nothing that is large beside the model itself
 LARGE = 512
 
 
-def check_sizes(model: nn.Module, adapters: Mapping[str, Mapping[str, Any]],
+def check_sizes(model: nn.Module | Tuned, adapters: Mapping[str, Mapping[str, Any]],
                 shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises FormatError when the adapters' recipes ask for more than the file holds."""
+    """Raises FormatError when the adapters' recipes ask for more than the file holds.
+
+    model: a base, or what they will stand on beside others.
+    """
     largest = max((v for entry in adapters.values() for v in _settings(entry["recipe"])),
                   default=0)
     if largest <= LARGE:
@@ -43,14 +48,14 @@ def check_sizes(model: nn.Module, adapters: Mapping[str, Mapping[str, Any]],
 PROBE = "probe"
 
 
-def _settings(recipe: str) -> list[int]:
+def _settings(recipe: Any) -> list[int]:
     """Whole numbers of the parts that may make tensors: what only decides what is kept for backward
     (a threshold in bytes) makes none."""
     return [v for m in parse(recipe) if not set(m.axes()) <= {"activations", "controller"}
             for v in m.settings().values() if isinstance(v, int) and not isinstance(v, bool)]
 
 
-def _made(model: nn.Module, entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _made(model: nn.Module | Tuned, entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter's own tensors, made without memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -58,12 +63,23 @@ def _made(model: nn.Module, entry: Mapping[str, Any]) -> dict[str, tuple[int, ..
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes_move():
-        twin = fake_copy(model, mode, "cpu")
+        said = {"targets": entry.get("targets"), "head": False, "settled": entry.get("settled")}
+        memo: dict[int, Any] = {}
+        if isinstance(model, Tuned):
+            memo[id(model.current_optimizer)] = None
+            fake_copy(model.model, mode, "cpu", memo=memo)
+            tuned = copy.deepcopy(model, memo)
+            tuned.undo = None
+        else:
+            twin = fake_copy(model, mode, "cpu")
         try:
             with mode:
-                tuned = tune(twin, entry["recipe"], targets=entry.get("targets"), head=False,
-                             name=PROBE, settled=entry.get("settled"))
-                return {n: tuple(t.shape) for n, t in tuned.tensors().items()
+                if isinstance(model, Tuned):
+                    tuned.filled = True
+                    tuned.add(PROBE, entry["recipe"], **said)
+                else:
+                    tuned = tune(twin, entry["recipe"], name=PROBE, **said)
+                return {n: tuple(t.shape) for n, t in tuned.tensors(PROBE).items()
                         if f"burnish.{PROBE}." in n}
         except BurnishError:
             raise

@@ -46,9 +46,11 @@ def from_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode, device: str | torch.device,
-              dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of `model` whose tensors are fake, on `device`, in `dtype` where floating."""
-    memo: dict[int, Any] = {}
+              dtype: torch.dtype | None = None, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of `model` whose tensors are fake, on `device`, in `dtype` where floating.
+
+    memo: of the copy, for copying what holds the model with it."""
+    memo = {} if memo is None else memo
     keep: list[Tensor] = []                   # ids stay valid while the copy is made
     with mode:
         for _, t in _tensors(model):

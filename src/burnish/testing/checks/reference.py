@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError
 from ...core.recipe import parse
-from ...formats.adapter import put
+from ...formats.placed import put
 from ..choose import IN_BLOCKS, OTHERWISE, PLACES, ROWS, applies
 from .common import (
     DENSE,
