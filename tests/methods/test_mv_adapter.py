@@ -134,6 +134,95 @@ def test_a_diffusion_transformer_by_the_same_equation(attend):
     torch.testing.assert_close(net(**batch).sample, base(**batch).sample, rtol=1e-8, atol=1e-9)
 
 
+def unet(conditioned):
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    torch.manual_seed(0)
+    said = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
+            "block_out_channels": (16, 32), "norm_num_groups": 4}
+    if conditioned:
+        net = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=24,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2, **said)
+    else:
+        net = UNet2DModel(down_block_types=("AttnDownBlock2D", "DownBlock2D"), attention_head_dim=8,
+                          up_block_types=("UpBlock2D", "AttnUpBlock2D"), **said)
+    return net.double().eval()
+
+
+def told_unet(n, conditioned, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    batch = {"sample": torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=g),
+             "timestep": torch.randint(1, 1000, (n,), generator=g)}
+    text = torch.randn(n, 5, 24, dtype=torch.float64, generator=g)
+    return batch | ({"encoder_hidden_states": text} if conditioned else {})
+
+
+def inside(module, x):
+    """What a diffusers attention attends to: (B, T, d), behind its own norm."""
+    if x.dim() == 4:
+        x = module.group_norm(x.flatten(2)).mT
+    return x
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("attend", ["full", "rows"])
+def test_a_u_net_by_the_same_equation(conditioned, attend):
+    """Every attention over a picture's own tokens, at its own width and side; none over text."""
+    base, net = unet(conditioned), unet(conditioned)
+    tuned = burnish.tune(net, f"mv_adapter(views=2, attend={attend!r})", head=False)
+    for _, p in tuned.named_parameters():
+        p.data = p.data.double()
+    batch = told_unet(6, conditioned)
+    torch.testing.assert_close(net(**batch).sample, base(**batch).sample, rtol=0, atol=0)
+    stir(tuned, size=0.3)
+    theta = {}
+    for n, p in tuned.named_parameters():
+        path, _, rest = n.partition(".burnish.default.mv_adapter.")
+        theta[path, rest] = p
+    own = sorted(n for n, m in base.named_modules()
+                 if type(m).__name__ == "Attention" and not n.endswith("attn2"))
+    assert sorted({p.rpartition(".to_")[0] for p, _ in theta}) == own and len(own) == 4
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    for path in own:
+        at = base.get_submodule(path)
+        runs = {run: {q: (theta[f"{path}.{n}", f"copies.{run}.weight"],
+                          theta.get((f"{path}.{n}", f"copies.{run}.bias")))
+                      for q, n in zip(LINEARS, names, strict=True)}
+                for run in ("views", "reference")}
+        seen = []
+        at.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(inside(m, args[0])))
+
+        def added(m, args, y, seen=seen, runs=runs, heads=at.heads):
+            x = seen.pop()
+            side = round(x.shape[1] ** 0.5) if attend == "rows" else None
+            return y + beside_it(runs, x, heads, 2, True, side)
+
+        at.to_out[0].register_forward_hook(added)
+    torch.testing.assert_close(net(**batch).sample, base(**batch).sample, rtol=1e-8, atol=1e-9)
+
+
+def test_maps_are_told_to_the_first_convolutions_of_a_u_net():
+    net = unet(False)
+    tuned = burnish.tune(net, "mv_adapter(views=2, camera=3, hidden=4)", head=False)
+    for _, p in tuned.named_parameters():
+        p.data = p.data.double()
+    stir(tuned, size=0.3)
+    given, batch = [], told_unet(3, False)
+    maps = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    block = net.down_blocks[0].resnets[0]
+    block.norm1.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+    net(**batch, camera=maps)
+    theta = {n.partition(".mv_adapter.")[2]: p for n, p in tuned.named_parameters()
+             if n.startswith("down_blocks.0.resnets.0.burnish")}
+    z = F.silu(F.conv2d(maps, theta["conv1.weight"], theta["conv1.bias"], padding=1))
+    z = F.silu(F.conv2d(z, theta["conv2.weight"], theta["conv2.bias"], stride=2, padding=1))
+    z = F.conv2d(z, theta["out.weight"][..., None, None], theta["out.bias"])
+    want = net.conv_in(batch["sample"])
+    torch.testing.assert_close(given[0][0], want[0])                 # the reference is told nothing
+    torch.testing.assert_close(given[0][1:], (want + z)[1:])
+
+
 def test_identity_and_a_reference_that_stays():
     """Step 0 is the base; away from it the reference's answer is still the base's, bit for bit."""
     base, batch = dit(), told(6)

@@ -19,41 +19,9 @@ from .asked import Asked
 from .example import example_batch
 from .places import Found, matrices
 from .site import Place
+from .stacks import Block, blocks_of
 
 __all__ = ["Anatomy", "Block", "example_batch"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One of the repeated blocks. Paths are full; None where the block has no such part.
-
-    index: position within its stack; `stack` names the run of blocks it belongs to (encoder and
-        decoder, text and vision are different stacks).
-    attn: the self-attention module, output projection included.  attn_out: the module whose
-        (first) output is attention's result: the last linear, or the attention module itself
-        where it reads that linear's weight past it (`nn.MultiheadAttention`).
-    cross, cross_out: the same of cross-attention.
-    mixer: what mixes tokens: `attn`, or a state-space mixer.
-    mlp_in, mlp_out: first linears (fc1, or gate and up) and last (fc2, down); empty and None for
-        a mixture of experts, whose module is `mlp`.
-    mlp: the module that holds the MLP, if there is one below the block.
-    """
-
-    path: str
-    index: int
-    stack: str
-    attn: str | None = None
-    attn_out: str | None = None
-    cross: str | None = None
-    cross_out: str | None = None
-    mixer: str | None = None
-    mlp_in: tuple[str, ...] = ()
-    mlp_out: str | None = None
-    mlp: str | None = None
-    norms: tuple[str, ...] = ()
-    hidden_size: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
 
 
 @dataclass
@@ -108,8 +76,10 @@ class Anatomy:
             return ()
         block = self.blocks[place.block] if place.block is not None else None
         heads, kv = (block.heads, block.kv_heads) if block else (self.heads, self.kv_heads)
+        above = self.model.get_submodule(place.path.rpartition(".")[0])
         return tuple(replace(place, role=role, rows=rows, out=rows[1] - rows[0])
-                     for role, rows in families.runs(place.role, place.out, heads, kv))
+                     for role, rows in families.runs(place.role, place.out, heads, kv,
+                                                     families.gate_last(above)))
 
     def interleaved(self, place: Place) -> bool:
         """Its parts alternate along the rows, so no run of rows is one of them."""
@@ -180,7 +150,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def read(self) -> Anatomy:
-        blocks = _numbered(_blocks(self.modules), self.modules)
+        blocks = blocks_of(self.modules)
         found = matrices(self.modules, [b.path for b in blocks])
         norms = tuple(p for p, m in self.modules.items() if _is_norm(m))
         head, kind = self._head(blocks, found)
@@ -219,7 +189,10 @@ class _Reader:
             paths = [p.path if p.kind in ("mha", "experts") else p.path.rpartition(".")[0]
                      for p in mine if p.role in roles]
             top = _common(paths)
-            return top if paths and top != block.path else None
+            while type(self.modules.get(top)) in (nn.ModuleList, nn.ModuleDict):   # never run
+                top = top.rpartition(".")[0]
+            whole = families.ATTENTION_CLASS.search(type(self.modules[block.path]).__name__)
+            return top if paths and (top != block.path or whole) else None
 
         attn, cross = owner(families.ATTENTION), owner(families.CROSS)
         outs, cross_outs = some("o"), some("cross_o")
@@ -332,73 +305,6 @@ class _Reader:
         a.heads = (last.heads if last else None) or _attribute(configs, families.HEAD_COUNT) \
             or _attribute(list(self.modules.values()), ("num_heads",))
         a.kv_heads = (last.kv_heads if last else None) or a.heads
-
-
-# -- blocks -------------------------------------------------------------------------------------
-def _blocks(modules: dict[str, nn.Module]) -> list[Block]:
-    """Repeated composite children of lists, outermost first; stages are looked into."""
-    out: list[Block] = []
-
-    def walk(path: str, stack: str | None) -> None:
-        children = {f"{path}.{n}" if path else n: m for n, m in modules[path].named_children()
-                    if f"{path}.{n}".lstrip(".") in modules}
-        repeated = _repeated(path, modules[path], children)
-        for child, module in children.items():
-            name = stack or _stack(path)
-            if child in repeated and not _is_stage(child, module, modules):
-                out.append(Block(child, 0, name))
-            else:
-                walk(child, name if child in repeated else stack)
-
-    walk("", None)
-    return out
-
-
-def _repeated(path: str, module: nn.Module, children: dict[str, nn.Module]) -> set[str]:
-    """Those children of a list that are blocks or stages."""
-    leaf = path.rpartition(".")[2]
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or families.NOT_BLOCKS.search(leaf):
-        return set()
-    made = {c: type(m).__name__ for c, m in children.items()
-            if not isinstance(m, nn.ModuleList | nn.Sequential | nn.ModuleDict)
-            and any(g._parameters or len(g._modules) for g in m.children())}
-    kinds = Counter(made.values())
-    if len(made) > len(kinds) or (len(made) == 1 and leaf in families.LISTS):
-        return {c for c, k in made.items() if kinds[k] > 1 or len(made) > 2 or len(made) == 1}
-    return set()
-
-
-def _stack(path: str) -> str:
-    """The name of a run of blocks: its container, without a closing number (layer1..layer4)."""
-    return re.sub(r"\d+$", "", path).rstrip(".")
-
-
-def _is_stage(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """It only holds the blocks of one resolution: by its class, or by a list of blocks in it."""
-    if families.STAGE.search(type(module).__name__):
-        return True
-    for inner, m in module.named_modules(prefix=path):
-        if inner != path and inner.rpartition(".")[2] in families.LISTS and inner in modules:
-            children = {f"{inner}.{n}": c for n, c in m.named_children()}
-            if any(_linears(children[c]) > 1 for c in _repeated(inner, m, children)):
-                return True
-    return False
-
-
-def _linears(module: nn.Module) -> int:
-    return sum(isinstance(m, nn.Linear | nn.MultiheadAttention)
-               or type(m).__name__ == "Conv1D" for m in module.modules())
-
-
-def _numbered(blocks: list[Block], modules: dict[str, nn.Module]) -> list[Block]:
-    """Counted per stack. Where some hold linears, lists of bare convolutions are no blocks."""
-    rich = [b for b in blocks if _linears(modules[b.path])] or blocks
-    counts: Counter[str] = Counter()
-    out = []
-    for b in rich:
-        out.append(replace(b, index=counts[b.stack]))
-        counts[b.stack] += 1
-    return out
 
 
 # -- small things ---------------------------------------------------------------------------------

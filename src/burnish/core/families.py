@@ -72,20 +72,26 @@ _ATTENTION_NAMES = re.compile(r"^(attn|attention|self_attn|self_attention|SelfAt
 _MLP_NAMES = re.compile(r"^(mlp|ffn|feed_forward|feedforward|ff|DenseReluDense|block_sparse_moe"
                         r"|experts?|shared_experts?|moe)$")
 _MLP_CLASS = re.compile(r"mlp|feed_?forward|ffn|denseact|densegatedact|expert", re.I)
+#: classes of attentions, one of which may be a block by itself
+ATTENTION_CLASS = re.compile(r"Attention$")
 _MIXER_CLASS = re.compile(r"mamba\d?mixer|ssm", re.I)
 _ROUTER = re.compile(r"^(router|gate|shared_expert_gate)$")
 _PATCH = re.compile(r"patch_?embed|patch_projection", re.I)
 _REDUCTION = re.compile(r"^(reduction|downsample\w*|downsampling_layer)$")
+#: modules that make a vector of a time step or of another condition, an MLP of their own
+_EMBEDDER = re.compile(r"^(time|timestep|add|label|class|text)\w*_embed(d|ding|der)?\w*$|^emb$")
 _POSITION = re.compile(r"pos|relative_attention_bias|^wpe$", re.I)
 _TYPE = re.compile(r"token_type|segment|lang_embed", re.I)
 
 
-def role(path: str, classes: list[str], kind: str, block: str | None, moe: bool = False) -> str:
+def role(path: str, classes: list[str], kind: str, block: str | None, moe: bool = False,
+         crossed: bool = False) -> str:
     """What the weight at `path` does, or "" where its name does not say.
 
     classes: class names of the modules above it, from the root down to its direct parent (one
         per component of `path`).
-    block: path of the block it stands in.  moe: a module above it owns experts.
+    block: path of the block it stands in.  moe: a module above it owns experts.  crossed: one says
+        that it is cross-attention.
     """
     parts = path.split(".")
     leaf, above = parts[-1], parts[:-1]
@@ -101,19 +107,22 @@ def role(path: str, classes: list[str], kind: str, block: str | None, moe: bool 
     if moe and "experts" not in above and (_ROUTER.match(leaf) or "router" in above[start:]):
         return "router"
     if leaf == "to_out" or above[-1:] == ["to_out"]:          # Sequential(Linear, Dropout)
-        return _cross("o", above[start:])
+        return _cross("o", above[start:], crossed)
+    if leaf == "proj" and classes and GATE_LAST.match(classes[-1]):
+        return "gate_up"
     found = _context(above[start:], classes[start:])
     if found:
         known = LEAVES[found].get(leaf, "")
         if known:
-            return _cross(known, above[start:]) if found == "attention" else known
+            return _cross(known, above[start:], crossed) if found == "attention" else known
     if kind == "conv":
         return "conv"
     if "pooler" in parts:
         return "pooler"
     if leaf == "dense" and block and above[-1] in ("intermediate", "output"):
         return "fc1" if above[-1] == "intermediate" else "fc2"
-    return _BARE.get(leaf, "") if not found else ""
+    bare = _BARE.get(leaf, "") if not found and not any(_EMBEDDER.search(p) for p in above) else ""
+    return f"cross_{bare}" if crossed and bare in ATTENTION else bare
 
 
 def context(path: str, classes: list[str], block: str | None) -> str:
@@ -135,8 +144,8 @@ def _context(above: list[str], classes: list[str]) -> str:
     return ""
 
 
-def _cross(found: str, above: list[str]) -> str:
-    return f"cross_{found}" if any(_CROSS_NAMES.search(a) for a in above) else found
+def _cross(found: str, above: list[str], crossed: bool) -> str:
+    return f"cross_{found}" if crossed or any(_CROSS_NAMES.search(a) for a in above) else found
 
 
 def is_cross(path: str) -> bool:
@@ -163,7 +172,16 @@ def interleaved(model_type: str, leaf: str) -> bool:
     return leaf in INTERLEAVED or (model_type, leaf) in INTERLEAVED
 
 
-def runs(fused: str, out: int, heads: int | None, kv_heads: int | None
+#: classes whose one linear `proj` makes what is gated and, in the rows behind it, the gate
+GATE_LAST = re.compile(r"^(GEGLU|SwiGLU)$")
+
+
+def gate_last(above: nn.Module) -> bool:
+    """Do the rows of the gate follow those of what is gated, in a linear right below `above`?"""
+    return any(GATE_LAST.match(c.__name__) for c in type(above).__mro__)
+
+
+def runs(fused: str, out: int, heads: int | None, kv_heads: int | None, gate_last: bool = False
          ) -> tuple[tuple[str, tuple[int, int]], ...]:
     """((role, (first row, last row + 1)), ...) of a fused weight of `out` rows; () if unclear.
 
@@ -171,6 +189,7 @@ def runs(fused: str, out: int, heads: int | None, kv_heads: int | None
     """
     cross, _, base = fused.rpartition("_") if fused.startswith("cross_") else ("", "", fused)
     names = [f"{cross}_{p}" if cross else p for p in FUSED.get(base, ())]
+    names = names[::-1] if base == "gate_up" and gate_last else names
     if base == "qkv" and heads and kv_heads and heads != kv_heads:
         if out % (heads + 2 * kv_heads):
             return ()
@@ -202,11 +221,27 @@ MIXER_BYPASS = ("conv1d", "x_proj", "dt_proj", "out_proj")
 
 # -- blocks ------------------------------------------------------------------------------------
 #: modules that repeat but only hold the blocks of one resolution
-STAGE = re.compile(r"Stage$|BasicLayer$|ResNetLayer$|Level$")
+STAGE = re.compile(r"Stage$|BasicLayer$|ResNetLayer$|Level$"
+                   r"|(Down|Up|Mid)(En|De)?(coder)?Block(2D|3D|Flat|Motion|CrossAttn|Spatio|Temporal)")
 #: containers whose single child is a block all the same
-LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "albert_layers")
+LISTS = ("layers", "layer", "blocks", "block", "h", "stages", "resblocks", "albert_layers",
+         "resnets", "attentions", "transformer_blocks")
+#: lists of a U-Net's level whose entries run in turn: the first of each, the second of each
+TURNS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
+#: parts of a U-Net in the order in which they run, which is not that of its modules
+IN_ORDER = ("down_blocks", "mid_block", "up_blocks")
 #: lists inside a block, never lists of blocks
 NOT_BLOCKS = re.compile(r"experts|heads|downsampl|upsampl|mlps$|projections$|predictor", re.I)
+
+def turn(path: str) -> tuple[int, ...]:
+    """Where a block with this path below a module runs among the others of that module, where
+    names tell; equal (as they are written) elsewhere."""
+    first, _, rest = path.partition(".")
+    number = rest.partition(".")[0]
+    if first in TURNS and number.isdigit():
+        return int(number), TURNS.index(first)
+    return (IN_ORDER.index(first) if first in IN_ORDER else -1,)
+
 
 # -- norms -------------------------------------------------------------------------------------
 #: the norm of what the MLP reads, in blocks that also normalise what a sub-layer gives
@@ -236,7 +271,7 @@ FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layernorm"
 # -- numbers -----------------------------------------------------------------------------------
 #: attributes of attention modules or configs that hold a count, first found wins
 HEAD_COUNT = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead",
-              "encoder_attention_heads")
+              "encoder_attention_heads", "heads")
 KV_COUNT = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 WIDTH = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 #: model types whose first position is the padding index + 1

@@ -51,11 +51,18 @@ def _one_width(a: Anatomy) -> bool:
 
 
 def _even(a: Anatomy) -> bool:
-    return all(len({b.hidden_size for b in blocks if b.attn}) < 2 for blocks in a.stacks().values())
+    widths = ({b.hidden_size for b in blocks if b.attn} for blocks in a.stacks().values())
+    return all(len(w) < 2 for w in widths) and all(b.attn != b.path for b in a.blocks)
 
 
 def _reads_whole(a: Anatomy) -> bool:
     return _one_width(a) and all(b.mixer for b in a.blocks) and not next_token(a.model)
+
+
+def levels(a: Anatomy) -> bool:
+    """Is it a U-Net, whose stacks are its levels down, the middle and those up?"""
+    leaves = {s.rpartition(".")[2] for s in a.stacks()}
+    return len(leaves) > 1 and leaves <= set(families.IN_ORDER)
 
 
 def _states(a: Anatomy) -> bool:
@@ -299,10 +306,14 @@ NEEDS: dict[str, tuple[str, Callable[[Anatomy], bool]]] = {
                lambda a: isinstance(stream(a), Stream)),
     "ladder": ("transformer blocks of one width, in one stack or an encoder and its decoder",
                _ladder),
-    "even stacks": ("blocks with attention that have one width in each stack", _even),
+    "even stacks": ("blocks around their attention that have one width in each stack", _even),
     "one width": ("a single stack of blocks of one width", _one_width),
     "whole reading": ("a single stack of blocks of one width, in a model that reads its input as a "
                       "whole and writes nothing on", _reads_whole),
+    "whole attention": ("attention in a U-Net, or in a single stack of blocks of one width of a "
+                        "model that reads its input as a whole and writes nothing on",
+                        lambda a: any(b.attn for b in a.blocks)
+                        and (_reads_whole(a) or levels(a))),
     "pictures": ("transformer blocks of one width between a convolution that cuts pictures into "
                  "patches and a head of one linear", _pictures),
     "patches": ("blocks behind a convolution that cuts pictures into patches",

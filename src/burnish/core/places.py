@@ -37,8 +37,8 @@ def matrices(modules: dict[str, nn.Module], blocks: list[str]) -> Found:
     for path, module in modules.items():
         reader.visit(path, module)
     reader.others()
-    reader.gated()
     reader.by_shape()
+    reader.gated()
     return reader.found
 
 
@@ -136,7 +136,8 @@ class _Matrices:
         classes = ["" if m is None else "MambaMixer" if "A_log" in m._parameters
                    else type(m).__name__ for m in above]
         moe = any(m is not None and "experts" in m._modules for m in above)
-        return families.role(path, classes, kind, self.block_of(path), moe)
+        crossed = any(getattr(m, "is_cross_attention", False) is True for m in above)
+        return families.role(path, classes, kind, self.block_of(path), moe, crossed)
 
     def is_experts(self, path: str, name: str) -> bool:
         return "expert" in type(self.modules[path]).__name__.lower() or \
@@ -195,6 +196,8 @@ class _Matrices:
         out: dict[str, list[Place]] = {}
         for p in self.found.places:
             parent = p.path if p.kind in ("mha", "experts") else p.path.rpartition(".")[0]
+            if self.found.roles[p] == "gate_up" and families.gate_last(self.modules[parent]):
+                parent = parent.rpartition(".")[0]       # beside what it is one operation of
             out.setdefault(parent, []).append(p)
         return out
 

@@ -265,12 +265,20 @@ class Slot(Weights):
 
 
 def _branch(part: Part, own: nn.Module, scale: float, seen: Tensor, h: Tensor) -> Tensor:
-    made = own(seen)
+    made = own(_tokens(seen, h))
     if part.branch.compose == "replace":
         return made if scale == 1 else h + scale * (made - h)
     if part.branch.compose == "blend":
         made = made - own.scale * h
     return h + (made if scale == 1 else scale * made)
+
+
+def _tokens(seen: Tensor, h: Tensor) -> Tensor:
+    """A map (B, C, height, width) as (B, tokens, C) where h consists of such tokens: an attention
+    that is given a picture ends in a linear of its tokens."""
+    pictured = seen.dim() == 4 and h.dim() == 3 and len(seen) == len(h) \
+        and seen.shape[2] * seen.shape[3] == h.shape[1]
+    return seen.flatten(2).mT if pictured else seen
 
 
 @torch._dynamo.disable

@@ -82,11 +82,20 @@ class _Attributes:
         vars(self.of).clear()
         vars(self.of).update(self.own)
         for container, held in self.held:
+            if _as_was(container, held):         # a frozen one (diffusers' configs) is no other
+                continue
             container.clear()
             if isinstance(container, dict | set):
                 container.update(held)
             else:
                 container.extend(held)
+
+
+def _as_was(container: Any, held: Any) -> bool:
+    """Does it hold the very things that it held?"""
+    if isinstance(container, dict):
+        container, held = (sum(c.items(), ()) for c in (container, held))
+    return [id(x) for x in container] == [id(x) for x in held]
 
 
 def _put(tensor: Tensor, value: Callable[[], Tensor]) -> None:

@@ -292,8 +292,9 @@ class Told(Listener):
         x <- x + P(pool(silu(conv_2(silu(conv_1(map))))))
 
     convs 3 x 3, C to width to width, the second of stride 2; pool: means over the squares that the
-    tokens are of. Tokens that are of no square (of classes) are the first, and are told nothing. P
-    starts at 0. group: samples of which the first, the reference, is told nothing; 0: all are.
+    tokens are of; x may be (B, d, height, width) too. Tokens that are of no square (of classes) are
+    the first, and are told nothing. P starts at 0. group: samples of which the first, the
+    reference, is told nothing; 0: all are.
     """
 
     what = "a map of a view"
@@ -315,16 +316,19 @@ class Told(Listener):
 
     def tokens(self, x: Tensor) -> Tensor:
         maps, _ = self.here.by_entry(self.key, x, 3)
-        if x.dim() != 3 or maps.dim() != 4 or maps.shape[1] != self.conv1.in_channels:
+        if x.dim() not in (3, 4) or maps.dim() != 4 or maps.shape[1] != self.conv1.in_channels:
             raise RecipeError(f"{self.key!r} of the batch is {tuple(maps.shape)}; expected a map "
                               f"of {self.conv1.in_channels} channels for each sample, and blocks "
-                              f"that are given (batch, tokens, width), not {tuple(x.shape)}")
-        side = math.isqrt(x.shape[1])
+                              "that are given (batch, tokens, width) or (batch, channels, height, "
+                              f"width), not {tuple(x.shape)}")
+        flat = x.dim() == 3
+        side = [math.isqrt(x.shape[1])] * 2 if flat else x.shape[2:]
         w = self.conv1.weight
         z = F.silu(self.conv2(F.silu(self.conv1(maps.to(w.dtype)))))
         z = F.adaptive_avg_pool2d(z, side).flatten(2).mT
         y = self.out(z)
         if self.group:
             y = y * (torch.arange(len(y), device=y.device) % self.group > 0).view(-1, 1, 1)
-        y = F.pad(y, (0, 0, x.shape[1] - side * side, 0)).to(x.dtype)
+        y = F.pad(y, (0, 0, x.shape[1] - y.shape[1], 0)) if flat else y.mT.unflatten(2, side)
+        y = y.to(x.dtype)
         return y.repeat_interleave(len(x) // len(y), 0)

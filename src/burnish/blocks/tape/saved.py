@@ -39,7 +39,7 @@ from .functions import backward_runs, storage_of, transformed, upon, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
 from .roles import Role
 from .unmade import Logits
-from .watched import ACTIVATIONS, PRODUCTS, Watched, always
+from .watched import ACTIVATIONS, PRODUCTS, Watched, always, in_rows
 
 
 def _nothing() -> None:
@@ -214,6 +214,8 @@ class Tape(TorchFunctionMode):
             return out
         if func is torch.addmm and len(args) == 3 and not kwargs:
             return unread.addmm(func, args, self.others())
+        if func is F.group_norm:
+            args = in_rows(args)
         if not self.lean and not self.policy.moves:
             return func(*args, **kwargs)
         watched = self._watched.get(func)

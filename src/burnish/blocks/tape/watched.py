@@ -40,6 +40,16 @@ CHEAP: dict[str, Callable[[Tensor, tuple], bool]] = {
     **dict.fromkeys(("to", "float", "type_as", "_to_copy"), _widening),
 }
 
+
+
+def in_rows(args: tuple) -> tuple:
+    """The arguments of a group norm, its input contiguous where torch's kernel on the CPU would end
+    the process: scale or shift train, the input asks for no gradient and lies channels last."""
+    x, affine = args[0], [t for t in args[2:4] if isinstance(t, Tensor)]
+    alone = not x.requires_grad and any(t.requires_grad for t in affine)
+    return (x.contiguous(), *args[1:]) if alone and x.device.type == "cpu" else args
+
+
 _ASSIGNMENTS = {"__setitem__", *(f"__i{n}__" for n in (
     "add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
     "lshift", "rshift", "matmul"))}
@@ -63,7 +73,7 @@ class Watched:
         self.may_change = self.changes_first or self.switch is not None
         self.read = name == "__get__"
         self.idle = self.cheap is None and not self.may_change \
-            and func not in (F.linear, F.relu, torch.addmm)
+            and func not in (F.linear, F.relu, F.group_norm, torch.addmm)
 
     def changes(self, args: tuple, kwargs: dict) -> list[Any]:
         """The tensors this call writes into."""

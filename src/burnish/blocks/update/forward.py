@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError, ConfigError
 from .plan import Plan
@@ -68,6 +70,16 @@ class ForwardGradOptimizer(ZerothOrderOptimizer):
         return host_float(value, self.spec.name)
 
 
+class _InRows(TorchFunctionMode):
+    """Group norms read contiguous inputs: torch has no forward derivative of one on others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 class Tangents(AbstractContextManager[None]):
     """Weights read with the tangent z of a seed. Attention is computed by the operations that it
     consists of: fused ones have no forward derivative."""
@@ -81,6 +93,7 @@ class Tangents(AbstractContextManager[None]):
         with ExitStack() as stack:
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_InRows())
             self._plain_experts(stack)
             stack.enter_context(_reparametrize_module(
                 self.model, {n: self._dual(n, p.detach()) for n, p in self.named},

@@ -39,14 +39,15 @@ class MvAdapter(Method):
     `hidden`. Kept for backward: what SA keeps, three times. Not mergeable.
 
     Departures: the reference stands in the batch, its features are made again at each step, not
-    cached; maps are told to the first block alone; copies of norms of queries and keys are the
-    frozen ones. Masks: a key is masked as within its own view. For stacks of one width (DiT, ViT).
+    cached; maps are told to the first block alone (in a U-Net of convolutions); copies of norms of
+    queries and keys are the frozen ones. Masks: a key is masked as within its own view. For U-Nets,
+    whose attentions over a picture differ in width and side, and stacks of one width (DiT, ViT).
     """
 
     paper: ClassVar[str] = ("MV-Adapter: Multi-view Consistent Image Generation Made Easy (2024), "
                             "arXiv:2412.03632")
     tier: ClassVar[str] = "checked against an independent equation"
-    needs: ClassVar[frozenset[str]] = frozenset({"whole reading", "open attention"})
+    needs: ClassVar[frozenset[str]] = frozenset({"whole attention", "open attention"})
     merges: ClassVar[bool] = False
     context: ClassVar[Mapping[str, Key]] = {"camera": Key(
         "a map of each view, (channels, height, width)", shape=(3, 4, 4), real=True)}
@@ -81,7 +82,8 @@ class MvAdapter(Method):
             refuse(self, anatomy)
         samples_first(anatomy, self)
         paths = open_attentions(anatomy, self.name)
-        ends = [s for s in attention_ends(anatomy) if s.block.attn in paths]
+        ends = [s for s in attention_ends(anatomy)
+                if s.block.attn in paths and s.path != s.block.cross_out]
         if self.camera:
             yield Maps(self, anatomy.blocks[0])
         for s in found(anatomy, ends, self, "attention"):
@@ -133,8 +135,11 @@ class Maps:
 
     def install(self, attacher: Attacher, part: Method) -> None:
         m, b = self.method, self.block
-        if b.hidden_size is None:
+        convs = [p.inp // p.kernel * p.groups for p in attacher.anatomy.places
+                 if p.kind == "conv" and f"{p.path}.".startswith(f"{b.path}.")]
+        d = b.hidden_size or next(iter(convs), None)
+        if d is None:
             raise RecipeError(f"mv_adapter: the width of {b.path} cannot be told from its weights")
-        Told(attacher.state, attacher.adapter.name, "camera", m.camera, m.hidden, b.hidden_size,
+        Told(attacher.state, attacher.adapter.name, "camera", m.camera, m.hidden, d,
              m.together() if m.reference else 0).to(attacher.device(b.path)).listen(
             attacher.slot(b.path), part.name)
