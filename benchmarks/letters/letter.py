@@ -41,13 +41,13 @@ class Claim:
 @dataclass(frozen=True)
 class Letter:
     """title, words: of the page, paragraphs.  belongs(cls): is it a method of this letter?
-    left: methods without a row -> why.  rows(): runs everything; each row names its ``table`` and
-    its ``how``, a recipe or a baseline's name.  columns: head -> what a row shows there, "" where
-    it has nothing."""
+    (None: it is of a command, and no method is.)  left: methods without a row -> why.  rows(): runs
+    everything; each row names its ``table`` and its ``how``, a recipe or a baseline's name.
+    columns: head -> what a row shows there, "" where it has nothing."""
 
     title: str
     words: str
-    belongs: Callable[[type], bool]
+    belongs: Callable[[type], bool] | None
     rows: Callable[[], Iterator[Row]]
     columns: Mapping[str, Callable[[Row], str]]
     claims: Sequence[Claim] = ()
@@ -76,6 +76,8 @@ def methods(letter: Letter) -> set[str]:
     """The methods of the catalogue that are of this letter."""
     from burnish.core import registry
 
+    if letter.belongs is None:
+        return set()
     return {e.name for e in registry.catalogue() if letter.belongs(e.cls)
             and e.cls.__module__.startswith("burnish.")}
 
