@@ -138,6 +138,11 @@ class Method:
     def storage(self, site: Site) -> Provider | None:
         """The provider that holds this frozen weight from now on, or None to leave it."""
 
+    def waits(self, place: Place) -> bool:
+        """Has this storage a weight that trains on the host (blocks/weight/waiting.py), instead of
+        refusing it? It stays a parameter."""
+        return False
+
     def delta(self, site: Site) -> Term | tuple[Term, ...] | None:
         """The term (or terms) added to this weight, and at most one function of W (`Wrap`).
         `site.weight` is the (out, in) view, possibly fake."""

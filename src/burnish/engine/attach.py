@@ -14,6 +14,7 @@ from ..blocks.weight.dropped import Dropping
 from ..blocks.weight.provided import Wrap
 from ..blocks.weight.shared import Shared
 from ..blocks.weight.term import DROPS, asks_to_drop
+from ..blocks.weight.waiting import come_home, wait
 from ..core.anatomy import Anatomy
 from ..core.asked import Asked, left_alone, too_small, wanted
 from ..core.errors import RankError, RecipeError, TargetError
@@ -50,6 +51,7 @@ class Attacher(Informed):
         self.asked = anatomy.asked = Asked(adapter.targets)
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}
+        self.trains: set[str] = set()                        # names of what is selected
         self.placed: dict[str, list[Place]] = {}
         self.held: dict[int, set[Place]] = {}                # what a storage will take, by part
         self.names = {id(p): n for n, p in model.named_parameters()}    # one name per tied tensor
@@ -86,6 +88,7 @@ class Attacher(Informed):
             read_all(self.model)                 # the base runs whole, so it is in memory whole
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)
                   if f".{ATTR}." not in f".{s.name}"]        # what other adapters own is theirs
+        self.trains = {s.name for _, s in chosen}
         for part in recipe:
             self.look(part)
         for part in recipe:
@@ -99,6 +102,8 @@ class Attacher(Informed):
         read_all(self.model)
         for part, selection in chosen:           # by now storage has said what it holds frozen
             self._select(part, selection.name, selection.decay)
+        for part in recipe:
+            self._wait(part)
         for part in recipe:
             found = (*part.branch(self.anatomy), *part.mixture(self.anatomy))
             for b in found:
@@ -312,6 +317,8 @@ class Attacher(Informed):
     def _storage(self, part: Method) -> None:
         places, left = self.places(part), list[str]()
         for place, seen, settled in self.informed(part, places):
+            if f"{place.path}.{place.param}" in self.trains and part.waits(place):
+                continue                             # it stays a parameter, see _wait
             if place.rows:
                 raise TargetError(f"{part.name} stores whole weights; {place.name} is a slice: "
                                   "target the fused weight")
@@ -354,6 +361,15 @@ class Attacher(Informed):
                 "give them different targets"
             self.placed.setdefault(part.name, []).append(place)
         self.notes += left_alone(part, len(places), left)
+
+    def _wait(self, part: Method) -> None:
+        """Weights that train go to the host where a part has them there."""
+        for place in self.places(part) if "storage" in part.axes() else ():
+            if (name := f"{place.path}.{place.param}") in self.trains and part.waits(place):
+                parameter = self.model.get_parameter(name)
+                self.undo.later(functools.partial(come_home, parameter))
+                wait(parameter)
+                self.placed.setdefault(part.name, []).append(place)
 
     def _elsewhere(self, parameter: nn.Parameter) -> bool:
         """Does the model hold this parameter under another name too?"""

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..blocks.update.noise import fold
+from ..blocks.update.precise import host_float
 from ..blocks.update.scratch import Scratch
 from ..blocks.update.step import compose
-from ..blocks.update.zeroth import ZerothOrder, ZerothOrderOptimizer, host_float
+from ..blocks.update.zeroth import ZerothOrder, ZerothOrderOptimizer
 from ..core.errors import BurnishError, ConfigError, FormatError, RecipeError
 from ..core.recipe import parse
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..blocks.weight.waiting import come_home
 from .attach import Attacher
 from .slot import slots
 from .spread import refuse
@@ -30,6 +31,7 @@ def give_back(tuned: Tuned) -> None:
     for _, module, _ in slots(tuned.model):
         unswap(module)
     for n, p in tuned.model.named_parameters():
+        come_home(p)
         if n in tuned.flags:                     # what came since is somebody else's
             p.requires_grad_(tuned.flags[n])
         vars(p).pop("burnish_decay", None)

@@ -47,8 +47,8 @@ class Originals:
         key = (path, param)
         if key in self.kept:
             return
-        value = value.detach()
         self.about[key] = About(value.device, value.shape, value.dtype)
+        value = value.detach()
         if value.device.type == "meta":
             self.kept[key] = value                   # no bytes to keep
         elif isinstance(value, FakeTensor) and _large(value):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.weight.hosted import hosted
+from ..blocks.weight.waiting import waiting
 from ..core.processes import is_sharded
 from .devices import COLLECTIVES
 from .operators import leaves
@@ -123,7 +124,7 @@ class Together:
 
     def _hosted(self, model: nn.Module) -> None:
         """What waits on a host for which the CPU stands."""
-        for part in hosted([model]):
+        for part in (*hosted([model]), *waiting([model])):
             if part.away and (entry := self._lookup(part.held)) is not None:
                 entry.device = HOST
 

@@ -6,15 +6,19 @@
 The evaluation at theta + eps z runs the model; behind each block the same block runs once more, at
 theta - eps z, on the state that the block before it gave there. The evaluation at theta - eps z
 then runs what stands before and behind the blocks alone: the last one answers with the state that
-is there already. Both losses have the bits that two evaluations one after the other have.
+is there already. Both losses have the bits that two evaluations one after the other have. Where
+something that trains stands before the blocks, x-_0 is another state than x+_0: an evaluation in
+which no block does anything finds it first.
 
 Block i + 1 comes while block i runs, and block i goes when both its runs are over, so that the
-device holds the frozen weights of two blocks (:class:`~burnish.blocks.weight.hosted.Hosted`).
+device holds the weights of two blocks (:class:`~burnish.blocks.weight.hosted.Hosted`). What trains
+of them (:mod:`~burnish.blocks.weight.waiting`) is moved by update t - 1 when it comes in update t,
+or when it is read, and is written back when it goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +27,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import ConfigError
-from ..weight.hosted import Hosted, hosted
+from ...core.errors import ConfigError, RecipeError
+from ..weight.hosted import Away, hosted
+from ..weight.waiting import Wait, Waiting, waiting
+from .numerics import NUMERICS
 from .precise import Evaluation
 from .scratch import Scratch
 from .step import Plan
 from .zeroth import ZerothOrder, ZerothOrderOptimizer
+
+#: what a block gives beside its state: nothing, or so many of a kind of sequence
+Form = tuple[Any, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +59,43 @@ class Blockwise(ZerothOrder):
 
 class BlockwiseOptimizer(ZerothOrderOptimizer):
     """Raises ConfigError where the blocks are not all that lies between the first one's input and
-    the last one's result, or something that trains stands before them. At its first update both
-    evaluations are made one after the other as well, and the losses compared."""
+    the last one's result; RecipeError for a rounding that keeps a tensor beside a weight that waits
+    on the host. At its first update both evaluations are made one after the other as well, and the
+    losses compared."""
 
     _compared = False
+    _form: list[Form] = []
+
+    def __init__(self, groups: list[dict[str, Any]], spec: ZerothOrder, plan: Plan, seed: int):
+        super().__init__(groups, spec, plan, seed)
+        if NUMERICS[self._rounding].kept and any(isinstance(p, Waiting) for _, p in self._all()):
+            raise RecipeError(
+                f"{self._rounding} keeps a tensor beside each weight, and {spec.name} holds these "
+                "on the host; take stochastic_rounding, or leave it out")
+
+    def _move(self, p: nn.Parameter, move: Callable[[Tensor], None]) -> None:
+        if isinstance(p, Waiting):
+            p.burnish_waits.later(move)
+        else:
+            super()._move(p, move)
 
     def _pair(self, seed: int, eps: float) -> Generator[Evaluation, float, tuple[float, float]]:
         if self.model is None or self._callers is None:
             raise ConfigError(f"{self.spec.name} runs the blocks of a model: use tuned.step(batch)")
         blocks = Blocks(self.model, self.blocks, self.spec.name)
-        blocks.check(self._callers.called, self._callers.first)
+        blocks.check(self._callers.called)
         return (yield from self._lockstep(blocks, seed, eps))
 
     def _lockstep(self, blocks: Blocks, seed: int, eps: float
                   ) -> Generator[Evaluation, float, tuple[float, float]]:
-        plain = None if self._compared else (yield from super()._pair(seed, eps))
+        plain = None
+        if not self._compared:
+            with blocks.watched() as self._form:
+                plain = yield from super()._pair(seed, eps)
         scratch = [Scratch(self.named(), seed, scale, self._callers, self.noise, self._there)
                    for scale in (eps, -eps)]
+        if blocks.follows(self._callers.called, self._callers.first):
+            yield self._at(blocks.ahead(scratch[1], self._form))
         up = yield self._at(blocks.both(scratch[0]))
         up += self._beside(seed, eps)
         down = yield self._at(blocks.behind(scratch[1]))
@@ -89,20 +118,56 @@ class Blocks:
     def __init__(self, model: nn.Module, paths: tuple[str, ...], name: str):
         self.model, self.paths, self.name = model, paths, name
         self.blocks = [model.get_submodule(p) for p in paths]
-        self.held: list[list[Hosted]] = [hosted([b]) for b in self.blocks]
+        self.held: list[list[Away]] = [[*hosted([b]), *waiting([b])] for b in self.blocks]
         self.at, self.inside = 0, False
         self.plus: Tensor | None = None              # what the last block gave
         self.minus: Any = None                       # the same at the other point, whole at the end
+        self.start: Tensor | None = None             # what the first is given there, if another
 
-    def check(self, called: Mapping[str, int], first: Mapping[str, int]) -> None:
-        """ConfigError where there are no blocks, or something that trains runs before them."""
+    def check(self, called: Mapping[str, int]) -> None:
+        """ConfigError where there are no blocks."""
         if not self.paths or any(p not in called for p in self.paths):
             raise ConfigError(f"{self.name}: this model calls no row of blocks; take mezo")
+
+    def follows(self, called: Mapping[str, int], first: Mapping[str, int]) -> bool:
+        """Does something that trains run before the first block?"""
         begin = min(called[p] for p in self.paths)
-        if early := [n for n, at in first.items() if at < begin]:
-            raise ConfigError(f"{self.name}: {early[0]} trains and runs before the first block, "
-                              "whose input is to be the same at both points of a probe; train "
-                              "tensors of the blocks and behind them, or take mezo")
+        return any(at < begin for at in first.values())
+
+    # -- what stands before the blocks, at theta - eps z ---------------------------------------
+    @contextmanager
+    def watched(self) -> Iterator[list[Form]]:
+        """Evaluations as any other; what kind of answer the blocks give."""
+        forms: list[Form] = []
+        hook = self.blocks[0].register_forward_hook(
+            lambda _m, _a, out: forms.append(None if isinstance(out, Tensor)
+                                             else (type(out), len(out))))
+        try:
+            yield forms
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def ahead(self, scratch: Scratch, forms: list[Form]) -> Iterator[None]:
+        """An evaluation in which each block gives what it is given; its loss means nothing."""
+        for i, block in enumerate(self.blocks):
+            block.__dict__["forward"] = partial(self._passed, i, forms[0])
+        try:
+            with scratch:
+                yield
+            if self.start is None:
+                raise self._apart(0)
+        finally:
+            for block in self.blocks:
+                del block.__dict__["forward"]
+
+    def _passed(self, i: int, form: Form, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            raise self._apart(i)
+        if not i:
+            self.start = x
+        return x if form is None else form[0]([x] + [None] * (form[1] - 1))
 
     # -- at theta + eps z --------------------------------------------------------------------
     @contextmanager
@@ -110,9 +175,10 @@ class Blocks:
         """An evaluation at the first point, in which each block runs at the second as well."""
         hooks: list[Any] = []
         try:
-            with scratch:                            # (its hooks come first)
+            with scratch:                            # (its hooks come first behind a block)
                 for i, block in enumerate(self.blocks):
-                    hooks += [block.register_forward_pre_hook(partial(self._arrive, i)),
+                    hooks += [block.register_forward_pre_hook(partial(self._arrive, i),
+                                                              prepend=True),
                               block.register_forward_hook(partial(self._again, i, scratch),
                                                           with_kwargs=True)]
                 yield
@@ -128,6 +194,9 @@ class Blocks:
         if not self.inside:
             for p in (p for held in self.held[i:i + 2] for p in held):
                 p.bring()
+            for p in self.held[i]:
+                if isinstance(p, Wait):
+                    p.catch_up()
 
     def _again(self, i: int, scratch: Scratch, block: nn.Module, args: tuple, kwargs: dict,
                out: Any) -> None:
@@ -136,7 +205,7 @@ class Blocks:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if i != self.at or not isinstance(x, Tensor) or i and x is not self.plus:
             raise self._apart(i)
-        mine = x if not i else _state(self.minus)
+        mine = _state(self.minus) if i else x if self.start is None else self.start
         given = ((mine, *args[1:]), kwargs) if args else \
             ((), {**kwargs, next(iter(kwargs)): mine})
         self.inside, scratch.scale = True, -scratch.scale
@@ -165,7 +234,7 @@ class Blocks:
         finally:
             for block in self.blocks:
                 del block.__dict__["forward"]
-            self.plus = self.minus = None
+            self.plus = self.minus = self.start = None
 
     def _skipped(self, i: int, *args: Any, **kwargs: Any) -> Any:
         if i == len(self.blocks) - 1:

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from ...core.errors import BurnishError, ConfigError
 from .plan import Plan
+from .precise import host_float
 from .scratch import Evaluate, perturbed
-from .zeroth import Mode, ZerothOrder, ZerothOrderOptimizer, host_float
+from .zeroth import Mode, ZerothOrder, ZerothOrderOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)

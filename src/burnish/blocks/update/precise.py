@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...core.errors import BurnishError
+from ...core.errors import BurnishError, ConfigError
 
 
 class NotFinite(BurnishError):
@@ -96,3 +96,27 @@ def _outputs(out: Any) -> Any:
             if (wide := widened(value)) is not value:
                 out[key] = wide                    # type: ignore[index]
     return out
+
+
+def no_value(value: Any) -> bool:
+    """Is it a loss of fake tensors?"""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def host_float(loss: Any, name: str = "mezo") -> float:
+    """The loss as a Python float. A fake tensor has no value: 1.0 stands for it, so that a
+    simulated step runs through every tensor of a real one.
+
+    Raises ConfigError for more than one number, and for a loss in half precision.
+    """
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1:
+        raise ConfigError(f"the loss must be one number, got shape {tuple(loss.shape)}")
+    if loss.dtype in HALF:
+        raise ConfigError(f"{name}: the loss is {str(loss.dtype).removeprefix('torch.')}, whose "
+                          "spacing is wider than the differences the step is made of; compute it "
+                          "in fp32, e.g. from logits.float()")
+    return 1.0 if no_value(loss) else float(loss.detach().double())

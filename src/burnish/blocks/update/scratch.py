@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..weight.waiting import put, value
 from .noise import CounterNoise
 from .rules import accumulator
 from .subspace import in_memory_order
@@ -72,7 +73,7 @@ class Scratch(AbstractContextManager[None]):
             hook.remove()
         self.hooks.clear()
         for name, (theta, _) in self.kept.items():
-            self.named[name].data = theta
+            put(self.named[name], theta)
         self.kept.clear()
 
     def _swap(self, names: Iterable[str]) -> None:
@@ -80,10 +81,13 @@ class Scratch(AbstractContextManager[None]):
             p = self.named.get(name)
             if p is None:                            # at rest
                 continue
-            theta, depth = self.kept.get(name, (p.data, 0))
-            if depth == 0:
-                p.data = perturbed(self.elsewhere.get(name, theta), name, self.seed, self.scale,
-                                   torch.empty_like(theta), self.noise)
+            if name in self.kept:
+                theta, depth = self.kept[name]
+            else:
+                at, depth = self.elsewhere[name] if name in self.elsewhere else value(p), 0
+                theta = put(p, perturbed(at, name, self.seed, self.scale, torch.empty_like(at),
+                                         self.noise))
+                del at
             self.kept[name] = theta, depth + 1
 
     def _restore(self, names: Iterable[str]) -> None:
@@ -92,7 +96,7 @@ class Scratch(AbstractContextManager[None]):
                 continue
             theta, depth = self.kept[name]
             if depth == 1:
-                self.named[name].data = theta
+                put(self.named[name], theta)
                 del self.kept[name]
             else:
                 self.kept[name] = theta, depth - 1

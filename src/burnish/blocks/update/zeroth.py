@@ -32,17 +32,18 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import BurnishError, ConfigError, FormatError, RecipeError
+from ...core.errors import BurnishError, FormatError, RecipeError
 from ...core.processes import processes
 from .noise import STREAM, STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
-from .precise import HALF, Evaluation, NotFinite, widened
+from .precise import Evaluation, NotFinite, host_float, no_value, widened
 from .scratch import Callers, Evaluate, Scratch, perturbed, strip
 from .step import Plan
 from .subspace import in_memory_order
@@ -181,7 +182,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             while True:
                 with where:
                     value = closure()
-                    loss, self.simulated = self._read(value), _fake(value)
+                    loss, self.simulated = self._read(value), no_value(value)
                     self.smooth = isinstance(value, Tensor)
                     del value
                 try:
@@ -354,29 +355,39 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rest: names of tensors that stay; None: those that do not train just now."""
         if rest is None:
             rest = self.resting()
-        numerics, first = NUMERICS[self._rounding], index % self.spec.queries == 0
+        first = index % self.spec.queries == 0
         units = self.units()
         only = units[index // self.spec.queries % len(units)]
         for group, lr in zip(self.param_groups, lrs, strict=True):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if name in rest or only is not None and name not in only:
                     continue
-                w = in_memory_order(p.detach())[0].view(-1)
-                state = self.state[p] if p in self.state else {}
-                numerics.prepare(w, state)
-                if state:
-                    self.state[p] = state
                 keep = 1 - lr * group["weight_decay"] if first and p.dim() > 1 else 1.0
-                stream, low = self.moves(seed, name), self.noise(seed, f"{name}/round")
-                size = strip(p.device)
-                for lo in range(0, p.numel(), size):
-                    hi = min(lo + size, p.numel())
-                    x = numerics.read(w, state, lo, hi)
-                    if keep != 1.0:
-                        x.mul_(keep)
-                    z = stream.normal(hi - lo, lo, device=p.device)
-                    x.add_(z.to(x.dtype), alpha=-lr * g)
-                    numerics.write(w, state, lo, hi, x, low, index)
+                self._move(p, partial(self._moved, p, name, seed, -lr * g, keep, index))
+
+    def _move(self, p: nn.Parameter, move: Callable[[Tensor], None]) -> None:
+        """Carry out ``move(weight)``, in place."""
+        move(p.detach())
+
+    def _moved(self, p: nn.Parameter, name: str, seed: int, along: float, keep: float, index: int,
+               weight: Tensor) -> None:
+        """weight <- keep weight + along z, rounded as the optimizer rounds."""
+        numerics = NUMERICS[self._rounding]
+        w = in_memory_order(weight)[0].view(-1)
+        state = self.state[p] if p in self.state else {}
+        numerics.prepare(w, state)
+        if state:
+            self.state[p] = state
+        stream, low = self.moves(seed, name), self.noise(seed, f"{name}/round")
+        size = strip(w.device)
+        for lo in range(0, w.numel(), size):
+            hi = min(lo + size, w.numel())
+            x = numerics.read(w, state, lo, hi)
+            if keep != 1.0:
+                x.mul_(keep)
+            z = stream.normal(hi - lo, lo, device=w.device)
+            x.add_(z.to(x.dtype), alpha=along)
+            numerics.write(w, state, lo, hi, x, low, index)
 
     def replay(self, log: ScalarLog) -> None:
         """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
@@ -426,25 +437,3 @@ def _cut(g: float, bound: float) -> float:
 
 def _live(p: nn.Parameter) -> bool:
     return p.requires_grad
-
-
-def _fake(value: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-    return isinstance(value, FakeTensor)
-
-
-def host_float(loss: Any, name: str = "mezo") -> float:
-    """The loss as a Python float. A fake tensor has no value: 1.0 stands for it, so that a
-    simulated step runs through every tensor of a real one.
-
-    Raises ConfigError for more than one number, and for a loss in half precision.
-    """
-    if not isinstance(loss, Tensor):
-        return float(loss)
-    if loss.numel() != 1:
-        raise ConfigError(f"the loss must be one number, got shape {tuple(loss.shape)}")
-    if loss.dtype in HALF:
-        raise ConfigError(f"{name}: the loss is {str(loss.dtype).removeprefix('torch.')}, whose "
-                          "spacing is wider than the differences the step is made of; compute it "
-                          "in fp32, e.g. from logits.float()")
-    return 1.0 if _fake(loss) else float(loss.detach().double())

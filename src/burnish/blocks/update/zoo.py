@@ -25,10 +25,11 @@ from ..choose.quantile import SAMPLE, quantile
 from .noise import STREAMS, fold
 from .numerics import NUMERICS
 from .plan import Plan
+from .precise import host_float
 from .rules import Rule, accumulator
 from .scratch import Evaluate, Scratch, strip
 from .subspace import in_memory_order
-from .zeroth import ZerothOrder, ZerothOrderOptimizer, host_float
+from .zeroth import ZerothOrder, ZerothOrderOptimizer
 
 #: of what is probed together: all of it, a repeated block, or a module with tensors of its own
 Unit = Literal["whole", "block", "module"]

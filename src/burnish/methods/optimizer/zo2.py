@@ -6,31 +6,32 @@ from typing import ClassVar, Literal
 from ...blocks.update.blockwise import Blockwise
 from ...blocks.weight.hosted import Hosted
 from ...core.method import Method, setting
-from ...core.site import Site
+from ...core.site import Place, Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class Zo2(Method):
-    """ZO2: MeZO with the frozen weights of the blocks on the host, each brought once per probe.
+    """ZO2: MeZO with the weights of the blocks on the host, each brought once per probe.
 
         z ~ N(0, I)      g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
         theta <- theta - lr (g z + wd theta)
 
     as in `mezo`, with its bits. Both evaluations run in step: a block comes to the device, runs at
     theta + eps z on the one state and at theta - eps z on the other, and goes; the next one comes
-    meanwhile. The device holds the matrices of two blocks, whatever the depth, all that trains,
-    embeddings, norms, biases and the head, and the states of one block at both points. What trains
-    stays there (lora, norms, biases), so nothing is written back and no update has to wait. Outside
-    of a step (evaluation, merge, files) a weight comes while its layer reads it.
+    meanwhile. The device holds the matrices of two blocks, whatever the depth, what is added to
+    them, embeddings, norms, biases and the head, and the states of one block at both points.
+    Matrices of blocks that train (`full`) are moved by the last update when their block comes next,
+    or when anything reads them: evaluation, files, `p.detach()`. Outside of a step a weight comes
+    while its layer reads it.
 
-    Trains: nothing of its own. Beside whatever stands in the blocks or behind them; refused where
-    something that trains runs before the first block, where the blocks' matrices train, or with
-    another storage of theirs. The first update makes both evaluations in the plain way too and
-    compares: a loss that reads more of the blocks than their last state is refused.
+    Trains: nothing of its own. Refused with another storage of the blocks' matrices, and with a
+    rounding that keeps a tensor beside weights that wait (kahan). The first update makes both
+    evaluations in the plain way too and compares: a loss that reads more of the blocks than their
+    last state is refused.
 
-    Departures: weights that train are not moved (the paper moves all, and applies the last update
-    when a block comes next). On a CPU the host is the device, and only the order of the runs is
-    another.
+    Departures: embeddings, norms and biases of blocks stay on the device. Where something that
+    trains stands before the blocks, their input at theta - eps z takes another run of what stands
+    around them. On a CPU the host is the device, and only the order of the runs is another.
     """
 
     paper: ClassVar[str] = ("ZO2: Scalable Zeroth-Order Fine-Tuning for Extremely Large Language "
@@ -53,8 +54,10 @@ class Zo2(Method):
         return ("the innermost rule",)
 
     def storage(self, site: Site) -> Hosted | None:
-        place = site.place
-        return None if place.block is None or place.role == "head" else Hosted(site.weight)
+        return Hosted(site.weight) if self.waits(site.place) else None
+
+    def waits(self, place: Place) -> bool:
+        return place.block is not None and place.role != "head"
 
     def optimizer(self) -> Blockwise:
         return Blockwise(eps=self.eps, queries=self.queries, noise=self.noise,
