@@ -155,3 +155,19 @@ def test_computing_away_makes_a_copy_and_looking_does_not():
         seen.clear()
         assert p.detach().data_ptr() == p.data.data_ptr() == p.burnish_waits.held.data_ptr()
     assert "_to_copy" not in seen and not any("copy" in s for s in seen)
+
+
+@torch.no_grad()
+def test_it_says_where_it_is_read_and_is_computed_with_there():
+    """With a device that has shapes alone; what another has put into it lies where that lay."""
+    made, want = linear(late=False)
+    p = made.weight
+    p.burnish_waits.home = torch.device("meta")
+    assert p.device.type == "meta" and p.detach().device.type == "cpu"
+    assert copy.deepcopy(made).weight.device.type == "meta"
+    y = F.linear(torch.empty(2, 3, device="meta"), p)
+    assert y.device.type == "meta" and y.shape == (2, 4)
+    assert torch.equal(F.linear(torch.eye(3), p).T, p.detach())
+    assert value(p).device.type == "meta"
+    p.data = torch.ones(4, 3)
+    assert p.device.type == "cpu" and torch.equal(made(torch.eye(3)) - made.bias, torch.ones(3, 4))
