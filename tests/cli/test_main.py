@@ -186,6 +186,7 @@ SURFACE = {
     "repair": "base batch benign data how json judge metric output policy prompts source split "
               "tokens",
     "edit": "edits epochs how json lessons output plain seed source",
+    "steer": "against alphas batch cap json layer model output pairs",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
     "continual": "baselines epochs json learner page rate recipes scenario seeds stream",

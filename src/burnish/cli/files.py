@@ -67,7 +67,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
-    from ..formats import claim, safe, staged
+    from ..formats import biases, claim, safe, staged
     from ..formats.folder import CARD, read_config
     from ..formats.model_files import copy_processor
 
@@ -77,6 +77,7 @@ def merge(
     staged.refuse_others(output, "model")
     tuned, source = attached(adapter, base, force)
     merged, drift = merged_within(tuned, tolerance)
+    biases.agree(merged)
     with staged.replace(output, "model", reads) as new:
         merged.save_pretrained(new)
         copy_processor([Path(source), adapter], new)
@@ -91,8 +92,9 @@ def _card(adapter: Path) -> str:
     from ..formats.card import model_card
     from ..formats.folder import RUN, read_config, read_run
 
-    if (adapter / RUN).is_file():
-        return card(read_run(adapter), merged=True)
+    if (adapter / RUN).is_file() and "parts" in (run := read_run(adapter)):
+        return card(run, merged=True)
+    # an adapter made of others (combined, repaired, steered) knows its task and has no run to tell
     return model_card(read_config(adapter), merged=True)
 
 

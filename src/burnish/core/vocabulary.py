@@ -24,6 +24,7 @@ VOCABULARY: dict[str, str] = {
     "dimension": "how many numbers the matrices that share them are made of",
     "length": "tokens or rows of a prompt",
     "layers": "blocks, by number or how many",
+    "layer": "one block, from 0",
     "k": "answers a router takes per token",
     "kernel": "tokens that a convolution sees",
     "units": "what is taken out together",

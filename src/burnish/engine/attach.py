@@ -108,7 +108,7 @@ class Attacher(Informed):
             found = (*part.branch(self.anatomy), *part.mixture(self.anatomy))
             for b in found:
                 self._branch(part, b) if isinstance(b, Branch) else b.install(self, part)
-            if not found and set(part.axes()) == {"branch"}:
+            if not found and set(part.axes()) - {"lifecycle"} == {"branch"}:
                 refuse(part, self.anatomy)
         for question in ("prompt", "side"):
             self._install(recipe, question)
