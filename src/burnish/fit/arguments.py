@@ -155,6 +155,23 @@ class Options:
                  "shots")
         return {n: getattr(self, n) for n in names}
 
+    def numbers(self, model: Any) -> dict[str, Any]:
+        """``dtype`` as the libraries that load `model` take it; {} where nobody has said one.
+
+        Raises ConfigError for what is no dtype, and for a module that is of other numbers.
+        """
+        from ..core.dtypes import dtype_of
+
+        wanted = dtype_of(self.dtype)
+        if wanted is None:
+            return {}
+        if not isinstance(model, str | Path):
+            found = next((p.dtype for p in model.parameters() if p.is_floating_point()), wanted)
+            if found != wanted:
+                raise ConfigError(f"dtype={self.dtype} is of a model that is loaded, and this one "
+                                  f"is there in {found}; hand over model.to({wanted})")
+        return {"dtype": wanted}
+
 
 def sort_out(training: Mapping[str, Any]) -> tuple[Options, dict[str, Any], dict[str, Any]]:
     """(own options, transformers' arguments, LoRA's old flags) of keyword arguments.

@@ -102,6 +102,7 @@ def fit(model: str | Path | nn.Module, data: Any, recipe: Any = None, memory: An
     """
     own, args, lora = sort_out(training)
     settle(own)
+    own.numbers(model)
     recipe = recipe_of(recipe, lora)
     tasks = tasks_of(data)
     check_tasks(tasks, None if recipe is None else parse(recipe))
@@ -171,9 +172,9 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):
-        kw = {"dtype": own.dtype} if own.dtype is not None else {}
         with moments.reading():
-            module = task.load(named, own.trust_remote_code, stores(recipe), **kw)
+            module = task.load(named, own.trust_remote_code, stores(recipe),
+                               **own.numbers(named))
         name = named
         moments.will_read(task.files(named), module)
         task.notes += drawn(module, task.fresh, own.head)

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..core.dtypes import PLAIN
 from ..core.errors import FormatError
 from ..core.processes import here
 from ..core.unread import values
 
-#: numbers that a model may be loaded as
-PLAIN = ("float32", "bfloat16", "float16", "float64")
 _PIECE = 1 << 24
 _cache: Any = WeakIdKeyDictionary()
 

@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..blocks.tape import disk
 from ..core import unread
+from ..core.dtypes import dtype_of
 from ..core.errors import ConfigError, FormatError
 from ..core.unread import blank, close, mark, source_of
 from . import safe
@@ -49,6 +50,7 @@ def open_model(folder: str | Path, dtype: torch.dtype | str | None = None) -> nn
 
     from ..core.architecture import architecture
 
+    dtype = dtype_of(dtype)
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{folder} holds no config.json, so it is no model folder")
     with loading(str(folder), "the model of"):

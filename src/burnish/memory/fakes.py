@@ -18,19 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..core import unread
 from ..core.architecture import architecture
-from ..core.errors import ConfigError
 from ..core.example import example_batch
-
-
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by its name or as it is: "bf16", "bfloat16", torch.bfloat16. Raises ConfigError."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"unknown dtype {dtype!r}; write for example 'bfloat16'")
-    return found
 
 
 def from_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:

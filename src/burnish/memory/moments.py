@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from ..core.dtypes import dtype_of
 from ..core.errors import CheckError
 from .during import MOMENTS
 from .extend import Shallows
-from .fakes import dtype_of, from_config
+from .fakes import from_config
 from .report import MemoryReport
 from .simulate import simulate
 

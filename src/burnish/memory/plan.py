@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from ..core.batches import cut, tensors
+from ..core.dtypes import dtype_of
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.recipe import parse
 from .answers import answered, goal_of, place, training_of
 from .cache import Reports
 from .concessions import Step
-from .fakes import dtype_of
 from .limits import Limit
 from .quality import Quality, kind_of, quality_of
 from .rates import Rates, rates

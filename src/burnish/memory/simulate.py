@@ -27,6 +27,7 @@ from ..blocks.state.tap_cache import assumed_there
 from ..blocks.weight.hosted import standing_in
 from ..core.batches import call, inputs
 from ..core.draw import random_kept
+from ..core.dtypes import dtype_of
 from ..core.errors import BurnishError, ConfigError, nearest
 from ..core.keys import examples, keys_of
 from ..core.recipe import Recipe, parse
@@ -35,7 +36,7 @@ from ..core.unread import is_unread
 from .devices import kernels_of
 from .during import MOMENTS, joined, look, watch_originals
 from .extend import Shallows, extended
-from .fakes import blank_batch, dtype_of, fake_copy, fakes_move, from_config, unread_again
+from .fakes import blank_batch, fake_copy, fakes_move, from_config, unread_again
 from .ledger import Ledger
 from .operators import leaves
 from .report import MemoryReport

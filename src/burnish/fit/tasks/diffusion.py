@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.dtypes import dtype_of
 from ...core.errors import ConfigError
 from ..from_files import Kept, picture
 from ..pipelines import Latents, Pipeline, Schedule, called, classes_of
@@ -95,7 +96,7 @@ class ImageGeneration(Task):
              ) -> nn.Module:
         """The denoiser of the pipeline in the folder `name`."""
         pipeline = Pipeline(name)
-        how = {"torch_dtype": kw["dtype"]} if "dtype" in kw else {}
+        how = {"torch_dtype": dtype_of(kw["dtype"])} if "dtype" in kw else {}   # never by name
         model = pipeline.load(pipeline.part, **how)
         model.name_or_path = name
         self.settle(model)
