@@ -150,6 +150,23 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
 
 
 # -- a whole run -----------------------------------------------------------------------------------
+def test_a_split_of_one_text_tells_nothing(tmp_path):
+    """Its loss would be nought and its recall one, whatever the model says."""
+    folder = captioned(tmp_path / "a", 2)
+    reads = Captioned(*made(CLIP)[1:])
+    for split, said in (("validation", "validation: all 2 rows have one text.*validation="),
+                        ("train", "train: all 2 rows have one text, and nothing is told apart")):
+        data = read(folder, validation=0)
+        same = data.train.select([i for i, t in enumerate(data.train["text"]) if t == "a red disc"])
+        data.splits[split] = same
+        with pytest.raises(DataError, match=said):
+            task_for(data, "", processor=reads)
+    task = learnt(tmp_path / "b")[0]
+    task.data.splits["test"] = task.data.train.select([0])
+    with pytest.raises(DataError, match="test: it has one row, and nothing is told apart"):
+        task.rows("test")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [CLIP, SIGLIP])
 def test_pairs_are_learnt_within_the_promise(tmp_path, kind, capsys):

@@ -90,6 +90,17 @@ def test_poolings():
     assert torch.allclose(pooled(states, mask, "last"), last)
 
 
+def test_one_neighbour_for_all_tells_nothing(tmp_path, tokenizer):
+    def made(*rows):
+        return task_for(read(lines(tmp_path / "x.jsonl", list(rows)), validation=0), "",
+                        processor=tokenizer)
+
+    with pytest.raises(DataError, match="all 2 rows have one pair, and nothing is told apart"):
+        made({"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "x"})
+    made({"anchor": "a", "positive": "x", "negative": "y"},
+         {"anchor": "b", "positive": "x", "negative": "z"})
+
+
 # -- a whole run -----------------------------------------------------------------------------------
 @pytest.fixture
 def base(tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from burnish.cli import main
 from burnish.core.batches import call
 from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
+from burnish.fit.readings import AmbiguousError
 from burnish.fit.tasks import evaluate, task_for
 from burnish.fit.tasks.marks import distance, kto
 
@@ -51,6 +52,22 @@ def test_every_way_to_write_a_mark(tmp_path):
         rows = [{"prompt": "a", "completion": "b", "label": k} for k in (True, wrong)]
         with pytest.raises(DataError, match="field 'label': expected true or false, it is"):
             read(lines(tmp_path / "x.jsonl", rows), task="unpaired-preference-tuning")
+
+
+def test_ones_and_noughts_are_asked_about(tmp_path):
+    """They may be classes: the way to learn them as marks is offered first, and works."""
+    for yes, no in ((1, 0), ("1", "0")):
+        rows = [{"prompt": "a", "completion": f"b{i}", "label": (yes, no)[i % 2]} for i in range(6)]
+        with pytest.raises(AmbiguousError, match="task='unpaired-preference-tuning'") as found:
+            read(lines(tmp_path / "x.jsonl", rows))
+        first, *others = found.value.readings
+        data = read(tmp_path / "x.jsonl", validation=0, **dict(first.flags))
+        assert data.train["good"][:] == [True, False] * 3
+        assert (("prompt", "prompt"), ("completion", "completion")) in [r.flags for r in others]
+    rows = [{**r, "label": i % 3} for i, r in enumerate(rows)]
+    with pytest.raises(AmbiguousError) as found:
+        read(lines(tmp_path / "x.jsonl", rows))
+    assert "unpaired" not in str(found.value)
 
 
 def test_the_loss_is_its_equation():

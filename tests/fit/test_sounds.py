@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import wave
@@ -344,3 +345,17 @@ def test_the_loss_of_each_reading(tmp_path, task):
             "audio-multi-label": lambda:
                 torch.nn.functional.binary_cross_entropy_with_logits(logits, y)}[task]()
     assert torch.allclose(got, want)
+
+
+@pytest.mark.parametrize("kind, order", [("int16", "<"), ("float32", "<"), ("int16", ">")])
+def test_a_wav_that_ends_anywhere_is_refused_in_our_words(kind, order):
+    """Every beginning of a file, from nothing to all but its last byte."""
+    whole = io.BytesIO()
+    wavfile.write(whole, 8000, np.array([1, -2, 3, 4], f"{order}{np.dtype(kind).str[1:]}"))
+    coded = whole.getvalue()
+    assert sounds.size(coded) == (4, 8000) and len(sounds.heard(coded, 8000)) == 4
+    words = "breaks off within its head|breaks off: its head says|no whole WAV|no plain WAV|no samp"
+    for many in range(1, len(coded)):
+        for made_of in (sounds.size, lambda x: sounds.heard(x, 8000)):
+            with pytest.raises(ValueError, match=words):
+                made_of(coded[:many])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, DataError
 from ..core.reading import parse_json, plain, read_text
+from .columns import AUDIO, CAPTION, IMAGE
+from .layouts import FILES
 
 Row = dict[str, Any]
 
@@ -22,15 +25,15 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
     from .media import PICTURE, SOUND
 
     if task.takes == ("image",):
-        for path in _files(inputs, PICTURE):
-            yield str(path), {"image": _picture(path)}
+        for name, held in _files(inputs, PICTURE, roles):
+            yield name, {"image": _picture(held, name)}
         return
     if task.takes == ("audio",):
-        for path in _files(inputs, SOUND):
-            yield str(path), {"audio": str(path)}
+        for name, held in _files(inputs, SOUND, roles):
+            yield name, {"audio": held}
         return
     if task.takes == ("image", "text"):
-        yield from _both(inputs)
+        yield from _both(inputs, roles)
         return
     if task.takes == ("values",):
         for given in inputs:
@@ -52,16 +55,24 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
             yield given, _text(given, task)
 
 
-def _both(inputs: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Each picture among the texts, and each text among the pictures."""
+def _both(inputs: Sequence[str], roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    """Each picture among the texts, and each text among the pictures. A table has either or both.
+    """
+    from .layouts import table
     from .media import PICTURE
 
     texts: list[str] = []
-    paths: list[Path] = []
+    paths: list[tuple[str, Any]] = []
     for given in inputs:
         path = Path(given)
         if path.is_dir() or path.is_file() and PICTURE.is_one(path):
-            paths += _files([given], PICTURE)
+            paths += _files([given], PICTURE, roles)
+        elif _table(path):
+            found = table(path)
+            text = _column(found, roles, "text", CAPTION)
+            texts += () if text is None else _words(found, text)
+            if text is None or _column(found, roles, "image", (*IMAGE, *FILES)) is not None:
+                paths += _listed(found, path, PICTURE, roles)
         elif path.suffix == ".txt" and path.is_file():
             texts += filter(None, map(str.strip, read_text(path, DataError).splitlines()))
         elif PICTURE.is_one(path):
@@ -72,9 +83,9 @@ def _both(inputs: Sequence[str]) -> Iterator[tuple[str, Row]]:
         raise ConfigError("pictures and texts are told apart by each other: give some of both, "
                           "such as photos/ 'a red kiln' 'a blue bowl'")
     said = {t: t for t in texts}
-    seen = {str(p): functools.partial(_picture, p) for p in paths}
-    for path in paths:
-        yield str(path), {"image": _picture(path), "among": said}
+    seen = {name: functools.partial(_picture, held, name) for name, held in paths}
+    for name, held in paths:
+        yield name, {"image": _picture(held, name), "among": said}
     for text in said:
         yield text, {"text": text, "among": seen}
 
@@ -137,25 +148,70 @@ def _series(given: str, roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
         yield said, {"values": values, "times": times, "time": time, "where": said}
 
 
-def _files(inputs: Sequence[str], medium: Any) -> Iterator[Path]:
+def _files(inputs: Sequence[str], medium: Any, roles: Mapping[str, Any]
+           ) -> Iterator[tuple[str, Any]]:
+    """(what it is called, a path or what a table holds of it) of every picture or sound."""
+    from .layouts import table
+
     for given in map(Path, inputs):
         if given.is_dir():
             inside = medium.among(given)
             if not inside:
                 raise DataError(f"{given} holds no {medium.word}s")
-            yield from inside
+            yield from ((str(p), str(p)) for p in inside)
+        elif _table(given):
+            yield from _listed(table(given), given, medium, roles)
         elif given.is_file():
-            yield given
+            yield str(given), str(given)
         else:
             raise DataError(f"there is no {medium.word} at {given}")
 
 
-def _picture(path: Path) -> Any:
+def _listed(found: Any, path: Path, medium: Any, roles: Mapping[str, Any]
+            ) -> Iterator[tuple[str, Any]]:
+    """The same of a table: paths, from where it stands or from here, or the coded files."""
+    usual = (*(IMAGE if medium.role == "image" else AUDIO), *FILES)
+    name = _column(found, roles, medium.role, usual)
+    if name is None:
+        raise DataError(f"{path}: no column holds {medium.word}s: expected "
+                        f"{roles.get(medium.role) or medium.role} or file_name, it has "
+                        f"{plain(', '.join(found.columns), 120)}")
+    for i, given in enumerate(found.columns[name]):
+        at, held = f"{found.where(i)}, field {name!r}", given
+        if isinstance(given, dict):
+            held = given.get("bytes") or given.get("path")
+        if isinstance(held, bytes):
+            yield at, held
+            continue
+        if not isinstance(held, str):
+            raise DataError(f"{at}: expected a {medium.word} (a path, or the bytes of a file), "
+                            f"found {type(given).__name__}")
+        there = next((p for p in (path.parent / held, Path(held)) if p.is_file()), None)
+        if there is None:
+            raise DataError(f"{at}: there is no {medium.word} at {plain(held, 120)}")
+        yield str(there), str(there)
+
+
+def _column(found: Any, roles: Mapping[str, Any], role: str, usual: Sequence[str]) -> str | None:
+    """The table's column of a role: called as in the run, or as people call it."""
+    lower = {n.lower(): n for n in reversed(found.columns)}
+    names = (lower.get(str(n).lower()) for n in (roles.get(role), *usual) if n)
+    return next(filter(None, names), None)
+
+
+def _words(found: Any, name: str) -> Iterator[str]:
+    for i, text in enumerate(found.columns[name]):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{found.where(i)}, field {name!r}: expected text")
+        yield text
+
+
+def _picture(given: Any, name: str) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(given) if isinstance(given, bytes) else given) as image:
             image.load()
             return ImageOps.exif_transpose(image)         # upright, as rows are read in training
     except Exception as error:
-        raise DataError(f"{path}: the picture cannot be read: {plain(error)}") from None
+        raise DataError(f"{name}: the picture cannot be read: {plain(error)}") from None

@@ -92,6 +92,18 @@ class Data:
     def test(self) -> datasets.Dataset | None:
         return self.splits.get("test")
 
+    def several(self, column: str, *splits: str) -> None:
+        """Raises DataError where all rows of a split have one text in `column`: what is learnt and
+        measured is to tell it from others, and there is none."""
+        for split in splits or tuple(self.splits):
+            rows = self.splits[split]
+            if len(set(rows[column][:])) < 2:
+                only = f"all {len(rows)} rows have one {column}" if len(rows) > 1 else \
+                    "it has one row"
+                share = ", or another share with validation=" if split == "validation" else ""
+                raise DataError(f"{self.source}, {split}: {only}, and nothing is told apart; give "
+                                f"rows of several{share}")
+
     def as_task(self, task: str) -> Data:
         """The same rows, learnt in another way. Raises DataError with the row that cannot be."""
         splits = {n: as_rows_of(task, rows, self.where.get(n)) for n, rows in self.splits.items()}

@@ -27,6 +27,9 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
           "val": "validation", "dev": "validation", "eval": "validation", "test": "test",
           "testing": "test"}
 
+#: what the column of files is called beside them, likeliest first
+FILES = ("file_name", "image_file_name", "audio_file_name", "file", "image", "audio", "path")
+
 #: a parquet file may claim this many cells whatever its size; more must be in proportion to it
 MOST_CELLS = 5_000_000
 
@@ -204,8 +207,7 @@ def _split_of(name: str) -> str | None:
 
 def _described(root: Path, metadata: Path) -> Table:
     found = table(metadata)
-    key = next((k for k in ("file_name", "image_file_name", "audio_file_name", "file", "image",
-                            "audio", "path") if k in found.columns), None)
+    key = next((k for k in FILES if k in found.columns), None)
     if key is None:
         raise DataError(f"{metadata} needs a column file_name; it has {', '.join(found.columns)}")
     names = [str(v) for v in found.columns.pop(key)]

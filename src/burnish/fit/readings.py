@@ -99,6 +99,11 @@ def texts(table: Table) -> list[str]:
     return sorted(size, key=lambda n: -size[n])
 
 
+def marks(values: list[Any]) -> bool:
+    """Whether a column is of 1 and 0 and nothing else."""
+    return bool(values) and all(str(v).strip() in ("0", "1") for v in values)
+
+
 def label_like(table: Table, name: str) -> bool:
     """Few different values, all short names or whole numbers."""
     seen = [v for v in table.columns[name] if v is not None]
@@ -126,7 +131,12 @@ def ambiguous(table: Table) -> AmbiguousError | DataError:
         if text is not None and label != text:
             found.append(Reading((("text", text), ("label", label)),
                                  f"learns to tell {label} from {text}"))
-    known = next((p for p in ANSWERED if set(p) <= set(words)), None)
+    both = ("prompt", "completion") if {"prompt", "completion"} <= set(names) else None
+    if both:
+        found = [Reading((("task", "unpaired-preference-tuning"), ("label", n)),
+                         f"learns to answer as those do that {n} calls good (1)")
+                 for n in labels if marks(table.columns[n])] + found
+    known = both or next((p for p in ANSWERED if set(p) <= set(words)), None)
     longer = known or sorted([w for w in words if w not in labels][:2], key=names.index)
     if len(longer) == 2:
         found.append(Reading((("prompt", longer[0]), ("completion", longer[1])),

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..core.reading import plain
+
 #: full scale of whole numbers, by their width in bytes
 _FULL = {2: 2.0**15, 4: 2.0**31, 8: 2.0**63}
 #: bytes of sound that the head of a stream names, whose length nobody knew when it began
@@ -71,14 +73,19 @@ def length(samples: int, own: int, rate: int, seconds: float | None = None) -> i
 
 
 def _head(file: BinaryIO) -> tuple[int, int] | None:
-    """The same from the chunks of a WAV; None where they do not say."""
+    """The same from the chunks of a WAV; None where it is compressed.
+
+    Raises ValueError for one that ends before its sound begins, or before it ends.
+    """
     end = file.seek(0, io.SEEK_END)
     file.seek(12)
     rate = frame = 0
     while len(head := file.read(8)) == 8:
         name, many = struct.unpack("<4sI", head)
         if name == b"fmt " and many >= 16:
-            kind, _, rate, _, frame, _ = struct.unpack("<HHIIHH", file.read(16))
+            if len(told := file.read(16)) < 16:
+                break
+            kind, _, rate, _, frame, _ = struct.unpack("<HHIIHH", told)
             if kind not in (1, 3, 0xFFFE):               # compressed: a frame is no sample
                 return None
             many -= 16
@@ -87,9 +94,11 @@ def _head(file: BinaryIO) -> tuple[int, int] | None:
             if many > there and many < _UNSAID:
                 raise ValueError(f"it breaks off: its head says {many:,} bytes of sound, and "
                                  f"{there:,} are there")
-            return (min(many, there) // frame, rate) if frame else None
+            if not frame:
+                raise ValueError("its head does not say how a sample is written")
+            return min(many, there) // frame, rate
         file.seek(many + many % 2, io.SEEK_CUR)
-    return None
+    raise ValueError(f"it breaks off within its head: it has {end:,} bytes, and no sound in them")
 
 
 def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
@@ -107,9 +116,9 @@ def _decoded(file: BinaryIO) -> tuple[np.ndarray, int]:
                 warnings.simplefilter("ignore")           # chunks beside the sound, of any kind
                 rate, x = wavfile.read(file)
             return _scaled(x), int(rate)
-        except ValueError as e:
+        except Exception as e:                            # of unlike kinds, by what is broken
             if "Unknown wave file format" not in str(e):
-                raise
+                raise ValueError(f"it is no whole WAV: {plain(e)}") from None
         file.seek(0)
     try:
         import soundfile

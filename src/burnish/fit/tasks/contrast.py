@@ -62,6 +62,7 @@ class ImageTextContrastive(Task):
         if t.pad_token_id is None:
             raise ConfigError("the tokenizer has no padding token, so texts cannot be put "
                               "together; set tokenizer.pad_token")
+        self.data.several("text")
 
     def settle(self, model: nn.Module) -> None:
         super().settle(model)
@@ -94,6 +95,7 @@ class ImageTextContrastive(Task):
 
     # -- the rows ------------------------------------------------------------------------------
     def make(self, split: str) -> Rows:
+        self.data.several("text", split)
         rows = self.data.splits[split]
         coded = self.processor.tokenizer(rows["text"][:], truncation=True,
                                          max_length=self.max_length)

@@ -71,6 +71,13 @@ class Embedding(Textual):
         scale = self.how.get("scale", 20.0)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise ConfigError(f"scale={scale!r}: expected a number above 0")
+        for split in self.data.splits:
+            self.told_apart(split)
+
+    def told_apart(self, split: str) -> None:
+        """Raises DataError where rows without scores or strangers have one neighbour for all."""
+        if not {"label", "negative"} & set(self.data.splits[split].column_names):
+            self.data.several("pair", split)
 
     @property
     def pooling(self) -> str:
@@ -92,6 +99,7 @@ class Embedding(Textual):
         return super().load(name, trust_remote_code, unread, **kw)
 
     def make(self, split: str) -> Rows:
+        self.told_apart(split)
         made = Neighbours(self.data.splits[split], self.processor, self.max_length)
         self.tell(split, made.notes)
         return made
