@@ -87,6 +87,15 @@ class Run:
         with giving(self._tuned.state, {**self.given, **given}):
             return self._tuned.model(*self._args, **self._kw)
 
+    def once_more(self, change: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
+                  ) -> tuple[Any, dict[str, Any]]:
+        """(outputs, taps) of the model as it stands on what ``change(args, keywords)`` makes of
+        the batch, with a graph."""
+        args, kw = change(self._args, dict(self._kw))
+        with giving(self._tuned.state, dict(self.given)):
+            out = self._tuned.model(*args, **kw)
+        return out, self._taken()
+
 
 def _some(value: Any, rows: Sequence[int], samples: int) -> Any:
     """Those samples of an argument that has one entry for each."""
@@ -192,10 +201,10 @@ class Objectives:
     def _end(self, args: tuple, kw: dict[str, Any], out: Any, given: Mapping[str, Any]
              ) -> list[Tensor]:
         """The terms of one forward."""
-        if self._busy and not torch.is_grad_enabled():
-            return []                            # a reference: what was tapped is read then
+        if self._busy:
+            return []                            # another run of a term: it reads what was tapped
         begun, self._run = self._run, None
-        if self._busy or not self.riding.wanted or not self.sees_run:
+        if not self.riding.wanted or not self.sees_run:
             self._taken()
             return []
         self._busy = True                        # a reference runs the model, too
