@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_sum(recipe, model, head, both):
     batch = {k: torch.cat([v, v.flip(-1), v.roll(3, -1)]) if v.dim() > 1 else v.repeat(3)
              for k, v in batch.items()}
     tuned = burnish.tune(net, f"{recipe} + barlow_twins(weight=0.7, redundancy=0.4, seed=5, "
-                              f"strength=0.4, both={both})", head=False)
+                              f"distortion=0.4, both={both})", head=False)
     for p in tuned.parameters():
         p.data = p.data.double()
     stir(tuned, size=0.1)
@@ -141,9 +141,9 @@ def test_what_has_no_view_is_refused():
 
 def test_settings_and_refusals():
     (m,) = burnish.parse("barlow_twins(lambd=0.1)")
-    assert (m.weight, m.redundancy, m.strength, m.both, m.eps) == (0.024, 0.1, 0.3, True, 1e-5)
-    for bad in ("weight=0.0", "eps=0.0", "redundancy=-1.0", "strength=0.0", "strength=1.0"):
-        with pytest.raises(RecipeError, match="strength between 0 and 1"):
+    assert (m.weight, m.redundancy, m.distortion, m.both, m.eps) == (0.024, 0.1, 0.3, True, 1e-5)
+    for bad in ("weight=0.0", "eps=0.0", "redundancy=-1.0", "distortion=0.0", "distortion=1.0"):
+        with pytest.raises(RecipeError, match="distortion between 0 and 1"):
             burnish.parse(f"barlow_twins({bad})")
     with pytest.raises(RecipeError, match="needs a task head of one linear"):
         burnish.tune(copy.deepcopy(tiny("llama")[0]), "lora(rank=2) + barlow_twins")

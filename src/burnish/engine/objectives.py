@@ -87,6 +87,23 @@ class Run:
         with giving(self._tuned.state, {**self.given, **given}):
             return self._tuned.model(*self._args, **self._kw)
 
+    def earlier(self, values: Mapping[str, Tensor]) -> Any:
+        """The outputs on the same batch, with these values in place of what trains (by name), in
+        evaluation mode and without gradients. A graph that waits for backward stays whole."""
+        named = {n: p for n, p in self._tuned.named_parameters() if n in values}
+        now = {n: p.data for n, p in named.items()}
+        with torch.no_grad(), _as(self._tuned, self._tuned.training), \
+                giving(self._tuned.state, dict(self.given)):
+            try:
+                for n, p in named.items():
+                    p.data = values[n]
+                out = self._tuned.model(*self._args, **self._kw)
+            finally:
+                for n, p in named.items():
+                    p.data = now[n]
+        self._taken()
+        return out
+
     def once_more(self, change: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
                   ) -> tuple[Any, dict[str, Any]]:
         """(outputs, taps) of the model as it stands on what ``change(args, keywords)`` makes of

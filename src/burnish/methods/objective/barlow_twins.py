@@ -29,7 +29,7 @@ class BarlowTwins(Method):
     a, b (B, D) what the head reads of the two views, each number at mean 0 and deviation 1 over
     the batch. A view is the batch distorted (blocks/state/twins.py): pictures are cut out and
     change contrast and brightness, of tokens some do not count, other numbers are those of another
-    sample, each by `strength`. With ``both=False`` one view is the batch as it is, and a forward
+    sample, each by `distortion`. With ``both=False`` one view is the batch as it is, and a forward
     less. The draws of an update are those of its number.
 
     Beside what trains the encoder (``lora(rank=8) + barlow_twins``), where rows are few or their
@@ -53,16 +53,16 @@ class BarlowTwins(Method):
     weight: float = setting(0.024, "of the term")
     redundancy: float = setting(0.0051, "lambda, of the pairs of numbers", alias=("lambd",),
                                 other=(1.0,))
-    strength: float = setting(0.3, "how far a view is from the sample, up to 1")
+    distortion: float = setting(0.3, "how far a view is from the sample, up to 1")
     both: bool = setting(True, "both views are distorted, not one of them alone")
     eps: float = setting(1e-5, "added to each variance", other=(0.1,))
     seed: int = setting(0, "of the views")
 
     def __post_init__(self) -> None:
-        if min(self.weight, self.eps) <= 0 or self.redundancy < 0 or not 0 < self.strength < 1:
+        if min(self.weight, self.eps) <= 0 or self.redundancy < 0 or not 0 < self.distortion < 1:
             raise RecipeError("barlow_twins: weight and eps above 0, redundancy of at least 0 and "
-                              f"strength between 0 and 1 are expected, got {self.weight}, "
-                              f"{self.eps}, {self.redundancy} and {self.strength}")
+                              f"distortion between 0 and 1 are expected, got {self.weight}, "
+                              f"{self.eps}, {self.redundancy} and {self.distortion}")
 
     def taps(self, anatomy: Anatomy) -> tuple[str, ...]:
         head = head_linear(anatomy)
@@ -74,7 +74,7 @@ class BarlowTwins(Method):
         draw = random.Random(f"barlow_twins {self.seed} {step}")
         seen = [] if self.both else [run.taps[path]]
         while len(seen) < 2:
-            _, taps = run.once_more(lambda args, kw: view(args, kw, self.strength, masked,
+            _, taps = run.once_more(lambda args, kw: view(args, kw, self.distortion, masked,
                                                           draw.getrandbits(31)))
             seen.append(taps[path])
         yield self.weight * barlow(*map(pooled, seen), self.redundancy, self.eps)
