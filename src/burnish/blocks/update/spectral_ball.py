@@ -33,9 +33,7 @@ def chain(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def clip_(left: Tensor, U: Tensor, S: Tensor, bound: float) -> None:
     """The left factor (..., O, R) of a matrix with these singular vectors and values, so changed
-    that the matrix is clipped. Nothing is written where it lies in the ball."""
-    if not bool((S > bound).any()):
-        return
+    that the matrix is clipped; one that lies in the ball stays as it is, bit for bit."""
     less = 1 - (bound / S.clamp_min(torch.finfo(S.dtype).tiny)).clamp_max(1)
     L = _wide(left)
     left.copy_(L - U @ (less.unsqueeze(-1) * (U.mT @ L)))

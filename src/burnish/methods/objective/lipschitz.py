@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...blocks.update.objective import OnWeights
 from ...blocks.update.spectral_ball import chain, clip_, excess, norm_of_chain
@@ -95,9 +94,6 @@ class Ball:
 
     def __init__(self, method: Lipschitz, tuned: Tuned):
         self.method, self.tuned = method, tuned
-
-    def start(self, total: int | None) -> None:
-        """Whoever would be bounded by nothing is told before anything runs."""
         if not chains(self.tuned) and not whole(self.tuned):
             raise RecipeError(f"lipschitz: nothing that {self.tuned.recipe} trains is a matrix "
                               "with a norm to bound: beside lora(rank=8) or full")
@@ -108,16 +104,14 @@ class Ball:
             return
         for term in chains(self.tuned):
             A, B = term.factors()
-            if not isinstance(B, FakeTensor):
-                U, S, _ = chain(B, A)
-                clip_(term.B, U, S, self.method.bound)
+            U, S, _ = chain(B, A)
+            clip_(term.B, U, S, self.method.bound)
         for p, key in whole(self.tuned):
             D = away(self.tuned, p, key)
-            if not isinstance(D, FakeTensor):
-                U, S, _ = torch.linalg.svd(D, full_matrices=False)
-                was = D.clone()
-                clip_(D, U, S, self.method.bound)
-                p.add_((D - was).view(p.shape).to(p.dtype))
+            U, S, _ = torch.linalg.svd(D, full_matrices=False)
+            was = D.clone()
+            clip_(D, U, S, self.method.bound)
+            p.add_((D - was).view(p.shape).to(p.dtype))
 
 
 def chains(tuned: Tuned) -> list[Chain]:
