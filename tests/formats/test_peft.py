@@ -712,7 +712,9 @@ def test_what_peft_has_no_form_for_is_refused(model, recipe, words, tmp_path):
     (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), {"num_virtual_tokens": 5},
      "has 4 rows, its settings say 5"),
     (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-     {"num_transformer_submodules": 2}, "an encoder and a decoder"),
+     {"num_transformer_submodules": 2}, "has 2 rows a stack, its settings say 4"),
+    (PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+     {"num_transformer_submodules": 2}, "has 5 rows, which are not as many for an encoder"),
     (AdaLoraConfig(target_modules=["q_proj"], init_r=2, target_r=4, total_step=9), {},
      "rank 4 must be between")])
 def test_a_folder_that_would_be_misread_is_refused(config, change, words, tmp_path):

@@ -11,6 +11,8 @@ from peft import (
     CPTConfig,
     MultitaskPromptTuningConfig,
     PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,26 @@ def test_damaged_rows_are_one_clear_error(tmp_path):
         with pytest.raises(FormatError) as caught:
             load_peft(tiny("llama")[0], tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [
+    PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_2_SEQ_LM"),
+    PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, task_type="SEQ_2_SEQ_LM")])
+def test_of_rows_for_both_stacks_the_encoder_s_are_read(config, tmp_path):
+    """PEFT's default before an encoder-decoder: twice the rows, of which its forward reads half."""
+    _, batch = tiny("t5")
+    theirs = stir(get_peft_model(tiny("t5")[0], config), size=0.8)
+    more = {"labels": batch["labels"].clamp(min=0)}
+    base, want = outputs(tiny("t5")[0], batch, **more), outputs(theirs, batch, **more)
+    assert (want - base).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "peft")
+    assert said(tmp_path / "peft")["num_transformer_submodules"] == 2
+    assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"]) == 8
+    tuned = load_peft(tiny("t5")[0], tmp_path / "peft")
+    assert tuned.recipe[0].length == 4
+    same(outputs(tuned.model, batch, **more), want)
+    export_peft(tuned, tmp_path / "again")
+    same(outputs(PeftModel.from_pretrained(tiny("t5")[0], tmp_path / "again"), batch, **more), want)
 
 
 # -- multitask prompt tuning ----------------------------------------------------------------------

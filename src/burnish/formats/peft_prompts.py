@@ -201,6 +201,8 @@ OF_ROWS: dict[str, Rows] = {"PROMPT_TUNING": Rows(), "P_TUNING": Made(), "CPT": 
                             "CARTRIDGE": Cartridge()}
 PROMPTS = tuple(OF_ROWS)
 _OF_MODULE: dict[type[nn.Module], str] = {Examples: "CPT", TaskRows: "MULTITASK_PROMPT_TUNING"}
+#: types whose rows PEFT makes for both stacks of an encoder-decoder, and puts before the first
+FIRST = ("PROMPT_TUNING", "P_TUNING")
 #: settings of all of them
 OF_ALL = {"num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_attention_heads",
           "num_layers"}
@@ -220,11 +222,19 @@ def read(out: PeftFolder, tensors: Mapping[str, Tensor], config: Mapping[str, An
             or not rows.is_floating_point():
         said = "nothing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
         raise FormatError(f"{folder}: {ROWS} should be a matrix, a row for each token, got {said}")
-    if (config.get("num_transformer_submodules") or 1) != 1:
+    stacks = config.get("num_transformer_submodules") or 1
+    if stacks == 2 and out.kind in FIRST:        # PEFT makes rows for a decoder and reads none
+        half, odd = divmod(len(rows), 2)
+        if odd:
+            raise FormatError(f"{folder}: {ROWS} has {len(rows)} rows, which are not as many for "
+                              "an encoder as for a decoder")
+        rows = rows[:half]
+    elif stacks != 1:
         raise FormatError(f"{folder} has rows for an encoder and a decoder; burnish puts them "
                           "before the encoder alone")
     if (n := config.get("num_virtual_tokens") or len(rows)) != len(rows):
-        raise FormatError(f"{folder}: {ROWS} has {len(rows)} rows, its settings say {n}")
+        raise FormatError(f"{folder}: {ROWS} has {len(rows)} rows{' a stack' * (stacks == 2)}, its "
+                          f"settings say {n}")
     out.prompt, out.config = rows, config
     out.beside = {n: tensors[n] for n in OF_ROWS[out.kind].beside if n in tensors}
     for key, value in tensors.items():           # no tuner wraps the base: one name less in front
