@@ -181,8 +181,8 @@ SURFACE = {
     "pull": "json output repository revision",
     "inspect": "adapter base force intruders json leading likeness picture",
     "adapt": "base batch corrupt data how json order seed severity source split",
-    "audit": "answers base batch json judge margin policy prompts seed source system temperature "
-             "tokens",
+    "audit": "answers attack base batch json judge margin policy prompts seed source split steps "
+             "system temperature tokens",
     "repair": "base batch benign data how json judge metric output policy prompts source split "
               "tokens",
     "edit": "edits epochs how json lessons output plain seed source",

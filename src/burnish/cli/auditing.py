@@ -18,8 +18,9 @@ from .screen import emit, table
 def audit(
     source: Annotated[Path, typer.Argument(help="The folder of a finished fit of a language model, "
                                                 "or of a model.")],
-    prompts: Annotated[Path, typer.Argument(help="Your prompts: one a line, or a table with "
-                                                 "prompt and category.")],
+    prompts: Annotated[str, typer.Argument(help="Your prompts: one a line, or a table with prompt "
+                                                "and category; with --attack pictures, as for "
+                                                "fit.")],
     base: Annotated[str | None, typer.Option(help="Of a model: the folder it was tuned from, to "
                                                   "compare with. Of a run: where its base moved."
                                                   )] = None,
@@ -28,22 +29,42 @@ def audit(
     policy: Annotated[Path | None, typer.Option(help="A text file that a judging model reads.")
                       ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of all questions.")] = None,
-    tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    tokens: Annotated[int | None, typer.Option(help="Longest answer; default: 256.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 8,
     temperature: Annotated[float, typer.Option(help="0: greedy; above it answers are drawn.",
                                                min=0.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of drawn answers; default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of drawn answers, and of an attack; default: "
+                                                  "0.")] = None,
     margin: Annotated[float | None, typer.Option(help="By how much the harmful rate may rise "
                                                       "without a warning; default: 0.05.",
                                                  min=0.0)] = None,
     answers: Annotated[Path | None, typer.Option(help="A .jsonl file to write: every prompt with "
                                                       "its answers.")] = None,
+    attack: Annotated[float | None, typer.Option(
+        help="Of a classifier of pictures: move pixels (0 to 1) by so much, knowing its base "
+             "alone.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of an attack; default: 10.", min=1)] = None,
+    split: Annotated[str | None, typer.Option(help="Of an attack; default: test, else validation, "
+                                                   "else train.")] = None,
     json: Json = False,
 ) -> None:
     """Ask a model harmful prompts and say how often it complies, beside the model it was.
 
     Without a judge only refusals are counted, by their words. No prompts come with burnish.
+    With --attack 0.03: figures on pictures that are made to mislead the base, and no head.
     """
+    if attack is not None:
+        from .attacking import attack as attacked
+
+        own = {"--judge": judge, "--policy": policy, "--system": system, "--tokens": tokens,
+               "--temperature": temperature or None, "--margin": margin, "--answers": answers}
+        if idle := [n for n, v in own.items() if v is not None]:
+            raise ConfigError(f"{idle[0]} is of prompts, and --attack asks no language model")
+        return attacked(source, prompts, attack, steps=steps or 10, split=split, base=base,
+                        batch=batch, seed=seed or 0, json=json)
+    if idle := [n for n, v in (("--steps", steps), ("--split", split)) if v is not None]:
+        raise ConfigError(f"{idle[0]} is of --attack")
+    tokens = 256 if tokens is None else tokens
     from ..fit import safety
     from ..formats import claim, safe
 
@@ -53,7 +74,7 @@ def audit(
         raise ConfigError("--seed is of drawn answers, and these are greedy: give --temperature")
     if answers is not None:
         claim.refuse_file(answers, [("the file of prompts", prompts), ("the policy", policy)])
-    given = safety.prompts(prompts)
+    given = safety.prompts(Path(prompts))
     who = judge_of(judge, policy)
     models = opened(source, base)
     if margin is not None and models.run is None and base is None:
