@@ -165,6 +165,7 @@ SURFACE = {
     "fit": "data from_yaml json launch memory model output recipe",
     "search": "data json memory metric model objectives output picture seed space trials",
     "select": "base data how json like out run split",
+    "mark": "base data how json out source split",
     "predict": "base cache given inputs json run tokens",
     "evaluate": "audio base batch cache data image json label run split text",
     "advise": "data json memory model test",
