@@ -114,6 +114,7 @@ def test_what_is_on_the_device_is_moved_there_and_written_back_when_it_goes():
         held.catch_up()
         there = value(made.weight)
         assert torch.equal(there, want) and torch.equal(held.held, before)
+        assert torch.equal(made.weight.detach(), want) and torch.equal(held.held, before)
         assert torch.equal(made(torch.eye(3)), F.linear(torch.eye(3), want, made.bias))
         held.leave()
         assert torch.equal(held.held, want) and held._here is None

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as foreign
 
 import burnish
 from burnish.core.errors import RecipeError
-from burnish.memory import Ledger
+from burnish.memory import Ledger, measure, simulate
 from burnish.testing.models import tiny
 
 INP, HID, OUT, N = 24, 40, 8, 64
@@ -392,5 +392,114 @@ def test_allocated_bits_wait_elsewhere_and_come_back_the_same():
     ("mean_bits=1.0", "between 1 and 4"), ("mean_bits=4.0", "between 1 and 4"),
     ("mean_bits=-2.0", "between 1 and 4"), ("bits=8, mean_bits=2.0", "leave one out")])
 def test_a_mean_that_no_groups_can_have_is_refused(said, why):
+    with pytest.raises(RecipeError, match=why):
+        burnish.parse(f"coded({said})")
+
+
+# -- ranges that steps share ---------------------------------------------------------------------
+def test_the_mean_on_running_ranges_is_the_gradient_of_what_was_cut_in_float64():
+    """Two linears behind a relu, ranges that lag behind. Reference: dense, in float64, with every
+    kept input cut to d lo + (1 - d) min and d hi + (1 - d) max over all tokens and channels."""
+    torch.manual_seed(0)
+    net = Net().double()
+    near, far = (torch.randn(N, INP, dtype=torch.float64) * s for s in (1.0, 3.0))
+    y, d = torch.randn(N, OUT, dtype=torch.float64), 0.75
+    tuned = burnish.tune(net, f"full + coded(bits=2, running={d}, group=64)", head=False)
+    policy = tuned.state.tape.policy
+    policy.begin(0)
+    gradients(tuned, (near, y))
+    policy.begin(1)
+    gradients(tuned, (far, y))
+    policy.ranges.decay = 1.0                        # as they are from here on
+    steps, total = 3000, None
+    for k in range(steps):
+        policy.begin(2 + k)
+        made = gradients(tuned, (far, y))
+        total = made if total is None else {n: total[n] + g for n, g in made.items()}
+
+    def cut(then, now):
+        lo, hi = d * then.min() + (1 - d) * now.min(), d * then.max() + (1 - d) * now.max()
+        return now.clamp(lo, hi)
+
+    with torch.no_grad():
+        h_near, h = (F.relu(net.a(x)) for x in (near, far))
+        g = 2 * (net.b(h) - y) / y.numel()
+        dh = g @ net.b.weight * (h > 0)
+        want = {"a.weight": dh.T @ cut(near, far), "a.bias": dh.sum(0),
+                "b.weight": g.T @ cut(h_near, h), "b.bias": g.sum(0)}
+        full = dh.T @ far
+    assert sorted(policy.ranges.held) == [("", 0), ("", 1)]
+    for n, w in want.items():
+        off = (total[n] / steps - w).norm() / w.norm()
+        assert off < 0.02, f"{n}: {off}"
+    assert (want["a.weight"] - full).norm() / full.norm() > 0.04
+
+
+@pytest.mark.parametrize("more", ["", " + checkpoint"])
+@pytest.mark.parametrize("model", ["vit", "llama"])
+def test_with_running_ranges_sites_are_the_same_in_every_step(model, more):
+    net, batch = tiny(model)
+    plain, _ = tiny(model)
+    want = burnish.tune(plain, f"full{more}").loss(batch)
+    recipe = f"full + coded(bits=8, running=0.9, group=64){more}"
+    promise = simulate(tiny(model)[0], recipe, batch).peak_bytes
+    tuned = burnish.tune(net, recipe)
+    tuned.optimizer(lr=1e-3)
+    held = tuned.state.tape.policy.ranges.held
+    assert torch.equal(tuned.step(batch), want.detach())
+    sites, first = list(held), {k: t.clone() for k, t in held.items()}
+    blocks = {b.path for b in tuned.anatomy.blocks}
+    assert {path for path, _ in sites} - {""} == blocks
+    kept = [sorted(n for p, n in sites if p == b) for b in blocks]
+    assert all(k == list(range(len(k))) for k in kept) and len({len(k) for k in kept}) == 1
+    tuned.step(batch)
+    assert list(held) == sites
+    assert all(not torch.equal(first[k], held[k]) for k in sites if k[0])   # (pictures stay)
+    assert measure(tuned, batch).peak_bytes == promise
+
+
+def test_a_run_that_goes_on_has_its_ranges(tmp_path):
+    from burnish.fit import state
+
+    ends = []
+    for stop in (False, True):
+        net, batch = tiny("llama")
+        tuned = burnish.tune(net, "full + coded(running=0.9, group=64)", head=False)
+        tuned.optimizer(lr=1e-2)
+        for k in range(4):
+            if stop and k == 2:
+                state.save_tree({"timeline": tuned.timeline.state()}, tmp_path, "run")
+                tuned.state.tape.policy.ranges.load({})
+                tuned.timeline.load(state.load_tree(tmp_path, "run")["timeline"])
+                assert tuned.state.tape.policy.ranges.held
+            tuned.step(batch)
+        ends.append([p.detach().clone() for p in tuned.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_running_ranges_cost_nothing_a_token(bits):
+    """bits / 8 bytes a number, one bit for the ReLU, and ranges of inputs whatever the rows."""
+    kept = {}
+    for rows in (N * 8, N * 64):
+        net, batch = Net(), (torch.randn(rows, INP), torch.randn(rows, OUT))
+        tuned = burnish.tune(net, f"full + coded(bits={bits}, running=0.9)", head=False)
+        with Ledger(net) as ledger:
+            for value in batch:
+                ledger.watch("weights", [value])
+            loss = tuned.loss(batch, mse)
+            kept[rows] = sum(e.bytes for e in ledger.entries
+                             if e.death is None and ledger.category(e) != "weights")
+        assert loss.requires_grad
+        kept[rows] -= rows * OUT * 4                   # the loss keeps out - y, exactly
+    more = N * 56
+    assert kept[N * 64] - kept[N * 8] == more * (INP + HID) * bits / 8 + more * HID / 8
+    assert kept[N * 8] - N * 8 * ((INP + HID) * bits + HID) / 8 < 100
+
+
+@pytest.mark.parametrize("said, why", [
+    ("running=1.0", "less than 1"), ("running=-0.1", "0 or more"),
+    ("running=0.9, mean_bits=2.5", "leave one out")])
+def test_running_ranges_that_cannot_be_are_refused(said, why):
     with pytest.raises(RecipeError, match=why):
         burnish.parse(f"coded({said})")

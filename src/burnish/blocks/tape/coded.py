@@ -29,6 +29,7 @@ from .functions import once_differentiable, storage_of, version_of
 from .notes import View
 from .probabilities import Softmax
 from .roles import IN_THE_MEAN, Role, name_of
+from .running import Ranges, Running, site, width
 from .saved import Policy
 
 if TYPE_CHECKING:
@@ -61,18 +62,21 @@ class Coded(Policy):
     """bits: of linear inputs. norm: of norms. derivative: of GELU and SiLU (ReLU takes one).
     softmax: of probabilities. 0 keeps that role as it is. group: values that share a range. seed:
     of the rounding, which draws from a generator of its own. mean: bits of linear inputs in the
-    mean, in place of `bits`, which go to the groups by their ranges (allocated.py)."""
+    mean, in place of `bits`, which go to the groups by their ranges (allocated.py). running: how
+    slowly ranges move that steps share (running.py), in place of one for every group."""
 
     roles = True
     outer = True
     beside = "what is kept for backward is coded (coded)"
 
     def __init__(self, bits: int = 4, norm: int = 8, derivative: int = 4, group: int = 256,
-                 seed: int = 0, softmax: int = 0, mean: float = 0.0):
+                 seed: int = 0, softmax: int = 0, mean: float = 0.0, running: float = 0.0):
         self.softmax, self.softmaxes = softmax, 0    # so many so far in this step
         self.bits, self.norm, self.derivative, self.group = bits, norm, derivative, group
         self.mean = mean
-        self.kind, self.room = (Allocated, mean) if mean else (Codes, bits)
+        self.ranges = Ranges(running) if running else None
+        self.kind = Allocated if mean else Running if running else Codes
+        self.room = mean or bits
         self.seed, self.step = seed, 0
         self._generators: dict[torch.device, torch.Generator] = {}
         # storage -> (the storage, its version, what keeps it), weakly: addresses are used again
@@ -81,13 +85,16 @@ class Coded(Policy):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.bits, self.norm, self.derivative, self.group, self.seed,
-                            self.softmax, self.mean), \
+                            self.softmax, self.mean,
+                            0.0 if self.ranges is None else self.ranges.decay), \
             {"inner": self.inner, "step": self.step}
 
     def begin(self, step: int) -> None:
         """The numbers of a step depend on the seed and the step alone."""
         self.step, self.softmaxes = step, 0
         self._generators.clear()
+        if self.ranges is not None:
+            self.ranges.begin()
 
     @property
     def moves(self) -> bool:                         # type: ignore[override]
@@ -108,6 +115,9 @@ class Coded(Policy):
 
     def encode(self, part: Callable[[int, int], Tensor], n: int, bits: int, like: Tensor,
                unit: int = 1) -> Codes:
+        if self.ranges is not None:
+            return Running.on(self.ranges, site(), part, n, bits, (self.group, unit), like,
+                              self.generator(like.device))
         return Codes.of(part, n, bits, self.group, like, self.generator(like.device), unit)
 
     def end(self) -> None:
@@ -131,14 +141,17 @@ class Coded(Policy):
         whole = t.untyped_storage().nbytes() // t.element_size()
         if whole > t.numel():                                 # a part of something larger
             flat = t.detach().reshape(-1)
-            return _Coded(self._coded(flat), None, t.shape)
+            return _Coded(self._coded(flat, 1), None, t.shape)
         codes = self._found(self._made, t, key)
         if codes is None:
-            codes = self._coded(t.detach().as_strided((whole,), (1,), 0))
+            codes = self._coded(t.detach().as_strided((whole,), (1,), 0), width(t))
             self._made[key] = weakly(t, codes)
         return _Coded(codes, View(t), t.shape)
 
-    def _coded(self, flat: Tensor) -> _Packed:
+    def _coded(self, flat: Tensor, D: int) -> _Packed:
+        if self.ranges is not None:
+            return _Packed(self.encode(lambda a, b: flat[a:b], flat.numel(), self.bits, flat, D),
+                           self.inner)
         return _Packed(self.kind.of(lambda a, b: flat[a:b], flat.numel(), self.room, self.group,
                                     flat, self.generator(flat.device)), self.inner)
 
@@ -214,11 +227,14 @@ class Steps:
     def step_begin(self, step: int) -> None:
         self.policy.begin(step)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.policy.step}
+    def state_dict(self) -> dict[str, Any]:
+        ranges = self.policy.ranges
+        return {"step": self.policy.step} | ({} if ranges is None else {"ranges": ranges.state()})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_begin(state["step"])
+        if self.policy.ranges is not None:
+            self.policy.ranges.load(state.get("ranges", {}))
 
 
 def hash_of(*numbers: int) -> int:
@@ -317,7 +333,7 @@ class _Norm(torch.autograd.Function):
 
         codes = policy.encode(part, x.numel(), policy.norm, x, unit=D)
         made.append(codes)
-        ctx.meta = codes.n, codes.bits, codes.group, codes.dtype
+        ctx.kind, ctx.meta = type(codes), (codes.n, codes.bits, codes.group, codes.dtype)
         ctx.save_for_backward(*codes.tensors, rstd, w)
         ctx.affine = (None if w is None else (w.shape, w.dtype),
                       None if b is None else (b.shape, b.dtype))
@@ -327,13 +343,13 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         codes, low, step, rstd, w = ctx.saved_tensors
-        held, D = Codes((codes, low, step), *ctx.meta), ctx.D
+        held, D = ctx.kind((codes, low, step), *ctx.meta), ctx.D
         need_x, need_w, need_b, _ = ctx.needs_input_grad
         grads, scale = g.reshape(-1, D), None if w is None else w.reshape(-1).to(rstd.dtype)
         dx = torch.empty(grads.shape, dtype=ctx.dtype, device=g.device) if need_x else None
         dw, db = (torch.zeros(D, dtype=rstd.dtype, device=g.device) if n else None
                   for n in (need_w, need_b))
-        for a, b in pieces(held.n, D * held.group):
+        for a, b in held.runs(D):
             at = slice(a // D, b // D)
             h, v = grads[at].to(rstd.dtype), held.part(a, b).view(-1, D)
             if db is not None:
@@ -358,7 +374,7 @@ def _affine(codes: Codes, w: Tensor | None, b: Tensor | None, dtype: torch.dtype
     """x^ w + b from the codes of x^."""
     D = shape[-1] if w is None else w.numel()
     out = torch.empty(codes.n // D, D, dtype=dtype, device=codes.tensors[0].device)
-    for i, j in pieces(codes.n, D * codes.group):
+    for i, j in codes.runs(D):
         v = codes.part(i, j).view(-1, D)
         if w is not None:
             v.mul_(w.detach().reshape(-1))

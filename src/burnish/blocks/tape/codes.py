@@ -104,9 +104,13 @@ class Codes:
     def values(self) -> Tensor:
         """All of them, flat, in the dtype of what was coded."""
         out = torch.empty(self.n, dtype=self.dtype, device=self.tensors[0].device)
-        for a, b in pieces(self.n, self.group):
+        for a, b in self.runs():
             out[a:b] = self.part(a, b)
         return out
+
+    def runs(self, unit: int = 1) -> Iterator[tuple[int, int]]:
+        """What of them is decoded at once: whole units, and what :meth:`part` may be asked for."""
+        return pieces(self.n, unit * self.group)
 
     @staticmethod
     def nbytes(n: int, bits: Any, group: int, dtype: torch.dtype) -> int:

@@ -12,8 +12,8 @@ which no block does anything finds it first.
 
 Block i + 1 comes while block i runs, and block i goes when both its runs are over, so that the
 device holds the weights of two blocks (:class:`~burnish.blocks.weight.hosted.Hosted`). What trains
-of them (:mod:`~burnish.blocks.weight.waiting`) is moved by update t - 1 when it comes in update t,
-or when it is read, and is written back when it goes.
+of them (:mod:`~burnish.blocks.weight.waiting`) is moved by update t - 1 when it is read next, there
+in update t or anywhere, and is written back when its block goes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ConfigError, RecipeError
 from ..weight.hosted import Away, hosted
-from ..weight.waiting import Wait, Waiting, waiting
+from ..weight.waiting import Waiting, waiting
 from .numerics import NUMERICS
 from .precise import Evaluation
 from .scratch import Scratch
@@ -165,8 +165,7 @@ class Blocks:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
             raise self._apart(i)
-        if not i:
-            self.start = x
+        self.start = x                               # (the same for every block)
         return x if form is None else form[0]([x] + [None] * (form[1] - 1))
 
     # -- at theta + eps z --------------------------------------------------------------------
@@ -194,9 +193,6 @@ class Blocks:
         if not self.inside:
             for p in (p for held in self.held[i:i + 2] for p in held):
                 p.bring()
-            for p in self.held[i]:
-                if isinstance(p, Wait):
-                    p.catch_up()
 
     def _again(self, i: int, scratch: Scratch, block: nn.Module, args: tuple, kwargs: dict,
                out: Any) -> None:
@@ -234,7 +230,7 @@ class Blocks:
         finally:
             for block in self.blocks:
                 del block.__dict__["forward"]
-            self.plus = self.minus = self.start = None
+            self.plus = self.minus = None
 
     def _skipped(self, i: int, *args: Any, **kwargs: Any) -> Any:
         if i == len(self.blocks) - 1:

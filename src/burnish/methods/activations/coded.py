@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...blocks.tape.coded import Coded as Policy
 from ...blocks.tape.coded import Steps
+from ...blocks.tape.running import Sites
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 
@@ -35,8 +36,14 @@ class Coded(Method):
       same way, and a gradient that is right in the mean though it holds them twice (attention that
       is written out; a fused one keeps none).
 
-    Each range costs 64 / group bits more. Weights are never coded; what has another role (fused
-    attention, losses) is kept as it is, and what is kept as it is anyway is not coded again.
+    Each range costs 64 / group bits more. With `running` none does (Mesa): a run of `group`
+    channels has one range for all tokens, ``lo <- d lo + (1 - d) min`` and hi so with max, once a
+    step, beginning at those of the first; values are cut to it, which is off in the mean. It
+    belongs to a block and the how-manieth tensor that this keeps, and goes into a run's
+    checkpoints. Probabilities have their row's range all the same.
+
+    Weights are never coded; what has another role (fused attention, losses) is kept as it is, and
+    what is kept as it is anyway is not coded again.
     A pre-norm block with LoRA on all linears keeps 5.5 hidden-size units in fp32 and 7 in bf16
     where the lean tape keeps 10. 0 bits leave a role as the tape keeps it.
 
@@ -48,7 +55,8 @@ class Coded(Method):
     Departures: the tables come from dynamic programming (the shipped ones of Few-Bit are not
     optimal); bits are allocated within each tensor, over its samples and tokens, and all layers
     have the same mean, so what is kept does not depend on the data (ActNN weighs samples and layers
-    by gradients of steps before too); the norm's input in place of Mesa's running clip range.
+    by gradients of steps before too); Mesa's ranges are of the normed state in a norm, of runs of
+    channels and not of heads, and rounded into at random.
     """
 
     paper: ClassVar[str] = ("Few-Bit Backward (2022), arXiv:2202.00441; ActNN (2021), "
@@ -65,6 +73,8 @@ class Coded(Method):
     mean_bits: float = setting(0.0, "bits of linear inputs in the mean, more of them for groups of "
                                     "a wide range; 0: `bits` each", other=(2.5,))
     group: Literal[64, 128, 256, 512, 1024] = setting(256, "values that share a range")
+    running: float = setting(0.0, "how slowly ranges move that steps share, one for `group` "
+                                  "channels of all tokens; 0: each group has its own", other=(0.9,))
 
     def __post_init__(self) -> None:
         if self.mean_bits and not 1 < self.mean_bits < 4:
@@ -77,12 +87,19 @@ class Coded(Method):
             raise RecipeError("coded(bits=0): the product behind a softmax keeps its probabilities "
                               "as they are, so that a code of them saves nothing; take bits=4, or "
                               "softmax_bits=0")
+        if not 0 <= self.running < 1:
+            raise RecipeError(f"coded(running={self.running}): a share of the range before that "
+                              "stays, so expected 0 or more and less than 1 (0.9)")
+        if self.running and self.mean_bits:
+            raise RecipeError(f"coded(mean_bits={self.mean_bits}, running={self.running}): bits go "
+                              "by a group's own range, and running ranges are shared; leave one "
+                              "out")
 
     def claims(self) -> tuple[str, ...]:
         return ("the form of kept tensors",)
 
     def activations(self, anatomy: Anatomy) -> CodedSwitch:
-        return CodedSwitch(self)
+        return CodedSwitch(self, ("", *(b.path for b in anatomy.blocks)))
 
     def controller(self, tuned: Tuned) -> Steps:
         return Steps(tuned)
@@ -91,8 +108,12 @@ class Coded(Method):
 @dataclass(frozen=True)
 class CodedSwitch:
     method: Coded
+    runs: tuple[str, ...]                            # the model, and its blocks
 
     def install(self, attacher: Any, part: Method) -> None:
         m = self.method
         attacher.state.tape.keep(Policy(m.bits, m.norm_bits, m.derivative_bits, m.group,
-                                        attacher.adapter.seed, m.softmax_bits, m.mean_bits))
+                                        attacher.adapter.seed, m.softmax_bits, m.mean_bits,
+                                        m.running))
+        for path in self.runs if m.running else ():
+            Sites(attacher.state, attacher.adapter.name, path).listen(attacher.slot(path), m.name)
