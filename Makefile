@@ -38,7 +38,7 @@ test-all: $(STAMP)  ## every method on every model, every pair in both orders; S
 
 NAME ?= --named
 
-mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg", NAME=--all with SHARD=3/8
+mutants: $(STAMP)  ## mutations of files that their tests let live; NAME="lora blocks/linalg", NAME=--all or --left with SHARD=3/8
 	$(BIN)/python scripts/mutants.py $(NAME)
 
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

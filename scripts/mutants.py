@@ -14,7 +14,9 @@ reason. The tests that killed most run first. Prints a line for each survivor, a
 line that reads alike on every machine, "mutants: 52 files, 3104 mutants, 3080 killed, 24
 equivalent, 0 live"; exit code
 1 when any lives. `--all` takes every method and the files they share, a night's work on one
-machine; SHARD=3/8 the third of eight parts of it.
+machine; SHARD=3/8 the third of eight parts of it. What became of a whole file is kept in
+mutants.json, and `--left` takes those files whose code has no record there, or one with a survivor;
+`--told` says how many that are.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from mutants_apply import Mutant, mutants  # noqa: E402
+from mutants_kept import Kept  # noqa: E402
 from mutants_run import Runner  # noqa: E402
 
 
@@ -123,13 +126,17 @@ def readers(block: str) -> list[str]:
                   if not p.stem.startswith("_") and reads(p))
 
 
-def catalogue(part: str = "") -> list[str]:
-    """Every method and what methods share, by name; of that one part, ``"3/8"``."""
+def files() -> dict[str, Path]:
+    """Every method and what methods share: name -> file."""
     top = ROOT / "src/burnish"
     found = sorted((p for p in (top / "methods").glob("*/**/*.py") if p.name != "__init__.py"),
                    key=lambda p: (p.stem, p))
-    names = [p.relative_to(top).with_suffix("").as_posix() if p.stem.startswith("_") else p.stem
-             for p in found]
+    return {p.relative_to(top).with_suffix("").as_posix() if p.stem.startswith("_") else p.stem: p
+            for p in found}
+
+
+def shared_out(names: list[str], part: str = "") -> list[str]:
+    """Of these names one part, ``"3/8"``."""
     if not part:
         return names
     first, _, last = part.partition("/")
@@ -214,16 +221,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="FILE", help="a method, or blocks/weight/term")
     parser.add_argument("--all", action="store_true", help="every method (SHARD=3/8: a part)")
+    parser.add_argument("--left", action="store_true", help="those of --all without a record of "
+                                                            "their code in mutants.json")
+    parser.add_argument("--told", action="store_true", help="how many of --all have one")
     parser.add_argument("--named", action="store_true", help="the mutants mutants.toml names")
     parser.add_argument("--lines", help="only mutants of these lines: 12,40-60")
     parser.add_argument("--seconds", type=int, help="limit of one mutant's run (default: from the "
                                                     "run without mutation)")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     given = parser.parse_args()
-    if given.all:
-        given.names += catalogue(os.environ.get("SHARD", ""))
+    kept, part = Kept(ROOT / "scripts/mutants.json"), os.environ.get("SHARD", "")
+    if given.told:
+        print(kept.told(files()))
+        return 0
+    if given.all or given.left:
+        given.names += shared_out(kept.left(files()) if given.left else list(files()), part)
+        if given.left and not given.names:
+            print(kept.told(files()))
+            return 0
     if not given.names and not given.named:
-        parser.error("name a method or a file below src/burnish, or give --all or --named")
+        parser.error("name a method or a file below src/burnish, or give --all, --left or --named")
     lines, work = chosen(given.lines), []
     for of in map(subject, given.names):
         every = list(mutants(of.file.read_text("utf-8")))
@@ -236,8 +253,13 @@ def main() -> int:
             for m in every:
                 print(f"{of.place}:{m.line}: {m.name}")
         return 0
-    tallies = [judge(of, every, given.seconds, trusted=k >= len(given.names) and bool(k))
-               for k, (of, every) in enumerate(work)]           # the suite runs tests of the named
+    tallies = []
+    for k, (of, every) in enumerate(work):
+        named_one = k >= len(given.names)                       # the suite runs tests of these
+        tallies.append(judge(of, every, given.seconds, trusted=named_one and bool(k)))
+        if lines is None and not named_one:
+            t = tallies[-1]
+            kept.keep(of.name, of.file, t.killed, t.equivalent, [m.name for m in t.live])
     for of, tally in zip([of for of, _ in work], tallies, strict=True):
         for m in tally.live:
             print(f"{of.place}:{m.line}: {m.name}")

@@ -54,6 +54,38 @@ def test_what_is_no_file_is_said():
     assert done.returncode == 1 and "neither a method's name nor a path" in done.stderr
 
 
+def test_what_became_of_a_file_is_kept_until_its_code_changes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from mutants_kept import Kept
+
+    made = {n: tmp_path / f"{n}.py" for n in ("one", "two", "three")}
+    for name, path in made.items():
+        path.write_text(f'"""Of {name}."""\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x\n')
+    kept = Kept(tmp_path / "mutants.json")
+    assert kept.left(made) == ["one", "two", "three"]
+    kept.keep("one", made["one"], 3, 1, [])
+    Kept(kept.file).keep("two", made["two"], 2, 0, ["f: 2 -> 3"])           # another process
+    kept.keep("three", made["three"], 4, 0, [])
+    again = Kept(kept.file)
+    assert again.left(made) == ["two"]                                      # it has a survivor
+    assert again.told(made) == "kept: 2 of 3 files without a survivor, 8 mutants; 1 live in others"
+    text = made["one"].read_text()
+    made["one"].write_text(text.replace("Doubles", "Twice x") + "# a remark\n")
+    assert again.left(made) == ["two"]
+    made["three"].write_text(text.replace("2 *", "3 *"))
+    assert again.left(made) == ["three", "two"]
+
+
+def test_every_record_is_of_a_file_that_is_there():
+    import json
+
+    said = json.loads((ROOT / "scripts/mutants.json").read_text("utf-8"))
+    files = {p.stem for p in (ROOT / "src/burnish/methods").rglob("*.py")}
+    gone = [n for n in said if n not in files and not (ROOT / f"src/burnish/{n}.py").is_file()]
+    assert not gone
+    assert "files without a survivor" in run("--told").stdout
+
+
 TOY = """
 from pathlib import Path
 from mutants_run import Runner
@@ -95,16 +127,16 @@ def test_all_is_the_whole_catalogue_and_each_of_it_is_tested(monkeypatch):
 
     import burnish
 
-    every = mutants.catalogue()
+    every = list(mutants.files())
     own = {m.name for m in burnish.methods() if m.cls.__module__.startswith("burnish.methods.")}
     assert own <= set(every) and len(every) == len(set(every))       # others' are not in the tree
-    parts = [mutants.catalogue(f"{k}/3") for k in (1, 2, 3)]
+    parts = [mutants.shared_out(every, f"{k}/3") for k in (1, 2, 3)]
     assert sorted(n for part in parts for n in part) == sorted(every) and all(parts)
     for name in every:
         found = mutants.subject(name)
         assert found.tests or (found.cells and "/" not in name), name
     with pytest.raises(SystemExit, match="expected part/parts"):
-        mutants.catalogue("4/3")
+        mutants.shared_out(every, "4/3")
 
 
 def test_the_last_line_sums_up(monkeypatch):
