@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import burnish
 from burnish.blocks.update.by_task import balanced, counts, nll
+from burnish.blocks.update.converging import Coba, Famo, Following
 from burnish.core.errors import CheckError
 from burnish.testing import stir, tiny
 
@@ -188,7 +191,12 @@ def test_a_batch_of_one_task_has_the_plain_loss():
     ("mftcoder(focus=1.0)", "focus does nothing"),
     ("mftcoder(task_weights=(1.0,))", "a weight of at least 0 for each"),
     ("mftcoder(task_weights=(0.0, 0.0))", "a weight of at least 0 for each"),
-    ("mftcoder(case='case1', task_weights=(1.0, 2.0))", "task_weights do nothing")])
+    ("mftcoder(case='case1', task_weights=(1.0, 2.0))", "task_weights do nothing"),
+    ("mftcoder(case='coba', task_weights=(1.0, 2.0))", "task_weights do nothing"),
+    ("mftcoder(alarm=1.0)", "alarm does nothing beside case='case3'; expected case='coba'"),
+    ("mftcoder(case='coba', weight_rate=1.0)", "expected case='famo'"),
+    ("mftcoder(case='coba', remembered=1)", "2 or more losses"),
+    ("mftcoder(case='famo', weight_rate=-1.0)", "weight_rate and evening of at least 0")])
 def test_settings_that_cannot_act_are_refused(text, why):
     with pytest.raises(burnish.BurnishError, match=why):
         burnish.parse(text)
@@ -209,6 +217,147 @@ def test_what_it_reads_is_asked_for():
         net(**batch)
 
 
+# -- weights that follow how losses fall -----------------------------------------------------------
+def softmax(xs):
+    top = max(xs)
+    e = [math.exp(x - top) for x in xs]
+    return [x / sum(e) for x in e]
+
+
+def line(ys):
+    """Slope of the least-squares line through (0, y0), (1, y1), ..."""
+    n, mx, my = len(ys), (len(ys) - 1) / 2, sum(ys) / len(ys)
+    return sum((i - mx) * (y - my) for i, y in enumerate(ys)) \
+        / sum((i - mx) ** 2 for i in range(n))
+
+
+def coba_written_out(losses, warmup, window, tau):
+    """Weights behind each row of losses, from the equations."""
+    N, out, slopes, worst = len(losses[0]), [], [], []
+    for t in range(len(losses)):
+        r = [[row[i] / losses[0][i] for row in losses[: t + 1]][-window:] for i in range(N)]
+        if t + 1 < max(warmup, 2):
+            out.append([1 / N] * N)
+            continue
+        a = [line(x) for x in r]
+        slopes.append(a)
+        worst.append(line([max(c) for c in zip(*r, strict=True)]))
+        rcs = softmax([N * x / sum(map(abs, a)) for x in a])
+        past = [[s[i] for s in slopes][-window:] for i in range(N)]
+        acs = softmax([-len(p) * p[-1] / sum(map(abs, p)) for p in past])
+        shares = softmax([-tau * len(worst) * x / sum(map(abs, worst)) for x in worst])
+        df = min(1.0, len(worst) * shares[-1])
+        out.append([df * x + (1 - df) * y for x, y in zip(rcs, acs, strict=True)])
+    return out
+
+
+def famo_written_out(losses, rate, pull):
+    x, out = [0.0] * len(losses[0]), []
+    for t, now in enumerate(losses):
+        if t:
+            z = softmax(x)
+            fell = [math.log(a) - math.log(b) for a, b in zip(losses[t - 1], now, strict=True)]
+            jacobian = [[z[i] * ((i == j) - z[j]) for j in range(len(z))] for i in range(len(z))]
+            delta = [sum(jacobian[j][i] * fell[j] for j in range(len(z))) for i in range(len(z))]
+            x = [a - rate * (d + pull * a) for a, d in zip(x, delta, strict=True)]
+        w = [z / y for z, y in zip(softmax(x), now, strict=True)]
+        out.append([a / sum(w) for a in w])
+    return out
+
+
+def falling(rates, steps=12, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [[2 * math.exp(r * t) * (1 + 0.05 * float(torch.rand(1, generator=g)))
+             for r in rates] for t in range(steps)]
+
+
+@pytest.mark.parametrize("rates", [(-0.2, -0.05, -0.1), (-0.2, 0.1, -0.1)])
+@pytest.mark.parametrize("window", [3, 200])
+def test_weights_are_their_equations_at_every_step(rates, window):
+    losses = falling(rates)
+    rule = Coba(3, 4, window, 5.0)
+    for now, want in zip(losses, coba_written_out(losses, 4, window, 5.0), strict=True):
+        got = rule.told(now)
+        assert got == pytest.approx(want, rel=1e-9) and sum(got) == pytest.approx(1)
+        again = Coba(3, 4, window, 5.0)
+        again.load_state_dict(rule.state_dict())         # a run that resumes goes on alike
+        rule = again
+    rule = Famo(3, 0.5, 0.01)
+    for now, want in zip(losses, famo_written_out(losses, 0.5, 0.01), strict=True):
+        assert rule.told(now) == pytest.approx(want, rel=1e-9)
+        again = Famo(3, 0.5, 0.01)
+        again.load_state_dict(rule.state_dict())
+        rule = again
+
+
+def test_who_falls_slower_weighs_more_and_who_turns_up_less():
+    even = falling((-0.2, -0.02, -0.1))
+    coba, famo = Coba(3, 3, 200, 5.0), Famo(3, 0.5, 0.001)
+    for now in even:
+        w, f = coba.told(now), famo.told(now)
+    assert w[1] > w[2] > w[0]
+    z = [a * b for a, b in zip(f, now, strict=True)]     # famo's z: w_i l_i, but for their sum
+    assert z[1] > z[2] > z[0]
+    turned = [[a, 2 - 0.15 * t if t < 8 else 0.8 + 0.5 * (t - 8), c]
+              for t, (a, _, c) in enumerate(falling((-0.2, 0, -0.1), 14))]
+    rule = Coba(3, 3, 6, 5.0)
+    for now in turned:
+        w = rule.told(now)
+    assert w[1] < min(w[0], w[2])
+
+
+@pytest.mark.parametrize("case", ["famo", "coba"])
+def test_an_update_is_weighed_by_the_losses_told_before_it(case):
+    """Equal until every task was there; then by the rule, of each update's own losses."""
+    recipe = f"lora(rank=2) + mftcoder(tasks=3, case={case!r}" + (
+        ", warmup=2, remembered=4)" if case == "coba" else ", weight_rate=0.5)")
+    tuned, net, batch, shifted = llama(recipe)
+    opt, losses, told = tuned.optimizer(lr=3e-2), [], None
+    rule = Coba(3, 2, 4, 5.0) if case == "coba" else Famo(3, 0.5, 0.001)
+    for step in range(5):
+        task = batch["task"] = torch.tensor([0, 2, 0, 2, 2] if not step else [0, 2, 1, 2, 2])
+        params = list(tuned.parameters())
+        z = net(**batch).logits
+        want = torch.autograd.grad(written_out(z, shifted, task, "case3", told), params)
+        tuned.loss(batch).backward()
+        for p, g in zip(params, want, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-7)
+        if step:
+            losses.append([written_out(z[task == i], shifted[task == i], task[task == i],
+                                       "case3").item() for i in range(3)])
+            told = rule.told(losses[-1])
+        opt.step()
+        opt.zero_grad()
+        said = next(h for _, h in tuned.timeline.handlers if isinstance(h, Following))
+        assert said.weights == (None if told is None else pytest.approx(told, rel=1e-5))
+    assert max(told) - min(told) > 1e-3
+    assert said.told()["weights"] == said.weights
+
+
+def test_validation_batches_take_the_place_of_those_that_train():
+    tuned, net, batch, shifted = llama("lora(rank=2) + mftcoder(tasks=3, case='famo')")
+    tuned.optimizer(lr=1e-2)
+    method = tuned.recipe.named("mftcoder")
+    held = {**batch, "task": torch.tensor([0, 1, 2, 1, 2])}
+    method.validate(tuned, held)
+    assert net.training
+    z = net.eval()(**held).logits
+    each = [written_out(z[held["task"] == i], shifted[held["task"] == i],
+                        held["task"][held["task"] == i], "case3").item() for i in range(3)]
+    net.train()
+    said = next(h for _, h in tuned.timeline.handlers if isinstance(h, Following))
+    assert said.last == pytest.approx(each, rel=1e-6)
+    before = list(said.last)
+    tuned.step(batch)
+    assert said.last == before
+    with pytest.raises(burnish.ConfigError, match="expected case='famo' or case='coba'"):
+        other = llama("lora(rank=2) + mftcoder(tasks=3)")[0]
+        other.optimizer()
+        other.recipe.named("mftcoder").validate(other, held)
+
+
 def test_the_defaults():
     m = burnish.parse("mftcoder")[0]
     assert (m.case, m.tasks, m.task_weights, m.focus) == ("case3", 2, None, 2.0)
+    assert (m.warmup, m.remembered, m.alarm) == (100, 200, 5.0)
+    assert (m.weight_rate, m.evening) == (0.025, 0.001)

@@ -61,6 +61,13 @@ def counts(labels: Tensor, task: Tensor, tasks: int) -> Counts:
                   zero.index_add(0, task, each.gt(0).double()))
 
 
+def of_each(each: Tensor, labels: Tensor, task: Tensor, tasks: int) -> Tensor:
+    """(tasks,) sums of the losses of a batch's targets."""
+    each, labels = (t.flatten(1) if t.dim() > 1 else t.unsqueeze(1) for t in (each, labels))
+    rows = (each * labels.ne(-100)).sum(1).double()
+    return rows.new_zeros(tasks).index_add(0, task, rows)
+
+
 def balanced(each: Tensor, labels: Tensor, task: Tensor, how: str, of: Counts,
              weights: Tensor | None = None, focus: float = 2.0) -> Tensor:
     """The loss of a batch, or its part of the loss of an update with `of` targets and samples: the
