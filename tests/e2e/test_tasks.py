@@ -126,6 +126,7 @@ CASES = {
         {"question": "what colour is it", "context": "the car answer : blue ."}), "blue"),
     "masked-language-modelling": ("bert", told, "token_accuracy", 0.5, "ada [MASK] to york .",
                                   "ada went to york"),
+    "masked-instruction-tuning": ("bert", answered, "accuracy", 0.9, "who went to rome :", "alan"),
     "sequence-to-sequence": ("t5", answered, "token_accuracy", 0.9, "who went to rome :", "alan"),
 }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
 from burnish.fit.tasks import task_for
-from burnish.fit.tasks.embeddings import pooled, ranking
+from burnish.fit.tasks.embeddings import pooled, ranking, triplet, twins
 
 
 def lines(path, rows):
@@ -80,6 +80,34 @@ def test_ranking_is_its_equation(k):
         assert got[i].item() == pytest.approx(-5.0 * float(e[i, 0] @ e[i, 1]) + math.log(z))
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_triplets_are_their_equation(k):
+    g = torch.Generator().manual_seed(0)
+    e = F.normalize(torch.randn(5, k, 6, generator=g, dtype=torch.float64), dim=-1)
+    same = torch.eye(5, dtype=torch.bool)
+    same[0, 2] = same[2, 0] = True                       # one text: no stranger to the other
+    got = triplet(e, 0.7, same)
+    for i in range(5):
+        near = (e[i, 0] - e[i, 1]).square().sum()
+        strangers = [e[i, 2]] if k == 3 else [e[j, 1] for j in range(5) if not same[i, j]]
+        far = min(float((e[i, 0] - n).square().sum()) for n in strangers)
+        assert got[i].item() == pytest.approx(max(float(near) - far + 0.7, 0.0), abs=1e-12)
+    assert (got > 0).any()
+    if k == 2:
+        assert triplet(e[:1], 0.7, same[:1, :1]).tolist() == [0.0], "no stranger: nothing to lose"
+
+
+def test_twins_are_the_correlation_of_both_columns():
+    g = torch.Generator().manual_seed(0)
+    e = F.normalize(torch.randn(6, 2, 4, generator=g, dtype=torch.float64), dim=-1)
+    z = (e - e.mean(0)) / (e.var(0, correction=0) + 1e-5).sqrt()
+    C = torch.einsum("bi,bj->ij", z[:, 0], z[:, 1]) / 6
+    want = sum((1 - C[i, j]) ** 2 if i == j else 0.0051 * C[i, j] ** 2
+               for i in range(4) for j in range(4)) / 4
+    torch.testing.assert_close(twins(e), want.expand(6))
+    assert twins(e[:1]).tolist() == [0.0]
+
+
 def test_poolings():
     states = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -115,7 +143,7 @@ def base(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pairs", "triplets", "scores"])
+@pytest.mark.parametrize("kind", ["pairs", "triplets", "scores", "triplet", "barlow"])
 def test_a_run_learns_what_is_near(base, tmp_path, kind, capsys):
     import burnish
     from burnish.cli import main
@@ -128,8 +156,9 @@ def test_a_run_learns_what_is_near(base, tmp_path, kind, capsys):
         rows = [{"sentence1": w, "sentence2": v.upper(), "score": float(w[0] == v[0]) * 0.9 + 0.05}
                 for w in words[::2] for v in words[::5]]
     path = lines(tmp_path / "rows.jsonl", rows)
+    how = {"loss_type": kind} if kind in ("triplet", "barlow") else {}
     run = burnish.fit(base, str(path), "full", output=tmp_path / "out", lr=5e-3, epochs=12,
-                      batch_size=16, quiet=True, validation=0.25)
+                      batch_size=16, quiet=True, validation=0.25, **how)
     found = run.metrics["validation"]
     assert found["r2" if kind == "scores" else "mrr"] > 0.6, found
     assert run.promise.peak_bytes == run.truth.peak_bytes
@@ -159,6 +188,18 @@ def test_settings_of_embeddings(tmp_path, tokenizer):
     data = read(lines(tmp_path / "x.jsonl", PAIRS), validation=0)
     for how, words in (({"pooling": "max"}, "pooling='max' is not one of mean, cls, last"),
                        ({"scale": -1.0}, "scale=-1.0: expected a number above 0"),
+                       ({"loss_type": "tripplet"}, "not one of ranking, triplet, barlow.*triplet"),
+                       ({"gamma": 0.3}, "gamma=0.3 does nothing: it is of loss_type='triplet'"),
+                       ({"gamma": 0.0, "loss_type": "triplet"}, "gamma=0.0: expected a number abo"),
+                       ({"scale": 3.0, "loss_type": "barlow"}, "it is of loss_type='ranking'"),
                        ({"beta": 0.1}, "beta=0.1 is a setting of preference-tuning")):
         with pytest.raises(ConfigError, match=words):
             task_for(data, "", processor=tokenizer, **how)
+    scored = [{"sentence1": "a", "sentence2": "b", "score": s} for s in (0.1, 0.5, 0.9, 0.2)]
+    with pytest.raises(ConfigError, match="loss_type='triplet' does nothing: rows with a score"):
+        task_for(read(lines(tmp_path / "s.jsonl", scored), validation=0), "", processor=tokenizer,
+                 loss_type="triplet")
+    three = [{**r, "negative": "z"} for r in PAIRS]
+    with pytest.raises(ConfigError, match="barlow.* a third text, negative"):
+        task_for(read(lines(tmp_path / "n.jsonl", three), validation=0), "", processor=tokenizer,
+                 loss_type="barlow")

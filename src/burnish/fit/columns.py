@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from . import series
-from .kinds import captioned, form_of_label, generated, heard, in_time, pictured, spoken
+from .kinds import SINGLE, captioned, form_of_label, generated, heard, in_time, pictured, spoken
 from .labels import quantities
 from .readings import (
     ambiguous,
@@ -118,7 +118,7 @@ def assign(table: Table, flags: Roles) -> Roles:
         raise DataError(f"{flag}={given!r} is no column of the data; it has "
                         f"{', '.join(names)}{nearest(given, names)}")
     found = flags.task or _task(table, flags)
-    if found in ("instruction-tuning", "sequence-to-sequence"):
+    if found in ("instruction-tuning", *SINGLE):
         form = "completion" if flags.prompt else _form(names, found)
         return replace(flags, task=found, form=form)
     if found == "question-answering":

@@ -29,7 +29,7 @@ from ..core.reading import beside, reading
 from . import layouts, masks, series
 from .beside import apart, missing, told_apart, without
 from .columns import Roles, assign
-from .kinds import TASKS, form_of_label, generated, in_time
+from .kinds import SINGLE, TASKS, form_of_label, generated, in_time
 from .labels import differ
 from .layouts import SPLITS
 from .media import opened
@@ -58,8 +58,8 @@ class Data:
     ``text``.  instruction-tuning: ``messages``, or ``prompt`` and ``completion``.
     embedding: ``text`` and ``pair``, with ``negative`` or ``label``, a number.
     unpaired-preference-tuning: ``messages``, or ``prompt`` and ``completion``, with ``good``.
-    sequence-to-sequence: ``prompt`` and ``completion``.  preference-tuning: ``chosen`` and
-    ``rejected`` turns, or texts beside a ``prompt``.
+    sequence-to-sequence, masked-instruction-tuning: ``prompt`` and ``completion``.
+    preference-tuning: ``chosen`` and ``rejected`` turns, or texts beside a ``prompt``.
     """
 
     task: str
@@ -108,7 +108,7 @@ class Data:
         """The same rows, learnt in another way. Raises DataError with the row that cannot be."""
         splits = {n: as_rows_of(task, rows, self.where.get(n)) for n, rows in self.splits.items()}
         return replace(self, task=task, splits=splits,
-                       form="completion" if task == "sequence-to-sequence" else self.form)
+                       form="completion" if task in SINGLE else self.form)
 
     def row(self, split: str, i: int) -> dict[str, Any]:
         """As it is read. Raises DataError for a picture that is broken inside."""
@@ -235,7 +235,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
         differ(splits["train"]["label"][:], roles.label or "", source)
     known = tuple(k for k in keys if all(k in found for _, found in beside.values()))
     form = None
-    if roles.task in ("instruction-tuning", "sequence-to-sequence", "preference-tuning",
+    if roles.task in ("instruction-tuning", *SINGLE, "preference-tuning",
                       "unpaired-preference-tuning"):
         form = "completion" if "prompt" in splits["train"].column_names else "messages"
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,

@@ -45,6 +45,7 @@ KINDS = {
     "question-answering": Kind("AutoModelForQuestionAnswering", "question-answering"),
     "language-modelling": Kind(_CAUSAL, "text-generation"),
     "masked-language-modelling": Kind("AutoModelForMaskedLM", "fill-mask"),
+    "masked-instruction-tuning": Kind("AutoModelForMaskedLM", "fill-mask"),
     "instruction-tuning": Kind(_CAUSAL, "text-generation"),
     "embedding": Kind("AutoModel", "sentence-similarity"),
     "preference-tuning": Kind(_CAUSAL, "text-generation"),
@@ -55,12 +56,15 @@ KINDS = {
 TASKS = tuple(KINDS)
 
 #: what rows are learnt as by a model that is not made for their first reading: an encoder fills
-#: gaps in texts, an encoder-decoder answers prompts and writes down what it
-#: hears and sees
-INSTEAD = {"language-modelling": "masked-language-modelling",
-           "instruction-tuning": "sequence-to-sequence",
-           "speech-recognition": "speech-to-text",
-           "image-text-contrastive": "image-captioning"}
+#: gaps in texts and answers behind its mask, an encoder-decoder answers prompts and writes down
+#: what it hears and sees; the first that the model serves
+INSTEAD = {"language-modelling": ("masked-language-modelling",),
+           "instruction-tuning": ("sequence-to-sequence", "masked-instruction-tuning"),
+           "speech-recognition": ("speech-to-text",),
+           "image-text-contrastive": ("image-captioning",)}
+
+#: one answer to one prompt
+SINGLE = ("sequence-to-sequence", "masked-instruction-tuning")
 
 
 #: pairs of towers for pictures and texts, and those of them whose pairs are told one by one

@@ -120,17 +120,16 @@ _BOTH_WAYS = "AutoModelForMaskedLM"
 def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) -> Data:
     """`data` as the model can learn it: an encoder fills gaps in texts that a decoder would go on
     with, an encoder-decoder answers prompts. Where somebody has said the task it stays."""
-    instead = INSTEAD.get(data.task)
-    if data.reading.get("task") is not None or instead is None:
+    if data.reading.get("task") is not None or data.task not in INSTEAD:
         return data
     if is_pipeline(model):
         return data
     config = config_of(model, data.task, trust_remote_code)
     named = isinstance(model, str)
-    if config is None or _unserved(data.task, config, named) is None or \
-            _unserved(instead, config, named) is not None:
+    if config is None or _unserved(data.task, config, named) is None:
         return data
-    return data.as_task(instead)
+    instead = next((t for t in INSTEAD[data.task] if _unserved(t, config, named) is None), None)
+    return data if instead is None else data.as_task(instead)
 
 
 def config_of(model: str | nn.Module, task: str, trust_remote_code: bool) -> Any:
@@ -222,6 +221,8 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"an encoder-decoder, and {task} is served for models with a CTC head"
     if task in ("sequence-to-sequence", "speech-to-text") and not both:
         return f"no encoder-decoder, and {task} is for those"
+    if task == "masked-instruction-tuning" and both:
+        return f"an encoder-decoder, and {task} is for encoders"
     if by_name and type(config) not in auto_of(task)._model_mapping:
         return f"for which transformers has no model for {task}"
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from .columns import ROLES, Roles
+from .kinds import SINGLE
 from .table import Table
 
 
@@ -34,8 +35,8 @@ def canonical(table: Table, roles: Roles) -> list[dict[str, Any]]:
         else:
             rows.append({"prompt": words(row, asked, at),
                          "completion": words(row, answer, at)})
-    if roles.task == "sequence-to-sequence":
-        rows = [_single(row, table.where(i)) for i, row in enumerate(rows)]
+    if roles.task in SINGLE:
+        rows = [_single(row, table.where(i), str(roles.task)) for i, row in enumerate(rows)]
     if len({tuple(r) for r in rows}) > 1:
         raise DataError(f"{table.where(0)}: prompts are texts in some rows and messages in others; "
                         "write them one way")
@@ -43,25 +44,25 @@ def canonical(table: Table, roles: Roles) -> list[dict[str, Any]]:
 
 
 def as_rows_of(task: str, rows: Any, where: Callable[[int], str] | None) -> Any:
-    """Canonical rows of conversations as prompts and answers, for an encoder-decoder; rows of
-    other tasks as they are."""
+    """Canonical rows of conversations as prompts and answers, for a model that learns one at a
+    time; rows of other tasks as they are."""
     import datasets
 
-    if task != "sequence-to-sequence" or "prompt" in rows.column_names:
+    if task not in SINGLE or "prompt" in rows.column_names:
         return rows
     beside = [n for n in rows.column_names if n != "messages"]
     return datasets.Dataset.from_list([
-        {**_single({"messages": row["messages"]}, where(i) if where else f"row {i}"),
+        {**_single({"messages": row["messages"]}, where(i) if where else f"row {i}", task),
          **{n: row[n] for n in beside}} for i, row in enumerate(rows)])
 
 
-def _single(row: dict[str, Any], at: str) -> dict[str, str]:
-    """One prompt and its answer, which is all an encoder-decoder is trained on at a time."""
+def _single(row: dict[str, Any], at: str, task: str) -> dict[str, str]:
+    """One prompt and its answer, which is all such a model is trained on at a time."""
     if "messages" not in row:
         return row
     said = row["messages"]
     if [turn["role"] for turn in said] != ["user", "assistant"]:
-        raise DataError(f"{at}: sequence-to-sequence learns one answer to one prompt, and these "
+        raise DataError(f"{at}: {task} learns one answer to one prompt, and these "
                         f"turns are {', '.join(turn['role'] for turn in said)}")
     return {"prompt": said[0]["content"], "completion": said[1]["content"]}
 

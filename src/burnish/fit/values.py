@@ -9,7 +9,7 @@ from ..core.errors import DataError
 from ..core.reading import plain
 from . import boxes, labels, series, turns
 from .columns import Roles
-from .kinds import form_of_label, generated, in_time
+from .kinds import SINGLE, form_of_label, generated, in_time
 from .labels import Classes
 from .table import Table
 
@@ -22,7 +22,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     """The canonical rows of `table`, and the classes (found here unless given)."""
     import datasets
 
-    if roles.task in ("instruction-tuning", "sequence-to-sequence"):
+    if roles.task in ("instruction-tuning", *SINGLE):
         return datasets.Dataset.from_list(turns.canonical(table, roles)), None
     if roles.task == "unpaired-preference-tuning":
         return datasets.Dataset.from_list(turns.marks(table, roles)), None

@@ -31,6 +31,7 @@ from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
 from .marks import UnpairedPreferenceTuning
 from .masked import MaskedLanguageModelling
+from .masked_answers import MaskedInstructionTuning
 from .pixels import SemanticSegmentation
 from .preferences import PreferenceTuning
 from .sequences import SequenceToSequence
@@ -62,6 +63,7 @@ TASKS: dict[str, type[Task]] = {
     "question-answering": QuestionAnswering,
     "language-modelling": LanguageModelling,
     "masked-language-modelling": MaskedLanguageModelling,
+    "masked-instruction-tuning": MaskedInstructionTuning,
     "instruction-tuning": InstructionTuning,
     "embedding": Embedding,
     "preference-tuning": PreferenceTuning,

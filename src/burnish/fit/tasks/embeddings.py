@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ...blocks.state.twins import barlow
 from ...core.errors import ConfigError, nearest
 from ..places import config_of
 from ..rows import Neighbours, Rows
@@ -18,6 +19,9 @@ from .base import Batch, flat
 from .textual import Textual
 
 POOLINGS = ("mean", "cls", "last")
+LOSSES = ("ranking", "triplet", "barlow")
+#: of barlow: lambda, and what is added to each variance
+REDUNDANCY, EPS = 0.0051, 1e-5
 #: anchors compared with all others at once
 AT_ONCE = 1024
 
@@ -48,19 +52,44 @@ def ranking(e: Tensor, scale: float, same: Tensor) -> Tensor:
     return F.cross_entropy(scores, own, reduction="none")
 
 
+def triplet(e: Tensor, margin: float, same: Tensor) -> Tensor:
+    """(B,) losses ``max(|a - p|^2 - |a - n|^2 + margin, 0)`` of directions of length one (FaceNet:
+    Schroff et al., 2015). n is e_:,2 where it is there, else the stranger among the batch's
+    neighbours that is nearest to the anchor (Hermans et al., 2017); an anchor without one has
+    nothing to lose."""
+    near = 2 - 2 * (e[:, 0] * e[:, 1]).sum(-1)
+    if e.shape[1] > 2:
+        far = 2 - 2 * (e[:, 0] * e[:, 2]).sum(-1)
+    else:
+        own = torch.eye(len(e), dtype=torch.bool, device=e.device)
+        apart = 2 - 2 * e[:, 0] @ e[:, 1].t()
+        far = apart.masked_fill(same | own, float("inf")).amin(1)
+    return (near - far + margin).clamp_min(0)
+
+
+def twins(e: Tensor) -> Tensor:
+    """(B,) times the loss of the batch, anchor and neighbour being two views of one thing:
+    :func:`burnish.blocks.state.twins.barlow` over the width of an embedding. A row by itself, of
+    which there is no correlation, has none."""
+    if len(e) < 2:
+        return 0 * e.sum((1, 2))
+    return (barlow(e[:, 0], e[:, 1], REDUNDANCY, EPS) / e.shape[-1]).expand(len(e))
+
+
 class Embedding(Textual):
     """``input_ids``, ``attention_mask`` (B, K, T) of K texts a row, ``counted`` (B, K T) the mask,
     ``labels`` (B,) how near two are (1 where nobody says).
 
-    Two texts, or three: the neighbours of a batch are ranked for each anchor (:func:`ranking`).
-    With a score: the square of ``cos - score``.
+    Two texts, or three: the neighbours of a batch are ranked for each anchor (:func:`ranking`);
+    `loss_type` "triplet" or "barlow": :func:`triplet`, :func:`twins`. With a score: the square of
+    ``cos - score``.
     """
 
     smooths = False
     own_loss = True
     takes = ("text", "pair")
     truth = ("labels", "counted", "texts")
-    settings = ("pooling", "scale")
+    settings = ("pooling", "scale", "loss_type", "gamma")
     alone = False
 
     def prepare(self) -> None:
@@ -68,9 +97,22 @@ class Embedding(Textual):
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}"
                               f"{nearest(str(self.pooling), POOLINGS)}")
-        scale = self.how.get("scale", 20.0)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-            raise ConfigError(f"scale={scale!r}: expected a number above 0")
+        if self.kind not in LOSSES:
+            raise ConfigError(f"loss_type={self.kind!r} is not one of {', '.join(LOSSES)}"
+                              f"{nearest(str(self.kind), LOSSES)}")
+        for name, of in (("scale", "ranking"), ("gamma", "triplet"), ("loss_type", self.kind)):
+            if name in self.how and (of != self.kind or self.scored):
+                raise ConfigError(f"{name}={self.how[name]!r} does nothing: " + (
+                    "rows with a score learn the square of its distance from a cosine"
+                    if self.scored else f"it is of loss_type={of!r}, and this is {self.kind!r}"))
+        for name in ("scale", "gamma"):
+            value = self.how.get(name, 1.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{name}={value!r}: expected a number above 0")
+        if self.kind == "barlow" and any(
+                "negative" in rows.column_names for rows in self.data.splits.values()):
+            raise ConfigError("loss_type='barlow' looks at two views of one thing, and these rows "
+                              "have a third text, negative, that it would not read")
         for split in self.data.splits:
             self.told_apart(split)
 
@@ -78,6 +120,10 @@ class Embedding(Textual):
         """Raises DataError where rows without scores or strangers have one neighbour for all."""
         if not {"label", "negative"} & set(self.data.splits[split].column_names):
             self.data.several("pair", split)
+
+    @property
+    def kind(self) -> str:
+        return self.how.get("loss_type", "ranking")
 
     @property
     def pooling(self) -> str:
@@ -134,6 +180,10 @@ class Embedding(Textual):
             return e, ((e[:, 0] * e[:, 1]).sum(-1) - labels).square()
         near = texts.view(n, -1, T)[:, 1]
         same = (near.unsqueeze(0) == near.unsqueeze(1)).all(-1)
+        if self.kind == "triplet":
+            return e, triplet(e, float(self.how.get("gamma", 0.2)), same)
+        if self.kind == "barlow":
+            return e, twins(e)
         return e, ranking(e, float(self.how.get("scale", 20.0)), same)
 
     def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
@@ -142,7 +192,8 @@ class Embedding(Textual):
     def kept(self, outputs: Any, truth: Any) -> tuple[Tensor, Tensor]:
         truth = tuple(truth[k] for k in self.truth) if isinstance(truth, Mapping) else truth
         e, losses = self.compared(self.logits(outputs), *truth)
-        return e, torch.stack([losses, torch.ones_like(losses)], -1)
+        counts = torch.full_like(losses, float(self.kind != "barlow" or len(losses) > 1))
+        return e, torch.stack([losses, counts], -1)
 
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
         """With scores, what regression tells of cosines and them; else, among all neighbours of the
