@@ -305,6 +305,14 @@ def test_on_a_cpu_the_promise_is_what_is_measured():
     assert promise.peak_bytes == measure(tuned, batch).peak_bytes
 
 
+def test_a_compiled_model_says_that_it_runs_uncompiled():
+    _, _, tuned, batch = run("full + zo2", "llama", steps=2)
+    with pytest.warns(UserWarning, match="uncompiled, since weights that train wait on the host"), \
+            torch.no_grad():
+        made = torch.compile(tuned.model.eval(), backend="eager")(**batch).loss
+    assert torch.equal(made, tuned.model(**batch).loss)
+
+
 def test_moving_and_casting_the_model_leaves_the_weights_on_the_host():
     net, batch = tiny("llama")
     tuned = burnish.tune(net, f"{BESIDE} + zo2")

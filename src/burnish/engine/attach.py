@@ -369,6 +369,7 @@ class Attacher(Informed):
                 parameter = self.model.get_parameter(name)
                 self.undo.later(functools.partial(come_home, parameter))
                 wait(parameter)
+                self.state.waits = True
                 self.placed.setdefault(part.name, []).append(place)
 
     def _elsewhere(self, parameter: nn.Parameter) -> bool:

@@ -42,6 +42,7 @@ class State:
     fused: bool = False                              # some of torch's layers read past modules
     watched: bool = False                            # or take another road where nobody watches
     by_sample: bool = False                          # a term draws once for each sample
+    waits: bool = False                              # weights that train lie on the host
     shards: Any = None                               # see sharded.py
     off_here: int = 0                                # how many stand in `disabled` just now
     rows_here: int = 0                               # and how many in `adapters.rows`
@@ -92,6 +93,8 @@ class State:
         """Why a compiled graph may not begin at the root, or "" if it may."""
         if self.by_rows:
             return "each sample has its own adapter"
+        if self.waits:                               # (a graph would ask them at every operator)
+            return "weights that train wait on the host"
         if self.fused:                               # without the tape's mode they take a fast path
             return "torch's encoder layers read weights past the modules that hold them"
         if why := self.tape.policy.beside or self.tape.beside:
