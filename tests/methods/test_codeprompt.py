@@ -131,9 +131,25 @@ def test_what_it_refuses(model, recipe, why):
         burnish.tune(tiny(model)[0], recipe)
 
 
-def test_what_another_part_adds_to_a_pooler_would_not_train_and_is_refused():
+@pytest.mark.parametrize("part", ["ssf", "full", "bitfit", "lora(rank=2)", "film"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_other_parts_leave_a_pooler_alone_that_nobody_reads(part, order):
+    """And all that is left trains."""
     net, batch = tiny("bert")
-    with pytest.raises(RecipeError, match="bert.pooler.dense would not train"):
-        burnish.tune(net, "ssf + codeprompt")
-    assert not [n for n, _ in net.named_modules() if ".burnish" in f".{n}"]
+    batch |= {"condition": torch.zeros(2, dtype=torch.long)} if part == "film" else {}
+    tuned = stir(burnish.tune(net, " + ".join((part, "codeprompt")[:: 1 - 2 * order])))
+    tuned.backward(batch)
+    assert not [n for n, p in tuned.named_parameters() if p.grad is None or "pooler" in n]
+    if part == "ssf":
+        assert "ssf leaves bert.pooler.dense alone: beside this recipe nobody reads" in \
+            " ".join(tuned.active.notes)
+
+
+def test_what_is_told_to_act_on_a_pooler_that_nobody_reads_is_refused():
+    for text in ("ssf(targets='bert.pooler')", "full(targets='bert.pooler')",
+                 "lora(rank=2, targets='linear')"):
+        net, batch = tiny("bert")
+        with pytest.raises(RecipeError, match="beside codeprompt nobody reads what bert.pooler"):
+            burnish.tune(net, f"{text} + codeprompt")
+        assert not [n for n, _ in net.named_modules() if ".burnish" in f".{n}"]
     burnish.tune(net, "ssf(targets='attention') + codeprompt").step(batch)

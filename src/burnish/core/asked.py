@@ -29,12 +29,26 @@ T = TypeVar("T")
 @dataclass
 class Asked:
     """targets: those of the whole recipe.  listened: names of the parts that used targets, own
-    ones or the recipe's.  notes: what was left as it is because nothing of it was named."""
+    ones or the recipe's.  notes: what was left as it is because nothing of it was named.
+    unread: modules whose answer nobody reads beside some part of the recipe."""
 
     targets: Any = None
     listened: set[int] = field(default_factory=set)
     narrowed: bool = False
     notes: list[str] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
+
+    def read(self, path: str) -> bool:
+        """Does anybody read what the module at this path makes?"""
+        return not any(f"{path}.".startswith(f"{u}.") for u in self.unread)
+
+    def living(self, method: Method, sites: list[T], path: Callable[[T], str]) -> list[T]:
+        """The sites whose answer somebody reads, with a note about others."""
+        dead = [path(s) for s in sites if not self.read(path(s))]
+        if dead:
+            self.notes.append(f"{method.name} leaves {dead[0]} alone: beside this recipe nobody "
+                              "reads what it makes")
+        return [s for s in sites if self.read(path(s))]
 
     def of(self, method: Method) -> tuple[Any, bool]:
         """(targets for this part, are they its own?); (None, False) for no wish."""
@@ -102,7 +116,7 @@ def narrowed(anatomy: Anatomy, method: Method, sites: Iterable[T],
     sites = list(sites)
     targets, own = anatomy.asked.of(method)
     if targets is None:
-        return sites
+        return anatomy.asked.living(method, sites, lambda s: str(getattr(s, "path", "")))
     places = match(anatomy, targets)
     return _kept(anatomy, method, sites, [s for s in sites if named(s, places)], targets, own)
 
@@ -112,7 +126,7 @@ def chosen(anatomy: Anatomy, method: Method, names: Iterable[str], *, siblings: 
     names = list(names)
     targets, own = anatomy.asked.of(method)
     if targets is None:
-        return names
+        return anatomy.asked.living(method, names, lambda n: n.rpartition(".")[0])
     left = tensors(anatomy, targets, names, siblings=siblings)
     return _kept(anatomy, method, names, left, targets, own)
 

@@ -263,6 +263,11 @@ class Method:
         """resource -> reason: what another part must not claim beside this one."""
         return {}
 
+    def unread(self, anatomy: Anatomy) -> Iterable[str]:
+        """Modules whose answer nobody reads beside this part, since it hands the head another: what
+        other parts are not told to act on stays out of them, and what they are told is refused."""
+        return ()
+
     # -- read off the answers -------------------------------------------------------------
     @classmethod
     def axes(cls) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ class Attacher(Informed):
     def _found(self, method: Method) -> tuple[list[Place] | None, list[Place], list[Place]]:
         """(what was asked for, if anything, what a part has a form for, what not)."""
         asked = wanted(self.anatomy, method)
-        found = match(self.anatomy) if asked is None else asked
+        found = asked if asked is not None else self.asked.living(
+            method, match(self.anatomy), lambda p: p.path)
         return (asked, [p for p in found if p.kind in method.kinds],
                 [p for p in found if p.kind not in method.kinds])
 
@@ -84,6 +85,7 @@ class Attacher(Informed):
         self.undo.later(lambda: (self.state.context.clear(), self.state.context.update(before)))
         if keys := keys_of(recipe):
             self.state.context[name] = keys
+        self.asked.unread = tuple(p for part in recipe for p in part.unread(self.anatomy))
         if any(self._runs(part) for part in recipe):
             read_all(self.model)                 # the base runs whole, so it is in memory whole
         chosen = [(part, s) for part in recipe for s in part.select(self.anatomy)
@@ -121,6 +123,7 @@ class Attacher(Informed):
                 self._optimizer(part)
         self._met(recipe)
         self._graded()
+        self._unread(recipe)
         self.asked.check(self.anatomy, recipe)
         self.notes += self.asked.notes
 
@@ -130,6 +133,18 @@ class Attacher(Informed):
         for part in recipe:
             if set(part.axes()) <= asked and unmet(type(part), self.anatomy) is not None:
                 refuse(part, self.anatomy)
+
+    def _unread(self, recipe: Recipe) -> None:
+        """Nothing trains where nobody reads what comes out."""
+        mine = f".{ATTR}.{self.adapter.name}."
+        for name, _ in self.model.named_parameters():
+            path = name.partition(f".{ATTR}.")[0] if mine in name else name.rpartition(".")[0]
+            if self.asked.read(path) or not (mine in name or name in self.trains):
+                continue
+            whose = next(p.name for p in recipe for u in p.unread(self.anatomy)
+                         if f"{path}.".startswith(f"{u}."))
+            raise RecipeError(f"beside {whose} nobody reads what {path} makes, so {name} would not "
+                              "train; give targets that leave it out")
 
     def _graded(self) -> None:
         """Modules that the model runs without a graph have one where something trains in them."""

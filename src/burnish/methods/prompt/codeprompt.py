@@ -59,6 +59,12 @@ class Codeprompt(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
 
+    def unread(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """The head reads states of blocks: no pooler, no norm behind the last one."""
+        pooled = [p.path for p in anatomy.places if p.role == "pooler" and p.block is None]
+        last = anatomy.final_norms.values()
+        return tuple(dict.fromkeys((*pooled, *(n for n in last if n not in anatomy.head))))
+
     def prompt(self, anatomy: Anatomy) -> Codeprompt:
         if self.targets is not None:
             raise RecipeError("codeprompt takes no targets: say how many blocks are read with "
@@ -75,13 +81,6 @@ class Codeprompt(Method):
         d, head = anatomy.blocks[-1].hidden_size, _above(anatomy.head)
         if head not in {n.partition(".")[0] for n in anatomy.head}:
             raise RecipeError("codeprompt: the head of this model is in several modules")
-        own = [n.partition(".burnish.") for n, _ in attacher.model.named_parameters()]
-        unread = next((at for at, _, of in own if of.startswith(f"{name}.")
-                       and ".pooler." in f".{at}."), None)
-        if unread is not None:
-            raise RecipeError(f"codeprompt: the head reads states of blocks and nothing that a "
-                              f"pooler makes, so what is added to {unread} would not train; give "
-                              "targets that leave it out")
         for block in anatomy.blocks[-(self.layers or 0):]:
             AtMask(state, name).listen(attacher.slot(block.path), part.name)
         Pooled(state, name, d, self.bottleneck or d).to(attacher.device(anatomy.head[0])).listen(
