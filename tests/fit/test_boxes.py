@@ -70,6 +70,46 @@ def test_crowds_are_left_out_and_what_is_wrong_is_named(tmp_path):
         read(folder)
 
 
+@pytest.mark.parametrize("inside", ["train2017", "images/train2017", "images"])
+def test_cocos_own_folders_are_read(tmp_path, inside):
+    """Each split's pictures lie in a folder of its own, or all in one."""
+    plain = read(shapes(tmp_path / "plain", 6), validation=0)
+    root, told = tmp_path / "coco", {}
+    for split, seed in (("train2017", 0), ("val2017", 1)):
+        made_of = shapes(tmp_path / split, 6, seed=seed)
+        pictures = root / inside.replace("train2017", split)
+        pictures.mkdir(parents=True, exist_ok=True)
+        told[split] = json.loads((made_of / "annotations.json").read_text())
+        for image in told[split]["images"]:
+            name = f"{split}-{image['file_name']}"
+            (made_of / "images" / image["file_name"]).rename(pictures / name)
+            image["file_name"] = name
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(told[split]))
+        (root / f"annotations/captions_{split}.json").write_text("{}")
+    data = read(root)
+    assert data.task == "object-detection" and data.labels == ("disc", "box")
+    assert set(data.splits) == {"train", "validation"}
+    assert data.train["boxes"] == plain.train["boxes"] != data.validation["boxes"]
+    (root / "annotations/instances_train.json").write_text("{}")
+    with pytest.raises(DataError, match="instances_train.json is of train as well"):
+        read(root)
+    (root / "annotations/instances_train.json").rename(root / "annotations/instances_some.json")
+    with pytest.raises(DataError, match="'some' is no split: expected train, val or test"):
+        read(root)
+    for name in ("some", "train2017"):
+        (root / f"annotations/instances_{name}.json").unlink()
+    assert set(read(root, validation=0).splits) == {"train"}            # the only one there is
+    (root / "annotations/instances_test.json").write_text(json.dumps(told["val2017"]))
+    with pytest.raises(DataError, match="no instances of train; it has instances_test.json"):
+        read(root)
+    for file in (root / "annotations").glob("instances_*"):
+        file.unlink()
+    (root / "annotations/instances_val2017.json").write_text("{}")
+    with pytest.raises(DataError, match="expected images, annotations and categories"):
+        read(root)
+
+
 def test_a_file_that_is_told_badly_is_named_where_it_is(tmp_path):
     folder = shapes(tmp_path / "a", 4)
     file = folder / "annotations.json"

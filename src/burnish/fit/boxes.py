@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,42 @@ def coco(path: Path) -> Table | None:
     """Pictures with a file of COCO's form beside them (or above an `images/`); None where there is
     none. Crowds are left out. Raises DataError for what is no such file."""
     file = next((path / name for name in COCO if (path / name).is_file()), None)
-    if file is None:
+    return None if file is None else _read(file, (path / "images", path))
+
+
+def tree(path: Path, split_of: Callable[[str], str | None]) -> dict[str, Table] | None:
+    """COCO's own folders, by split: ``annotations/instances_train2017.json`` and its pictures below
+    ``train2017/``, ``images/train2017/`` or ``images/``; None where there are none.
+
+    split_of: of a name; a single file is of train.
+    Raises DataError for several files of one split, or of none.
+    """
+    files = sorted((path / "annotations").glob("instances_*.json"))
+    out: dict[str, Path] = {}
+    for file in files:
+        name = file.stem.removeprefix("instances_")
+        split = "train" if len(files) == 1 else split_of(name.rstrip("0123456789"))
+        if split is None or split in out:
+            raise DataError(f"{file}: " + (f"{name!r} is no split: expected train, val or test, "
+                                           "perhaps with a year" if split is None else
+                                           f"{out[split].name} is of {split} as well; keep one"))
+        out[split] = file
+    if not out:
         return None
+    if "train" not in out:
+        raise DataError(f"{path}/annotations has no instances of train; it has "
+                        f"{', '.join(f.name for f in files)}")
+    found = {}
+    for split, file in out.items():
+        name = file.stem.removeprefix("instances_")
+        table = _read(file, [path / p for p in (f"images/{name}", name, "images", ".")])
+        assert table is not None
+        found[split] = table
+    return found
+
+
+def _read(file: Path, places: Sequence[Path]) -> Table | None:
+    """One file of COCO's form. places: where its pictures may lie."""
     told = parse_json(read_text(file, DataError), str(file), DataError)
     parts = ("images", "annotations", "categories")
     if not isinstance(told, dict) or not all(isinstance(told.get(k), list) for k in parts):
@@ -46,7 +80,7 @@ def coco(path: Path) -> Table | None:
     paths = []
     for k, m, at in _known(told, "images", file):
         rows[k] = {"bbox": [], "category": []}
-        paths.append(_found(path, m, at))
+        paths.append(_found(places, m, at))
     for i, a in enumerate(told["annotations"]):
         at = f"{file}, annotations[{i}]"
         if a.get("iscrowd"):
@@ -94,13 +128,13 @@ def _known(told: dict[str, Any], part: str, file: Path
         yield k, entry, at
 
 
-def _found(folder: Path, image: dict[str, Any], at: str) -> str:
-    """Where a picture lies: below `images/`, or as it is named from the folder itself."""
+def _found(folders: Sequence[Path], image: dict[str, Any], at: str) -> str:
+    """Where a picture lies: below one of the folders."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise DataError(f"{at}, file_name: expected the name of a picture, it is "
                         f"{'missing' if name is None else plain(name, 60)}")
-    places = [p / name for p in (folder / "images", folder) if p.is_dir()]
+    places = [p / name for p in folders if p.is_dir()]
     for place in places:
         if place.is_file():
             return str(place)

@@ -72,6 +72,8 @@ def folder(path: Path, task: str | None = None) -> dict[str, Table]:
     """A folder: split folders or files, class folders of pictures or sounds, or plain texts."""
     if (found := _coco(path)) is not None:
         return {"train": found}
+    if (told := _coco_tree(path)) is not None:
+        return told
     if (scenes := paired(path, task, _split_of)) is not None:
         return scenes
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
@@ -353,6 +355,12 @@ def _parquet(path: Path) -> Table:
                             "that")
         columns = file.read().to_pydict()
     return Table(columns, lambda i: f"{path}, row {i}", "parquet")
+
+
+def _coco_tree(path: Path) -> dict[str, Table] | None:
+    from .boxes import tree
+
+    return tree(path, _split_of)
 
 
 def _coco(path: Path) -> Table | None:
