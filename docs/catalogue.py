@@ -1,5 +1,5 @@
-"""Write docs/catalogue.md and a page per method, docs/methods/*.md, from the classes themselves.
-Run by `make docs`."""
+"""Write docs/catalogue.md, a page per method, docs/methods/*.md, and docs/task-table.md from the
+classes themselves. Run by `make docs`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from burnish.core.method import TIERS
 from burnish.core.needs import NEEDS
 from burnish.core.recipe import parse
 from burnish.core.vocabulary import VOCABULARY
+from burnish.fit.kinds import KINDS
+from burnish.fit.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 YES = {True: "yes", False: "no"}
@@ -29,7 +31,23 @@ def pages() -> dict[str, str]:
     entries, measured = registry.catalogue(), board.read()
     presets = registry.presets()
     made = {f"methods/{e.name}.md": page(e, measured, presets) for e in entries}
-    return {"catalogue.md": index(entries, presets), **made}
+    return {"catalogue.md": index(entries, presets), "task-table.md": tasks(), **made}
+
+
+def tasks() -> str:
+    """Every task of `fit`: its rows, what best-checkpoint goes by, an example, tests."""
+    out = ["# Tasks of fit", "", f"{len(KINDS)} tasks. What each reads and answers is in the "
+           "[guide](guide/tasks.md). Columns are by the names that are read unasked; others are "
+           "named with `--text`, `--label` and their kin.", "",
+           "| task | rows | models | best by | example | tests |", "|---|---|---|---|---|---|"]
+    for name, kind in KINDS.items():
+        task = TASKS[name]
+        best = f"{task.metric}, the {'most' if task.greater_is_better else 'least'}"
+        tests = ", ".join(f"`tests/{t}`" for t in (*kind.tests, "fit/test_every_task.py"))
+        example = f"`examples/{kind.example}`" if kind.example else ""
+        out.append(f"| `{name}` | {prose(kind.rows)} | `{kind.auto}` | {prose(best)} | {example} | "
+                   f"{tests} |")
+    return "\n".join([*out, ""])
 
 
 def index(entries: list[Any], presets: dict[str, str]) -> str:

@@ -30,7 +30,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch, stand_ins):
 def test_relative_links_lead_somewhere():
     link = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
     broken = [f"{p.relative_to(ROOT)}: {target}" for p in [*PAGES, *(ROOT / "docs").rglob("*.md")]
-              if p.name not in ("catalogue.md", "board.md") and p.parent.name != "methods"
+              if p.name not in ("catalogue.md", "board.md", "task-table.md")
+              and p.parent.name != "methods"
               for target in link.findall(p.read_text()) if not (p.parent / target).exists()
               and (p.parent / target).resolve() != ROOT / "docs" / "board.md"]    # make docs
     assert not broken
@@ -62,6 +63,26 @@ def test_every_method_has_a_page_that_says_all_that_help_says(made):
         assert page.count("```") % 2 == 0
         for word in re.findall(r"[A-Za-z]{4,}", told["doc"]):
             assert word in page or word in ("func", "meth", "class", "attr"), (entry.name, word)
+
+
+def test_every_task_has_a_row_that_is_true(made):
+    """Its figure is the class's own; the example and the tests are there, and are of it."""
+    from burnish.fit.kinds import KINDS
+    from burnish.fit.tasks import TASKS
+
+    page = made.pages()["task-table.md"]
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(KINDS) == set(TASKS)
+    for name, kind in KINDS.items():
+        assert made.prose(kind.rows) in rows[name]
+        assert f"| {made.prose(TASKS[name].metric)}, the " in rows[name]
+        for test in kind.tests:
+            text = (ROOT / "tests" / test).read_text()
+            assert name in text or TASKS[name].__name__ in text or "TASKS" in text, (name, test)
+        if kind.example:
+            text = (ROOT / "examples" / kind.example).read_text()
+            assert f"examples/{kind.example}" in (ROOT / "docs/guide/tasks.md").read_text(), name
+            assert "burnish" in text and f"`examples/{kind.example}`" in rows[name]
 
 
 def test_words_are_taken_as_they_are_written(made):
