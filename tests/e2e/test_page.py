@@ -204,6 +204,83 @@ def in_a_browser(root):
         browser.close()
 
 
+#: task -> what is filled in, by label, and what is then seen of the answer
+TRIED = {
+    "object-detection": ({"A picture": "images/0.png"}, ".pair"),
+    "semantic-segmentation": ({"A picture": "images/0.jpg"}, "canvas.seen"),
+    "image-text-contrastive": ({"A picture": "0.png", "Texts to compare it with, one a line":
+                                "a red disc\na blue box"}, ".pair"),
+    "image-generation": ({"The name of a class, or a number to draw by": "disc"}, "img.drawn"),
+    "speech-recognition": ({"A sound": "0.wav"}, ".pair"),
+    "time-series-forecasting": ({"A table with the last rows of a series": ""}, ".two svg.chart"),
+    "question-answering": ({"A question": "hot", "The text that answers it":
+                            "the glaze is fired at 1060 degrees"}, ".pair"),
+    "token-classification": ({"A text": "ab c"}, ".pair"),
+    "embedding": ({"A text": "a", "Another, to say how near they are": "A"}, ".pair"),
+    "text-classification": ({"or a table of rows": "rows.csv"}, "table.samples td >> nth=0"),
+}
+
+
+def trained(root, task, number):
+    """A finished run of a task among those of the page; its name and its data."""
+    import burnish
+    from burnish.testing.tasks import posed
+
+    name = f"20260101-{number:06d}-{number:08x}"
+    folder = root / "runs" / name
+    folder.mkdir(parents=True)
+    base, data, how = posed(task, root / "made" / task)
+    burnish.fit(str(base), str(data), "lora(rank=2)", output=folder / "out", max_steps=2,
+                batch_size=2, validation=0, lr=0.1, quiet=True, measure=False,
+                save_strategy="no", **how)
+    (folder / "asked.json").write_text(json.dumps({"title": task, "settings": {}, "created": 1.0}))
+    (folder / "ended.json").write_text('{"code": 0, "time": 2.0}')
+    return name, data
+
+
+def forms_in_a_browser(root, shots):
+    from playwright.sync_api import expect, sync_playwright
+
+    runs = {task: trained(root, task, i) for i, task in enumerate(TRIED, 1)}
+    with serving(root) as (address, _), sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        wrong = []
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        for task, (given, seen) in TRIED.items():
+            name, data = runs[task]
+            page.goto(f"{address}#run/{name}")
+            form = page.locator("form", has=page.get_by_role("button", name="Ask", exact=True))
+            expect(form).to_be_visible(timeout=60_000)
+            form.get_by_role("button", name="Ask").click()              # nothing is filled in
+            expect(form.locator("xpath=..").locator(".error")).to_be_visible()
+            for label, value in given.items():
+                field = form.get_by_label(label, exact=True)
+                if label.startswith(("A picture", "A sound", "A table", "or a table")):
+                    if value == "rows.csv":
+                        (root / value).write_text("text\na\nb\n")
+                        data = root
+                    field.set_input_files(str(data / value) if value else str(data))
+                else:
+                    field.fill(value)
+            form.get_by_role("button", name="Ask").click()
+            at = form.locator("xpath=..").locator(seen).first
+            expect(at, task).to_be_visible(timeout=120_000)
+            for wide, scheme in ((1200, "light"), (400, "dark")):
+                page.emulate_media(color_scheme=scheme)
+                page.set_viewport_size({"width": wide, "height": 900})
+                page.wait_for_timeout(200)
+                assert page.locator("html").evaluate("e => e.scrollWidth") <= wide, (task, wide)
+                form.locator("xpath=..").screenshot(path=shots / f"{task}-{wide}-{scheme}.png")
+            page.set_viewport_size({"width": 1200, "height": 900})
+        assert not wrong, wrong
+        browser.close()
+
+
 if BROWSER:
+    def test_every_form_in_a_browser(root, tmp_path):
+        forms_in_a_browser(root, tmp_path)
+
     def test_in_a_browser(root):
         in_a_browser(root)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -211,3 +212,72 @@ def test_libraries_may_print_what_they_like(monkeypatch, capfd):
     assert [json.loads(line) for line in io.StringIO(done.stdout)] == [
         m for i in (1, 2) for m in ({"id": i, "progress": [1, 2]}, {"id": i, "answer": {"a": 1}})]
     assert done.stderr.count("noise") == 2
+
+
+# -- asking a run of every kind --------------------------------------------------------------------
+@pytest.fixture
+def finished(tmp_path):
+    """task -> the folder of a small run of it, and its data."""
+    import burnish
+    from burnish.testing.tasks import posed
+
+    def made(task):
+        base, data, how = posed(task, tmp_path / task)
+        burnish.fit(str(base), str(data), "lora(rank=2)", output=tmp_path / task / "out",
+                    max_steps=2, batch_size=2, validation=0, lr=0.1, quiet=True, report=False,
+                    measure=False, save_strategy="no", **how)
+        return str(tmp_path / task / "out"), data
+    return made
+
+
+def refused(**how):
+    return desk.answer("predict", how, quietly)["error"]
+
+
+@pytest.mark.slow
+def test_a_picture_is_compared_with_texts(finished, tmp_path):
+    run, data = finished("image-text-contrastive")
+    (tmp_path / "photos").mkdir()
+    said = ask("predict", run=run, file=str(data / "0.png"), texts=["a red disc", str(data), " "])
+    assert set(said["nearest"]) == {"a red disc", str(data)} and said["base"]   # never a folder
+    for how in ({"text": "a red disc"}, {"file": str(data / "0.png")},
+                {"texts": ["a"], "file": str(data / "metadata.csv")}):
+        assert "give it a picture, and a text or more" in refused(run=run, **how)
+
+
+@pytest.mark.slow
+def test_a_series_is_foretold_and_rows_of_a_table_are_answered(finished, tmp_path):
+    run, data = finished("time-series-forecasting")
+    said = ask("predict", run=run, file=str(data))
+    assert list(said["forecast"]) == ["heat", "flow"] and "the next 8 rows" in said["base"]
+    assert "give it a table with the last rows" in refused(run=run, text="x")
+    run, _ = finished("text-classification")
+    table = tmp_path / "asked.csv"
+    table.write_text("text\n" + "a\nb\n" * 60)
+    said = ask("predict", run=run, file=str(table))
+    assert len(said["rows"]) == desk.ROWS and said["rows"][1]["asked"] == "row 2"
+    assert all(r["said"] and r["base"] for r in said["rows"])
+    table.write_text("body\na\n")
+    assert "there is no text" in refused(run=run, file=str(table))
+    assert "give it a table" in refused(run=run, file=str(tmp_path / "x.png"))
+
+
+@pytest.mark.slow
+def test_pictures_that_a_run_makes_are_shown_and_not_kept(finished):
+    import base64
+
+    run, _ = finished("image-generation")
+    said = ask("predict", run=run, text="disc")
+    for key in ("picture", "said", "base"):
+        assert base64.b64decode(said[key].removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
+    assert not list(Path(run, "pictures").iterdir())
+
+
+def test_the_page_names_the_figure_of_every_task():
+    from burnish.fit.tasks import TASKS
+    from burnish.ui.app import _page
+
+    text = _page("try.js").decode()
+    order = text.partition("const ORDER = [")[2].partition("]")[0]
+    for task, kind in TASKS.items():
+        assert kind.metric == "loss" or f'"{kind.metric}"' in order, (task, kind.metric)

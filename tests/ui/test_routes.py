@@ -32,7 +32,7 @@ def until(check, seconds=20.0):
 
 def test_the_page_needs_nothing_from_elsewhere(page):
     names = ["/"] + [f"/page/{n}" for n in ("page.css", "app.js", "ask.js", "chart.js", "pick.js",
-                                            "run.js")]
+                                            "run.js", "try.js")]
     for name in names:
         told = page.client.get(name)
         assert told.status_code == 200, name
@@ -350,6 +350,20 @@ def test_it_is_asked_beside_its_base(page, left):
             ({"content": b"x" * (33 << 20), "headers": {"Content-Type": "image/png"}}, 413),
             ({"content": b"x", "headers": {"Content-Type": "audio/midi"}}, 400)):
         assert page.client.post(f"/api/runs/{left}/predict", **how).status_code == status, how
+    page.client.post(f"/api/runs/{left}/predict?text=a+cat&text=a%20dog", content=b"png",
+                     headers={"Content-Type": "image/png"})
+    assert page.ui.trying.asked[-1][1]["texts"] == ["a cat", "a dog"]
+    for kind, ending in (("text/csv", ".csv"), ("text/tab-separated-values", ".tsv"),
+                         ("application/jsonl", ".jsonl")):
+        page.client.post(f"/api/runs/{left}/predict", content=b"text\na\n",
+                         headers={"Content-Type": kind})
+        assert page.ui.trying.asked[-1][1]["file"].endswith(ending)
+    many = len(page.ui.trying.asked)
+    for query in ("&".join(["text=a"] * 51), "text=" + "a" * 501):
+        told = page.client.post(f"/api/runs/{left}/predict?{query}", content=b"png",
+                                headers={"Content-Type": "image/png"})
+        assert told.status_code == 400 and "up to 50 texts of 500 letters" in told.json()["error"]
+    assert len(page.ui.trying.asked) == many
     page.ui.trying.says["predict"] = {"error": "no", "kind": "ConfigError"}
     told = page.client.post(f"/api/runs/{left}/predict", json={"text": "x"})
     assert told.status_code == 400 and told.json()["error"] == "no"

@@ -35,11 +35,14 @@ QUESTION, MEDIUM = 1 << 20, 1 << 25
 MEDIA = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif",
          "image/bmp": ".bmp", "image/tiff": ".tiff", "audio/wav": ".wav", "audio/x-wav": ".wav",
          "audio/wave": ".wav", "audio/flac": ".flac", "audio/x-flac": ".flac",
-         "audio/ogg": ".ogg", "audio/mpeg": ".mp3", "audio/opus": ".opus", "audio/aiff": ".aiff"}
+         "audio/ogg": ".ogg", "audio/mpeg": ".mp3", "audio/opus": ".opus", "audio/aiff": ".aiff",
+         "text/csv": ".csv", "text/tab-separated-values": ".tsv", "application/jsonl": ".jsonl"}
+#: texts that a picture is compared with, and letters of each
+TEXTS, LETTERS = 50, 500
 #: seconds between two looks at a run's files, and after which a silent stream says that it lives
 LOOK, BEAT = 0.4, 15.0
 PAGE = {"page.css": "text/css", **dict.fromkeys(
-    ("app.js", "ask.js", "chart.js", "pick.js", "run.js"), "text/javascript")}
+    ("app.js", "ask.js", "chart.js", "pick.js", "run.js", "try.js"), "text/javascript")}
 #: a report is a page of its own: it may show, and run nothing
 SHOWN = ("sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
          "frame-ancestors 'none'")
@@ -204,19 +207,25 @@ class Ui:
             "content-length": str(os.fstat(zipped.fileno()).st_size)})
 
     async def predict(self, request: Request) -> Response:
-        """A text (JSON: text, tokens), a picture or a sound (the body, with its type)."""
+        """A text (JSON: text, tokens); a picture, a sound or a table (the body, with its type);
+        beside a picture the texts that it is compared with (``text`` in the query)."""
         out = self.runs.folder(request.path_params["id"]) / OUT
         if not (out / "run.json").is_file():
             raise Missing("this run is not finished, so it has no answers yet")
         kind = request.headers.get("content-type", "").partition(";")[0]
         with contextlib.ExitStack() as stack:
-            if kind.startswith(("image/", "audio/")):
+            if kind.startswith(("image/", "audio/")) or kind in MEDIA:
                 if kind not in MEDIA:
                     raise ConfigError(f"{kind[:60]} is not read here; {', '.join(MEDIA)} are")
                 file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=MEDIA[kind]))
                 file.write(await _body(request, MEDIUM))
                 file.flush()
                 asked: dict[str, Any] = {"file": file.name}
+                if texts := request.query_params.getlist("text"):
+                    if len(texts) > TEXTS or any(len(t) > LETTERS for t in texts):
+                        raise ConfigError(f"a picture is compared with up to {TEXTS} texts of "
+                                          f"{LETTERS} letters each")
+                    asked["texts"] = texts
             else:
                 given = _only(await _question(request), {"text": str, "tokens": int})
                 text = given.get("text", "")

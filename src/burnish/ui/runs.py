@@ -243,7 +243,7 @@ class Runs:
             state, why = _outcome(facts, ended, folder / LOG)
         elif process.get("stopping"):
             state = "stopping"
-        memory = facts.get("memory") or {}
+        memory, about = facts.get("memory") or {}, facts.get("data") or {}
         return {
             "id": name, "state": state, "why": why, "created": asked.get("created"),
             "started": process.get("started"), "ended": ended.get("time"),
@@ -252,7 +252,8 @@ class Runs:
             "checkpoint": checkpoints[-1] if checkpoints else None,
             "report": (out / "report.html").is_file() and bool(facts),
             "adapter": (out / "adapter_model.safetensors").is_file() and bool(facts),
-            "task": (facts.get("data") or {}).get("task"), "metrics": facts.get("metrics"),
+            "task": about.get("task"), "pair": bool((about.get("roles") or {}).get("pair")),
+            "metrics": facts.get("metrics"),
             "best": facts.get("best"), "measured": _peak(memory.get("measured")),
             "promised": _peak(memory.get("simulated")),
             "process": _resident(process.get("pid")) if alive else None}

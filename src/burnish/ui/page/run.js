@@ -2,6 +2,7 @@
 
 import { send } from "./ask.js";
 import { bytes, duration, figure, h, lines, stack } from "./chart.js";
+import { called, form, metricOf } from "./try.js";
 
 let source = null, ticking = 0, shownAt = 0, resized = null;
 
@@ -98,7 +99,7 @@ export function watch(box, id) {
     lines(loss, [{ name: "training loss", kind: "a", points: train.map((r) => [r.step, r.loss]) },
       { name: "validation loss", kind: "b", points: held.map((r) => [r.step, r.eval_loss]) }], "Loss");
     if (!train.length) loss.replaceChildren(h("p", { class: "faint" }, going ? "The first figures come with the first steps." : "There are no figures."));
-    lines(metric, name ? [{ name: `validation ${name.slice(5).replace(/_/g, " ")}`, kind: "a",
+    lines(metric, name ? [{ name: `validation ${called(name)}`, kind: "a",
       points: it.rows.filter((r) => name in r).map((r) => [r.step, r[name]]) }] : [], "Validation", false, it.rows.at(-1)?.step || 0);
     held_(run, going);
     sampled();
@@ -114,10 +115,10 @@ export function watch(box, id) {
     const tile = (value, label) => value === null || value === undefined ? null : h("div", { class: "tile" }, h("b", {}, value), h("span", {}, label));
     tiles.replaceChildren(...[
       tile(last ? `${last.step}${total ? ` / ${total}` : ""}` : going ? "getting ready" : null, "step"),
-      tile(last && figure(last.loss), "training loss"), tile(best && figure(best[name]), name && `validation ${name.slice(5).replace(/_/g, " ")}`),
+      tile(last && figure(last.loss), "training loss"), tile(best && figure(best[name]), name && `validation ${called(name)}`),
       tile(rate && `${rate >= 10 ? rate.toFixed(0) : rate.toPrecision(2)} / s`, "steps"),
       tile(going && rate && total ? duration((total - last.step) / rate - Math.max(0, Date.now() / 1000 - last.time)) : null, "left"),
-      ...(going ? [] : Object.entries(run.metrics?.test || {}).filter(([k]) => k !== "loss").slice(0, 1).map(([k, v]) => tile(figure(v), `test ${k.replace(/_/g, " ")}`))),
+      ...(going ? [] : Object.entries(run.metrics?.test || {}).filter(([k]) => k !== "loss").slice(0, 1).map(([k, v]) => tile(figure(v), `test ${called(k)}`))),
     ].filter(Boolean));
   }
 
@@ -145,29 +146,11 @@ export function watch(box, id) {
   function tryIt() {
     if (!trying.hidden) return;
     trying.hidden = false;
-    const pictured = /^image-|^semantic-/.test(it.run.task || ""), sounding = (it.run.task || "").startsWith("audio-"), out = h("div", { "aria-live": "polite" });
-    const input = pictured || sounding ? h("input", { type: "file", accept: pictured ? "image/png,image/jpeg,image/webp,image/gif,image/bmp" : ".wav,.flac,.ogg,.mp3,.opus,.aiff" })
-      : h("textarea", { spellcheck: "false", placeholder: it.run.task === "question-answering" ? '{"question": "Who?", "context": "It was she."}' : "Type something" });
-    const form = h("form", { onsubmit: async (e) => {
-      e.preventDefault();
-      const file = input.files?.[0];
-      if (input.files && !file) { out.replaceChildren(h("p", { class: "error" }, "Choose a file first.")); return; }
-      out.replaceChildren(h("p", { class: "faint" }, "Asking both… the first time the model is loaded."));
-      try {
-        const a = file ? await send("POST", `/api/runs/${id}/predict`, file, file.type) : await send("POST", `/api/runs/${id}/predict`, { text: input.value });
-        out.replaceChildren(h("div", { class: "pair" }, h("div", {}, h("h3", {}, "Tuned"), a.said), h("div", {}, h("h3", {}, "Base"), a.base)));
-      } catch (problem) { out.replaceChildren(h("p", { class: "error" }, problem.message)); }
-    } }, h("label", { class: "wide" }, pictured ? "A picture" : sounding ? "A sound" : "A text", input), h("div", { class: "act" }, h("button", {}, "Ask")));
-    trying.replaceChildren(h("h2", {}, "Try it"), form, out);
+    form(trying, id, it.run.task || "", it.run.pair);
   }
 
   listen();
   ticking = setInterval(() => { if (it.run && (it.run.state === "running")) draw(); }, 1000);
   resized = later;
   window.addEventListener("resize", resized);
-}
-
-function metricOf(rows) {
-  const order = ["eval_accuracy", "eval_exact_match", "eval_f1", "eval_token_accuracy", "eval_spearman", "eval_r2", "eval_perplexity"];
-  return order.find((n) => rows.some((r) => n in r)) || null;
 }
