@@ -43,6 +43,8 @@ TEXTS: dict[str, list[dict[str, Any]]] = {
     "masked-language-modelling": [{"text": CONTEXT} for _ in range(4)],
     "instruction-tuning": [{"prompt": f"{a} comes before", "completion": f" {b}"}
                            for a, b in zip("abcd", "bcde", strict=True)],
+    "masked-instruction-tuning": [{"prompt": f"{a} comes before", "completion": b}
+                                  for a, b in zip("abcd", "bcde", strict=True)],
     "sequence-to-sequence": [{"prompt": f"{a} comes before", "completion": f" {b}"}
                              for a, b in zip("abcd", "bcde", strict=True)],
     "embedding": [{"anchor": a, "positive": a.upper()} for a in "abcdef"],
@@ -51,7 +53,7 @@ TEXTS: dict[str, list[dict[str, Any]]] = {
                                    for a in "abcd"],
 }
 #: what a row of one column of text may also be read as
-ASKED = {"masked-language-modelling", "sequence-to-sequence"}
+ASKED = {"masked-language-modelling", "masked-instruction-tuning", "sequence-to-sequence"}
 
 
 def texts(task: str) -> Any:
