@@ -141,6 +141,23 @@ def test_adapters_are_added_as_updates_not_factor_by_factor(capsys, adapters, tm
     torch.testing.assert_close(got, logits(tmp_path / "y", adapters["batch"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.25])
+def test_a_share_of_one_adapter_is_the_interpolation_of_the_weights(capsys, adapters, tmp_path,
+                                                                   alpha):
+    """WiSE-FT: (1 - alpha) theta_0 + alpha theta_f of every tensor, written out in float64."""
+    done(capsys, "arithmetic", adapters["base"], "+", f"{alpha}*{adapters['a']}", "-o",
+         tmp_path / "x")
+    _, got = answer(adapters["base"], tmp_path / "x", adapters["batch"])
+    base, tuned = weights(adapters["base"]), weights(adapters["a merged"])
+    between = {n: ((1 - alpha) * base[n].double() + alpha * t.double()).to(t.dtype)
+               for n, t in tuned.items()}
+    assert any(not torch.equal(t, base[n]) for n, t in between.items())
+    shutil.copytree(adapters["a merged"], tmp_path / "dense")
+    save_file(between, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(got, logits(tmp_path / "dense", adapters["batch"]), rtol=1e-4,
+                               atol=1e-5)
+
+
 def test_a_smaller_rank_is_the_best_approximation(capsys, adapters, tmp_path):
     done(capsys, "soup", adapters["a"], adapters["b"], "--output", tmp_path / "all")
     done(capsys, "soup", adapters["a"], adapters["b"], "--output", tmp_path / "two", "--rank", "2")
