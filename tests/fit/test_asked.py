@@ -15,6 +15,7 @@ from scipy.io import wavfile
 
 from burnish.core.errors import DataError
 from burnish.fit import asked, sounds
+from burnish.fit.data import read
 
 SEEN, HEARD = SimpleNamespace(takes=("image",)), SimpleNamespace(takes=("audio",))
 BOTH = SimpleNamespace(takes=("image", "text"))
@@ -49,6 +50,23 @@ def test_a_table_of_paths_is_asked_row_by_row(files, column, roles, monkeypatch)
     monkeypatch.chdir(files)
     (files.parent / "far.csv").write_text(f"{column}\nx.png\n")
     assert greys(asked.rows(["../far.csv"], SEEN, roles)) == [10]
+
+
+def test_a_table_that_is_learnt_is_read_from_where_it_stands_too(files, monkeypatch):
+    for name in ("file_name", "image"):
+        told = files / "rows.csv"
+        told.write_text(f"{name},label\nx.png,dark\n{files / 'y.png'},light\n")
+        data = read(told, image=name, validation=0)
+        assert [r["image"].getpixel((0, 0)) for r in data.train] == [10, 200]
+    (files / "said.csv").write_text("audio,label\nx.wav,low\nx.wav,high\n")
+    assert [sounds.size(r["audio"]) for r in read(files / "said.csv", validation=0).train] == [
+        (3, 8000)] * 2
+    monkeypatch.chdir(files)
+    (files.parent / "far.csv").write_text("image,label\nx.png,dark\ny.png,light\n")
+    assert len(read("../far.csv", validation=0).train) == 2              # or from here
+    told.write_text("image,label\nx.png,dark\ngone.png,light\n")
+    with pytest.raises(DataError, match="line 3, field 'image': there is no picture at gone.png"):
+        read(told, validation=0)
 
 
 def test_a_table_of_coded_files_is_asked(files):

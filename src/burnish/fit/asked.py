@@ -186,7 +186,7 @@ def _listed(found: Any, path: Path, medium: Any, roles: Mapping[str, Any]
         if not isinstance(held, str):
             raise DataError(f"{at}: expected a {medium.word} (a path, or the bytes of a file), "
                             f"found {type(given).__name__}")
-        there = next((p for p in (path.parent / held, Path(held)) if p.is_file()), None)
+        there = found.path(held)
         if there is None:
             raise DataError(f"{at}: there is no {medium.word} at {plain(held, 120)}")
         yield str(there), str(there)

@@ -65,6 +65,7 @@ def table(path: Path) -> Table:
         found = readers[kind](path)
     if len(found) == 0:
         raise DataError(f"{path} has no rows")
+    found.folder = path.parent
     return found
 
 

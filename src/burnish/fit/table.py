@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,14 @@ class Table:
     layout: str
     #: column -> its classes in their order, where the layout itself says them
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: where it stands, from which its paths are read first
+    folder: Path | None = None
+
+    def path(self, name: str) -> Path | None:
+        """The file that a cell names, from where the table stands or from here; None where there
+        is none (a pipe, an address)."""
+        places = [self.folder / name] if self.folder is not None else []
+        return next((p for p in (*places, Path(name)) if p.is_file()), None)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
@@ -155,16 +154,22 @@ def _texts(values: list[Any], field: str, table: Table) -> None:
             raise DataError(f"{table.where(i)}, field {field!r}: the text is empty")
 
 
-def _images(values: list[Any], field: str, table: Table) -> None:
-    for i, v in enumerate(values):
+def _images(values: list[Any], field: str, table: Table) -> list[Any]:
+    """Pictures, those that are named as they are found."""
+    out = []
+    for i, given in enumerate(values):
+        v = given
         if isinstance(v, dict):
             v = v.get("bytes") or v.get("path")
         if v is None or not (isinstance(v, str | bytes) or hasattr(v, "convert")):
             raise DataError(f"{table.where(i)}, field {field!r}: expected a picture (a path, "
                             f"encoded bytes or a PIL image), found {type(v).__name__}")
-        if isinstance(v, str) and not Path(v).is_file():      # nor a pipe, nor an address
+        there = table.path(v) if isinstance(v, str) else None
+        if isinstance(v, str) and there is None:
             raise DataError(f"{table.where(i)}, field {field!r}: there is no picture at "
                             f"{plain(v)}")
+        out.append(given if there is None else str(there))
+    return out
 
 
 def _sounds(values: list[Any], field: str, table: Table) -> list[dict[str, Any]]:
@@ -176,8 +181,9 @@ def _sounds(values: list[Any], field: str, table: Table) -> list[dict[str, Any]]
         if not isinstance(coded, bytes) and not isinstance(path, str):
             raise DataError(f"{table.where(i)}, field {field!r}: expected a sound (a path, or the "
                             f"bytes of a file), found {type(v).__name__}")
-        if not coded and not Path(path).is_file():
+        there = None if coded else table.path(path)
+        if not coded and there is None:
             raise DataError(f"{table.where(i)}, field {field!r}: there is no sound at "
                             f"{plain(path)}")
-        out.append({"bytes": coded or None, "path": None if coded else path})
+        out.append({"bytes": coded or None, "path": None if there is None else str(there)})
     return out
