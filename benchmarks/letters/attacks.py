@@ -90,8 +90,7 @@ is `burnish audit RUN DATA --attack 0.1` ([safety after tuning](../guide/safety.
               lead(LORA, PROBE)),
         Claim("All weights less than a LoRA", lead(FULL, LORA))),
     after="""
-What keeps a tuned model from pictures made against its base is how far its features have gone from
-the base's, and nothing else that was done here: none of these runs was made to resist. Small
+None of these runs was made to resist, and they differ in how much of the encoder could move. Small
 changes mislead a head on the public features most, since these are its features too; at the largest
 size of change there is little to choose between knowing the base and knowing all. The ascent on the
 model's own loss is one of few steps: more of them would take more.""")

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import burnish
 from burnish.cli import main
 
 MEND = "mend(bottleneck=8, scale=0.003, step_rate=0.003, scale_rate=0.01, lessons=2)"
@@ -99,6 +100,46 @@ def test_only_the_mlps_of_the_last_blocks_move_and_by_no_more_than_the_rank(caps
     assert told["rank"] <= 16
 
 
+def test_a_lesson_is_the_edit_its_other_wording_and_a_text_without_an_answer(at):
+    """Each batch as the model reads it; labels are the answer's tokens alone, and no end."""
+    from burnish.fit.edits import Wording, cases, lessons
+
+    net, tok = model(at / "base")
+    wording, (first, *_) = Wording(net, tok), cases(at / "lessons.csv", lessons=True)
+    edit, again, local = wording.lesson(first)
+    answer = tok(first.answer)["input_ids"]
+    for batch, prompt in ((edit, first.prompt), (again, first.rephrased)):
+        asked = tok(prompt)["input_ids"]
+        assert batch["input_ids"].tolist() == [asked + answer]
+        assert batch["labels"].tolist() == [[-100] * len(asked) + answer]
+    assert local["input_ids"].tolist() == [tok(first.local)["input_ids"]]
+    assert "labels" not in local
+    some = cases(at / "lessons.csv", lessons=True)[:4]
+    ids = [tuple(e["input_ids"][0].tolist()) for e, _, _ in lessons(wording, some, 3, 0)]
+    assert len(ids) == 12 and all(len(set(ids[k:k + 4])) == 4 for k in (0, 4, 8))
+    assert not ids[:4] == ids[4:8] == ids[8:]
+
+
+def test_several_edits_are_one_batch_whose_padding_has_no_part(at):
+    from burnish.fit.edits import Case, Wording
+
+    net, tok = model(at / "base")
+    wording = Wording(net.eval(), tok)
+    some = [Case("the cat is", " dog", None, None, ""),
+            Case("a", " bank and news and mat", None, None, "")]
+    batch = wording.edit(some)
+    alone = [wording.answered(c.prompt, c.answer) for c in some]
+    with torch.no_grad():
+        both = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for k, own in enumerate(alone):
+            n = own["input_ids"].shape[1]
+            z = net(**own).logits[0]
+            assert torch.allclose(both[k, :n], z, atol=1e-5)
+            assert batch["labels"][k, :n].tolist() == own["labels"][0].tolist()
+            assert set(batch["labels"][k, n:].tolist()) <= {-100}
+            assert int(batch["attention_mask"][k].sum()) == n
+
+
 def test_without_an_output_nothing_is_written_and_the_text_says_so(capsys, at, tmp_path):
     write(tmp_path / "e.csv", [{"prompt": "the cat is", "answer": " dog"},
                                {"prompt": "the bank is", "answer": " news and more"}])
@@ -120,6 +161,7 @@ def test_without_an_output_nothing_is_written_and_the_text_says_so(capsys, at, t
     ({"edits": "blank"}, "answer is text, and this is"),
     ({"--output": "base"}, "input"),
     ({"source": "nothing"}, "nothing"),
+    ({"source": "adapter"}, "is an adapter, and a plain model is edited: burnish merge"),
     ({"--lessons": "single"}, "prompt is text"),
 ])
 def test_what_cannot_be_edited_is_refused(capsys, at, tmp_path, change, says):
@@ -130,6 +172,9 @@ def test_what_cannot_be_edited_is_refused(capsys, at, tmp_path, change, says):
     files = {"edits": tmp_path / "plain.csv", "blank": tmp_path / "blank.csv",
              "gone": tmp_path / "gone.csv", "text": tmp_path / "text.txt", "base": at / "base",
              "single": tmp_path / "single.csv"}
+    if change.get("source") == "adapter":
+        burnish.tune(model(at / "base")[0], "lora(rank=2)").save(tmp_path / "adapter")
+        files["adapter"] = tmp_path / "adapter"
     asked = {"source": at / "base", "edits": at / "edits.csv", "--lessons": at / "lessons.csv",
              "--how": MEND, **{k: files.get(v, v) for k, v in change.items()}}
     code, out, err = run(capsys, "edit", asked.pop("source"), asked.pop("edits"),
