@@ -47,6 +47,18 @@ def test_near():
     assert after > before > 0.2
 
 
+def test_searching():
+    found = load("searching").main(count=160, epochs=1)
+    assert found["ranking"] > found["classifier, pooled"] > 0.2
+    assert min(found[k] for k in ("base", "triplet", "barlow")) > 0.2
+    assert 0 < found["reranker on the best"] <= 1
+
+
+def test_outside():
+    found = load("outside").main()
+    assert found["after"] > max(found["before"], 0.8)
+
+
 def test_tags():
     assert load("tags").main(count=480, epochs=6)["f1"] > 0.25
 

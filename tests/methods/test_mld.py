@@ -60,7 +60,7 @@ def test_perplexity_is_its_equation():
     given = {"input_ids": batch["input_ids"],
              "attention_mask": torch.ones_like(batch["input_ids"])}
     given["attention_mask"][1, 6:] = 0
-    (got,) = [burnish.parse("mld(score='perplexity')")[0].lifecycle(tuned, [given])]
+    (got,) = [burnish.parse("mld(told_by='perplexity')")[0].lifecycle(tuned, [given])]
     with torch.no_grad():
         p = net(**given).logits.log_softmax(-1)
     for row, last in ((0, given["input_ids"].shape[1]), (1, 6)):
@@ -99,7 +99,7 @@ def test_a_student_of_one_domain_gives_another_away():
 def test_refusals():
     tuned = burnish.tune(tiny("bert")[0], "lora(rank=2)", head=False)
     with pytest.raises(ConfigError, match="does not write on; expected 'levels'"):
-        burnish.parse("mld(score='perplexity')")[0].lifecycle(tuned, [])
+        burnish.parse("mld(told_by='perplexity')")[0].lifecycle(tuned, [])
     (method,) = burnish.parse("mld")
     with pytest.raises(ConfigError, match="no batch to score"):
         method.lifecycle(tuned, [])

@@ -53,14 +53,14 @@ class Mld(Method):
 
     Departure: the authors' student is a language model drawn at random, which learns from a teacher
     that was fine-tuned on the domain, and its perplexity is the score: that is
-    score="perplexity", for models that write on. Their term of layers compares similarities, ours
+    told_by="perplexity", for models that write on. Their term of layers compares similarities, ours
     states (unconfirmed which is better).
     """
 
     paper: ClassVar[str] = ("Multi-Level Knowledge Distillation for Out-of-Distribution Detection "
                             "in Text, ACL 2023, arXiv:2211.11300")
 
-    score: Literal["levels", "perplexity"] = setting("levels", "what a row is told by")
+    told_by: Literal["levels", "perplexity"] = setting("levels", "what a row is told by")
 
     def __post_init__(self) -> None:
         untargeted(self, "it reads every block")
@@ -71,13 +71,13 @@ class Mld(Method):
 
         ConfigError for a model without blocks, or (perplexity) one that does not write on.
         """
-        if self.score == "perplexity" and not next_token(tuned.model):
-            raise ConfigError("mld(score='perplexity') reads what comes next, and "
+        if self.told_by == "perplexity" and not next_token(tuned.model):
+            raise ConfigError("mld(told_by='perplexity') reads what comes next, and "
                               f"{type(tuned.model).__name__} does not write on; expected 'levels'")
-        if self.score == "levels" and not tuned.anatomy.blocks:
+        if self.told_by == "levels" and not tuned.anatomy.blocks:
             raise ConfigError("mld compares the states after each block, and this model has none")
         with evaluating(list(tuned.model.modules())):
-            of = self._levels if self.score == "levels" else self._perplexity
+            of = self._levels if self.told_by == "levels" else self._perplexity
             found = [of(tuned, batch) for batch in batches]
         if not found:
             raise ConfigError("mld: there is no batch to score")
