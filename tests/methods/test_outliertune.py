@@ -223,6 +223,7 @@ def test_what_is_calibrated():
 def test_settings():
     (method,) = parse("outliertune")
     assert (method.bits, method.input_bits, method.centred, method.samples) == (8, 8, True, 128)
+    assert parse("outliertune(bits=2, input_bits=2, samples=1)")[0].bits == 2
     for bad in ("bits=1", "input_bits=9", "samples=0"):
         with pytest.raises(RecipeError, match=f"outliertune: {bad}"):
             parse(f"outliertune({bad})")

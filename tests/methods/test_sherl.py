@@ -328,6 +328,8 @@ def test_settings_that_are_none_are_refused(wrong):
     name = wrong.partition("=")[0]
     with pytest.raises(RecipeError, match=f"sherl\\(.*{name}="):
         burnish.parse(f"sherl({wrong})")
+    with pytest.raises(RecipeError, match="there is none"):
+        burnish.parse("sherl(cache_gb=1)")
     assert burnish.parse("sherl(layers=3, dropout=0.0, reduction=1)")
 
 

@@ -144,6 +144,15 @@ def test_a_row_that_is_like_nothing_is_its_own_token():
     assert torch.equal(alike(anchor, torch.randn(1, 5, 4), None), torch.eye(5).unsqueeze(0))
 
 
+@pytest.mark.parametrize("model", ["vit", "bert"])         # with a last norm and without
+def test_a_backbone_of_one_block_has_two_states(model):
+    net, batch = tiny(model, num_hidden_layers=1)
+    tuned = burnish.tune(net, "unipt", head=False)
+    assert bool(tuned.anatomy.final_norms) == (model == "vit")
+    assert sum(p.numel() for p in tuned.parameters()) == burnish.parse("unipt")[0].count(1, 32)
+    assert torch.isfinite(tuned.step(batch))
+
+
 def test_the_count_is_the_papers_without_the_bias_that_does_nothing():
     assert burnish.parse("unipt")[0].count(12, 768, small=512, out=1024) == 5_921_281 - 1
     net, _ = tiny("vit")
@@ -207,6 +216,9 @@ def test_what_cannot_be_is_refused(recipe, said):
 def test_settings_that_are_none_are_refused():
     with pytest.raises(RecipeError, match="1 or more"):
         burnish.parse("unipt(reduction=0)")
+    assert burnish.parse("unipt(reduction=1)")[0].reduction == 1
+    with pytest.raises(RecipeError, match="there is none"):
+        burnish.parse("unipt(cache_gb=1)")
     with pytest.raises(RecipeError, match="takes no targets"):
         burnish.tune(tiny("vit")[0], "unipt(targets='fc1')")
     assert burnish.parse("unipt")[0].reduction == 2
