@@ -184,6 +184,15 @@ def test_another_number_of_channels_is_refused_with_how_to_make_one(tmp_path):
             learnt(data, model)
 
 
+@pytest.mark.parametrize("kind", ["PatchTST", "PatchTSMixer"])
+@pytest.mark.parametrize("recipe", ["lora(rank=4)", "full"])
+def test_a_step_is_promised_to_the_byte(kind, recipe):
+    model = made(kind)
+    batch = {"past_values": torch.randn(4, PAST, 2), "future_values": torch.randn(4, AHEAD, 2)}
+    promised = burnish.simulate(model, recipe, batch).peak_bytes
+    assert burnish.measure(burnish.tune(model, recipe), batch).peak_bytes == promised
+
+
 def test_other_models_and_settings_are_refused(tmp_path):
     import transformers
 

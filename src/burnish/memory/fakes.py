@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..core import unread
@@ -166,6 +167,20 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, *args: Any) -> A
     return torch.ops.aten.convolution_backward.default(g, x, weight, *rest, mask)
 
 
+def _batch_norm(x: Tensor, *args: Any) -> Any:
+    """The CPU writes rows, or channels last where the input lies so; the fake version follows any
+    strides."""
+    _, *rest = torch.ops.aten.native_batch_norm.default(x, *args)
+    return (torch.empty_like(x, memory_format=suggest_memory_format(x)), *rest)
+
+
+def _batch_norm_backward(g: Tensor, x: Tensor, *args: Any) -> Any:
+    """As the CPU's forward does."""
+    dx, *rest = torch.ops.aten.native_batch_norm_backward.default(g, x, *args)
+    return (None if dx is None else
+            torch.empty_like(x, memory_format=suggest_memory_format(x)), *rest)
+
+
 def _ctc_loss(log_probs: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int = 0,
               zero_infinity: bool = False) -> tuple[Tensor, Tensor]:
     """The sizes depend on the longest target: the width of rows padded to it."""
@@ -181,7 +196,22 @@ def _ctc_loss_backward(grad: Tensor, log_probs: Tensor, *args: Any, **kw: Any) -
     return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
 
 
+def _reduced(op: Any) -> Any:
+    """A loss that the kernels write element by element and then reduce in place: the scalar keeps
+    the memory of them all."""
+    def loss(x: Tensor, target: Tensor, *args: Any, **kw: Any) -> Tensor:
+        made: Tensor = op(x, target, *args, **kw)
+        if made.dim() or not x.dim():
+            return made
+        shape = torch.broadcast_shapes(x.shape, target.shape)
+        return made.new_empty(shape).as_strided((), ())
+    return loss
+
+
 KERNELS: dict[Any, Any] = {
+    **{op: _reduced(op) for op in (
+        torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default,
+        torch.ops.aten.binary_cross_entropy.default, torch.ops.aten.soft_margin_loss.default)},
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
     torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
@@ -194,4 +224,6 @@ def kernels(kind: str) -> dict[Any, Any]:
     """What stands for an operator's fake version, on tensors of this device type."""
     if kind != "cpu":
         return KERNELS
-    return {**KERNELS, torch.ops.aten.convolution_backward.default: _convolution_backward}
+    return {**KERNELS, torch.ops.aten.convolution_backward.default: _convolution_backward,
+            torch.ops.aten.native_batch_norm.default: _batch_norm,
+            torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward}
