@@ -220,9 +220,9 @@ other test scans those whose answer stays; *drawdown*: points of accuracy that a
 All change the MLPs of the last three blocks. `mend` learns beforehand of {LESSONS} lessons made of
 train scans (another digit, drawn; its versions; {LOCAL} scans that stay); *nothing learnt* is its
 edit as it begins, with the statistics alone. Fine-tunes are Adam at {RATE:g} until the answer is
-right, {MOST} steps at most; KL with strength {KL:g} on {LOCAL} train scans, L2 {L2:g}. Rates,
-strengths and sizes were chosen nowhere. One seed. On a command line it is `burnish edit`
-([edits](../guide/edit.md)).""",
+right, {MOST} steps at most; KL with strength {KL:g} on {LOCAL} train scans, L2 {L2:g}. The rate and
+the most steps were chosen on a run of four edits, the other numbers nowhere. One seed. On a command
+line it is `burnish edit` ([edits](../guide/edit.md)).""",
     belongs=belongs, rows=rows,
     columns={"success": percent("success"), "general": percent("general"),
              "local": percent("local"), "drawdown": percent("drawdown"),
