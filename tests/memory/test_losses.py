@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import burnish
+from burnish.memory.fakes import kernels
 
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,
           "bce": F.binary_cross_entropy, "bce_logits": F.binary_cross_entropy_with_logits,
@@ -62,3 +64,24 @@ def test_a_batch_norm_is_promised_to_the_byte_however_its_input_lies(form, train
     said = burnish.simulate(Normed(form).train(training), "full", (x,), loss=loss)
     found = burnish.measure(burnish.tune(Normed(form).train(training), "full"), (x,), loss=loss)
     assert found.peak_bytes == said.peak_bytes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("x", [
+    torch.randn(4, 8, 6), torch.randn(4, 6, 8).mT, torch.randn(4, 8, 2, 3),
+    torch.randn(4, 8, 2, 3).to(memory_format=torch.channels_last), torch.randn(6, 4, 8).permute(
+        1, 2, 0), torch.randn(4, 3, 2, 8).permute(0, 3, 2, 1)])
+def test_what_stands_for_a_batch_norm_lies_as_the_kernels_result(x, training):
+    ops, stand = torch.ops.aten, kernels("cpu")
+    w, b, m, v = torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8)
+    forward, backward = ops.native_batch_norm.default, ops.native_batch_norm_backward.default
+    y, mean, rstd = forward(x, w, b, m, v, training, 0.1, 1e-5)
+    rest = (w, m, v, mean, rstd, training, 1e-5, [True, True, True])
+    g = torch.randn_like(y)
+    with FakeTensorMode() as mode:
+        def fake(t):
+            return mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
+        made = stand[forward](*map(fake, (x, w, b, m, v)), training, 0.1, 1e-5)
+        back = stand[backward](fake(g), fake(x), *map(fake, rest))
+    assert [t.stride() for t in made] == [t.stride() for t in (y, mean, rstd)]
+    assert [t.stride() for t in back] == [t.stride() for t in backward(g, x, *rest)]
