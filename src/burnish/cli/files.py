@@ -67,7 +67,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
-    from ..formats import biases, claim, safe, staged
+    from ..formats import claim, safe, staged
     from ..formats.folder import CARD, read_config
     from ..formats.model_files import copy_processor
 
@@ -77,7 +77,8 @@ def merge(
     staged.refuse_others(output, "model")
     tuned, source = attached(adapter, base, force)
     merged, drift = merged_within(tuned, tolerance)
-    biases.agree(merged)
+    if tuned.merged.lost is not None:
+        raise CheckError(tuned.merged.lost)
     with staged.replace(output, "model", reads) as new:
         merged.save_pretrained(new)
         copy_processor([Path(source), adapter], new)

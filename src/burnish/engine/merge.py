@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CheckError, ConfigError
+from .biases import agree
 from .drift import Drift
 from .entries import Written, plan_of, put_back, write
 from .originals import Originals
@@ -39,6 +40,8 @@ class Undo:
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)   # buffer, its value
     flags: dict[str, bool] = field(default_factory=dict)
     first: list[Callable[[], None]] = field(default_factory=list)   # what was done after the merge
+    asked: Callable[[], None] | None = None          # takes back what the configuration asks for
+    lost: str | None = None                          # why a folder would be another model
 
 
 def why_not(tuned: Tuned) -> str | None:
@@ -86,6 +89,12 @@ def merge(tuned: Tuned) -> nn.Module:
     drift.check()
     for p in tuned.model.parameters():
         p.requires_grad_(False)
+    if any(leaf == "bias" and shell is None for _, leaf, shell in undo.made):
+        try:
+            undo.asked = agree(tuned.model)
+            tuned.undo.later(undo.asked)
+        except CheckError as error:
+            undo.lost = str(error)
     tuned.merged = undo
     tuned.state.room.clear()                     # the slots wait, and what they had kept
     return tuned.model
@@ -152,6 +161,8 @@ def unmerge(tuned: Tuned) -> None:
     while undo.first:
         undo.first[-1]()
         undo.first.pop()
+    if undo.asked is not None:
+        undo.asked()
     _take_back(tuned, undo)
     for _, module, cls, slot in undo.modules:
         module.__class__ = cls

@@ -390,8 +390,8 @@ class Tuned:
     def merge(self) -> nn.Module:
         """The model with the active update in its weights and no trace of burnish.
 
-        Raises CheckError with the reason when a part of the recipe has no form as a weight.
-        :meth:`unmerge` brings everything back, bit for bit.
+        Raises CheckError with the reason when a part of the recipe has no form as a weight. Of
+        biases that are new: engine/biases.py. :meth:`unmerge` brings everything back, bit for bit.
         """
         self.check_here()
         if self.merged is None:

@@ -8,6 +8,8 @@ read, without a word that an error would be.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -17,14 +19,15 @@ from torch import nn
 from ..core.errors import CheckError
 
 
-def agree(model: Any) -> None:
+def agree(model: Any) -> Callable[[], None]:
     """Makes the configuration ask for the biases that a merged model has gained: flags of its own
-    (``mlp_bias``, ``attention_bias``) are set, and the other biases they ask for are zeros.
+    (``mlp_bias``, ``attention_bias``) are set, and the other biases they ask for are zeros. Answers
+    with what takes that back.
 
     Raises CheckError where no flag asks for them, for the folder would be another model.
     """
     if (lost := gained(model)) is None or not lost:
-        return
+        return lambda: None
     flags = [k for k, v in vars(model.config).items() if k.endswith("bias") and v is False]
     for count in range(1, min(len(flags), 3) + 1):
         for some in combinations(flags, count):
@@ -35,17 +38,23 @@ def agree(model: Any) -> None:
             if names is None or not lost <= names or any(
                     not n.endswith(".bias") for n in names - has):
                 continue
-            for name in names - has:
-                module = model.get_submodule(name.rpartition(".")[0])
+            made = [model.get_submodule(n.rpartition(".")[0]) for n in names - has]
+            for module in made:
                 like = module.weight
                 rows = len(like) if isinstance(module, nn.Linear) else like.shape[-1]
                 module._parameters["bias"] = nn.Parameter(like.new_zeros(rows), False)
-            model.config = asked
-            return
+            before, model.config = model.config, asked
+            return partial(_back, model, before, made)
     first = min(lost)
     raise CheckError(f"merging gives {first.removesuffix('.bias')} a bias, and "
                      f"{type(model).__name__} is built without one, so a folder would lose it; "
-                     "keep the adapter, or in Python tuned.merge()")
+                     "keep the adapter")
+
+
+def _back(model: Any, config: Any, made: list[nn.Module]) -> None:
+    model.config = config
+    for module in made:
+        module._parameters["bias"] = None
 
 
 def gained(model: Any) -> set[str] | None:
