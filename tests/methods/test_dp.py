@@ -18,6 +18,7 @@ from burnish.core.errors import BurnishError, ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.sampling import Sampling
 from burnish.memory import measure, simulate
+from burnish.methods.controller import _private
 from burnish.methods.controller import dp as module
 from burnish.testing import conformance, tiny
 
@@ -467,7 +468,7 @@ def test_loops_that_cannot_are_told():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "processes", lambda: 2)
+    monkeypatch.setattr(_private, "processes", lambda: 2)
     t = burnish.tune(start()[0], "full + dp(sigma=1.0, batch=2.0)", head=True)
     with pytest.raises(ConfigError, match="^dp draws its samples and its noise in one process"):
         t.optimizer()

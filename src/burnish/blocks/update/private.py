@@ -2,12 +2,14 @@
 
     g = (sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2)) / B
 
-The norm is over all tensors together. A gradient that is not finite counts as nothing.
+The norm is over all tensors together, or group by group, each with a C of its own. A gradient that
+is not finite counts as nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
@@ -43,11 +45,14 @@ class Clipped:
     def take(self) -> None:
         """One sample's gradients are complete."""
         self.taken += 1
-        found = {p: p.grad for p in self.params if p.grad is not None}
+        self._take(self.params, self.bound)
+
+    def _take(self, params: Iterable[nn.Parameter], bound: float) -> None:
+        found = {p: p.grad for p in params if p.grad is not None}
         if not found:
             return
         size = norm(found.values())
-        by = (self.bound / size).clamp(max=1.0)
+        by = (bound / size).clamp(max=1.0)
         for p, g in found.items():
             p.grad = None
             g = g.to(torch.promote_types(g.dtype, torch.float32)).mul_(by.to(g.device))
@@ -64,6 +69,20 @@ class Clipped:
             elif kind is None and not self.taken:    # no sample came, and that is no fault
                 mine = torch.zeros_like(p)
             p.grad = before if mine is None else mine if before is None else before.add_(mine)
+
+
+class ClippedApart(Clipped):
+    """Each group of tensors has a norm, and a largest one, of its own."""
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], bounds: Sequence[float]):
+        super().__init__([p for group in groups for p in group], math.nan)
+        self.groups, self.bounds = groups, bounds
+
+    @torch.no_grad()
+    def take(self) -> None:
+        self.taken += 1
+        for group, bound in zip(self.groups, self.bounds, strict=True):
+            self._take(group, bound)
 
 
 @torch.no_grad()
