@@ -189,7 +189,7 @@ class _Reader:
             paths = [p.path if p.kind in ("mha", "experts") else p.path.rpartition(".")[0]
                      for p in mine if p.role in roles]
             top = _common(paths)
-            while type(self.modules.get(top)) in (nn.ModuleList, nn.ModuleDict):   # never run
+            while top and type(self.modules.get(top)) in (nn.ModuleList, nn.ModuleDict):  # not run
                 top = top.rpartition(".")[0]
             whole = families.ATTENTION_CLASS.search(type(self.modules[block.path]).__name__)
             return top if paths and (top != block.path or whole) else None
