@@ -49,7 +49,7 @@ def hand_of(t):
 # -- the equation ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("recipe", ["full", "lora(rank=2)"])
 def test_a_constant_policy_is_plain_dp_bit_for_bit(recipe):
-    one = tuned(", groups='all', span=1", recipe)
+    one = tuned(", per_place=False, swing=1", recipe)
     other = tuned("", recipe, method="dp")
     for t in (one, other):
         torch.manual_seed(7)
@@ -61,7 +61,7 @@ def test_a_constant_policy_is_plain_dp_bit_for_bit(recipe):
 
 def test_a_step_is_the_equation_place_by_place():
     """Each place is cut to its own norm and has noise of its own norm, larger by sqrt(J)."""
-    t = tuned(", span=1")
+    t = tuned(", swing=1")
     by_hand = copy.deepcopy(t.model)
     torch.manual_seed(7)
     x, y = batches()[0]
@@ -256,7 +256,7 @@ def test_it_goes_on_where_it_stood():
 
 
 @pytest.mark.parametrize(("text", "match"), [
-    ("rldp(sigma=1, epsilon=2)", "give one"), ("rldp(span=0.5)", "span of 1 or more"),
+    ("rldp(sigma=1, epsilon=2)", "give one"), ("rldp(swing=0.5)", "swing of 1 or more"),
     ("rldp(every=0)", "every and hidden of 1 or more"), ("rldp(accountant='pld')", "accountant")])
 def test_what_cannot_be_is_refused_when_it_is_read(text, match):
     with pytest.raises(RecipeError, match=match):

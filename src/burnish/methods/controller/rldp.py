@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Rldp(PrivateSums):
     j: what trains at one place of the model (a pair of factors), or all together. Divided by C_j
     the sum moves by sqrt(J) at most with one sample, so sigma is its noise in units of that. Behind
     every window of `every` updates a soft actor-critic sets ``C_j = max_norm s^a_j`` and ``sigma =
-    sigma_0 s^a``, a in (-1, 1), s = `span`; sigma_0 is the least noise with which all updates spend
+    sigma_0 s^a``, a in (-1, 1), s = `swing`; sigma_0 is the least noise with which all updates spend
     epsilon at one size. Its reward is what the window has gained less `price` times what it has
     spent, at the plan's pace 1.
 
@@ -44,11 +44,11 @@ class Rldp(PrivateSums):
     theta_(t-1)>``, the first-order fall of the loss by gradients that have their noise (the paper
     looks at losses and raw norms, which tell of samples; unconfirmed in other details). What is
     spent is bounded by a filter for noise that is chosen on the way (blocks/update/filters.py), at
-    one order: sigma is kept so large that the planned updates remain affordable at `span` sigma_0,
+    one order: sigma is kept so large that the planned updates remain affordable at `swing` sigma_0,
     and an update beyond the budget is refused. Where the number of updates is not known, sigma is
     never below sigma_0.
 
-    Start, what may train, costs and refusals: `dp`'s, and a copy of what trains. With ``span=1``
+    Start, what may train, costs and refusals: `dp`'s, and a copy of what trains. With ``swing=1``
     nothing is chosen: plain DP-SGD, group by group. Worth trying on runs of many windows; a policy
     of a few dozen rewards has hardly learnt.
     """
@@ -60,18 +60,18 @@ class Rldp(PrivateSums):
 
     epsilon: float | None = setting(None, "what the run may spend; None: 8, or what sigma spends",
                                     other=(4.0,), beside={"sigma": None})
-    groups: Literal["place", "all"] = setting("place", "what has a largest norm of its own")
+    per_place: bool = setting(True, "each place has a largest norm of its own, not all one")
     every: int = setting(10, "K, updates of a window")
-    span: float = setting(4.0, "s, most that a norm or the noise is moved by")
+    swing: float = setting(4.0, "s, most that a norm or the noise is moved by")
     price: float = setting(1.0, "of spending at the plan's pace", unseen=FEW)
     hidden: int = setting(64, "width of the policy and its critics", unseen=FEW)
     seed: int = setting(0, "of the policy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.every, self.hidden) < 1 or not 1 <= self.span < float("inf") \
+        if min(self.every, self.hidden) < 1 or not 1 <= self.swing < float("inf") \
                 or not 0 <= self.price < float("inf"):
-            raise RecipeError(f"{self}: expected every and hidden of 1 or more, span of 1 or more, "
+            raise RecipeError(f"{self}: expected every and hidden of 1 or more, swing of 1 or more, "
                               "price of 0 or more")
 
     def hand(self, tuned: Tuned) -> Chosen:
@@ -100,7 +100,7 @@ class Chosen(Private):
         """What trains, place by place."""
         out: dict[str, list[nn.Parameter]] = {}
         for name, p in trains.items():
-            out.setdefault(_place(name) if self.method.groups == "place" else "", []).append(p)
+            out.setdefault(_place(name) if self.method.per_place else "", []).append(p)
         if len(self.clips) != len(out):
             self.clips = [1.0] * len(out)
         return list(out.values())
@@ -146,10 +146,10 @@ class Chosen(Private):
         spread = [sigma * len(groups)**0.5 * c for c in self.bounds()]
         for group, size in zip(groups, spread, strict=True):
             hide(group, size, batch)
-        if self.method.span > 1:
+        if self.method.swing > 1:
             self._look(trains, groups, [s / batch for s in spread])
         self.spent += not self.rehearsing
-        if self.method.span > 1 and not self.rehearsing and self.spent % self.method.every == 0:
+        if self.method.swing > 1 and not self.rehearsing and self.spent % self.method.every == 0:
             self._choose()
         self.rehearsing = False
 
@@ -193,8 +193,8 @@ class Chosen(Private):
             for _ in range(LEARNS if len(self.policy.seen) >= ENOUGH else 0):
                 self.policy.learn()
         self.state, self.action = now, self.policy.act(now)
-        self.clips = [m.span ** float(a) for a in self.action[:J]]
-        wish, most = self.plan * m.span ** float(self.action[J]), self.plan * m.span
+        self.clips = [m.swing ** float(a) for a in self.action[:J]]
+        wish, most = self.plan * m.swing ** float(self.action[J]), self.plan * m.swing
         if total is None:
             self.sigma = max(wish, self.plan)
         elif (left := total - self.spent) > 0:
