@@ -35,8 +35,8 @@ class Rldp(PrivateSums):
     j: what trains at one place of the model (a pair of factors), or all together. Divided by C_j
     the sum moves by sqrt(J) at most with one sample, so sigma is its noise in units of that. Behind
     every window of `every` updates a soft actor-critic sets ``C_j = max_norm s^a_j`` and ``sigma =
-    sigma_0 s^a``, a in (-1, 1), s = `swing`; sigma_0 is the least noise with which all updates spend
-    epsilon at one size. Its reward is what the window has gained less `price` times what it has
+    sigma_0 s^a``, a in (-1, 1), s = `swing`; sigma_0 is the least noise with which all updates
+    spend epsilon at one size. Its reward is what the window has gained less `price` times what it has
     spent, at the plan's pace 1.
 
     It sees nothing that has not been told: per j the size of g_j beside its noise, its own last
@@ -71,8 +71,8 @@ class Rldp(PrivateSums):
         super().__post_init__()
         if min(self.every, self.hidden) < 1 or not 1 <= self.swing < float("inf") \
                 or not 0 <= self.price < float("inf"):
-            raise RecipeError(f"{self}: expected every and hidden of 1 or more, swing of 1 or more, "
-                              "price of 0 or more")
+            raise RecipeError(f"{self}: expected every and hidden of 1 or more, swing of 1 or "
+                              "more, price of 0 or more")
 
     def hand(self, tuned: Tuned) -> Chosen:
         return Chosen(self, tuned)
