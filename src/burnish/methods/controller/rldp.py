@@ -36,8 +36,8 @@ class Rldp(PrivateSums):
     the sum moves by sqrt(J) at most with one sample, so sigma is its noise in units of that. Behind
     every window of `every` updates a soft actor-critic sets ``C_j = max_norm s^a_j`` and ``sigma =
     sigma_0 s^a``, a in (-1, 1), s = `swing`; sigma_0 is the least noise with which all updates
-    spend epsilon at one size. Its reward is what the window has gained less `price` times what it has
-    spent, at the plan's pace 1.
+    spend epsilon at one size. Its reward is what the window has gained less `price` times what it
+    has spent, at the plan's pace 1.
 
     It sees nothing that has not been told: per j the size of g_j beside its noise, its own last
     action, what is left of the run and of the budget, and as gain ``-sum_t <g_t, theta_t -
