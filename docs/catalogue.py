@@ -43,7 +43,7 @@ def tasks() -> str:
     for name, kind in KINDS.items():
         task = TASKS[name]
         best = f"{task.metric}, the {'most' if task.greater_is_better else 'least'}"
-        tests = ", ".join(f"`tests/{t}`" for t in (*kind.tests, "fit/test_every_task.py"))
+        tests = ", ".join(f"`{t}`" for t in (*kind.tests, "tests/fit/test_every_task.py"))
         example = f"`examples/{kind.example}`" if kind.example else ""
         out.append(f"| `{name}` | {prose(kind.rows)} | `{kind.auto}` | {prose(best)} | {example} | "
                    f"{tests} |")

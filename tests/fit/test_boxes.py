@@ -223,7 +223,7 @@ def test_objects_are_found_within_the_promise(tmp_path, capsys):
     for part in made():
         part.save_pretrained(tmp_path / "model")
     data = shapes(tmp_path / "yard", 130)
-    run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=2e-3,
+    run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=1e-3,
                       epochs=16, batch_size=16, quiet=True)
     losses = [h["eval_loss"] for h in run.history if "eval_loss" in h]
     assert losses[-1] < 0.85 * losses[0] and run.metrics["validation"]["map_50"] > 0.05

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Kind:
     """auto: the class of transformers that holds the models. pipeline: the task's name on hubs.
     rows: what data of it looks like.  also: (configuration, model) of those that `auto` does not
-    know (autos.py).  example: the file in examples/ that learns it.  tests: files in tests/ that
-    hold it, beside those of all tasks.
+    know (autos.py).  example: the file in examples/ that learns it.  tests: files that hold it,
+    beside those of all tasks.
     """
 
     auto: str
@@ -28,91 +28,93 @@ _CAUSAL = "AutoModelForCausalLM"
 KINDS = {
     "image-classification": Kind(
         _IMAGE, "image-classification", "a folder of pictures per class; file_name or image, label",
-        ("fit/test_tasks.py",)),
+        ("tests/fit/test_tasks.py",)),
     "image-multi-label": Kind(
         _IMAGE, "image-classification", "file_name or image; label, a list, or a column per class",
-        ("fit/test_every_task.py",)),
+        ("tests/fit/test_every_task.py",)),
     "image-regression": Kind(
         _IMAGE, "image-classification", "file_name or image; label, a number",
-        ("fit/test_every_task.py",)),
+        ("tests/fit/test_every_task.py",)),
     "image-text-contrastive": Kind(
         "AutoModelForZeroShotImageClassification", "zero-shot-image-classification",
-        "file_name or image, text; a .txt beside each picture", ("fit/test_contrast.py",),
+        "file_name or image, text; a .txt beside each picture", ("tests/fit/test_contrast.py",),
         "matching.py"),
     "image-generation": Kind(
         "DiffusionPipeline", "unconditional-image-generation",
-        "a folder of pictures per class, or of pictures", ("fit/test_diffusion.py",),
+        "a folder of pictures per class, or of pictures", ("tests/fit/test_diffusion.py",),
         "shapes.py"),
     "image-captioning": Kind(
         "AutoModelForImageTextToText", "image-to-text",
-        "file_name or image, text; a .txt beside each picture", ("fit/test_captions.py",),
+        "file_name or image, text; a .txt beside each picture", ("tests/fit/test_captions.py",),
         "telling.py"),
     "audio-classification": Kind(
         _AUDIO, "audio-classification", "a folder of sounds per class; file_name or audio, label",
-        ("fit/test_sounds.py", "e2e/test_sounds.py"), "pitch.py"),
+        ("tests/fit/test_sounds.py", "tests/e2e/test_sounds.py"), "pitch.py"),
     "audio-multi-label": Kind(
         _AUDIO, "audio-classification", "file_name or audio; label, a list, or a column per class",
-        ("fit/test_sounds.py",)),
+        ("tests/fit/test_sounds.py",)),
     "audio-regression": Kind(
         _AUDIO, "audio-classification", "file_name or audio; label, a number",
-        ("fit/test_sounds.py",)),
+        ("tests/fit/test_sounds.py",)),
     "speech-recognition": Kind(
         "AutoModelForCTC", "automatic-speech-recognition", "file_name or audio, transcription",
-        ("fit/test_speech.py", "e2e/test_speech.py"), "spelling.py"),
+        ("tests/fit/test_speech.py", "tests/e2e/test_speech.py"), "spelling.py"),
     "speech-to-text": Kind(
         "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition",
-        "file_name or audio, transcription", ("fit/test_dictation.py",), "dictation.py"),
+        "file_name or audio, transcription", ("tests/fit/test_dictation.py",), "dictation.py"),
     "semantic-segmentation": Kind(
         "AutoModelForSemanticSegmentation", "image-segmentation",
-        "images/ beside masks/; file_name, mask_file_name", ("fit/test_masks.py",
-                                                             "e2e/test_masks.py"), "pixels.py"),
+        "images/ beside masks/; file_name, mask_file_name",
+        ("tests/fit/test_masks.py", "tests/e2e/test_masks.py"), "pixels.py"),
     "object-detection": Kind(
         "AutoModelForObjectDetection", "object-detection",
-        "images/ beside a COCO file; file_name, objects", ("fit/test_boxes.py",), "objects.py"),
+        "images/ beside a COCO file; file_name, objects", ("tests/fit/test_boxes.py",),
+        "objects.py"),
     "time-series-forecasting": Kind(
         "AutoModelForTimeSeriesPrediction", "time-series-forecasting",
-        "time, columns of numbers, perhaps series_id", ("fit/test_series.py",), "forecast.py",
+        "time, columns of numbers, perhaps series_id", ("tests/fit/test_series.py",), "forecast.py",
         (("PatchTSTConfig", "PatchTSTForPrediction"),
          ("PatchTSMixerConfig", "PatchTSMixerForPrediction"))),
     "text-classification": Kind(
         _SEQUENCE, "text-classification", "text (or a pair of texts), label",
-        ("fit/test_answers.py",)),
+        ("tests/fit/test_answers.py",)),
     "text-multi-label": Kind(
         _SEQUENCE, "text-classification", "text; label, a list, or a column per class",
-        ("fit/test_answers.py", "e2e/test_tasks.py")),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
     "text-regression": Kind(
         _SEQUENCE, "text-classification", "text (or a pair of texts); label, a number",
-        ("fit/test_answers.py", "e2e/test_tasks.py")),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
     "token-classification": Kind(
         "AutoModelForTokenClassification", "token-classification", "tokens, tags; CoNLL",
-        ("fit/test_answers.py", "e2e/test_tasks.py"), "tags.py"),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py"), "tags.py"),
     "question-answering": Kind(
         "AutoModelForQuestionAnswering", "question-answering",
-        "context, question, answers; SQuAD", ("fit/test_answers.py", "e2e/test_tasks.py")),
+        "context, question, answers; SQuAD",
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
     "language-modelling": Kind(
-        _CAUSAL, "text-generation", "text; plain text files", ("fit/test_words.py",)),
+        _CAUSAL, "text-generation", "text; plain text files", ("tests/fit/test_words.py",)),
     "masked-language-modelling": Kind(
         "AutoModelForMaskedLM", "fill-mask", "text; plain text files",
-        ("e2e/test_tasks.py",)),
+        ("tests/e2e/test_tasks.py",)),
     "masked-instruction-tuning": Kind(
         "AutoModelForMaskedLM", "fill-mask", "the rows of instruction-tuning",
-        ("fit/test_masked_answers.py",)),
+        ("tests/fit/test_masked_answers.py",)),
     "instruction-tuning": Kind(
         _CAUSAL, "text-generation",
         "messages; conversations; instruction, output; prompt, completion",
-        ("fit/test_data.py",)),
+        ("tests/fit/test_data.py",)),
     "embedding": Kind(
         "AutoModel", "sentence-similarity",
         "anchor, positive, perhaps negative; sentence1, sentence2, score",
-        ("fit/test_embeddings.py",), "near.py"),
+        ("tests/fit/test_embeddings.py",), "near.py"),
     "preference-tuning": Kind(
-        _CAUSAL, "text-generation", "prompt, chosen, rejected", ("fit/test_preferences.py",)),
+        _CAUSAL, "text-generation", "prompt, chosen, rejected", ("tests/fit/test_preferences.py",)),
     "unpaired-preference-tuning": Kind(
         _CAUSAL, "text-generation", "prompt, completion, label (true or false)",
-        ("fit/test_marks.py",), "marked.py"),
+        ("tests/fit/test_marks.py",), "marked.py"),
     "sequence-to-sequence": Kind(
         "AutoModelForSeq2SeqLM", "text2text-generation",
-        "prompt, completion; messages of one question", ("e2e/test_tasks.py",)),
+        "prompt, completion; messages of one question", ("tests/e2e/test_tasks.py",)),
 }
 
 TASKS = tuple(KINDS)

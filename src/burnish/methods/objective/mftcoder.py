@@ -89,9 +89,9 @@ class MftCoder(Method):
                               alias=("coba_history_length",), beside={"case": "coba"})
     alarm: float = setting(5.0, "tau, of the answer to a loss that turns up", unseen=_LONG,
                            alias=("coba_tau",), beside={"case": "coba"})
-    weight_rate: float = setting(0.025, "of the steps of the weights' logits", unseen=_LONG,
+    weight_rate: float = setting(0.025, "of the steps of the weights' logits",
                                  beside={"case": "famo"})
-    evening: float = setting(0.001, "of the weights towards equal ones", unseen=_LONG,
+    evening: float = setting(0.001, "of the weights towards equal ones",
                              beside={"case": "famo"})
 
     def __post_init__(self) -> None:
