@@ -128,9 +128,12 @@ class Attacher(Informed):
         self.notes += self.asked.notes
 
     def _met(self, recipe: Recipe) -> None:
-        """Parts that are asked of no more than single weights have nothing to refuse a model by."""
+        """Parts that are asked of no more than single weights have nothing to refuse a model by; of
+        a storage that is told which ones it says itself what it cannot hold."""
         asked = {"storage", "optimizer", "controller", "objective", "lifecycle"}
         for part in recipe:
+            if "storage" in part.axes() and (part.targets or self.adapter.targets) is not None:
+                continue
             if set(part.axes()) <= asked and unmet(type(part), self.anatomy) is not None:
                 refuse(part, self.anatomy)
 

@@ -56,7 +56,7 @@ class Rldp(PrivateSums):
     paper: ClassVar[str] = ("Efficient Differentially Private Fine-Tuning of LLMs via "
                             "Reinforcement Learning (2025), arXiv:2507.22565")
     tier: ClassVar[str] = "from the text"
-    small: ClassVar[dict[str, Any]] = {"sigma": 0.01, "batch": 2.0, "records": 100, "every": 2}
+    small: ClassVar[dict[str, Any]] = {"sigma": 0.01, "batch": 2.0, "records": 50, "every": 2}
 
     epsilon: float | None = setting(None, "what the run may spend; None: 8, or what sigma spends",
                                     other=(4.0,), beside={"sigma": None})
