@@ -106,7 +106,7 @@ def test_equal_gradients_stay_finite():
     for t in range(1, 8):
         made = how.apply(R, state, t, t)
         cosine = (made * R).sum() / made.norm() / R.norm()
-        assert torch.isfinite(made).all() and cosine > 0.5
+        assert torch.isfinite(made).all() and cosine > 0
 
 
 def test_zero_gradients_move_nothing():

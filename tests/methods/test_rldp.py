@@ -229,6 +229,19 @@ def test_the_gain_is_the_fall_of_the_loss_along_the_path():
     assert hand_of(t).window["gain"] == pytest.approx(losses[0] - losses[-1], rel=0.05)
 
 
+def test_what_trains_is_held_once_more_and_no_more_than_that():
+    """Behind the first update as well: the copy is moved in its place."""
+    t = tuned(", every=2, hidden=4", total=8, sigma="epsilon=3")
+    t.step(batches()[0], mse)
+    where = {n: c.data_ptr() for n, c in hand_of(t).before.items()}
+    assert set(where) == {n for n, _ in t.named_parameters()}
+    for b in batches():
+        now = {n: p.detach().clone() for n, p in t.named_parameters()}
+        t.step(b, mse)
+        for n, copied in hand_of(t).before.items():
+            assert copied.data_ptr() == where[n] and torch.equal(copied, now[n])
+
+
 # -- going on --------------------------------------------------------------------------------------
 def test_it_goes_on_where_it_stood():
     def run(stop):

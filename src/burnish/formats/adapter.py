@@ -125,7 +125,6 @@ def _beside(tuned: Tuned, adapters: Mapping[str, Any], names: Mapping[str, str],
         raise FormatError(f"{path} was trained on {_held(there)}, this base is {_held(here)}; "
                           "load(..., force=True) goes on all the same")
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-
     own = {n: Recipe(p for p in r if p not in there) for n, r in recipes.items()}
     check_sizes(tuned, {n: {**adapters[n], "recipe": r} for n, r in own.items()}, shapes, str(path))
 

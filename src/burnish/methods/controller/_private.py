@@ -18,6 +18,8 @@ from ...core.sampling import Sampling
 if TYPE_CHECKING:
     from ...core.protocols import Pass, Tuned
 
+#: spent by a run where neither epsilon nor sigma is given
+EPSILON = 8.0
 TOLD = "only what the run is said to have spent changes: tests/methods/test_dp.py"
 
 

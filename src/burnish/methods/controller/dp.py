@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...blocks.update.accountant import epsilon_of, sigma_for
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import setting
-from ._private import TOLD, Private, PrivateSums
+from ._private import EPSILON, TOLD, Private, PrivateSums
 
 if TYPE_CHECKING:
     from ...core.protocols import Tuned
-
-#: spent by a run where neither epsilon nor sigma is given
-EPSILON = 8.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dp(PrivateSums):

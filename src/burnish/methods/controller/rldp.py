@@ -9,21 +9,19 @@ from torch import Tensor, nn
 
 from ...blocks.choose.soft_actor import SoftActor
 from ...blocks.update.filters import Filter, best, planned
-from ...blocks.update.private import Clipped, ClippedApart, hide
+from ...blocks.update.private import Clipped, ClippedApart, hide, norm
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import setting
-from ._private import Private, PrivateSums
+from ._private import EPSILON, Private, PrivateSums
 
 if TYPE_CHECKING:
     from ...core.protocols import Tuned
 
-#: spent by a run where neither epsilon nor sigma is given
-EPSILON = 8.0
 #: updates that a filter's order is chosen for where their number is not known
 SOME = 1000
 #: updates of the policy behind a window, once there are windows enough
 LEARNS, ENOUGH = 4, 4
-FEW = "a window of two updates: tests/methods/test_rldp.py"
+FEW = "it acts once the policy has learnt: tests/methods/test_rldp.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +155,19 @@ class Chosen(Private):
     def _look(self, trains: Mapping[str, nn.Parameter], groups: list[list[nn.Parameter]],
               spread: list[float]) -> None:
         """What is told by gradients that have their noise."""
-        before, self.before = self.before, {n: p.detach().clone() for n, p in trains.items()}
+        gain = 0.0
+        for n, p in trains.items():
+            old = self.before.get(n)
+            if old is None or old.shape != p.shape:
+                self.before[n] = p.detach().clone()
+                continue
+            moved = old.neg_().add_(p)               # in the copy itself: one is held
+            gain -= 0.0 if self.rehearsing else float(torch.dot(p.grad.flatten(), moved.flatten()))
+            old.copy_(p)
         if self.rehearsing:
             return
-        gain = [-(p.grad * (p - before[n])).sum().float().cpu() for n, p in trains.items()
-                if n in before and before[n].shape == p.shape]
-        self.window["gain"] += float(sum(gain))
-        sizes = torch.tensor([float(sum(p.grad.square().sum().float().cpu() for p in g))**0.5
-                              / (s * sum(p.numel() for p in g)**0.5)
+        self.window["gain"] += gain
+        sizes = torch.tensor([float(norm(p.grad for p in g)) / (s * sum(p.numel() for p in g)**0.5)
                               for g, s in zip(groups, spread, strict=True)])
         seen = self.window["sizes"]
         self.window["sizes"] = sizes if seen is None or len(seen) != len(sizes) else seen + sizes
