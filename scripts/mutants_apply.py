@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,26 +31,28 @@ class Mutant:
 def mutants(source: str) -> Iterator[Mutant]:
     """Every mutant of a module's source, in the order of the tree; names are unique."""
     tree = ast.parse(source)
-    sites, seen, names = list(_walk(tree)), set(), Counter()
-    for k, (_, _, _, node, _) in enumerate(sites):
-        for new in _changes(node):
-            twin = copy.deepcopy(tree)
-            parent, field, index, old, scope = list(_walk(twin))[k]
+    seen, names = set(), Counter()
+    for parent, field, index, old, scope in list(_walk(tree)):
+        for new in _changes(old):
             shown = parent if isinstance(parent, ast.expr) else old
             before = _short(shown)
-            if index is None:
-                setattr(parent, field, new)
-            else:
-                getattr(parent, field)[index] = new
-            after = _short(shown if shown is parent else new)
-            text = ast.unparse(ast.fix_missing_locations(twin))
+            _put(parent, field, index, new)
+            after, text = _short(shown if shown is parent else new), ast.unparse(tree)
+            _put(parent, field, index, old)
             if text in seen:
                 continue
             seen.add(text)
             name = f"{scope}: {before} -> {after}"
             names[name] += 1
             again = f" ({names[name]})" if names[name] > 1 else ""
-            yield Mutant(getattr(node, "lineno", 0), name + again, text)
+            yield Mutant(getattr(old, "lineno", 0), name + again, text)
+
+
+def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST | None) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
 
 
 def _short(node: ast.AST) -> str:

@@ -149,7 +149,6 @@ def test_the_last_line_sums_up(monkeypatch):
         "mutants: 2 files, 9 mutants, 7 killed, 1 equivalent, 1 live"
 
 
-@pytest.mark.slow
 def test_what_is_declared_equivalent_is_a_mutant(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import mutants
