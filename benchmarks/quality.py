@@ -25,10 +25,11 @@ def made() -> str:
 def main() -> None:
     OUT.write_text(made(), "utf-8")
     left = json.loads(OUT.read_text("utf-8"))["_"]["left out"]
-    print("| left out | chosen without it | best | lost | lost by LoRA |\n|---|---|---|---|---|")
+    print("| left out | chosen without it | best | lost | lost by LoRA | order |\n"
+          "|---|---|---|---|---|---|")
     for task, d in left.items():
         print(f"| {task} | `{d['chosen']}` | `{d['best']}` | {100 * d['regret']:.1f} | "
-              f"{100 * d['of_lora']:.1f} |")
+              f"{100 * d['of_lora']:.1f} | {d['order']:+.2f} |")
 
 
 if __name__ == "__main__":

@@ -41,13 +41,16 @@ def expectation(records: Records) -> list[str]:
     found = prior(records)["_"]
     out = ["## What the planner makes of it", "",
            "Plans expect of a recipe what it reached on tasks of the same kind, drawn towards what "
-           "recipes reach in general: recipes differ by "
+           "recipes reach in general, how hard each task was set apart: recipes differ by "
            f"{100 * found['omega']:.1f} points whatever the task, and by {100 * found['tau']:.1f} "
            "more from task to task. Leaving a task out, and taking the recipe that the others "
-           "recommend:", "", "| left out | taken | best | lost | lost by always taking LoRA |",
-           "|---|---|---|---|---|"]
+           "recommend (the order is Spearman's correlation of what was expected of all recipes "
+           "with what they reached):", "",
+           "| left out | taken | best | lost | lost by always taking LoRA | order |",
+           "|---|---|---|---|---|---|"]
     out += [f"| {t} | `{d['chosen']}` | `{d['best']}` | {100 * d['regret']:.1f} | "
-            f"{100 * d['of_lora']:.1f} |" for t, d in found["left out"].items()]
+            f"{100 * d['of_lora']:.1f} | {d['order']:+.2f} |"
+            for t, d in found["left out"].items()]
     return [*out, ""]
 
 
