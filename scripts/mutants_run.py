@@ -30,6 +30,7 @@ class Runner:
         self.tests, self.cells = tests, cells
         self.kills: Counter[str] = Counter()
         self.cost: dict[str, float] = {}
+        self.shown: dict[str, str] = {}             # check of the suite -> model that shows it
 
     def prepare(self) -> str | None:
         """One run without any mutation, for times and imports; what failed in it.
@@ -41,7 +42,7 @@ class Runner:
         said = self._fork(limit=1800)
         if said is None or said["killer"] is not None:
             return "a limit or a crash" if said is None else said["killer"] + said["why"]
-        self.cost = said["cost"]
+        self.cost, self.shown = said["cost"], said["shown"]
         if self.cost:
             self.cost[next(iter(self.cost))] = 0.0         # the first test paid for the imports
         for name in said["modules"]:
@@ -104,7 +105,7 @@ class Runner:
         return json.loads(said) if said else {"killer": "crash", "why": "", "cost": {}}
 
     def _child(self, into: int, limit: int) -> None:
-        said = {"killer": "crash", "why": "", "cost": {}}
+        said = {"killer": "crash", "why": "", "cost": {}, "shown": {}}
         try:
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -132,7 +133,7 @@ class Runner:
             os._exit(0)
 
     def _run(self) -> dict:
-        said = {"killer": None, "why": "", "cost": {}}
+        said = {"killer": None, "why": "", "cost": {}, "shown": {}}
         for part in (self._pytest, self._conformance):
             part(said)
             if said["killer"] is not None:
@@ -165,19 +166,33 @@ class Runner:
     def _conformance(self, said: dict) -> None:
         if not self.cells:
             return
+        from burnish.core import registry
         from burnish.testing import choose
         from burnish.testing import conformance as c
-        from burnish.testing.checks.common import refusal
 
-        joining = c.methods()                    # the suite has no cell for a pure lifecycle
-        for name in (n for n in self.cells if n in joining):
+        for name in self.cells:
+            if not set(registry.find(name).axes()) - {"lifecycle"}:
+                continue                         # the suite has no cell for a pure lifecycle
             models = choose.models_for(name, all=False)[::-1]
-            model = next((m for m in models if refusal(name, m) is None), models[0])
-            every = {f"{name}-{model}-{f.__name__}": f for f in (*c.CHECKS, *c.ONCE)}
+            every = {f"{name}-{f.__name__}": f for f in (*c.CHECKS, *c.ONCE)}
             for word in sorted(every, key=self.order):
                 began = time.monotonic()
-                result = c.one(every[word], name, model)
+                result = self._where_it_looks(every[word], name, models, word)
                 said["cost"][word] = time.monotonic() - began
                 if result.state == "fail":
                     said["killer"], said["why"] = word, f": {result.reason}"
                     return
+                if result.state != "not applicable":
+                    said["shown"][word] = result.model
+                elif word in self.shown:                # a model that it took is refused now
+                    said["killer"], said["why"] = word, f": {result.reason}"
+                    return
+
+    def _where_it_looks(self, check, name, models, word):
+        """A check's result on the model that shows it: the first at which it looks at something."""
+        from burnish.testing import conformance as c
+
+        for model in [self.shown[word]] if word in self.shown else models:
+            if (result := c.one(check, name, model)).state != "not applicable":
+                break
+        return result

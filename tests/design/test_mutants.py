@@ -158,6 +158,30 @@ def test_what_is_declared_equivalent_is_a_mutant(monkeypatch):
         assert not set(told) - every, name
 
 
+def test_every_check_is_run_on_a_model_that_shows_it(monkeypatch, tmp_path):
+    """Of bd_lora's models the first has attention whose weights are fused, and what waits for
+    backward is told of whole linears alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import mutants_run
+
+    from burnish.methods.delta.lowrank.bd_lora import BdLora
+    from burnish.testing import choose, conformance
+    from burnish.testing.checks import cost
+
+    monkeypatch.setattr(conformance, "CHECKS", (cost.keeps_what_it_says,))
+    monkeypatch.setattr(conformance, "ONCE", ())
+    runner, word = mutants_run.Runner(ROOT, tmp_path, (), ("bd_lora",)), "bd_lora-keeps_what_it_says"
+    runner.shown = (first := runner._run())["shown"]
+    assert first["killer"] is None and runner.shown[word] != choose.models_for("bd_lora")[-1]
+    monkeypatch.setattr(BdLora, "per_token", lambda self, place: 1)
+    assert runner._run()["killer"] == word
+    monkeypatch.undo()
+    monkeypatch.setattr(conformance, "CHECKS", (cost.keeps_what_it_says,))
+    monkeypatch.setattr(conformance, "ONCE", ())
+    monkeypatch.setattr(BdLora, "kinds", frozenset())          # a model that it took is refused
+    assert runner._run()["killer"] == word
+
+
 @pytest.mark.slow
 def test_mistakes_that_once_passed_the_suite_fail_it():                     # findings 6
     done = run("--named")
@@ -171,6 +195,6 @@ def test_functions_on_what_is_there_have_no_cell(monkeypatch, tmp_path):
 
     for name, cells in (("tent", False), ("ties", False), ("spsa_gc", True)):
         of = mutants.subject(name)
-        said = {"killer": None, "why": "", "cost": {}}
+        said = {"killer": None, "why": "", "cost": {}, "shown": {}}
         mutants_run.Runner(ROOT, tmp_path, (), of.cells)._conformance(said)
         assert bool(said["cost"]) is cells and said["killer"] is None, said["why"]
