@@ -266,6 +266,7 @@ DUDS = {
     dud("d_saves_twice", SavesTwice): {"keeps_what_it_says"},
     dud("d_says_one_number_more", per_token=lambda self, p: self.rank + 1): {"keeps_what_it_says"},
     dud("d_counts_wrong", count=lambda self, p: 4 * (p.out + p.inp) + 1): {"declared_count"},
+    dud("d_decays", __doc__="d_decays: a dud. No weight decay."): {"is_left_alone_by_decay"},
     dud("d_folds_half", FoldsHalf): {"merges_and_unmerges"},
     dud("d_bumped", Bumped): {"identity_at_the_start"},
     dropping_dud("d_drops_nothing", DropsNothing): {"its_dropout_acts", "every_setting_acts"},

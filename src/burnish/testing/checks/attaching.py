@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def _stored(name: str) -> Skip | None:
 def _selects(name: str) -> Skip | None:
     return Skip("a selection's own test names what it selects") \
         if partner(name) or {"select", "side"} & set(method_of(name).axes()) else None
+
+
+def _decays(name: str) -> Skip | None:
+    said = " ".join((method_of(name).__doc__ or "").split())
+    return None if re.search(r"\b[Nn]o (weight )?decay(?! on)", said) and not partner(name) else \
+        Skip("its docstring does not say of all that it trains that decay leaves it alone")
 
 
 @where(_not_the_base)
@@ -170,5 +177,17 @@ def only_it_trains(name: str, model: str) -> Skip | None:
     return None
 
 
-CHECKS = (identity_at_the_start, declared_count, it_acts, only_it_trains, detaches_bit_for_bit,
-          base_stays_visible, copies_and_pickles, switches_off)
+@where(_decays)
+def is_left_alone_by_decay(name: str, model: str) -> Skip | None:
+    """Where the docstring says that there is no weight decay, the optimizer has none for any
+    tensor."""
+    tuned, _, _ = make(name, model, torch.float32)
+    names = {id(p): n for n, p in tuned.named_parameters()}
+    for group in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups:
+        assert not group["weight_decay"], \
+            f"decay acts on {', '.join(names[id(p)] for p in group['params'][:3])}"
+    return None
+
+
+CHECKS = (identity_at_the_start, declared_count, it_acts, only_it_trains, is_left_alone_by_decay,
+          detaches_bit_for_bit, base_stays_visible, copies_and_pickles, switches_off)
