@@ -170,7 +170,8 @@ def test_every_check_is_run_on_a_model_that_shows_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(conformance, "CHECKS", (cost.keeps_what_it_says,))
     monkeypatch.setattr(conformance, "ONCE", ())
-    runner, word = mutants_run.Runner(ROOT, tmp_path, (), ("bd_lora",)), "bd_lora-keeps_what_it_says"
+    runner = mutants_run.Runner(ROOT, tmp_path, (), ("bd_lora",))
+    word = "bd_lora-keeps_what_it_says"
     runner.shown = (first := runner._run())["shown"]
     assert first["killer"] is None and runner.shown[word] != choose.models_for("bd_lora")[-1]
     monkeypatch.setattr(BdLora, "per_token", lambda self, place: 1)
