@@ -212,6 +212,14 @@ def test_where_all_entries_train_nobody_moves():
     assert entries(tuned) == [list(range(16))]
 
 
+def test_all_that_is_free_is_taken_where_more_would_move():
+    tuned = start("density=0.75, prune=1, every=1")
+    before = [set(t.index.tolist()) for t in terms(tuned)]
+    step(tuned, 0)
+    moved = [len(set(t.index.tolist()) - b) for t, b in zip(terms(tuned), before, strict=True)]
+    assert moved == [192 - 144, 128 - 96]
+
+
 def test_with_little_room_fewer_move():
     tuned = start("density=0.5, every=1")
     tuned.add("two", "dst(density=0.45, prune=1, every=1)", targets="0,2", head=False)
