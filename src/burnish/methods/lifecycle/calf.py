@@ -68,8 +68,8 @@ class Calf(Method):
         untargeted(self, "LoRA's targets are the recipe's")
         if min(self.past, self.horizon, self.depth_kept, self.components, self.series_heads,
                self.rank) < 1:
-            raise ConfigError("calf: past, horizon, depth_kept, components, series_heads and rank of "
-                              "at least 1 are expected")
+            raise ConfigError("calf: past, horizon, depth_kept, components, series_heads and rank "
+                              "of at least 1 are expected")
         if not 0 <= self.dropout < 1 or min(self.consistency, self.feature) < 0 \
                 or not 0 < self.decay <= 1:
             raise ConfigError("calf: a dropout in [0, 1), a decay in (0, 1], and consistency and "
