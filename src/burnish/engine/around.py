@@ -226,6 +226,7 @@ def _untouched(tuned: Tuned) -> Iterator[None]:
 def _updated(tuned: Tuned, grads: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     params, kept = dict(tuned.named_parameters()), dict[str, Tensor]()
     scale = tuned.state.riding.rest()
+    tuned.steps.follow()                             # each state is put back as it was found
     try:
         with _untouched(tuned), _first_rates(tuned.steps.optimizer), torch.no_grad():
             while grads:

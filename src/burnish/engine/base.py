@@ -44,7 +44,8 @@ class Base:
         if value is None:
             if key in self.originals:
                 own = module._parameters[name]
-                value = nn.Parameter(self.originals.get(*key).to(own.device), requires_grad=False)
+                value = nn.Parameter(self.originals.get(*key).to(own.device, own.dtype),
+                                     requires_grad=False)
             else:                                    # a forward may move it: it is a copy
                 b = module._buffers[name]
                 value = self.buffers.starts.get(*key).to(b.device, b.dtype, copy=True)

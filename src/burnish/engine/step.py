@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..blocks.update.clip import check_norm, clip_norm_
+from ..blocks.update.rules import accumulator
 from ..blocks.update.step import Plan, block_matrices, compose, plan_of, short_side
 from ..core.anatomy import Anatomy
 from ..core.batches import call, singly, taken
@@ -60,6 +61,7 @@ class Steps:
         self.optimizer: Any = None
         self.objectives: Objectives | None = None
         self._timeline: Timeline | None = None
+        self._forms: dict[int, tuple[torch.dtype, torch.device]] = {}     # by id of the tensor
         self._clip_norm = 0.0
         self.still, self.checked, self.passes = False, False, 0
         self.through: nn.Module | None = None
@@ -98,7 +100,7 @@ class Steps:
             self.objectives.close()
             self.objectives = None
             raise
-        self.optimizer = opt
+        self.optimizer, self._forms = opt, {}
         accumulation = kw.get("accumulation", 1)
         self.tuned.state.riding.rest = lambda: \
             (1.0 if scaler is None else float(scaler.get_scale())) / accumulation
@@ -173,10 +175,28 @@ class Steps:
 
     def _start(self) -> None:
         if self._timeline is not None and torch.is_grad_enabled() and not self.still:
+            self.follow()
             self._timeline.start(self.tuned.total_steps)
+
+    def follow(self) -> None:
+        """A model that was cast or moved takes the optimizer's state along."""
+        opt, was = self.optimizer, self._forms
+        now = {id(p): (p.dtype, p.device) for g in opt.param_groups for p in g["params"]}
+        other = [(was[i], f) for i, f in now.items() if was.get(i, f) != f] if opt.state else []
+        own = not type(opt).__module__.startswith("torch.")
+        for (a, _), (b, _) in other:
+            if own and accumulator(a) != accumulator(b):
+                a, b = (str(d).removeprefix("torch.") for d in (a, b))
+                raise ConfigError(f"the model was cast from {a} to {b}, and the optimizer's state "
+                                  f"is of {a}; call tuned.optimizer(lr) for one that begins anew, "
+                                  "or cast back")
+        self._forms = now
+        if any(not own or here != there for (_, here), (_, there) in other):
+            opt.load_state_dict(opt.state_dict())
 
     def _before_update(self) -> None:
         self.tuned.check_here()
+        self.follow()
         if self.still:                              # an update that is only looked at
             return
         self.timeline.start(self.tuned.total_steps)

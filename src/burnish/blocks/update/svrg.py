@@ -94,7 +94,7 @@ class SvrgOptimizer(ZooOptimizer):
         up = down = 0.0
         if since >= self.spec.batches:
             up, down = yield from super()._pair(seed, eps)
-        self._there = {n: self.state[p]["anchor"] for n, p in self.named()}
+        self._there = {n: self.state[p]["anchor"].to(p.dtype) for n, p in self.named()}
         try:
             above, below = yield from super()._pair(seed, eps)
         finally:

@@ -29,7 +29,8 @@ class Cosines(Columns):
         u, v = self.index // self.inp, self.index % self.inp
         at = torch.arange(i0, i1, device=v.device)
         # whole turns are taken off as integers: angles stay small, and exact
-        angle = ((v[:, None] * at) % self.inp).to(self.c.dtype) * (2 * math.pi / self.inp)
-        waves = torch.polar(torch.ones_like(angle), angle) * self.c[:, None]
+        c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))
+        angle = ((v[:, None] * at) % self.inp).to(c.dtype) * (2 * math.pi / self.inp)
+        waves = torch.polar(torch.ones_like(angle), angle) * c[:, None]
         F = waves.new_zeros(self.out, i1 - i0).index_add(0, u, waves)
         return torch.fft.ifft(F, dim=0).real * (self.scale / self.inp)

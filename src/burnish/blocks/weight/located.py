@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ class Located(Columns):
         for p in self.parameters():
             p.burnish_decay = False
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Located:
+        """Places stay in fp32: beyond 256, half precision has no odd numbers."""
+        at = self.at.detach()
+        super()._apply(fn, recurse)
+        if self.at.dtype != torch.promote_types(self.at.dtype, torch.float32):
+            self.at.data, self.at.grad = at.to(self.at.device), None
+        return self
+
     def places(self) -> tuple[Tensor, Tensor]:
         """(u, v): whole numbers within the matrix."""
         u, v = self.at.detach().round().long()
@@ -50,8 +59,9 @@ class Located(Columns):
         """Rows v of D, columns i0:i1."""
         odd = 2 * torch.arange(i0, i1, device=v.device) + 1
         # whole turns are taken off as integers: angles stay small, and exact
-        angle = ((v[:, None] * odd) % (4 * self.inp)).to(self.a.dtype)
-        size = self.a.new_full(v.shape, math.sqrt(2 / self.inp)).masked_fill(
+        angle = ((v[:, None] * odd) % (4 * self.inp)).to(
+            torch.promote_types(self.a.dtype, torch.float32))
+        size = angle.new_full(v.shape, math.sqrt(2 / self.inp)).masked_fill(
             v == 0, math.sqrt(1 / self.inp))
         return (angle * (math.pi / (2 * self.inp))).cos() * size[:, None]
 

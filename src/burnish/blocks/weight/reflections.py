@@ -29,8 +29,9 @@ class Reflections(Turn):
         self.U.burnish_decay = False
 
     def unit(self) -> Tensor:
-        """N: (in, r)."""
-        return self.U / torch.linalg.vector_norm(self.U, dim=0)
+        """N: (in, r), in fp32 at least."""
+        U = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
+        return U / torch.linalg.vector_norm(U, dim=0)
 
     def own(self) -> tuple[Tensor, Tensor]:
         N = self.unit()

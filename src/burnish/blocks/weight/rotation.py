@@ -73,7 +73,9 @@ def skew(upper: Tensor, block: int) -> Tensor:
 
 
 def cayley(Q: Tensor, terms: int) -> Tensor:
-    """``(I + Q)(I - Q)^-1 - I`` by a solve, or by `terms` terms of its series in Q."""
+    """``(I + Q)(I - Q)^-1 - I`` by a solve, or by `terms` terms of its series in Q; in fp32 at
+    least, for nobody solves in half precision."""
+    Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
     if not terms:
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         return torch.linalg.solve(eye - Q, 2 * Q)               # the two commute

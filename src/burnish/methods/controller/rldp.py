@@ -158,7 +158,7 @@ class Chosen(Private):
         gain = 0.0
         for n, p in trains.items():
             old = self.before.get(n)
-            if old is None or old.shape != p.shape:
+            if old is None or (old.shape, old.dtype) != (p.shape, p.dtype):
                 self.before[n] = p.detach().clone()
                 continue
             moved = old.neg_().add_(p)               # in the copy itself: one is held

@@ -183,6 +183,21 @@ def is_deterministic(name: str, model: str) -> Skip | None:
     return None
 
 
+def goes_on_after_a_cast(name: str, model: str) -> Skip | None:
+    """``model.to(torch.bfloat16)`` between two updates takes along whatever a method keeps, in the
+    module or beside it."""
+    tuned, batch, _ = make(name, model, torch.float32)
+    ready(tuned, 3)
+    tuned.step(batch)
+    tuned.model.to(torch.bfloat16)
+    for k, v in batch.items():
+        if isinstance(v, Tensor) and v.is_floating_point():
+            batch[k] = v.to(torch.bfloat16)
+    for _ in range(2):
+        assert tuned.step(batch).isfinite(), "the loss is not finite after a cast"
+    return None
+
+
 def resumes_where_it_stopped(name: str, model: str) -> Skip | None:
     """Stopped after two of four updates, written to a folder and read into a fresh base, a run
     ends in the same weights, bit for bit."""
@@ -239,5 +254,6 @@ def loss_falls(name: str, model: str) -> Skip | None:
 
 
 CHECKS = (every_tensor_has_a_gradient, exactly_what_trains_moves, beside_a_partner_it_acts,
-          a_known_length_acts, is_deterministic, resumes_where_it_stopped, loss_falls)
+          a_known_length_acts, is_deterministic, goes_on_after_a_cast, resumes_where_it_stopped,
+          loss_falls)
 
