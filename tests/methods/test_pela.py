@@ -315,7 +315,9 @@ def test_a_distilled_model_comes_nearer_to_its_base():
 
 @pytest.mark.parametrize("settings, why", [
     ("compression=1.0", "compression=1.0: expected above 1, or nothing gets smaller"),
-    ("slack=0.1", "slack does nothing beside weight=0")])
+    ("slack=0.1", "slack does nothing beside weight=0"),
+    ("weight=-1.0", "weight and slack are at least 0"),
+    ("weight=1.0, slack=-0.1", "at least 0, .* got 1.0 and -0.1")])
 def test_settings_are_checked(settings, why):
     with pytest.raises(RecipeError, match=why):
         parse(f"pela({settings})")
@@ -326,4 +328,4 @@ def test_the_defaults_are_the_papers():
     assert (m.compression, m.rest, m.weight, m.slack) == (2.0, True, 0.0, 1e-3)
     assert parse("pela(rho=1.5, kappa_p=1.0, epsilon=0.01)")[0] == \
         parse("pela(compression=1.5, weight=1.0, slack=0.01)")[0]
-    parse("pela(weight=0.1, slack=0.001)")
+    parse("pela(weight=0.1, slack=0.001)"), parse("pela(weight=0.1, slack=0.0)")

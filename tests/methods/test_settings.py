@@ -13,9 +13,11 @@ import pytest
 
 import burnish
 from burnish.blocks.weight.factor import Chain
+from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.method import Method, setting
 from burnish.core.recipe import make
 from burnish.core.registry import register
+from burnish.core.vocabulary import PROBABILITIES
 from burnish.testing import conformance
 from burnish.testing.checks import settings, training
 
@@ -57,9 +59,58 @@ def test_small_sizes_are_settings_and_legal(method):
     assert {k: getattr(small, k) for k in type(small).small} == type(small).small
 
 
+def bounded(word) -> list:
+    """Settings that mean a number of things, or a probability, with what is none."""
+    out = []
+    for m, f in SETTINGS:
+        known = (f.default, *f.metadata["other"])
+        counts = f.type.split(" | ")[0] == "int" and f.name != "seed" and \
+            not any(type(v) is int and v < 0 for v in known)
+        if word == "count" and counts:
+            out.append((m, f, -1))
+        if word == "probability" and f.name in PROBABILITIES:
+            out += [(m, f, -0.5), (m, f, 1.0)]
+    return out
+
+
+@pytest.mark.parametrize("word", ["count", "probability"])
+def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
+    """Fewer than none, or no probability: not at the first tensor, and not in another's words."""
+    cases, taken = bounded(word), []
+    for method, f, value in cases:
+        small = burnish.parse(conformance.part(method, **f.metadata["beside"]))[0].changed()
+        try:
+            made = make(method, {**small, f.name: value})
+        except ConfigError as e:
+            assert method in str(e) or f.name in str(e), e
+        else:
+            taken.append(str(made))
+    assert not taken and len(cases) > 50
+
+
+def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
+    for made, says in ((Dropped(dropout=1.0), "dropout=1.0"), (Dropped(dropout=-0.1), "dropout=-0"),
+                       (Dropped(many=-1), "many=-1"), (Dropped(back=-1), "back=-1")):
+        with pytest.raises(RecipeError, match=says):
+            burnish.parse(made)
+    for right in ({"dropout": 0.0}, {"dropout": 0.99}, {"many": 0}, {"seed": -1}, {"last": -2}):
+        assert burnish.parse(Dropped(**right))
+
+
 def test_a_run_repeats_itself():
     """What the comparison stands on: without a change nothing differs."""
     assert not training.differ("mlp", "lora(dropout=0.3)", "lora(dropout=0.3)  ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped(Method):
+    """A method that refuses nothing itself."""
+
+    dropout: float = setting(0.1, "of its input")
+    many: int = setting(3, "how many")
+    back: int | None = setting(None, "how many, or as many as there are", other=(2,))
+    last: int | None = setting(None, "which one, -1 the last", other=(0, -1))
+    seed: int = setting(0, "of what is drawn")
 
 
 # -- methods whose settings are wrong in one way each ----------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.update.groups import Widths
 from burnish.blocks.update.step import compose
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
@@ -95,9 +96,11 @@ def test_the_equilibrium_follows_the_law_over_a_fourfold_width():
 
 
 def test_what_cannot_act_is_refused():
-    for settings in ("proxy=0", "wide=-1"):
+    for proxy, width in ((0, 0), (8, -1)):
         with pytest.raises(RecipeError, match="width_rule: proxy and width are widths of models"):
-            answers(f"width_rule({settings})")
+            Widths(proxy=proxy, width=width)
+    with pytest.raises(RecipeError, match="width_rule: proxy and width are widths of models"):
+        answers("width_rule(proxy=0)")
     with pytest.raises(ConfigError, match=r"how wide its states are; set width_rule\(wide=...\)"):
         compose(answers("width_rule"), [("layers.0.w", nn.Parameter(torch.ones(4, 4)))], 1.0)
     with pytest.raises(RecipeError, match="learning rates by width|both decide"):

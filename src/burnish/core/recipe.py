@@ -21,6 +21,7 @@ from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import reading, shown
+from .vocabulary import PROBABILITIES
 
 
 class Recipe(tuple[Method, ...]):
@@ -48,6 +49,7 @@ def parse(recipe: str | Method | Iterable[str | Method]) -> Recipe:
         if isinstance(piece, Method):
             if not piece.name:
                 registry.register(type(piece))
+            _possible(piece.name, piece)
             parts.append(piece)
         elif isinstance(piece, str):
             parts += _expression(piece)
@@ -165,7 +167,23 @@ def built(cls: Any, name: str, args: dict[str, object]) -> Any:
             raise RecipeError(f"{name} is given {key} twice, under two of its names")
         given[key] = _typed(name, key, value, hints[key])
     with reading(f"{name}({', '.join(given)})", RecipeError):
-        return cls(**given)
+        made = cls(**given)
+    _possible(name, made)
+    return made
+
+
+def _possible(name: str, made: Any) -> None:
+    """Refuse what no setting of that kind can mean, where the method has not done so itself: fewer
+    than none of something (a seed is no number of things, nor is a setting whose default or
+    `other` value is negative), and a probability that is none."""
+    for f in fields(made):
+        value, known = getattr(made, f.name), (f.default, *f.metadata.get("other", ()))
+        if type(value) is int and value < 0 and f.name != "seed" and \
+                not any(type(v) is int and v < 0 for v in known):
+            raise RecipeError(f"{name}({f.name}={value}): expected 0 or more")
+        if f.name in PROBABILITIES and type(value) is float and not 0 <= value < 1:
+            raise RecipeError(f"{name}({f.name}={value}): expected a probability, from 0 to below "
+                              "1")
 
 
 def _typed(name: str, key: str, value: object, hint: object) -> object:

@@ -105,3 +105,6 @@ VOCABULARY: dict[str, str] = {
     "stored": "what training leaves, as a file that answers holds it",
     "tucker": "kernels of a convolution by a core of their own",
 }
+
+#: names that mean a probability wherever they stand
+PROBABILITIES = frozenset(n for n, words in VOCABULARY.items() if words.startswith("probability"))

@@ -52,7 +52,8 @@ class Steering(Method):
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"last linears"})
 
-    layer: int | None = setting(None, "block, from 0 (-1: the last); None: the middle", other=(0,))
+    layer: int | None = setting(None, "block, from 0 (-1: the last); None: the middle",
+                                other=(0, -1))
     alpha: float = setting(1.0, "what the vector is multiplied by")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:

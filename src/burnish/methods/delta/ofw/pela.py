@@ -62,6 +62,9 @@ class Pela(Method):
         if not self.compression > 1:
             raise RecipeError(f"pela: compression={self.compression}: expected above 1, or nothing "
                               "gets smaller")
+        if self.weight < 0 or self.slack < 0:
+            raise RecipeError("pela: weight and slack are at least 0, or errors would be sought, "
+                              f"got {self.weight} and {self.slack}")
         if "slack" in self.changed() and not self.weight:
             raise RecipeError("pela: slack does nothing beside weight=0")
 
