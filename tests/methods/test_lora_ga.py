@@ -153,6 +153,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RankError, match="needs 10 singular vectors.*largest rank there is 4"):
         burnish.tune(Net().double(), "lora_ga(rank=5)", targets="a", head=False,
                      calibration=data())
+    with pytest.raises(RankError, match="rank 0 needs .* largest rank there is 4"):
+        burnish.tune(Net().double(), "lora_ga(rank=0)", targets="a", head=False,
+                     calibration=data())
     with pytest.raises(RecipeError, match="gamma > 0"):
         burnish.parse("lora_ga(gamma=0)")
 

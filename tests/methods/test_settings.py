@@ -67,7 +67,7 @@ def bounded(word) -> list:
         counts = f.type.split(" | ")[0] == "int" and f.name != "seed" and \
             not any(type(v) is int and v < 0 for v in known)
         if word == "count" and counts:
-            out.append((m, f, -1))
+            out.append((m, f, f.metadata["least"] - 1))
         if word == "probability" and f.name in PROBABILITIES:
             out += [(m, f, -0.5), (m, f, 1.0)]
     return out
@@ -75,7 +75,7 @@ def bounded(word) -> list:
 
 @pytest.mark.parametrize("word", ["count", "probability"])
 def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
-    """Fewer than none, or no probability: not at the first tensor, and not in another's words."""
+    """Fewer than can be, or no probability: not at the first tensor, nor in another's words."""
     cases, taken = bounded(word), []
     for method, f, value in cases:
         small = burnish.parse(conformance.part(method, **f.metadata["beside"]))[0].changed()
@@ -90,10 +90,13 @@ def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
 
 def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
     for made, says in ((Dropped(dropout=1.0), "dropout=1.0"), (Dropped(dropout=-0.1), "dropout=-0"),
-                       (Dropped(many=-1), "many=-1"), (Dropped(back=-1), "back=-1")):
+                       (Dropped(many=-1), "many=-1.: expected 0 or more"),
+                       (Dropped(one=0), "one=0.: expected 1 or more"),
+                       (Dropped(back=-1), "back=-1")):
         with pytest.raises(RecipeError, match=says):
             burnish.parse(made)
-    for right in ({"dropout": 0.0}, {"dropout": 0.99}, {"many": 0}, {"seed": -1}, {"last": -2}):
+    for right in ({"dropout": 0.0}, {"dropout": 0.99}, {"many": 0}, {"one": 1}, {"seed": -1},
+                  {"last": -2}):
         assert burnish.parse(Dropped(**right))
 
 
@@ -108,6 +111,7 @@ class Dropped(Method):
 
     dropout: float = setting(0.1, "of its input")
     many: int = setting(3, "how many")
+    one: int = setting(3, "how many, one at least", least=1)
     back: int | None = setting(None, "how many, or as many as there are", other=(2,))
     last: int | None = setting(None, "which one, -1 the last", other=(0, -1))
     seed: int = setting(0, "of what is drawn")

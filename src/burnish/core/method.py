@@ -48,7 +48,7 @@ TIERS = ("from the text", "checked against an independent equation",
 
 def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = (),
             other: Sequence[Any] = (), beside: Mapping[str, Any] = MappingProxyType({}),
-            unseen: str = "") -> Any:
+            unseen: str = "", least: int = 0) -> Any:
     """A dataclass field with a few words of meaning, printed by help and catalogue.
 
     alias: other spellings that are read, of papers and of other libraries.
@@ -59,9 +59,11 @@ def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = ()
     other: other legal values, where the type tells none, or none that acts.
     beside: settings it is shown with, where it has nothing to act on alone (its own value too).
     unseen: why no run of a small model shows it, and the test that does: "reason: tests/...".
+
+    least: of a whole number that counts something; less is refused (core/recipe.py).
     """
     about = {"help": help, "alias": tuple(alias), "other": tuple(other),
-             "beside": MappingProxyType(dict(beside)), "unseen": unseen}
+             "beside": MappingProxyType(dict(beside)), "unseen": unseen, "least": least}
     return field(default=default, metadata=about, kw_only=True)
 
 

@@ -174,13 +174,14 @@ def built(cls: Any, name: str, args: dict[str, object]) -> Any:
 
 def _possible(name: str, made: Any) -> None:
     """Refuse what no setting of that kind can mean, where the method has not done so itself: fewer
-    than none of something (a seed is no number of things, nor is a setting whose default or
-    `other` value is negative), and a probability that is none."""
+    of something than there can be (a seed is no number of things, nor is a setting whose default
+    or `other` value is negative), and a probability that is none."""
     for f in fields(made):
         value, known = getattr(made, f.name), (f.default, *f.metadata.get("other", ()))
-        if type(value) is int and value < 0 and f.name != "seed" and \
+        least = f.metadata.get("least", 0)
+        if type(value) is int and value < least and f.name != "seed" and \
                 not any(type(v) is int and v < 0 for v in known):
-            raise RecipeError(f"{name}({f.name}={value}): expected 0 or more")
+            raise RecipeError(f"{name}({f.name}={value}): expected {least} or more")
         if f.name in PROBABILITIES and type(value) is float and not 0 <= value < 1:
             raise RecipeError(f"{name}({f.name}={value}): expected a probability, from 0 to below "
                               "1")

@@ -35,7 +35,7 @@ class Houlsby(Method):
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
-    bottleneck: int = setting(64, "m, width of the bottleneck", alias=("m", "width"))
+    bottleneck: int = setting(64, "m, width of the bottleneck", alias=("m", "width"), least=1)
     act: str = setting("gelu", "activation inside", other=("relu",))
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")
     norms: bool = setting(True, "train the norms too")

@@ -43,11 +43,12 @@ class HyperFormer(Method):
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
-    tasks: int = setting(2, "how many tasks")
-    reduction: int = setting(32, "d over the adapter's width m")
-    embedding: int = setting(64, "width of the embeddings of tasks and places")
-    hidden: int = setting(128, "inner width of the network that makes I")
-    code: int = setting(64, "width of I, which the adapters are generated from", alias=("t",))
+    tasks: int = setting(2, "how many tasks", least=1)
+    reduction: int = setting(32, "d over the adapter's width m", least=1)
+    embedding: int = setting(64, "width of the embeddings of tasks and places", least=1)
+    hidden: int = setting(128, "inner width of the network that makes I", least=1)
+    code: int = setting(64, "width of I, which the adapters are generated from", alias=("t",),
+                        least=1)
     share: bool = setting(False, "one generator for all sites (HyperFormer++)")
     norms: bool = setting(True, "train the norms too")
     stored: bool = setting(False, "plain adapters of one task, as :meth:`lifecycle` makes them")

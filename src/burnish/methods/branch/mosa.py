@@ -63,7 +63,8 @@ class Mosa(Method):
     #: with four units a ReLU may let nothing through where a small model looks
     small: ClassVar[dict[str, Any]] = {"experts": 3, "act": "gelu"}
 
-    bottleneck: int = setting(64, "r, width of the bottleneck", alias=("reduced", "width"))
+    bottleneck: int = setting(64, "r, width of the bottleneck", alias=("reduced", "width"),
+                              least=1)
     experts: int = setting(4, "disjoint parts of the adapter", alias=("E",))
     mask: Literal["matrix", "row", "column"] = setting("matrix", "which entries are dealt together")
     share: Literal["down", "none"] = setting("down", "what all experts have")

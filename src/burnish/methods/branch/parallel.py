@@ -43,7 +43,8 @@ class Parallel(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"mlp"})
     merges: ClassVar[bool] = False
 
-    bottleneck: int = setting(512, "r, width of the bottleneck", alias=("reduced", "width"))
+    bottleneck: int = setting(512, "r, width of the bottleneck", alias=("reduced", "width"),
+                              least=1)
     scale: float = setting(4.0, "s, or its start")
     train_scale: bool = setting(False, "s trains too")
     act: str = setting("relu", "activation inside", other=("gelu",))

@@ -36,7 +36,7 @@ class Pfeiffer(Method):
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
-    reduction: int = setting(16, "d / r", alias=("reduction_factor",))
+    reduction: int = setting(16, "d / r", alias=("reduction_factor",), least=1)
     placement: Literal["plain", "library"] = setting("plain", "where it reads and writes")
     act: str = setting("relu", "activation inside", other=("gelu",))
     init: Literal["bert", "truncated", "zero"] = setting("bert", "start of the weights")

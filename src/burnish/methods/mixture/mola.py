@@ -46,7 +46,7 @@ class Mola(Method):
 
     rank: int = setting(8, "rank of every expert", alias=("r",))
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
-    k: int = setting(2, "experts per token", alias=("top_k",))
+    k: int = setting(2, "experts per token", alias=("top_k",), least=1)
     allocation: str = setting("2-4-6-8", "experts in equal groups of blocks, first to last",
                               other=("1-3",))
     dropout: float = setting(0.05, "dropout on the input of A", alias=("lora_dropout",))

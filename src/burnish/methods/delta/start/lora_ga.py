@@ -68,7 +68,8 @@ class LoraGa(Starting):
 
     def delta(self, site: Site) -> LessStart:
         place = site.place
-        if not 1 <= self.rank <= (most := min(place.out, place.inp) // 2):
+        most = min(place.out, place.inp) // 2
+        if not 1 <= self.rank <= most:
             raise RankError(f"lora_ga: rank {self.rank} needs {2 * self.rank} singular vectors, "
                             f"{place.name} is {place.out} x {place.inp}; the largest rank there "
                             f"is {most}")
