@@ -5,9 +5,9 @@ describe?
     python examples/searching.py
 
 The rows are those of near.py. An embedder learns by ranking (InfoNCE), by triplets, as two views of
-one thing (Barlow Twins), or not at all as one: as a classifier of packages whose states are pooled
-afterwards. A reranker reads both texts at once and puts the ten nearest of the best embedder in
-another order.
+one thing (Barlow Twins), as classes of two (SupCon), or not at all as one: as a classifier of
+packages whose states are pooled afterwards. A reranker reads both texts at once and puts the ten
+nearest of the best embedder in another order.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(count: int = 800, epochs: int = 2, recipe: str = "lora(rank=8)") -> dic
         task = task_for(asked, model, max_length=48)
         best: tuple[float, torch.Tensor | None] = -1.0, None
         texts = [r["anchor"] for r in held] + [r["positive"] for r in held]
-        for kind in ("ranking", "triplet", "barlow"):
+        for kind in ("ranking", "triplet", "barlow", "supcon"):
             run = fit(kind, pairs, loss_type=kind, max_length=48)
             task.settle(run.tuned.model)
             if "base" not in found:

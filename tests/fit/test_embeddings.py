@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
 from burnish.fit.tasks import task_for
-from burnish.fit.tasks.embeddings import pooled, ranking, triplet, twins
+from burnish.fit.tasks.embeddings import classed, pooled, ranking, triplet, twins
 
 
 def lines(path, rows):
@@ -108,6 +108,23 @@ def test_twins_are_the_correlation_of_both_columns():
     assert twins(e[:1]).tolist() == [0.0]
 
 
+def test_classes_are_rows_of_one_neighbour():
+    g = torch.Generator().manual_seed(0)
+    e = F.normalize(torch.randn(4, 2, 6, generator=g, dtype=torch.float64), dim=-1)
+    same = torch.eye(4, dtype=torch.bool)
+    same[0, 2] = same[2, 0] = True
+    got = classed(e, 5.0, same)
+    texts = [(i, k) for i in range(4) for k in range(2)]
+    for i in range(4):
+        total = 0.0
+        for k in range(2):
+            z = {t: 5.0 * float(e[i, k] @ e[t]) for t in texts if t != (i, k)}
+            among = math.log(sum(math.exp(v) for v in z.values()))
+            near = [v for (j, _), v in z.items() if same[i, j]]
+            total += sum(among - v for v in near) / len(near) / 2
+        assert got[i].item() == pytest.approx(total)
+
+
 def test_poolings():
     states = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -143,7 +160,8 @@ def base(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pairs", "triplets", "scores", "triplet", "barlow"])
+@pytest.mark.parametrize("kind", ["pairs", "triplets", "scores", "triplet", "barlow",
+                                  "supcon"])
 def test_a_run_learns_what_is_near(base, tmp_path, kind, capsys):
     import burnish
     from burnish.cli import main
@@ -156,7 +174,7 @@ def test_a_run_learns_what_is_near(base, tmp_path, kind, capsys):
         rows = [{"sentence1": w, "sentence2": v.upper(), "score": float(w[0] == v[0]) * 0.9 + 0.05}
                 for w in words[::2] for v in words[::5]]
     path = lines(tmp_path / "rows.jsonl", rows)
-    how = {"loss_type": kind} if kind in ("triplet", "barlow") else {}
+    how = {"loss_type": kind} if kind in ("triplet", "barlow", "supcon") else {}
     run = burnish.fit(base, str(path), "full", output=tmp_path / "out", lr=5e-3, epochs=12,
                       batch_size=16, quiet=True, validation=0.25, **how)
     found = run.metrics["validation"]
@@ -188,10 +206,10 @@ def test_settings_of_embeddings(tmp_path, tokenizer):
     data = read(lines(tmp_path / "x.jsonl", PAIRS), validation=0)
     for how, words in (({"pooling": "max"}, "pooling='max' is not one of mean, cls, last"),
                        ({"scale": -1.0}, "scale=-1.0: expected a number above 0"),
-                       ({"loss_type": "tripplet"}, "not one of ranking, triplet, barlow.*triplet"),
+                       ({"loss_type": "tripplet"}, "not one of ranking, triplet, bar.*triplet"),
                        ({"gamma": 0.3}, "gamma=0.3 does nothing: it is of loss_type='triplet'"),
                        ({"gamma": 0.0, "loss_type": "triplet"}, "gamma=0.0: expected a number abo"),
-                       ({"scale": 3.0, "loss_type": "barlow"}, "it is of loss_type='ranking'"),
+                       ({"scale": 3.0, "loss_type": "barlow"}, "it is of loss_type='ranking' or"),
                        ({"beta": 0.1}, "beta=0.1 is a setting of preference-tuning")):
         with pytest.raises(ConfigError, match=words):
             task_for(data, "", processor=tokenizer, **how)
@@ -200,6 +218,7 @@ def test_settings_of_embeddings(tmp_path, tokenizer):
         task_for(read(lines(tmp_path / "s.jsonl", scored), validation=0), "", processor=tokenizer,
                  loss_type="triplet")
     three = [{**r, "negative": "z"} for r in PAIRS]
-    with pytest.raises(ConfigError, match="barlow.* a third text, negative"):
-        task_for(read(lines(tmp_path / "n.jsonl", three), validation=0), "", processor=tokenizer,
-                 loss_type="barlow")
+    for kind in ("barlow", "supcon"):
+        with pytest.raises(ConfigError, match=f"{kind}.* a third text, negative"):
+            task_for(read(lines(tmp_path / "n.jsonl", three), validation=0), "",
+                     processor=tokenizer, loss_type=kind)

@@ -77,7 +77,8 @@ class Options:
         :func:`burnish.fit.data.read`.
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`). Of embeddings:
-        ranking, triplet or barlow, and a triplet's margin (:mod:`burnish.fit.tasks.embeddings`).
+        ranking, triplet, barlow or supcon, and a triplet's margin
+        (:mod:`burnish.fit.tasks.embeddings`).
     desirable_weight, undesirable_weight: of answers marked good and bad, in the loss.
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
     reduce_labels: number 0 of a mask is not counted, and the classes begin at 1 (default: as the

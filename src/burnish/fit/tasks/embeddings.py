@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ...blocks.state.supervised import per_anchor
 from ...blocks.state.twins import barlow
 from ...core.errors import ConfigError, nearest
 from ..places import config_of
@@ -19,7 +20,9 @@ from .base import Batch, flat
 from .textual import Textual
 
 POOLINGS = ("mean", "cls", "last")
-LOSSES = ("ranking", "triplet", "barlow")
+LOSSES = ("ranking", "triplet", "barlow", "supcon")
+#: what a cosine is multiplied by where nobody says: of supcon 1 / 0.1, its temperature
+SCALES = {"ranking": 20.0, "supcon": 10.0}
 #: of barlow: lambda, and what is added to each variance
 REDUNDANCY, EPS = 0.0051, 1e-5
 #: anchors compared with all others at once
@@ -76,13 +79,21 @@ def twins(e: Tensor) -> Tensor:
     return (barlow(e[:, 0], e[:, 1], REDUNDANCY, EPS) / e.shape[-1]).expand(len(e))
 
 
+def classed(e: Tensor, scale: float, same: Tensor) -> Tensor:
+    """(B,) the means of anchor's and neighbour's losses over all 2 B texts of a batch, where rows
+    of one neighbour are a class (:func:`burnish.blocks.state.supervised.per_anchor`, L_out)."""
+    first = same.to(torch.uint8).argmax(1)                  # the first row with this neighbour
+    z = e[:, :2].transpose(0, 1).flatten(0, 1)
+    return per_anchor(z, first.repeat(2), 1 / scale)[0].view(2, -1).mean(0)
+
+
 class Embedding(Textual):
     """``input_ids``, ``attention_mask`` (B, K, T) of K texts a row, ``counted`` (B, K T) the mask,
     ``labels`` (B,) how near two are (1 where nobody says).
 
     Two texts, or three: the neighbours of a batch are ranked for each anchor (:func:`ranking`);
-    `loss_type` "triplet" or "barlow": :func:`triplet`, :func:`twins`. With a score: the square of
-    ``cos - score``.
+    `loss_type` "triplet", "barlow" or "supcon": :func:`triplet`, :func:`twins`, :func:`classed`.
+    With a score: the square of ``cos - score``.
     """
 
     smooths = False
@@ -100,19 +111,21 @@ class Embedding(Textual):
         if self.kind not in LOSSES:
             raise ConfigError(f"loss_type={self.kind!r} is not one of {', '.join(LOSSES)}"
                               f"{nearest(str(self.kind), LOSSES)}")
-        for name, of in (("scale", "ranking"), ("gamma", "triplet"), ("loss_type", self.kind)):
-            if name in self.how and (of != self.kind or self.scored):
+        for name, of in (("scale", tuple(SCALES)), ("gamma", ("triplet",)),
+                         ("loss_type", (self.kind,))):
+            if name in self.how and (self.kind not in of or self.scored):
                 raise ConfigError(f"{name}={self.how[name]!r} does nothing: " + (
                     "rows with a score learn the square of its distance from a cosine"
-                    if self.scored else f"it is of loss_type={of!r}, and this is {self.kind!r}"))
+                    if self.scored else f"it is of loss_type={' or '.join(map(repr, of))}, and "
+                                        f"this is {self.kind!r}"))
         for name in ("scale", "gamma"):
             value = self.how.get(name, 1.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"{name}={value!r}: expected a number above 0")
-        if self.kind == "barlow" and any(
+        if self.kind in ("barlow", "supcon") and any(
                 "negative" in rows.column_names for rows in self.data.splits.values()):
-            raise ConfigError("loss_type='barlow' looks at two views of one thing, and these rows "
-                              "have a third text, negative, that it would not read")
+            raise ConfigError(f"loss_type={self.kind!r} looks at two texts of one thing, and these "
+                              "rows have a third text, negative, that it would not read")
         for split in self.data.splits:
             self.told_apart(split)
 
@@ -184,7 +197,8 @@ class Embedding(Textual):
             return e, triplet(e, float(self.how.get("gamma", 0.2)), same)
         if self.kind == "barlow":
             return e, twins(e)
-        return e, ranking(e, float(self.how.get("scale", 20.0)), same)
+        made = classed if self.kind == "supcon" else ranking
+        return e, made(e, float(self.how.get("scale", SCALES[self.kind])), same)
 
     def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
         return self.compared(self.logits(outputs), *labels)[1].mean()
