@@ -17,7 +17,7 @@ from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.method import Method, setting
 from burnish.core.recipe import make
 from burnish.core.registry import register
-from burnish.core.vocabulary import PROBABILITIES
+from burnish.core.vocabulary import FROM_ZERO, PROBABILITIES
 from burnish.testing import conformance
 from burnish.testing.checks import settings, training
 
@@ -60,7 +60,7 @@ def test_small_sizes_are_settings_and_legal(method):
 
 
 def bounded(word) -> list:
-    """Settings that mean a number of things, or a probability, with what is none."""
+    """Settings that mean a number of things, a size or a probability, with what is none."""
     out = []
     for m, f in SETTINGS:
         known = (f.default, *f.metadata["other"])
@@ -68,12 +68,14 @@ def bounded(word) -> list:
             not any(type(v) is int and v < 0 for v in known)
         if word == "count" and counts:
             out.append((m, f, f.metadata["least"] - 1))
+        if word == "size" and f.name in FROM_ZERO:
+            out.append((m, f, -0.5))
         if word == "probability" and f.name in PROBABILITIES:
             out += [(m, f, -0.5), (m, f, 1.0)]
     return out
 
 
-@pytest.mark.parametrize("word", ["count", "probability"])
+@pytest.mark.parametrize("word", ["count", "size", "probability"])
 def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
     """Fewer than can be, or no probability: not at the first tensor, nor in another's words."""
     cases, taken = bounded(word), []
@@ -85,18 +87,19 @@ def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
             assert method in str(e) or f.name in str(e), e
         else:
             taken.append(str(made))
-    assert not taken and len(cases) > 50
+    assert not taken and len(cases) > 20
 
 
 def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
     for made, says in ((Dropped(dropout=1.0), "dropout=1.0"), (Dropped(dropout=-0.1), "dropout=-0"),
                        (Dropped(many=-1), "many=-1.: expected 0 or more"),
+                       (Dropped(weight_decay=-0.1), "weight_decay=-0.1.: expected 0 or more"),
                        (Dropped(one=0), "one=0.: expected 1 or more"),
                        (Dropped(back=-1), "back=-1")):
         with pytest.raises(RecipeError, match=says):
             burnish.parse(made)
     for right in ({"dropout": 0.0}, {"dropout": 0.99}, {"many": 0}, {"one": 1}, {"seed": -1},
-                  {"last": -2}):
+                  {"last": -2}, {"free": -1.0}, {"weight_decay": 0.0}):
         assert burnish.parse(Dropped(**right))
 
 
@@ -115,6 +118,8 @@ class Dropped(Method):
     back: int | None = setting(None, "how many, or as many as there are", other=(2,))
     last: int | None = setting(None, "which one, -1 the last", other=(0, -1))
     seed: int = setting(0, "of what is drawn")
+    weight_decay: float = setting(0.0, "of the weights")
+    free: float = setting(1.0, "how much")
 
 
 # -- methods whose settings are wrong in one way each ----------------------------------------------

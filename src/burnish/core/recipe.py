@@ -21,7 +21,7 @@ from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import reading, shown
-from .vocabulary import PROBABILITIES
+from .vocabulary import FROM_ZERO, PROBABILITIES
 
 
 class Recipe(tuple[Method, ...]):
@@ -175,12 +175,13 @@ def built(cls: Any, name: str, args: dict[str, object]) -> Any:
 def _possible(name: str, made: Any) -> None:
     """Refuse what no setting of that kind can mean, where the method has not done so itself: fewer
     of something than there can be (a seed is no number of things, nor is a setting whose default
-    or `other` value is negative), and a probability that is none."""
+    or `other` value is negative), a probability that is none, a decay below zero."""
     for f in fields(made):
         value, known = getattr(made, f.name), (f.default, *f.metadata.get("other", ()))
         least = f.metadata.get("least", 0)
-        if type(value) is int and value < least and f.name != "seed" and \
-                not any(type(v) is int and v < 0 for v in known):
+        counts = type(value) is int and f.name != "seed" and \
+            not any(type(v) is int and v < 0 for v in known)
+        if (counts or type(value) is float and f.name in FROM_ZERO) and value < least:
             raise RecipeError(f"{name}({f.name}={value}): expected {least} or more")
         if f.name in PROBABILITIES and type(value) is float and not 0 <= value < 1:
             raise RecipeError(f"{name}({f.name}={value}): expected a probability, from 0 to below "

@@ -108,3 +108,5 @@ VOCABULARY: dict[str, str] = {
 
 #: names that mean a probability wherever they stand
 PROBABILITIES = frozenset(n for n, words in VOCABULARY.items() if words.startswith("probability"))
+#: numbers with a fraction that are never negative
+FROM_ZERO = frozenset({"eps", "momentum", "weight_decay"})
