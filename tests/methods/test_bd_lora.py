@@ -95,7 +95,8 @@ def test_sides_by_role_starts_and_counts():
     assert len(sides) == 7
     for _, t in tuned.terms(Blockwise):
         bound = t.A.shape[1] ** -0.5
-        assert 0.8 * bound < float(t.A.detach().abs().max()) <= bound and not t.B.any()
+        assert all(0.8 * bound < abs(float(end)) <= bound for end in t.A.detach().aminmax())
+        assert not t.B.any()
     (m,) = burnish.parse("bd_lora")
     big = Anatomy.of(tiny("llama", meta=True, **LLAMA_7B)[0])
     assert sum(m.count(p) for p in match(big, "q,o")) == 32 * 2 * 16 * (4096 + 1024)
@@ -105,6 +106,10 @@ def test_sides_by_role_starts_and_counts():
         == 16 * 4096 + 4 * 11008
     assert m.settings() == {"targets": None, "rank": 16, "alpha": 16.0, "shards": 4,
                             "sharded": "role", "dropout": 0.0}
+
+
+def test_one_component_in_one_block_is_the_smallest():
+    assert made("rank=1, shards=1")[2].A.shape == (1, 12)
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -69,6 +69,27 @@ def test_the_file_holds_one_bit_an_entry_and_answers_the_same(tmp_path):
     assert torch.equal(on.model.eval()(**batch).logits, want)
 
 
+def test_gradients_are_estimates_of_a_function_that_is_flat_between_its_levels():
+    """What a step far below a level moves is the mean and the deviation alone; the gradient says
+    that every entry moves what answers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9)).double()
+    tuned = burnish.tune(model, "bi_lora(rank=3)", head=False, targets="0")
+    (_, term), = tuned.terms(BitPair)
+    term.double()
+    stir(tuned, size=0.5)
+    x, p, step = torch.randn(5, 12).double(), term.A.weight, 1e-7
+    g, = torch.autograd.grad(model(x).square().sum(), p)
+    d, centred = torch.randn(p.shape).double(), p.detach() - p.detach().mean()
+    d -= d.mean() + centred * (d * centred).sum() / centred.square().sum()
+    with torch.no_grad():                                  # mean and deviation stay to first order
+        before = model(x).square().sum()
+        p.add_(step * d)
+        moved = float(model(x).square().sum() - before) / step
+    assert abs(moved) < 1e-3 * abs(float((g * d).sum()))
+    assert not parse("bi_lora")[0].exact
+
+
 def test_counts_defaults_and_refusals():
     m = parse("bi_lora")[0]
     assert (m.rank, m.bits, m.scale, m.stored) == (32, 1, 1.0, False)
