@@ -524,3 +524,4 @@ def test_a_decoder_has_a_mask_of_its_own():
     states = torch.zeros(2, 2, 4)
     assert _valid(batch, "decoder_attention_mask", [0, 1], states) is None
     assert _valid((batch, None), "attention_mask", [0], states).tolist() == [[1, 0]]
+    assert _valid((torch.ones(2, 2), None), "attention_mask", [0], states) is None     # no keys
