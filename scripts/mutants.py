@@ -22,6 +22,7 @@ mutants.json, and `--left` takes those files whose code has no record there, or 
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import shutil
 import sys
@@ -162,8 +163,8 @@ def judge(of: Subject, mutated: list[Mutant], seconds: int | None = None,
     tally = Tally(of.name)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
-        shutil.copytree(ROOT / "src", package, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(ROOT / "src", quiet=1, workers=1)           # once for all copies
+        shutil.copytree(ROOT / "src", package, dirs_exist_ok=True)
         runner = Runner(ROOT, package, of.tests, of.cells, seconds)
         if trusted:
             runner.trust()

@@ -3,7 +3,6 @@ the imports of everything else."""
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import gc
 import importlib
@@ -37,7 +36,6 @@ class Runner:
 
         The imports are this process's: further runners need no run of their own where the tests
         are known to pass (`trust`)."""
-        compileall.compile_dir(str(self.package), quiet=1, workers=1)
         began = time.monotonic()
         said = self._fork(limit=1800)
         if said is None or said["killer"] is not None:
@@ -56,7 +54,6 @@ class Runner:
 
     def trust(self) -> None:
         """The tests pass without any mutation: somebody has seen them."""
-        compileall.compile_dir(str(self.package), quiet=1, workers=1)
         self.seconds = self.seconds or 300
 
     def killer(self, place: Path, source: str) -> str | None:
@@ -158,8 +155,8 @@ class Runner:
         if not self.tests:
             return
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            rc = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *self.tests],
-                             plugins=[Watch()])
+            rc = pytest.main(["-q", "-x", "--tb=native", "-p", "no:cacheprovider", "-p", "no:xdist",
+                              *self.tests], plugins=[Watch()])
         if rc and said["killer"] is None:
             said["killer"] = "collection"
 
