@@ -74,6 +74,17 @@ def beside():
 
 
 @pytest.fixture
+def uniform():
+    """uniform(t, bound): entries lie within +-bound and come near both ends."""
+
+    def look(t, bound):
+        low, high = map(float, t.detach().aminmax())
+        assert -bound <= low < -0.6 * bound and 0.6 * bound < high <= bound
+
+    return look
+
+
+@pytest.fixture
 def kept():
     """kept(tuned, batch): bytes alive between forward and backward, weights left out."""
 

@@ -83,7 +83,7 @@ def test_a_shard_needs_its_own_block_alone():
                                        whole[:, 3 * k : 3 * k + 3])
 
 
-def test_sides_by_role_starts_and_counts():
+def test_sides_by_role_starts_and_counts(uniform):
     net, batch = tiny("llama")
     net.eval()
     want = net(**batch).logits
@@ -94,8 +94,7 @@ def test_sides_by_role_starts_and_counts():
     assert {k for k, s in sides.items() if s == "A"} == {"o_proj", "down_proj"}
     assert len(sides) == 7
     for _, t in tuned.terms(Blockwise):
-        bound = t.A.shape[1] ** -0.5
-        assert all(0.8 * bound < abs(float(end)) <= bound for end in t.A.detach().aminmax())
+        uniform(t.A, t.A.shape[1] ** -0.5)
         assert not t.B.any()
     (m,) = burnish.parse("bd_lora")
     big = Anatomy.of(tiny("llama", meta=True, **LLAMA_7B)[0])
