@@ -91,6 +91,10 @@ def test_start_counts_and_defaults(uniform):
                             "dropout": 0.0}
 
 
+def test_the_least_and_the_largest_rank_fit():
+    assert [made(f"rank={r}, group=3")[2].A.shape[0] for r in (1, 4)] == [1, 4]
+
+
 @pytest.mark.parametrize("settings, words", [
     ("group=0", "1 is lora"), ("group=5", "does not divide the 12 inputs of 0.weight"),
     ("rank=5, group=3", "the largest rank there is 4"), ("rank=0, group=3", "there is 4"),
