@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from mutants_apply import Mutant, mutants  # noqa: E402
-from mutants_kept import Kept  # noqa: E402
+from mutants_kept import Kept, code  # noqa: E402
 from mutants_run import Runner  # noqa: E402
 
 
@@ -242,8 +242,9 @@ def main() -> int:
             return 0
     if not given.names and not given.named:
         parser.error("name a method or a file below src/burnish, or give --all, --left or --named")
-    lines, work = chosen(given.lines), []
+    lines, work, made_of = chosen(given.lines), [], {}
     for of in map(subject, given.names):
+        made_of[of.name] = code(of.file)
         every = list(mutants(of.file.read_text("utf-8")))
         if stale := set(of.equivalent) - {m.name for m in every}:
             sys.exit(f"equivalent/{of.name}.toml: {of.name} has no mutant {sorted(stale)}")
@@ -260,7 +261,7 @@ def main() -> int:
         tallies.append(judge(of, every, given.seconds, trusted=named_one and bool(k)))
         if lines is None and not named_one:
             t = tallies[-1]
-            kept.keep(of.name, of.file, t.killed, t.equivalent, [m.name for m in t.live])
+            kept.keep(of.name, made_of[of.name], t.killed, t.equivalent, [m.name for m in t.live])
     for of, tally in zip([of for of, _ in work], tallies, strict=True):
         for m in tally.live:
             print(f"{of.place}:{m.line}: {m.name}")

@@ -140,12 +140,18 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
             and not (isinstance(node.value, ast.Constant) and node.value.value is None):
         yield ast.Return(ast.Constant(None))
     elif isinstance(node, ast.Assign | ast.AugAssign | ast.Expr):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield):
+        if isinstance(node, ast.Expr) and (isinstance(node.value, ast.Yield) or _moves(node.value)):
             return
         targets = [node.target] if isinstance(node, ast.AugAssign) else getattr(node, "targets", [])
         if isinstance(node, ast.Expr | ast.AugAssign) \
                 or any(isinstance(t, ast.Attribute | ast.Subscript) for t in targets):
             yield ast.Pass()                                # a statement dropped
+
+
+def _moves(node: ast.AST) -> bool:
+    """``x.to(y.device)``: tests run on one device."""
+    return _called(node) == "to" and isinstance(node, ast.Call) and not node.keywords \
+        and [getattr(a, "attr", "") for a in node.args] == ["device"]
 
 
 def _other_constants(v: object) -> Iterator[ast.Constant]:

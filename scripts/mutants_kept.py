@@ -24,10 +24,11 @@ class Kept:
         stale = [n for n, p in files.items() if self.records.get(n, {}).get("code") != code(p)]
         return stale + [n for n in files if n not in stale and self.records[n]["live"]]
 
-    def keep(self, name: str, path: Path, killed: int, equivalent: int, live: list[str]) -> None:
-        """Write a record; another process may have written others meanwhile."""
+    def keep(self, name: str, made_of: str, killed: int, equivalent: int, live: list[str]) -> None:
+        """Write a record of what :func:`code` said when the mutants were made; another process may
+        have written others meanwhile."""
         self.records = type(self)(self.file).records
-        self.records[name] = {"code": code(path), "killed": killed, "equivalent": equivalent,
+        self.records[name] = {"code": made_of, "killed": killed, "equivalent": equivalent,
                               "live": sorted(live)}
         lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(self.records[n])}"
                            for n in sorted(self.records))

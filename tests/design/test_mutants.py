@@ -56,16 +56,16 @@ def test_what_is_no_file_is_said():
 
 def test_what_became_of_a_file_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from mutants_kept import Kept
+    from mutants_kept import Kept, code
 
     made = {n: tmp_path / f"{n}.py" for n in ("one", "two", "three")}
     for name, path in made.items():
         path.write_text(f'"""Of {name}."""\n\n\ndef f(x):\n    """Doubles."""\n    return 2 * x\n')
     kept = Kept(tmp_path / "mutants.json")
     assert kept.left(made) == ["one", "two", "three"]
-    kept.keep("one", made["one"], 3, 1, [])
-    Kept(kept.file).keep("two", made["two"], 2, 0, ["f: 2 -> 3"])           # another process
-    kept.keep("three", made["three"], 4, 0, [])
+    kept.keep("one", code(made["one"]), 3, 1, [])
+    Kept(kept.file).keep("two", code(made["two"]), 2, 0, ["f: 2 -> 3"])           # another process
+    kept.keep("three", code(made["three"]), 4, 0, [])
     again = Kept(kept.file)
     assert again.left(made) == ["two"]                                      # it has a survivor
     assert again.told(made) == "kept: 2 of 3 files without a survivor, 8 mutants; 1 live in others"
