@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.blocks.weight.provided import Term
+from burnish.core.errors import RecipeError
 from burnish.core.method import Method, setting
 from burnish.core.registry import register
 from burnish.testing import conformance
@@ -250,6 +251,11 @@ def dropping_dud(name: str, term: type[Dropping]) -> str:
     return name
 
 
+def two_at_least(self):
+    if self.rank < 2:
+        raise RecipeError(f"d_says_another_bound: rank={self.rank}: expected at least 1")
+
+
 REFERENCE = {"equals_the_untouched_model", "equals_the_untouched_model_under_dropout"}
 DUDS = {
     dud("d_nothing", Nothing): {"it_acts", "every_tensor_has_a_gradient",
@@ -267,6 +273,8 @@ DUDS = {
     dud("d_says_one_number_more", per_token=lambda self, p: self.rank + 1): {"keeps_what_it_says"},
     dud("d_counts_wrong", count=lambda self, p: 4 * (p.out + p.inp) + 1): {"declared_count"},
     dud("d_decays", __doc__="d_decays: a dud. No weight decay."): {"is_left_alone_by_decay"},
+    dud("d_says_another_bound", __post_init__=two_at_least):
+        {"every_bound_is_the_one_that_is_said"},
     dud("d_folds_half", FoldsHalf): {"merges_and_unmerges"},
     dud("d_bumped", Bumped): {"identity_at_the_start"},
     dropping_dud("d_drops_nothing", DropsNothing): {"its_dropout_acts", "every_setting_acts"},

@@ -78,6 +78,9 @@ def test_it_stands_behind_norms_unless_others_are_named():
     assert paths and all(p.endswith("value") for p in paths)
     assert "router" not in str(letters(make(model="mixtral")[0]))
     assert not any(p.startswith("classifier") for p in letters(make(model="cnn")[0]))
+    for none in ("conditions", "embedding"):
+        with pytest.raises(burnish.RecipeError, match=f"film.*{none}=0.*: expected 1 or more"):
+            burnish.parse(f"film({none}=0)")
     with pytest.raises(burnish.RecipeError, match="^film: this model has no norm to stand behind"):
         make(model="mlp")
 

@@ -113,7 +113,7 @@ def test_counts_cost_and_defaults():
 
 @pytest.mark.parametrize("recipe, words", [
     ("gralora(cells=0)", "cells=0"), ("gralora(rank=0)", "rank=0"),
-    ("gralora(rank=3)", "rank=3, cells=2"), ("gralora(beside=-1)", "beside=-1"),
+    ("gralora(rank=3)", "cells=2 does not divide rank=3"), ("gralora(beside=-1)", "beside=-1"),
     ("gralora(dropout=1.0)", "dropout is a probability"),
     ("gralora(rank=5, cells=5)", r"cells=5 does not divide 0.weight \(12 x 10\)"),
     ("gralora(rank=4, cells=4)", r"cells=4 does not divide 0.weight \(12 x 10\)"),

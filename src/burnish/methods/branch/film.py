@@ -49,8 +49,8 @@ class Film(Method):
         "condition": Key("what each sample is conditioned on, by number", below="conditions")}
     merges: ClassVar[bool] = False
 
-    conditions: int = setting(2, "how many conditions there are")
-    embedding: int = setting(64, "width of z, the embedding of a condition")
+    conditions: int = setting(2, "how many conditions there are", least=1)
+    embedding: int = setting(64, "width of z, the embedding of a condition", least=1)
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:
         if min(self.conditions, self.embedding) < 1:

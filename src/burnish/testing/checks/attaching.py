@@ -6,11 +6,13 @@ import copy
 import inspect
 import pickle
 import re
+import tempfile
 from typing import Any
 
 import torch
 
 from ...engine.slot import ATTR, slots
+from ...formats.adapter import load
 from .common import (
     TRAINS,
     Skip,
@@ -180,12 +182,16 @@ def only_it_trains(name: str, model: str) -> Skip | None:
 @where(_decays)
 def is_left_alone_by_decay(name: str, model: str) -> Skip | None:
     """Where the docstring says that there is no weight decay, the optimizer has none for any
-    tensor."""
+    tensor, before it is saved and after it is loaded."""
     tuned, _, _ = make(name, model, torch.float32)
-    names = {id(p): n for n, p in tuned.named_parameters()}
-    for group in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups:
-        assert not group["weight_decay"], \
-            f"decay acts on {', '.join(names[id(p)] for p in group['params'][:3])}"
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save(folder)
+        loaded = load(fresh(model)[0], folder)
+    for one in (tuned, loaded) if list(loaded.parameters()) else (tuned,):
+        names = {id(p): n for n, p in one.named_parameters()}
+        for group in one.optimizer(lr=1e-3, weight_decay=0.5).param_groups:
+            assert not group["weight_decay"], \
+                f"decay acts on {', '.join(names[id(p)] for p in group['params'][:3])}"
     return None
 
 

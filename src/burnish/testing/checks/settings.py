@@ -7,15 +7,19 @@ what it is shown ``beside``, why it is ``unseen`` (core/method.py, :func:`settin
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import Field, fields
 from typing import Any
 
+import torch
+
 from ...core.errors import BurnishError
 from ...core.method import Method
+from ...engine.tune import tune
 from .. import choose
-from .common import Skip, method_of, part, recipe
+from .common import Skip, data, fresh, method_of, part, recipe, split
 from .training import differ
 
 
@@ -83,4 +87,58 @@ def others(name: str, f: Field[Any]) -> Iterator[Any]:
         yield tuple(v / 2 for v in now)
 
 
-ONCE = (every_setting_acts,)
+#: how a refusal ends that says where a whole number begins, and no more
+BEGINS = re.compile(r"(?:at least (\d+)|(\d+) or more)(?: (?:is|are) expected)?(?:;.*)?$")
+
+
+def every_bound_is_the_one_that_is_said(name: str, model: str) -> Skip | None:
+    """Where none of a whole number is refused with "expected at least 1" (or "1 or more"), the
+    bound itself is not, and what is below it is; a rank of 1 fits where others do."""
+    found = [f for f in own(name) if _whole(name, f)]
+    for f in found:
+        def refused(value: int, f: Field[Any] = f) -> str:
+            return _refused(name, model, **{**f.metadata.get("beside", {}), f.name: value})
+
+        none = refused(0)
+        bound = 1 if f.name == "rank" and "does not fit" in none else _begins(f.name, none)
+        if bound is None:
+            continue
+        again = refused(bound)
+        assert _plain(again) != _plain(none), f"{f.name}={bound} is refused: {again}"
+        assert not bound or refused(bound - 1), \
+            f"{f.name}={bound - 1} is accepted, and 0 refused: {none}"
+    return None if found else Skip("has no settings that are whole numbers")
+
+
+def _begins(setting: str, words: str) -> int | None:
+    """The bound in a refusal that names this setting, or shows it alone, and one number."""
+    words = words.partition(", got ")[0]
+    shown = re.findall(r"(\w+)=", words)
+    rest = re.sub(r"\w+=[^\s,:)]*", "", words)
+    said, numbers = BEGINS.search(rest), re.findall(r"(?<![\w.])\d", rest)
+    named = setting in rest or shown == [setting]
+    return int(said[1] or said[2]) if said and named and len(numbers) == 1 else None
+
+
+def _whole(name: str, f: Field[Any]) -> bool:
+    hint = typing.get_type_hints(method_of(name))[f.name]
+    return int in (hint, *typing.get_args(hint))
+
+
+def _refused(name: str, model: str, **given: Any) -> str:
+    """With which words; empty where it is not."""
+    try:
+        text = recipe(name, **given)
+        tune(fresh(model)[0], text, targets=split(model)[1], head=False,
+             calibration=data(model, torch.float32, text))
+    except BurnishError as e:
+        return str(e)
+    return ""
+
+
+def _plain(words: str) -> str:
+    """Without numbers: of a bound at two values the words are the same."""
+    return re.sub(r"-?\d+", "#", words)
+
+
+ONCE = (every_setting_acts, every_bound_is_the_one_that_is_said)

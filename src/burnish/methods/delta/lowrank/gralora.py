@@ -42,9 +42,10 @@ class Gralora(Method):
 
     def __post_init__(self) -> None:
         check_dropout("gralora", self.dropout)
-        if self.cells < 1 or self.rank < 1 or self.rank % self.cells:
-            raise RecipeError(f"gralora: rank={self.rank}, cells={self.cells}: a rank is expected "
-                              "that the cells divide, both at least 1")
+        if self.cells < 1 or self.rank < 1:
+            raise RecipeError(f"gralora: rank={self.rank}, cells={self.cells}: expected at least 1")
+        if self.rank % self.cells:
+            raise RecipeError(f"gralora: cells={self.cells} does not divide rank={self.rank}")
         if self.beside < 0:
             raise RecipeError(f"gralora: beside={self.beside}: expected at least 0")
 

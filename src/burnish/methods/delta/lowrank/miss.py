@@ -20,7 +20,7 @@ class Miss(Method):
 
     Start: D = 0: the pre-trained function exactly. Trains rank out (mini: rank mini) per matrix.
     Kept for backward: rank numbers per token; the layer's input is not needed, and dropout draws
-    its mask again. Merges exactly.
+    its mask again. Merges exactly. No weight decay.
     """
 
     paper: ClassVar[str] = "MiSS / DiSHA / Bone (2024), arXiv:2409.15371"

@@ -56,7 +56,7 @@ class Corda(Starting):
 
     Start: the pre-trained function up to rounding. Trains rank (in + out) per matrix; kept for
     backward as LoRA. Merges exactly; exports as plain LoRA of twice the rank. The file holds A0
-    and B0, so a load needs no data.
+    and B0, so a load needs no data. No weight decay.
     """
 
     paper: ClassVar[str] = ("CorDA: Context-Oriented Decomposition Adaptation of Large Language "

@@ -45,7 +45,8 @@ class Eva(Method):
 
     Start: B = 0, the pre-trained function exactly. Trains sum of r_l (in_l + out_l): the same
     budget of ranks as LoRA, not the same count. Kept for backward and merging as LoRA. The file
-    holds A and the ranks, so a load needs no data. Without data (a simulation) every r_l = rank.
+    holds A and the ranks, so a load needs no data. Without data (a simulation) every r_l = rank. No
+    weight decay.
     """
 
     paper: ClassVar[str] = ("One Initialization to Rule them All: Fine-tuning via Explained "

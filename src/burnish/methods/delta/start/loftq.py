@@ -38,9 +38,9 @@ class Loftq(Starting):
 
     Start: nearer to the pre-trained function than the codes alone; after one alternation the best
     correction of q(W), after more never worse. Trains rank (in + out) per matrix; kept for backward
-    as LoRA. Merges into the model's dtype. The file holds A_{t-1} and B_{t-1} beside what trains:
-    with them the same codes are made again from the base, bit by bit. No PEFT folder: beside the
-    weight as it was W' is no product of low rank.
+    as LoRA. No weight decay. Merges into the model's dtype. The file holds A_{t-1} and B_{t-1}
+    beside what trains: with them the same codes are made again from the base, bit by bit. No PEFT
+    folder: beside the weight as it was W' is no product of low rank.
 
     ``iterations=0`` takes the exact SVD, else that many subspace iterations from a fixed sketch,
     which is enough above 4096 inputs. Needs a storage that decides without data; without one, with

@@ -31,7 +31,7 @@ class LoraGa(Starting):
     Start: the pre-trained function exactly (up to rounding over a storage, which holds the
     residual). Trains rank (in + out) per matrix. Kept for backward as LoRA. Merges exactly;
     exports as plain LoRA of twice the rank. The file holds A0 and B0, so a load needs no data.
-    2 rank singular vectors must be there: smaller matrices are refused.
+    2 rank singular vectors must be there: smaller matrices are refused. No weight decay.
     """
 
     paper: ClassVar[str] = ("LoRA-GA: Low-Rank Adaptation with Gradient Approximation (2024), "

@@ -22,7 +22,7 @@ class Olora(Starting):
 
     Start: the pre-trained function exactly (up to rounding over a storage, which holds the
     residual). Trains rank (in + out) per matrix. Kept for backward as LoRA. Merges exactly;
-    exports as plain LoRA of twice the rank. The file holds A0 and B0.
+    exports as plain LoRA of twice the rank. The file holds A0 and B0. No weight decay.
     """
 
     paper: ClassVar[str] = ("OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models "

@@ -25,6 +25,7 @@ class Pissa(Starting):
     Trains rank (in + out) per matrix. Kept for backward as LoRA. Merges exactly; exports as plain
     LoRA of twice the rank (``B* = [B, -B0]``, ``A* = [A; A0]``). The file holds A0 and B0 too
     (never recomputed: singular vectors differ between devices), so it is twice the trained bytes.
+    No weight decay.
 
     ``iterations=0`` takes the exact SVD; larger values that many subspace iterations from a fixed
     sketch: nothing is drawn. Use a learning rate far below LoRA's (2e-5 in the paper).
