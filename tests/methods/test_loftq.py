@@ -176,6 +176,12 @@ def test_nothing_rounds_the_weight(recipe):
                      targets=None if "targets" in recipe else "0")
 
 
+def test_nothing_rounds_the_weight_of_a_model_without_values():
+    """A simulation is refused as the run would be; a load finds its factors in the file."""
+    with pytest.raises(RecipeError, match="loftq: nothing in the recipe rounds"):
+        burnish.simulate(tiny("llama", meta=True)[0], "loftq(rank=2)", tiny("llama")[1])
+
+
 def test_settings(tmp_path):
     (method,) = parse("loftq")
     assert (method.rank, method.alternations, method.iterations, method.alpha) == (8, 5, 0, None)
