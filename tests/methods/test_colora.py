@@ -241,6 +241,10 @@ def test_what_a_rank_costs():
     place, method = Place("a", "weight", "linear", 64, 32), parse("colora")[0]
     assert [method.count(place), method.count(place, 3)] == [96, 3 * 96]
     assert [method.per_token(place), method.per_token(place, 3)] == [1, 3]
+    assert method.settings() == {
+        "targets": None, "budget": 0.07,                     # the paper's; the others are ours
+        "even": 0.5, "scale": 1.0, "depthwise": "whole", "rest": True, "steps": 50, "lr": 1e-4,
+        "points": 10, "samples": 32}
 
 
 def test_depthwise_kernels_that_are_no_target_stay():
