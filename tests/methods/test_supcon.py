@@ -138,6 +138,7 @@ def test_settings_and_refusals():
         burnish.tune(tiny("llama")[0], "lora(rank=2) + supcon")
     net, batch = tiny("bert")
     tuned = burnish.tune(net, "lora(rank=2) + supcon(second_view=False)")
+    tuned.optimizer(lr=1e-3)
     for labels in (torch.rand(2, 3), None):
         with pytest.raises(ConfigError, match="one class a sample"):
             tuned.loss({k: v for k, v in {**batch, "labels": labels}.items() if v is not None},

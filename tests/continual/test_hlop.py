@@ -1,0 +1,172 @@
+"""Hebbian orthogonal projection: the rule, the subspace it finds, and answers that stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.continual.plane import plane
+from torch import nn
+
+from burnish.blocks.choose.hebbian import Lateral
+from burnish.continual import Stream, Training, by_class, by_domain, run
+from burnish.continual.learners.hlop import Hlop
+from burnish.core.errors import ConfigError, RecipeError
+
+
+def spread(n=400, inp=6, seed=0):
+    """Inputs whose principal directions are told apart, turned."""
+    g = torch.Generator().manual_seed(seed)
+    Q, _ = torch.linalg.qr(torch.randn(inp, inp, generator=g, dtype=torch.float64))
+    scale = torch.tensor([4.0, 3.0, 1.5, 0.3, 0.2, 0.1], dtype=torch.float64)
+    return torch.randn(n, inp, generator=g, dtype=torch.float64) * scale @ Q.T
+
+
+def leading(x, a, b):
+    """Projector onto the a-th to b-th principal directions of the second moments."""
+    _, V = torch.linalg.eigh(x.T @ x)
+    V = V.flip(1)[:, a:b]
+    return V @ V.T
+
+
+def test_one_step_is_the_rule():
+    x = spread(5)
+    one = Lateral(6, x)
+    g = torch.Generator().manual_seed(1)
+    one.grow(2, g)
+    one.grow(3, g)
+    before = one.H.clone()
+    assert one.settled == 2 and one.H.shape == (5, 6)
+    old, new = before[:2], before[2:]
+    size = 0.0
+    for v in x:
+        rest = v - sum((h @ v) * h for h in old)
+        size += float(rest @ rest) / 5
+    want = new.clone()
+    for v in x / size ** 0.5:
+        y = [h @ v for h in before]
+        rest = v - sum(a * h for a, h in zip(y, before, strict=True))
+        for k in range(3):
+            want[k] += 0.3 / 5 * y[2 + k] * rest
+    one.learn(x, 0.3)
+    torch.testing.assert_close(one.H[2:], want, rtol=1e-10, atol=1e-12)
+    assert torch.equal(one.H[:2], old)
+
+
+def test_neurons_find_the_principal_subspace_and_then_what_is_left():
+    x = spread()
+    one, g = Lateral(6, x), torch.Generator().manual_seed(0)
+    one.grow(2, g)
+    for _ in range(400):
+        one.learn(x, 0.5)
+    torch.testing.assert_close(one.H.T @ one.H, leading(x, 0, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.H @ one.H.T, torch.eye(2).double(), atol=1e-6, rtol=0)
+    one.grow(1, g)
+    for _ in range(400):
+        one.learn(x, 0.5)
+    torch.testing.assert_close(one.H.T @ one.H, leading(x, 0, 3), atol=1e-5, rtol=0)
+    D = torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(one.off(D), D - D @ leading(x, 0, 3), atol=1e-4, rtol=0)
+
+
+def test_no_more_neurons_than_inputs():
+    one, g = Lateral(3, torch.zeros(1)), torch.Generator().manual_seed(0)
+    one.grow(2, g)
+    one.grow(5, g)
+    one.grow(5, g)
+    assert one.H.shape == (3, 3) and one.settled == 3
+    one.learn(torch.zeros(4, 3), 0.5)
+    assert torch.isfinite(one.H).all()
+
+
+# -- in a stream -----------------------------------------------------------------------------------
+def apart(seed=0, width=8):
+    """Two tasks whose inputs lie in different coordinates, and three layers of one width."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for y in range(4):
+        at = torch.zeros(width)
+        at[2 * y:2 * y + 2] = torch.tensor([2.0, -1.0])
+        mask = (torch.arange(width) // 4 == y // 2).float()
+        rows += [(at + 0.5 * torch.randn(width, generator=g) * mask, y) for _ in range(24)]
+
+    def network():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(width, 64), nn.Tanh(), nn.Linear(64, 4))
+
+    tasks = by_class(rows[::2], rows[1::2], increment=2, order=None)
+    return Stream("apart", "apart", "class", tasks,
+                  network, torch.stack, training=Training(epochs=8, batch=8, rate=1e-2))
+
+
+def test_answers_to_the_first_task_stay():
+    """All directions of its inputs are the neurons': with the second task nothing moves there."""
+    one = Hlop(neurons=0.5, passes=500)
+    from burnish.continual.learner import Study
+    from burnish.core.recipe import parse
+
+    stream = apart()
+    one.begin(Study(stream, parse("full"), stream.training, 0))
+    one.learn(0)
+    x = torch.stack([x for x, _ in stream.tasks[0].train])
+    place, lateral = one.lateral["0.weight"]
+    assert lateral.H.shape == (4, 8)
+    left = lateral.off(x)
+    assert left.norm() < 1e-3 * x.norm()
+    before = one.logits(x, None), {n: p.detach().clone() for n, p in one.tuned.named_parameters()}
+    one.learn(1)
+    W = dict(one.tuned.named_parameters())
+    assert not torch.equal(W["0.weight"], before[1]["0.weight"])
+    assert torch.equal(W["0.bias"], before[1]["0.bias"])
+    moved = (W["0.weight"] - before[1]["0.weight"]).detach()
+    assert (x @ moved.T).norm() < 1e-3 * moved.norm() * x.norm()
+    assert (one.logits(x, None) - before[0]).abs().max() < 0.05      # the hidden layer has 32 of 64
+    assert lateral.H.shape == (8, 8) and lateral.settled == 4
+    found = one.stored()
+    assert found.samples == 0 and found.parameters == 8 * 64 + 64 + 4 * 64 + 4 + 64 + 64 * 64
+
+
+def opposed(seed=0):
+    """The second task's rows carry the first one's cue turned round, beside one of their own."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rows(first, second):
+        made = []
+        for i in range(48):
+            y = i % 2
+            x = torch.zeros(8)
+            x[:2], x[4:6] = first * (2 * y - 1), second * (2 * y - 1)
+            made.append((x + 0.3 * torch.randn(8, generator=g) * (torch.arange(8) % 4 < 3), y))
+            if not second:
+                made[-1][0][4:] = 0
+        return made[::2] + made[1::4], made[1::2]
+
+    def network():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))
+
+    return Stream("opposed", "opposed", "domain", by_domain({"a": rows(1.0, 0.0),
+                                                             "b": rows(-1.0, 1.0)}),
+                  network, torch.stack, training=Training(epochs=12, batch=8, rate=1e-2))
+
+
+def test_it_forgets_less_than_nothing_against_it():
+    kept = run(opposed(), "full", "hlop(neurons=0.4, passes=100)").matrix
+    plain = run(opposed(), "full", "sequential").matrix
+    assert plain.forgetting > 0.4 and kept.forgetting < 0.1, (plain.rows, kept.rows)
+    assert kept.rows[1][1] > 0.8
+
+
+def test_runs_repeat_and_tasks_compete_as_asked():
+    stream = plane()
+    a, b = (run(stream, "full", "hlop(compete='current')").matrix for _ in range(2))
+    assert a.figures() == b.figures()
+    assert a.figures() != run(stream, "full", "hlop").matrix.figures()
+
+
+def test_what_cannot_be_projected_is_refused():
+    for recipe in ("lora(rank=2)", "linear_probe", "bitfit"):
+        with pytest.raises(RecipeError, match="linear weights that train whole"):
+            run(plane(), recipe, "hlop")
+    for bad in ("neurons=0.0", "neurons=2.0", "rate=0.0", "passes=0", "compete='all'"):
+        with pytest.raises(ConfigError, match="neurons and rate above 0|one of 'seen'"):
+            run(plane(), "full", f"hlop({bad})")
