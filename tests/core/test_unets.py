@@ -10,8 +10,20 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 import burnish
 from burnish.core.anatomy import Anatomy
+from burnish.core.example import example_batch
 from burnish.testing import stir
-from burnish.testing.pipelines import DIT, coder, pipeline
+from burnish.testing.pipelines import (
+    CLASSES,
+    DIT,
+    PIXELS,
+    PROMPTED,
+    SD,
+    SD3,
+    SDXL,
+    coder,
+    pipeline,
+    prompted,
+)
 
 SAID = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "norm_num_groups": 4,
         "block_out_channels": (16, 32), "attention_head_dim": 2}
@@ -155,3 +167,37 @@ def test_a_refusal_leaves_a_frozen_config_as_it_was():
     with pytest.raises(burnish.RecipeError, match="no MLP to stand behind"):
         burnish.tune(net, "pfeiffer", head=False)
     assert dict(net.config) == before and before
+
+
+# -- denoisers of every kind -----------------------------------------------------------------------
+DENOISERS = [*PROMPTED, PIXELS, CLASSES, DIT]
+
+
+def denoiser(kind):
+    pipe = prompted(kind) if kind in PROMPTED else pipeline(kind)
+    return pipe.components.get("unet") or pipe.components["transformer"]
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_a_denoiser_is_called_with_what_its_configuration_asks_for(kind):
+    net = denoiser(kind).eval()
+    batch = example_batch(net, 3)
+    assert torch.equal(net(**batch)[0], net(**example_batch(net, 3))[0])
+    assert len(net(**batch)[0]) == 3
+    told = {SD: {"encoder_hidden_states"}, SDXL: {"encoder_hidden_states", "added_cond_kwargs"},
+            SD3: {"encoder_hidden_states", "pooled_projections"}, PIXELS: set(),
+            CLASSES: {"class_labels"}, DIT: {"class_labels"}}[kind]
+    assert set(batch) == {"hidden_states" if kind in (SD3, DIT) else "sample", "timestep"} | told
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_what_tells_the_noise_is_no_new_head(kind):
+    net = denoiser(kind)
+    assert Anatomy.of(net).head_kind in ("noise", "none")
+    names = [n for n, _ in burnish.tune(net, "lora(rank=2)").named_parameters()]
+    assert names and all(".burnish." in n for n in names)
+
+
+def test_a_linear_probe_of_a_denoiser_trains_its_last_layer():
+    names = [n for n, _ in burnish.tune(denoiser(SD3), "linear_probe").named_parameters()]
+    assert set(names) == {"proj_out.weight", "proj_out.bias"}

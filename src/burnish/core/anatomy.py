@@ -16,6 +16,7 @@ from torch import nn
 
 from . import families
 from .asked import Asked
+from .denoisers import is_denoiser
 from .example import example_batch
 from .places import Found, matrices
 from .site import Place
@@ -31,7 +32,7 @@ class Anatomy:
     places: every weight matrix, whole, in module order; ``Place.block`` is the position in
         `blocks`. Runs of rows of a fused weight come from :meth:`slices`.
     head: modules whose parameters are the task head; head_kind: "classification" (trains with
-        the recipe), "lm" (stays frozen) or "none".
+        the recipe), "lm" and a denoiser's "noise" (stay frozen) or "none".
     embeddings: modules that turn inputs into states (token embeddings, patch projections).
     final_norm: the norm after the last block; final_norms: the same per stack.
     aliases: tied parameter -> the name under which it is a place.
@@ -267,6 +268,8 @@ class _Reader:
                 self.notes.append(f"the head is guessed: {last.path}, the last linear layer")
         if not head:
             return (), "none"
+        if is_denoiser(model):                                 # it tells noise, before and after
+            return head, "noise"
         vocabulary = {p.inp for p in found.places if found.roles[p] == "embed"}
         last_linear = [p for p in found.places if p.path in head and p.kind == "linear"]
         lm = any(p.out in vocabulary for p in last_linear) or \

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families
+from . import denoisers, families
 from .architecture import architecture
 from .draw import drawn
 from .errors import ConfigError
@@ -35,7 +35,7 @@ def example_batch(model: nn.Module | Any, batch: int | tuple[int, int] | Mapping
     seed: of the values; the global random state stays as it was.
 
     Text is filled with ids in [1, vocabulary), without padding; a language model with image
-    tokens gets text alone. Raises ConfigError for a model
+    tokens gets text alone; a denoiser of diffusers has no labels. Raises ConfigError for a model
     that does not say what it takes.
     """
     if isinstance(batch, Mapping):
@@ -47,6 +47,8 @@ def example_batch(model: nn.Module | Any, batch: int | tuple[int, int] | Mapping
     own = getattr(model, "example", None)
     if callable(own) and not hasattr(model, "config"):
         return dict(own(samples))
+    if denoisers.is_denoiser(model):
+        return denoisers.inputs(model, samples, draw)       # type: ignore[arg-type]
     config = getattr(model, "config", model)
     cls = type(model).__name__ if isinstance(model, nn.Module) else _architecture(config)
     out = _inputs(config, samples, tokens, draw)

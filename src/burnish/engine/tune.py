@@ -26,7 +26,8 @@ def tune(model: nn.Module, recipe: str | Method | Iterable[str | Method], *, tar
     recipe: an expression (``"nf4 + snella(rank=8) + checkpoint"``), a method or a list of them.
     targets: what the parts apply to that can be narrowed, text or a list; by default deltas and
         storage take every linear outside the head. Refused when no part uses them.
-    head: "auto" trains a classification-like head and leaves a language-model head frozen.
+    head: "auto" trains a classification-like head and leaves that of a language model or of a
+        denoiser frozen.
     calibration: iterable of batches for methods that read data first.
     settled: what such methods decided once (:func:`burnish.load` knows it from the file).
     example: one batch; a traced step on fake tensors then proves, before anything runs, that
