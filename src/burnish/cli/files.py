@@ -67,6 +67,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """The base with the update in its weights. Refuses (exit code 4) when the outputs drift."""
+    from ..fit.pipelines import Pipeline, is_pipeline
     from ..formats import claim, safe, staged
     from ..formats.folder import CARD, read_config
     from ..formats.model_files import copy_processor
@@ -80,8 +81,11 @@ def merge(
     if tuned.merged.lost is not None:
         raise CheckError(tuned.merged.lost)
     with staged.replace(output, "model", reads) as new:
-        merged.save_pretrained(new)
-        copy_processor([Path(source), adapter], new)
+        if is_pipeline(source):
+            Pipeline(source).save(merged, new)
+        else:
+            merged.save_pretrained(new)
+            copy_processor([Path(source), adapter], new)
         safe.write_text(new / CARD, _card(adapter))
     emit(json, {"output": output, "drift": drift},
          f"merged into {output}; outputs on a probe batch differ by {drift:.2g} of their size")
@@ -99,7 +103,7 @@ def _card(adapter: Path) -> str:
     return model_card(read_config(adapter), merged=True)
 
 
-FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx", "onnx")
+FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx", "diffusers", "onnx")
 
 
 @app.command()
@@ -117,13 +121,15 @@ def export(
     """The adapter in another program's files, and what to type there.
 
     peft takes nearly everything. vllm, sglang, gguf (llama.cpp) and mlx read pairs of factors of a
-    language model's linear layers, with one rank and one scale; the rest is refused by name. onnx
-    is the whole model with the update in its weights, run once by onnxruntime; the folder of a
+    language model's linear layers, with one rank and one scale; the rest is refused by name.
+    diffusers reads the LoRA of a pipeline's denoiser, pipe.load_lora_weights(OUTPUT). onnx is the
+    whole model with the update in its weights, run once by onnxruntime; the folder of a
     merged model will do.
     """
     import burnish
 
     from ..formats import claim, staged
+    from ..formats.diffusers_lora import export_diffusers
     from ..formats.served import export_served
     from ..memory.table import wrapped
 
@@ -131,7 +137,7 @@ def export(
         raise ConfigError(f"unknown format {to!r}; expected one of {', '.join(FORMATS)}"
                           f"{nearest(to, FORMATS)}")
     claim.refuse_overlap(output, [("the adapter", adapter), ("the base model", base)], whole=True)
-    staged.refuse_others(output, to if to in ("mlx", "onnx") else "peft")
+    staged.refuse_others(output, to if to in ("mlx", "onnx", "diffusers") else "peft")
     if to == "onnx":
         if rank is not None:
             raise ConfigError("--rank approximates an update, and onnx holds the merged weights")
@@ -144,7 +150,9 @@ def export(
         burnish.export_peft(tuned, output, rank=rank)
         emit(json, {"output": output, "format": to}, f"written to {output}, for {to}")
         return
-    done = export_served(tuned, output, to, base=source, rank=rank)
+    done: Any = export_diffusers(tuned, output, base=source, rank=rank, inputs=[
+        ("the adapter", adapter)]) if to == "diffusers" else \
+        export_served(tuned, output, to, base=source, rank=rank)
     said = [line for part in str(done).split("\n") for line in (
         [part] if part.startswith("  ") else wrapped(part))]       # commands are copied whole
     emit(json, done, "\n".join(said))

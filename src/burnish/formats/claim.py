@@ -34,6 +34,7 @@ SMALL = 1 << 20
 #: what each kind of folder is called in an error
 KINDS = {"adapter": "an adapter or the run that made it", "model": "a merged model",
          "peft": "a PEFT adapter", "mlx": "an adapter for MLX",
+         "diffusers": "a LoRA for diffusers",
          "demo": "a demo", "checkpoint": "a checkpoint"}
 
 Inputs = Iterable[tuple[str, Any]]

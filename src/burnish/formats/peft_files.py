@@ -45,6 +45,10 @@ def read(folder: str | Path) -> PeftFolder:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
     if not (folder / CONFIG).is_file():
+        from . import diffusers_lora
+
+        if diffusers_lora.there(folder):
+            return diffusers_lora.read(folder)
         raise FormatError(f"{folder} is no PEFT folder: it has no {CONFIG}")
     config = safe.read_json(folder / CONFIG, finite=True)
     if config.get("library") == "burnish":

@@ -129,7 +129,7 @@ def alike(loras: dict[str, Lora], whole: bool = True
     folded = [] if kept else [p for p, x in loras.items() if x.scale != 1.0]
     for path, x in loras.items():
         B = x.B if path not in folded else (x.B.double() * x.scale).float()
-        out[path] = Lora(_longer(x.A, rank, 0), _longer(B, rank, 1), scale)
+        out[path] = replace(x, A=_longer(x.A, rank, 0), B=_longer(B, rank, 1), scale=scale)
     return out, rank, scale, folded
 
 
