@@ -211,6 +211,7 @@ TRIED = {
     "image-text-contrastive": ({"A picture": "0.png", "Texts to compare it with, one a line":
                                 "a red disc\na blue box"}, ".pair"),
     "image-generation": ({"The name of a class, or a number to draw by": "disc"}, "img.drawn"),
+    "text-to-image": ({"What the picture is to show": "a grey disc"}, "img.drawn"),
     "speech-recognition": ({"A sound": "0.wav"}, ".pair"),
     "time-series-forecasting": ({"A table with the last rows of a series": ""}, ".two svg.chart"),
     "question-answering": ({"A question": "hot", "The text that answers it":

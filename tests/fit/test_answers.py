@@ -85,7 +85,7 @@ def test_every_task_that_is_served_has_a_test_here_or_elsewhere():
     elsewhere = {"semantic-segmentation", "speech-recognition", "audio-classification",
                  "speech-to-text", "image-text-contrastive", "image-captioning", "object-detection",
                  "time-series-forecasting",
-                 "image-generation",
+                 "image-generation", "text-to-image",
                  "unpaired-preference-tuning",
                  "audio-multi-label", "audio-regression",
                  "image-classification", "image-multi-label", "image-regression",

@@ -129,9 +129,9 @@ def test_what_cannot_be_learnt_is_refused(tmp_path):
     config.write_text(json.dumps({**json.loads(was), "prediction_type": "flow_prediction"}))
     refused("DDPMScheduler has prediction_type 'flow_prediction'; fit learns epsilon, v_pred")
     index.write_text(json.dumps({**json.loads(kept), "scheduler": [
-        "diffusers", "FlowMatchEulerDiscreteScheduler"]}))
+        "diffusers", "KarrasVeScheduler"]}))
     config.write_text("{}")
-    refused("FlowMatchEulerDiscreteScheduler says no prediction_type")
+    refused("KarrasVeScheduler says no prediction_type")
     config.write_text(was)
     index.write_text(json.dumps({k: v for k, v in json.loads(kept).items() if k != "unet"}))
     refused("DDPMPipeline without a denoiser: expected unet or transformer")

@@ -170,6 +170,14 @@ def predict(
     tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
     given: Annotated[list[str] | None, typer.Option(help="A key that the recipe reads beside an "
                                                          "input, e.g. task=1; may repeat.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise that a picture is made of; "
+                                                  "default: the run's.", min=0)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(
+        "--guidance_scale", "--guidance-scale", min=0,
+        help="How far a picture is led away from what is drawn without a text.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(
+        "--num_inference_steps", "--num-inference-steps", min=1,
+        help="Steps in which a picture is drawn.")] = None,
     json: Json = False,
 ) -> None:
     """Answers of a finished run: labels, numbers, tags, stretches of a context, text, or what a
@@ -178,6 +186,9 @@ def predict(
 
     keys = {k: v for k, v in map(_key, given or ())}
     finished = Finished.open(run, base)
+    how = {"seed": seed, "guidance_scale": guidance_scale,
+           "num_inference_steps": num_inference_steps}
+    finished.task.draws(**{k: v for k, v in how.items() if v is not None})
     with finished.cached(cache):
         answers = list(finished.predict(inputs, tokens, keys))
     lines = [f"{a['input']}: {a['said']}" for a in answers]

@@ -49,7 +49,9 @@ UPDATES, TIMED = 12, 3
 ALIKE = 0.9
 #: settings that say how rows are read; the others are of the run
 READ = ("task", "text", "label", "image", "audio", "prompt", "completion", "split", "validation",
-        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "shots", "group", "seed")
+        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "shots", "group", "seed",
+        "instance_prompt", "proportion_empty_prompts", "resolution", "guidance_scale",
+        "num_inference_steps", "snr_gamma")
 #: updates that a run should have at least, and the batch and epochs it is given for that
 LEAST, BATCHES, EPOCHS = 60, (16, 8, 4), (3, 6, 10)
 #: share of what is free on a host that a run may take, and what the process itself does

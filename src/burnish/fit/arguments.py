@@ -40,6 +40,8 @@ OWN_ALIASES = {
     "target_modules": "targets", "lora_target": "targets",
     "resume_from_checkpoint": "resume",
     "torch_dtype": "dtype",
+    "caption_dropout_rate": "proportion_empty_prompts", "min_snr_gamma": "snr_gamma",
+    "caption_column": "text",
     "text_column": "text", "label_column": "label", "image_column": "image",
     "audio_column": "audio", "audio_column_name": "audio",
     "do_reduce_labels": "reduce_labels",
@@ -85,6 +87,11 @@ class Options:
         image processor says).
     language, translate: of speech to text: which language is said, and whether it is written in
         English, for models whose prompt says so (Whisper).
+    instance_prompt: of pictures by texts: the text of every picture, where they have none of their
+        own. proportion_empty_prompts: how often a text is left out in training, so that guidance
+        can lead away from what is drawn without one. resolution: sides of the pictures (default:
+        as the pipeline was made). guidance_scale, num_inference_steps: how samples are drawn
+        (default: as the pipeline does). snr_gamma: min-SNR weights of the steps, none by default.
     max_answer: tokens that an evaluation lets a model write of a row (default: those of the longest
         text of the data, and a quarter of it).
     shots, group: of instruction tuning: so many examples of one task in one sequence, of which each
@@ -127,6 +134,12 @@ class Options:
     undesirable_weight: float | None = None
     language: str | None = None
     translate: bool | None = None
+    instance_prompt: str | None = None
+    proportion_empty_prompts: float | None = None
+    resolution: int | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    snr_gamma: float | None = None
     max_answer: int | None = None
     shots: int | None = None
     group: str | None = None
@@ -154,7 +167,8 @@ class Options:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
         names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
                  "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
-                 "shots")
+                 "shots", "instance_prompt", "proportion_empty_prompts", "resolution",
+                 "guidance_scale", "num_inference_steps", "snr_gamma")
         return {n: getattr(self, n) for n in names}
 
     def numbers(self, model: Any) -> dict[str, Any]:
@@ -245,8 +259,10 @@ LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
          "max_length": 1, "max_answer": 1, "shots": 1, "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
-         "save_total_limit": 0, "samples": 0}
-MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0}
+         "save_total_limit": 0, "samples": 0, "proportion_empty_prompts": 0.0, "resolution": 1,
+         "guidance_scale": 0.0, "num_inference_steps": 1, "snr_gamma": 0.0}
+MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0,
+        "proportion_empty_prompts": 1.0}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

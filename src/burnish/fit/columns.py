@@ -33,6 +33,8 @@ IMAGE = ("image", "img", "picture", "photo", "pixel_values")
 SPOKEN = ("transcription", "transcript", "sentence", "text", "normalized_text")
 #: what is on a picture
 CAPTION = ("text", "caption", "description", "sentence")
+#: what a picture is made of
+PROMPT = (*CAPTION, "prompt")
 MASK = ("mask", "masks", "segmentation_mask", "annotation", "segmentation", "semantic_mask")
 AUDIO = ("audio", "sound", "recording", "wav")
 
@@ -271,11 +273,13 @@ def _captioned(names: list[str], flags: Roles) -> Roles:
 
 
 def _generated(names: list[str], flags: Roles) -> Roles:
-    """Which column holds pictures, and which the class of each, if any."""
+    """Which column holds pictures, and which the class or the text of each, if any."""
     image = flags.image or _first(names, IMAGE)
     if image is None:
         raise DataError(f"no column holds pictures; the data has {', '.join(names)}; name it with "
                         "image=")
+    if flags.task == "text-to-image":
+        return replace(flags, image=image, label=None, text=flags.text or _first(names, PROMPT))
     return replace(flags, image=image, label=flags.label or _label(names), text=None)
 
 

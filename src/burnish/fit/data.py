@@ -51,6 +51,7 @@ class Data:
     object-detection: ``image``, ``boxes`` (x, y, width, height in pixels), ``classes``.
     image-text-contrastive, image-captioning: ``image``, ``text``.
     image-generation: ``image``, and ``label``, a class, where there are such.
+    text-to-image: ``image``, and ``text`` where each has its own.
     speech-recognition, speech-to-text: ``audio``, ``text``.
     time-series-forecasting: ``series``, ``values``, ``begin`` (series.py), a row a series.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,

@@ -43,6 +43,10 @@ KINDS = {
         "DiffusionPipeline", "unconditional-image-generation",
         "a folder of pictures per class, or of pictures", ("tests/fit/test_diffusion.py",),
         "shapes.py"),
+    "text-to-image": Kind(
+        "DiffusionPipeline", "text-to-image",
+        "file_name or image, text; a .txt beside each picture; pictures and instance_prompt",
+        ("tests/fit/test_prompted.py",)),
     "image-captioning": Kind(
         "AutoModelForImageTextToText", "image-to-text",
         "file_name or image, text; a .txt beside each picture", ("tests/fit/test_captions.py",),
@@ -145,7 +149,7 @@ FORECASTERS = frozenset({"patchtst", "patchtsmixer"})
 
 
 def pictured(task: str) -> bool:
-    return task.startswith("image-")
+    return task.startswith("image-") or generated(task)
 
 
 def heard(task: str) -> bool:
@@ -166,7 +170,7 @@ def in_time(task: str | None) -> bool:
 
 def generated(task: str) -> bool:
     """Are pictures made, by a pipeline of diffusers?"""
-    return task == "image-generation"
+    return task in ("image-generation", "text-to-image")
 
 
 def form_of_label(task: str) -> str | None:

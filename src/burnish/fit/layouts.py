@@ -118,7 +118,8 @@ def media(path: Path, task: str | None = None) -> Table:
     medium = _medium(path, task)
     word = medium.word
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if medium.role == "image" and (told := _told(path, medium)) is not None:
+    every = task == "text-to-image"
+    if medium.role == "image" and (told := _told(path, medium, every)) is not None:
         return told
     if not classes and generated(task or ""):
         paths = [str(p) for p in medium.among(path)]
@@ -157,14 +158,18 @@ def _medium(path: Path, task: str | None) -> Medium:
     return there[0]
 
 
-def _told(path: Path, medium: Medium) -> Table | None:
-    """Pictures with a text of the same name beside each, None where the first has none."""
+def _told(path: Path, medium: Medium, every: bool = False) -> Table | None:
+    """Pictures with a text of the same name beside each, None where the first has none (every:
+    where none has)."""
     found = medium.among(path)
-    if not found[0].with_suffix(".txt").is_file():
+    first = next((p for p in (found if every else found[:1]) if p.with_suffix(".txt").is_file()),
+                 None)
+    if first is None:
         return None
     for p in found:
         if not p.with_suffix(".txt").is_file():
-            raise DataError(f"{p} has no {p.stem}.txt beside it, and the first picture has one")
+            raise DataError(f"{p} has no {p.stem}.txt beside it, and "
+                            f"{'the first picture' if first == found[0] else first.name} has one")
     paths = [str(p) for p in found]
     medium.look(paths)
     return Table({"image": paths, "text": [_utf8(p.with_suffix(".txt")).strip() for p in found]},

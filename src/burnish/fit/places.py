@@ -26,7 +26,7 @@ from .kinds import (
     pictured,
     spoken,
 )
-from .pipelines import Pipeline, is_pipeline, tasks_of
+from .pipelines import READS, Pipeline, is_pipeline, tasks_of
 
 
 def check_there(name: str) -> Path:
@@ -156,7 +156,9 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
             raise ConfigError(f"{model} is a pipeline of diffusers with a {part}, and {task} is "
                               "not for it; "
                               + (f"fit can train it for {served}" if served else
-                                 "fit serves no task of it yet"))
+                                 "fit serves no task of it yet"
+                                 + (f" (of pipelines that read texts: {', '.join(READS)})"
+                                    if Pipeline(str(model)).reads_texts else "")))
         return
     config = config_of(model, task, trust_remote_code)
     if config is None:

@@ -65,7 +65,7 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
     if KINDS[task.data.task].also:                  # an auto class alone does not know the model
         several["class"] = type(tuned.model).__name__
     if trainer.args.process_index == 0 and tuned.state.shards is None:
-        several |= task.shown(tuned.model, trainer.args.device)
+        several |= task.shown(tuned, trainer.args.device)
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held
@@ -156,8 +156,18 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         title=title or f"{facts['recipe']} on {', then '.join(sources(facts))}", run=facts,
         sources=", then ".join(sources(facts)),
         pictures=pictures, comparison=comparison, gallery=gallery(data) if data else [],
+        drawn=drawn(facts.get("drawn", ())),
         names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
         command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")
+
+
+def drawn(pairs: Sequence[Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    """(what was asked, the base's picture as a data URI, the tuned model's) of what a run drew."""
+    def coded(path: str) -> str:
+        return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+    return [(p["asked"], coded(p["base"]), coded(p["tuned"])) for p in pairs
+            if Path(p["base"]).is_file() and Path(p["tuned"]).is_file()]
 
 
 def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]]:

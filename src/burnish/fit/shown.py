@@ -149,6 +149,11 @@ class _Near:
     def __init__(self, model: nn.Module, device: Any):
         self.model, self.device = model, device
 
+    @property
+    def whole(self) -> nn.Module:
+        """The model itself, for who asks it by parts."""
+        return self.model
+
     def __call__(self, **batch: Any) -> Any:
         out = self.model(**moved(batch, self.device))
         for key in list(out):                       # an object of transformers stays one

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import string
 from pathlib import Path
 from typing import Any
 
 PIXELS, CLASSES, DIT = "pixels", "classes", "dit"
-SIDE, STEPS = 16, 20
+#: pipelines that read texts, by the families of diffusers
+SD, SDXL, SD3 = "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"
+PROMPTED = (SD, SDXL, SD3)
+SIDE, STEPS, TOKENS = 16, 20, 24
 
 
 def pipeline(kind: str, tells: str = "epsilon", seed: int = 0) -> Any:
@@ -31,13 +36,86 @@ def pipeline(kind: str, tells: str = "epsilon", seed: int = 0) -> Any:
         num_class_embeds=3 if kind == CLASSES else None), scheduler)
 
 
-def coder() -> Any:
+def coder(**config: Any) -> Any:
     """An autoencoder that halves the sides of pictures."""
     import diffusers
 
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=SIDE,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    said = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4,
+            "sample_size": SIDE, "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(**(said | config))
+
+
+def letters(longest: int = TOKENS) -> Any:
+    """CLIP's tokenizer with a token for each letter, and none for anything else."""
+    from transformers import CLIPTokenizer
+
+    known = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase),
+             "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(known)}, merges=[],
+                         model_max_length=longest)
+
+
+def reader(projected: bool = False, longest: int = TOKENS, **config: Any) -> Any:
+    """CLIP's text encoder, for :func:`letters`."""
+    import transformers as t
+
+    said = {"vocab_size": 54, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": longest, "projection_dim": 20,
+            "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+    kind = t.CLIPTextModelWithProjection if projected else t.CLIPTextModel
+    return kind(t.CLIPTextConfig(**(said | config)))
+
+
+def prompted(kind: str = SD, tells: str = "epsilon", seed: int = 0) -> Any:
+    """A pipeline that draws what a text says: SD and SDXL with a U-Net, SD3 with a transformer and
+    a flow, for which `tells` says nothing."""
+    import diffusers as d
+    import torch
+
+    torch.manual_seed(seed)
+    if kind == SD3:
+        side = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4}
+        return d.StableDiffusion3Pipeline(
+            transformer=d.SD3Transformer2DModel(
+                **side, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+                joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=40,
+                pos_embed_max_size=8),
+            scheduler=d.FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=3.0),
+            vae=coder(shift_factor=0.06, scaling_factor=1.5),
+            text_encoder=reader(True), tokenizer=letters(), text_encoder_2=reader(True),
+            tokenizer_2=letters(), text_encoder_3=None, tokenizer_3=None)
+    xl = kind == SDXL
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 44} if xl else {}
+    unet = d.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(16, 32), attention_head_dim=8, cross_attention_dim=48 if xl else 24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **more)
+    scheduler = d.DDPMScheduler(num_train_timesteps=STEPS, prediction_type=tells, steps_offset=1,
+                                beta_start=0.005, beta_end=0.3, clip_sample=False)
+    if xl:
+        return d.StableDiffusionXLPipeline(
+            vae=coder(), unet=unet, scheduler=scheduler, text_encoder=reader(),
+            tokenizer=letters(), text_encoder_2=reader(True), tokenizer_2=letters(),
+            add_watermarker=False)
+    return d.StableDiffusionPipeline(
+        vae=coder(), unet=unet, scheduler=scheduler, text_encoder=reader(), tokenizer=letters(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def described(folder: Path, each: int = 8, seed: int = 0) -> Path:
+    """The same pictures as :func:`shapes`, in one folder with a `metadata.jsonl` of captions."""
+    lines = []
+    for path in sorted(shapes(folder, each, seed).rglob("*.png")):
+        kind = path.parent.name
+        path.rename(folder / f"{kind}-{path.name}")
+        lines.append(json.dumps({"file_name": f"{kind}-{path.name}", "text": f"a grey {kind}"}))
+    for kind in ("box", "cross", "disc"):
+        (folder / kind).rmdir()
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def shapes(folder: Path, each: int = 8, seed: int = 0) -> Path:

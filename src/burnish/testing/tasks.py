@@ -147,6 +147,13 @@ def _generated(task: str, folder: Path, each: int) -> Folders:
     return base, pipelines.shapes(folder / "data", 2 * each), {}
 
 
+def _prompted(task: str, folder: Path, each: int) -> Folders:
+    from . import pipelines
+
+    base = kept(folder, pipelines.prompted())
+    return base, pipelines.described(folder / "data", 2 * each), {}
+
+
 def _pixels(task: str, folder: Path, each: int) -> Folders:
     from . import scenes
 
@@ -169,7 +176,8 @@ def _timed(task: str, folder: Path, each: int) -> Folders:
 #: how a task's rows and model are made, by the first part of its name, or the whole
 _MADE: dict[str, Callable[[str, Path, int], Folders]] = {
     "image-text-contrastive": _captioned, "image-captioning": _captioned,
-    "image-generation": _generated, "semantic-segmentation": _pixels, "object-detection": _boxed,
+    "text-to-image": _prompted, "image-generation": _generated,
+    "semantic-segmentation": _pixels, "object-detection": _boxed,
     "time-series-forecasting": _timed, "image": _glyphs, "audio": _heard, "speech": _spoken}
 
 

@@ -34,6 +34,7 @@ from .masked import MaskedLanguageModelling
 from .masked_answers import MaskedInstructionTuning
 from .pixels import SemanticSegmentation
 from .preferences import PreferenceTuning
+from .prompted import TextToImage
 from .sequences import SequenceToSequence
 from .spans import QuestionAnswering
 from .speech import SpeechRecognition
@@ -48,6 +49,7 @@ TASKS: dict[str, type[Task]] = {
     "image-text-contrastive": ImageTextContrastive,
     "image-captioning": ImageCaptioning,
     "image-generation": ImageGeneration,
+    "text-to-image": TextToImage,
     "audio-classification": AudioClassification,
     "audio-multi-label": AudioMultiLabel,
     "audio-regression": AudioRegression,

@@ -56,6 +56,8 @@ class Task:
     heavy: ClassVar[bool] = False
     #: whether evaluation lets the model write its answers, in :meth:`looked`
     writes: ClassVar[bool] = False
+    #: settings of a question: how an answer is drawn
+    drawing: ClassVar[tuple[str, ...]] = ()
     #: settings of the run that the task itself reads
     settings: ClassVar[tuple[str, ...]] = ()
     #: whether what is right is one of several classes, which may be smoothed
@@ -263,7 +265,7 @@ class Task:
     def ready(self, tuned: Any, device: Any, batch_size: int) -> None:
         """What the rows still lack once the recipe has joined the model and before it trains."""
 
-    def shown(self, model: nn.Module, device: Any) -> dict[str, Any]:
+    def shown(self, tuned: Any, device: Any) -> dict[str, Any]:
         """What the report shows of a finished run beside its figures, as plain values by name."""
         return {}
 
@@ -280,6 +282,14 @@ class Task:
     def posed(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the data as :meth:`answer` is asked."""
         return {k: row[k] for k in self.takes if row.get(k) is not None}
+
+    def draws(self, **how: Any) -> None:
+        """How the next answers are drawn, by :attr:`drawing`. Raises ConfigError for a setting that
+        is not this task's."""
+        for name, value in how.items():
+            if name not in self.drawing:
+                raise ConfigError(f"{name}={value!r} says how a picture is drawn, and "
+                                  f"{self.data.task} is not asked with it; leave it out")
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         """What the model says of a row, as plain values. tokens: the longest text that it writes.

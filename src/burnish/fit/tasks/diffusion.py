@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,23 +15,29 @@ from torch import Tensor, nn
 from ...core.dtypes import dtype_of
 from ...core.errors import ConfigError
 from ..from_files import Kept, picture
-from ..pipelines import Latents, Pipeline, Schedule, called, classes_of
+from ..pipelines import Latents, Pipeline, called, classes_of, numbers
 from ..rows import Rows
-from .base import Task
+from ..schedules import Flow, Schedule
+from .base import Batch, Task
 
 #: steps at which an evaluation looks at each picture
 LOOKS = 4
+#: what the model is told of a row; the generator is there while it trains
+Beside = Callable[[int, torch.Generator | None], dict[str, Tensor]]
 
 
 class Clean(Kept):
-    """``x`` (C, H, W) between -1 and 1."""
+    """``x`` (C, H, W) between -1 and 1. sizes: (height, width) of those that were read."""
 
     def __init__(self, rows: Any, reads: Any, where: Callable[[int], str] | None):
         super().__init__(rows, where)
         self.reads = reads
+        self.sizes: dict[int, tuple[int, int]] = {}
 
     def read(self, i: int) -> dict[str, Any]:
-        return {"x": self.reads(picture(self.opened(i)["image"], self.where(i)))}
+        image = picture(self.opened(i)["image"], self.where(i))
+        self.sizes[i] = (image.height, image.width)
+        return {"x": self.reads(image)}
 
 
 class Noised(Rows):
@@ -39,15 +46,16 @@ class Noised(Rows):
     again: each pass draws other steps (all alike likely) and other noise: row i of pass k is asked
     for as ``i + k * len(rows)``. Otherwise a picture is looked at LOOKS times, once in each part of
     the schedule, with the same noise for ever. All is a function of seed, pass and row.
-    beside: what the model is told of each picture.
+    beside: what the model is told of each picture, of which training may leave some out.
+    gamma: how training weighs the steps (:meth:`burnish.fit.schedules.Schedule.at`).
     """
 
     def __init__(self, drawn: Callable[[int, torch.Generator], Tensor], count: int,
-                 schedule: Schedule, name: str, beside: Callable[[int], dict[str, Tensor]],
-                 seed: int, again: bool):
+                 schedule: Schedule | Flow, name: str, beside: Beside, seed: int, again: bool,
+                 gamma: float | None = None):
         self.drawn, self.count, self.schedule, self.name = drawn, count, schedule, name
         self.beside, self.seed, self.redrawn = beside, seed, again
-        self.looks = 1 if again else LOOKS
+        self.looks, self.gamma = (1, gamma) if again else (LOOKS, None)
 
     def __len__(self) -> int:
         return self.count * self.looks
@@ -62,8 +70,10 @@ class Noised(Rows):
         x = self.drawn(self.source(i), g)
         part = (i % self.looks + float(torch.rand((), generator=g, dtype=torch.float64)))
         t = min(int(part / self.looks * len(self.schedule)), len(self.schedule) - 1)
-        there, target, weight = self.schedule.at(x, torch.randn(x.shape, generator=g), t)
-        return {self.name: there, "timestep": torch.tensor(t), **self.beside(self.source(i)),
+        there, target, weight = self.schedule.at(x, torch.randn(x.shape, generator=g), t,
+                                                 self.gamma)
+        told = self.beside(self.source(i), g if self.redrawn else None)
+        return {self.name: there, "timestep": self.schedule.time(t), **told,
                 "target": target, "weight": torch.tensor(weight)}
 
 
@@ -73,7 +83,7 @@ class ImageGeneration(Task):
     tell, ``weight`` (B,) how much a picture counts.
 
     The loss is ``mean_b weight_b |f(x_t, t) - target|^2 / (C H W)``
-    (:meth:`burnish.fit.pipelines.Schedule.at`). What a model tells of variances is not learnt.
+    (:mod:`burnish.fit.schedules`). What a model tells of variances is not learnt.
     """
 
     smooths = False
@@ -81,23 +91,30 @@ class ImageGeneration(Task):
     heavy = True
     takes = ("label",)
     truth = ("target", "weight")
+    settings = ("snr_gamma", "num_inference_steps")
+    drawing = ("seed", "num_inference_steps")
+    #: entries of a batch that say where in the schedule it is, or how large: never rounded
+    exact = ("timestep",)
 
     def prepare(self) -> None:
         if not isinstance(self.processor, Pipeline):
             raise ConfigError(f"{self.data.task} takes the folder of a pipeline of diffusers, "
                               f"not {type(self.processor).__name__}")
         if self.max_length is not None:
-            raise ConfigError(f"max_length={self.max_length}: {self.data.task} has no texts of a "
-                              "length; leave it out")
+            raise ConfigError(f"max_length={self.max_length}: {self.data.task} has no length of "
+                              "texts to choose; leave it out")
+        self.processor.check()
         self.schedule = self.processor.schedule()
+        self.asked_for(self.how)
+        if self.how.get("snr_gamma") is not None:
+            self.schedule.at(torch.zeros(1), torch.zeros(1), 0, self.how["snr_gamma"])
 
     # -- the model -----------------------------------------------------------------------------
     def load(self, name: str, trust_remote_code: bool = False, unread: bool = False, **kw: Any
              ) -> nn.Module:
         """The denoiser of the pipeline in the folder `name`."""
         pipeline = Pipeline(name)
-        how = {"torch_dtype": dtype_of(kw["dtype"])} if "dtype" in kw else {}   # never by name
-        model = pipeline.load(pipeline.part, **how)
+        model = pipeline.load(pipeline.part, **numbers(dtype_of(kw.get("dtype"))))
         model.name_or_path = name
         self.settle(model)
         return model
@@ -113,7 +130,7 @@ class ImageGeneration(Task):
 
     def settle(self, model: nn.Module) -> None:
         super().settle(model)
-        self.reads_pictures = self.processor.picture(model)
+        self.reads_pictures = self.processor.picture(model, self.how.get("resolution"))
         self.channels = int(model.config.in_channels)  # type: ignore[union-attr, arg-type]
         self.name = called(model)
         self.numbers = self._numbers(model)
@@ -151,15 +168,18 @@ class ImageGeneration(Task):
             return clean[i]["x"]
 
         drawn = plain if self.processor.coder is None else self.latents(clean).drawn
-        return Noised(drawn, len(rows), self.schedule, self.name, self.beside(rows), self.seed,
-                      again=split == "train")
+        return Noised(drawn, len(rows), self.schedule, self.name, self.beside(rows, clean),
+                      self.seed, split == "train", self.how.get("snr_gamma"))
 
-    def beside(self, rows: Any) -> Callable[[int], dict[str, Tensor]]:
+    def beside(self, rows: Any, clean: Clean) -> Beside:
         """What the model is told of each row beside the picture."""
         if self.numbers is None:
-            return lambda i: {}
+            return lambda i, g: {}
         which = [torch.tensor(self.numbers[k]) for k in rows["label"][:]]
-        return lambda i: {"class_labels": which[i]}
+        return lambda i, g: {"class_labels": which[i]}
+
+    def agreed(self, batch: Batch) -> Batch:
+        return super().agreed(batch) | {k: batch[k] for k in self.exact if k in batch}
 
     @torch.no_grad()
     def latents(self, clean: Clean) -> Latents:
@@ -168,18 +188,18 @@ class ImageGeneration(Task):
         coder: Any = self.processor.load(self.processor.coder).eval()
         if torch.cuda.is_available():
             coder = coder.cuda()
-        scale = coder.config.scaling_factor
-        shift = coder.config.get("shift_factor") or 0.0
+        scale, shift = centred(coder.config)
+        clean.room = 0                                # they are read once
         middle: list[Tensor] = []
         spread: list[Tensor] = []
         for i in range(len(clean)):
             made = coder.encode(clean[i]["x"][None].to(coder.device, coder.dtype))
             if "latent_dist" in made:
-                spread.append((made.latent_dist.std[0] * scale).float().cpu())
+                spread.append(made.latent_dist.std[0].float().cpu() * scale)
                 found = made.latent_dist.mean
             else:
                 found = made.latents
-            middle.append(((found[0] - shift) * scale).float().cpu())
+            middle.append((found[0].float().cpu() - shift) * scale)
         return Latents(middle, spread or None)
 
     # -- loss and figures ----------------------------------------------------------------------
@@ -239,10 +259,28 @@ class ImageGeneration(Task):
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         """A picture by the pipeline's own sampler, written into :attr:`folder`."""
         how, name, seed = self.asked(row)
-        image = self.drawn(model, how, seed)
+        image = self.drawn(getattr(model, "whole", model), how, seed)    # it draws where it is
         folder = Path(self.folder or ".", "pictures")
         folder.mkdir(parents=True, exist_ok=True)
         return {"picture": str(written(image, folder, name))}
+
+    def asked_for(self, how: Mapping[str, Any]) -> None:
+        """Raises ConfigError for settings of the sampler that it has not."""
+        steps = how.get("num_inference_steps")
+        if steps is not None and steps > self.most:
+            raise ConfigError(f"num_inference_steps={steps}: the scheduler of "
+                              f"{self.processor.folder} draws in {self.most} steps at most")
+
+    @property
+    def most(self) -> int:
+        """Steps that the sampler can take: those of the schedule behind its first."""
+        return len(self.schedule) - self.processor.offset
+
+    def draws(self, **how: Any) -> None:
+        super().draws(**how)
+        self.asked_for(how)
+        self.seed = int(how.pop("seed", self.seed))
+        self.how = self.how | how
 
     def drawn(self, model: nn.Module, how: Mapping[str, Any], seed: int) -> Any:
         """The picture that the pipeline's sampler makes of the noise of `seed`."""
@@ -259,7 +297,8 @@ class ImageGeneration(Task):
             hooks.append(model.register_forward_pre_hook(add, with_kwargs=True))
         elif "class_labels" in how and classes_of(model) != 1000:
             how["guidance_scale"] = 1.0       # the sampler takes number 1000 for no class
-        steps = min(takes["num_inference_steps"].default, len(self.schedule))
+        steps = self.how.get("num_inference_steps") or min(
+            takes["num_inference_steps"].default, self.most)
         try:
             return pipe(**how, num_inference_steps=steps,
                         generator=torch.Generator().manual_seed(seed)).images[0]
@@ -269,6 +308,34 @@ class ImageGeneration(Task):
 
     def said(self, answer: Mapping[str, Any]) -> str:
         return str(answer["picture"])
+
+    def shown(self, tuned: Any, device: Any) -> dict[str, Any]:
+        """``drawn``: where a run was asked for samples, the pictures of the last ones by the model
+        that is kept, beside the base's; paths in the run's folder."""
+        answers = Path(self.folder or ".", "answers.jsonl")
+        if not answers.is_file():
+            return {}
+        last = json.loads(answers.read_text().splitlines()[-1])["answers"]
+        rows = list(dict.fromkeys(a["asked"] for a in last))
+        was = tuned.model.training
+        tuned.model.eval()
+        try:
+            made = [self.answer(tuned.model, {self.takes[0]: r}, 0)["picture"] for r in rows]
+            with tuned.disabled():
+                base = [self.answer(tuned.model, {self.takes[0]: r}, 0)["picture"] for r in rows]
+        finally:
+            tuned.model.train(was)
+        return {"drawn": [{"asked": r, "base": b, "tuned": t}
+                          for r, b, t in zip(rows, base, made, strict=True)]}
+
+
+def centred(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(scale, shift) of a coder's latents, ``scale (z - shift)``: numbers, or (C, 1, 1)."""
+    scale, middle, spread = (config.get(k) for k in (
+        "scaling_factor", "latents_mean", "latents_std"))
+    if middle is not None and spread is not None:
+        return scale / torch.tensor(spread).view(-1, 1, 1), torch.tensor(middle).view(-1, 1, 1)
+    return scale, config.get("shift_factor") or 0.0
 
 
 def written(image: Any, folder: Path, name: str) -> Path:

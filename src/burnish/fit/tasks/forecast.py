@@ -210,7 +210,7 @@ class TimeSeriesForecasting(Task):
         return {"values": asked}, f"{len(asked)} rows of {row['series'] or 'the series'}", right
 
     @torch.no_grad()
-    def shown(self, model: nn.Module, device: Any) -> dict[str, Any]:
+    def shown(self, tuned: Any, device: Any) -> dict[str, Any]:
         """``forecast``: of the last window that was held out what came before, what came, what was
         foretold."""
         split = next((s for s in ("validation", "test") if s in self.data.splits), None)
@@ -221,7 +221,7 @@ class TimeSeriesForecasting(Task):
         k, t = rows.at[-1]
         v, which = rows.values[k], self.which or range(rows.values[k].shape[1])
         past = v[t - self.past:t].to(device)
-        said = self.logits(model(**self.agreed({"past_values": past[None]})))[0].float().cpu()
+        said = self.logits(tuned.model(**self.agreed({"past_values": past[None]})))[0].float().cpu()
         drawn = [{"name": n, "past": v[max(0, t - self.past, t - DRAWN):t, c].tolist(),
                   "truth": v[t:t + self.ahead, c].tolist(), "forecast": said[:, i].tolist()}
                  for i, (n, c) in enumerate(zip(self.names(v.shape[1]), which, strict=True))]

@@ -13,6 +13,7 @@ const text = (label, more = {}) => ({ name: "text", label, long: true, ...more }
 const FORMS = {
   "image-text-contrastive": [file("A picture", PICTURES), { name: "texts", label: "Texts to compare it with, one a line", long: true }],
   "image-generation": [text("The name of a class, or a number to draw by", { long: false })],
+  "text-to-image": [text("What the picture is to show", { long: false })],
   "question-answering": [{ name: "question", label: "A question" }, { name: "context", label: "The text that answers it", long: true }, file("or a table of rows", TABLES, true)],
   "embedding": [text("A text"), { name: "pair", label: "Another, to say how near they are", long: true, optional: true }, file("or a table of rows", TABLES, true)],
   "time-series-forecasting": [file("A table with the last rows of a series", TABLES)],
