@@ -130,6 +130,11 @@ def test_targets_narrow_it_within_the_mlps():
         burnish.tune(tiny("llama")[0], "loramoe(targets='q,v')")
 
 
+def test_dropout_is_a_probability():
+    with pytest.raises(burnish.RecipeError, match="loramoe: dropout is a probability"):
+        burnish.parse("loramoe(dropout=1.0)")
+
+
 @pytest.mark.parametrize("experts", [1, 3, 0])
 def test_halves_need_an_even_number(experts):
     with pytest.raises(burnish.RecipeError, match="two halves; expected an even number"):

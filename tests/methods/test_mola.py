@@ -44,6 +44,13 @@ def test_the_count_on_llama_2_7b(published):
     assert sum(per) == 160 and per == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
 
 
+def test_dropout_is_a_probability_and_somebody_answers():
+    with pytest.raises(burnish.RecipeError, match="mola: dropout is a probability"):
+        parse("mola(dropout=1.0)")
+    with pytest.raises(burnish.RecipeError, match="mola.k=0.: expected 1 or more"):
+        parse("mola(k=0)")
+
+
 def test_allocations():
     for text, want in (("8-6-4-2", [8, 6, 4, 2]), ("5-5-5-5", [5] * 4), ("3", [3] * 4)):
         method = parse(f"mola(allocation='{text}')")[0]

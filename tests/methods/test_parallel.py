@@ -224,6 +224,7 @@ def test_heads_share_the_budget(published):
 @pytest.mark.parametrize("model, settings, why", [
     ("vit", "placement='both', tap='residual'", "of the MLP"),
     ("vit", "multi_head=True", "of attention"),
+    ("vit", "dropout=1.0", "parallel: dropout is a probability"),
     ("vit", "compose='blend', scale=4.0", "from 0 to 1"),
     ("vit", "placement='attention', multi_head=True, bottleneck=6", "multiple of 4"),
     ("encoder", "placement='attention', multi_head=True, bottleneck=4", "cannot be reached"),

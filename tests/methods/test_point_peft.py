@@ -268,6 +268,7 @@ def test_it_learns_and_a_file_brings_the_bank(tmp_path):
     ("points", "point_peft(layers=-1)", "0 or more"),
     ("points", "point_peft(samples=4)", "at least `recalled`"),
     ("points", "point_peft(sight=0.0)", "positive"),
+    ("points", "point_peft(dropout=1.0)", "point_peft: dropout is a probability"),
     ("points", "point_peft(layers=3)", "2 blocks"),
     ("points", "point_peft(layers=1)", "calibration"),
     ("vit", "point_peft", "group_divider"),

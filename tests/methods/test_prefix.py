@@ -182,6 +182,7 @@ def test_counts_and_defaults():
     ("vit", "prefix(length=3, frozen_rows=3)", "expected fewer than the 3 rows"),
     ("vit", "prefix(frozen_rows=-1)", "expected fewer than the 30"),
     ("vit", "prefix(frozen_rows=1, hidden=4)", "train directly"),
+    ("vit", "prefix(dropout=1.0)", "prefix: dropout is a probability"),
     ("vit", "prefix(frozen_rows=1, mass='own')", "none scales them"),
     ("convnext", "prefix", "no attention"), ("mlp", "prefix", "no attention"),
 ])

@@ -91,16 +91,15 @@ def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
 
 
 def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
-    for made, says in ((Dropped(dropout=1.0), "dropout=1.0"), (Dropped(dropout=-0.1), "dropout=-0"),
-                       (Dropped(many=-1), "many=-1.: expected 0 or more"),
-                       (Dropped(weight_decay=-0.1), "weight_decay=-0.1.: expected 0 or more"),
-                       (Dropped(one=0), "one=0.: expected 1 or more"),
-                       (Dropped(back=-1), "back=-1")):
+    for made, says in ((Counting(many=-1), "many=-1.: expected 0 or more"),
+                       (Counting(weight_decay=-0.1), "weight_decay=-0.1.: expected 0 or more"),
+                       (Counting(one=0), "one=0.: expected 1 or more"),
+                       (Counting(back=-1), "back=-1")):
         with pytest.raises(RecipeError, match=says):
             burnish.parse(made)
-    for right in ({"dropout": 0.0}, {"dropout": 0.99}, {"many": 0}, {"one": 1}, {"seed": -1},
-                  {"last": -2}, {"free": -1.0}, {"weight_decay": 0.0}):
-        assert burnish.parse(Dropped(**right))
+    for right in ({"many": 0}, {"one": 1}, {"seed": -1}, {"last": -2}, {"free": -1.0},
+                  {"weight_decay": 0.0}):
+        assert burnish.parse(Counting(**right))
 
 
 def test_a_run_repeats_itself():
@@ -109,10 +108,9 @@ def test_a_run_repeats_itself():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dropped(Method):
+class Counting(Method):
     """A method that refuses nothing itself."""
 
-    dropout: float = setting(0.1, "of its input")
     many: int = setting(3, "how many")
     one: int = setting(3, "how many, one at least", least=1)
     back: int | None = setting(None, "how many, or as many as there are", other=(2,))

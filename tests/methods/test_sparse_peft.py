@@ -49,6 +49,12 @@ def test_zeros_that_a_part_beside_it_makes():
     assert torch.equal(tuned.merge()[0].weight != 0, M.bool())
 
 
+def test_each_is_the_function_of_the_weights_it_names():
+    assert len(burnish.parse("sparse_peft(targets='q') + sparse_peft(targets='v')")) == 2
+    with pytest.raises(RecipeError, match="the function of W on the default targets"):
+        burnish.parse("sparse_peft + sparse_peft")
+
+
 def test_a_weight_that_trains_keeps_its_zeros():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 10))

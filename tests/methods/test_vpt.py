@@ -142,6 +142,7 @@ def test_the_inputs_of_the_patch_embedding():
 @pytest.mark.parametrize("model, recipe, why", [
     ("vit", "vpt(targets='q')", "no targets"), ("mlp", "vpt", "no transformer blocks"),
     ("bert", "vpt", "read text"), ("swin", "vpt", "windows of a map"),
+    ("vit", "vpt(dropout=-0.1)", "vpt: dropout is a probability"),
 ])
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):

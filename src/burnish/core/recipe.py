@@ -21,7 +21,7 @@ from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import reading, shown
-from .vocabulary import FROM_ZERO, PROBABILITIES
+from .vocabulary import FROM_ZERO
 
 
 class Recipe(tuple[Method, ...]):
@@ -175,7 +175,7 @@ def built(cls: Any, name: str, args: dict[str, object]) -> Any:
 def _possible(name: str, made: Any) -> None:
     """Refuse what no setting of that kind can mean, where the method has not done so itself: fewer
     of something than there can be (a seed is no number of things, nor is a setting whose default
-    or `other` value is negative), a probability that is none, a decay below zero."""
+    or `other` value is negative), and a decay below zero."""
     for f in fields(made):
         value, known = getattr(made, f.name), (f.default, *f.metadata.get("other", ()))
         least = f.metadata.get("least", 0)
@@ -183,9 +183,6 @@ def _possible(name: str, made: Any) -> None:
             not any(type(v) is int and v < 0 for v in known)
         if (counts or type(value) is float and f.name in FROM_ZERO) and value < least:
             raise RecipeError(f"{name}({f.name}={value}): expected {least} or more")
-        if f.name in PROBABILITIES and type(value) is float and not 0 <= value < 1:
-            raise RecipeError(f"{name}({f.name}={value}): expected a probability, from 0 to below "
-                              "1")
 
 
 def _typed(name: str, key: str, value: object, hint: object) -> object:

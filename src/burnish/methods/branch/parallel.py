@@ -8,6 +8,7 @@ from ...blocks.state.bottleneck import Bottleneck
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch
+from ..delta.lowrank.lora import check_dropout
 from ._sites import Site, attention_ends, attention_inputs, found, mlp_ends, mlp_norm
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Parallel(Method):
                              beside={"placement": "attention"})
 
     def __post_init__(self) -> None:
+        check_dropout("parallel", self.dropout)
         if self.tap == "residual" and self.placement != "mlp":
             raise RecipeError("parallel: tap='residual' is of the MLP; beside attention expected "
                               "tap='norm'")

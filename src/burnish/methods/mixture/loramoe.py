@@ -11,6 +11,7 @@ from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.needs import mlp_linears
 from ...core.site import Branch, Place
+from ..delta.lowrank.lora import check_dropout
 from ._linears import linears
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class LoraMoe(Method):
     pull: float = setting(0.1, "how far the halves are pulled apart", alias=("delta",))
     balance: float = setting(0.1, "weight of the balance loss", alias=("beta",))
     imbalance: Literal["cv2", "mean"] = setting("cv2", "Var / Mean^2, or Var / Mean")
+
+    def __post_init__(self) -> None:
+        check_dropout("loramoe", self.dropout)
 
     def keys(self) -> Mapping[str, Key]:
         return self.context if self.balance else {}

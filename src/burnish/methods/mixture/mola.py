@@ -10,6 +10,7 @@ from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.site import Branch, Place
 from ...core.targets import match
+from ..delta.lowrank.lora import check_dropout
 from ._linears import linears
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Mola(Method):
                               other=("1-3",))
     dropout: float = setting(0.05, "dropout on the input of A", alias=("lora_dropout",))
     balance: float = setting(1e-3, "weight of the balance loss")
+
+    def __post_init__(self) -> None:
+        check_dropout("mola", self.dropout)
 
     def repeats(self) -> int | None:
         return 1 if len(set(self.allocation.split("-"))) == 1 else None

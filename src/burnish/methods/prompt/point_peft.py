@@ -25,6 +25,7 @@ from ...core.needs import point_groups, refuse, unmet
 from ...core.protocols import Attacher
 from ...core.site import Branch
 from ..branch._sites import found, mlp_ends, samples_first
+from ..delta.lowrank.lora import check_dropout
 from .vpt import special_tokens
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class PointPeft(Method):
     dropout: float = setting(0.1, "dropout on E")
 
     def __post_init__(self) -> None:
+        check_dropout("point_peft", self.dropout)
         sizes = (self.bottleneck, self.prompt_bottleneck, self.recalled, self.neighbours,
                  1 if self.centres is None else self.centres)
         if min(sizes) < 1 or self.layers < 0 or self.samples < self.recalled:

@@ -8,6 +8,7 @@ from torch import nn
 from ...blocks.state.keys_values import KeysValues, OwnMass, Seen, Trunk
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
+from ..delta.lowrank.lora import check_dropout
 from ._stacks import attentions, check_ids, move_tokens, read_words
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Prefix(Method):
         unseen="not all models count their tokens: tests/methods/test_prefix.py")
 
     def __post_init__(self) -> None:
+        check_dropout("prefix", self.dropout)
         if not 0 <= self.frozen_rows < max(1, self.length):
             raise RecipeError(f"prefix(frozen_rows={self.frozen_rows}): expected fewer than the "
                               f"{self.length} rows (length), so that one trains")

@@ -9,6 +9,7 @@ from torch import nn
 from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
+from ..delta.lowrank.lora import check_dropout
 from ._stacks import above
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Vpt(Method):
     dropout: float = setting(0.1, "dropout on the tokens")
     after: int | None = setting(None, "tokens before them; None counts class, distillation and "
                                       "register tokens", other=(0,))
+
+    def __post_init__(self) -> None:
+        check_dropout("vpt", self.dropout)
 
     def claims(self) -> tuple[str, ...]:
         return ("where prompts stand among patches",) if self.after else ()
