@@ -256,6 +256,10 @@ def two_at_least(self):
         raise RecipeError(f"d_says_another_bound: rank={self.rank}: expected at least 1")
 
 
+def everywhere(self):
+    return (f"the function of W on {self.targets and 'the default targets'}",)
+
+
 REFERENCE = {"equals_the_untouched_model", "equals_the_untouched_model_under_dropout"}
 DUDS = {
     dud("d_nothing", Nothing): {"it_acts", "every_tensor_has_a_gradient",
@@ -275,6 +279,7 @@ DUDS = {
     dud("d_decays", __doc__="d_decays: a dud. No weight decay."): {"is_left_alone_by_decay"},
     dud("d_says_another_bound", __post_init__=two_at_least):
         {"every_bound_is_the_one_that_is_said"},
+    dud("d_claims_elsewhere", claims=everywhere): {"what_it_claims_is_of_its_targets"},
     dud("d_folds_half", FoldsHalf): {"merges_and_unmerges"},
     dud("d_bumped", Bumped): {"identity_at_the_start"},
     dropping_dud("d_drops_nothing", DropsNothing): {"its_dropout_acts", "every_setting_acts"},

@@ -17,6 +17,7 @@ import torch
 
 from ...core.errors import BurnishError
 from ...core.method import Method
+from ...core.recipe import make
 from ...engine.tune import tune
 from .. import choose
 from .common import Skip, data, fresh, method_of, part, recipe, split
@@ -141,4 +142,17 @@ def _plain(words: str) -> str:
     return re.sub(r"-?\d+", "#", words)
 
 
-ONCE = (every_setting_acts, every_bound_is_the_one_that_is_said)
+def what_it_claims_is_of_its_targets(name: str, model: str) -> Skip | None:
+    """Where what a method claims for itself alone depends on its targets, it names them: two of it
+    stand beside each other on different ones."""
+    given = dict(method_of(name).small)
+    free = set(make(name, given).claims())
+    there = set(make(name, {**given, "targets": "there"}).claims())
+    if there == free:
+        return Skip("claims nothing on its targets")
+    assert all("there" in claim for claim in there - free), \
+        f"claims {sorted(there - free)} on targets='there'"
+    return None
+
+
+ONCE = (every_setting_acts, every_bound_is_the_one_that_is_said, what_it_claims_is_of_its_targets)
