@@ -92,6 +92,18 @@ def test_forecast():
     assert load("forecast").main(steps=300, epochs=16)["mae_to_naive"] < 0.5
 
 
+def test_named():
+    assert load("named").main(pictures=50)["dice"] > 0.4
+
+
+def test_solids():
+    assert load("solids").main(each=40, epochs=20)["accuracy"] > 0.6
+
+
+def test_bonds():
+    assert load("bonds").main(many=240, epochs=25)["accuracy"] > 0.8
+
+
 def test_cells():
     found = load("cells").main(epochs=10)
     assert min(found.values()) > 0.85 and found["lora(rank=4)"] > 0.9

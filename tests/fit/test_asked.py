@@ -18,7 +18,7 @@ from burnish.fit import asked, sounds
 from burnish.fit.data import read
 
 SEEN, HEARD = SimpleNamespace(takes=("image",)), SimpleNamespace(takes=("audio",))
-BOTH = SimpleNamespace(takes=("image", "text"))
+BOTH = SimpleNamespace(takes=("image", "text"), data=SimpleNamespace(task="image-captioning"))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def test_a_base_is_held_in_the_numbers_that_are_asked_for(tmp_path, task):
                       dtype="bf16", lr=0.1, batch_size=2, validation=0, quiet=True, report=False,
                       measure=False, save_strategy="no", **how)
     assert run.facts["data"]["task"] == task
-    again = Finished.open(tmp_path / "run")
+    again = Finished.open(tmp_path / "run", trust=how.get("trust_remote_code", False))
     held = {p.dtype for n, p in again.tuned.model.named_parameters() if ".burnish." not in n}
     assert torch.bfloat16 in held
     assert "loss" in again.evaluate(str(data))["tuned"]

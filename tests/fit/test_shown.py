@@ -78,7 +78,7 @@ TURNS = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "
 
 def task(name, takes=("text",), labels=None, said=lambda a: str(a["text"])):
     return SimpleNamespace(data=SimpleNamespace(task=name, labels=labels, keys=("task",)),
-                           parted=lambda row: None, takes=takes, said=said,
+                           parted=lambda row: None, takes=takes, said=said, word="",
                            posed=lambda row: {k: row[k] for k in takes if k in row},
                            processor=SimpleNamespace(mask_token="[MASK]"))
 

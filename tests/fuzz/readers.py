@@ -219,6 +219,32 @@ def photos(place: Path) -> None:
             Image.new("L", (6, 6), 40 * i).save(place / "x" / kind / f"{i}.png")
 
 
+def points(place: Path) -> None:
+    from burnish.testing.own import clouds
+
+    clouds(place / "x", 2, points=6, ends=(".xyz", ".npy", ".ply", ".off"))
+
+
+def read_points(place: Path) -> None:
+    from burnish.fit.clouds import cloud, sampled
+
+    found = read(str(place / "x"), validation=0)
+    for i in range(len(found.train)):
+        sampled(cloud(found.row("train", i)["cloud"]["path"]), 4, (0, 0, i))
+
+
+def graph_rows(place: Path) -> None:
+    from burnish.testing.own import graphs
+
+    graphs(place / "x.jsonl", 3)
+
+
+def graph_folder(place: Path) -> None:
+    from burnish.testing.own import rows_of_graphs, tu
+
+    tu(place / "x", rows_of_graphs(4))
+
+
 def described(place: Path) -> None:
     from PIL import Image
 
@@ -322,6 +348,9 @@ READERS: dict[str, Reader] = {
     "checkpoint": Reader(run_folder, resume),
     "state": Reader(run_folder, trees),
     "settings": Reader(settings, read_settings),
+    "clouds": Reader(points, read_points),
+    "graph rows": Reader(graph_rows, read_one("x.jsonl", validation=0)),
+    "graph folder": Reader(graph_folder, read_one("x", validation=0)),
     "csv": Reader(
         table("x.csv", "text,label\n" + "".join(f"{t},{c}\n" for t, c in ROWS)), read_one("x.csv")
     ),

@@ -158,13 +158,16 @@ Cache = Annotated[str | None, typer.Option(help="Memory in which weights with th
                                                 "kept from one answer to the next, e.g. 2GB; "
                                                 "default 64MiB, 0: none.")]
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code",
+                                     help="Let code that comes with the base run.")]
+
 
 @app.command()
 def predict(
     run: Run,
-    inputs: Annotated[list[str], typer.Argument(help="Pictures or folders of them; texts, .txt "
-                                                     "files of one a line, tables of rows, rows as "
-                                                     "JSON objects.")],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures, sounds, clouds or folders of them; "
+                                                     "texts, .txt files of one a line, tables of "
+                                                     "rows, rows as JSON objects.")],
     base: Base = None,
     cache: Cache = None,
     tokens: Annotated[int, typer.Option(help="Longest answer of a language model.", min=1)] = 64,
@@ -178,6 +181,7 @@ def predict(
     num_inference_steps: Annotated[int | None, typer.Option(
         "--num_inference_steps", "--num-inference-steps", min=1,
         help="Steps in which a picture is drawn.")] = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Answers of a finished run: labels, numbers, tags, stretches of a context, text, or what a
@@ -185,7 +189,7 @@ def predict(
     from ..fit.finished import Finished
 
     keys = {k: v for k, v in map(_key, given or ())}
-    finished = Finished.open(run, base)
+    finished = Finished.open(run, base, trust=trust)
     how = {"seed": seed, "guidance_scale": guidance_scale,
            "num_inference_steps": num_inference_steps}
     finished.task.draws(**{k: v for k, v in how.items() if v is not None})
@@ -219,6 +223,7 @@ def evaluate(
                      ] = None,
     base: Base = None,
     cache: Cache = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """The figures of a finished run on data, beside those of its base.
@@ -227,7 +232,7 @@ def evaluate(
     """
     from ..fit.finished import Finished
 
-    finished = Finished.open(run, base)
+    finished = Finished.open(run, base, trust=trust)
     with finished.cached(cache):
         found = finished.evaluate(data, split, batch, text=text, label=label, image=image,
                                   audio=audio)

@@ -46,6 +46,7 @@ OWN_ALIASES = {
     "audio_column": "audio", "audio_column_name": "audio",
     "do_reduce_labels": "reduce_labels",
     "max_length_seconds": "max_seconds", "max_duration_in_seconds": "max_seconds",
+    "num_points": "points", "npoints": "points", "n_points": "points",
     "preference": "loss_type", "pref_loss": "loss_type", "pref_beta": "beta",
     "simpo_gamma": "gamma", "tokenizer": "processor", "image_processor": "processor",
     "feature_extractor": "processor",
@@ -98,6 +99,7 @@ class Options:
         answer is learnt, and the column that says which task an example is of
         (:mod:`burnish.fit.shots`).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
+    points: how many are drawn of a cloud (default: 1024).
     processor: tokenizer, picture or feature extractor, instead of the model's own.
     targets, head: as for :func:`burnish.tune`.
     resume: True or "auto" for the newest whole checkpoint, or one checkpoint's folder.
@@ -145,6 +147,7 @@ class Options:
     group: str | None = None
     max_length: int | None = None
     max_seconds: float | None = None
+    points: int | None = None
     processor: Any = None
     targets: Any = None
     head: bool | str = "auto"
@@ -168,7 +171,7 @@ class Options:
         names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
                  "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
                  "shots", "instance_prompt", "proportion_empty_prompts", "resolution",
-                 "guidance_scale", "num_inference_steps", "snr_gamma")
+                 "guidance_scale", "num_inference_steps", "snr_gamma", "points")
         return {n: getattr(self, n) for n in names}
 
     def numbers(self, model: Any) -> dict[str, Any]:
@@ -257,7 +260,8 @@ def _inner(node: ast.AnnAssign) -> bool:
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
-         "max_length": 1, "max_answer": 1, "shots": 1, "validation": 0.0, "num_train_epochs": 0.0,
+         "max_length": 1, "max_answer": 1, "shots": 1, "points": 1,
+         "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
          "save_total_limit": 0, "samples": 0, "proportion_empty_prompts": 0.0, "resolution": 1,
          "guidance_scale": 0.0, "num_inference_steps": 1, "snr_gamma": 0.0}

@@ -10,7 +10,9 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError
 from ..core.reading import parse_json, plain, read_text
-from .columns import AUDIO, CAPTION, IMAGE
+from . import graphs
+from .columns import AUDIO, CAPTION, CLOUD, IMAGE
+from .kinds import drawn_by_text
 from .layouts import FILES
 
 Row = dict[str, Any]
@@ -22,6 +24,7 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
     roles: what the run's own columns are called. Raises DataError and ConfigError where an input
     is not there, or lacks a column.
     """
+    from .media import CLOUD as CLOUDS
     from .media import PICTURE, SOUND
 
     if task.takes == ("image",):
@@ -32,8 +35,17 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
         for name, held in _files(inputs, SOUND, roles):
             yield name, {"audio": held}
         return
+    if task.takes == ("cloud",):
+        for name, held in _files(inputs, CLOUDS, roles):
+            yield name, {"cloud": held}
+        return
+    if task.takes == ("edge_index", "node_feat"):
+        for given in inputs:
+            yield from _graphs(given)
+        return
     if task.takes == ("image", "text"):
-        yield from _both(inputs, roles)
+        yield from (_each(inputs, roles) if drawn_by_text(task.data.task) else
+                    _both(inputs, roles))
         return
     if task.takes == ("values",):
         for given in inputs:
@@ -56,8 +68,34 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
 
 
 def _both(inputs: Sequence[str], roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
-    """Each picture among the texts, and each text among the pictures. A table has either or both.
-    """
+    """Each picture among the texts, and each text among the pictures."""
+    texts, paths = _sorted(inputs, roles)
+    if not texts or not paths:
+        raise ConfigError("pictures and texts are told apart by each other: give some of both, "
+                          "such as photos/ 'a red kiln' 'a blue bowl'")
+    said = {t: t for t in texts}
+    seen = {name: functools.partial(_picture, held, name) for name, held in paths}
+    for name, held in paths:
+        yield name, {"image": _picture(held, name), "among": said}
+    for text in said:
+        yield text, {"text": text, "among": seen}
+
+
+def _each(inputs: Sequence[str], roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    """Each picture with each text."""
+    texts, paths = _sorted(inputs, roles)
+    if not texts or not paths:
+        raise ConfigError("a mask is of what a text names on a picture: give some of both, such as "
+                          "photos/ 'a red kiln'")
+    for name, held in paths:
+        image = _picture(held, name)
+        for text in dict.fromkeys(texts):
+            yield f"{name}, {text}", {"image": image, "text": text}
+
+
+def _sorted(inputs: Sequence[str], roles: Mapping[str, Any]
+            ) -> tuple[list[str], list[tuple[str, Any]]]:
+    """(texts, pictures) among the inputs. A table has either or both."""
     from .layouts import table
     from .media import PICTURE
 
@@ -79,15 +117,7 @@ def _both(inputs: Sequence[str], roles: Mapping[str, Any]) -> Iterator[tuple[str
             raise DataError(f"there is no picture at {given}")
         else:
             texts.append(given)
-    if not texts or not paths:
-        raise ConfigError("pictures and texts are told apart by each other: give some of both, "
-                          "such as photos/ 'a red kiln' 'a blue bowl'")
-    said = {t: t for t in texts}
-    seen = {name: functools.partial(_picture, held, name) for name, held in paths}
-    for name, held in paths:
-        yield name, {"image": _picture(held, name), "among": said}
-    for text in said:
-        yield text, {"text": text, "among": seen}
+    return texts, paths
 
 
 def _text(text: str, task: Any) -> Row:
@@ -148,6 +178,25 @@ def _series(given: str, roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
         yield said, {"values": values, "times": times, "time": time, "where": said}
 
 
+def _graphs(given: str) -> Iterator[tuple[str, Row]]:
+    """A graph as a JSON object, or those of a table or of a folder."""
+    from . import layouts
+
+    if given.lstrip().startswith("{"):
+        said = plain(given, 60)
+        row = parse_json(given, "the input", DataError)
+        found = [(said, row)] if isinstance(row, dict) else []
+    else:
+        if not Path(given).exists():
+            raise DataError(f"there is no table of graphs at {plain(given, 60)}; a graph is a row "
+                            'such as {"edge_index": [[0, 1], [1, 0]], "node_feat": [[1], [2]]}')
+        tables = layouts.files(Path(given)).values()
+        found = [(t.where(i), row) for t in tables for i, row in enumerate(t.rows())]
+    for where, row in found:
+        edges, nodes = graphs.one(row, where)
+        yield where, {graphs.EDGES: edges, graphs.NODES[0]: nodes}
+
+
 def _files(inputs: Sequence[str], medium: Any, roles: Mapping[str, Any]
            ) -> Iterator[tuple[str, Any]]:
     """(what it is called, a path or what a table holds of it) of every picture or sound."""
@@ -170,7 +219,7 @@ def _files(inputs: Sequence[str], medium: Any, roles: Mapping[str, Any]
 def _listed(found: Any, path: Path, medium: Any, roles: Mapping[str, Any]
             ) -> Iterator[tuple[str, Any]]:
     """The same of a table: paths, from where it stands or from here, or the coded files."""
-    usual = (*(IMAGE if medium.role == "image" else AUDIO), *FILES)
+    usual = (*{"image": IMAGE, "audio": AUDIO, "cloud": CLOUD}[medium.role], *FILES)
     name = _column(found, roles, medium.role, usual)
     if name is None:
         raise DataError(f"{path}: no column holds {medium.word}s: expected "

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..formats.card import code, heading, quoted, words
 from ..memory import format_bytes
-from .kinds import KINDS, generated
+from .kinds import KINDS, foreign_models, generated
 from .report import sources
 
 #: figures that hubs know by these names
@@ -33,6 +33,8 @@ def card(run: Mapping[str, Any], merged: bool = False) -> str:
         loader += f", vocab_size={run['vocabulary']}, ignore_mismatched_sizes=True"
     elif data["labels"]:
         loader += f", num_labels={len(data['labels'])}, ignore_mismatched_sizes=True"
+    if foreign_models(data["task"]):
+        loader += ", trust_remote_code=True"
     use = ["```python", *([] if merged else ["import burnish"]),
         f"from transformers import {auto}", "", *(
             [f'model = {auto}.from_pretrained("path/to/this/folder")'] if merged else

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from ..core.errors import DataError, nearest
-from . import series
-from .kinds import SINGLE, captioned, form_of_label, generated, heard, in_time, pictured, spoken
+from . import graphs, series
+from .kinds import (
+    SINGLE,
+    captioned,
+    cloudy,
+    drawn_by_text,
+    form_of_label,
+    generated,
+    graphed,
+    heard,
+    in_time,
+    pictured,
+    spoken,
+)
 from .labels import quantities
 from .readings import (
     ambiguous,
@@ -20,6 +31,7 @@ from .readings import (
     tagged,
     texts,
 )
+from .roles import Roles
 from .table import Table
 
 #: names people give these columns, likeliest first
@@ -35,8 +47,11 @@ SPOKEN = ("transcription", "transcript", "sentence", "text", "normalized_text")
 CAPTION = ("text", "caption", "description", "sentence")
 #: what a picture is made of
 PROMPT = (*CAPTION, "prompt")
+#: what a mask is of
+PHRASE = ("text", "phrase", "sentence")
 MASK = ("mask", "masks", "segmentation_mask", "annotation", "segmentation", "semantic_mask")
 AUDIO = ("audio", "sound", "recording", "wav")
+CLOUD = ("cloud", "point_cloud", "points")
 
 #: what is looked for and what is to be near it, as data sets call them
 NEAR = (("anchor", "positive"), ("query", "positive"), ("query", "passage"), ("query", "document"))
@@ -46,63 +61,6 @@ SCORED = (("sentence1", "sentence2", "score"), ("text1", "text2", "score"),
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system", "tool": "tool", "function": "tool"}
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which column plays which part; None where it plays none."""
-
-    task: str | None = None
-    text: str | None = None
-    label: str | None = None
-    image: str | None = None
-    audio: str | None = None
-    #: pictures of the classes of pixels
-    mask: str | None = None
-    #: boxes and their classes
-    objects: str | None = None
-    pair: str | None = None
-    #: texts that are not near the first
-    negative: str | None = None
-    #: words, one by one
-    tokens: str | None = None
-    #: messages, conversations, alpaca, completion
-    form: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    #: of series: their columns of numbers, and what says when a row is and of which series
-    channels: tuple[str, ...] = ()
-    time: str | None = None
-    series: str | None = None
-
-    def named(self) -> dict[str, Any]:
-        """role -> its column, of what a row is asked with; of ``channels`` all of them."""
-        found = {k: v for k in ("text", "pair", "tokens", "prompt", "time", "series")
-                 if (v := getattr(self, k))}
-        return found | ({"channels": list(self.channels)} if self.channels else {})
-
-    def said(self, names: Iterable[str]) -> str:
-        """"text from 'body', label from 'mood'; not read: id" """
-        parts = {k: v for k in ("image", "mask", "objects", "audio", "text", "pair", "negative",
-                                "tokens", "label", "prompt", "completion", "time", "series")
-                 if (v := getattr(self, k)) is not None}
-        if self.channels:
-            parts["numbers"] = ", ".join(self.channels)
-        used = set(parts.values()) | set(self.channels) | _FORMS.get(self.form or "", set())
-        if self.label is not None:
-            used |= {n.strip() for n in self.label.split(",")}
-        left = [n for n in names if n not in used]
-        read = ", ".join(f"{k} from {v!r}" for k, v in parts.items() if k != v) or (
-            f"read as {self.form}" if self.form else "")
-        return "; ".join(filter(None, [read, f"not read: {', '.join(left)}" if left else ""]))
-
-
-#: the columns that each form of conversation is made of
-_FORMS = {"messages": {"messages"}, "conversations": {"conversations"},
-          "alpaca": {"instruction", "input", "output", "system"},
-          "completion": {"prompt", "completion"},
-          "questions": {"context", "question", "answers"},
-          "preferences": {"prompt", "chosen", "rejected"}}
 
 
 def assign(table: Table, flags: Roles) -> Roles:
@@ -139,15 +97,17 @@ def assign(table: Table, flags: Roles) -> Roles:
         return _detected(table, flags)
     if captioned(found):
         return _captioned(names, replace(flags, task=found))
-    if found == "semantic-segmentation":
-        return _scenes(table, flags)
+    if found == "semantic-segmentation" or drawn_by_text(found):
+        return _scenes(table, replace(flags, task=found))
     if in_time(found):
         time, of, _ = series.parts(table)
         return replace(flags, task=found, label=None, time=time, series=of,
                        channels=series.channels(table, flags.label))
     if generated(found):
         return _generated(names, replace(flags, task=found))
-    image = audio = label = text = pair = None
+    if graphed(found):
+        return _graphs(names, replace(flags, task=found))
+    image = audio = label = text = pair = cloud = None
     labelled = form_of_label(found) is not None
     if pictured(found):
         image = flags.image or _first(names, IMAGE)
@@ -159,17 +119,22 @@ def assign(table: Table, flags: Roles) -> Roles:
         if audio is None:
             raise DataError(f"no column holds sounds; the data has {', '.join(names)}; name it "
                             "with audio=")
+    elif cloudy(found):
+        cloud = _first(names, CLOUD)
+        if cloud is None:
+            raise DataError(f"no column holds clouds of points; the data has {', '.join(names)}; "
+                            "call it file_name, or cloud")
     else:
-        known = flags.label or _label(names)
+        known = flags.label or label_of(names)
         told = bool(flags.task or flags.label)
         text = flags.text or _text(table, known if labelled else None, told)
         pair = PAIR.get(text) if PAIR.get(text) in names else None
     if labelled:
-        label = flags.label or _label(names)
+        label = flags.label or label_of(names)
         if label is None:
             raise DataError(f"cannot tell which column holds the label; the data has "
                             f"{', '.join(names)}; name it with label=")
-    return Roles(found, text, label, image, audio, pair=pair)
+    return Roles(found, text, label, image, audio, cloud, pair=pair)
 
 
 def _task(table: Table, flags: Roles) -> str:
@@ -181,7 +146,9 @@ def _task(table: Table, flags: Roles) -> str:
         return "instruction-tuning"
     if not (flags.text or flags.label or flags.image or flags.audio) and series.recognised(table):
         return "time-series-forecasting"
-    label = flags.label or _label(names)
+    label = flags.label or label_of(names)
+    if graphs.recognised(names) and not flags.text:
+        return f"graph-{_learnt(table, label)}"
     if not flags.text and not flags.label:
         if _preferences(names, ask=True):
             return "preference-tuning"
@@ -199,12 +166,15 @@ def _task(table: Table, flags: Roles) -> str:
         return "token-classification"
     if flags.image or _first(names, IMAGE):
         if _mask(table, flags) is not None:
-            return "semantic-segmentation"
+            named = flags.text or not flags.label and _first(names, PHRASE)
+            return "text-segmentation" if named else "semantic-segmentation"
         if not (flags.label or flags.text) and _objects(table) is not None:
             return "object-detection"
         if not flags.label and (flags.text or label is None and _first(names, CAPTION)):
             return "image-text-contrastive"
         return f"image-{_learnt(table, label)}"
+    if _clouds(table):
+        return f"cloud-{_learnt(table, label)}"
     if flags.audio or _first(names, AUDIO):
         said = flags.text or _first(names, SPOKEN)
         if said and label and not (flags.text or flags.label):
@@ -231,6 +201,26 @@ def _learnt(table: Table, label: str | None) -> str:
     if seen and all(isinstance(v, list | tuple) for v in seen):
         return "multi-label"
     return "regression" if quantities(seen) else "classification"
+
+
+def _clouds(table: Table) -> bool:
+    """Is there a column of files of points?"""
+    from .media import CLOUD as MEDIUM
+
+    name = _first(list(table.columns), CLOUD)
+    seen = next((v for v in table.columns[name] if v is not None), None) if name else None
+    return isinstance(seen, str) and MEDIUM.is_one(seen)
+
+
+def _graphs(names: list[str], flags: Roles) -> Roles:
+    """Which column holds edges, which the nodes, and which what is learnt."""
+    label = flags.label or label_of(names)
+    if not graphs.recognised(names) or label is None:
+        raise DataError(f"a graph is read from edge_index, node_feat (or x) and y; the data has "
+                        f"{', '.join(names)}" + ("; name what is learnt with label="
+                                                 if label is None else ""))
+    return replace(flags, edges=graphs.EDGES, nodes=graphs.node_column(names), label=label,
+                   text=None)
 
 
 def _spoken(names: list[str], flags: Roles) -> Roles:
@@ -280,7 +270,7 @@ def _generated(names: list[str], flags: Roles) -> Roles:
                         "image=")
     if flags.task == "text-to-image":
         return replace(flags, image=image, label=None, text=flags.text or _first(names, PROMPT))
-    return replace(flags, image=image, label=flags.label or _label(names), text=None)
+    return replace(flags, image=image, label=flags.label or label_of(names), text=None)
 
 
 def _mask(table: Table, flags: Roles) -> str | None:
@@ -297,9 +287,13 @@ def _scenes(table: Table, flags: Roles) -> Roles:
     names = list(table.columns)
     image, mask = flags.image or _first(names, IMAGE), _mask(table, flags)
     if image is None or mask is None:
-        raise DataError(f"semantic segmentation reads pictures and a mask for each; the data has "
-                        f"{', '.join(names)}; name them with image= and label=")
-    return replace(flags, task="semantic-segmentation", image=image, mask=mask, label=None)
+        raise DataError(f"{str(flags.task).replace('-', ' ')} reads pictures and a mask for each; "
+                        f"the data has {', '.join(names)}; name them with image= and label=")
+    text = flags.text or _first(names, PHRASE) if drawn_by_text(flags.task) else None
+    if text is None and drawn_by_text(flags.task):
+        raise DataError("text segmentation reads a text that names what a mask is of; the data has "
+                        f"{', '.join(names)}; name it with text=")
+    return replace(flags, image=image, mask=mask, text=text, label=None)
 
 
 def _words(table: Table, flags: Roles) -> Roles:
@@ -332,7 +326,7 @@ def marked(values: list[object]) -> bool:
 
 def _marks(names: list[str], flags: Roles) -> Roles:
     asked, answer = flags.prompt or "prompt", flags.completion or "completion"
-    label = flags.label or _label(names)
+    label = flags.label or label_of(names)
     if not {asked, answer} <= set(names) or label is None:
         raise DataError("unpaired preference tuning reads prompt, completion and label (true or "
                         f"false); the data has {', '.join(names)}; name two columns with prompt= "
@@ -378,7 +372,7 @@ def _prose(table: Table, name: str) -> bool:
         sum(" " in v.strip() for v in seen) > len(seen) // 2)
 
 
-def _label(names: list[str]) -> str | None:
+def label_of(names: list[str]) -> str | None:
     """The column called label, or the only one of a name that labels have."""
     lower = {n.lower(): n for n in reversed(names)}
     found = [lower[w] for w in LABEL if w in lower]

@@ -2,7 +2,8 @@
 
     read("digits")                     scikit-learn's 1,797 scanned digits
     read("photos/")                    class folders, or train/ and validation/ of them
-    read("sounds/")                    the same, of recordings
+    read("sounds/")                    the same, of recordings, or of clouds of points
+    read("MUTAG/")                     graphs of the TU collection
     read("mails.csv", label="folder")  tables: CSV, TSV, JSON, JSONL, parquet
     read("chats.jsonl")                messages, conversations, alpaca, prompt and completion
     read("owner/name:split")           a hub name, through `datasets.load_dataset`
@@ -26,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, DataError, nearest
 from ..core.keys import Read
 from ..core.reading import beside, reading
-from . import layouts, masks, series
+from . import graphs, layouts, masks, series
 from .beside import apart, missing, told_apart, without
-from .columns import Roles, assign
-from .kinds import SINGLE, TASKS, form_of_label, generated, in_time
+from .columns import assign, label_of
+from .kinds import SINGLE, TASKS, drawn_by_text, form_of_label, generated, in_time
 from .labels import differ
 from .layouts import SPLITS
 from .media import opened
+from .roles import Roles
 from .table import Table
 from .turns import as_rows_of
 from .values import canonical
@@ -47,12 +49,15 @@ class Data:
 
     image-...: ``image``, ``label``.  audio-...: ``audio``, ``label``.  text-...: ``text`` (and
     ``pair``), ``label``.  A label is a class (-classification), a list of classes (-multi-label) or
-    a number (-regression).  semantic-segmentation: ``image``, ``mask``.
+    a number (-regression).  semantic-segmentation: ``image``, ``mask``.  text-segmentation:
+    ``image``, ``mask``, ``text``.
     object-detection: ``image``, ``boxes`` (x, y, width, height in pixels), ``classes``.
     image-text-contrastive, image-captioning: ``image``, ``text``.
     image-generation: ``image``, and ``label``, a class, where there are such.
     text-to-image: ``image``, and ``text`` where each has its own.
     speech-recognition, speech-to-text: ``audio``, ``text``.
+    cloud-...: ``cloud`` (clouds.py), ``label``.  graph-...: ``edge_index``, ``node_feat``
+    (graphs.py), ``label``.
     time-series-forecasting: ``series``, ``values``, ``begin`` (series.py), a row a series.
     token-classification: ``tokens``, ``tags``.  question-answering: ``context``, ``question``,
     ``answers`` (``text``, ``answer_start``).  language-modelling, masked-language-modelling:
@@ -208,6 +213,9 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     tables = {s: t for s, (t, _) in beside.items()}
     grouped = {s: told_apart(t, group) for s, t in tables.items()} if group else {}
     tables |= {s: without(t, group) for s, t in tables.items() if group}
+    for t in tables.values():
+        if graphs.recognised(list(t.columns)):
+            graphs.unwrapped(t, label or label_of(list(t.columns)))
     roles = assign(tables["train"], flags)
     if group and roles.task != "instruction-tuning":
         raise ConfigError(f"group={group!r} says which task an example of instruction-tuning is "
@@ -217,6 +225,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     if roles.mask and roles.image:
         for t in tables.values():
             held |= masks.values(t, roles.mask, roles.image)
+    if roles.mask and roles.image and not drawn_by_text(roles.task):
         classes = masks.classes(held, classes or tables["train"].classes.get(roles.mask), source)
     splits: dict[str, datasets.Dataset] = {}
     order = sorted(tables, key=lambda s: s != "train")  # the classes are those of the train split

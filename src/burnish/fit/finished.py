@@ -28,8 +28,9 @@ class Finished:
 
     @classmethod
     def open(cls, folder: Path, base: str | None = None, force: bool = False,
-             unread: bool = False) -> Finished:
+             unread: bool = False, trust: bool = False) -> Finished:
         """base: the base model's folder or name, where it is no longer what the run recorded.
+        trust: let code that comes with the base run.
         unread: weights wait in the base's files even where the recipe stores none of them.
 
         Raises FormatError for what is no adapter, ConfigError for an adapter without a run.
@@ -60,11 +61,12 @@ class Finished:
         own = any((folder / f).is_file() for f in PROCESSORS)   # as it was used in training
         task = task_for(data, name, processor=processor_for(data.task, str(folder)) if own else
                         None, max_length=facts.get("max_length"),
+                        trust_remote_code=trust,
                         seed=int(facts["training"].get("seed", 42)), **facts.get("task", {}))
         task.folder = folder
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:
-            module = task.load(name, unread=unread or stores(facts["recipe"]),
+            module = task.load(name, trust, unread=unread or stores(facts["recipe"]),
                                **({} if dtype is None else {"dtype": dtype}))
         except ConfigError as e:
             if base is not None:

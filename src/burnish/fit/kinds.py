@@ -70,10 +70,32 @@ KINDS = {
         "AutoModelForSemanticSegmentation", "image-segmentation",
         "images/ beside masks/; file_name, mask_file_name",
         ("tests/fit/test_masks.py", "tests/e2e/test_masks.py"), "pixels.py"),
+    "text-segmentation": Kind(
+        "AutoModelForImageSegmentation", "image-segmentation",
+        "file_name, mask_file_name, text; image, mask, text",
+        ("tests/fit/test_text_segmentation.py",), "named.py",
+        (("CLIPSegConfig", "CLIPSegForImageSegmentation"),)),
     "object-detection": Kind(
         "AutoModelForObjectDetection", "object-detection",
         "images/ beside a COCO file; file_name, objects", ("tests/fit/test_boxes.py",),
         "objects.py"),
+    "cloud-classification": Kind(
+        "AutoModel", "other", "a folder of .off, .ply, .xyz or .npy per class; file_name, label",
+        ("tests/fit/test_clouds.py",), "solids.py"),
+    "cloud-multi-label": Kind(
+        "AutoModel", "other", "file_name; label, a list, or a column per class",
+        ("tests/fit/test_clouds.py",)),
+    "cloud-regression": Kind(
+        "AutoModel", "other", "file_name; label, a number", ("tests/fit/test_clouds.py",)),
+    "graph-classification": Kind(
+        "AutoModel", "graph-ml", "edge_index, node_feat or x, y; a folder of a TU data set",
+        ("tests/fit/test_graphs.py",), "bonds.py"),
+    "graph-multi-label": Kind(
+        "AutoModel", "graph-ml", "edge_index, node_feat or x; label, a list of classes",
+        ("tests/fit/test_graphs.py",)),
+    "graph-regression": Kind(
+        "AutoModel", "graph-ml", "edge_index, node_feat or x; y, a number; a TU data set",
+        ("tests/fit/test_graphs.py",)),
     "time-series-forecasting": Kind(
         "AutoModelForTimeSeriesPrediction", "time-series-forecasting",
         "time, columns of numbers, perhaps series_id", ("tests/fit/test_series.py",), "forecast.py",
@@ -154,6 +176,24 @@ def pictured(task: str) -> bool:
 
 def heard(task: str) -> bool:
     return task.startswith("audio-") or spoken(task)
+
+
+def cloudy(task: str | None) -> bool:
+    return (task or "").startswith("cloud-")
+
+
+def graphed(task: str | None) -> bool:
+    return (task or "").startswith("graph-")
+
+
+def foreign_models(task: str) -> bool:
+    """Are its models those of somebody's own code, since transformers has none?"""
+    return cloudy(task) or graphed(task)
+
+
+def drawn_by_text(task: str | None) -> bool:
+    """Is the mask of what a text names learnt?"""
+    return task == "text-segmentation"
 
 
 def captioned(task: str) -> bool:

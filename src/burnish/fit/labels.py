@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.errors import DataError, nearest
+from .kinds import TASKS
 from .table import Table
 
 #: "3.0", which tables make of 3
@@ -43,10 +44,10 @@ def single(given: Sequence[Any], field: str, table: Table, classes: Classes, sou
     """Each row's class as its number, and the classes."""
     if rows := fractions(given):
         at = rows[0]
+        others = ", ".join(repr(t) for t in TASKS if t.endswith("-regression") and t[0] != "t")
         raise DataError(f"{table.where(at)}, field {field!r}: the label is {given[at]}, a number "
-                        "with a fraction, and no class; task='text-regression' (or "
-                        "'image-regression', 'audio-regression') learns such numbers, or name "
-                        "another column with label=")
+                        f"with a fraction, and no class; task='text-regression' (or {others}) "
+                        "learns such numbers, or name another column with label=")
     names = [class_name(v, table.where(i), field) for i, v in enumerate(given)]
     classes = classes or table.classes.get(field) or _classes(names, field, source)
     number = {c: i for i, c in enumerate(classes)}

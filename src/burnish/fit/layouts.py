@@ -14,9 +14,10 @@ from typing import Any
 
 from ..core.errors import DataError, nearest
 from ..core.reading import beside, parse_json, plain, read_text, reading, regular
+from .graphs import graph_folder
 from .kinds import generated
 from .masks import paired
-from .media import MEDIA, SOUND, Medium, held
+from .media import CLOUD, MEDIA, Medium, held
 from .table import Table
 
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll"})
@@ -28,7 +29,8 @@ SPLITS = {"train": "train", "training": "train", "validation": "validation", "va
           "testing": "test"}
 
 #: what the column of files is called beside them, likeliest first
-FILES = ("file_name", "image_file_name", "audio_file_name", "file", "image", "audio", "path")
+FILES = ("file_name", "image_file_name", "audio_file_name", "file", "image", "audio", "cloud",
+         "path")
 
 #: a parquet file may claim this many cells whatever its size; more must be in proportion to it
 MOST_CELLS = 5_000_000
@@ -57,8 +59,8 @@ def table(path: Path) -> Table:
         return prose([path])
     if kind not in readers:
         raise DataError(f"{path} is no layout burnish reads; it reads {', '.join(sorted(TABLES))}, "
-                        f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures or of "
-                        "sounds")
+                        f"plain text ({', '.join(sorted(PROSE))}) and folders of pictures, of "
+                        "sounds or of clouds of points")
     if regular(path, DataError).stat().st_size == 0:
         raise DataError(f"{path} is empty")
     with reading(path, DataError):
@@ -77,6 +79,10 @@ def folder(path: Path, task: str | None = None) -> dict[str, Table]:
         return told
     if (scenes := paired(path, task, _split_of)) is not None:
         return scenes
+    if (graphs := graph_folder(path)) is not None:
+        return {"train": graphs}
+    if (within := _splits_within(path, task)) is not None:
+        return within
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     named = {p: _split_of(p.name) for p in entries
              if p.is_dir() or p.suffix.lower() in TABLES | PROSE}
@@ -101,12 +107,42 @@ def folder(path: Path, task: str | None = None) -> dict[str, Table]:
     texts = sorted(p for p in path.rglob("*") if p.suffix.lower() in PROSE)
     if texts:
         return {"train": prose(texts)}
-    raise DataError(f"{path} holds neither pictures or sounds in class folders, nor a table "
-                    f"({', '.join(sorted(TABLES))}), nor plain texts")
+    raise DataError(f"{path} holds neither pictures, sounds or clouds in class folders, nor a "
+                    f"table ({', '.join(sorted(TABLES))}), nor plain texts")
+
+
+def _splits_within(path: Path, task: str | None) -> dict[str, Table] | None:
+    """Class folders with split folders in them, as ModelNet has: ``chair/train``, ``chair/test``.
+    None where the folders in class folders are no splits."""
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    inside = {c: {s: p for p in sorted(c.iterdir()) if p.is_dir() and (s := _split_of(p.name))}
+              for c in classes}
+    if not classes or any(_split_of(c.name) for c in classes) or not any(
+            "train" in found for found in inside.values()) or not held(path):
+        return None
+    medium = _medium(path, task)
+    out: dict[str, Table] = {}
+    for split in dict.fromkeys(s for found in inside.values() for s in found):
+        paths: list[str] = []
+        labels: list[str] = []
+        for c in classes:
+            found = medium.among(inside[c][split]) if split in inside[c] else []
+            if not found and split == "train":
+                raise DataError(f"class folder {c} has no {medium.word} in a folder train, and "
+                                "others have one; fill it or remove the class")
+            paths += map(str, found)
+            labels += [c.name] * len(found)
+        medium.look(paths)
+        if paths:
+            out[split] = Table({medium.role: paths, "label": labels}, paths.__getitem__,
+                               f"{medium.word}s of classes, split", {
+                                   "label": tuple(c.name for c in classes)})
+    return out
 
 
 def media(path: Path, task: str | None = None) -> Table:
-    """Class folders of pictures or of sounds, or a `metadata.csv|jsonl` with `file_name` and more.
+    """Class folders of pictures, sounds or clouds of points, or a `metadata.csv|jsonl` with
+    `file_name` and more.
 
     Raises AmbiguousError for a folder of both where `task` does not say which is learnt.
     """
@@ -138,7 +174,7 @@ def media(path: Path, task: str | None = None) -> Table:
         paths += found
         labels += [name] * len(found)
     medium.look(paths)
-    layout = "audio folder" if medium is SOUND else "image folder"
+    layout = f"{medium.role} folder"
     return Table({medium.role: paths, "label": labels}, paths.__getitem__, layout,
                  {"label": tuple(classes)})
 
@@ -150,6 +186,9 @@ def _medium(path: Path, task: str | None) -> Medium:
 
         said = [m for m in there if (task or "").startswith(f"{m.role}-")]
         if not said:
+            there = [m for m in there if m is not CLOUD]     # pictures of clouds, arrays of numbers
+            if len(there) == 1:
+                return there[0]
             ways = tuple(Reading((("task", f"{m.role}-classification"),),
                                  f"learns the class of a {m.word}") for m in there)
             raise AmbiguousError(str(path), "it holds pictures and sounds; say which are learnt: "
@@ -221,8 +260,8 @@ def _described(root: Path, metadata: Path) -> Table:
     names = [str(v) for v in found.columns.pop(key)]
     medium = next((m for m in MEDIA if m.is_one(names[0])), None)
     if medium is None:
-        raise DataError(f"{found.where(0)}, field {key!r}: {plain(names[0], 60)!r} is neither a "
-                        "picture nor a sound by its ending: it is one of "
+        raise DataError(f"{found.where(0)}, field {key!r}: {plain(names[0], 60)!r} is no "
+                        "picture, sound or cloud by its ending: it is one of "
                         f"{', '.join(sorted(s for m in MEDIA for s in m.suffixes))}")
     for i, name in enumerate(names):
         if not medium.is_one(name):

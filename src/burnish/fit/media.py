@@ -1,4 +1,4 @@
-"""Files that rows are made of, beside words: pictures and sounds, one a row."""
+"""Files that rows are made of, beside words: pictures, sounds and clouds of points, one a row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import DataError
 from ..core.reading import plain, regular
+from .clouds import CLOUDS, looked
 from .sounds import size
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
@@ -43,6 +44,8 @@ class Medium:
         for p in paths[:: max(1, len(paths) // LOOKED_AT)]:
             try:
                 self.opened(p)
+            except DataError:                    # says where by itself
+                raise
             except Exception as e:
                 raise DataError(f"{self.word} {plain(p)} cannot be read: {plain(e)}") from None
 
@@ -56,7 +59,8 @@ def _picture(path: str) -> None:
 
 PICTURE = Medium("image", "picture", IMAGES, _picture)
 SOUND = Medium("audio", "sound", SOUNDS, size)
-MEDIA = (PICTURE, SOUND)
+CLOUD = Medium("cloud", "cloud", CLOUDS, looked)
+MEDIA = (PICTURE, SOUND, CLOUD)
 
 
 def opened(rows: Any, i: int, where: Callable[[int], str] | None = None) -> dict[str, Any]:
@@ -71,6 +75,6 @@ def opened(rows: Any, i: int, where: Callable[[int], str] | None = None) -> dict
 
 
 def held(folder: Path) -> list[Medium]:
-    """What of pictures and sounds a folder holds."""
+    """What of pictures, sounds and clouds a folder holds."""
     there = {p.suffix.lower() for p in folder.rglob("*")}
     return [m for m in MEDIA if there & m.suffixes]

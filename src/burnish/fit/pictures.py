@@ -38,20 +38,22 @@ class Picture:
     crop: float | None = None
 
     def __call__(self, image: Any) -> torch.Tensor:
-        image = image.convert("L" if len(self.mean) == 1 else "RGB")
-        if self.crop is None:
-            image = image.resize((self.width, self.height), self.resample)
-        else:
-            short = min(image.size)
-            goal = min(self.height, self.width) / self.crop
-            size = (max(self.width, round(image.width * goal / short)),
-                    max(self.height, round(image.height * goal / short)))
-            image = image.resize(size, self.resample)
-            left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
-            image = image.crop((left, top, left + self.width, top + self.height))
+        image = self.placed(image.convert("L" if len(self.mean) == 1 else "RGB"), self.resample)
         x = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, -1)
         x = (x * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
         return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32))
+
+    def placed(self, image: Any, resample: int) -> Any:
+        """(height, width) of a picture, or of a mask of it."""
+        if self.crop is None:
+            return image.resize((self.width, self.height), resample)
+        short = min(image.size)
+        goal = min(self.height, self.width) / self.crop
+        size = (max(self.width, round(image.width * goal / short)),
+                max(self.height, round(image.height * goal / short)))
+        image = image.resize(size, resample)
+        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+        return image.crop((left, top, left + self.width, top + self.height))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `preprocessor_config.json`, which transformers reads too."""

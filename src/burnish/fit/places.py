@@ -20,6 +20,9 @@ from .kinds import (
     KINDS,
     TOWERS,
     captioned,
+    cloudy,
+    drawn_by_text,
+    foreign_models,
     generated,
     heard,
     in_time,
@@ -52,14 +55,14 @@ def processor_for(task: str, model: str | nn.Module, trust_remote_code: bool = F
     or a module."""
     from .pictures import processor_of
 
-    if in_time(task):                         # the model scales what it reads
+    if in_time(task) or foreign_models(task):       # they are read as they stand
         return None
     if generated(task):
         if not is_pipeline(model):
             raise ConfigError(f"{task} takes the folder of a pipeline of diffusers, with a "
                               "model_index.json")
         return Pipeline(str(model))
-    if captioned(task):
+    if captioned(task) or drawn_by_text(task):
         from .captioned import Captioned
 
         return Captioned(processor_of(model, trust_remote_code),
@@ -198,6 +201,12 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
     own = getattr(config, "auto_map", None) or {}
     if auto in own:
         return None
+    if foreign_models(task):
+        what = "clouds of points" if cloudy(task) else "graphs"
+        return None if not by_name else (
+            f"a model of transformers, which has none of {what}; {task} takes a folder whose code "
+            "comes with it (AutoModel in auto_map, and trust_remote_code=True) or, in Python, a "
+            "module")
     if task in ("language-modelling", "instruction-tuning"):
         if getattr(config, "is_encoder_decoder", False):
             return f"an encoder-decoder, and {task} is served for decoders"
@@ -214,6 +223,9 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"no pair of towers such as CLIP or SigLIP, and {task} is for those"
     if task == "image-captioning" and config.model_type != "vision-encoder-decoder":
         return f"no encoder of pictures with a decoder of text, and {task} is for those"
+    if drawn_by_text(task) and config.model_type != "clipseg":
+        return ("no model that draws the mask of what a text names (CLIPSeg), and "
+                f"{task} is for those")
     if task == "object-detection" and config.model_type not in DETECTORS:
         return f"no model that tells boxes as YOLOS does, and {task} is for those"
     if in_time(task) and config.model_type not in FORECASTERS:

@@ -116,7 +116,8 @@ def posed(task: Task, row: Mapping[str, Any]) -> Posed:
         text = " ".join(words)
         return Posed({"text": text}, text, hidden, keys)
     asked = task.posed(row)
-    return Posed(asked, "\n".join(map(_words, asked.values())), _right(task, row), keys)
+    said = task.word or "\n".join(map(_words, asked.values()))
+    return Posed(asked, said, _right(task, row), keys)
 
 
 def _words(value: Any) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from ..core.reading import plain
-from . import boxes, labels, series, turns
-from .columns import Roles
+from . import boxes, graphs, labels, series, turns
 from .kinds import SINGLE, form_of_label, generated, in_time
 from .labels import Classes
+from .roles import Roles
 from .table import Table
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     recorded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     for role, feature, check in (("image", datasets.Image(), _images),
                                  ("mask", datasets.Image(), _images),
-                                 ("audio", recorded, _sounds),
+                                 ("audio", recorded, partial(_files, word="sound")),
+                                 ("cloud", recorded, partial(_files, word="cloud")),
                                  ("text", datasets.Value("string"), _texts),
                                  ("pair", datasets.Value("string"), _texts),
                                  ("negative", datasets.Value("string"), _texts),
@@ -52,6 +54,10 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
             told, roles.objects, table, classes or table.classes.get(roles.objects))
         features["boxes"] = datasets.List(datasets.List(datasets.Value("float64")))
         features["classes"] = datasets.List(datasets.Value("int64"))
+    if roles.edges is not None:
+        columns |= graphs.canonical(table)
+        features |= {k: datasets.List(datasets.List(datasets.Value(v)))
+                     for k, v in (("edge_index", "int64"), ("node_feat", "float64"))}
     form = "class" if generated(roles.task or "") else form_of_label(roles.task or "")
     if form is None or roles.label is None:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), classes
@@ -172,18 +178,21 @@ def _images(values: list[Any], field: str, table: Table) -> list[Any]:
     return out
 
 
-def _sounds(values: list[Any], field: str, table: Table) -> list[dict[str, Any]]:
-    """Recordings as ``{"bytes", "path"}``, as `datasets` keeps them."""
+def _files(values: list[Any], field: str, table: Table, word: str) -> list[dict[str, Any]]:
+    """Recordings, or clouds, as ``{"bytes", "path"}``, as `datasets` keeps recordings."""
     out = []
     for i, v in enumerate(values):
         given = v if isinstance(v, dict) else {"bytes" if isinstance(v, bytes) else "path": v}
         coded, path = given.get("bytes"), given.get("path")
+        if word == "cloud":                       # its ending says how it is read
+            coded = None
         if not isinstance(coded, bytes) and not isinstance(path, str):
-            raise DataError(f"{table.where(i)}, field {field!r}: expected a sound (a path, or the "
-                            f"bytes of a file), found {type(v).__name__}")
+            what = "a path" if word == "cloud" else "a path, or the bytes of a file"
+            raise DataError(f"{table.where(i)}, field {field!r}: expected a {word} ({what}), found "
+                            f"{type(v).__name__}")
         there = None if coded else table.path(path)
         if not coded and there is None:
-            raise DataError(f"{table.where(i)}, field {field!r}: there is no sound at "
+            raise DataError(f"{table.where(i)}, field {field!r}: there is no {word} at "
                             f"{plain(path)}")
         out.append({"bytes": coded or None, "path": None if there is None else str(there)})
     return out

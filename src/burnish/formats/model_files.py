@@ -67,6 +67,8 @@ def unfound(name: str, error: BaseException) -> str:
     """Why a library found no files under `name`, in words: it speaks of a folder in the hub's cache
     where a name was meant."""
     said = re.sub(r"\S*models--\S+/snapshots/[0-9a-f]{40}", lambda _: name, str(error))
+    if "contains custom code" in said:
+        return "code comes with it, which runs where trust_remote_code=True lets it"
     return plain(said.strip().partition("\n")[0])
 
 

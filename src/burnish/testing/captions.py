@@ -9,7 +9,7 @@ from typing import Any
 COLOURS = {"red": (220, 60, 50), "green": (60, 180, 80), "blue": (60, 90, 220)}
 SHAPES = ("disc", "box", "cross")
 WORDS = ("<pad>", "<start>", "<end>", "<unk>", "a", *COLOURS, *SHAPES)
-CLIP, SIGLIP, WRITES = "clip", "siglip", "writes"
+CLIP, SIGLIP, WRITES, DRAWS = "clip", "siglip", "writes", "draws"
 SIDE = 24
 
 
@@ -27,8 +27,8 @@ def words() -> Any:
 
 
 def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any, Any]:
-    """(model, what reads its pictures, its tokenizer): two towers (CLIP, SIGLIP), or an encoder of
-    pictures with a decoder (WRITES)."""
+    """(model, what reads its pictures, its tokenizer): two towers (CLIP, SIGLIP), an encoder of
+    pictures with a decoder (WRITES), or two towers with a decoder of masks (DRAWS: CLIPSeg)."""
     import torch
     import transformers as t
 
@@ -48,11 +48,45 @@ def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any, Any]:
     if kind == SIGLIP:
         return t.SiglipModel(t.SiglipConfig(text_config=text | {"projection_size": 48},
                                             vision_config=seen, **config)), *reads
+    if kind == DRAWS:
+        small = {"extract_layers": [0, 1], "reduce_dim": 32, "decoder_num_attention_heads": 2,
+                 "decoder_intermediate_size": 64, "projection_dim": 32}
+        return t.CLIPSegForImageSegmentation(t.CLIPSegConfig(
+            text_config=text, vision_config=seen, **(small | config))), *reads
     whole = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         t.ViTConfig(**seen), t.BertConfig(**(text | {"max_position_embeddings": 16}
                                              | config)))
     whole.decoder_start_token_id, whole.pad_token_id, whole.eos_token_id = 1, 0, 2
     return t.VisionEncoderDecoderModel(whole), *reads
+
+
+def named(folder: Path, each: int = 10, seed: int = 0, before: str = "a") -> Path:
+    """Pictures of a red and a blue shape, each once with the name and the mask of either, `before`
+    its colour: `metadata.csv` has `file_name`, `mask_file_name` and `text`; a mask is 255 there and
+    else 0."""
+    import numpy as np
+    from PIL import Image
+
+    g, lines = np.random.default_rng(seed), ["file_name,mask_file_name,text"]
+    for kind in ("pictures", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(each):
+        picture, found = np.full((SIDE, SIDE, 3), g.uniform(100, 230)), []
+        for k, colour in enumerate(g.permutation(["red", "blue"]).tolist()):
+            y, x = np.mgrid[:SIDE, :SIDE] - np.array([g.uniform(5, 19), 5.5 + 12 * k])[:, None,
+                                                                                       None]
+            shape = SHAPES[int(g.integers(2))]
+            inside = np.hypot(y, x) < 5 if shape == "disc" else np.maximum(abs(y), abs(x)) < 4.5
+            picture[inside] = COLOURS[colour]
+            found.append((f"{before} {colour} {shape}", inside))
+        picture = np.clip(picture + 10 * g.standard_normal(picture.shape), 0, 255)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / "pictures" / f"{i}.png")
+        for k, (text, inside) in enumerate(found):
+            Image.fromarray((inside * 255).astype(np.uint8)).save(
+                folder / "masks" / f"{i}-{k}.png")
+            lines.append(f"pictures/{i}.png,masks/{i}-{k}.png,{text}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def captioned(folder: Path, each: int = 10, seed: int = 0) -> Path:

@@ -140,6 +140,13 @@ def _captioned(task: str, folder: Path, each: int) -> Folders:
     return kept(folder, *captions.made(kind)), captions.captioned(folder / "data", each), {}
 
 
+def _named(task: str, folder: Path, each: int) -> Folders:
+    from . import captions
+
+    return kept(folder, *captions.made(captions.DRAWS)), captions.named(
+        folder / "data", 4 * each), {}
+
+
 def _generated(task: str, folder: Path, each: int) -> Folders:
     from . import pipelines
 
@@ -173,12 +180,35 @@ def _timed(task: str, folder: Path, each: int) -> Folders:
     return kept(folder, series.made()), series.written(folder / "series.csv", 150 * each), {}
 
 
+def _pointed(task: str, folder: Path, each: int) -> Folders:
+    from . import own
+
+    ends = (".xyz",)
+    data = own.clouds(folder / "data", 3 * each, ends=ends)
+    how = {"trust_remote_code": True, "points": 32, **_labelled(data, "xyz", task)}
+    return kept(folder, own.made("cloud")), data, how
+
+
+def _graphed(task: str, folder: Path, each: int) -> Folders:
+    from . import own
+
+    rows = own.rows_of_graphs(8 * each)
+    for i, row in enumerate(rows):
+        if task != "graph-classification":
+            number = task == "graph-regression"
+            row["y"] = i * 0.3 + 0.1 if number else ["a", "b"][:i % 3]
+    path = folder / "graphs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return kept(folder, own.made("graph")), path, {"trust_remote_code": True}
+
+
 #: how a task's rows and model are made, by the first part of its name, or the whole
 _MADE: dict[str, Callable[[str, Path, int], Folders]] = {
     "image-text-contrastive": _captioned, "image-captioning": _captioned,
     "text-to-image": _prompted, "image-generation": _generated,
-    "semantic-segmentation": _pixels, "object-detection": _boxed,
-    "time-series-forecasting": _timed, "image": _glyphs, "audio": _heard, "speech": _spoken}
+    "semantic-segmentation": _pixels, "text-segmentation": _named, "object-detection": _boxed,
+    "time-series-forecasting": _timed, "image": _glyphs, "audio": _heard, "speech": _spoken,
+    "cloud": _pointed, "graph": _graphed}
 
 
 def posed(task: str, folder: Path, each: int = 1) -> Folders:

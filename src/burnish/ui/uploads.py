@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from ..fit.clouds import CLOUDS
 from ..fit.layouts import PROSE, TABLES
 from ..fit.media import IMAGES, SOUNDS
 from .places import NAME, Missing, Places, Refused
 from .runs import ASKED
 
-KINDS = TABLES | PROSE | IMAGES | SOUNDS
+KINDS = TABLES | PROSE | IMAGES | SOUNDS | CLOUDS
 #: bytes of one upload, files of one, and folders within folders
 LIMIT, FILES, DEEP = 4 * 10**9, 200_000, 8
 

@@ -21,12 +21,14 @@ from .classes import (
     TextMultiLabel,
     TextRegression,
 )
+from .clouds import CloudClassification, CloudMultiLabel, CloudRegression
 from .contrast import ImageTextContrastive
 from .detection import ObjectDetection
 from .dictation import SpeechToText
 from .diffusion import ImageGeneration
 from .embeddings import Embedding
 from .forecast import TimeSeriesForecasting
+from .graphs import GraphClassification, GraphMultiLabel, GraphRegression
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
 from .language import InstructionTuning, LanguageModelling
 from .marks import UnpairedPreferenceTuning
@@ -38,6 +40,7 @@ from .prompted import TextToImage
 from .sequences import SequenceToSequence
 from .spans import QuestionAnswering
 from .speech import SpeechRecognition
+from .text_masks import TextSegmentation
 from .tokens import TokenClassification
 
 __all__ = ["TASKS", "Batch", "Task", "evaluate", "task_for"]
@@ -56,7 +59,14 @@ TASKS: dict[str, type[Task]] = {
     "speech-recognition": SpeechRecognition,
     "speech-to-text": SpeechToText,
     "semantic-segmentation": SemanticSegmentation,
+    "text-segmentation": TextSegmentation,
     "object-detection": ObjectDetection,
+    "cloud-classification": CloudClassification,
+    "cloud-multi-label": CloudMultiLabel,
+    "cloud-regression": CloudRegression,
+    "graph-classification": GraphClassification,
+    "graph-multi-label": GraphMultiLabel,
+    "graph-regression": GraphRegression,
     "time-series-forecasting": TimeSeriesForecasting,
     "text-classification": TextClassification,
     "text-multi-label": TextMultiLabel,

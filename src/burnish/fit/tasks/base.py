@@ -44,6 +44,8 @@ class Task:
 
     #: columns of a row that is asked about, the last ones where they are there
     takes: ClassVar[tuple[str, ...]] = ("text",)
+    #: what is asked about, where a row is no text
+    word: ClassVar[str] = ""
     #: entries of a batch that say what is right
     truth: ClassVar[tuple[str, ...]] = ("labels",)
     #: whether the loss is this task's and not the model's

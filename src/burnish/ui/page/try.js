@@ -12,6 +12,7 @@ const text = (label, more = {}) => ({ name: "text", label, long: true, ...more }
 /** The fields of a task's form; one that is not here is asked with a text, or with rows. */
 const FORMS = {
   "image-text-contrastive": [file("A picture", PICTURES), { name: "texts", label: "Texts to compare it with, one a line", long: true }],
+  "text-segmentation": [file("A picture", PICTURES), { name: "texts", label: "What to draw the mask of" }],
   "image-generation": [text("The name of a class, or a number to draw by", { long: false })],
   "text-to-image": [text("What the picture is to show", { long: false })],
   "question-answering": [{ name: "question", label: "A question" }, { name: "context", label: "The text that answers it", long: true }, file("or a table of rows", TABLES, true)],
@@ -109,7 +110,7 @@ function masked(a, chosen) {
     const pixels = pen.getImageData(0, 0, wide, high);
     for (let i = 0; i < numbers.data.length; i += 4) {
       const name = a.labels[numbers.data[i]];
-      if (name === undefined) continue;
+      if (!name) continue;
       const c = parseInt(colour(name).slice(1), 16);
       for (let k = 0; k < 3; k++) pixels.data[i + k] = (pixels.data[i + k] + ((c >> (16 - 8 * k)) & 255)) / 2;
     }
