@@ -155,7 +155,7 @@ class TextSegmentation(Task):
             "pixel_values": self.processor.picture(row["image"])[None]})
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-        """shares: of the picture that is what the text names; mask: a PNG of the picture's own size,
+        """shares: of the picture that is what the text names; mask: a PNG of the picture's size,
         in base64, 1 there and else 0."""
         from PIL import Image
 
