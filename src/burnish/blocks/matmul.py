@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.followed import compiling
 from .gpu.coded import Coded
 from .tape.functions import transformed
 
@@ -90,5 +91,5 @@ def _plain(a: Tensor, b: Tensor) -> bool:
     return (a.dtype is b.dtype is torch.float32
             and a.device.type == b.device.type == "cpu"
             and type(a) in _PLAIN and type(b) in _PLAIN
-            and not torch.compiler.is_compiling() and not transformed()
+            and not compiling() and not transformed()
             and torch._C._get_mkldnn_enabled())

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError
+from .followed import compiling
 
 
 @dataclass(eq=False)
@@ -127,7 +128,7 @@ def context() -> Call:
 
 def current() -> Call | None:
     """The call that is under way in this thread, or None (a graph that is compiled has none)."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return None
     calls = _here.calls
     return calls[-1] if calls else None
@@ -143,7 +144,7 @@ def call_of(owner: Any) -> Call | None:
 
 def answer(module: Any, name: str) -> Tensor | None:
     """What stands for ``module.<name>`` in this thread just now instead of its own tensor."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return None
     for call in reversed(_here.calls):
         value = call.standing.get((id(module), name))

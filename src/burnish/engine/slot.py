@@ -22,6 +22,7 @@ from ..blocks.tape.executor import MODES, in_graph
 from ..blocks.weight.term import Provider
 from ..core.call import Call, again, call_of, resume
 from ..core.errors import RecipeError
+from ..core.followed import beside_graph, compiling
 from ..core.site import Branch, Place
 from .layout import is_linear
 from .planned import Plan
@@ -110,7 +111,7 @@ class Slot(Weights):
     # -- running ------------------------------------------------------------------------------
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kw: dict) -> Any:
         state = self.state
-        if torch.compiler.is_compiling():
+        if compiling():
             return self._traced(module, forward, args, kw)
         call = call_of(state)
         if call is None:
@@ -286,8 +287,10 @@ def _beside(slot: Slot, module: nn.Module, forward: Callable[..., Any], args: tu
             kw: dict, why: str) -> Any:
     """A run that stays out of the graph."""
     if why:
-        warnings.warn(f"torch.compile: this model runs uncompiled, since {why}", stacklevel=2)
-    return slot.run(module, forward, args, kw)
+        if not torch.compiler.is_exporting():
+            warnings.warn(f"torch.compile: this model runs uncompiled, since {why}", stacklevel=2)
+    with beside_graph():
+        return slot.run(module, forward, args, kw)
 
 
 def slot_of(module: nn.Module, state: State, path: str) -> Slot:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..core.call import call_of
+from ..core.followed import compiling
 
 if TYPE_CHECKING:
     from .slot import Slot
@@ -18,7 +18,7 @@ def with_starts(slot: Slot, value: Tensor, param: str, active: Any = None) -> Te
     back now (another adapter is, a part of them, nothing) is added here. active: what is, instead
     of what answers just now."""
     if active is None:
-        call = None if torch.compiler.is_compiling() else call_of(slot.state)
+        call = None if compiling() else call_of(slot.state)
         call = slot.state if call is None else call
         active = {} if call.off else dict(call.active)
     for part in slot.absorbed:

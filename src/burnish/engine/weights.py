@@ -30,6 +30,7 @@ from ..blocks.weight.stacked import Source, Stack, stack
 from ..blocks.weight.term import Provider, asks_to_drop
 from ..core.call import Call, current, resume
 from ..core.errors import RecipeError
+from ..core.followed import compiling
 from ..core.site import Place
 from .layout import is_conv, is_conv1d, is_linear, segments, whole
 from .planned import Plan, make_plan
@@ -247,7 +248,7 @@ class Weights(nn.Module):
                  ) -> Tensor:
         """``x V^T + b``, noted where the tape makes products again."""
         tape = self.state.tape
-        if torch.compiler.is_compiling() or not tape.notes_products:
+        if compiling() or not tape.notes_products:
             return linear(x, op, bias, weight)
         states = rng_state(x.device) if any(drops(t) for t in op.all) else None
         y = linear(x, op, bias, weight)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, nearest
+from ...core.followed import compiling
 from ..tape.functions import transformed
 
 VARIABLE, ROADS = "BURNISH_KERNELS", ("torch", "triton")
@@ -70,7 +71,7 @@ def refusal(like: Tensor, *more: Tensor) -> str:
         return f"on {kind}, and Triton's kernels are for cuda"
     if asked() == "torch":
         return f"{VARIABLE}=triton was not asked for"
-    if torch.compiler.is_compiling():
+    if compiling():
         return "inside a compiled graph"
     for t in (like, *more):
         if type(t) not in _PLAIN:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.call import call_of
+from ...core.followed import compiling
 from ..tape.codes import pieces
 from ..tape.functions import applied, once_differentiable, transformed
 from ..weight.experts import counted
@@ -24,7 +25,7 @@ from .prompts import Listener
 
 def density(x: Tensor, valid: Tensor | None = None, eps: float = 1e-7) -> Tensor:
     """l(x), a scalar in fp32 at least. valid: (...) of x (..., width). Keeps nothing but x."""
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or compiling():
         square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
         each = (square / (square + eps)).mean(-1)
         v = torch.ones_like(each) if valid is None else valid.to(each.dtype)

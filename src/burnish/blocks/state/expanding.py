@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...core.call import context
 from ...core.errors import RecipeError
+from ...core.followed import compiling
 from ..tape.cast import uncast
 from ..update.objective import Riding
 from .bottleneck import Bottleneck
@@ -108,7 +109,7 @@ class Modular(nn.Module):
         slot: Any = self.slot
         if slot is None:
             return [self]
-        names = slot.state.active if torch.compiler.is_compiling() else context().active
+        names = slot.state.active if compiling() else context().active
         weights = dict(names)
         found = [slot.module_of(p) for p in slot.parts if weights.get(p.adapter)]
         return [m for m in found if isinstance(m, Modular)] or [self]

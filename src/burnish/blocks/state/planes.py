@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ...core.followed import compiling
 from ..tape.functions import applied, once_differentiable, shaped, transformed
 from .gates import out_first, value_of
 
@@ -77,7 +78,7 @@ def turned(h: Tensor, c: Tensor, s: Tensor) -> Tensor:
     rounded once to h's."""
     if has_torch_function((h, c, s)):                    # a tape that watches notes how y is made
         y = handle_torch_function(turned, (h, c, s), h, c, s)
-    elif torch.compiler.is_compiling() or transformed():
+    elif compiling() or transformed():
         a, b = h.unflatten(-1, c.shape).unbind(-2)
         y = torch.stack([a * c[:, 0] - b * s[:, 0], b * c[:, 1] + a * s[:, 1]], -2)
         y = y.flatten(-3).to(h.dtype)

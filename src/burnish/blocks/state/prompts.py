@@ -315,8 +315,8 @@ class Tokens(Listener):
     first, rows are put in behind `after` tokens (None: behind all); else they replace the L that
     are there. leave: the block is the last, the L states are taken out behind it. maker: makes the
     rows, in their place (generators.py). beta: rows that replace are ``beta rows + (1 - beta)
-    what is there``. grows: the block's attention mask is for the tokens without the rows, and is
-    made longer (:func:`grown`); else a mask is refused.
+    what is there``. A mask, which is for the tokens without the rows, is made longer
+    (:func:`grown`); one of rows behind all is refused unless `grows`.
     """
 
     def __init__(self, state: Any, adapter: str, length: int, rows: Tensor | None, *,
@@ -344,12 +344,13 @@ class Tokens(Listener):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = named(module, args, kw)
-        if (mask := given.get("attention_mask")) is not None and self.grows:
+        if (mask := given.get("attention_mask")) is not None:
+            if not (self.grows or self.after):
+                raise RecipeError("tokens put behind all others have no place in an attention "
+                                  "mask; vpt serves networks without one where nothing stands "
+                                  "before the tokens: use prefix or prompt_tuning here")
             given["attention_mask"] = grown(mask, self.after or 0, self.length)
             args, kw = (), given
-        elif mask is not None:
-            raise RecipeError("tokens put between blocks have no place in an attention mask; vpt "
-                              "serves networks without one: use prefix or prompt_tuning here")
         name, x = (None, args[0]) if args else next(iter(kw.items()))
         x = self.put(x)
         out = call(x, *args[1:], **kw) if name is None else call(**{**kw, name: x})

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
+from ...core.followed import compiling
 from ..tape.executor import no_grad
 from ..tape.functions import applied, once_differentiable, transformed
 from .attending import SDPA
@@ -38,7 +39,7 @@ def read(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tens
     """(B, H, T, h): what queries q (B, H, T, h) find in keys and values (B, H, N, h) that need no
     gradient. mask: what fits on (B, H, T, N), True for what may be seen or numbers added."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or compiling():
         return (_shares(q, k, scale, mask) @ v.to(_wide(q))).to(q.dtype)
     return applied(_Read, q, k, v, scale, mask)
 

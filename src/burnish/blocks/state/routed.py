@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
+from ...core.followed import simulated
 from ..tape.cast import autocast, uncast
 from ..tape.functions import applied, once_differentiable, transformed
 from .prompts import Listener
@@ -94,8 +94,7 @@ def dealt(x: Tensor, index: Tensor, experts: int, c: Tensor | None, last: Tensor
     k, flat = index.shape[-1], index.flatten()
     order = flat.argsort(stable=True)
     each = (flat.unsqueeze(1) == torch.arange(experts, device=x.device)).sum(0).cumsum(0)
-    simulated = isinstance(x, FakeTensor) or x.is_meta
-    ends = [len(flat) * e // experts for e in range(1, experts + 1)] if simulated \
+    ends = [len(flat) * e // experts for e in range(1, experts + 1)] if simulated(x) \
         else each.tolist()
 
     def rows(of: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ...core.followed import compiling, step_by_step
+
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a backward that cannot be differentiated, and says so when a graph of it is asked for.
@@ -32,7 +34,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not compiling():
             raise RuntimeError(
                 "create_graph=True asks for a graph of a gradient that burnish makes by hand, and "
                 "is once_differentiable; for second derivatives take torch.func (jvp, grad, "
@@ -84,14 +86,16 @@ def unviewed(made: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 def transformed() -> bool:
-    """Is a transform at work (``torch.func.grad``, ``vmap``, forward-mode differentiation)?
+    """Is a transform at work (``torch.func.grad``, ``vmap``, forward-mode differentiation), or is
+    each operation written down?
 
-    It differentiates what runs, operation by operation, so functions with a backward of their own
+    It reads what runs, operation by operation, so functions with a backward of their own
     give way to the plain form, and nothing is kept leaner than stock.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return step_by_step() or torch._C._are_functorch_transforms_active() \
+        or forward_ad._current_level >= 0
 
 
 def plainly(theta: Sequence[Tensor]) -> bool:
@@ -102,7 +106,7 @@ def plainly(theta: Sequence[Tensor]) -> bool:
 
 def is_stored(weight: Tensor) -> bool:
     """Is it, or is it a view of, a parameter some module owns? Keeping it costs nothing."""
-    return not torch.compiler.is_compiling() and isinstance(
+    return not compiling() and isinstance(
         weight._base if weight._is_view() else weight, nn.Parameter)
 
 
@@ -128,7 +132,7 @@ class unwatched:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, :class:`unwatched`."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return function.apply(*args)
     with unwatched():
         return function.apply(*args)

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...core.call import Call, current
+from ...core.followed import compiling
 from . import activations, replay, roles, unread
 from .functions import backward_runs, storage_of, transformed, upon, version_of
 from .notes import DEPTH, Entry, Kept, Note, Recompute
@@ -187,7 +188,7 @@ class Tape(TorchFunctionMode):
                 watched.read or not self.policy.roles and not self._here.intercept):
             return func(*args)                       # most of what is asked: it has to be quick
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():            # the compiler decides what is kept
+        if compiling():            # the compiler decides what is kept
             return func(*args, **kwargs)
         if types and Logits in types:                # they answer for themselves
             return func(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import current, resume
+from ...core.followed import compiling
 from ..tape import cast
 from ..tape.functions import once_differentiable
 from ..tape.roles import reading
@@ -29,7 +30,7 @@ def as_then(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Terms and the base are asked again in the call of the forward, not in the present."""
     @functools.wraps(backward)
     def run(ctx: Any, g: Tensor) -> Any:
-        if torch.compiler.is_compiling():
+        if compiling():
             return backward(ctx, g)
         with resume(ctx.call):
             return backward(ctx, g)
@@ -43,7 +44,7 @@ def again(fn: Callable[[Tensor], Tensor], x: Tensor, theta: tuple[Tensor, ...]) 
     x in place before backward is an error. Both gradients are linear in the x that is kept, so it
     is kept as the input of a linear (an unbiased code of it will do).
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return _Again.apply(x, fn, *theta)
     with reading((x,)):
         return _Again.apply(x, fn, *theta)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...core.followed import written_down
+
 
 class Distances:
     """Strips of both distances (H = 2), in buffers that the next strip uses again.
@@ -99,5 +101,5 @@ class Distances:
 
 
 def on_host(t: Tensor) -> bool:
-    """Its value may be read without stalling a device (and it has one)."""
-    return t.device.type == "cpu" and not isinstance(t, FakeTensor)
+    """Its value may be read without stalling a device (it has one, and no program is made)."""
+    return t.device.type == "cpu" and not isinstance(t, FakeTensor) and not written_down()

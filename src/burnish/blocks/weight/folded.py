@@ -34,6 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ...core.call import overheard
+from ...core.followed import compiling
 from ..tape.functions import backward_runs, storage_of, transformed, version_of
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class Fold:
 
     def now(self, ops: Sequence[Weighted], like: Tensor) -> Made:
         """The values that hold now, for an input like this."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or backward_runs() \
+        if compiling() or torch.is_grad_enabled() or backward_runs() \
                 or transformed() \
                 or any(_trains(t) for op in ops for t in op.all) or _several():
             return NOTHING

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError
+from ...core.followed import simulated
 from ...core.site import Place
 from ..tape.codes import packed, unpacked
 from .quantise import PIECE, Held, Quantiser, is_fake
@@ -61,11 +62,11 @@ class OnGrid(Held):
         return self.lead.numel()
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-        """Runs of rows that are worked on at once, from `start`, a multiple of 8, to `stop`. Of a
-        fake weight the first says what each costs."""
+        """Runs of rows that are worked on at once, from `start`, a multiple of 8, to `stop`. In
+        a simulation the first says what each costs."""
         step = max(8, PIECE // self.inp // 8 * 8)          # whole bytes of every part
         stop = self.rows if stop is None else stop
-        end = min(stop, start + step) if is_fake(self.scale) else stop
+        end = min(stop, start + step) if simulated(self.scale) else stop
         return ((a, min(stop, a + step)) for a in range(start, end, step))
 
     def room(self, device: torch.device) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.followed import compiling
 from ..tape.cast import autocast, uncast
 from ..tape.functions import transformed
 from .folded import Kept, Room
@@ -113,7 +114,7 @@ class Grouped:
     # -- the factors side by side --------------------------------------------------------------
     def _products(self, x: Tensor) -> list[_Product]:
         """Made anew, or in evaluation those of last time while nothing has changed."""
-        free = torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling() or \
+        free = torch.is_grad_enabled() or transformed() or compiling() or \
             x.is_cuda and torch.cuda.is_current_stream_capturing()
         key = x.dtype, torch.cuda.current_stream(x.device) if x.is_cuda else None
         facts = None if free or self.room is None else self._facts()

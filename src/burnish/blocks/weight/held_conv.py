@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from ...core.call import current
+from ...core.followed import compiling
 from ..tape import cast
 from ..tape.functions import applied, once_differentiable, transformed
 from ..tape.notes import Seen
@@ -30,7 +31,7 @@ def served(conv: Any, x: Tensor) -> bool:
     an input without a batch, nor anything under a transform."""
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str) \
         and x.dim() == len(conv.kernel_size) + 2 \
-        and not torch.compiler.is_compiling() and not transformed()
+        and not compiling() and not transformed()
 
 
 def convolved(conv: nn.Module, x: Tensor, weight: Callable[[], Tensor], held: Sequence[Tensor]

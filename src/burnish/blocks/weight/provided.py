@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.call import current
+from ...core.followed import compiling
 from .. import matmul
 from ..gpu.coded import Coded
 from ..tape import cast, functions, unread
@@ -231,7 +232,7 @@ def straight(given: Tensor, x: Tensor, op: Weighted, bias: Tensor | None,
     if (now := op.run(given)) is not op:
         op, theta = now, now.theta()
     graph = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():            # (a graph cannot hold the function without grad)
+    if compiling():            # (a graph cannot hold the function without grad)
         return _Linear.apply(x, weight, bias, op, False, *theta) if graph else \
             _alone(x, op, bias, weight)
     left = unread.begin()
@@ -263,7 +264,7 @@ def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None)
 
 def _seen(op: Weighted, need_x: bool, panels: bool, base: bool) -> Seen | None:
     """What backward will read again, as it is now. A compiled graph takes it in as its inputs."""
-    return None if torch.compiler.is_compiling() else Seen(op.reads(need_x, panels, base))
+    return None if compiling() else Seen(op.reads(need_x, panels, base))
 
 
 class _Ran(NamedTuple):

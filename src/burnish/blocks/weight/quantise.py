@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.errors import ConfigError
+from ...core.followed import compiling, simulated
 from ..gpu.coded import Coded
 from ..gpu.road import refusal
 from ..update.codecs import dynamic_map
@@ -72,7 +73,7 @@ def _table(name: str, like: Tensor) -> Tensor:
     home = _real if mode is None else mode.__dict__.setdefault("_burnish_constants", {})
     key = (name, like.device)
     if key not in home:
-        if torch.compiler.is_compiling():        # a first run; a graph has the numbers in it then
+        if compiling():        # a first run; a graph has the numbers in it then
             return torch.as_tensor(_values(name), device=like.device)
         with _disable_current_modes():           # no part of the step: nobody counts it
             made = torch.as_tensor(_values(name), device=like.device)
@@ -88,8 +89,8 @@ def is_fake(t: Tensor) -> bool:
 
 
 def _pieces(n: int, t: Tensor) -> range:
-    """Starts of the pieces. Of a fake tensor one piece says what every piece costs."""
-    return range(0, min(n, PIECE) if is_fake(t) else n, PIECE)
+    """Starts of the pieces. In a simulation one piece says what every piece costs."""
+    return range(0, min(n, PIECE) if simulated(t) else n, PIECE)
 
 
 # -- NF4 ------------------------------------------------------------------------------------

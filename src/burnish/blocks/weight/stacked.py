@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...core.call import current, resume
+from ...core.followed import simulated
 from ...core.site import Place
 from ..tape import cast
 from ..tape.functions import applied, as_required, once_differentiable
@@ -35,7 +36,6 @@ from ..tape.roles import reading
 from ..tape.saved import Tape
 from ..tape.unmade import FACTS, each_name, takes
 from .backward import as_then, uncast
-from .quantise import is_fake
 from .term import Run, Term
 
 
@@ -320,7 +320,7 @@ def _grouped(input: Any, weight: Any, offs: Tensor | None = None, bias: Tensor |
     if not isinstance(weight, Stack) or weight.form.expert is not None or offs is None \
             or isinstance(input, Stack) or bias is not None or out_dtype not in (None, input.dtype):
         return NotImplemented
-    if is_fake(offs):                            # who goes where is not known: the costs are alike
+    if simulated(offs):                          # who goes where is not known: the costs are alike
         return _product(input, weight, [(0, 0, len(input))], False)
     ends = offs.tolist()
     runs = [(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if a < b]
@@ -332,7 +332,7 @@ def _getitem(W: Any, index: Any) -> Any:
     if not isinstance(W, Stack) or W.form.expert is not None:
         return NotImplemented
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in _WHOLE:
-        index = 0 if is_fake(index) else int(index)
+        index = 0 if simulated(index) else int(index)
     if type(index) is not int or not -len(W) <= index < len(W):
         return NotImplemented
     return _new(W.form._replace(expert=index % len(W)))
