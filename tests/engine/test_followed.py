@@ -51,6 +51,7 @@ def test_a_program_holds_all_pieces_of_a_weight_that_is_decoded(storage, monkeyp
         assert torch.allclose(followed(x), net(x), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")          # sizes are constants
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_trace(recipe):
     net, batch, want = made("bert", recipe)
