@@ -52,8 +52,9 @@ def test_a_program_holds_all_pieces_of_a_weight_that_is_decoded(storage, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")          # sizes are constants
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [r.removeprefix("nf4 + ") for r in RECIPES])
 def test_trace(recipe):
+    """(torch.jit cannot trace a tensor seen as another dtype, as codes are.)"""
     net, batch, want = made("bert", recipe)
     net.config.return_dict = False
     words = batch["input_ids"], torch.ones_like(batch["input_ids"])
