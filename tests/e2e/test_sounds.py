@@ -49,8 +49,9 @@ def test_a_pitch_is_learnt_within_the_promise(runs, kind, recipe):
     assert run.facts["data"]["task"] == "audio-classification"
     assert run.metrics["validation"]["accuracy"] >= (0.8 if recipe == "full" else 0.5)
     assert run.promise.peak_bytes == run.truth.peak_bytes
-    moment = run.facts["memory"]["moments"]["evaluate"]
-    assert moment["promised"] == moment["measured"]
+    for name in ("evaluate", "load"):
+        moment = run.facts["memory"]["moments"][name]
+        assert moment["promised"] == moment["measured"], name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,10 @@ read. So weights stand in two dtypes at once:
 
     peak = stored bytes of what is read + bytes of what is made
 
-Pages of a file that nobody has touched are not in memory yet, and pages that stand in a file as
-they are can be dropped by the system and read again: a process may look smaller than this, and is
-never larger.
+When all is there transformers asks the modules of its own models whether a weight is still to be
+drawn, and so for the weight itself. A module that computes its weight
+(``torch.nn.utils.parametrize``: the positional convolution of Wav2Vec2 and its kin) computes it
+then, beside all others and the mapping: the most that one such weight takes is added.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrize import is_parametrized
 
+from .fakes import fake_copy
 from .ledger import Ledger
 from .report import MemoryReport
 
@@ -59,7 +63,29 @@ def read_bytes(stored: Mapping[str, Tensor], model: nn.Module) -> int:
     rest = sum(t.numel() for t in left.values())
     if rest <= sum(t.numel() for t in new):
         taken += sum(t.nbytes for t in left.values())
-    return taken + made + sum(t.nbytes for t in new)
+    return taken + made + sum(t.nbytes for t in new) + computed_bytes(model)
+
+
+def computed_bytes(model: nn.Module) -> int:
+    """The most that computing one weight of a model of transformers takes, of those that modules
+    compute from other tensors; 0 where there are none, or where nobody asks for them: in models of
+    others transformers looks at the parameters alone."""
+    foreign = getattr(model, "is_custom_code", None)
+    if foreign is None or foreign():
+        return 0
+    chains = [chain for m in model.modules() if is_parametrized(m, "weight")
+              for chain in (m.parametrizations["weight"],)]  # type: ignore[union-attr,index]
+    return max(map(_computed, chains), default=0)
+
+
+def _computed(chain: nn.Module) -> int:
+    with FakeTensorMode() as mode:
+        twin = fake_copy(chain, mode, "cpu")
+        ledger = Ledger(twin)
+        with ledger, torch.no_grad():
+            twin()
+    held = sum(t.nbytes for t in (*twin.parameters(), *twin.buffers()))
+    return MemoryReport.of(ledger, device="cpu", source="simulated").peak_bytes - held
 
 
 @contextlib.contextmanager
