@@ -209,6 +209,12 @@ def test_on_a_model_attention_is_on_signs_and_the_latent_weights_train():
         tuned.merge()
 
 
+def test_one_says_how_attention_is_computed():
+    parse("bibert(targets='q') + bibert(targets='v', attention=False)")
+    with pytest.raises(RecipeError, match="how attention is computed"):
+        parse("bibert(targets='q') + bibert(targets='v')")
+
+
 def test_settings_and_refusals():
     assert parse("bibert")[0].settings() == {"targets": None, "attention": True}
     with pytest.raises(RecipeError, match="attention"):

@@ -447,6 +447,7 @@ def test_settings_and_refusals(listener):
     for wrong in ("rank=0", "peak=0.0", "peak=-1.0"):
         with pytest.raises(RecipeError, match="rank of at least 1 and a peak above 0"):
             parse(f"bipft({wrong})")
+    parse("bipft(rank=1, peak=0.1)")
     net, batch = tiny("bert")
     with pytest.raises(BurnishError, match="calibration"):
         burnish.tune(net, "bipft", head=False)

@@ -267,15 +267,23 @@ def test_it_trains_what_is_rounded():
         tuned.merge()
 
 
+def test_one_says_how_attention_is_computed():
+    parse("roste(targets='q') + roste(targets='v', kv_bits=0)")
+    with pytest.raises(RecipeError, match="how attention is computed"):
+        parse("roste(targets='q') + roste(targets='v')")
+
+
 def test_settings_and_refusals():
     (method,) = parse("roste")
     assert (method.bits, method.input_bits, method.kv_bits, method.clip_ratio, method.rotation,
             method.samples, method.seed) == (4, 4, 4, 1.0, "chosen", 8, 0)
     for bad, said in (("bits=1", "bits=1: expected 2 to 8"), ("input_bits=9", "input_bits=9"),
                       ("kv_bits=1", "kv_bits=1"), ("clip_ratio=0.0", "clip_ratio=0.0"),
+                      ("clip_ratio=1.1", "clip_ratio=1.1"),
                       ("samples=0", "samples=0")):
         with pytest.raises(RecipeError, match=said):
             parse(f"roste({bad})")
+    parse("roste(bits=2, input_bits=8, kv_bits=8, clip_ratio=1.0, samples=1)")
     with pytest.raises(RecipeError, match="attention"):
         burnish.tune(nn.Sequential(nn.Linear(8, 8)), "full + roste(rotation='none')", targets="0",
                      head=False)

@@ -56,10 +56,10 @@ class Centred(Straight):
     """``q_w(V)_o = m_o sign(V_o - mean(V))``, m_o the mean of ``|V_o|``, the other mean one of all
     entries; both are taken as they are and the gradient passes everywhere.
 
-    rows: what shares m, the inputs of an output (-1), or of a table the entries of a token (-2, as
+    rows: what shares m, the inputs of an output (1), or of a table the entries of a token (0, as
     tables are seen turned)."""
 
-    def __init__(self, rows: int = -1):
+    def __init__(self, rows: int = 1):
         super().__init__()
         self.rows = rows
 

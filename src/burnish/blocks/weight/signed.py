@@ -54,11 +54,11 @@ def counted(a: Tensor, b: Tensor, n: int) -> Tensor:
 class Signed(Straight):
     """``q_w(V)_o = alpha_o sign(V_o - mean_o)``, alpha_o the mean of ``|V_o|``; ``q_x`` the sign.
 
-    rows: what shares a mean, the inputs of an output (-1), or of a table the entries of a token
-    (-2, as tables are seen turned).
+    rows: what shares a mean, the inputs of an output (1), or of a table the entries of a token
+    (0, as tables are seen turned).
     """
 
-    def __init__(self, inp: int, rows: int = -1):
+    def __init__(self, inp: int, rows: int = 1):
         super().__init__()
         self.inp, self.rows = inp, rows
 

@@ -21,7 +21,7 @@ SHARE = 0.7
 
 class Ternary(Straight):
     """edge: where numbers are clipped.  dims: what shares a threshold and a value: the inputs of an
-    output (-1), or of a table the entries of a token (-2, as tables are seen turned); None: all."""
+    output (1), or of a table the entries of a token (0, as tables are seen turned); None: all."""
 
     def __init__(self, input_bits: int, edge: float, dims: int | None):
         super().__init__()

@@ -54,7 +54,7 @@ class Bibert(Method):
     def delta(self, site: Site) -> Signed | None:
         if site.place.role == "head":
             return None
-        return Signed(site.place.inp, -2 if site.place.kind == "embedding" else -1)
+        return Signed(site.place.inp, 0 if site.place.kind == "embedding" else 1)
 
     def branch(self, anatomy: Anatomy) -> Iterable[Attention]:
         for path in open_attentions(anatomy, self.name) if self.attention else ():

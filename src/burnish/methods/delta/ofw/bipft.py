@@ -77,7 +77,7 @@ class Bipft(Method):
 
     def delta(self, site: Site) -> Centred | None:
         if (place := site.place).role == "head" or place.kind == "embedding":
-            return None if place.role == "head" else Centred(-2)
+            return None if place.role == "head" else Centred(0)
         start = 1.0 if site.seen is None else SIGNED * site.seen.value
         return Elastic(place.out, place.inp, start, self.branched(place), self.init == "zero")
 

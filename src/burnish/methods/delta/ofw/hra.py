@@ -39,7 +39,7 @@ class Hra(Method):
     penalty: float = setting(0.0, "strength of the pull towards axes at right angles")
 
     def __post_init__(self) -> None:
-        if self.rank <= 0 or self.rank % 2:
+        if self.rank % 2 or not self.rank:
             raise RecipeError(f"hra: rank={self.rank}: an even number from 2 is expected, since "
                               "reflections start in pairs that undo each other")
         if self.penalty < 0:

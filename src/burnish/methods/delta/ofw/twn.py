@@ -56,5 +56,5 @@ class Twn(Method):
     def delta(self, site: Site) -> Ternary | None:
         if site.place.role == "head":
             return None
-        rows = -2 if site.place.kind == "embedding" else -1
+        rows = 0 if site.place.kind == "embedding" else 1
         return Ternary(self.input_bits, self.edge, rows if self.share == "row" else None)
