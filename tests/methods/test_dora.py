@@ -114,7 +114,8 @@ def test_decay_leaves_lengths_alone():
 def test_defaults_are_the_published_ones():
     assert parse("dora")[0].settings() == {"targets": None, "rank": 8, "alpha": 16.0,
                                            "scaling": "lora", "dropout": 0.0,
-                                           "drop_base": False, "train_a": True, "b_rate": 1.0}
+                                           "drop_base": False, "hold_norm": True, "train_a": True,
+                                           "b_rate": 1.0}
 
 
 def test_the_equation_written_out():                                       # findings 6
@@ -346,3 +347,33 @@ def test_a_rate_that_is_none_and_what_trains_without_a():
         parse("dora(b_rate=0)")
     (method,) = parse("dora(rank=3, train_a=False)")
     assert method.count(Place("x", "weight", "linear", 7, 5)) == 3 * 7 + 7
+
+
+def test_norms_may_be_differentiated():
+    """``hold_norm=False``: the gradient of ``m V / ||V||`` by autograd, in float64."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5, dtype=torch.float64))
+    W = net[0].weight.detach().clone()
+    tuned = burnish.tune(net, "dora(rank=2, hold_norm=False)", head=False)
+    named = dict(tuned.named_parameters())
+    for p in named.values():
+        p.data = torch.randn(p.shape, dtype=torch.float64)
+    A, B, m = (next(p for p in named.values() if tuple(p.shape) == s).detach().clone()
+               .requires_grad_() for s in ((2, 6), (5, 2), (5,)))
+    x, s = torch.randn(4, 6, dtype=torch.float64), 8.0
+    V = W + s * B @ A
+    want = torch.autograd.grad((x @ (m[:, None] * V / V.norm(dim=1, keepdim=True)).t()
+                                + net[0].bias).square().sum(), (A, B, m))
+    net(x).square().sum().backward()
+    for g in want:
+        got = next(p.grad for p in named.values() if p.shape == g.shape)
+        torch.testing.assert_close(got, g, rtol=1e-9, atol=1e-9)
+    with pytest.raises(burnish.RecipeError, match="set dropout=0"):
+        burnish.tune(net, "dora(hold_norm=False, dropout=0.1)")
+
+
+def test_a_row_of_noughts_has_no_direction_to_hold():
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    net[0].weight.data[2] = 0
+    tuned = burnish.tune(net, "dora(rank=2, hold_norm=False)", head=False)
+    net(torch.randn(3, 6)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in tuned.parameters())

@@ -42,11 +42,12 @@ def adam(R, state, t):
 
 
 def test_the_equations():
-    """W = M (W0 + I J) / ||W0 + I J||, norms held constant; I and J by projected Adam."""
+    """W = M (W0 + I J) / ||W0 + I J||, norms differentiated; I and J by projected Adam."""
     torch.manual_seed(0)
     net = Net()
     W0, b = net.layers[0].weight.detach().clone(), net.layers[0].bias.detach().clone()
-    recipe = "dora(rank=8, alpha=16.0) + galore(rank=4, every=250, scale=4.0, proj_type='full')"
+    recipe = "dora(rank=8, alpha=16.0, hold_norm=False) + " \
+             "galore(rank=4, every=250, scale=4.0, proj_type='full')"
     assert str(parse("gradnormlorp")) == str(parse(recipe))
     tuned = burnish.tune(net, "gradnormlorp", head=False, targets="layers.0")
     for _, p in tuned.named_parameters():
@@ -60,7 +61,7 @@ def test_the_equations():
         y = torch.randn(6, 18, dtype=F64, generator=torch.Generator().manual_seed(t + 50))
         tuned.step(x, lambda out, _, y=y: (out - y).square().mean())
         V = W0 + 2.0 * B @ J
-        out = x @ (M / V.norm(dim=1).detach())[:, None].mul(V).t() + b
+        out = x @ (M / V.norm(dim=1))[:, None].mul(V).t() + b
         gB, gJ, gM = torch.autograd.grad((out - y).square().mean(), (B, J, M))
         with torch.no_grad():
             for p, g, word in ((B, gB, "I"), (J, gJ, "J")):
@@ -74,6 +75,27 @@ def test_the_equations():
     for want in (B, J, M):
         p = named_of(tuned, tuple(want.shape))
         torch.testing.assert_close(p.detach(), want.detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_a_row_is_moved_across_its_direction():
+    """``(dL/dV)_o . V_o = 0``; with norms held constant it is not."""
+    torch.manual_seed(0)
+    across = []
+    for hold in (False, True):
+        net = Net()
+        tuned = burnish.tune(net, f"dora(rank=14, alpha=14.0, hold_norm={hold})", head=False,
+                             targets="layers.0")
+        for _, p in tuned.named_parameters():
+            p.data = p.data.double()
+        J = named_of(tuned, (14, 14))
+        with torch.no_grad():
+            J.copy_(torch.eye(14))                       # V = W + I, so that dI is dV
+        x, y = torch.randn(6, 14, dtype=F64), torch.randn(6, 18, dtype=F64)
+        (net(x) - y).square().mean().backward()
+        dV = named_of(tuned, (18, 14)).grad
+        W = net.layers[0].weight
+        across.append(float(((dV * W).sum(1) / (dV.norm(dim=1) * W.norm(dim=1))).abs().max()))
+    assert across[0] < 1e-12 and across[1] > 1e-2
 
 
 def named_of(tuned, shape):

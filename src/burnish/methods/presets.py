@@ -21,8 +21,8 @@ PRESETS: dict[str, str] = {
     "mad_x": "invertible + pfeiffer(reduction=16)",
     # GradNormLoRP (2025): lengths of rows and a low-rank direction, whose factors' gradients are
     # projected on both sides; 0.25 in pre-training
-    "gradnormlorp": "dora(rank=8, alpha=16.0) + galore(rank=4, every=250, scale=4.0, "
-                    "proj_type='full')",
+    "gradnormlorp": "dora(rank=8, alpha=16.0, hold_norm=False) + galore(rank=4, every=250, "
+                    "scale=4.0, proj_type='full')",
     # MHR (2022): Poly whose skills are weighed slice by slice
     "mhr": "poly(slices=8)",
     # QZO (2025): two forwards a step, and only the scales of 4-bit codes move

@@ -61,6 +61,21 @@ class Magnitude(Wrap):
         return [df * kept if self.m.requires_grad else None]
 
 
+class Normed(Magnitude):
+    """The same with c in the gradient, ``dV_o = (m / c) (G_o - (G_o . V_o) V_o / c^2)``, G the
+    gradient of W': of each row what lies across it. W' stands while the layer runs, and once more
+    in backward.
+    """
+
+    diagonal: ClassVar[bool] = False
+    linear = Wrap.linear
+
+    def of(self, V: Tensor) -> Tensor:
+        zero = (V.detach() == 0).all(-1, keepdim=True)
+        c = torch.linalg.vector_norm(V.masked_fill(zero, 1.0), dim=-1, keepdim=True)
+        return torch.where(zero, V, self.m.to(V.dtype).unsqueeze(-1) / c * V)
+
+
 def _lengths(weight: Tensor) -> Tensor:
     wide = weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
     return torch.linalg.vector_norm(wide, dim=-1)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ....blocks.weight.factor import Chain
-from ....blocks.weight.magnitude import Magnitude
+from ....blocks.weight.magnitude import Magnitude, Normed
+from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from ..lowrank.lora import check_dropout, check_rate
@@ -18,7 +19,9 @@ class Dora(Method):
     ``W' = diag(m / c) V``, ``V = W + s B A``, ``c_o = ||V_o||_2`` held constant in the gradient;
     A (rank, in), B (out, rank), m (out,), s = alpha / rank, or alpha / sqrt(rank) with
     ``scaling="rs"``. The bias is not scaled.
-    ``dm = rowsum(dW' * V) / c``.
+    ``dm = rowsum(dW' * V) / c``. With ``hold_norm=False`` c is differentiated too, as weight
+    normalisation does: rows of V are moved across their direction alone, at the price of W' and its
+    gradient, a weight's size each, while a layer runs; without dropout.
 
     Start: LoRA's, m = row norms of the (dequantised) W: the pre-trained function to one rounding.
     Trains rank (in + out) + out per matrix. Kept for backward: what LoRA keeps and two numbers
@@ -52,12 +55,16 @@ class Dora(Method):
     dropout: float = setting(0.0, "dropout on the input of A", alias=("lora_dropout",))
     drop_base: bool = setting(False, "all that differs from the base sees the dropped input",
                               beside={"dropout": 0.5})
+    hold_norm: bool = setting(True, "False: the gradient goes through the row norms too")
     train_a: bool = setting(True, "False freezes A")
     b_rate: float = setting(1.0, "learning rate of B relative to A and m")
 
     def __post_init__(self) -> None:
         check_dropout("dora", self.dropout)
         check_rate("dora", self.b_rate)
+        if self.dropout and not self.hold_norm:
+            raise RecipeError(f"dora(dropout={self.dropout}, hold_norm=False): norms are of a "
+                              "weight, and with dropout each sample has another; set dropout=0")
 
     @property
     def scale(self) -> float:
@@ -70,7 +77,8 @@ class Dora(Method):
         place, weight = site.place, site.weight
         place.check_rank(self.rank, "dora")
         inner = 0.0 if self.drop_base else self.dropout
-        terms = Chain(place, self.rank, self.scale, inner, self.train_a), Magnitude(weight)
+        length = Magnitude if self.hold_norm else Normed
+        terms = Chain(place, self.rank, self.scale, inner, self.train_a), length(weight)
         terms[1].dropout = self.dropout - inner
         for p in (terms[0].A, terms[0].B, terms[1].m):
             p.burnish_decay = False
@@ -79,7 +87,7 @@ class Dora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return self.rank
+        return self.rank if self.hold_norm else 0
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
