@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,10 @@ from burnish.blocks.state.estimated import Estimated, Sizes, joined
 from burnish.blocks.weight.elastic import Centred, Elastic, signed, unsigned
 from burnish.blocks.weight.provided import Weighted
 from burnish.blocks.weight.provided import linear as provided
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import BurnishError, CheckError, RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place
 from burnish.memory import Ledger
 from burnish.testing.models import tiny
 
@@ -419,6 +422,23 @@ def test_a_scale_beyond_twice_every_probability_lets_no_value_through(listener):
 
 
 # -- what it costs, and refuses -------------------------------------------------------------------
+def test_sizes_are_read_where_a_scale_begins_and_nowhere_else():
+    (method,) = parse("bipft")
+    for kind, role, reads in (("linear", "q", True), ("linear", "head", False),
+                              ("embedding", "embed", False)):
+        assert (method.observe(Place("a", "weight", kind, 8, 16, role)) is not None) == reads
+
+
+def test_an_attention_whose_width_cannot_be_told_is_refused():
+    anatomy = Anatomy.of(tiny("bert")[0])
+    (one,) = parse("bipft")[0].branch(anatomy)
+    assert set(one.widths.values()) == {32}
+    anatomy.hidden_size = None
+    anatomy.blocks = [replace(b, hidden_size=None) for b in anatomy.blocks]
+    with pytest.raises(RecipeError, match="rank=1: expected at most 0, the width read"):
+        list(parse("bipft")[0].branch(anatomy))
+
+
 def test_what_the_estimates_cost():
     method = parse("bipft(rank=8)")[0]
     assert method.estimates(768) - 4 == 25377

@@ -141,6 +141,20 @@ def test_counts_and_cost():
         == {0.0}
 
 
+def test_nothing_larger_than_the_weight_is_made(monkeypatch):
+    """Of 300 x 8 there are eight singular vectors a side, not three hundred."""
+    exact, sizes = torch.linalg.svd, []
+
+    def seen(*args, **kw):
+        out = exact(*args, **kw)
+        sizes.extend(t.numel() for t in out)
+        return out
+
+    monkeypatch.setattr(torch.linalg, "svd", seen)
+    made("rank=4", 8, 300)
+    assert sizes and max(sizes) <= 8 * 300
+
+
 @pytest.mark.parametrize("settings, words", [
     ("rank=1", "rank=1: nothing turns"), ("terms=1", "terms 0"), ("terms=-2", "terms 0"),
     ("bound=0.1", "in a series"), ("terms=4, bound=0", "bound > 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from burnish.blocks.weight.walsh import Walsh, order, paley, sylvester
 from burnish.core.anatomy import Anatomy
 from burnish.core.errors import CheckError, RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place, Site
 from burnish.core.targets import match
 from burnish.memory import Ledger
 from burnish.testing.models import tiny
@@ -255,6 +257,37 @@ def test_keys_and_values_lie_on_grids_and_queries_are_turned_with_them(monkeypat
         off = net(**batch).logits
         with tuned.disabled():
             assert float((net(**batch).logits - off).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("rotation, turned", [("none", False), ("hadamard", True),
+                                              ("chosen", True)])
+def test_queries_and_keys_are_turned_as_rotation_says(rotation, turned):
+    net, batch = tiny("llama")
+    burnish.tune(net, f"lora(rank=2) + roste(rotation={rotation!r})", head=False,
+                 calibration=[batch])
+    found = [m for m in net.modules() if type(m).__name__ == "RoundedKeys"]
+    assert [m.walsh is not None for m in found] == [turned] * 2
+    assert all(m.walsh.length == net.config.head_dim for m in found if turned)
+
+
+def test_heads_that_cannot_be_counted_are_refused():
+    anatomy = Anatomy.of(tiny("llama")[0])
+    assert [k.h for k in parse("roste")[0].branch(anatomy)] == [anatomy.model.config.head_dim] * 2
+    anatomy.blocks = [replace(b, kv_heads=None) for b in anatomy.blocks]
+    with pytest.raises(RecipeError, match="how many heads model.layers.0.self_attn has .* kv_bits"):
+        list(parse("roste")[0].branch(anatomy))
+
+
+def test_what_is_read_and_what_is_turned_without_data():
+    place = Place("a", "weight", "linear", 8, 16, "q")
+    W = torch.ones(8, 16)
+    for rotation, reads, turns in (("chosen", True, True), ("hadamard", False, True),
+                                   ("none", False, False)):
+        (method,) = parse(f"roste(rotation={rotation!r})")
+        assert (method.observe(place) is not None) == reads
+        assert method.observe(Place("h", "weight", "linear", 8, 16, "head")) is None
+        term = method.delta(Site(place, W, blank=True, places=[place]))
+        assert (term.walsh is not None) == turns, "of a choice that is to come: the dearer"
 
 
 def test_it_trains_what_is_rounded():

@@ -111,7 +111,10 @@ class Roste(Method):
         for number, block in enumerate(anatomy.blocks):
             if block.attn in paths:
                 whole = key_width(anatomy, number, block, "", self.name)
-                yield Keys(self, block.attn, whole // (block.kv_heads or 1))
+                if not block.kv_heads:
+                    raise RecipeError(f"roste: how many heads {block.attn} has cannot be told; "
+                                      "kv_bits=0 leaves keys and values as they are")
+                yield Keys(self, block.attn, whole // block.kv_heads)
 
 
 @dataclass(frozen=True)
