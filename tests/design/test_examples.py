@@ -59,6 +59,14 @@ def test_outside():
     assert found["after"] > max(found["before"], 0.8)
 
 
+def test_decoder():
+    found = load("decoder").main(many=512, first=4, epochs=6)
+    taught = found["as taught"][1]
+    assert found["light decoder"][0] < found["linear probe"][0] < 1
+    assert found["light decoder"][1] == found["linear probe"][1] == taught
+    assert found["everything"][0] < found["light decoder"][0] and found["everything"][1] > taught
+
+
 def test_tags():
     assert load("tags").main(count=480, epochs=6)["f1"] > 0.25
 
