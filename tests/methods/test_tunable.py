@@ -96,7 +96,7 @@ def test_the_start_is_the_base_under_every_coefficient():
 
 def test_draws():
     (simplex,) = parse("tunable(objectives=3)")
-    (cube,) = parse("tunable(objectives=3, draw='cube')")
+    (cube,) = parse("tunable(objectives=3, among='cube')")
     many = torch.stack([simplex.drawn(k) for k in range(2000)])
     torch.testing.assert_close(many.sum(1), torch.ones(2000))
     torch.testing.assert_close(many.mean(0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
@@ -146,7 +146,7 @@ def test_one_network_for_two_objectives(tmp_path):
 
 def test_count_defaults_and_refusals():
     (part,) = parse("tunable")
-    assert (part.objectives, part.rank, part.alpha, part.draw) == (2, 8, 8.0, "simplex")
+    assert (part.objectives, part.rank, part.alpha, part.among) == (2, 8, 8.0, "simplex")
     place = Place("c", "weight", "conv", 64, 288, "conv", kernel=9)
     assert part.count(place) == 2 * 8 * (64 + 288)
     assert parse("tunable(rank=0, objectives=3)")[0].count(place) == 3 * 64 * 288

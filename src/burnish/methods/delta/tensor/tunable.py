@@ -34,7 +34,7 @@ class TunableConvolutions(Method):
         with part.lifecycle(tuned, (0.2, 0.8)):
             net(x)
 
-    ``draw="simplex"``: w uniform among those that sum to 1; "cube": each from 0 to 1 by itself. In
+    ``among="simplex"``: w uniform among those that sum to 1; "cube": each from 0 to 1 by itself. In
     a loop that does not call ``part.step``, and wherever nobody sets it, w is `coefficients` (the
     same for all where nobody says).
 
@@ -61,7 +61,7 @@ class TunableConvolutions(Method):
     alpha: float = setting(8.0, "numerator of the scale", alias=("lora_alpha",))
     coefficients: tuple[float, ...] | None = setting(
         None, "w where nobody sets it; None: the same for all", other=((0.9, 0.1),))
-    draw: Literal["simplex", "cube"] = setting("simplex", "among which w is drawn", unseen=_KEPT)
+    among: Literal["simplex", "cube"] = setting("simplex", "among which w is drawn", unseen=_KEPT)
     seed: int = setting(0, "of the draws of w", unseen=_KEPT)
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class TunableConvolutions(Method):
         """The coefficients of an update."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         x = torch.rand(self.objectives, generator=g)
-        if self.draw == "cube":
+        if self.among == "cube":
             return x
         x = -x.clamp_min(1e-9).log()                     # exponentials over their sum
         return x / x.sum()
