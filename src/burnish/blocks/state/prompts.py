@@ -120,19 +120,6 @@ class Graded(Listener):
             return call(*args, **kw)
 
 
-class Bare(Listener):
-    """Listens to a stack's owner: of the states between its blocks those of the rows put in, the
-    last ones, are left out too."""
-
-    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        out = call(*args, **kw)
-        if isinstance(out, tuple | Tensor) or out.get("hidden_states") is None:
-            return out
-        n = out["last_hidden_state"].shape[1]
-        out["hidden_states"] = tuple(None if h is None else h[:, :n] for h in out["hidden_states"])
-        return out
-
-
 def named(module: nn.Module, args: tuple, kw: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of the module by name."""
     own = getattr(type(module), "_burnish_base", type(module)).forward
@@ -156,7 +143,8 @@ class Prepended(Listener):
 
     Listens to the module that embeds and runs the blocks (it takes ``inputs_embeds``). Mask, token
     types and positions grow by L; the result loses its first L states, so labels, poolers and
-    heads need no care (``stay=True`` leaves them: a decoder reads them, see :class:`Lengthened`).
+    heads need no care (``stay=True`` leaves them, in the encoder's states of an encoder-decoder,
+    ``encoder_hidden_states`` among them: its decoder reads them, see :class:`Lengthened`).
     Positions count from the first unmasked token, so padding on the left changes nothing. With a
     filled key-value cache the rows are in it already: they are not put in again.
 
@@ -383,9 +371,14 @@ class Tokens(Listener):
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of the model, without the rows."""
-        if self.after is None:
-            return x[:, : x.shape[1] - self.length]
-        return torch.cat([x[:, : self.after], x[:, self.after + self.length :]], 1)
+        return without_rows(x, self.length, self.after)
+
+
+def without_rows(x: Tensor, length: int, after: int | None) -> Tensor:
+    """Tokens without the `length` behind the first `after`, None: the last ones."""
+    if after is None:
+        return x[:, : x.shape[1] - length]
+    return torch.cat([x[:, :after], x[:, after + length :]], 1)
 
 
 def grown(mask: Tensor, after: int, L: int) -> Tensor:

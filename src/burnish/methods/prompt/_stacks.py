@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from ...blocks.state.bare import Bare
 from ...blocks.state.keys_values import Moved
 from ...blocks.state.prompts import accepts
 from ...core.errors import RecipeError
@@ -31,6 +33,18 @@ def above(anatomy: Anatomy, stack: str, *names: str) -> str | None:
         if accepts(anatomy.model.get_submodule(path), *names):
             return path
     return None
+
+
+def states_as_they_were(attacher: Any, part: Any, stack: str, length: int, after: int | None
+                        ) -> None:
+    """Let every module above a stack hand out its states without the `length` rows behind the first
+    `after` tokens (None: behind all), whichever of them collects them."""
+    parts = stack.split(".")
+    for n in range(len(parts)):
+        path = ".".join(parts[:n])
+        if not isinstance(attacher.model.get_submodule(path), nn.ModuleList | nn.Sequential):
+            Bare(attacher.state, attacher.adapter.name, length, after).listen(
+                attacher.slot(path), f"{part.name}_bare_{n}")
 
 
 def check_ids(method: Any, init: str, table: torch.Tensor | None = None) -> None:

@@ -10,6 +10,7 @@ from ...core.method import Method, setting
 from ...core.needs import head_linear, refuse, unmet
 from ..branch._sites import samples_first
 from ..side._beside import frozen, width
+from ._stacks import states_as_they_were
 from .vpt import special_tokens
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Idpt(Method):
             Quiet(state, name).listen(attacher.slot(block.path), part.name)
         Instance(state, name, d, self.neighbours, after).to(attacher.device(last)).listen(
             attacher.slot(last), part.name)
+        states_as_they_were(attacher, part, stack, 1, after)
         Parted(state, name, after).listen(attacher.slot(end), f"{part.name}_end")
         head: Any = head_linear(anatomy)
         Columns(state, name, 2 * d, head.out).to(attacher.device(head.path)).listen(

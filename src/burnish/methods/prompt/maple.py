@@ -11,6 +11,7 @@ from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, towers, unmet
+from ._stacks import states_as_they_were
 from .coop import start_rows
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def stand_in_both(attacher: Any, part: Method, rows: list[torch.Tensor], coupled
         Tokens(state, name, n, own, after=None, enter=i == 0, leave=i + 1 == len(two.vision),
                maker=maker).to(attacher.device(block.path)).listen(
                    attacher.slot(block.path), part.name)
+    states_as_they_were(attacher, part, two.vision[0].stack, n, None)
 
 
 def check_layers(method: Any, anatomy: Anatomy) -> None:

@@ -15,6 +15,7 @@ from ...core.errors import RecipeError
 from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.needs import refuse, towers, unmet
+from ._stacks import states_as_they_were
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -120,6 +121,7 @@ class Mmrl(Method):
                                 leave=not side and i + 1 == len(last), beta=self.beta,
                                 grows=not side)
                 tokens.to(attacher.device(block.path)).listen(attacher.slot(block.path), part.name)
+            states_as_they_were(attacher, part, blocks[0].stack, self.length, 1)
         stack, second = two.vision[0].stack, Second(state, name, outs[1], two.joint, self.proj_rank)
         for path, one, key in (
                 (stack.rpartition(".")[0], Slots(state, name, self.length, 1), "slots"),

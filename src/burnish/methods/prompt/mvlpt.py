@@ -13,6 +13,7 @@ from ...core.errors import RecipeError
 from ...core.keys import Key
 from ...core.method import Method, setting
 from ...core.needs import refuse, towers, unmet
+from ._stacks import states_as_they_were
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -95,6 +96,8 @@ class Mvlpt(Method):
             Tokens(state, name, n, rows, after=None, enter=first, leave=last,
                    maker=visual if first else None).to(attacher.device(block.path)).listen(
                        attacher.slot(block.path), part.name)
+        if self.where != "text":
+            states_as_they_were(attacher, part, two.vision[0].stack, n, None)
         if self.per_task:
             ByTask(state, name, self.per_task).to(attacher.device(two.table)).listen(
                 attacher.slot(""), f"{part.name}_tasks")

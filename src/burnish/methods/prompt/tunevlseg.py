@@ -10,12 +10,13 @@ from torch import nn
 from ...blocks.state.dice import Overlap
 from ...blocks.state.generators import Common, OfCommon, Projected
 from ...blocks.state.placed import Image, Meta, PerImage, Placed
-from ...blocks.state.prompts import Bare, Tokens
+from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import Towers, refuse, towers, unmet
 from ...core.outputs import base_class
 from ...core.site import Selection
+from ._stacks import states_as_they_were
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -161,7 +162,7 @@ class Tunevlseg(Method):
             Tokens(state, name, n, rows, after=None, enter=i == 0, leave=i + 1 == len(two.vision),
                    maker=maker).to(attacher.device(block.path)).listen(
                        attacher.slot(block.path), part.name)
-        Bare(state, name).listen(attacher.slot(two.pixels), f"{part.name}_bare")
+        states_as_they_were(attacher, part, two.vision[0].stack, n, None)
 
     def finished(self) -> Tunevlseg:
         return replace(self, coupled=False, hidden=Tunevlseg.hidden) if self.strategy in BOTH \

@@ -10,7 +10,7 @@ from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ..delta.lowrank.lora import check_dropout
-from ._stacks import above
+from ._stacks import above, states_as_they_were
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -101,6 +101,7 @@ class Among:
             Tokens(attacher.state, attacher.adapter.name, m.length, rows, after=after,
                    enter=i == 0, leave=i == last, dropout=m.dropout
                    ).listen(attacher.slot(block.path), part.name)
+        states_as_they_were(attacher, part, stack, m.length, after)
 
 
 def patch_inputs(anatomy: Anatomy, stack: str) -> int | None:
