@@ -160,4 +160,4 @@ def test_one_function_of_a_weight_and_others_elsewhere():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     tuned = burnish.tune(net, "full + twn(targets='0') + twn(targets='1', share='matrix')",
                          targets="0,1", head=False)
-    assert [t.dims for _, t in tuned.terms(Ternary)] == [-1, None]
+    assert [t.dims for _, t in tuned.terms(Ternary)] == [1, None]
