@@ -14,6 +14,7 @@ import burnish
 from burnish.blocks.state.keys_values import KeysValues, OwnMass
 from burnish.core.recipe import parse
 from burnish.methods.prompt._stacks import key_width
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
@@ -66,6 +67,41 @@ def test_the_equation_written_out(beside, monkeypatch, model):                 #
     one.agree(stock(one, monkeypatch, rows))
 
 
+@pytest.mark.parametrize("model", ["vit", "llama", "gpt2", "bert"])
+def test_a_prefix_that_nobody_may_see_leaves_the_base(monkeypatch, model):
+    """The first `length` keys masked: rows that are far from nought then change no number."""
+    net, batch = tiny(model, dtype=torch.float64)
+    net.eval()
+    if "attention_mask" in batch or model in ("llama", "bert"):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][1, -2:] = 0
+    want = net(**batch).logits
+    tuned = burnish.tune(net, "prefix(length=3)", head=False)
+    stir(tuned, size=1.0)
+    net.eval()
+    assert not torch.allclose(net(**batch).logits, want, rtol=1e-2)
+    attend, met = KeysValues.attend, []
+
+    def unseen(bank, func, args, kwargs):
+        def run(q, k, v, attn_mask=None, is_causal=False, **kw):
+            open_ = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype)
+            if is_causal:
+                open_ = open_.masked_fill(~torch.ones_like(open_, dtype=torch.bool).tril(),
+                                          -math.inf)
+            if attn_mask is not None:
+                open_ = open_.masked_fill(~attn_mask, -math.inf) \
+                    if attn_mask.dtype == torch.bool else open_ + attn_mask
+            open_ = open_.clone()
+            open_[..., :3] = -math.inf
+            met.append(k.shape[-2])
+            return func(q, k, v, attn_mask=open_, **kw)
+        return attend(bank, run, args, kwargs)
+
+    monkeypatch.setattr(KeysValues, "attend", unseen)
+    torch.testing.assert_close(net(**batch).logits, want, rtol=1e-11, atol=1e-13)
+    assert len(met) == 2 and tuned is not None
+
+
 @pytest.mark.parametrize("model", ["vit", "gpt2"])
 def test_rows_made_by_an_mlp(beside, monkeypatch, model):                      # findings 6
     """P_l = up_l tanh(W P' + b), P', W and b shared by all layers: 2 H h numbers per row."""
@@ -116,6 +152,10 @@ def test_it_is_a_gated_sum():
     want = (1 - share) * torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v \
         + share * torch.softmax(q @ P_k.t() / 2, -1) @ P_v
     torch.testing.assert_close(attention(q, k, v, P_k, P_v, None, False, None), want)
+    bank = KeysValues(None, "default", 3, 4).double()
+    bank.rows.data = torch.stack([P_k, P_v])
+    got = bank.attend(F.scaled_dot_product_attention, (q, k, v), {})
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("recipe", ["prefix(length=500)", "prefix(length=500, hidden=4)"])
