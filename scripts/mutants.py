@@ -16,7 +16,8 @@ equivalent, 0 live"; exit code
 1 when any lives. `--all` takes every method and the files they share, a night's work on one
 machine; SHARD=3/8 the third of eight parts of it. What became of a whole file is kept in
 mutants.json, and `--left` takes those files whose code has no record there, or one with a survivor;
-`--told` says how many that are.
+`--told` says how many that are. `--again` runs of a file whose code has a record the survivors
+alone, against the tests that are there now.
 """
 
 from __future__ import annotations
@@ -225,6 +226,8 @@ def main() -> int:
     parser.add_argument("--left", action="store_true", help="those of --all without a record of "
                                                             "their code in mutants.json")
     parser.add_argument("--told", action="store_true", help="how many of --all have one")
+    parser.add_argument("--again", action="store_true", help="of a file whose code has a record "
+                                                             "the survivors alone")
     parser.add_argument("--named", action="store_true", help="the mutants mutants.toml names")
     parser.add_argument("--lines", help="only mutants of these lines: 12,40-60")
     parser.add_argument("--seconds", type=int, help="limit of one mutant's run (default: from the "
@@ -248,6 +251,8 @@ def main() -> int:
         every = list(mutants(of.file.read_text("utf-8")))
         if stale := set(of.equivalent) - {m.name for m in every}:
             sys.exit(f"equivalent/{of.name}.toml: {of.name} has no mutant {sorted(stale)}")
+        if given.again:
+            every = kept.survivors(of.name, made_of[of.name], every)
         work.append((of, [m for m in every if lines is None or m.line in lines]))
     work += named() if given.named else []
     if given.list:
@@ -261,7 +266,8 @@ def main() -> int:
         tallies.append(judge(of, every, given.seconds, trusted=named_one and bool(k)))
         if lines is None and not named_one:
             t = tallies[-1]
-            kept.keep(of.name, made_of[of.name], t.killed, t.equivalent, [m.name for m in t.live])
+            kept.keep(of.name, made_of[of.name], t.killed, t.equivalent, [m.name for m in t.live],
+                      more=given.again)
     for of, tally in zip([of for of, _ in work], tallies, strict=True):
         for m in tally.live:
             print(f"{of.place}:{m.line}: {m.name}")

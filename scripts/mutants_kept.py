@@ -24,10 +24,20 @@ class Kept:
         stale = [n for n, p in files.items() if self.records.get(n, {}).get("code") != code(p)]
         return stale + [n for n in files if n not in stale and self.records[n]["live"]]
 
-    def keep(self, name: str, made_of: str, killed: int, equivalent: int, live: list[str]) -> None:
+    def survivors(self, name: str, made_of: str, every: list[Any]) -> list[Any]:
+        """Of a file's mutants those that its record lets live; all where its code has none."""
+        known = self.records.get(name, {})
+        return [m for m in every if m.name in known["live"]] if known.get("code") == made_of \
+            else every
+
+    def keep(self, name: str, made_of: str, killed: int, equivalent: int, live: list[str],
+             more: bool = False) -> None:
         """Write a record of what :func:`code` said when the mutants were made; another process may
-        have written others meanwhile."""
+        have written others meanwhile. more: these are the survivors of the record that is there."""
         self.records = type(self)(self.file).records
+        known = self.records.get(name, {})
+        if more and known.get("code") == made_of:
+            killed, equivalent = killed + known["killed"], equivalent + known["equivalent"]
         self.records[name] = {"code": made_of, "killed": killed, "equivalent": equivalent,
                               "live": sorted(live)}
         lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(self.records[n])}"

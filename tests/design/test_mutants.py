@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_what_is_no_file_is_said():
     assert done.returncode == 1 and "neither a method's name nor a path" in done.stderr
 
 
+@dataclass
+class Named:
+    name: str
+
+
 def test_what_became_of_a_file_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from mutants_kept import Kept, code
@@ -69,6 +75,13 @@ def test_what_became_of_a_file_is_kept_until_its_code_changes(tmp_path, monkeypa
     again = Kept(kept.file)
     assert again.left(made) == ["two"]                                      # it has a survivor
     assert again.told(made) == "kept: 2 of 3 files without a survivor, 8 mutants; 1 live in others"
+    every = [Named("f: 2 -> 1"), Named("f: 2 -> 3")]
+    now = code(made["two"])
+    assert again.survivors("two", now, every) == every[1:]
+    assert again.survivors("two", "other", every) == again.survivors("four", now, every) == every
+    Kept(kept.file).keep("two", now, 1, 0, [], more=True)                   # a test was added
+    assert Kept(kept.file).records["two"] == {"code": now, "killed": 3, "equivalent": 0, "live": []}
+    Kept(kept.file).keep("two", now, 2, 0, ["f: 2 -> 3"])
     text = made["one"].read_text()
     made["one"].write_text(text.replace("Doubles", "Twice x") + "# a remark\n")
     assert again.left(made) == ["two"]
