@@ -122,6 +122,34 @@ def test_what_fails_or_hangs_is_killed_and_what_changes_nothing_lives(tmp_path):
     assert said == ["None", "test_toy.py::test_x", "test_toy.py::test_x", "time", "None"]
 
 
+STAYS = """
+import sys
+from pathlib import Path
+from mutants_run import Runner
+root = Path({root!r})
+runner = Runner(root, root / "copy", ("tests/test_toy.py",), (), seconds=20, ready=True)
+assert runner.prepare() is None
+assert "burnish.core" in sys.modules and "burnish.methods.toy" not in sys.modules
+for changed in ("from .. import core\\nx = core.ONE", "from .. import core\\nx = core.ONE + 1"):
+    print(runner.killer(Path("burnish/methods/toy.py"), changed))
+"""
+
+
+def test_of_a_method_all_but_methods_is_imported_once(tmp_path):
+    package = tmp_path / "copy/burnish"
+    (package / "methods").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    for file, text in {"__init__.py": "", "core.py": "ONE = 1", "methods/__init__.py": "",
+                       "methods/toy.py": "from .. import core\nx = core.ONE + 0"}.items():
+        (package / file).write_text(text)
+    (tmp_path / "tests/test_toy.py").write_text(
+        "def test_x():\n    from burnish.methods import toy\n    assert toy.x == 1\n")
+    done = subprocess.run([sys.executable, "-c", STAYS.format(root=str(tmp_path))],
+                          cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [w.rpartition("/")[2] for w in done.stdout.split()] == ["None", "test_toy.py::test_x"]
+
+
 def test_tests_of_other_names_are_told(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import mutants
