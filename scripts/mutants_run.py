@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+STAYS = tuple(f"burnish.{floor}" for floor in ("core", "blocks", "engine", "memory"))
 MEMORY = 12 << 30                                   # of a run's address space, bytes
 
 
@@ -55,8 +56,8 @@ class Runner:
         return None
 
     def _import_what_stays(self, names: list[str]) -> None:
-        """Modules of the package that no mutant of a method changes, from the copy; none of them
-        imports a method before it is asked for one."""
+        """Modules of the floors that know no method (`STAYS`), from the copy: no mutant of a method
+        changes them, and none imports a method before it is asked for one."""
         sys.path.insert(0, str(self.package))
         for name in names:
             with contextlib.suppress(Exception):
@@ -128,8 +129,7 @@ class Runner:
             sys.path.insert(0, str(self.package))
             os.environ["PYTHONPATH"] = str(self.package)
             said = self._run()
-            said["own"] = [n for n in sys.modules if n.partition(".")[0] == "burnish"
-                           and not n.startswith("burnish.methods.")]
+            said["own"] = [n for n in sys.modules if n.startswith(STAYS)]
             home = (str(self.root / "src"), str(self.root / "tests"), str(self.package))
             said["modules"] = [
                 n for n, m in sys.modules.items() if n != "__main__"
