@@ -60,7 +60,9 @@ def _selects(name: str) -> Skip | None:
 
 def _decays(name: str) -> Skip | None:
     said = " ".join((method_of(name).__doc__ or "").split())
-    return None if re.search(r"\b[Nn]o (weight )?decay(?! on)", said) and not partner(name) else \
+    if (beside := partner(name)) and TRAINS & axes_of(beside):
+        return Skip("what it stands beside trains too")
+    return None if re.search(r"\b[Nn]o (weight )?decay(?! on)", said) else \
         Skip("its docstring does not say of all that it trains that decay leaves it alone")
 
 
