@@ -180,3 +180,54 @@ def test_what_cannot_be_edited_is_refused(capsys, at, tmp_path, change, says):
     code, out, err = run(capsys, "edit", asked.pop("source"), asked.pop("edits"),
                          *(x for pair in asked.items() for x in pair))
     assert code != 0 and says in err and "Traceback" not in err, err
+
+
+# -- an editor that is kept --------------------------------------------------------------------
+def test_a_kept_editor_edits_as_the_one_that_has_just_learnt(capsys, at, tmp_path):
+    kept = tmp_path / "editor.safetensors"
+    first = ("edit", at / "base", at / "edits.csv", "--output", tmp_path / "a", "--editor", kept)
+    code, out, err = run(capsys, *first, "--lessons", at / "lessons.csv", "--how", MEND,
+                         "--epochs", "2", "--json")
+    assert code == 0, err
+    learnt = json.loads(out)
+    code, out, err = run(capsys, "edit", at / "base", at / "edits.csv", "--output", tmp_path / "b",
+                         "--editor", kept, "--json")
+    assert code == 0, err
+    again = json.loads(out)
+    assert again["figures"] == learnt["figures"] and again["lessons"] == learnt["lessons"] == 30
+    assert again["how"] == learnt["how"] and again["notes"] == []
+    one, two = (dict(model(tmp_path / n)[0].named_parameters()) for n in "ab")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    write(tmp_path / "more.csv", [{"prompt": "the dog is", "answer": " park"}])
+    code, out, err = run(capsys, "edit", tmp_path / "b", tmp_path / "more.csv", "--editor", kept)
+    assert code == 0, err                                # a second edit, on the edited model
+    assert "has learnt on other weights" in out and "1 edits of 9 matrices" in out
+
+
+def test_an_editor_that_does_not_belong_is_refused(capsys, at, tmp_path):
+    from burnish.formats import safe
+
+    kept = tmp_path / "editor.safetensors"
+    asked = ["edit", at / "base", at / "edits.csv"]
+    code, _, err = run(capsys, *asked)
+    assert code != 0 and "learnt of --lessons, or has an --editor" in err
+    assert run(capsys, *asked, "--editor", kept, "--lessons", at / "lessons.csv", "--how",
+               MEND)[0] == 0
+    foreign = tmp_path / "foreign.safetensors"
+    safe.save_file({"a": torch.zeros(2)}, foreign)
+    small = tmp_path / "small"
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(vocab_size=model(at / "base")[0].config.vocab_size,
+                                 hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+                                 num_attention_heads=2)).save_pretrained(small)
+    model(at / "base")[1].save_pretrained(small)
+    for more, says in ((["--editor", kept, "--lessons", at / "lessons.csv"], "is there already"),
+                       (["--editor", foreign], "is no editor; burnish edit --lessons writes one"),
+                       (["--editor", tmp_path / "e.bin"], "expected a .safetensors file"),
+                       (["--editor", tmp_path / "no.safetensors"], "no.safetensors"),
+                       (["--editor", kept, "--how", "mend(bottleneck=3)"], "was made by mend(")):
+        code, _, err = run(capsys, *asked, *more)
+        assert code != 0 and says in err and "Traceback" not in err, err
+    code, _, err = run(capsys, "edit", small, at / "edits.csv", "--editor", kept)
+    assert code != 0 and "edits other matrices" in err and "Traceback" not in err, err

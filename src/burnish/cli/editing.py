@@ -22,11 +22,16 @@ def edit(
     source: Annotated[Path, typer.Argument(help="The folder of a language model.")],
     edits: Annotated[Path, typer.Argument(help="A table with prompt and answer; rephrased and "
                                                "local where they are to be measured.")],
-    lessons: Annotated[Path, typer.Option(help="A table of such edits to learn from, with "
-                                               "prompt, answer, rephrased and local.")],
+    lessons: Annotated[Path | None, typer.Option(help="A table of such edits to learn from, with "
+                                                      "prompt, answer, rephrased and local.")
+                       ] = None,
+    editor: Annotated[Path | None, typer.Option(help="A .safetensors file of what was learnt: with "
+                                                     "--lessons it is written, without them read."
+                                                )] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for the edited model; without it "
                                                      "nothing is written.")] = None,
-    how: Annotated[str, typer.Option(help="The method, with its settings.")] = "mend",
+    how: Annotated[str | None, typer.Option(help="The method, with its settings; default: mend, or "
+                                                 "what the editor was made by.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the lessons.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the order of lessons.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts as they stand, without the "
@@ -36,35 +41,50 @@ def edit(
     """Edit answers: burnish edit MODEL edits.csv --lessons lessons.csv --output edited
 
     A net learns of the lessons how a gradient is to be turned, then all rows of edits are one edit.
-    Told are success, other wordings, and what moved elsewhere, before and after.
+    Told are success, other wordings, and what moved elsewhere, before and after. --editor keeps the
+    net, so that a second edit has no lessons to learn.
     """
     from ..fit import edits as of
     from ..formats import claim, staged
+    from ..formats import editor as kept
     from ..formats.combine import kind_of
     from .auditing import language_model
 
-    part = _part(how)
+    learnt = _learnt(lessons, editor, how)
+    part = _part(how or learnt.get("how", "mend"))
     if kind_of([source]) != "model":
         raise ConfigError(f"{source} is an adapter, and a plain model is edited: burnish merge "
                           "makes one of it")
-    reads = [source, edits, lessons]
+    reads = [source, edits, *([editor] if lessons is None else [lessons])]    # type: ignore[list-item]
     if output is not None:
         claim.refuse_overlap(output, [("an input", f) for f in reads], whole=True)
         staged.refuse_others(output, "model")            # before anything is loaded
-    wanted, taught = of.cases(edits), of.cases(lessons, lessons=True)
+    wanted = of.cases(edits)
+    taught = [] if lessons is None else of.cases(lessons, lessons=True)
     model, tokenizer = language_model(str(source))
     from ..fit.safety import check_causal
 
     check_causal(model)
     wording = of.Wording(model, _with_end(tokenizer, source), True if plain else None)
     batch = wording.edit(wanted)                         # what cannot be asked is refused here
-    editor = part.lifecycle(model.eval(), of.lessons(wording, taught, epochs, seed))
+    notes = []
+    if lessons is None:
+        turns = part.editor(model.eval())
+        if not kept.load(turns, editor):                 # type: ignore[arg-type]
+            notes = [f"{editor} has learnt on other weights than those of {source}: edits are less "
+                     "sure the further they are apart"]
+    else:
+        turns = part.lifecycle(model.eval(), of.lessons(wording, taught, epochs, seed))
+        if editor is not None:
+            kept.save(turns, str(part), len(taught), editor)
     before = of.look(wording, wanted)
-    made = editor(batch)
+    made = turns(batch)
     made.merge()
     after = of.look(wording, wanted)
-    told = {"source": source, "how": str(part), "edits": len(wanted), "lessons": len(taught),
-            "epochs": epochs, "seed": seed, "matrices": list(made.changes),
+    told = {"source": source, "how": str(part), "edits": len(wanted),
+            "lessons": len(taught) if lessons is not None else learnt["lessons"],
+            "editor": editor, "notes": notes, "epochs": epochs, "seed": seed,
+            "matrices": list(made.changes),
             "rank": max(len(left) for left, _ in made.changes.values()),
             "figures": of.figures(before, after),
             "rows": [{"prompt": c.prompt, "answer": c.answer, "before": a, "after": b}
@@ -73,6 +93,26 @@ def edit(
     if output is not None:
         _write(model, source, reads, output)
     emit(json, told, "\n".join(_text(told)))
+
+
+def _learnt(lessons: Path | None, editor: Path | None, how: str | None) -> dict[str, Any]:
+    """What an editor's file says of itself, where it is to be read. Raises ConfigError where there
+    is nothing to edit by."""
+    from ..formats import editor as kept
+
+    if editor is not None and editor.suffix != ".safetensors":
+        raise ConfigError(f"--editor {editor}: expected a .safetensors file")
+    if lessons is not None:
+        if editor is not None and editor.exists():
+            raise ConfigError(f"--editor {editor} is there already: leave --lessons out to edit by "
+                              "it, or name another file")
+        return {}
+    if editor is None:
+        raise ConfigError("an edit is learnt of --lessons, or has an --editor that was")
+    said = kept.said(editor)
+    if how is not None and str(_part(how)) != said["how"]:
+        raise ConfigError(f"--how {how}: {editor} was made by {said['how']}; leave --how out")
+    return said
 
 
 def _part(text: str) -> Any:
@@ -116,4 +156,6 @@ def _text(told: Mapping[str, Any]) -> list[str]:
         else f"model written to {told['output']}"
     return [f"{told['edits']} edits of {len(told['matrices'])} matrices by {told['how']}, which "
             f"learnt of {told['lessons']} lessons", "",
-            table(["", "before", "after"], rows, right=(1, 2)), "", where]
+            table(["", "before", "after"], rows, right=(1, 2)), "", where,
+            *(f"note: {n}" for n in told["notes"]),
+            *([f"editor: {told['editor']}"] if told["editor"] is not None else [])]

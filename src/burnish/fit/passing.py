@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import singly, taken
+from ..core.errors import ConfigError
 from ..core.outputs import next_token
 
 
@@ -23,6 +24,9 @@ class Passing:
     compute_loss: Callable[..., Any]
     compute_loss_context_manager: Callable[[], Any]
     _prepare_inputs: Callable[[Any], Any]
+    task: Any
+    plain: bool
+    eval_dataset: Any
 
     def _pass(self, own: Callable[..., Tensor], model: nn.Module, inputs: Any, items: Any
               ) -> torch.Tensor:
@@ -31,6 +35,7 @@ class Passing:
 
         own: the trainer's forward and backward, of (model, inputs, items).
         """
+        self._hold_out()
         def passes(inputs: Any, items: Any) -> Any:
             def whole() -> torch.Tensor:
                 shared = not self.tuned.steps.still or self.args.world_size == 1
@@ -54,6 +59,29 @@ class Passing:
         scaler = self.accelerator.scaler
         return self.tuned.around(*passes(inputs, items),
                                  1.0 if scaler is None else scaler.get_scale(), some)
+
+    def _hold_out(self) -> None:
+        """Parts that learn of validation rows (``hears``) are given them, before the first pass."""
+        asking = [(n, h) for n, h in self.tuned.timeline.handlers if hasattr(h, "hears")]
+        if not asking or getattr(self, "_held_out", None) is self.tuned.timeline:
+            return
+        if self.eval_dataset is None:
+            raise ConfigError(f"{asking[0][0]} learns of validation rows, and this run has none: "
+                              "leave validation=0 out, or give a validation split")
+        for _, handler in asking:
+            handler.hears(self._validation_batch)
+        self._held_out = self.tuned.timeline
+
+    def _validation_batch(self, k: int) -> tuple[Any, Any]:
+        """The k-th batch of validation rows, in an order of the seed, as large as a micro-batch,
+        with its loss (:meth:`burnish.fit.tasks.base.Task.call`)."""
+        rows, size = self.eval_dataset, min(self.args.train_batch_size, len(self.eval_dataset))
+        per = len(rows) // size
+        g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + k // per)
+        some = torch.randperm(len(rows), generator=g)[k % per * size:][:size].tolist()
+        batch: tuple[Any, Any] = self.task.call(
+            self._prepare_inputs(self.task.collate([rows[i] for i in some])), self.plain)
+        return batch
 
 
 def share(model: nn.Module, inputs: Any, fewer: Any) -> Tensor | float:
