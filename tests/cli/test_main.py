@@ -186,7 +186,7 @@ SURFACE = {
              "system temperature tokens",
     "repair": "base batch benign data how json judge metric output policy prompts source split "
               "tokens",
-    "edit": "edits epochs how json lessons output plain seed source",
+    "edit": "editor edits epochs how json lessons output plain seed source",
     "steer": "against alphas batch cap json layer model output pairs",
     "sparsity": "batch control data drop grid json metric model picture ranking runs split targets",
     "dimension": "beyond data halvings json least metric model most output picture share times",
@@ -196,6 +196,7 @@ SURFACE = {
     "bench": "budget json output page picture recipes seeds task",
     "reproduce": "json listed names page",
     "soup": "batch data folders greedy json learned metric output rank split",
+    "mix": "batch count data epochs held how json lr metric model out recipe rows",
     "arithmetic": "expression json output rank",
     "combine": "base batch data folders force how json metric output rank split weights",
     "compress": "base folder how json output",

@@ -22,9 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of
 
 #: where commands are, in the order of help
 MODULES = ("training", "advising", "memory", "reproduce", "files", "sharing", "mixing",
-           "combining", "compressing", "selecting", "marking", "searching", "inspecting",
-           "adapting", "auditing", "repairing", "editing", "steering", "sparsity", "dimension",
-           "continual", "federating", "boarding", "page", "catalogue", "suite")
+           "combining", "compressing", "selecting", "mixtures", "marking", "searching",
+           "inspecting", "adapting", "auditing", "repairing", "editing", "steering", "sparsity",
+           "dimension", "continual", "federating", "boarding", "page", "catalogue", "suite")
 
 
 def command() -> Any:
