@@ -162,6 +162,7 @@ def test_what_cannot_act_is_refused():
     for bad in ("dimension=100", "piece=0", "dimension=0, piece=1"):
         with pytest.raises(RecipeError, match="no whole number of chunks"):
             parse(f"stable_rps({bad})")
+    assert parse("stable_rps(dimension=1, piece=1)")         # one number for all
     with pytest.raises(RecipeError, match="seed=-1"):
         parse("stable_rps(seed=-1)")
     with pytest.raises(RecipeError, match="more than the 171 entries"):
