@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from burnish.cli import config
 from burnish.fit.arguments import sort_out
@@ -137,6 +140,21 @@ def test_captions():
 def test_strokes():
     found = load("strokes").main(many=600, few=75, epochs=3, first=2)
     assert found["lora(rank=8)"] < found["linear_probe"] < 1
+
+
+def test_penmanship(tmp_path, capsys):
+    """Too short to write well: what it learns of scans it must tell, and what diffusers draws with
+    what was exported is another picture."""
+    found = load("penmanship").main(many=100, steps=30, few=40, epochs=15, each=1,
+                                    picture=str(tmp_path / "sheet.png"))
+    assert found["error"] < 0.99
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"), np.float32)
+    assert sheet.shape == (3 * 64, 10 * 64)
+    printed, before, after = np.split(sheet, 3)
+    assert abs(before - after).max() > 10 and abs(before - printed).max() > 0
+    said = capsys.readouterr().out
+    promised, measured = re.search(r"a step: ([0-9,]+) bytes promised, ([0-9,]+)", said).groups()
+    assert promised == measured
 
 
 def test_the_configuration_names_only_known_settings():

@@ -236,7 +236,7 @@ def test_captions_stand_in_a_table_of_metadata(pipes, tmp_path, column):
         f"file_name,{column}\na.png,a box\nb.png,a disc\nc.png,a box\n")
     task, _ = made(pipes / SD, tmp_path)
     assert task.texts(task.data.train) == ["a box", "a disc", "a box"]
-    assert set(task.rows("train") and task.conditions.known) == {"a box", "a disc"}
+    assert set(task.rows("train") and task.conditions.known) == {"a box", "a disc", ""}
 
 
 def test_captions_stand_beside_pictures_or_are_one_for_all(pipes, tmp_path):
@@ -349,6 +349,35 @@ def test_pipelines_that_are_not_whole_or_are_others_are_refused(pipes, data, tmp
         burnish.fit(str(pipes / SD), str(data), task="image-generation", output=tmp_path / "out")
 
 
+def test_a_pipeline_with_a_safety_checker_is_whole(data, tmp_path):
+    """Its index names a module of diffusers for the checker; pickled, it is refused beforehand."""
+    import transformers as t
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    from burnish.testing.pipelines import SIDE
+
+    body = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2}
+    checker = StableDiffusionSafetyChecker(t.CLIPConfig(
+        text_config=body, vision_config={**body, "image_size": SIDE, "patch_size": 8},
+        projection_dim=8))
+    checker.concept_embeds_weights.data.fill_(2.0)           # nothing is like anything
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    pipe = prompted(SD)
+    pipe.register_modules(safety_checker=checker, feature_extractor=t.CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}))
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["safety_checker"][0] == "stable_diffusion"
+    task, model = made(tmp_path / "pipe", data, num_inference_steps=2)
+    task.folder = tmp_path
+    drawn = Image.open(task.answer(model.eval(), {"text": "a box"}, 0)["picture"])
+    assert np.asarray(drawn).max() > 0                         # it is black where one is found
+    weights = tmp_path / "pipe" / "safety_checker" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    refused(FormatError, "pickled weights are not opened", tmp_path / "pipe", data)
+
+
 def test_a_flow_of_no_texts_is_learnt_too(tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -452,6 +481,9 @@ def test_a_run_goes_to_diffusers_as_a_lora_or_as_a_pipeline(pipes, data, tmp_pat
     told = json.loads(capsys.readouterr().out)
     assert told["commands"][1] == f"pipe.load_lora_weights({lora!r})" and told["rank"] == 2
     assert not (tmp_path / "whole" / "vae" / "old.bin").exists()
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("path/to/this/folder")' in card
+    assert "burnish.load" not in card
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == SD3 else {}
 
     def drawn(folder, *beside):

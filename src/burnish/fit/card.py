@@ -40,7 +40,10 @@ def card(run: Mapping[str, Any], merged: bool = False) -> str:
             [f'model = {auto}.from_pretrained("path/to/this/folder")'] if merged else
             [f"model = {loader})", 'tuned = burnish.load(model, "path/to/this/folder")']),
         "```"]
-    if generated(data["task"]):
+    if generated(data["task"]) and merged:
+        use = ["```python", f"from diffusers import {auto}", "",
+               f'pipe = {auto}.from_pretrained("path/to/this/folder")', "```"]
+    elif generated(data["task"]):
         use = ["```python", "import burnish", f"from diffusers import {auto}", "",
                f"pipe = {auto}.from_pretrained({base!r})",
                'model = pipe.components.get("unet") or pipe.components["transformer"]',

@@ -46,7 +46,7 @@ KINDS = {
     "text-to-image": Kind(
         "DiffusionPipeline", "text-to-image",
         "file_name or image, text; a .txt beside each picture; pictures and instance_prompt",
-        ("tests/fit/test_prompted.py",)),
+        ("tests/fit/test_prompted.py",), "penmanship.py"),
     "image-captioning": Kind(
         "AutoModelForImageTextToText", "image-to-text",
         "file_name or image, text; a .txt beside each picture", ("tests/fit/test_captions.py",),

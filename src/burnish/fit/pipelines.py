@@ -24,6 +24,8 @@ INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
 #: what a model may be asked to tell of a noisy picture
 KNOWN = ("epsilon", "v_prediction", "sample")
+#: parts with weights that diffusers reads by itself, for which pickles are refused beforehand
+READ_WHOLE = ("text_encoder", "safety_checker", "image_encoder")
 #: pipelines that read texts: what their denoisers are told of one, beside the noisy picture
 READS = {
     "StableDiffusionPipeline": ("encoder_hidden_states",),
@@ -111,11 +113,12 @@ class Pipeline:
             if not where.is_dir():
                 raise ConfigError(f"{self.folder} lacks the folder {part}/ ({plain(name, 60)}), "
                                   f"which its {INDEX} names")
-            if package not in ("diffusers", "transformers"):
+            if package not in ("diffusers", "transformers") and \
+                    not hasattr(library().pipelines, package):     # a module of its pipelines
                 raise ConfigError(f"{self.folder}: {part} is {plain(name, 60)} of "
                                   f"{plain(package, 60)}; parts of diffusers and transformers are "
                                   "read, and no code that comes with a pipeline runs")
-            if part.startswith("text_encoder"):
+            if part.startswith(READ_WHOLE):
                 safe.weight_files(where)
 
     def class_of(self, part: str) -> Any:

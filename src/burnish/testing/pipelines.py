@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,22 @@ def coder(**config: Any) -> Any:
 
 def letters(longest: int = TOKENS) -> Any:
     """CLIP's tokenizer with a token for each letter, and none for anything else."""
+    return worded((), longest)
+
+
+def worded(words: Sequence[str], longest: int = TOKENS) -> Any:
+    """The same with a token for each of these words."""
     from transformers import CLIPTokenizer
 
     known = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase),
              "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(known)}, merges=[],
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        whole = [*itertools.accumulate(parts)]
+        merges += [pair for pair in zip(whole, parts[1:], strict=False) if pair not in merges]
+        known += [w for w in whole if w not in known]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(known)}, merges=merges,
                          model_max_length=longest)
 
 
