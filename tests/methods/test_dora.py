@@ -196,9 +196,10 @@ def test_all_that_differs_from_the_base_sees_the_dropped_input(trained):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     tuned.model.eval()
     torch.testing.assert_close(tuned.model(x), F.linear(x, (m / c)[:, None] * V, linear.bias))
-    (_, inner), = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "dora(rank=2, dropout=0.4)",
-                               targets="0", head=False).terms(type(chain))
-    assert inner.dropout == 0.4
+    other = burnish.tune(nn.Sequential(nn.Linear(16, 24)), "dora(rank=2, dropout=0.4)",
+                         targets="0", head=False)
+    ((_, inner),), ((_, length),) = (other.terms(type(t)) for t in (chain, magnitude))
+    assert (inner.dropout, length.dropout) == (0.4, 0.0), "one of them drops"
 
 
 @pytest.mark.parametrize("settings, word", [("rank=17", "rank"), ("dropout=1.0", "dropout"),
@@ -347,6 +348,8 @@ def test_a_rate_that_is_none_and_what_trains_without_a():
         parse("dora(b_rate=0)")
     (method,) = parse("dora(rank=3, train_a=False)")
     assert method.count(Place("x", "weight", "linear", 7, 5)) == 3 * 7 + 7
+    assert method.per_token(Place("x", "weight", "linear", 7, 5)) == 3
+    assert parse("dora(hold_norm=False)")[0].per_token(Place("x", "weight", "linear", 7, 5)) == 0
 
 
 def test_norms_may_be_differentiated():
