@@ -67,6 +67,17 @@ def test_with_dropout_the_base_sees_x_and_the_rest_less_of_it(beside):
     torch.testing.assert_close(model(x), F.linear(x, W * (1 + 2.0 * B @ A), bias))
 
 
+def test_a_base_that_changed_since_the_forward_is_refused_under_dropout():
+    model, _, term = made("rank=3, alpha=6, dropout=0.4")
+    with torch.no_grad():
+        term.B.normal_()
+    y = model(torch.randn(5, 12, dtype=torch.float64)).sum()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.backward()
+
+
 def test_no_other_part_can_drop_under_it():
     with pytest.raises(burnish.RecipeError, match="cannot act under a function of the whole weig"):
         burnish.tune(nn.Sequential(nn.Linear(8, 8)), "hut(rank=2, dropout=0.1) + "
