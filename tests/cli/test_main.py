@@ -166,8 +166,9 @@ SURFACE = {
     "search": "data json memory metric model objectives output picture seed space trials",
     "select": "base data how json like out run split",
     "mark": "base data how json out source split",
-    "predict": "base cache given inputs json run tokens",
-    "evaluate": "audio base batch cache data image json label run split text",
+    "predict": "base cache given guidance_scale inputs json num_inference_steps run seed tokens "
+               "trust",
+    "evaluate": "audio base batch cache data image json label run split text trust",
     "advise": "data json memory model test",
     "demo": "json memory output",
     "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
