@@ -85,7 +85,9 @@ def test_every_task_that_is_served_has_a_test_here_or_elsewhere():
     elsewhere = {"semantic-segmentation", "speech-recognition", "audio-classification",
                  "speech-to-text", "image-text-contrastive", "image-captioning", "object-detection",
                  "time-series-forecasting",
-                 "image-generation", "text-to-image",
+                 "image-generation", "text-to-image", "text-segmentation",
+                 *(f"{of}-{what}" for of in ("cloud", "graph")
+                   for what in ("classification", "multi-label", "regression")),
                  "unpaired-preference-tuning",
                  "audio-multi-label", "audio-regression",
                  "image-classification", "image-multi-label", "image-regression",
