@@ -208,6 +208,8 @@ def in_a_browser(root):
 TRIED = {
     "object-detection": ({"A picture": "images/0.png"}, ".pair"),
     "semantic-segmentation": ({"A picture": "images/0.jpg"}, "canvas.seen"),
+    "text-segmentation": ({"A picture": "pictures/0.png", "What to draw the mask of": "a red disc"},
+                          "canvas.seen"),
     "image-text-contrastive": ({"A picture": "0.png", "Texts to compare it with, one a line":
                                 "a red disc\na blue box"}, ".pair"),
     "image-generation": ({"The name of a class, or a number to draw by": "disc"}, "img.drawn"),

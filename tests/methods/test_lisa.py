@@ -198,9 +198,9 @@ def test_the_live_take_the_steps_of_plain_adam(leave):                          
                             for k in range(2, 12)), "some block has left and returned"
 
 
-@pytest.mark.parametrize("layers", [7, -1])
-def test_more_layers_than_blocks_is_refused(layers):
-    with pytest.raises(RecipeError, match=f"layers={layers}.*6 repeated blocks"):
+@pytest.mark.parametrize("layers, said", [(7, "6 repeated blocks"), (-1, "expected 0 or more")])
+def test_more_layers_than_blocks_is_refused(layers, said):
+    with pytest.raises(RecipeError, match=f"layers={layers}.*{said}"):
         attach(f"lisa(layers={layers})", Body())
 
 

@@ -317,6 +317,7 @@ def test_in_fit_a_micro_batch_keeps_its_weight_in_the_update():
     fit = Passing()
     fit.args, fit.accelerator = SimpleNamespace(world_size=1), SimpleNamespace(scaler=None)
     fit.tuned = SimpleNamespace(model=net, steps=SimpleNamespace(still=False),
+                                timeline=SimpleNamespace(handlers=[]),
                                 around=lambda whole, alone, each, scale, some: some([0, 1])[0]())
     fit._pass(lambda model, inputs, items: calls.append((inputs, items)), net,
               {"input_ids": ids, "labels": labels}, torch.tensor(40.0))

@@ -284,7 +284,7 @@ def predict(say: Say, run: str, text: str | None = None, file: str | None = None
         else:
             inputs = [_given(takes, text, file)]
         said = itertools.islice(finished.predict(inputs, tokens, beside=True), ROWS)
-        if inputs == [file] and takes[0] not in ("image", "audio", "values"):
+        if inputs == [file] and takes[0] not in ("image", "audio", "cloud", "values"):
             return {"rows": [{"asked": _row(a["input"], k), "said": a["said"], "base": a["base"]}
                              for k, a in enumerate(said, 1)]}
         return _shown({k: v for k, v in next(said).items() if k != "input"})
@@ -323,7 +323,7 @@ def _compared(file: str | None, texts: Sequence[str], stack: contextlib.ExitStac
 
     said = [" ".join(t.split()) for t in texts if t.strip()]
     if file is None or not PICTURE.is_one(file) or not said:
-        raise ConfigError("this run compares pictures with texts: give it a picture, and a text "
+        raise ConfigError("this run reads pictures with texts: give it a picture, and a text "
                           "or more")
     lines = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8"))
     lines.write("\n".join(said))

@@ -3,7 +3,7 @@
 import { send } from "./ask.js";
 import { h, lines, s } from "./chart.js";
 
-const PICTURES = "image/png,image/jpeg,image/webp,image/gif,image/bmp", SOUNDS = ".wav,.flac,.ogg,.mp3,.opus,.aiff", TABLES = ".csv,.tsv,.jsonl";
+const PICTURES = "image/png,image/jpeg,image/webp,image/gif,image/bmp", SOUNDS = ".wav,.flac,.ogg,.mp3,.opus,.aiff", TABLES = ".csv,.tsv,.jsonl", CLOUDS = ".xyz,.ply,.npy,.off", GRAPHS = ".jsonl";
 const TABLE = { csv: "text/csv", tsv: "text/tab-separated-values", jsonl: "application/jsonl" };
 
 const file = (label, accept, optional) => ({ name: "file", label, accept, optional });
@@ -24,6 +24,8 @@ export function fields(task, paired) {
   if (FORMS[task]) return FORMS[task];
   if (/^image-|^semantic-|^object-/.test(task)) return [file("A picture", PICTURES)];
   if (/^audio-|^speech-/.test(task)) return [file("A sound", SOUNDS)];
+  if (/^cloud-/.test(task)) return [file("A cloud of points", CLOUDS)];
+  if (/^graph-/.test(task)) return [text('A graph, such as {"edge_index": [[0, 1], [1, 0]], "node_feat": [[1], [2]]}'), file("or a table of graphs", GRAPHS, true)];
   return [text("A text"), paired && { name: "pair", label: "The text beside it", long: true }, file("or a table of rows", TABLES, true)].filter(Boolean);
 }
 
