@@ -63,6 +63,13 @@ def test_once(method, check, record_property):
     told(conformance.run(method, [model], only=[conformance.once(method)[check]]), record_property)
 
 
+@pytest.mark.parametrize("new", [frozenset(), frozenset({"lora"})])
+def test_each_of_them_is_asked_of_changed_methods_and_of_others(new, monkeypatch):
+    monkeypatch.setattr(changed, "methods", lambda: new)
+    assert [c.__name__ for c in conformance.once("lora")] == \
+        [c.__name__ for c in conformance.ONCE]
+
+
 @pytest.mark.parametrize("method", ["lora", "snella", "full", "checkpoint"])
 def test_method_on_vit(method):
     """A quick look at four of them for `make check`."""
