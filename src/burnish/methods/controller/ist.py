@@ -60,8 +60,8 @@ class Ist(Method):
         f"exactly_what_trains_moves on {model}": "six draws of one block in four leave one out; "
         "tests/methods/test_ist.py shows that exactly what is drawn moves"
         for model in ("clip", "swin", "t5", "whisper")} | {
-        "every_setting_acts on graphs": "in a few updates scores move enough there to draw others, "
-                                        "which settings called unseen then show"}
+        "every_setting_acts on graphs": "by chance scores move enough there to draw others, which "
+                                        "settings called unseen then show"}
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     shown_beside: ClassVar[str] = "lora(rank=4)"
     relies_on: ClassVar[tuple[str, ...]] = ("around_step", "schedule")
