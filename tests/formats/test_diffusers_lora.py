@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import burnish
 from burnish.core.errors import FormatError
 from burnish.core.example import example_batch
-from burnish.formats.diffusers_lora import FILE, METADATA, export_diffusers
+from burnish.formats.diffusers_files import FILE, METADATA
+from burnish.formats.diffusers_lora import export_diffusers
 from burnish.testing import stir
 from burnish.testing.pipelines import PROMPTED, SD, SD3, prompted
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core.errors import FormatError
 from ..core.reading import shown
-from . import peft_lora, peft_prompts, peft_settings, safe, staged
+from . import diffusers_files, peft_lora, peft_prompts, peft_settings, safe, staged
 from .claim import Inputs
 from .folder import CONFIG, TENSORS, finite
 from .peft_folder import PREFIX, PeftFolder, keep, pattern, strip
@@ -45,10 +45,8 @@ def read(folder: str | Path) -> PeftFolder:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
     if not (folder / CONFIG).is_file():
-        from . import diffusers_lora
-
-        if diffusers_lora.there(folder):
-            return diffusers_lora.read(folder)
+        if diffusers_files.there(folder):
+            return diffusers_files.read(folder)
         raise FormatError(f"{folder} is no PEFT folder: it has no {CONFIG}")
     config = safe.read_json(folder / CONFIG, finite=True)
     if config.get("library") == "burnish":
