@@ -8,6 +8,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight import quantise
+from burnish.testing.checks.common import part
 from burnish.testing.models import tiny
 from burnish.testing.stir import stir
 
@@ -63,3 +64,18 @@ def test_trace(recipe):
         assert torch.allclose(traced(*words)[0], want, atol=1e-5)
         other = tuple(w.flip(0) for w in words)
         assert torch.allclose(traced(*other)[0], net(*other)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["shira(rank=4)", part("dsee")])
+def test_few_entries_stand_in_the_columns_they_had(recipe):
+    """An export puts tensors without values in the place of the entries' numbers."""
+    net, batch = tiny("vit")
+    tuned = stir(burnish.tune(net, recipe, head=False))
+    net.eval()
+    batch.pop("labels")
+    with torch.no_grad():
+        followed = torch.export.export(net, (), batch, strict=False).module()
+        want = net(**batch).logits
+        assert torch.allclose(followed(**batch).logits, want, atol=1e-5)
+        with tuned.disabled():
+            assert not torch.allclose(want, net(**batch).logits, atol=1e-4)

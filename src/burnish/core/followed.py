@@ -35,11 +35,15 @@ def written_down() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
+def is_fake(t: Tensor) -> bool:
+    """Has the tensor a shape but no values (meta, or under FakeTensorMode)?"""
+    return t.device.type == "meta" or isinstance(t, FakeTensor)
+
+
 def simulated(t: Tensor) -> bool:
-    """Is it of a run that only asks what it costs: has it a shape but no values, and does nobody
-    write down what is computed with it (torch.export does, on tensors that look the same)?"""
-    return (t.device.type == "meta" or isinstance(t, FakeTensor)) \
-        and not torch.compiler.is_exporting()
+    """Is it of a run that only asks what it costs: has it no values, and does nobody write down
+    what is computed with it (torch.export does, on tensors that look the same)?"""
+    return is_fake(t) and not torch.compiler.is_exporting()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def canonical(table: Table, roles: Roles, classes: Classes, source: str
     for role, feature, check in (("image", datasets.Image(), _images),
                                  ("mask", datasets.Image(), _images),
                                  ("audio", recorded, partial(_files, word="sound")),
-                                 ("cloud", recorded, partial(_files, word="cloud")),
+                                 ("cloud", recorded, partial(_files, word="cloud", coded=False)),
                                  ("text", datasets.Value("string"), _texts),
                                  ("pair", datasets.Value("string"), _texts),
                                  ("negative", datasets.Value("string"), _texts),
@@ -178,21 +178,21 @@ def _images(values: list[Any], field: str, table: Table) -> list[Any]:
     return out
 
 
-def _files(values: list[Any], field: str, table: Table, word: str) -> list[dict[str, Any]]:
-    """Recordings, or clouds, as ``{"bytes", "path"}``, as `datasets` keeps recordings."""
+def _files(values: list[Any], field: str, table: Table, word: str, coded: bool = True
+           ) -> list[dict[str, Any]]:
+    """Recordings, or clouds, as ``{"bytes", "path"}``, as `datasets` keeps recordings. coded:
+    whether the bytes of a file will do (the ending of a cloud's says how it is read)."""
     out = []
     for i, v in enumerate(values):
         given = v if isinstance(v, dict) else {"bytes" if isinstance(v, bytes) else "path": v}
-        coded, path = given.get("bytes"), given.get("path")
-        if word == "cloud":                       # its ending says how it is read
-            coded = None
-        if not isinstance(coded, bytes) and not isinstance(path, str):
-            what = "a path" if word == "cloud" else "a path, or the bytes of a file"
+        held, path = given.get("bytes") if coded else None, given.get("path")
+        if not isinstance(held, bytes) and not isinstance(path, str):
+            what = "a path, or the bytes of a file" if coded else "a path"
             raise DataError(f"{table.where(i)}, field {field!r}: expected a {word} ({what}), found "
                             f"{type(v).__name__}")
-        there = None if coded else table.path(path)
-        if not coded and there is None:
+        there = None if held else table.path(path)
+        if not held and there is None:
             raise DataError(f"{table.where(i)}, field {field!r}: there is no {word} at "
                             f"{plain(path)}")
-        out.append({"bytes": coded or None, "path": None if there is None else str(there)})
+        out.append({"bytes": held or None, "path": None if there is None else str(there)})
     return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import RecipeError, TargetError, nearest
+from ...core.followed import is_fake
 from ...core.reading import plain, reading, regular
 from ...core.site import Place, Site
 from ..weight.sparse import SparseDelta, spread
@@ -96,7 +97,7 @@ def had_by(place: Place, beside: Iterable[tuple[Place, Any]]) -> Tensor | None:
     """Entries of a place that the sparse updates among (place, term) have, places of one weight."""
     found = []
     for other, term in beside:
-        if isinstance(term, SparseDelta) and not _valueless(term.index):
+        if isinstance(term, SparseDelta) and not is_fake(term.index):
             index = term.index.long()
             rows = index // place.inp + _first(other) - _first(place)
             inside = (rows >= 0) & (rows < place.out)
@@ -106,10 +107,6 @@ def had_by(place: Place, beside: Iterable[tuple[Place, Any]]) -> Tensor | None:
 
 def _first(place: Place) -> int:
     return place.rows[0] if place.rows else 0
-
-
-def _valueless(t: Tensor) -> bool:
-    return t.device.type == "meta" or type(t).__name__ == "FakeTensor"
 
 
 def given(file: str, site: Site) -> Tensor:

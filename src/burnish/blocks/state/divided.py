@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core.call import context
+from ...core.followed import is_fake
 from ..tape.functions import once_differentiable
 from ..weight.sparse import spread
 
@@ -57,7 +58,7 @@ class _Placed(torch.autograd.Function):
 
 def _of(W: Tensor, owner: Tensor, k: int, n: int) -> Tensor:
     """The n entries that belong to expert k."""
-    return W.new_empty(n) if isinstance(W, FakeTensor) or W.is_meta else W[owner == k]
+    return W.new_empty(n) if is_fake(W) else W[owner == k]
 
 
 class Divided(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ...core.followed import is_fake
 from ..tape.cast import uncast
 from .routed import Routed, Routing, dealt
 
@@ -76,7 +76,7 @@ class Emergent(Routed):
         super().__init__(*args, k=k, part=self.part)
         if keys is None:
             return
-        blank = blank or isinstance(keys, FakeTensor) or keys.is_meta
+        blank = blank or is_fake(keys)
         order = torch.arange(len(keys), device=keys.device) if blank else \
             clusters(keys, experts, seed)
         wide = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))

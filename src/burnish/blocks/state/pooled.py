@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.call import context, current, resume
 from ...core.errors import RecipeError
+from ...core.followed import is_fake
 from .prompts import Listener, named
 
 
@@ -36,7 +36,7 @@ class Asked(Listener):
         if ids is None or here is None:
             raise RecipeError("codeprompt finds a mask in input_ids: give input_ids")
         found = ids == self.mask
-        if not isinstance(ids, FakeTensor) and ids.device.type != "meta":
+        if not is_fake(ids):
             counts = {int(n) for n in found.sum(1).unique()}
             if counts != {1}:
                 raise RecipeError(f"codeprompt: every sample needs one token {self.mask}, and here "

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
-from ...core.followed import compiling
+from ...core.followed import compiling, is_fake
 from ..tape.executor import no_grad
 from ..tape.functions import applied, once_differentiable, transformed
 from .attending import SDPA
@@ -98,7 +97,7 @@ def _of_keys(mask: Tensor | None, module: nn.Module) -> Tensor | None:
     if mask is None or mask.dim() < 2 or mask.shape[-2] == 1:
         return mask
     row = mask[..., :1, :]
-    known = not isinstance(mask, FakeTensor) and mask.device.type != "meta" and mask.stride(-2)
+    known = not is_fake(mask) and mask.stride(-2)
     if known and not torch.equal(mask, row.expand_as(mask)):
         raise RecipeError(f"vqt: {type(module).__name__} adds a mask or a bias to its attention "
                           "that goes by the place of the query (relative positions, windows), and "

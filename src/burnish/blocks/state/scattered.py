@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
+from ...core.followed import is_fake
 from ..tape.replay import dropout
 from ..update.noise import CounterNoise
 from .attending import Attending, named
@@ -165,7 +165,7 @@ def seen(mask: Tensor, causal: bool, valid: Tensor | None, T: int) -> Tensor | N
     """Which keys are no padding, (B, T), or None, where a mask says no more than that and, with
     `causal`, that no token sees a later one. RecipeError where it says anything else."""
     valid = None if valid is None or valid.shape[-1] != T else valid.bool()
-    if isinstance(mask, FakeTensor) or mask.is_meta:
+    if is_fake(mask):
         return valid
     open_ = mask if mask.dtype == torch.bool else mask > CLOSED
     flat = mask.dtype == torch.bool or not bool((mask[open_] != 0).any())

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import RecipeError
+from ...core.followed import is_fake
 from ..tape.executor import _uncached, no_grad
 from ..tape.replay import replay, rng_state
 from .prompts import Listener, named
@@ -44,7 +44,7 @@ class Skippable(Listener):
 
     def out(self) -> bool:
         """Is it left out? The buffer is read where somebody else has written it (a file)."""
-        known = not isinstance(self.skipped, FakeTensor) and self.skipped.device.type != "meta"
+        known = not is_fake(self.skipped)
         if known and self.version != self.skipped._version:
             self.on, self.version = bool(self.skipped), self.skipped._version
         return self.on

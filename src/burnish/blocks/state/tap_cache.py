@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...core.errors import FormatError, RecipeError
+from ...core.followed import is_fake
 from ..tape.executor import no_grad
 from ..tape.functions import transformed
-from ..weight.quantise import is_fake
 from .tap_files import PARTS, SUFFIX, Form, Shard, raw, read_into, unlink
 
 VERSION, MARK = 1, "taps.json"

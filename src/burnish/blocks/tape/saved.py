@@ -188,7 +188,7 @@ class Tape(TorchFunctionMode):
                 watched.read or not self.policy.roles and not self._here.intercept):
             return func(*args)                       # most of what is asked: it has to be quick
         kwargs = kwargs or {}
-        if compiling():            # the compiler decides what is kept
+        if compiling():                              # the compiler decides what is kept
             return func(*args, **kwargs)
         if types and Logits in types:                # they answer for themselves
             return func(*args, **kwargs)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.errors import FormatError
+from ...core.followed import is_fake
 
 Word = Tensor | int
 
@@ -142,7 +142,7 @@ class CounterNoise:
     def _seeded(self, kind: str, out: Tensor, offset: int, turn: int,
                 draw: Callable[..., Tensor], generator: torch.Generator) -> None:
         """Fill `out` with elements of a stream, panel by panel."""
-        if isinstance(out, FakeTensor) or out.is_meta:
+        if is_fake(out):
             return                                   # a simulation has no values
         n, cpu = out.numel(), out.device.type == "cpu"
         size = _CPU_PANEL if cpu else _DEVICE_PANEL

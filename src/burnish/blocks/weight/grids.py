@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError
-from ...core.followed import simulated
+from ...core.followed import is_fake, simulated
 from ...core.site import Place
 from ..tape.codes import packed, unpacked
-from .quantise import PIECE, Held, Quantiser, is_fake
+from .quantise import PIECE, Held, Quantiser
 
 #: 8-bit floating-point formats by the bits of exponent and mantissa
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .quantise import is_fake
+from ...core.followed import is_fake
 from .term import Provider
 
 #: does the CPU stand for a device that has a host (in a simulation)?

@@ -232,7 +232,7 @@ def straight(given: Tensor, x: Tensor, op: Weighted, bias: Tensor | None,
     if (now := op.run(given)) is not op:
         op, theta = now, now.theta()
     graph = torch.is_grad_enabled()
-    if compiling():            # (a graph cannot hold the function without grad)
+    if compiling():                              # (a graph cannot hold the function without grad)
         return _Linear.apply(x, weight, bias, op, False, *theta) if graph else \
             _alone(x, op, bias, weight)
     left = unread.begin()

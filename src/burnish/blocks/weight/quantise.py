@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.errors import ConfigError
-from ...core.followed import compiling, simulated
+from ...core.followed import compiling, is_fake, simulated
 from ..gpu.coded import Coded
 from ..gpu.road import refusal
 from ..update.codecs import dynamic_map
@@ -73,19 +73,12 @@ def _table(name: str, like: Tensor) -> Tensor:
     home = _real if mode is None else mode.__dict__.setdefault("_burnish_constants", {})
     key = (name, like.device)
     if key not in home:
-        if compiling():        # a first run; a graph has the numbers in it then
+        if compiling():                          # a first run; a graph has the numbers in it then
             return torch.as_tensor(_values(name), device=like.device)
         with _disable_current_modes():           # no part of the step: nobody counts it
             made = torch.as_tensor(_values(name), device=like.device)
             home[key] = made if mode is None else mode.from_tensor(made)
     return home[key]
-
-
-def is_fake(t: Tensor) -> bool:
-    """Has the tensor a shape but no values (meta, or under FakeTensorMode)?"""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return t.device.type == "meta" or isinstance(t, FakeTensor)
 
 
 def _pieces(n: int, t: Tensor) -> range:

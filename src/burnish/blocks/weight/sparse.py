@@ -14,6 +14,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from ...core.followed import is_fake, simulated
 from ...core.site import Place
 from ..gpu.entries import at_entries
 from ..gpu.road import refusal
@@ -67,7 +68,7 @@ class SparseDelta(Term):
         self.values = nn.Parameter(torch.zeros(index.numel(), device=index.device))
         self.register_buffer("index", index.to(torch.int32) if self.out * self.inp < 2**31
                              else index, persistent=not portable)
-        columns = torch.unique(index % self.inp) if not _fake(index) else index.new_empty(0)
+        columns = torch.unique(index % self.inp) if not is_fake(index) else index.new_empty(0)
         few = narrow and 0 < columns.numel() <= self.inp // 4
         self.register_buffer("columns", columns if few else None, persistent=False)
         self.tokenwise, self.tiled = few, not few
@@ -100,8 +101,10 @@ class SparseDelta(Term):
         return not self.tokenwise                # the narrow form keeps its own columns
 
     def _columns(self) -> Tensor:
-        """The columns that hold entries; read again when a file has brought another index."""
-        if self._read != (now := (id(self.index), self.index._version)):
+        """The columns that hold entries; read again when a file has brought another index (an
+        export, which puts its own tensors there, brings none)."""
+        now = id(self.index), self.index._version
+        if self._read != now and not torch.compiler.is_exporting():
             self.columns, self._read = torch.unique(self.index.long() % self.inp), now
         return self.columns
 
@@ -178,7 +181,7 @@ class Few(SparseDelta):
         super().__init__(place, index, portable, narrow=False)
         if index.numel() <= self.inp // 4:
             self.tokenwise, self.tiled = True, False
-            if not _fake(self.index):
+            if not is_fake(self.index):
                 self.columns = torch.unique(self.index.long() % self.inp)
 
     @property
@@ -186,7 +189,7 @@ class Few(SparseDelta):
         return self.values.requires_grad
 
     def _columns(self) -> Tensor:
-        if not _fake(self.index):
+        if not simulated(self.index):
             return super()._columns()
         self.columns = self.index.long() % self.inp      # no values: as many as there may be
         return self.columns
@@ -204,9 +207,3 @@ class Few(SparseDelta):
         if x_NI is None or not self.values.requires_grad:
             return [None]
         return [(g_NO.t() @ x_NI[:, at])[rows, where].mul_(scale).to(self.values.dtype)]
-
-
-def _fake(t: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(t, FakeTensor)

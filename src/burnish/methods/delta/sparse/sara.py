@@ -15,6 +15,7 @@ from ....blocks.update.noise import fold
 from ....blocks.update.objective import OnWeights
 from ....blocks.weight.rechosen import Rechosen, rechoose
 from ....core.errors import RecipeError
+from ....core.followed import is_fake
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
@@ -87,7 +88,7 @@ class Sara(Method):
         place, known = site.place, site.settled.get("entries")
         if known is not None:
             return Small(place, masks.to_come(place, known), site.settled["live"])
-        if isinstance(site.weight, FakeTensor) or site.weight.is_meta:
+        if is_fake(site.weight):
             return Small(place, masks.to_come(place, place.numel))
         W = site.weight.detach()
         wide = W.to(torch.promote_types(W.dtype, torch.float32))      # tau as it is, not rounded

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ....blocks.linalg import sketched
-from ....blocks.weight.quantise import is_fake
 from ....blocks.weight.start import LessStart, decomposed, split
 from ....core.errors import RecipeError
+from ....core.followed import is_fake
 from ....core.method import setting
 from ....core.site import Site
 from ._from import Starting
