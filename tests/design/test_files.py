@@ -47,6 +47,21 @@ def test_no_path_of_one_machine():
     assert not found
 
 
+def read_with_the_file(tree: ast.Module) -> list[ast.AST]:
+    """What runs when a test file is read: its statements and its tests' decorators."""
+    return [n for top in tree.body
+            for part in (top.decorator_list if hasattr(top, "decorator_list") else [top])
+            for n in ast.walk(part)]
+
+
+def test_tests_of_every_method_are_made_over_the_catalogue_alone():
+    """`burnish.methods()` has what another test file has registered, where that is read first."""
+    wide = [f"{name(p)}:{n.lineno}" for p in files("tests")
+            for n in read_with_the_file(ast.parse(p.read_text()))
+            if isinstance(n, ast.Call) and ast.unparse(n) == "burnish.methods()"]
+    assert not wide, "take registry.names(extra=False)"
+
+
 def test_no_test_is_skipped():
     """A check that cannot run everywhere is no check; there is a GPU-free form of each."""
     word = re.compile(r"pytest\.(mark\.)?(skip|skipif|xfail|importorskip)\b|unittest\.skip")

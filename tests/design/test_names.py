@@ -15,16 +15,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-import burnish
 from burnish.core.errors import RecipeError
 from burnish.core.method import Method, setting
 from burnish.core.recipe import make
-from burnish.core.registry import find
+from burnish.core.registry import find, names
 from burnish.core.vocabulary import VOCABULARY
 
 COMMON = {f.name for f in fields(Method)}
-SETTINGS = [(e.name, f) for e in burnish.methods() if e.cls.__module__.startswith("burnish.")
-            for f in fields(e.cls) if f.name not in COMMON]
+SETTINGS = [(n, f) for n in names(extra=False) for f in fields(find(n)) if f.name not in COMMON]
 
 
 def unclear(said: Mapping[str, Mapping[str, str]], known: Mapping[str, str]) -> dict[str, str]:
@@ -111,8 +109,7 @@ def _sort(value: Any) -> type:
     return FunctionType if isinstance(value, classmethod | staticmethod) else type(value)
 
 
-@pytest.mark.parametrize("method", [e.name for e in burnish.methods()
-                                    if e.cls.__module__.startswith("burnish.")])
+@pytest.mark.parametrize("method", names(extra=False))
 def test_no_setting_or_attribute_hides_a_fact_of_every_method(method):
     found = shadowed(find(method))
     assert not found, f"{found}: take another name, with this one as alias of a setting"

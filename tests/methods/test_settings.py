@@ -16,14 +16,14 @@ from burnish.blocks.weight.factor import Chain
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.method import Method, setting
 from burnish.core.recipe import make
-from burnish.core.registry import register
+from burnish.core.registry import find, names, register
 from burnish.core.vocabulary import FROM_ZERO, PROBABILITIES
 from burnish.testing import conformance
 from burnish.testing.checks import settings, training
 
 TESTS = Path(__file__).parents[1]
 COMMON = {f.name for f in fields(Method)}
-SETTINGS = [(e.name, f) for e in burnish.methods() for f in fields(e.cls) if f.name not in COMMON]
+SETTINGS = [(n, f) for n in names(extra=False) for f in fields(find(n)) if f.name not in COMMON]
 every_setting_acts = settings.every_setting_acts
 
 
@@ -53,7 +53,7 @@ def test_what_a_setting_is_shown_beside_is_legal(method, f):
     assert list(settings.others(method, f))
 
 
-@pytest.mark.parametrize("method", [e.name for e in burnish.methods() if e.cls.small])
+@pytest.mark.parametrize("method", [n for n in names(extra=False) if find(n).small])
 def test_small_sizes_are_settings_and_legal(method):
     small = burnish.parse(conformance.part(method))[0]
     assert {k: getattr(small, k) for k in type(small).small} == type(small).small
