@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # no test reaches a network
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ["BURNISH_CACHE"] = tempfile.mkdtemp(prefix="burnish-tests-")   # nobody's own cache
+os.environ["BURNISH_CACHE"] = CACHE = tempfile.mkdtemp(prefix="burnish-tests-")   # nobody's own
 
 # before anybody imports triton: its kernels run on any machine, on tensors of the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +24,10 @@ def pytest_configure(config):
     from burnish.testing import changed
 
     os.environ["BURNISH_SEED"] = str(changed.seed())
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,18 +46,22 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _in_turn(config, items):
-    """Where nobody names tests: of the methods' own files those that have changed, and others in
-    turn (docs/decisions/0028-what-one-run-looks-at.md)."""
+    """Where nobody names tests: of the methods' own files and of the long tests those that have
+    changed, and others in turn (docs/decisions/0028-what-one-run-looks-at.md)."""
     from burnish.core import registry
-    from burnish.testing.choose import TESTS, visited
+    from burnish.testing.choose import TESTS, long_tests, visited
 
     own = {f"test_{n}.py": n for n in registry.names(extra=False)}
     of = {i: own[i.path.name] for i in items if i.path.parent.name == "methods"
           and i.path.name in own}
     names = sorted(set(of.values()))
-    out = set(names) - set(visited(names, window=TESTS))
-    config.hook.pytest_deselected(items=[i for i in of if of[i] in out])
-    items[:] = [i for i in items if of.get(i) not in out]
+    rest = set(names) - set(visited(names, window=TESTS))
+    long = {i: f"{i.path.relative_to(config.rootpath).as_posix()}::{i.name}" for i in items
+            if "slow" in i.keywords and i.path.parent.name not in ("methods", "conformance")}
+    turn = long_tests(list(long.values()))
+    out = {i for i in items if of.get(i) in rest or long.get(i, "") not in {*turn, ""}}
+    config.hook.pytest_deselected(items=[i for i in items if i in out])
+    items[:] = [i for i in items if i not in out]
 
 
 def pytest_terminal_summary(terminalreporter):

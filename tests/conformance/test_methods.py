@@ -281,6 +281,17 @@ def test_a_shard_is_a_part_of_the_whole(text, parts):
     assert choose.shard(text) == parts
 
 
+def test_long_tests_have_their_turns_and_a_changed_file_has_its_own():
+    ids = [f"tests/e2e/test_{k % 9}.py::test_{k}" for k in range(90)]
+    turns = [choose.long_tests(ids, seed, ()) for seed in range(choose.TURNS)]
+    assert {i for turn in turns for i in turn} == set(ids)
+    assert sum(map(len, turns)) == len(ids)
+    now = choose.long_tests(ids, 3, ["tests/e2e/test_4.py"])
+    assert {i for i in ids if "test_4.py" in i} <= now
+    assert len(choose.long_tests(ids, 3, {i.partition("::")[0] for i in ids})) <= \
+        2 * len(ids) / choose.TURNS + 1
+
+
 @pytest.mark.parametrize("text", ["0/8", "9/8", "3", "a/b", "3/", "-1/2"])
 def test_a_wrong_shard_is_refused(text):
     from burnish import BurnishError

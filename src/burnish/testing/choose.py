@@ -6,7 +6,7 @@ small model: check k on model k + seed + a digest of the method's name, counted 
 shows a method on nearly every model by some check, as many seeds as there are models show it on
 each by all, and over the catalogue every check meets every structure (:data:`STRUCTURES`) each
 time. Methods that have changed share `CHANGED` further cells: a few are shown whole. A new method
-moves no other's cells. ``BURNISH_ALL=1`` takes the whole product instead, and ``SHARD=3/8`` the
+moves no other's cells. Long tests of other things have their turns. ``BURNISH_ALL=1`` takes the whole product instead, and ``SHARD=3/8`` the
 third of eight parts of it.
 """
 
@@ -67,12 +67,14 @@ ROWS: tuple[tuple[str, str, str], ...] = (
 )
 #: settings of a method that one run shows to act
 SETTINGS = 2
-#: further cells that the changed methods of a run share: seven of them whole, more of them in part
-CHANGED = 3000
+#: further cells that the changed methods of a run share: three of them whole, more of them in part
+CHANGED = 1200
 #: methods at which suites that go through the catalogue look in one run, besides changed ones
 WINDOW = 32
 #: methods whose own tests a run of all tests goes through, beside as many that have changed
 TESTS = 96
+#: runs in which every long test has its turn, that of a changed file besides
+TURNS = 4
 
 
 def everything() -> bool:
@@ -200,6 +202,20 @@ def visited(names: Sequence[str], seed: int | None = None, new: Collection[str] 
     first = [n for n in sorted(names, key=lambda n: rank(str(seed), n))
              if n in (changed.methods() if new is None else new)][:window]
     return [n for n in names if n in {*turn, *first}]
+
+
+def long_tests(ids: Sequence[str], seed: int | None = None,
+               new: Collection[str] | None = None) -> set[str]:
+    """The long tests of one run: every :data:`TURNS`-th of all, from a place that the seed moves,
+    and of those in files that have changed (`new`, by path) as many again."""
+    if everything():
+        return set(ids)
+    seed = changed.seed() if seed is None else seed
+    new = changed.files() if new is None else new
+    turn = sorted(ids, key=rank)[seed % TURNS::TURNS]
+    first = [i for i in sorted(ids, key=lambda i: rank(str(seed), i))
+             if i.partition("::")[0] in new and i not in turn][:len(ids) // TURNS]
+    return {*turn, *first}
 
 
 def some(method: str, things: Sequence[str], count: int, seed: int | None = None) -> list[str]:
