@@ -169,7 +169,7 @@ def test_all_is_the_whole_catalogue_and_each_of_it_is_tested(monkeypatch):
     from burnish.core.registry import names
 
     every = list(mutants.files())
-    assert set(names(extra=False)) <= set(every) and len(every) == len(set(every))       # others' are not in the tree
+    assert set(names(extra=False)) <= set(every) and len(every) == len(set(every))
     parts = [mutants.shared_out(every, f"{k}/3") for k in (1, 2, 3)]
     assert sorted(n for part in parts for n in part) == sorted(every) and all(parts)
     for name in every:
