@@ -6,8 +6,8 @@ small model: check k on model k + seed + a digest of the method's name, counted 
 shows a method on nearly every model by some check, as many seeds as there are models show it on
 each by all, and over the catalogue every check meets every structure (:data:`STRUCTURES`) each
 time. Methods that have changed share `CHANGED` further cells: a few are shown whole. A new method
-moves no other's cells. Long tests of anything else have their turn one run in :data:`TURNS`. ``BURNISH_ALL=1``
-takes the whole product instead, and ``SHARD=3/8`` the third of eight parts of it.
+moves no other's cells. Long tests of anything else have their turn one run in :data:`TURNS`.
+``BURNISH_ALL=1`` takes the whole product instead, ``SHARD=3/8`` the third of eight parts of it.
 """
 
 from __future__ import annotations
