@@ -9,6 +9,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.joint import Joint, basis, off_diagonal, within
+from burnish.core import unread
 from burnish.core.errors import CheckError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
@@ -192,6 +193,20 @@ def test_counts_and_defaults():
 def test_what_it_refuses(settings, why):
     with pytest.raises(RecipeError, match=why):
         parse(f"frod({settings})")
+
+
+def test_weights_that_wait_in_their_files_give_the_basis_of_those_that_are_read(tmp_path,
+                                                                                 monkeypatch):
+    """All of a kind are in the basis, each of them there only while it is looked at."""
+    monkeypatch.setattr(unread, "WAITS", 1)
+    net = tiny("llama")[0]
+    net.save_pretrained(tmp_path)
+    whole = burnish.tune(net, "frod(density=0.1)")
+    waited = burnish.tune(burnish.open_model(tmp_path), "frod(density=0.1)")
+    for (n, a), (m, b) in zip(whole.terms(Joint), waited.terms(Joint), strict=True):
+        assert n == m and bool(a.V.any())
+        for x, y in ((a.V, b.V), (a.L, b.L), (a.z, b.z)):
+            assert torch.equal(x, y), n
 
 
 def test_a_weight_that_is_not_finite():

@@ -90,6 +90,34 @@ def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
     assert not taken and len(cases) > 20
 
 
+def several() -> list:
+    """Settings of several numbers, what they are shown beside, and a value that is taken there."""
+    out = []
+    for m, f in SETTINGS:
+        made = burnish.parse(conformance.part(m, **f.metadata["beside"]))[0]
+        known = [v for v in (getattr(made, f.name), *f.metadata["other"]) if isinstance(v, tuple)]
+        if f.type.startswith(("tuple[int", "tuple[float")) and any(known):
+            out.append((m, f, made.changed(), next(filter(None, known))))
+    return out
+
+
+def test_what_stands_in_a_setting_of_several_numbers_is_held_to_its_type():
+    """Text, truth, no finite number or a tuple in the place of one, and one too many or too few."""
+    cases, taken = several(), []
+    for method, f, small, right in cases:
+        wrong = [(v, *right[1:]) for v in ("a", True, None, 1e999, -1e999, right)]
+        wrong += [(*right[:-1], v) for v in ("a", 1e999)]
+        wrong += [right[1:], (*right, right[0])] if "..." not in f.type else []
+        wrong += [(-0.1, *right[1:]), (*right[:-1], 1.0)] if f.name == "betas" else []
+        for value in wrong:
+            try:
+                taken.append(str(make(method, {**small, f.name: value})))
+            except ConfigError as e:
+                assert method in str(e) and len(str(e).splitlines()) == 1
+        assert getattr(make(method, {**small, f.name: right}), f.name) == right
+    assert not taken and {f.name for _, f, *_ in cases} > {"betas", "pixel_std", "coefficients"}
+
+
 def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
     for made, says in ((Counting(many=-1), "many=-1.: expected 0 or more"),
                        (Counting(weight_decay=-0.1), "weight_decay=-0.1.: expected 0 or more"),

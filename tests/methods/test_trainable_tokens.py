@@ -236,12 +236,12 @@ def test_its_count_its_start_and_its_decay():
 
 def test_what_cannot_be_is_refused():
     assert burnish.parse("trainable_tokens")[0].ids == (0,)
-    for ids in ("()", "(1, 1)", "(-1,)", "(True, 2)", "(0.5,)"):
+    for ids in ("()", "(1, 1)", "(-1,)"):
         with pytest.raises(RecipeError, match="^trainable_tokens: ids="):
             burnish.parse(f"trainable_tokens(ids={ids})")
     assert burnish.parse("trainable_tokens(ids=(0, 3))")
-    for ids in ("3", "'ab'", "None"):
-        with pytest.raises(RecipeError, match=r"^trainable_tokens\(ids=.*expected tuple or list"):
+    for ids in ("3", "'ab'", "None", "(True, 2)", "(0.5,)"):
+        with pytest.raises(RecipeError, match=r"^trainable_tokens\(ids=.*expected tuple.* or list"):
             burnish.parse(f"trainable_tokens(ids={ids})")
     with pytest.raises(RecipeError, match=r"has 11 rows, so no token 11; resize the table"):
         burnish.tune(Reader(), "trainable_tokens(ids=(11,))", head=False)

@@ -13,7 +13,7 @@ import ast
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import reading, shown
-from .vocabulary import FROM_ZERO
+from .vocabulary import DECAYS, FROM_ZERO
 
 
 class Recipe(tuple[Method, ...]):
@@ -183,6 +183,8 @@ def _possible(name: str, made: Any) -> None:
             not any(type(v) is int and v < 0 for v in known)
         if (counts or type(value) is float and f.name in FROM_ZERO) and value < least:
             raise RecipeError(f"{name}({f.name}={value}): expected {least} or more")
+        if f.name in DECAYS and not all(0 <= v < 1 for v in value):
+            raise RecipeError(f"{name}({f.name}={value}): expected numbers from 0 to below 1")
 
 
 def _typed(name: str, key: str, value: object, hint: object) -> object:
@@ -194,25 +196,53 @@ def _typed(name: str, key: str, value: object, hint: object) -> object:
             raise RecipeError(f"{name}({key}={_shown(value)}): expected one of "
                               f"{', '.join(map(repr, choices))}{near}")
         return value
-    options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
+    options = _options(hint)
     types_ = [typing.get_origin(o) or o for o in options]
-    if isinstance(value, int | float) and not abs(value) < 2**63:      # NaN among them
-        raise RecipeError(f"{name}({key}={_shown(value)}): expected a finite number of moderate "
-                          "size")
-    if isinstance(value, str) and not _writable(value):
-        raise RecipeError(f"{name}({key}={_shown(value)}): text with characters no file can hold")
+    for v in _leaves(value):
+        if isinstance(v, int | float) and not abs(v) < 2**63:          # NaN among them
+            raise RecipeError(f"{name}({key}={_shown(value)}): expected a finite number of "
+                              "moderate size")
+        if isinstance(v, str) and not _writable(v):
+            raise RecipeError(f"{name}({key}={_shown(value)}): text with characters no file can "
+                              "hold")
     if float in types_ and isinstance(value, int) and not isinstance(value, bool):
         return value if int in types_ else float(value)
-    if isinstance(value, bool) and bool not in types_:
-        ok = False
-    else:
-        ok = any(isinstance(o, type) and isinstance(value, o) for o in types_)
-    if not ok:
-        kinds = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o))
-                            for o in types_)
-        raise RecipeError(f"{name}({key}={_shown(value)}): expected {kinds}, "
-                          f"got {type(value).__name__}")
+    if not any(_is(value, o) for o in options):
+        kinds = " or ".join("nothing" if o is type(None) else str(o) if typing.get_args(o)
+                            else getattr(o, "__name__", str(o)) for o in options)
+        got = type(value).__name__
+        if isinstance(value, tuple | list):
+            got += f"[{', '.join(type(v).__name__ for v in value[:9])}]"
+        raise RecipeError(f"{name}({key}={_shown(value)}): expected {kinds}, got {got}")
     return value
+
+
+def _options(hint: object) -> tuple[Any, ...]:
+    several = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if several else (hint,)
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """A value, or what stands in it, however deep."""
+    if isinstance(value, tuple | list):
+        for v in value:
+            yield from _leaves(v)
+    else:
+        yield value
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Is it of this type, and all that stands in it? A whole number is a number too."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(value, bool) and kind is not bool:
+        return kind is Any
+    if inner and isinstance(value, tuple | list):
+        many = kind is list or inner[-1] is Ellipsis
+        each = [inner[0]] * len(value) if many else inner
+        return isinstance(value, kind) and len(each) == len(value) and all(
+            any(_is(v, o) or o is float and _is(v, int) for o in _options(h))
+            for v, h in zip(value, each, strict=True))
+    return kind is Any or isinstance(kind, type) and isinstance(value, kind)
 
 
 def _writable(text: str) -> bool:

@@ -110,3 +110,5 @@ VOCABULARY: dict[str, str] = {
 PROBABILITIES = frozenset(n for n, words in VOCABULARY.items() if words.startswith("probability"))
 #: numbers with a fraction that are never negative
 FROM_ZERO = frozenset({"eps", "momentum", "weight_decay"})
+#: settings of several numbers, each the share that a smoothed value keeps
+DECAYS = frozenset({"betas"})
