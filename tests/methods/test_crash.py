@@ -123,6 +123,17 @@ def test_the_emulator_runs_the_kept_blocks_where_the_others_stood(settings):
         id(p) for p in e.model.parameters()}
 
 
+def test_four_of_the_blocks_of_opt_train_as_many_numbers_as_published():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    with torch.device("meta"):
+        net = OPTForCausalLM(OPTConfig(hidden_size=4096, num_hidden_layers=32, ffn_dim=16384,
+                                       num_attention_heads=32, word_embed_proj_dim=4096))
+    blocks = ",".join(f"model.decoder.layers.{k}" for k in Crash().trained(32))
+    assert burnish.simulate(net, f"full(targets='{blocks}')", (1, 8)).trainable == \
+        4 * (12 * 4096**2 + 13 * 4096) == 805_519_360
+
+
 def test_padding_has_no_say():
     net, batch = made(layers=4)
     ids = batch["input_ids"][:2]
