@@ -22,7 +22,7 @@ def state():
 
 
 def test_a_gate_mixes_and_keeps_one_state():
-    gate, s, h = Gate(0.1).double(), *torch.randn(2, 3, 4, dtype=torch.double)
+    gate, s, h = Gate().double(), *torch.randn(2, 3, 4, dtype=torch.double)
     s.requires_grad_()
     torch.testing.assert_close(gate(s, h), (s + h) / 2)
     with torch.no_grad():

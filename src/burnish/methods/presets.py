@@ -5,8 +5,8 @@ PRESETS: dict[str, str] = {
     "qlora": "nf4 + lora(rank=64, alpha=16, dropout=0.05)",
     # LLM.int8() (2022), of the weights alone: 8 bits, one symmetric grid for each output
     "int8": "rtn(bits=8, group=0, symmetric=True)",
-    # Quantized Side Tuning (2024): a ladder beside a 4-bit backbone
-    "qst": "nf4 + lst(reduction=16)",
+    # Quantized Side Tuning (2024): a ladder beside a 4-bit backbone, a gate for each channel
+    "qst": "nf4 + lst(reduction=16, down='low_rank', gate='channel')",
     # MAM adapter (2022): prefix in attention, scaled parallel adapter on the feed-forward part
     "mam": "prefix(length=30) + parallel(bottleneck=512, scale=4.0)",
     # AdaptFormer (2022): beside the MLP of every block, reading the residual stream before its norm

@@ -26,12 +26,14 @@ from .sideblocks import Plain, Watch
 class Gate(nn.Module):
     """``sigma(a / tau) s + (1 - sigma(a / tau)) h``; a scalar, 0 at the start (gate 1/2).
 
+    channels: one a for each instead, and tau = 1; they start at `start`.
     Written as ``h + sigma (s - h)``, so backward keeps one state, s - h.
     """
 
-    def __init__(self, tau: float = 0.1):
+    def __init__(self, channels: int = 0, start: float = 0.0):
         super().__init__()
-        self.alpha, self.tau = nn.Parameter(torch.zeros(())), tau
+        shape, self.tau = ((channels,), 1.0) if channels else ((), 0.1)
+        self.alpha = nn.Parameter(torch.full(shape, start if channels else 0.0))
         self.alpha.burnish_decay = False
 
     def forward(self, s: Tensor, h: Tensor) -> Tensor:
@@ -43,6 +45,43 @@ class Down(nn.Linear):
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+
+
+class Narrow(nn.Module):
+    """``Norm(B swish(A h))``, A (Q, D) and B (S, Q) without biases: D -> S through a bottleneck."""
+
+    def __init__(self, width: int, small: int, bottleneck: int):
+        super().__init__()
+        self.a = nn.Linear(width, bottleneck, bias=False)
+        self.b = nn.Linear(bottleneck, small, bias=False)
+        self.norm = nn.LayerNorm(small)
+
+    def forward(self, h: Tensor) -> Tensor:
+        a, b, g, c = (t.to(h.dtype) for t in (self.a.weight, self.b.weight, self.norm.weight,
+                                              self.norm.bias))
+        return F.layer_norm(F.linear(F.silu(F.linear(h, a)), b), g.shape, g, c, self.norm.eps)
+
+
+class Pool(nn.Module):
+    """The mean or the largest of every R neighbouring channels: D -> S, and nothing trains."""
+
+    def __init__(self, how: str, small: int):
+        super().__init__()
+        self.how, self.small = how, small
+
+    def forward(self, h: Tensor) -> Tensor:
+        runs = h.unflatten(-1, (self.small, -1))
+        return runs.mean(-1) if self.how == "mean" else runs.amax(-1)
+
+
+def down(form: str, width: int, small: int, bottleneck: int) -> nn.Module:
+    """D -> S. form: linear, low_rank (:class:`Narrow`), mean, max (:class:`Pool`), or random: a
+    linear that stays as it is drawn."""
+    if form == "low_rank":
+        return Narrow(width, small, bottleneck)
+    if form in ("mean", "max"):
+        return Pool(form, small)
+    return Down(width, small).requires_grad_(form == "linear")
 
 
 class Still(Listener):
@@ -137,17 +176,22 @@ class Rung(Beside):
     """One step of a ladder beside one block: ``s <- g(gate(s, D h))``, h what the block returned.
 
     Listens to the block, which runs without a graph. down, gate and side are absent in a block
-    the ladder skips. enter: this is the first block; s starts as ``D_first`` of its input.
+    the ladder skips. enter: this is the first block; s starts as ``D_first`` of its input, or,
+    where D is no linear and the block has one, as D of it. form, bottleneck: see :func:`down`.
+    channels: a gate for each.
     """
 
     def __init__(self, state: Any, adapter: str, side: nn.Module | None, width: int, small: int,
-                 *, enter: bool = False, tau: float = 0.1):
+                 *, enter: bool = False, form: str = "linear", bottleneck: int = 16,
+                 channels: bool = False):
         super().__init__(state, adapter)
-        self.first = Down(width, small) if enter else None
+        sizes = form, width, small, bottleneck
+        self.enter, own = enter, enter and (form == "linear" or side is None)
+        self.first = down(*sizes) if own else None
         self.down = self.gate = None
         self.side = side
         if side is not None:
-            self.down, self.gate = Down(width, small), Gate(tau)
+            self.down, self.gate = down(*sizes), Gate(small if channels else 0, 0.5)
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         given = args[0] if args else next(iter(kw.values()))
@@ -157,8 +201,8 @@ class Rung(Beside):
         with watch or _nothing():
             out, causal = self.quiet(module, call, args, kw,
                                      lambda: None if watch is None else watch.causal())
-        if self.first is not None:
-            box[key] = self.first(given)
+        if self.enter:
+            box[key] = (self.down if self.first is None else self.first)(given)
         if self.side is not None:
             tap = out[0] if isinstance(out, tuple) else out
             u = self.gate(box[key], self.down(tap))
@@ -256,15 +300,17 @@ def _small_rotary(tables: Any, side: nn.Module) -> Any:
 class Crown(Listener):
     """The ladder's end: ``y = gate(U Norm(s), h)``, h what the listened module returns.
 
-    Listens to the backbone's last norm, or to its last block when there is none.
+    Listens to the backbone's last norm, or to its last block when there is none. channels: a gate
+    for each, of 0.27 for the ladder at the start.
     """
 
     what = "a side network"
 
     def __init__(self, state: Any, adapter: str, norm: nn.Module, width: int, small: int,
-                 tau: float = 0.1):
+                 channels: bool = False):
         super().__init__(state, adapter)
-        self.norm, self.up, self.gate = norm, Down(small, width), Gate(tau)
+        self.norm, self.up = norm, Down(small, width)
+        self.gate = Gate(width if channels else 0, -1.0)
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         out = call(*args, **kw)

@@ -18,7 +18,7 @@ from ._beside import frozen, still, width
 from ._cutting import Scores, embedding_channels, prune
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Block
+    from ...core.anatomy import Anatomy, Block
     from .lst import Lst
 
 
@@ -70,12 +70,13 @@ class Ladder:
                 side = self._side(attacher, blocks, i, s, table=i == min(kept))
                 if m.init != "random" and not isinstance(side, Plain):
                     keep = prune(scores, block, side, keep, encoded, m.reduction, blocks[0])
-            rung = Rung(state, name, side, d, s, enter=i == 0).kept(cache, i)
+            rung = Rung(state, name, side, d, s, enter=i == 0, form=m.down, channels=m.channels,
+                        bottleneck=m.bottleneck).kept(cache, i)
             rung.to(device=like.device, dtype=like.dtype).listen(attacher.slot(block.path),
                                                                  part.name)
         end = anatomy.final_norms.get(blocks[0].stack)
         norm = slicing.cut_norm(model.get_submodule(end), keep) if end else nn.LayerNorm(s)
-        made = Crown(state, name, norm, d, s) if last else Foot(state, name, norm)
+        made = Crown(state, name, norm, d, s, m.channels) if last else Foot(state, name, norm)
         made.to(device=like.device, dtype=like.dtype).listen(
             attacher.slot(end or blocks[-1].path), f"{part.name}_end")
         return keep
@@ -113,3 +114,31 @@ class Ladder:
             raise RecipeError(f"lst(reduction={R}): heads of width {s // heads} cannot "
                               "be rotated; rotary positions need an even width, so a smaller "
                               "reduction")
+
+
+def ladder(method: Lst, anatomy: Anatomy) -> Ladder:
+    """The one of a recipe, or an error that says why this model has none."""
+    if method.targets is not None:
+        raise RecipeError("lst takes no targets: it reads whole blocks; choose them with "
+                          "lst(layers=[...])")
+    stacks = anatomy.stacks()
+    if not stacks:
+        raise RecipeError("lst: no repeated blocks were found in this model")
+    pair = anatomy.encoder_decoder()
+    if pair is None and len(stacks) > 1:
+        raise RecipeError(f"lst: this model has several stacks of blocks ({', '.join(stacks)}); a "
+                          "ladder stands beside one, or beside an encoder and its decoder")
+    if pair is None and any(b.cross for b in anatomy.blocks):
+        raise RecipeError(f"lst: the blocks of {next(iter(stacks))} attend to an encoder that is "
+                          "no part of this model, so the side blocks could not")
+    return Ladder(method, tuple((stacks[n], kept(method, stacks[n])) for n in pair or stacks))
+
+
+def kept(method: Lst, blocks: list[Block]) -> frozenset[int]:
+    """Which blocks of a stack have a side block."""
+    asked = range(len(blocks)) if method.layers is None else method.layers
+    wrong = [i for i in asked if not -len(blocks) <= i < len(blocks)]
+    if wrong:
+        raise RecipeError(f"lst(layers=...): there is no block {wrong[0]}; this model has "
+                          f"{len(blocks)}, counted from 0")
+    return frozenset(i % len(blocks) for i in asked)

@@ -9,7 +9,7 @@ from ...core.method import setting
 from ._beside import Cached
 
 if TYPE_CHECKING:
-    from ...core.anatomy import Anatomy, Block
+    from ...core.anatomy import Anatomy
     from ...core.site import Place
     from ._ladder import Ladder
 
@@ -27,12 +27,17 @@ class Lst(Cached):
     what the decoder's g_i attend to; the decoder's blocks themselves go on reading the encoder.
     Relative positions that a stack shares are shared in its ladder, from a table of its own.
 
+    The forms of QST: ``down="low_rank"``, ``D_i h = Norm(B_i swish(A_i h))``, A_i (bottleneck, d),
+    B_i (d / R, bottleneck), or of no parameters: the mean or the largest of every R channels, a
+    random linear that stays; s_0 is the first block's own D then. ``gate="channel"``:
+    ``w_i = sigmoid(z_i)`` for each channel, z_i at 0.5 and the last at -1 (w = 0.27) at the start.
+
     Start: gates 1/2, D and U as linears start; g_i cut out of backbone block i by importance |W|,
     or (``init="fisher"``) the squared gradients of the task's loss, sample by sample, over data
     read beforehand; ``init="random"``: as its class starts. Not the pre-trained function.
     Trains g_i, D_i, D_first, U, gates and the last norms, about P / R^2 + (L + 2) d^2 / R.
-    Kept for backward per kept block: h_i for D_i, once, and the small block's own tape over R; no
-    backbone block keeps anything, and backward never enters it. Not mergeable. Reading Fisher
+    Kept for backward per kept block: h_i for a D_i that trains, and the small block's own tape over
+    R; no backbone block keeps anything, and backward never enters it. Not mergeable. Reading Fisher
     information holds the fp32 squared gradients of what must be cut together (q, k, v; gate, up)
     on the host, and row sums of the rest; files hold what was cut, so a load reads no data.
 
@@ -48,18 +53,34 @@ class Lst(Cached):
     """
 
     paper: ClassVar[str] = ("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer "
-                            "Learning (2022), arXiv:2206.06522")
+                            "Learning (2022), arXiv:2206.06522; forms of Quantized Side Tuning "
+                            "(2024), arXiv:2401.07159")
     tier: ClassVar[str] = "checked against an independent equation"
     needs: ClassVar[frozenset[str]] = frozenset({"ladder"})
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    small: ClassVar[dict[str, int]] = {"bottleneck": 16}
 
     reduction: int = setting(8, "R, the backbone's widths over the side network's")
     layers: tuple[int, ...] | list[int] | None = setting(
         None, "blocks of each stack with a rung; None: all", other=((0,),))
+    down: Literal["linear", "low_rank", "mean", "max", "random"] = setting(
+        "linear", "how a state is narrowed")
+    bottleneck: int = setting(16, "within a D of low rank", least=1, beside={"down": "low_rank"})
+    gate: Literal["layer", "channel"] = setting("layer", "what has a gate of its own")
     init: Literal["prune", "fisher", "random"] = setting("prune", "start of the side blocks")
     samples: int = setting(1024, "read before training", beside={"init": "fisher", "samples": 1},
                            other=(2,))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.down != "low_rank" and self.bottleneck != Lst.bottleneck:
+            raise RecipeError(f"lst(bottleneck={self.bottleneck}) is that of down='low_rank', and "
+                              f"down={self.down!r} has none: leave it out")
+
+    @property
+    def channels(self) -> bool:
+        return self.gate == "channel"
 
     def claims(self) -> tuple[str, ...]:
         return ("the mode of the blocks",)
@@ -71,31 +92,9 @@ class Lst(Cached):
         return SquaredGradient(place.out, place.inp) if self.init == "fisher" else None
 
     def side(self, anatomy: Anatomy) -> Ladder:
-        from ._ladder import Ladder
+        from ._ladder import ladder
 
-        if self.targets is not None:
-            raise RecipeError("lst takes no targets: it reads whole blocks; choose them with "
-                              "lst(layers=[...])")
-        stacks = anatomy.stacks()
-        if not stacks:
-            raise RecipeError("lst: no repeated blocks were found in this model")
-        pair = anatomy.encoder_decoder()
-        if pair is None and len(stacks) > 1:
-            raise RecipeError(f"lst: this model has several stacks of blocks "
-                              f"({', '.join(stacks)}); a ladder stands beside one, or beside an "
-                              "encoder and its decoder")
-        if pair is None and any(b.cross for b in anatomy.blocks):
-            raise RecipeError(f"lst: the blocks of {next(iter(stacks))} attend to an encoder that "
-                              "is no part of this model, so the side blocks could not")
-        return Ladder(self, tuple((stacks[n], self._kept(stacks[n])) for n in pair or stacks))
-
-    def _kept(self, blocks: list[Block]) -> frozenset[int]:
-        asked = range(len(blocks)) if self.layers is None else self.layers
-        wrong = [i for i in asked if not -len(blocks) <= i < len(blocks)]
-        if wrong:
-            raise RecipeError(f"lst(layers=...): there is no block {wrong[0]}; this model has "
-                              f"{len(blocks)}, counted from 0")
-        return frozenset(i % len(blocks) for i in asked)
+        return ladder(self, anatomy)
 
     def narrow(self, width: int, what: str) -> int:
         """A width divided by R, or an error that names the divisors."""
@@ -105,8 +104,10 @@ class Lst(Cached):
                               f"divisible by it; {', '.join(map(str, fits))} are possible")
         return width // self.reduction
 
-    def count(self, blocks: int, d: int, small_block: int) -> int:
+    def count(self, blocks: int, d: int, small_block: int, norm: int = 2) -> int:
         """Trainable parameters beside one stack: `blocks` rungs of a side block with so many,
-        widths d and d / R (a final norm of scale and shift)."""
-        s = d // self.reduction
-        return blocks * (small_block + d * s + s + 1) + (d * s + s) + (s * d + d) + 1 + 2 * s
+        widths d and d / R (a final norm of scale and shift, or of norm=1)."""
+        s, q = d // self.reduction, self.bottleneck
+        downs = {"linear": (blocks + 1) * (d * s + s), "low_rank": blocks * (d * q + q * s + 2 * s)}
+        gates = blocks * s + d if self.channels else blocks + 1
+        return blocks * small_block + downs.get(self.down, 0) + gates + (s * d + d) + norm * s
