@@ -15,9 +15,9 @@ import burnish
 from burnish.blocks.weight.factor import Chain
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.method import Method, setting
-from burnish.core.recipe import make
+from burnish.core.recipe import least, make
 from burnish.core.registry import find, names, register
-from burnish.core.vocabulary import FROM_ZERO, PROBABILITIES
+from burnish.core.vocabulary import DECAYS, PROBABILITIES, SIGNED, VOCABULARY
 from burnish.testing import conformance
 from burnish.testing.checks import settings, training
 
@@ -60,22 +60,27 @@ def test_small_sizes_are_settings_and_legal(method):
 
 
 def bounded(word) -> list:
-    """Settings that mean a number of things, a size or a probability, with what is none."""
+    """Settings that mean a number of things, a size, a probability or what is left of an earlier
+    step, with what is none."""
     out = []
     for m, f in SETTINGS:
-        known = (f.default, *f.metadata["other"])
-        counts = f.type.split(" | ")[0] == "int" and f.name != "seed" and \
-            not any(type(v) is int and v < 0 for v in known)
-        if word == "count" and counts:
-            out.append((m, f, f.metadata["least"] - 1))
-        if word == "size" and f.name in FROM_ZERO:
-            out.append((m, f, -0.5))
+        kind, low, above = f.type.split(" | ")[0], least(f), f.metadata["above"]
+        if word == "count" and kind == "int" and low is not None:
+            out.append((m, f, int(low) - 1))
+        if word == "size" and kind == "float" and low is not None:
+            out += [(m, f, low - 0.5), (m, f, low - 1e-9)]
+        if word == "size" and above is not None:
+            out += [(m, f, above), (m, f, above - 0.5)]
         if word == "probability" and f.name in PROBABILITIES:
             out += [(m, f, -0.5), (m, f, 1.0)]
+        if word == "decay" and f.name in DECAYS:
+            pair = kind.startswith("tuple")
+            out += [(m, f, w) for v in (-0.5, 1.0, 1.5)
+                    for w in (((v, 0.5), (0.5, v)) if pair else (v,))]
     return out
 
 
-@pytest.mark.parametrize("word", ["count", "size", "probability"])
+@pytest.mark.parametrize("word", ["count", "size", "probability", "decay"])
 def test_what_a_setting_cannot_mean_is_refused_by_every_method(word):
     """Fewer than can be, or no probability: not at the first tensor, nor in another's words."""
     cases, taken = bounded(word), []
@@ -118,15 +123,34 @@ def test_what_stands_in_a_setting_of_several_numbers_is_held_to_its_type():
     assert not taken and {f.name for _, f, *_ in cases} > {"betas", "pixel_std", "coefficients"}
 
 
+def test_a_sign_is_free_where_that_is_said():
+    """By a name that many share, or by the setting; and it is then taken."""
+    free = [(m, f) for m, f in SETTINGS if f.type.split(" | ")[0] == "float" and
+            f.name not in SIGNED and least(f) is None]
+    assert {m for m, _ in free} and all(f.metadata["signed"] or f.default < 0 for _, f in free)
+    for m, f in free:
+        small = burnish.parse(conformance.part(m, **f.metadata["beside"]))[0].changed()
+        assert getattr(make(m, {**small, f.name: -0.5}), f.name) == -0.5
+    assert {"alpha", "scale", "seed"} == SIGNED, "a name more is a bound less, for all that have it"
+    assert SIGNED - {"seed"} <= set(VOCABULARY) and make("lora", {"alpha": -8.0}).alpha == -8.0
+
+
 def test_a_method_that_is_handed_over_as_an_object_is_held_to_the_same():
     for made, says in ((Counting(many=-1), "many=-1.: expected 0 or more"),
+                       (Counting(size=-1e-9), "size=-1e-09.: expected 0 or more"),
+                       (Counting(size=None, part=0.5), "part=0.5.: expected more than 0.5"),
+                       (Counting(betas=(0.5, 1.0)), "betas=.0.5, 1.0..: expected from 0 to below"),
+                       (Counting(momentum=-0.1), "momentum=-0.1.: expected from 0 to below 1"),
+                       (Counting(alpha=-1.0), "alpha=-1.0.: expected 0.5 or more"),
                        (Counting(weight_decay=-0.1), "weight_decay=-0.1.: expected 0 or more"),
                        (Counting(one=0), "one=0.: expected 1 or more"),
                        (Counting(back=-1), "back=-1")):
         with pytest.raises(RecipeError, match=says):
             burnish.parse(made)
     for right in ({"many": 0}, {"one": 1}, {"seed": -1}, {"last": -2}, {"free": -1.0},
-                  {"weight_decay": 0.0}):
+                  {"weight_decay": 0.0}, {"size": None}, {"size": 0.0}, {"part": 0.51},
+                  {"betas": (0.0, 0.999)}, {"momentum": 0.0}, {"alpha": 0.5}, {"scale": -1.0},
+                  {"below": -3.0}):
         assert burnish.parse(Counting(**right))
 
 
@@ -145,7 +169,14 @@ class Counting(Method):
     last: int | None = setting(None, "which one, -1 the last", other=(0, -1))
     seed: int = setting(0, "of what is drawn")
     weight_decay: float = setting(0.0, "of the weights")
-    free: float = setting(1.0, "how much")
+    free: float = setting(1.0, "how much", signed=True)
+    size: float | None = setting(1.0, "how much of it", other=(2.0,))
+    part: float = setting(1.0, "how much", above=0.5)
+    below: float = setting(-1.0, "how much")
+    scale: float = setting(1.0, "a factor")
+    alpha: float = setting(1.0, "a factor that has a bound", least=0.5)
+    momentum: float = setting(0.5, "of an earlier step")
+    betas: tuple[float, float] = setting((0.5, 0.5), "of earlier steps")
 
 
 # -- methods whose settings are wrong in one way each ----------------------------------------------

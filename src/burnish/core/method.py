@@ -48,7 +48,8 @@ TIERS = ("from the text", "checked against an independent equation",
 
 def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = (),
             other: Sequence[Any] = (), beside: Mapping[str, Any] = MappingProxyType({}),
-            unseen: str = "", least: int = 0) -> Any:
+            unseen: str = "", least: float | None = None,
+            above: float | None = None, signed: bool = False) -> Any:
     """A dataclass field with a few words of meaning, printed by help and catalogue.
 
     alias: other spellings that are read, of papers and of other libraries.
@@ -60,10 +61,14 @@ def setting(default: Any = MISSING, help: str = "", *, alias: Sequence[str] = ()
     beside: settings it is shown with, where it has nothing to act on alone (its own value too).
     unseen: why no run of a small model shows it, and the test that does: "reason: tests/...".
 
-    least: of a whole number that counts something; less is refused (core/recipe.py).
+    A number below 0 is refused (core/recipe.py), but for names whose sign is free
+    (core/vocabulary.py). Where a setting's is, or its bound is another, it says so:
+
+    least: the least that it can be; above: what it must be more than; signed: any number will do.
     """
     about = {"help": help, "alias": tuple(alias), "other": tuple(other),
-             "beside": MappingProxyType(dict(beside)), "unseen": unseen, "least": least}
+             "beside": MappingProxyType(dict(beside)), "unseen": unseen, "least": least,
+             "above": above, "signed": signed}
     return field(default=default, metadata=about, kw_only=True)
 
 

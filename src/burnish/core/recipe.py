@@ -14,14 +14,14 @@ import types
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from . import registry, words
 from .errors import RecipeError, nearest
 from .method import Method
 from .reading import reading, shown
-from .vocabulary import DECAYS, FROM_ZERO
+from .vocabulary import DECAYS, SIGNED
 
 
 class Recipe(tuple[Method, ...]):
@@ -172,19 +172,31 @@ def built(cls: Any, name: str, args: dict[str, object]) -> Any:
     return made
 
 
+def least(f: Field[Any]) -> float | None:
+    """The least that a setting can be; None: any number."""
+    said = f.metadata.get("least")
+    known = (f.default, *f.metadata.get("other", ()))
+    if said is None and (f.name in SIGNED or f.metadata.get("signed") or
+                         any(type(v) in (int, float) and v < 0 for v in known)):
+        return None
+    return float(said or 0)
+
+
 def _possible(name: str, made: Any) -> None:
-    """Refuse what no setting of that kind can mean, where the method has not done so itself: fewer
-    of something than there can be (a seed is no number of things, nor is a setting whose default
-    or `other` value is negative), and a decay below zero."""
+    """Refuse what no setting of that kind can mean, where the method has not done so itself: less
+    than there can be of it (of a setting whose default or `other` value is negative there can), and
+    a decay of moments that is no share."""
     for f in fields(made):
-        value, known = getattr(made, f.name), (f.default, *f.metadata.get("other", ()))
-        least = f.metadata.get("least", 0)
-        counts = type(value) is int and f.name != "seed" and \
-            not any(type(v) is int and v < 0 for v in known)
-        if (counts or type(value) is float and f.name in FROM_ZERO) and value < least:
-            raise RecipeError(f"{name}({f.name}={value}): expected {least} or more")
-        if f.name in DECAYS and not all(0 <= v < 1 for v in value):
-            raise RecipeError(f"{name}({f.name}={value}): expected numbers from 0 to below 1")
+        value, low, above = getattr(made, f.name), least(f), f.metadata.get("above")
+        decays = f.name in DECAYS
+        for v in value if decays and isinstance(value, tuple) else (value,):
+            if type(v) not in (int, float):
+                continue
+            words = "from 0 to below 1" if decays and not 0 <= v < 1 else \
+                f"more than {above:g}" if above is not None and v <= above else \
+                f"{low:g} or more" if low is not None and v < low else ""
+            if words:
+                raise RecipeError(f"{name}({f.name}={value}): expected {words}")
 
 
 def _typed(name: str, key: str, value: object, hint: object) -> object:

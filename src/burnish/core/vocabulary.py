@@ -108,7 +108,8 @@ VOCABULARY: dict[str, str] = {
 
 #: names that mean a probability wherever they stand
 PROBABILITIES = frozenset(n for n, words in VOCABULARY.items() if words.startswith("probability"))
-#: numbers with a fraction that are never negative
-FROM_ZERO = frozenset({"eps", "momentum", "weight_decay"})
-#: settings of several numbers, each the share that a smoothed value keeps
-DECAYS = frozenset({"betas"})
+#: names whose sign is free: a factor of an update that trains turns its start, of one that has
+#: trained takes it back; a seed is no number of things
+SIGNED = frozenset({"alpha", "scale", "seed"})
+#: names of the share that a smoothed value keeps of what it was
+DECAYS = frozenset({"betas", "beta1", "momentum"})

@@ -49,7 +49,7 @@ class Badam(Method):
     relies_on: ClassVar[tuple[str, ...]] = ("schedule",)
 
     layers: int = setting(1, "repeated blocks that train at a time")
-    every: int = setting(50, "K, updates of one block", alias=("switch_every", "K"))
+    every: int = setting(50, "K, updates of one block", alias=("switch_every", "K"), least=1)
     order: Order = setting("descending", "in which blocks come: from the last, from the first, or "
                                          "drawn anew each round", alias=("switch_mode",))
     ends: bool = setting(False, "what stands outside the blocks trains too")

@@ -37,8 +37,9 @@ class Lisa(Method):
         "tests/methods/test_lisa.py" for model in ("clip", "t5", "whisper")}
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
 
-    layers: int = setting(2, "gamma, blocks live at once", alias=("gamma",))
-    every: int = setting(20, "K, updates between draws", alias=("period", "K"))
+    layers: int = setting(2, "gamma, blocks live at once; 0: the rest alone",
+                        alias=("gamma",))
+    every: int = setting(20, "K, updates between draws", alias=("period", "K"), least=1)
     seed: int = setting(0, "of the draws")
     state_on_leave: Literal["drop", "cpu", "keep"] = setting(
         "drop", "optimizer state of a block that leaves: freed, moved to the host, or kept")

@@ -46,21 +46,22 @@ class Owlore(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
     relies_on: ClassVar[tuple[str, ...]] = ("schedule",)
+    small: ClassVar[dict[str, Any]] = {"outlier": 1e3}   # none anywhere: each block has its turn
     excused: ClassVar[dict[str, str]] = {
         "exactly_what_trains_moves on swin": "six draws of one block in three leave one out; "
         "tests/methods/test_owlore.py"}
 
-    layers: int = setting(5, "gamma, blocks live at once", alias=("gamma",))
-    every: int = setting(50, "K, updates between draws", alias=("period", "K"))
+    layers: int = setting(5, "gamma, blocks live at once", alias=("gamma",), least=1)
+    every: int = setting(50, "K, updates between draws", alias=("period", "K"), least=1)
     outlier: float = setting(13.0, "how many times its block's mean a score is above",
                              alias=("M",), unseen="counts are few in a small model: "
                                                   "tests/methods/test_owlore.py")
     samples: int = setting(128, "to read before training", unseen="how many samples are read moves "
                            "counts, not a run of few updates: tests/methods/test_owlore.py")
-    rank: int = setting(256, "of the subspace", alias=("r",))
+    rank: int = setting(256, "of the subspace", alias=("r",), least=1)
     refresh: int = setting(100, "T, updates of a matrix between two bases", other=(2,),
-                           beside={"every": 9}, alias=("update_proj_gap", "T"))
-    scale: float = setting(1.0, "of what comes back from the subspace")
+                           beside={"every": 9}, alias=("update_proj_gap", "T"), least=1)
+    scale: float = setting(1.0, "of what comes back from the subspace", above=0.0)
     seed: int = setting(0, "of the draws")
     state_on_leave: Literal["drop", "cpu", "keep"] = setting(
         "drop", "optimizer state of a block that leaves: freed, moved to the host, or kept")

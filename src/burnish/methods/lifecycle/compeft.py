@@ -34,7 +34,8 @@ class Compeft(Method):
     tier = "checked against the paper's numbers"
 
     density: float = setting(0.05, "share of the entries that stays", alias=("k",))
-    alpha: float = setting(1.0, "size of an entry, in standard deviations of the update")
+    alpha: float = setting(1.0, "size of an entry, in standard deviations of the update",
+                           above=0.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

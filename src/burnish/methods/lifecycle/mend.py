@@ -56,7 +56,7 @@ class Mend(Method):
     edits: ClassVar[bool] = True
 
     bottleneck: int = setting(1920, "width of the net's bottleneck")
-    scale: float = setting(1e-4, "alpha before the first step")
+    scale: float = setting(1e-4, "alpha before the first step", above=0.0)
     weight: float = setting(0.1, "of the loss on what was rephrased")
     lessons: int = setting(10, "of one step, their mean")
     step_rate: float = setting(1e-6, "learning rate of these updates")

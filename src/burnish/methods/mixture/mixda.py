@@ -65,7 +65,7 @@ class MixDA(Method):
     gated: bool = setting(True, "False: the adapter stands in the place of the linear")
     hidden: int = setting(768, "inner width of the gate")
     dropout: float = setting(0.2, "dropout in the gate")
-    lean: float = setting(0.0, "added to the start of the bias for what was there")
+    lean: float = setting(0.0, "added to the start of the bias for what was there", signed=True)
     pool: Literal["token", "position"] = setting(
         "token", "what the gate reads: the last token, or the last position, padding too",
         unseen="batches of the suite have no padding: tests/methods/test_mixda.py")

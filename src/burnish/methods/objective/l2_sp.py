@@ -42,7 +42,7 @@ class L2Sp(Method):
     paper: ClassVar[str] = "Explicit Inductive Bias for Transfer Learning (2018), arXiv:1802.01483"
     tier: ClassVar[str] = "checked against an independent equation"
 
-    alpha: float = setting(0.1, "strength on weights the base had, and on updates")
+    alpha: float = setting(0.1, "strength on weights the base had, and on updates", least=0.0)
     beta: float = setting(0.01, "strength on the head")
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[OnWeights]:

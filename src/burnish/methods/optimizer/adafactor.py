@@ -29,7 +29,7 @@ class Adafactor(Method):
     tier: ClassVar[str] = "checked against an independent equation"
 
     decay_rate: float = setting(0.8, "c, how fast the moments come to rest")
-    clip: float = setting(1.0, "d, the root mean square an update is cut to")
+    clip: float = setting(1.0, "d, the root mean square an update is cut to", above=0.0)
     beta1: float = setting(0.0, "of a running mean of U; 0 keeps none")
     scale_parameter: bool = setting(False, "steps relative to the weight's own size")
     weight_decay: float = setting(0.0, "decay of the weights, times lr")

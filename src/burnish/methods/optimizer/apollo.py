@@ -35,10 +35,11 @@ class Apollo(Method):
     tier: ClassVar[str] = "checked against an independent equation"
 
     rank: int = setting(256, "rank of the projection; a quarter of the width is published",
-                        alias=("r",))
+                        alias=("r",), least=1)
     every: int = setting(200, "T, updates between two projections",
                                 alias=("update_every", "update_proj_gap", "T"))
-    scale: float = setting(1.0, "its root multiplies the step; 128 with rank 1", alias=("alpha",))
+    scale: float = setting(1.0, "its root multiplies the step; 128 with rank 1", alias=("alpha",),
+                           above=0.0)
     by: Literal["channel", "tensor"] = setting("channel", "one rate per channel or per tensor",
                                                alias=("scale_type",))
     scale_front: bool = setting(False, "scale before the limiter instead of behind it",

@@ -32,10 +32,10 @@ class Fira(Method):
                             "Constraint? (2024), arXiv:2410.01623")
     tier: ClassVar[str] = "checked against an independent equation"
 
-    rank: int = setting(128, "rank of the subspace", alias=("r",))
+    rank: int = setting(128, "rank of the subspace", alias=("r",), least=1)
     every: int = setting(200, "updates between two singular value decompositions",
                                 alias=("update_every", "update_proj_gap", "T"))
-    scale: float = setting(0.25, "alpha, of the low-rank part", alias=("alpha",))
+    scale: float = setting(0.25, "alpha, of the low-rank part", alias=("alpha",), least=0.0)
     limit: float = setting(1.01, "growth of the residual's norm per update; 0 for no limit")
     proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
         "std", "side of the factor: std is the short side")

@@ -57,7 +57,7 @@ class Frugal(Method):
         "random", "of matrices whose turn comes", beside={"part": "block", "every": 1})
     reset: bool = setting(True, "moments begin again with every choice",
                           alias=("reset_statistics",), beside={"every": 1})
-    scale: float = setting(1.0, "s_proj, times both parts", alias=("s_proj",))
+    scale: float = setting(1.0, "s_proj, times both parts", alias=("s_proj",), above=0.0)
     scale_free: float = setting(0.1, "s_free, times the part without moments", alias=("s_free",))
     residual: Literal["sign", "sgd", "none"] = setting("sign", "step of the part without moments")
 

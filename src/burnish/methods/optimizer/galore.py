@@ -38,11 +38,11 @@ class Galore(Method):
                             "Projection, ICML 2024")
     tier: ClassVar[str] = "checked against the paper's numbers"
 
-    rank: int = setting(128, "rank of the subspace", alias=("r",))
+    rank: int = setting(128, "rank of the subspace", alias=("r",), least=1)
     every: int = setting(200, "updates between two projections' singular value "
                                 "decompositions", alias=("update_every", "update_proj_gap", "T"))
     scale: float = setting(0.25, "alpha; published fine-tuning takes 4 with rank 4 or 8",
-                           alias=("alpha",))
+                           alias=("alpha",), above=0.0)
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = setting(
         "std", "side of the factor: std is the short side, full is both")
     svd: Literal["exact", "randomized"] = setting("exact", "randomized: a sketch of the range, "

@@ -35,10 +35,10 @@ class NaturalGalore(Method):
                             "and Fine-tuning (2024), arXiv:2410.16029")
     tier: ClassVar[str] = "checked against an independent equation"
 
-    rank: int = setting(128, "rank of the subspace", alias=("r",))
+    rank: int = setting(128, "rank of the subspace", alias=("r",), least=1)
     every: int = setting(200, "updates between two singular value decompositions",
                          alias=("update_every", "update_proj_gap", "T"))
-    scale: float = setting(0.25, "alpha", alias=("alpha",))
+    scale: float = setting(0.25, "alpha", alias=("alpha",), above=0.0)
     history: int = setting(20, "h, projected gradients that are remembered")
     damping: float = setting(1e-3, "lambda, added to the diagonal of F")
     relative: bool = setting(False, "lambda is a share of the mean squared norm of the gradients")

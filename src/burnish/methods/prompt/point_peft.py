@@ -75,7 +75,7 @@ class PointPeft(Method):
     prompt_bottleneck: int = setting(8, "p, width of what adapts recalled features")
     recalled: int = setting(8, "K, features of the bank that prompts are made of", other=(1,))
     samples: int = setting(2048, "clouds that the bank holds at most", other=(3,))
-    layers: int = setting(6, "blocks with prompts, from the first")
+    layers: int = setting(6, "blocks with prompts, from the first", least=1)
     neighbours: int = setting(8, "k, tokens gathered at a centre", other=(3,))
     centres: int | None = setting(None, "M; None: half the tokens", other=(3,))
     sight: float | None = setting(1.28, "how far apart points may attend to each other; None: "

@@ -70,7 +70,7 @@ class Lst(Cached):
     gate: Literal["layer", "channel"] = setting("layer", "what has a gate of its own")
     init: Literal["prune", "fisher", "random"] = setting("prune", "start of the side blocks")
     samples: int = setting(1024, "read before training", beside={"init": "fisher", "samples": 1},
-                           other=(2,))
+                           other=(2,), least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

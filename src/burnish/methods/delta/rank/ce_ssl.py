@@ -59,7 +59,7 @@ class CeSsl(Method):
     low: float = setting(0.9, "share of layers with half the rank", other=(0.0,))
     samples: int | None = setting(None, "samples to read at most; None: all there are",
                                   unseen="one sample more seldom reorders a few layers: "
-                                  "tests/methods/test_ce_ssl.py")
+                                  "tests/methods/test_ce_ssl.py", least=1)
     seed: int = setting(0, "of the draws", beside={"deactivation": 0.5})
 
     def __post_init__(self) -> None:

@@ -67,7 +67,7 @@ class Pvera(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(256, "numbers that are drawn", alias=("r",))
-    d_start: float = setting(0.1, "start of d", alias=("d_initial",))
+    d_start: float = setting(0.1, "start of d", alias=("d_initial",), signed=True)
     dropout: float = setting(0.0, "dropout on the input of A", alias=("pvera_dropout",))
     bases: Literal["drawn", "stored"] = setting(
         "drawn", "how they are drawn, or those of a file",

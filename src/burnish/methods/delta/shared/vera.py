@@ -61,7 +61,7 @@ class Vera(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "mha"})
 
     rank: int = setting(256, "rows of the shared A", alias=("r",), least=1)
-    d_start: float = setting(0.1, "start of d", alias=("d_initial",))
+    d_start: float = setting(0.1, "start of d", alias=("d_initial",), signed=True)
     dropout: float = setting(0.0, "dropout on the input of A", alias=("vera_dropout",))
     bases: Literal["drawn", "stored"] = setting(
         "drawn", "how they are drawn, or those of a file",

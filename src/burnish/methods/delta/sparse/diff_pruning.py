@@ -53,7 +53,7 @@ class DiffPruning(Method):
     density: float = setting(0.005, "share of the entries that train in the end")
     search: float = setting(0.5, "share of the run after which they are chosen")
     weight: float = setting(1.25e-7, "of the expected number of entries", alias=("sparsity_pen",))
-    init: float = setting(5.0, "a at the start", alias=("alpha_init",))
+    init: float = setting(5.0, "a at the start", alias=("alpha_init",), signed=True)
     gate_rate: float = setting(10.0, "learning rate of gates over that of w")
     structured: bool = setting(False, "one more gate for each matrix")
     seed: int = setting(0, "of the gates' draws")

@@ -82,7 +82,7 @@ class Pst(Method):
     score_rank: int = setting(8, "rank of the scores", alias=("mask_rank",))
     ratio: float = setting(0.9, "share of each matrix that is pruned in the end")
     scale: float = setting(1.0, "of the update", alias=("beta",))
-    alpha: float = setting(1.0, "weight of A B in the scores", alias=("alpha1",))
+    alpha: float = setting(1.0, "weight of A B in the scores", alias=("alpha1",), least=0.0)
     lines: float = setting(1.0, "weight of rows and columns in the scores", alias=("alpha2",))
     warmup: float = setting(0.1, "share of the run before pruning begins")
     cooldown: float = setting(0.1, "share of the run after the last rise of v")

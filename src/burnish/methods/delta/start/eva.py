@@ -61,10 +61,10 @@ class Eva(Method):
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     rho: float = setting(2.0, "a matrix gets at most rho x rank; 1 gives all the same")
     tolerance: float = setting(0.99, "cosine at which a direction counts as converged",
-                               other=(-1.0,))
+                               other=(0.0,))
     whiten: bool = setting(False, "divide the rows of A by sqrt(S)")
     samples: int | None = setting(None, "samples to read at most; None: all there are",
-                                  other=(1,))
+                                  other=(1,), least=1)
 
     def __post_init__(self) -> None:
         if self.rho < 1:
