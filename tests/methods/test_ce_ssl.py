@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.thinned import FactorGradient, Thinned
+from burnish.core.errors import RankError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.testing import follows, stir
@@ -122,6 +123,78 @@ def test_a_layer_that_rests_keeps_nothing_and_has_a_gradient_of_zero(kept):
     assert all(p.grad.any() for ps in h.layers.values() for p in ps), "nobody rests in a rehearsal"
 
 
+def three(p=0.5):
+    torch.manual_seed(0)
+    model = Scalar(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))).double()
+    tuned = burnish.tune(model, f"ce_ssl(rank=2, score='none', deactivation={p})", head=False,
+                         targets="all")
+    for _, t in tuned.terms(Thinned):
+        t.double()
+    stir(tuned)
+    tuned.optimizer(lr=1e-3)
+    return tuned, torch.randn(4, 8, dtype=torch.float64)
+
+
+def passes(tuned, x, per_update, updates=2):
+    """(update, number within it) that each pass is drawn for."""
+    h, asked = handler(tuned), []
+    drawn = h.drawn
+    h.drawn = lambda *at: (asked.append(at), drawn(*at))[1]
+    for _ in range(updates):
+        for _ in range(per_update):
+            tuned.backward(x)
+        tuned.current_optimizer.step()
+        tuned.current_optimizer.zero_grad()
+    return asked
+
+
+def test_each_micro_batch_is_drawn_for_also_after_a_resume():
+    tuned, x = three()
+    assert passes(tuned, x, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    first, _ = three()
+    passes(first, x, 1, 1)
+    again, _ = three()
+    again.timeline.load(first.timeline.state())
+    assert passes(again, x, 2, 1) == [(1, 0), (1, 1)]
+
+
+def test_what_a_layer_has_gathered_stays_while_it_rests():
+    """Gradients of the micro-batches of an update add up; of who rests nothing is added."""
+    tuned, x = three()
+    h = handler(tuned)
+    update = next(k for k in range(99) if not h.drawn(k, 0) and 0 < len(h.drawn(k, 1)) < 3)
+    passes(tuned, x, 1, update)
+    off = h.drawn(update, 1)
+    tuned.backward(x)
+    first = {path: [p.grad.clone() for p in params] for path, params in h.layers.items()}
+    tuned.backward(x)
+    for path, params in h.layers.items():
+        same = [torch.equal(p.grad, g) for p, g in zip(params, first[path], strict=True)]
+        assert all(same) if path in off else not any(same), path
+
+
+def test_of_layers_that_all_rest_one_gives_the_loss_its_graph():
+    tuned, x = three(0.9)
+    h = handler(tuned)
+    update = next(k for k in range(99) if len(h.drawn(k, 0)) == 3)
+    passes(tuned, x, 1, update)
+    tuned.backward(x)
+    sizes = [max(float(p.grad.abs().max()) for p in params) for params in h.layers.values()]
+    assert sizes[:2] == [0, 0] and 0 < sizes[2] < 1e-36
+
+
+def test_after_a_rehearsal_layers_rest_again():
+    tuned, x = three()
+    h = handler(tuned)
+    update = next(k for k in range(99) if h.drawn(k, 0))
+    passes(tuned, x, 1, update)
+    h.rehearse(update)
+    h.step_end(update)
+    tuned.backward(x)
+    for path in h.drawn(update, 0):
+        assert max(float(p.grad.abs().max()) for p in h.layers[path]) < 1e-36
+
+
 class Deep(nn.Module):
     """Ten linears; what the last ones do to the loss is larger."""
 
@@ -135,11 +208,13 @@ class Deep(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("score", ["taylor", "fisher"])
-def test_ranks_follow_one_look_at_the_data(score):
+@pytest.mark.parametrize("score, best", [("taylor", "layers.7"), ("fisher", "layers.9")])
+def test_ranks_follow_one_look_at_the_data(score, best):
     """I = mean over batches of mean((W * s (dL/dB A))^2), B = 0; the lowest 90 % get half."""
     torch.manual_seed(0)
     net = Deep().double()
+    with torch.no_grad():
+        net.layers[9].weight.mul_(0.01)
     xs = [torch.randn(4, 8, dtype=torch.float64) for _ in range(3)]
     paths = [f"layers.{k}" for k in range(10)]
     m = parse(f"ce_ssl(rank=8, score={score!r})")[0]
@@ -162,10 +237,47 @@ def test_ranks_follow_one_look_at_the_data(score):
     tuned = burnish.tune(net, m, calibration=xs, targets=",".join(paths), head=False)
     ranks = {n.removesuffix(".weight"): v["rank"]
              for n, v in tuned.adapters["default"].settled["ce_ssl"].items()}
-    best = max(want, key=want.get)
+    assert max(want, key=want.get) == best
     assert Counter(ranks.values()) == {4: 9, 8: 1} and ranks[best] == 8
     assert {n: t.A.shape[0] for n, t in tuned.terms(Thinned)} == \
         {f"{n}.weight": r for n, r in ranks.items()}
+
+
+def test_what_is_looked_through_is_drawn_for_each_place_and_seed():
+    place = [Place(n, "weight", "linear", 30, 400) for n in "ab"]
+    A = [parse(f"ce_ssl(seed={seed})")[0].observe(p).A for seed in (0, 1) for p in place]
+    assert all(a.shape == (16, 400) for a in A)
+    assert all(float(a.std()) == pytest.approx(0.02, rel=0.03) and a.abs().max() < 0.12 for a in A)
+    assert len({float(a[0, 0]) for a in A}) == 4
+    assert torch.equal(A[0], parse("ce_ssl")[0].observe(place[0]).A)
+
+
+def test_layers_too_narrow_for_the_rank_have_no_say():
+    """Left alone where nobody names them, and half of the others get half; else refused."""
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(3, 8))
+
+    xs = [torch.randn(4, 8)]
+    for score in ("'taylor', low=0.5", "'none'"):
+        one = Scalar(net())
+        tuned = burnish.tune(one, f"ce_ssl(rank=8, score={score})", calibration=xs, head=False)
+        want = [4, 8] if "taylor" in score else [8, 8]
+        assert sorted(t.A.shape[0] for _, t in tuned.terms(Thinned)) == want
+        with pytest.raises(RankError, match="rank 8 does not fit net.2"):
+            burnish.tune(Scalar(net()), f"ce_ssl(rank=8, score={score})", calibration=xs,
+                         targets="net.0,net.2", head=False)
+
+
+class Scalar(nn.Module):
+    """What a network makes, as one number."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).square().mean()
 
 
 def test_the_statistic_is_the_equation():
@@ -213,6 +325,7 @@ def test_defaults_counts_and_refusals():
     place = Place("x", "weight", "linear", 40, 24)
     assert m.count(place) == 16 * 64 and m.count(place, rank=8) == 8 * 64 == 64 * m.per_token(
         place, rank=8)
+    assert m.per_token(place) == 16
     term = Thinned(place, 16, 1.0, 0.2)
     assert float(term.A.detach().std()) == pytest.approx(0.02, rel=0.1) and not term.B.any()
     for settings, why in (("deactivation=1.0", "deactivation"), ("low=1.5", "low"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import burnish
@@ -169,6 +170,37 @@ def test_dropout_acts_in_training_and_is_drawn_again_in_backward():
     assert (total[0] - total[1]) / (2 * eps) == pytest.approx(float(g[2, 1]), rel=1e-6)
 
 
+@pytest.mark.parametrize("form", ["tt", "tk"])
+@pytest.mark.parametrize("name", ["q", "up", "down"])
+def test_under_dropout_it_is_the_equation_with_what_was_drawn(form, name):
+    """y = x W^T + b + s drop(Sigma U^T x) V^T, by one mask for all that a layer makes."""
+    net, _ = tuned_block(form, dropout=0.5)
+    lin, shared = getattr(net, name), net.burnish.default["fact_shared"]
+    term = lin.burnish.default["fact"]
+    x = torch.randn(7, lin.in_features, dtype=torch.float64)
+    net.train()
+    torch.manual_seed(1)
+    got = lin(x)
+    torch.manual_seed(1)
+    mask = F.dropout(torch.ones(7, term.rows, 3, dtype=torch.float64), 0.5)
+    params = [*shared.parameters(), *term.parameters()]
+    at = dict(shared.named_parameters()) | dict(term.named_parameters())
+    rows = []
+    for a in range(term.rows):
+        t = 0
+        for b in range(term.columns):
+            sigma = at["sigma"][a, b] if form == "tt" else \
+                sum(at["P"][a, b, j] * at["C"][:, :, j] for j in range(3))
+            t = t + x[:, 6 * b : 6 * b + 6] @ at["U"] @ sigma.t()
+        rows.append(0.7 * (mask[:, a] * t) @ at["V"].t())
+    want = F.linear(x, lin.weight, lin.bias) + torch.cat(rows, 1)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    g = torch.randn_like(want)
+    for one, other in zip(torch.autograd.grad(got, params, g),
+                          torch.autograd.grad(want, params, g), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_a_matrix_that_is_no_whole_number_of_tiles_is_refused():
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 8))
     with pytest.raises(TargetError, match=r"6 x 6 tiles.*1.weight \(8 x 6\)"):
@@ -236,3 +268,9 @@ def test_dropout_is_a_probability():
 def test_more_columns_than_a_tile_has_are_refused():
     with pytest.raises(burnish.RecipeError, match="rank 7 does not fit"):
         burnish.tune(Block(), "fact(rank=7)", targets="q,up,down", head=False)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(6, 6))
+    with pytest.raises(burnish.RecipeError, match="rank 3 does not fit 1.weight .2 x 6"):
+        burnish.tune(net, "fact(rank=3)", targets="0,1,2", head=False)
+    tuned = burnish.tune(net, "fact(rank=3)", head=False)        # nobody has named the small ones
+    assert [n for n, _ in tuned.terms(Tiles)] == ["0.weight", "3.weight"]
+    assert net.burnish.default["fact_shared"].U.shape == (6, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.anatomy import Anatomy
+from ..core.errors import RankError
 from ..core.method import Method
 from ..core.recipe import key_of
 from ..core.site import Place
@@ -73,8 +74,7 @@ class Informed:
         asks for one. A file knows what was settled, and a simulation has no values to see."""
         key = self._key(part)
         known = self.adapter.settled.get(key)
-        asks = type(part).observe is not Method.observe \
-            and any(part.observe(p) is not None for p in places)
+        asks = self._fitting(part, places)
         if not asks or self._blank(part):
             for place in places:
                 yield place, None, (known or {}).get(place.name, {})
@@ -82,7 +82,7 @@ class Informed:
         record = self.adapter.settled[key] = {}
         self._looked.add(key)
         left = dict.fromkeys(places)
-        looks = Pass(self.model, part, places, *self.data, weight=self._weight)
+        looks = Pass(self.model, part, asks, *self.data, weight=self._weight)
         for seen, decided in looks.rounds():
             for place, statistic in seen.items():
                 record[place.name] = dict(decided.get(place, {}))
@@ -105,8 +105,22 @@ class Informed:
         if type(part).observe is Method.observe or self._blank(part):
             return False
         targets, _ = self.anatomy.asked.of(part)     # looked at: the part has not used them yet
-        seen = (part.observe(p) for p in match(self.anatomy, targets) if p.kind in part.kinds)
-        return any(s is not None and needs_data(s) for s in seen)
+        places = [p for p in match(self.anatomy, targets) if p.kind in part.kinds]
+        return any(needs_data(part.observe(p)) for p in self._fitting(part, places))
+
+    def _fitting(self, part: Method, places: Iterable[Place]) -> list[Place]:
+        """Where the part looks first. Where its rank does not fit, what stands there says so
+        (`delta`), and a place that nobody has named is left alone for it; one that somebody has is
+        refused here, before anything is read."""
+        out = []
+        for place in places if type(part).observe is not Method.observe else ():
+            try:
+                if part.observe(place) is not None:
+                    out.append(place)
+            except RankError:
+                if self.anatomy.asked.of(part)[0] is not None:
+                    raise
+        return out
 
     @contextmanager
     def _weight(self, place: Place) -> Iterator[torch.Tensor]:

@@ -76,7 +76,7 @@ class CeSsl(Method):
         place.check_rank(self.rank, "ce_ssl")
         if self.score == "none":
             return None
-        rng = torch.Generator().manual_seed(fold("ce_ssl", self.seed, place.name) % 2 ** 63)
+        rng = torch.Generator().manual_seed(fold("ce_ssl", self.seed, place.name))
         A = 0.02 * torch.randn(self.rank, place.inp, generator=rng)
         return FactorGradient(A, self.scale, self.score == "taylor")
 

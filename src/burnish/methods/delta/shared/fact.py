@@ -101,13 +101,15 @@ class Fact(Method):
             raise RecipeError(f"fact: dropout is a probability in [0, 1), got {self.dropout}")
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, Tensor]:
-        d = min(min(p.out, p.inp) for p in places)
-        for p in places:
+        fit = [p for p in places if self.rank <= min(p.out, p.inp)]      # of others `delta` says so
+        if not fit:
+            places[0].check_rank(self.rank, "fact")
+        d = min(min(p.out, p.inp) for p in fit)
+        for p in fit:
             if p.out % d or p.inp % d:
                 raise TargetError(f"fact cuts weights into {d} x {d} tiles (the smallest side "
                                   f"among its targets); {p.name} ({p.out} x {p.inp}) has no whole "
                                   "number of them: leave it out of targets")
-        places[0].check_rank(self.rank, "fact")
         U = nn.Parameter(torch.empty(d, self.rank))
         nn.init.uniform_(U, -1 / math.sqrt(d), 1 / math.sqrt(d))
         out = {"U": U, "V": nn.Parameter(torch.zeros(d, self.rank))}
@@ -116,6 +118,7 @@ class Fact(Method):
         return out
 
     def delta(self, site: Site) -> Tiles:
+        site.place.check_rank(self.rank, "fact")
         return Tiles(site.place, site.shared.U.shape[0], self.rank, self.scale, self.dropout,
                      self.form == "tk", site.shared)
 

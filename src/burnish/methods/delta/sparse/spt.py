@@ -81,6 +81,7 @@ class Spt(Method):
 
     def delta(self, site: Site) -> Chain | SparseDelta | None:
         place, entries = site.place, site.settled.get("entries")
+        place.check_rank(self.rank, "spt")
         if entries is None:
             return Chain(place, self.rank, self.scale)
         index = masks.to_come(place, entries) if site.seen is None else site.seen.index[:entries]

@@ -88,6 +88,7 @@ class Eva(Method):
         return rows / seen.S[:rank].sqrt().unsqueeze(1) if self.whiten else rows, None
 
     def delta(self, site: Site) -> Chain | None:
+        site.place.check_rank(self.rank, "eva")
         rank = site.settled.get("rank", self.rank)
         return begin(Chain(site.place, rank, self.alpha / self.rank), site, self.start) \
             if rank else None
