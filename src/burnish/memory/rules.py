@@ -70,6 +70,9 @@ class Block:
 def _lora(b: Block, keys: int, s: dict[str, Any]) -> float:
     rank, lean = s.get("rank", 8), s.get("lean", False)
     which = s.get("on", "qkv")
+    if which == "all" and s.get("dropout"):   # a dropped copy of every input, and its mask
+        inputs = sum(i for _, i in b.matrices) / b.width
+        return b.frozen(keys) + inputs * (1 + s.get("mask", 1.0)) + len(b.matrices) * rank / b.width
     if which == "all":
         return b.full(keys, lean) + len(b.matrices) * rank / b.width
     if which not in ("qkv", "qv", "q", "v"):
@@ -110,6 +113,7 @@ ROWS: dict[str, Callable[[Block, int, dict[str, Any]], float]] = {
     "meft": lambda b, n, s: 2 / s["anchors"] if s.get("anchors") else 0.0,
     "checkpoint": lambda b, n, s: 1.0,
     "offload": lambda b, n, s: 0.0,
+    "few_bit": lambda b, n, s: b.frozen(n) - b.mu * (1 - s.get("bits", 4) / 8 / s["itemsize"]),
     "wta_crs": lambda b, n, s: b.frozen(n) + s.get("keep", 0.3) * (b.full(n) - b.frozen(n)),
 }
 
@@ -121,11 +125,12 @@ def kept_bytes(block: Block, row: str, tokens: int, keys: int, itemsize: int,
                **settings: Any) -> float:
     """Bytes one block keeps for backward over `tokens` tokens of `keys`-long sequences.
 
-    row: a method of the table (:data:`ROWS`). settings: rank, on, reduction, prompts, lean...
+    row: a method of the table (:data:`ROWS`). settings: rank, on, reduction, prompts, lean, dropout
+    (before every lora of on="all"; mask: bytes of its mask over those of an element)...
     """
     if row not in ROWS:
         raise ConfigError(f"no closed form for {row!r}{nearest(row, ROWS)}")
-    units = ROWS[row](block, keys, settings)
+    units = ROWS[row](block, keys, {**settings, "itemsize": itemsize})
     total = tokens * units * block.width * itemsize
     if row not in _NO_STATISTICS:
         total += tokens * 4 * block.statistics()
