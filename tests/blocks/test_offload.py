@@ -303,6 +303,19 @@ def test_a_disk_that_cannot_be_read_stops_backward(policy, monkeypatch):
         gradients(loss, x, stack)
 
 
+def test_a_file_that_is_cut_short_stops_backward_and_the_next_step_goes_on(policy, want):
+    stack, x = blocks(), given()
+    loss = run(stack, x, Tape(True, policy))
+    os.ftruncate(policy.file.file.fileno(), size(policy) // 2)
+    with pytest.raises(BurnishError, match="holds less than"):
+        gradients(loss, x, stack)
+    del loss
+    gc.collect()
+    for p in (x, *stack.parameters()):
+        p.grad = None
+    same(want, gradients(run(stack, x, Tape(True, policy)), x, stack))
+
+
 def test_a_writer_that_takes_a_little_at_a_time(policy, want, monkeypatch):
     put, get = spool.put, spool.get
     monkeypatch.setattr(spool, "put", lambda f, v, at: put(f, v[:100], at))

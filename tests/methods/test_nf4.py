@@ -56,6 +56,20 @@ def test_bits_per_weight():                                                # fin
     assert held[True] == pytest.approx(4.127, rel=0.01)
 
 
+def test_the_linears_of_a_llama_7b_are_three_and_a_third_gigabytes():
+    net, batch = tiny("llama", meta=True, batch=1, vocab_size=32000, hidden_size=4096,
+                      intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                      num_key_value_heads=32)
+    linears = sum(p.numel() for n, p in net.named_parameters()
+                  if p.dim() == 2 and ".layers." in n)
+    assert linears == 6_476_005_376
+    held = [burnish.simulate(net, s, batch, dtype="bfloat16").by_category["weights"]
+            for s in ("lora", "nf4 + lora", "nf4(double_quant=False) + lora")]
+    saved = [(held[0] - h) / linears for h in held[1:]]
+    assert [8 * (2 - s) for s in saved] == pytest.approx([4.127, 4.5], abs=2e-3)
+    assert linears * (2 - saved[0]) / 1e9 == pytest.approx(3.34, abs=5e-3)
+
+
 def test_the_default_codes_the_maxima_too():
     from burnish.core.recipe import parse
 

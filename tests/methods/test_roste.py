@@ -217,6 +217,41 @@ def test_the_choice_is_the_smaller_error_and_is_in_the_file(tmp_path):
     assert torch.equal(again.model(plain, spiky), want)
 
 
+def fitted(bits, spike=0.0, rotation="none"):
+    """(prediction error, error of the rounded weight) where descent on 24 samples of 64 inputs has
+    converged: the mean of the last fifty steps."""
+    torch.manual_seed(0)
+    x, W = torch.randn(24, 64), torch.randn(8, 64) / 8
+    W[:, 3] += spike
+    net = nn.Sequential(nn.Linear(64, 8, bias=False))
+    net[0].weight.data.copy_(W + 0.02 * torch.randn_like(W))
+    tuned = burnish.tune(net, f"full + roste(bits={bits}, input_bits=8, kv_bits=0, "
+                              f"rotation='{rotation}')", targets="0", head=False)
+    (V,), R = tuned.parameters(), dense(64) if rotation == "hadamard" else torch.eye(64).double()
+    off, rounding = [], []
+    for _ in range(250):
+        V.grad = None
+        loss = (net(x) - x @ W.t()).square().sum() / 24
+        (loss / 2).backward()
+        V.data.sub_(V.grad, alpha=0.2)
+        turned = V.detach().double() @ R
+        off.append(float(loss.detach()))
+        rounding.append(float((grid_w(turned, bits) - turned).square().sum()))
+    return sum(off[-50:]) / 50, sum(rounding[-50:]) / 50
+
+
+def test_the_error_of_a_fit_goes_with_that_of_its_rounded_weights():
+    """More inputs than samples: what stays is a multiple of the rounding of what it converged to,
+    over three orders of magnitude, and a turn that takes an outlier apart lowers both."""
+    each = [fitted(bits) for bits in (3, 4, 5, 6, 8)]
+    assert all(a[0] > 3 * b[0] for a, b in zip(each, each[1:], strict=False))
+    assert each[0][0] > 1000 * each[-1][0]
+    ratios = [off / rounding for off, rounding in each]
+    assert max(ratios) < 2.5 * min(ratios)
+    plain, turned = (fitted(4, 2.0, how) for how in ("none", "hadamard"))
+    assert turned[1] < 0.5 * plain[1] and turned[0] < 0.5 * plain[0]
+
+
 @pytest.mark.parametrize("input_bits, span, nbytes", [
     (4, 1.0, 32), (3, 1.0, 32), (8, 1.0, 64), (2, 1.0, 16), (4, 0.5, 32 + 8)])
 def test_backward_keeps_codes_in_place_of_the_input(input_bits, span, nbytes):

@@ -58,6 +58,7 @@ def test_what_trains(published):
     vit, _ = published("ViTConfig", "ViTForImageClassification")
     whole = {n: p.numel() for n, p in vit.model.named_parameters() if "classifier" not in n}
     d, blocks = 768, 12
+    assert sum(k for n, k in whole.items() if n.endswith("bias") and ".layers." in n) == 101_376
     trains = sum(k for n, k in whole.items() if n.endswith("bias")) \
         + blocks * (L * d + 2 * d * r + r + d)
     assert trains / sum(whole.values()) == pytest.approx(0.0086, abs=5e-5)
