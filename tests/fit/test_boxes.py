@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from burnish.core.errors import ConfigError, DataError
 from burnish.fit.boxes import assigned, average_precision, corners, overlap
 from burnish.fit.data import read
 from burnish.fit.tasks import evaluate, task_for
-from burnish.testing.boxes import made, shapes
+from burnish.testing.boxes import DETRS, detr, made, shapes
 
 
-def learnt(folder, each=6, model=None, **how):
-    own, reads = made()
+def learnt(folder, each=6, model=None, by=made, **how):
+    own, reads = by()
     data = read(shapes(folder, each), validation=0)
     task = task_for(data, "", processor=reads, **how)
     task.settle(model or own)
@@ -170,8 +171,10 @@ def test_overlaps_by_hand():
     assert corners(torch.tensor([2.0, 3, 2, 4])).tolist() == [1, 1, 3, 5]
 
 
-def test_the_loss_is_transformers_own(tmp_path):
-    task, model = learnt(tmp_path / "a")
+@pytest.mark.parametrize("by", [made, *(partial(detr, kind) for kind in DETRS)],
+                         ids=["Yolos", *DETRS])
+def test_the_loss_is_transformers_own(tmp_path, by):
+    task, model = learnt(tmp_path / "a", by=by)
     model.eval()
     rows = task.rows("train")
     batch = task.collate([rows[i] for i in range(6)])
@@ -207,14 +210,34 @@ def test_what_does_not_fit_is_refused(tmp_path):
         task.fit_head(made(num_labels=5)[0])
     with pytest.raises(DataError, match="2 objects, and the model tells 1 in a picture at most"):
         learnt(tmp_path / "b", model=made(num_detection_tokens=1)[0])[0].rows("train")
-    from transformers import DetrConfig, ResNetConfig, ViTConfig
+    from transformers import ResNetConfig, RTDetrConfig, ViTConfig
 
     back = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
-    for config, name in ((ViTConfig(), "vit"), (DetrConfig(backbone_config=back), "detr")):
+    for config, name in ((ViTConfig(), "vit"), (RTDetrConfig(backbone_config=back), "rt_detr")):
         config.save_pretrained(tmp_path / name)
-        with pytest.raises(ConfigError, match=f"is {name}, no model that tells boxes as YOLOS"):
+        with pytest.raises(ConfigError, match=f"is {name}, no model that tells boxes as YOLOS and "
+                                              "DETR do"):
             burnish.fit(str(tmp_path / name), str(tmp_path / "a"), "lora(rank=2)", quiet=True,
                         output=tmp_path / "out")
+
+
+def test_a_picture_is_as_large_as_the_model_the_processor_or_somebody_says(tmp_path):
+    for by, how, side in ((made, {}, 32), (partial(detr, "Detr"), {}, 64),
+                          (made, {"resolution": 48}, 48),
+                          (partial(detr, "Detr"), {"resolution": 48}, 48)):
+        task, _ = learnt(tmp_path / f"{side}{len(list(tmp_path.iterdir()))}", by=by, **how)
+        assert task.example(2)["pixel_values"].shape == (2, 3, side, side)
+
+
+def test_the_surest_class_of_each_query_is_told(tmp_path):
+    """By a softmax without "no object", or each class by itself."""
+    for by, right in ((made, [0.25, 1]), (partial(detr, "ConditionalDetr"), [0.8, 0])):
+        task, _ = learnt(tmp_path / str(right[1]), by=by)
+        scores = [0.125, 0.25, 0.625] if by is made else [0.8, 0.3]
+        raw = torch.tensor(scores)
+        raw = raw.log() if by is made else raw.logit()
+        told = task.sorted(torch.cat([raw, torch.tensor([0.5, 0.5, 0.2, 0.4])]).view(1, 1, -1))
+        assert told[0, 0].tolist() == pytest.approx([0.4, 0.3, 0.6, 0.7, *right])
 
 
 # -- a whole run -----------------------------------------------------------------------------------
@@ -225,6 +248,22 @@ def test_objects_are_found_within_the_promise(tmp_path, capsys):
     data = shapes(tmp_path / "yard", 130)
     run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=1e-3,
                       epochs=16, batch_size=16, quiet=True)
+    found_within(run, data, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DETRS)
+def test_so_are_they_behind_convolutions(tmp_path, kind, capsys):
+    for part in detr(kind):
+        part.save_pretrained(tmp_path / "model")
+    data = shapes(tmp_path / "yard", 130)
+    run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=2e-3,
+                      epochs=12, batch_size=16, quiet=True)
+    found_within(run, data, capsys)
+
+
+def found_within(run, data, capsys):
+    """It has learnt, as promised, and is asked again."""
     losses = [h["eval_loss"] for h in run.history if "eval_loss" in h]
     assert losses[-1] < 0.85 * losses[0] and run.metrics["validation"]["map_50"] > 0.05
     assert run.promise.peak_bytes == run.truth.peak_bytes

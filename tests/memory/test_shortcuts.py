@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.memory import simulate
+import burnish
+from burnish.memory import measure, simulate
+from burnish.memory.simulate import SimulationError
 
 module = import_module("burnish.memory.simulate")
 
@@ -80,3 +82,54 @@ def test_chunks_of_a_loss_that_are_not_run_cost_what_the_second_did(monkeypatch)
         for figure in ("flops", "traffic", "seconds"):
             for phase, value in getattr(slow, figure).items():
                 assert math.isclose(getattr(quick, figure)[phase], value, rel_tol=1e-9), figure
+
+
+class Asks(nn.Module):
+    """Branches on whether its states are numbers, of more than are followed one by one."""
+
+    def __init__(self, wrong=None):
+        super().__init__()
+        self.a, self.b, self.wrong = nn.Linear(256, 256), nn.Linear(256, 256), wrong
+
+    def forward(self, x):
+        h = self.a(x)
+        seen = torch.ones(*x.shape[:2], 256, device=x.device)
+        asked = (not torch.isfinite(h).all(), torch.isnan(h).any(), (h != h).any(),
+                 torch.isinf(h).any(), (h.abs() == math.inf).any(),
+                 not (seen.clone().bool() & torch.isfinite(h)).all())
+        if any(asked) or self.wrong:
+            h = h.exp() * h
+        return self.b(h)
+
+
+def test_a_step_is_promised_whose_numbers_are_finite():
+    x = torch.randn(4, 300, 256)
+    batch = (x, x.clone())
+    promised = [simulate(Asks(wrong), "full", batch, loss=lambda out, b: out.sum()).peak_bytes
+                for wrong in (False, True)]
+    tuned = burnish.tune(Asks(), "full", head=False)
+    truth = measure(tuned, batch, loss=lambda out, b: out.sum()).peak_bytes
+    assert promised[0] == truth < promised[1]
+
+
+def test_one_number_all_over_is_known_until_it_is_written_into():
+    """What is written in place is nobody's business any more, and views of it with it."""
+    class Masked(nn.Module):
+        def __init__(self, cut):
+            super().__init__()
+            self.a, self.cut = nn.Linear(8, 8), cut
+
+        def forward(self, x):
+            seen = torch.isfinite(self.a(x))
+            part = seen[:, :2]
+            if self.cut:
+                seen[:, 0] = False
+            return self.a(x) if part.all() else self.a(x).exp()
+
+    x = torch.randn(4, 8)
+    whole = simulate(Masked(False), "full", (x, x.clone()), loss=lambda out, b: out.sum())
+    tuned = burnish.tune(Masked(False), "full", head=False)
+    assert whole.peak_bytes == measure(tuned, (x, x.clone()),
+                                       loss=lambda out, b: out.sum()).peak_bytes
+    with pytest.raises(SimulationError, match="values that only a real step has"):
+        simulate(Masked(True), "full", (x, x.clone()), loss=lambda out, b: out.sum())

@@ -90,9 +90,10 @@ class Options:
         English, for models whose prompt says so (Whisper).
     instance_prompt: of pictures by texts: the text of every picture, where they have none of their
         own. proportion_empty_prompts: how often a text is left out in training, so that guidance
-        can lead away from what is drawn without one. resolution: sides of the pictures (default:
-        as the pipeline was made). guidance_scale, num_inference_steps: how samples are drawn
-        (default: as the pipeline does). snr_gamma: min-SNR weights of the steps, none by default.
+        can lead away from what is drawn without one. resolution: sides of the pictures, also of
+        those in which objects are found (default: as the pipeline or the model was made).
+        guidance_scale, num_inference_steps: how samples are drawn (default: as the pipeline does).
+        snr_gamma: min-SNR weights of the steps, none by default.
     max_answer: tokens that an evaluation lets a model write of a row (default: those of the longest
         text of the data, and a quarter of it).
     shots, group: of instruction tuning: so many examples of one task in one sequence, of which each

@@ -162,8 +162,10 @@ TOWERS = frozenset({"clip", "metaclip_2", "siglip"})
 SIGMOID = frozenset({"siglip"})
 
 
-#: models that tell boxes by queries, one each, and learn them as DETR does
-DETECTORS = frozenset({"yolos"})
+#: models that tell boxes by queries, one each, and learn them as DETR does; and those of them whose
+#: classes are told one by one, without one for "no object"
+DETECTORS = frozenset({"yolos", "detr", "table-transformer", "conditional_detr", "deformable_detr"})
+FOCAL = frozenset({"conditional_detr", "deformable_detr"})
 
 
 #: models that read so many steps of a series and foretell so many, as their config says

@@ -227,7 +227,7 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return ("no model that draws the mask of what a text names (CLIPSeg), and "
                 f"{task} is for those")
     if task == "object-detection" and config.model_type not in DETECTORS:
-        return f"no model that tells boxes as YOLOS does, and {task} is for those"
+        return f"no model that tells boxes as YOLOS and DETR do, and {task} is for those"
     if in_time(task) and config.model_type not in FORECASTERS:
         return f"no forecaster such as PatchTST or PatchTSMixer, and {task} is for those"
     both = getattr(config, "is_encoder_decoder", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -34,7 +35,11 @@ class FakeLedger(Ledger):
 
     Models branch on such values (is anything padded? are several sequences packed?), and the
     branch decides which attention kernel runs, so a guess would be a wrong promise. Whatever is
-    computed only from tensors of known value is computed on those values too.
+    computed only from tensors of known value is computed on those values too. A tensor of one value
+    all over is followed whatever its size.
+
+    Models also branch on whether a state is finite (DETR's encoder clamps one that is not). A step
+    is promised whose numbers are, so that is what such a question is answered (:func:`_finite`).
     """
 
     def __init__(self, model: nn.Module | None = None, kind: str = "cpu", **kw: Any):
@@ -77,8 +82,14 @@ class FakeLedger(Ledger):
             if self.note is not None:
                 if out.numel() <= FOLLOWED:
                     self.knows(out, _Later(func, args, kwargs))
+                elif func in _FILLED:
+                    one = [1] * out.dim()
+                    self.knows(out, _Later(func, (one, *args[1:]), kwargs, out.shape))
                 return out
         values = _known(args, kwargs)
+        if values is not None and func._schema.is_mutable and not all(
+                map(_writable, leaves(_written(func, values[0], values[1])))):
+            values = None
         if values is None or _RANDOM in func.tags:
             if func._schema.is_mutable:       # whatever was known of the target is old now
                 for t in leaves((_written(func, args, kwargs), kwargs.get("out"))):
@@ -87,6 +98,9 @@ class FakeLedger(Ledger):
             if func is LIFT and _few(args[0]):
                 with no_modes():
                     self.knows(out, args[0].clone())
+            elif values is None and (said := _finite(func, args)) is not None:
+                with no_modes():
+                    self.knows(out, torch.tensor(said).expand(out.shape))
             return out
         if func is _ITEM:
             with no_modes():
@@ -96,30 +110,37 @@ class FakeLedger(Ledger):
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:   # the values say how large it is
             sized = False
-        if not sized or all(t.numel() <= FOLLOWED for t in leaves(out)):
+        given = list(leaves(values))
+        even = bool(sized and given) and all(map(_even, given))
+        if not sized or even or all(t.numel() <= FOLLOWED for t in leaves(out)):
             if kwargs.get("device") is not None:
                 values[1]["device"] = torch.device("cpu")
+            spread = even and isinstance(out, Tensor) and not func._schema.is_mutable and (
+                torch.Tag.pointwise in func.tags or func in _COPIES)
             with no_modes():
-                real = func(*values[0], **values[1])
+                real = func(*map(_one, values[0]), **values[1]).expand(out.shape) if spread else \
+                    func(*values[0], **values[1])
             if not sized:
                 out = _as_fake(real, args)
             for fake, value in zip(leaves(out), leaves(real), strict=True):
-                self.knows(fake, value)
+                if value.numel() <= FOLLOWED or _even(value):
+                    self.knows(fake, value)
         return out
 
 
 class _Later:
     """The value of a tensor that was made from none, for who asks; hardly anybody does."""
 
-    def __init__(self, func: Any, args: tuple, kwargs: dict[str, Any]):
-        self.func, self.args, self.kwargs = func, args, kwargs
+    def __init__(self, func: Any, args: tuple, kwargs: dict[str, Any], shape: Any = None):
+        self.func, self.args, self.kwargs, self.shape = func, args, kwargs, shape
 
     def now(self) -> Tensor:
         kwargs = dict(self.kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         with no_modes():
-            return self.func(*self.args, **kwargs)
+            made: Tensor = self.func(*self.args, **kwargs)
+            return made if self.shape is None else made.expand(self.shape)
 
 
 @cache
@@ -141,6 +162,37 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
 
 class _Unknown(Exception):
     pass
+
+
+def _finite(func: Any, args: tuple) -> bool | None:
+    """What is said of numbers that are finite, where an operator asks just that: whether each
+    equals itself, or an infinity, of which ``torch.isfinite`` is made."""
+    if func in _ODD:
+        return False
+    same = func in _ALIKE and args[0] is args[1]
+    infinite = func in _NUMBER and isinstance(args[1], float) and math.isinf(args[1])
+    return _ALIKE[func] if same else _NUMBER[func] if infinite else None
+
+
+_FILLED = (torch.ops.aten.ones.default, torch.ops.aten.zeros.default, torch.ops.aten.full.default)
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+_ODD = (torch.ops.aten.isnan.default, torch.ops.aten.isinf.default)
+_ALIKE = {torch.ops.aten.eq.Tensor: True, torch.ops.aten.ne.Tensor: False}
+_NUMBER = {torch.ops.aten.eq.Scalar: False, torch.ops.aten.ne.Scalar: True}
+
+
+def _even(t: Tensor) -> bool:
+    """Is it one number, seen at every place?"""
+    return not any(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+
+
+def _writable(t: Tensor) -> bool:
+    return t.numel() < 2 or not _even(t)
+
+
+def _one(value: Any) -> Any:
+    """Of an even tensor as many dimensions, of one entry each."""
+    return value[(slice(0, 1),) * value.dim()] if isinstance(value, Tensor) else value
 
 
 def _uncached(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

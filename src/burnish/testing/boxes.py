@@ -9,6 +9,29 @@ from typing import Any
 SIDE = 32
 
 
+#: detectors with a backbone of convolutions, as transformers calls them
+DETRS = ("Detr", "ConditionalDetr", "DeformableDetr")
+
+
+def detr(kind: str = "Detr", seed: int = 0, **config: Any) -> tuple[Any, Any]:
+    """(a detector of two classes behind a small ResNet, what reads its pictures)."""
+    import torch
+    import transformers as t
+
+    from ..fit.pictures import Picture
+
+    torch.manual_seed(seed)
+    back = t.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1],
+                          layer_type="basic", out_features=["stage2"])
+    body = {"backbone_config": back, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64, "num_queries": 6, "num_labels": 2, "dropout": 0.0}
+    if kind == "DeformableDetr":
+        body["num_feature_levels"] = 2
+    made = getattr(t, f"{kind}Config")(**(body | config))
+    return getattr(t, f"{kind}ForObjectDetection")(made), Picture(64, 64, (0.5,) * 3, (0.5,) * 3)
+
+
 def made(seed: int = 0, **config: Any) -> tuple[Any, Any]:
     """(YOLOS of two classes, what reads its pictures)."""
     import torch

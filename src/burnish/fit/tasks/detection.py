@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...core.errors import ConfigError, DataError
 from ..boxes import assigned, average_precision, corners, overlap
 from ..from_files import Kept, picture
+from ..kinds import DETECTORS, FOCAL
 from ..pictures import Picture, picture_of
 from ..rows import Rows
 from .base import Batch
@@ -23,6 +24,8 @@ from .named import Named
 NOTHING = -100
 #: answers to people are at least so sure
 SURE = 0.5
+#: of the focal loss in a pairing: the weight of what is right, and what keeps a log finite
+ALPHA, TINY = 0.25, 1e-8
 
 
 class Found(Kept):
@@ -59,10 +62,13 @@ class ObjectDetection(Named):
     """``pixel_values`` (B, C, H, W); ``labels`` (B, N), -100 behind a picture's objects, and
     ``boxes`` (B, N, 4), their middles and sizes over the picture's.
 
-    A picture is squeezed into the model's size, which no box minds that is told by shares of it.
+    A picture is squeezed into the model's size, or `resolution` each way, which no box minds that
+    is told by shares of it.
     The loss is DETR's (Carion et al., 2020), with the weights of the model's config: every object
     has one of the model's queries, so that the costs of all are least (:func:`assigned`);
     cross-entropy over classes and "no object", the distance and the generalised overlap of boxes.
+    Deformable and conditional DETR have each class by itself instead, under the focal loss
+    (Lin et al., 2017), and its price in the pairing (Zhu et al., 2021).
     """
 
     metric = "map"
@@ -71,6 +77,7 @@ class ObjectDetection(Named):
     own_loss = True
     takes = ("image",)
     truth = ("labels", "boxes")
+    settings = ("resolution",)
 
     def prepare(self) -> None:
         p = self.processor
@@ -85,16 +92,19 @@ class ObjectDetection(Named):
     def settle(self, model: nn.Module) -> None:
         super().settle(model)
         config = getattr(model, "config", None)
-        queries = getattr(config, "num_detection_tokens", None)
-        if queries is None or not hasattr(config, "giou_cost"):
+        queries = getattr(config, "num_detection_tokens", getattr(config, "num_queries", None))
+        if queries is None or getattr(config, "model_type", "") not in DETECTORS:
             raise ConfigError(f"{type(model).__name__} tells no boxes by queries; object detection "
-                              "is served for YOLOS")
+                              "is served for YOLOS and DETR (also table, conditional and "
+                              "deformable ones)")
         if getattr(config, "auxiliary_loss", False):
             config.auxiliary_loss = False
             self.notes.append("the config's auxiliary_loss is put to false: the last layer's loss "
                               "is learnt")
         self.config, self.queries = config, queries
-        size = config.image_size
+        self.focal = config.model_type in FOCAL
+        size = self.how.get("resolution") or getattr(config, "image_size", None) or (
+            self.processor.height, self.processor.width)
         high, wide = size if isinstance(size, list | tuple) else (size, size)
         self.processor = replace(self.processor, height=high, width=wide, crop=None)
 
@@ -131,25 +141,53 @@ class ObjectDetection(Named):
         many, queries, there = labels.shape[1], told.shape[1], labels != NOTHING
         classes = labels.clamp(min=0)
         with torch.no_grad():
-            p = scores.softmax(-1).gather(2, classes.unsqueeze(1).expand(-1, queries, -1))
             far = (said.unsqueeze(2) - boxes.unsqueeze(1)).abs().sum(-1)
             near = overlap(corners(said).unsqueeze(2), corners(boxes).unsqueeze(1))[1]
-            cost = c.bbox_cost * far - c.class_cost * p - c.giou_cost * near
+            price = self.price(scores).gather(2, classes.unsqueeze(1).expand(-1, queries, -1))
+            cost = c.bbox_cost * far + c.class_cost * price - c.giou_cost * near
             which = assigned(cost, there.sum(-1))
-        wanted = torch.full((len(told), queries + 1), scores.shape[-1] - 1, device=told.device)
+        wanted = torch.full((len(told), queries + 1), self.nothing, device=told.device)
         wanted = wanted.scatter(1, which, classes)[:, :queries]
-        weight = torch.where(wanted == scores.shape[-1] - 1, float(c.eos_coefficient), 1.0)
-        lost = F.cross_entropy(scores.transpose(1, 2), wanted, reduction="none") * weight
+        lost, weight = self.mistaken(scores, wanted)
         own = said.gather(1, which.clamp(max=queries - 1).unsqueeze(-1).expand(-1, many, 4))
         far = ((own - boxes).abs().sum(-1) * there).sum(-1)
         lacks = ((1 - overlap(corners(own), corners(boxes))[1]) * there).sum(-1)
-        return torch.stack([lost.sum(-1), weight.sum(-1), far, lacks, there.sum(-1).float()], -1)
+        count = there.sum(-1).float()
+        return torch.stack([lost, count if weight is None else weight, far, lacks, count], -1)
+
+    @property
+    def nothing(self) -> int:
+        """The class of a query that has no object."""
+        return len(self.names)
+
+    def price(self, scores: Tensor) -> Tensor:
+        """(B, Q, C), what it costs that a query has an object of a class."""
+        if not self.focal:
+            return -scores.softmax(-1)
+        p = scores.sigmoid()
+        return (ALPHA * (1 - p) ** 2 * -(p + TINY).log()
+                - (1 - ALPHA) * p ** 2 * -(1 - p + TINY).log())
+
+    def mistaken(self, scores: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B,) the loss of the classes, and what it is divided by; None: by the objects."""
+        c = self.config
+        if not self.focal:
+            weight = torch.where(wanted == self.nothing, float(c.eos_coefficient), 1.0)
+            lost = F.cross_entropy(scores.transpose(1, 2), wanted, reduction="none") * weight
+            return lost.sum(-1), weight.sum(-1)
+        target = F.one_hot(wanted, self.nothing + 1)[..., :-1].to(scores.dtype)
+        p = scores.sigmoid()
+        off = p + target - 2 * p * target                   # 1 - p of what is right
+        share = 1 - c.focal_alpha + (2 * c.focal_alpha - 1) * target
+        lost = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+        return (share * off ** 2 * lost).sum((1, 2)), None
 
     def total(self, sums: Tensor) -> Tensor:
         lost, weight, far, lacks, many = sums.sum(0).unbind()
-        c = self.config
+        c, many = self.config, many.clamp(min=1)
+        weight = many if self.focal else weight
         return lost / weight + (c.bbox_loss_coefficient * far
-                                + c.giou_loss_coefficient * lacks) / many.clamp(min=1)
+                                + c.giou_loss_coefficient * lacks) / many
 
     def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
         return self.total(self.compared(self.logits(outputs), *labels))
@@ -161,7 +199,8 @@ class ObjectDetection(Named):
         return self.sorted(told), self.compared(told, labels, boxes)
 
     def sorted(self, told: Tensor) -> Tensor:
-        best = told[..., :-4].softmax(-1)[..., :-1].max(-1)
+        scores = told[..., :-4]
+        best = (scores.sigmoid() if self.focal else scores.softmax(-1)[..., :-1]).max(-1)
         return torch.cat([corners(told[..., -4:]), best.values.unsqueeze(-1),
                           best.indices.unsqueeze(-1)], -1)
 
