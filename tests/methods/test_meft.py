@@ -293,6 +293,26 @@ def test_growth_and_reach_are_the_formula():
     assert reach(0.1, 1, torch.float32) == 3 and reach(2, 1, torch.float32) > 1000
 
 
+@pytest.mark.filterwarnings("ignore:reversible blocks. rounding has grown")
+@pytest.mark.parametrize("lam, beta", [(1, 1), (0.5, 1), (0.1, 1)])
+def test_the_error_of_what_is_made_again_grows_by_the_formula_a_block(lam, beta):
+    """Blocks that hand on what they are given: an error is multiplied by 1 / |mu| at each."""
+    depth, seen = 12, []
+    net, tuned = tuned_net(f"meft(bottleneck={R}, anchors=0, lam={lam}, beta={beta})",
+                           torch.float32, depth=depth, stir=0.0)
+    for name, p in net.named_parameters():
+        if name.startswith("layers.") and (".o." in name or "fc2" in name or ".up." in name):
+            p.data.zero_()
+    for layer in net.layers:
+        seen.append([])
+        layer.norm1.register_forward_pre_hook(
+            lambda m, args, here=seen[-1]: here.append(args[0].detach().clone()))
+    gradients(tuned, loss(net(batch(n=64, dtype=torch.float32))))
+    off = [float((again - first).norm()) for first, again in seen]
+    assert off[-2:] == [0, 0], "the last pair is kept"
+    assert (off[1] / off[7]) ** (1 / 6) == pytest.approx(growth(lam, beta), rel=0.05)
+
+
 def stored(net, x):
     """Gradients of the same equations by torch.func, which stores everything."""
     net = copy.deepcopy(net)
