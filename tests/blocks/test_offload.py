@@ -430,3 +430,12 @@ def test_a_recipe_tells_the_policy_where_blocks_begin():
     policy.enter = lambda: entered.append(True)
     assert torch.equal(net(**batch).logits, before)
     assert len(entered) == len(tuned.anatomy.blocks) == 2
+
+
+def test_states_of_a_backbone_are_kept_beside_it(tmp_path):
+    """It decides where kept tensors wait and nothing of what a block computes."""
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, f"lst(reduction=4, cache={str(tmp_path / 'taps')!r}) + "
+                              "offload(threshold=0)", head=False)
+    first = tuned.loss(batch)
+    assert torch.equal(first, tuned.loss(batch)) and any((tmp_path / "taps").iterdir())

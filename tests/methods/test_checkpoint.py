@@ -118,6 +118,14 @@ def test_none_takes_the_segment_of_the_blocks_it_finds(blocks, segments):       
     assert len(answer.paths) == blocks and len(answer.paths) - len(answer.joined) == segments
 
 
+def test_a_deep_model_is_told_by_a_segment():
+    """What stands for many blocks in a simulation is a whole segment of them; none is known where
+    the model says how long it is."""
+    said = [burnish.parse(r)[0].repeats() for r in ("checkpoint", "checkpoint(every=3)",
+                                                    "checkpoint(every=None)")]
+    assert said == [1, 3, None]
+
+
 class Unnamed(nn.Module):
     """A block whose matrices have names that say nothing: of width D, as what reads it is."""
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as foreign
 
 import burnish
+from burnish.blocks.tape.running import Sites
 from burnish.core.errors import RecipeError
 from burnish.memory import Ledger, measure, simulate
 from burnish.testing.models import tiny
@@ -396,6 +397,11 @@ def test_a_mean_that_no_groups_can_have_is_refused(said, why):
         burnish.parse(f"coded({said})")
 
 
+def test_any_mean_between_one_bit_and_four_is_possible():
+    for mean in (1.01, 3.0, 3.99):
+        assert burnish.parse(f"coded(mean_bits={mean})")[0].mean_bits == mean
+
+
 # -- ranges that steps share ---------------------------------------------------------------------
 def test_the_mean_on_running_ranges_is_the_gradient_of_what_was_cut_in_float64():
     """Two linears behind a relu, ranges that lag behind. Reference: dense, in float64, with every
@@ -475,6 +481,12 @@ def test_a_run_that_goes_on_has_its_ranges(tmp_path):
             tuned.step(batch)
         ends.append([p.detach().clone() for p in tuned.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_nobody_listens_to_blocks_whose_groups_have_their_own_ranges():
+    for recipe, count in (("coded", 0), ("coded(running=0.9)", 3)):       # the model, two blocks
+        tuned = burnish.tune(tiny("vit")[0], f"lora(rank=2) + {recipe}", head=False)
+        assert sum(isinstance(m, Sites) for m in tuned.model.modules()) == count
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

@@ -163,7 +163,8 @@ def test_what_cannot_act_is_refused():
     for settings in ("ghost=0", "ghost=8, united=4"):
         with pytest.raises(RecipeError, match="ghost_batch_norm: ghost=.*expected at least 1"):
             parse(f"ghost_batch_norm({settings})")
-    with pytest.raises(RecipeError, match="groups of the optimizer"):
+    with pytest.raises(RecipeError, match="width_rule and ghost_batch_norm cannot.*groups of the "
+                                          "optimizer"):
         burnish.tune(Net(), "full + width_rule + ghost_batch_norm(united=256)", head=False)
 
 
