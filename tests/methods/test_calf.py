@@ -312,3 +312,5 @@ def test_defaults():
     assert (m.past, m.horizon, m.depth_kept, m.components, m.series_heads) == (96, 96, 6, 500, 12)
     assert (m.rank, m.alpha, m.dropout, m.consistency, m.feature, m.decay) == \
         (8, 32.0, 0.1, 1.0, 0.01, 0.8)
+    assert not m.merges                               # a new model, for the base's own form none
+    assert parse("calf(past=1, horizon=1, depth_kept=1, components=1, series_heads=1, rank=1)")

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import burnish
 from burnish.core.anatomy import Anatomy
-from burnish.core.errors import BurnishError, RecipeError
+from burnish.core.errors import BurnishError, RankError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.targets import match
 from burnish.methods.delta.start.loftq import Alternated
@@ -180,6 +180,17 @@ def test_nothing_rounds_the_weight_of_a_model_without_values():
     """A simulation is refused as the run would be; a load finds its factors in the file."""
     with pytest.raises(RecipeError, match="loftq: nothing in the recipe rounds"):
         burnish.simulate(tiny("llama", meta=True)[0], "loftq(rank=2)", tiny("llama")[1])
+
+
+def test_what_a_rank_does_not_fit():
+    def net():
+        return nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 4), nn.Linear(4, 32))
+
+    with pytest.raises(RankError, match="loftq: rank 5 does not fit 1.weight"):
+        burnish.tune(net(), "nf4 + loftq(rank=5)", targets="0,1", head=False)
+    made = burnish.tune(net(), "nf4 + loftq(rank=5)", head=False)
+    assert [n for n, _ in made.terms(Alternated)] == ["0.weight"]
+    assert any("too small for its rank" in n for n in made.adapters["default"].notes)
 
 
 def test_settings(tmp_path):

@@ -131,6 +131,8 @@ def test_values_are_within_their_bounds():
     assert at["dropout"] == pytest.approx(0.5 / 1.5)                  # odds 1/4, doubled
     assert at["decay"] == pytest.approx(0.03)
     assert part.values(torch.tensor([40.0, 0.0]))["dropout"] <= 1
+    far = [part.values(torch.tensor([t, t])) for t in (-900.0, 900.0)]
+    assert far == [{"dropout": 0.0, "decay": 0.0}, {"dropout": 1.0, "decay": math.inf}]
     (one,) = parse("stn(dropout=0.0)")
     assert one.tuned == (False, True) and one.values(torch.zeros(2))["dropout"] == 0
 
@@ -152,6 +154,9 @@ def test_updates_draw_anew_and_micro_batches_share_a_step():
         tuned.backward(batch, loss)
         tuned.backward(batch, loss)
         tuned.steps.optimizer.step()
+    for seed in (-1, 2**63 - 1):                                      # any that a setting takes
+        other = made(f"stn(rank=2, dropout=0.1, seed={seed})")[2][0].shared.shift
+        assert not torch.equal(other, shifts[0])
     assert len({tuple(s.tolist()) for s in shifts}) == 6 and len(set(rates)) == 6
     assert tuning(tuned).taken == 2                                   # before the 3rd and the 5th
     assert tuning(tuned).told()["steps"] == 2

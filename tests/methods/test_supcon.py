@@ -10,6 +10,7 @@ import torch
 import burnish
 from burnish.blocks.state import twins
 from burnish.blocks.state.supervised import per_anchor, supervised
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.testing import stir, tiny
 
@@ -127,8 +128,9 @@ def test_it_brings_classes_together():
 
 def test_settings_and_refusals():
     (m,) = burnish.parse("supcon")
-    assert (m.weight, m.temperature, m.outside, m.second_view, m.distortion) == \
-        (1.0, 0.1, True, True, 0.3)
+    assert (m.weight, m.temperature, m.outside, m.second_view, m.distortion, m.seed) == \
+        (1.0, 0.1, True, True, 0.3, 0)
+    assert m.taps(Anatomy.of(tiny("llama")[0])) == ()              # a head of its words, no class
     for bad in ("weight=0.0", "temperature=0.0", "distortion=0.0", "distortion=1.0"):
         with pytest.raises(RecipeError, match="distortion between 0 and 1"):
             burnish.parse(f"supcon({bad})")
@@ -143,3 +145,12 @@ def test_settings_and_refusals():
         with pytest.raises(ConfigError, match="one class a sample"):
             tuned.loss({k: v for k, v in {**batch, "labels": labels}.items() if v is not None},
                        loss=lambda out, b: out.logits.sum())
+
+
+def test_a_batch_that_has_no_names_has_no_labels():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    tuned = burnish.tune(net, "lora(rank=2) + supcon(second_view=False)")
+    tuned.optimizer(lr=1e-3)
+    with pytest.raises(ConfigError, match="a batch has `labels`"):
+        tuned.step((torch.randn(4, 6), torch.arange(4)), loss=lambda out, b: out.sum())

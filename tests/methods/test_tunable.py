@@ -11,7 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.weight.tunable import Tunable
-from burnish.core.errors import ConfigError, RecipeError
+from burnish.core.errors import ConfigError, RankError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
 from burnish.testing import stir, tiny
@@ -106,7 +106,10 @@ def test_draws():
     assert float(each.min()) >= 0 and float(each.max()) <= 1
     torch.testing.assert_close(each.mean(0), torch.full((3,), 0.5), atol=0.03, rtol=0)
     assert torch.equal(simplex.drawn(5), simplex.drawn(5))
-    assert not torch.equal(parse("tunable(objectives=3, seed=1)")[0].drawn(5), simplex.drawn(5))
+    assert not torch.equal(simplex.drawn(6), simplex.drawn(5))
+    for seed in (1, -1, 2**63 - 1):                        # any that a setting takes
+        other = parse(f"tunable(objectives=3, seed={seed})")[0].drawn(5)
+        assert not torch.equal(other, simplex.drawn(5))
 
 
 def test_one_network_for_two_objectives(tmp_path):
@@ -144,6 +147,37 @@ def test_one_network_for_two_objectives(tmp_path):
         assert float(up(again.model.eval()(x), None)) == pytest.approx(first[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("made_before", [True, False])
+def test_an_update_is_one_of_the_weighed_losses(made_before):
+    """p <- p - lr d(sum w_i L_i)/dp, w drawn for the update; its loss is what comes back."""
+    tuned, base, terms = made("tunable(rank=0) + sgd")
+    part = tuned.recipe[0]
+    x, y = (torch.randn(3, 2, 5, 5, dtype=torch.float64) for _ in range(2))
+    losses = [lambda out, b: (out - b[1]).square().mean(), lambda out, b: out.square().sum()]
+    if made_before:
+        tuned.optimizer(lr=0.1)
+    for step in range(2):
+        own = [t.K for t in terms]
+        before = [K.detach().clone() for K in own]
+        w = part.drawn(step).tolist()
+        out = by_hand(base, terms, x, w, 1.0)
+        want = sum(c * loss(out, (x, y)) for c, loss in zip(w, losses, strict=True))
+        grads = torch.autograd.grad(want, own)
+        got = part.step(tuned, (x, y), losses)
+        lr = tuned.current_optimizer.param_groups[0]["lr"]
+        torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-6, atol=0)
+        for K, old, g in zip(own, before, grads, strict=True):
+            torch.testing.assert_close(K.detach(), old - lr * g, rtol=1e-6, atol=1e-9)
+
+
+def test_whole_coefficients_are_numbers_like_others():
+    tuned, base, terms = made("tunable(rank=2, coefficients=(0, 1))")
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    with tuned.recipe[0].lifecycle(tuned, (0.25, 0.5)):
+        torch.testing.assert_close(tuned.model(x), by_hand(base, terms, x, (0.25, 0.5), 4.0))
+    torch.testing.assert_close(tuned.model(x), by_hand(base, terms, x, (0, 1), 4.0))
+
+
 def test_count_defaults_and_refusals():
     (part,) = parse("tunable")
     assert (part.objectives, part.rank, part.alpha, part.among) == (2, 8, 8.0, "simplex")
@@ -156,6 +190,8 @@ def test_count_defaults_and_refusals():
                       ("rank=0, alpha=3.0", "alpha does nothing")):
         with pytest.raises(RecipeError, match=said):
             parse(f"tunable({bad})")
+    with pytest.raises(RankError, match="tunable: rank 3 does not fit 2.weight"):
+        burnish.tune(net(), "tunable(rank=3)", targets="2", head=False)
     tuned = made("tunable(rank=1)")[0]
     with pytest.raises(ConfigError, match="2 losses are expected.*got 1"):
         part.step(tuned, (1, 1), [lambda o, b: o])

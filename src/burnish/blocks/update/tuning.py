@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..state.taps import evaluating
 from ..weight.responding import Responding
+from .noise import fold
 
 #: the k-th batch of validation rows, with its loss (None: the model's own)
 Held = Callable[[int], tuple[Any, Any]]
@@ -32,7 +33,7 @@ class Tuning:
 
     def drawn(self, key: int) -> Tensor:
         """N(0, 1) for what is tuned, 0 for what is not."""
-        g = torch.Generator().manual_seed(self.method.seed * 1_000_003 + key)
+        g = torch.Generator().manual_seed(fold("tuning", self.method.seed, key))
         return (torch.randn(2, generator=g) * torch.tensor(self.method.tuned)).to(self.shared.u)
 
     @torch.no_grad()

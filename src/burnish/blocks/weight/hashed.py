@@ -31,7 +31,7 @@ from .shared import Seeded
 
 def mixed(x: Any, seed: int) -> Any:
     """A whole number below 2^32 of each x (tensor of int64, or a number) and a seed."""
-    x = (x + seed * 0x9E3779B1) & 0xFFFFFFFF
+    x = (x + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 15)

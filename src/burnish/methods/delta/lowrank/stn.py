@@ -86,10 +86,10 @@ class Stn(Method):
 
     def values(self, u: Tensor) -> dict[str, float]:
         """Dropout and decay under u."""
-        a, b = (0.0, 0.0) if isinstance(u, FakeTensor) else \
-            u.detach().double().tolist()                 # a simulation has no values
-        p = self.dropout and self.dropout / (self.dropout + (1 - self.dropout) * math.exp(-a))
-        return {"dropout": p, "decay": self.decay_start and self.decay_start * math.exp(b)}
+        less, more = (1.0, 1.0) if isinstance(u, FakeTensor) else \
+            (u.detach().double().cpu() * torch.tensor((-1, 1))).exp().tolist()
+        p = self.dropout and self.dropout / (self.dropout + (1 - self.dropout) * less)
+        return {"dropout": p, "decay": self.decay_start and self.decay_start * more}
 
     def shared(self, places: Sequence[Place]) -> Mapping[str, Tensor]:
         return {"u": nn.Parameter(torch.zeros(2), requires_grad=False),

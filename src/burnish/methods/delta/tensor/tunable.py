@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ....blocks.update.noise import fold
 from ....blocks.weight.tunable import Tunable
 from ....core.errors import ConfigError, RecipeError
 from ....core.method import Method, setting
@@ -118,7 +119,7 @@ class TunableConvolutions(Method):
 
     def drawn(self, step: int) -> Tensor:
         """The coefficients of an update."""
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        g = torch.Generator().manual_seed(fold("tunable", self.seed, step))
         x = torch.rand(self.objectives, generator=g)
         if self.among == "cube":
             return x
