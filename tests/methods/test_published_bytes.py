@@ -214,7 +214,7 @@ def test_what_badam_trains_at_once_of_a_7b_model():
 
 
 def test_what_owlore_holds_of_a_7b_model():
-    """Five blocks at rank 256: 32.6 M numbers a block; embedding and head take 1.05 GB of Adam's."""
+    """Five blocks at rank 256, 32.6 M numbers each; Adam of embedding and head takes 1.05 GB."""
     state = parse("owlore")[0].optimizer().state_bytes
     block = sum(state(s, 4) for s in matrices(SEVEN)) // 4
     assert block == 256 * sum(min(s) + 2 * max(s) for s in matrices(SEVEN))
