@@ -128,6 +128,20 @@ def test_which_outputs_are_grouped():
     assert fused == Outputs(True, ((heads, d // heads), (heads, d // heads), (d, 1)))
 
 
+@pytest.mark.parametrize("heads", [32, 8])
+def test_the_groups_of_a_7b_model(heads):
+    """A head of q, k; an output of v, o and the MLP; a token of table and head; each norm."""
+    d, ff, vocab = 4096, 11008, 32000
+    net, _ = tiny("llama", meta=True, hidden_size=d, intermediate_size=ff, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=heads, vocab_size=vocab)
+    found = outputs(Anatomy.of(net))
+    groups = sum(sum(count for count, _ in found[n].runs) if n in found else 1
+                 for n, _ in net.named_parameters())
+    block = (32 + heads) + heads * 128 + d + 2 * ff + d + 2
+    assert groups == 32 * block + 2 * vocab + 1
+    assert groups < 2e-4 * sum(p.numel() for p in net.parameters())
+
+
 def test_heads_that_nobody_tells_are_no_groups():
     net, _ = tiny("llama")
     anatomy = Anatomy.of(net)

@@ -102,6 +102,18 @@ def test_scores_by_hand():
         assert any(u.values())
 
 
+def test_equal_rewards_leave_the_scores_as_they_are():
+    tuned, batch = start("every=1, rate=7, suppression=0.5, suppressed=2, candidates=3",
+                         beside="lora(rank=2)")
+    for _ in range(3):                               # B = 0: whoever is held down, the same loss
+        t = turns(tuned)
+        with torch.no_grad():
+            for p in tuned.parameters():
+                p.zero_()
+        tuned.step(batch)
+        assert not any(t.scores.values())
+
+
 def test_looking_leaves_no_trace():
     tuned, batch = start("every=1", beside="lora(rank=2, dropout=0.3)")
     stir(tuned, size=0.3)

@@ -382,6 +382,21 @@ def test_small_bf16_updates_survive():
     assert float(stays.double().mean()) < 0.02
 
 
+@pytest.mark.parametrize("dtype, size, kept", [
+    (torch.float16, 1e-5, 0.97), (torch.bfloat16, 1e-5, 0.28), (torch.float16, 1e-6, 0.23),
+    (torch.bfloat16, 1e-6, 0.03)])
+def test_what_rounding_to_nearest_keeps_of_an_update_is_as_measured(dtype, size, kept):
+    """|w| ~ 0.02: the share of u z that is left along z."""
+    start = (torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    p = nn.Parameter(start.clone())
+    answers = [*[m.optimizer() for m in parse("mezo")], Rounding(kind="nearest")]
+    opt = compose(answers, [("w", p)], 1.0)
+    opt.replay(ScalarLog(dict(opt.log.header), [5], [1.0], [(size,)]))
+    z = CounterNoise(5, "w").normal(200_000).double()
+    moved = start.double() - p.detach().double()
+    assert float(moved @ z / (size * (z @ z))) == pytest.approx(kept, abs=0.02)
+
+
 # -- what it refuses, and the simulator ------------------------------------------------------
 def test_what_has_no_meaning_is_refused_by_name():
     named = list(tangle().named_parameters())

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...core.errors import FormatError
 from ...core.followed import is_fake
+from ...core.reading import reading
 
 Word = Tensor | int
 
@@ -268,11 +269,36 @@ class ScalarLog:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor],
                      header: dict[str, object] | None = None) -> ScalarLog:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`; FormatError as :meth:`check`."""
         if missing := {"seed", "scalar", "lr"} - set(tensors):
             raise FormatError(f"not a log of scalars: {', '.join(sorted(missing))} missing")
-        return cls(dict(header or {}), tensors["seed"].tolist(), tensors["scalar"].tolist(),
-                   [tuple(row) for row in tensors["lr"].tolist()])
+        with reading("a log of scalars"):
+            log = cls(dict(header or {}), tensors["seed"].tolist(), tensors["scalar"].tolist(),
+                      [tuple(row) for row in tensors["lr"].tolist()])
+            log.check()
+        return log
+
+    def check(self, queries: int = 1) -> None:
+        """FormatError for what no run writes: columns of several lengths and an update with fewer
+        entries than `queries` (a log that was cut off), and what is no finite number."""
+        many = {"seeds": len(self.seeds), "scalars": len(self.scalars), "rows of lr": len(self.lrs)}
+        if len(set(many.values())) > 1:
+            raise FormatError("a log of scalars that was cut off: it has " +
+                              ", ".join(f"{n} {what}" for what, n in many.items()))
+        if len(self) % queries:
+            raise FormatError(f"a log of scalars that was cut off: an update has {queries} "
+                              f"entries, and {len(self)} are no whole number of updates")
+        for i, (seed, g, lrs) in enumerate(zip(self.seeds, self.scalars, self.lrs, strict=True)):
+            if type(seed) is not int or len(lrs) != len(self.lrs[0]) or \
+                    not all(math.isfinite(x) for x in (g, *lrs)):
+                raise FormatError(f"a log of scalars whose entry {i} is damaged: seed {seed}, "
+                                  f"scalar {g}, learning rates {lrs}")
+        first, periods = self.header.get("first_update", 0), self.header.get("resting") or []
+        if type(first) is not int or first < 0 or not isinstance(periods, list) or not all(
+                type(begin) is int and all(isinstance(n, str) for n in names)
+                for begin, names in periods):
+            raise FormatError(f"a log of scalars whose header is damaged: first_update={first!r}, "
+                              f"resting={periods!r}")
 
 
 def as_fp32(x: float) -> float:

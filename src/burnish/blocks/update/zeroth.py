@@ -395,6 +395,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if log.header.get(key) != self.log.header[key]:
                 raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
                                   f"optimizer has {self.log.header[key]!r}")
+        log.check(self.spec.queries)
         if len(log) and len(log.lrs[0]) != len(self.param_groups):
             raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
                               f"optimizer has {len(self.param_groups)} parameter groups")
