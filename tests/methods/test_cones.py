@@ -67,6 +67,7 @@ def test_the_concepts_alone_are_searched(kept):
     tuned = burnish.tune(concepts, "linear_probe")
     (C,) = tuned.parameters()
     assert C.shape == (3, 16) and Cones().count(3, 16) == 48
+    assert Cones().count(77, 768) == 59_136                       # all positions of SD 1
     C.data += torch.randn(C.shape, generator=torch.Generator().manual_seed(0), dtype=C.dtype)
     labels, ref = torch.tensor([2, 0]), C.detach().clone().requires_grad_()
     f = plain.get_image_features(x).pooler_output.detach()
