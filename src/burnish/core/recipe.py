@@ -15,6 +15,7 @@ import typing
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, fields
+from functools import cache
 from typing import Any
 
 from . import registry, words
@@ -152,11 +153,17 @@ def read_call(text: str) -> tuple[str, dict[str, object]]:
     return _call(tree, text)
 
 
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Read once: each hint is text that python compiles."""
+    return typing.get_type_hints(cls)
+
+
 def built(cls: Any, name: str, args: dict[str, object]) -> Any:
     """A dataclass of settings from those given; errors name the nearest setting and the type."""
     known = {f.name: f for f in fields(cls)}
     alias = {a: f.name for f in fields(cls) for a in f.metadata.get("alias", ())}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     given: dict[str, Any] = {}
     for key, value in args.items():
         key = alias.get(key, key)
