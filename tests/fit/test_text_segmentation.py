@@ -17,7 +17,7 @@ from burnish.core.errors import ConfigError, DataError
 from burnish.fit.data import read
 from burnish.fit.tasks import task_for
 from burnish.testing.captions import CLIP, DRAWS, SIDE, made, named
-from burnish.testing.scenes import shapes
+from burnish.testing.scenes import segformer, shapes
 from burnish.testing.tasks import kept
 
 SIX = ("vpt", "coop", "cocoop", "maple", "shared_attention", "shared_separate")
@@ -70,6 +70,44 @@ def test_without_a_text_masks_are_of_classes_and_either_may_be_said(tmp_path):
     assert read(str(both), text="said", validation=0).task == "text-segmentation"
     with pytest.raises(DataError, match="hold nothing but 0 and 255"):       # classes, they are not
         read(str(both), validation=0)
+
+
+def of_classes(folder, classes=3):
+    """A table of pictures, masks of whole numbers and a column of words beside them."""
+    g = np.random.default_rng(0)
+    folder.mkdir()
+    lines = ["file_name,mask_file_name,text"]
+    for i in range(8):
+        for name, shape in ((f"{i}.png", (SIDE, SIDE, 3)), (f"{i}-mask.png", (SIDE, SIDE))):
+            top = 255 if name == f"{i}.png" else classes
+            Image.fromarray(g.integers(0, top, shape).astype(np.uint8)).save(folder / name)
+        lines.append(f"{i}.png,{i}-mask.png,yard {i}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_model_says_whether_masks_are_of_classes_or_of_what_a_text_names(tmp_path):
+    data = of_classes(tmp_path / "d")
+    kept(tmp_path / "classes", *segformer())
+    kept(tmp_path / "named", *made(DRAWS))
+    how = {"quiet": True, "max_steps": 1, "batch_size": 2}
+    run = burnish.fit(str(tmp_path / "classes" / "base"), str(data), "lora(rank=2)",
+                      output=tmp_path / "out", **how)
+    assert run.facts["data"]["task"] == "semantic-segmentation"
+    assert run.facts["data"]["labels"] == ["0", "1", "2"]
+    assert main(["evaluate", str(run.folder), str(data)]) == 0
+    for reading, words in (({"text": "text"}, "no model that draws the mask of what a text names"),
+                           ({"task": "text-segmentation"}, "no model that draws the mask")):
+        with pytest.raises(ConfigError, match=words):
+            burnish.fit(str(tmp_path / "classes" / "base"), str(data), "lora(rank=2)",
+                        output=tmp_path / "no", **how, **reading)
+    with pytest.raises(DataError, match="its mask holds 1, 2 beside 0"):
+        burnish.fit(str(tmp_path / "named" / "base"), str(data), "lora(rank=2)", output=tmp_path / "no",
+                    **how)
+    both = named(tmp_path / "b", 4)
+    with pytest.raises(DataError, match="hold nothing but 0 and 255"):
+        burnish.fit(str(tmp_path / "classes" / "base"), str(both), "lora(rank=2)", output=tmp_path / "no",
+                    **how)
 
 
 @pytest.mark.parametrize("broken, words", [

@@ -112,6 +112,13 @@ class Data:
 
     def as_task(self, task: str) -> Data:
         """The same rows, learnt in another way. Raises DataError with the row that cannot be."""
+        if drawn_by_text(self.task):                       # masks are of classes, whatever is said
+            unread = f"not read: {self.roles['text']}"
+            return replace(
+                self, task=task, columns=f"{self.columns}; {unread}" if self.columns else unread,
+                roles={k: v for k, v in self.roles.items() if k != "text"},
+                labels=masks.classes(self.held, self.labels, self.source),
+                splits={n: rows.remove_columns("text") for n, rows in self.splits.items()})
         splits = {n: as_rows_of(task, rows, self.where.get(n)) for n, rows in self.splits.items()}
         return replace(self, task=task, splits=splits,
                        form="completion" if task in SINGLE else self.form)

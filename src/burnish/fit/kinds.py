@@ -147,11 +147,13 @@ TASKS = tuple(KINDS)
 
 #: what rows are learnt as by a model that is not made for their first reading: an encoder fills
 #: gaps in texts and answers behind its mask, an encoder-decoder answers prompts and writes down
-#: what it hears and sees; the first that the model serves
+#: what it hears and sees, masks are of classes where no text is read; the first that the model
+#: serves
 INSTEAD = {"language-modelling": ("masked-language-modelling",),
            "instruction-tuning": ("sequence-to-sequence", "masked-instruction-tuning"),
            "speech-recognition": ("speech-to-text",),
-           "image-text-contrastive": ("image-captioning",)}
+           "image-text-contrastive": ("image-captioning",),
+           "text-segmentation": ("semantic-segmentation",)}
 
 #: one answer to one prompt
 SINGLE = ("sequence-to-sequence", "masked-instruction-tuning")

@@ -122,8 +122,11 @@ _BOTH_WAYS = "AutoModelForMaskedLM"
 
 def suited(data: Data, model: str | nn.Module, trust_remote_code: bool = False) -> Data:
     """`data` as the model can learn it: an encoder fills gaps in texts that a decoder would go on
-    with, an encoder-decoder answers prompts. Where somebody has said the task it stays."""
+    with, an encoder-decoder answers prompts. Where somebody has said the task it stays, and masks
+    of a text that somebody has named."""
     if data.reading.get("task") is not None or data.task not in INSTEAD:
+        return data
+    if drawn_by_text(data.task) and data.reading.get("text") is not None:
         return data
     if is_pipeline(model):
         return data
