@@ -15,11 +15,14 @@ from burnish.fit.data import read
 from burnish.fit.places import suited
 from burnish.fit.tasks import evaluate, task_for
 from burnish.fit.tasks.captions import rouge_l
-from burnish.testing.captions import CLIP, WRITES, captioned, made, words
+from burnish.testing.captions import BLIP, CLIP, GIT, WRITES, captioned, made, words
+
+ONE = (BLIP, GIT)                        # a text and its prompt as one
+KINDS = (WRITES, *ONE)
 
 
-def learnt(folder, model=None, processor=None, **how):
-    own, reads, said = made(WRITES)
+def learnt(folder, model=None, processor=None, kind=WRITES, **how):
+    own, reads, said = made(kind)
     data = read(captioned(folder, 1), task="image-captioning", validation=0)
     task = task_for(data, "", processor=processor or Captioned(reads, said), **how)
     task.settle(model or own)
@@ -29,7 +32,8 @@ def learnt(folder, model=None, processor=None, **how):
 def test_the_model_says_how_pictures_with_texts_are_learnt(tmp_path):
     data = read(captioned(tmp_path / "a", 1), validation=0)
     assert suited(data, made(CLIP)[0]).task == "image-text-contrastive"
-    assert suited(data, made(WRITES)[0]).task == "image-captioning"
+    for kind in KINDS:
+        assert suited(data, made(kind)[0]).task == "image-captioning"
 
 
 def test_a_text_is_learnt_with_its_end_and_the_loss_is_the_models(tmp_path):
@@ -49,9 +53,29 @@ def test_a_text_is_learnt_with_its_end_and_the_loss_is_the_models(tmp_path):
                                                                           abs=1e-6)
 
 
-def test_what_is_written_is_what_whole_forwards_write(tmp_path):
-    """A decoder of BERT's, with its states kept between tokens, picture by picture the same."""
-    task, model = learnt(tmp_path / "a", max_answer=5)
+@pytest.mark.parametrize("kind", ONE)
+def test_a_text_behind_its_prompt_is_learnt_with_its_end(tmp_path, kind):
+    """As the model's own loss has it, however rows are batched."""
+    task, model = learnt(tmp_path / "a", kind=kind)
+    rows = task.rows("train")
+    batch = task.collate([rows[0]])
+    ids = words()("a red disc", add_special_tokens=False)["input_ids"]
+    assert batch["input_ids"].tolist() == [[1, *ids, 2]]
+    assert batch["labels"].tolist() == [[-100, *ids, 2]]
+    model.eval()
+    with torch.no_grad():
+        batch = task.collate([rows[i] for i in range(9)])
+        theirs = model(**batch)
+        for loss in (task.loss(theirs, batch["labels"]).item(),
+                     evaluate(model, task, "train", 4)["loss"]):
+            assert loss == pytest.approx(theirs.loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_what_whole_forwards_write(tmp_path, kind):
+    """With states kept between tokens, picture by picture the same."""
+    task, model = learnt(tmp_path / "a", max_answer=5, kind=kind)
+    ids_of = "input_ids" if kind in ONE else "decoder_input_ids"
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.7)
@@ -62,10 +86,25 @@ def test_what_is_written_is_what_whole_forwards_write(tmp_path):
         for x, said in zip(batch["pixel_values"], ours, strict=True):
             ids = torch.tensor([[1]])
             while len(ids[0]) < 6 and ids[0, -1] != 2:
-                out = model(pixel_values=x[None], decoder_input_ids=ids).logits
+                out = model(pixel_values=x[None], **{ids_of: ids}).logits
                 ids = torch.cat([ids, out[:, -1:].argmax(-1)], 1)
             told = [i for i in ids[0, 1:].tolist() if i != 2]
             assert said.tolist() == told + [-100] * (5 - len(told))
+
+
+def test_a_picture_is_looked_at_once(tmp_path):
+    """BLIP's forward would look again for each token; afterwards it does."""
+    task, model = learnt(tmp_path / "a", max_answer=5, kind=BLIP)
+    seen = []
+    model.vision_model.encoder.register_forward_hook(lambda *_: seen.append(1))
+    x = task.collate([task.rows("train")[0]])
+    with torch.no_grad():
+        model.eval()
+        task.write(model, {"pixel_values": x["pixel_values"]}, 5)
+        assert len(seen) == 1 and "forward" not in vars(model.vision_model)
+        model(**task.feed(x))
+        model(**task.feed(x))
+    assert len(seen) == 3
 
 
 def test_rouge_l_counts_words_in_order():
@@ -93,15 +132,17 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     refused("d", "what its decoder begins with", model=mute)
     for part in made(CLIP):
         part.save_pretrained(tmp_path / "clip")
-    with pytest.raises(ConfigError, match="is clip, no encoder of pictures with a decoder of text"):
+    with pytest.raises(ConfigError, match="is clip, no encoder of pictures with a decoder of text, "
+                                          "BLIP or GIT"):
         burnish.fit(str(tmp_path / "clip"), str(tmp_path / "a"), task="image-captioning",
                     output=tmp_path / "out", quiet=True)
 
 
 # -- a whole run -----------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_captions_are_learnt_within_the_promise(tmp_path, capsys):
-    for part in made(WRITES):
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_are_learnt_within_the_promise(tmp_path, capsys, kind):
+    for part in made(kind):
         part.save_pretrained(tmp_path / "model")
     data = captioned(tmp_path / "photos", 20)
     run = burnish.fit(str(tmp_path / "model"), str(data), "full", output=tmp_path / "out", lr=2e-3,
@@ -119,5 +160,5 @@ def test_captions_are_learnt_within_the_promise(tmp_path, capsys):
     assert main(["merge", str(run.folder), "--output", str(tmp_path / "merged")]) == 0
     from transformers import AutoModelForImageTextToText
 
-    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").config.model_type == \
-        "vision-encoder-decoder"
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert type(merged) is type(made(kind)[0])

@@ -102,12 +102,12 @@ def test_the_model_says_whether_masks_are_of_classes_or_of_what_a_text_names(tmp
             burnish.fit(str(tmp_path / "classes" / "base"), str(data), "lora(rank=2)",
                         output=tmp_path / "no", **how, **reading)
     with pytest.raises(DataError, match="its mask holds 1, 2 beside 0"):
-        burnish.fit(str(tmp_path / "named" / "base"), str(data), "lora(rank=2)", output=tmp_path / "no",
-                    **how)
+        burnish.fit(str(tmp_path / "named" / "base"), str(data), "lora(rank=2)",
+                    output=tmp_path / "no", **how)
     both = named(tmp_path / "b", 4)
     with pytest.raises(DataError, match="hold nothing but 0 and 255"):
-        burnish.fit(str(tmp_path / "classes" / "base"), str(both), "lora(rank=2)", output=tmp_path / "no",
-                    **how)
+        burnish.fit(str(tmp_path / "classes" / "base"), str(both), "lora(rank=2)",
+                    output=tmp_path / "no", **how)
 
 
 @pytest.mark.parametrize("broken, words", [

@@ -164,6 +164,11 @@ TOWERS = frozenset({"clip", "metaclip_2", "siglip"})
 SIGMOID = frozenset({"siglip"})
 
 
+#: models that write what is on a picture: an encoder with any decoder, and two whose decoder takes
+#: a text and its prompt as one
+WRITERS = frozenset({"vision-encoder-decoder", "blip", "git"})
+
+
 #: models that tell boxes by queries, one each, and learn them as DETR does; and those of them whose
 #: classes are told one by one, without one for "no object"
 DETECTORS = frozenset({"yolos", "detr", "table-transformer", "conditional_detr", "deformable_detr"})

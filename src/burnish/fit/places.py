@@ -19,6 +19,7 @@ from .kinds import (
     INSTEAD,
     KINDS,
     TOWERS,
+    WRITERS,
     captioned,
     cloudy,
     drawn_by_text,
@@ -224,8 +225,9 @@ def _unserved(task: str, config: Any, by_name: bool) -> str | None:
         return f"no encoder or decoder of text, and {task} is for those"
     if task == "image-text-contrastive" and config.model_type not in TOWERS:
         return f"no pair of towers such as CLIP or SigLIP, and {task} is for those"
-    if task == "image-captioning" and config.model_type != "vision-encoder-decoder":
-        return f"no encoder of pictures with a decoder of text, and {task} is for those"
+    if task == "image-captioning" and config.model_type not in WRITERS:
+        return (f"no encoder of pictures with a decoder of text, BLIP or GIT, and {task} is for "
+                "those")
     if drawn_by_text(task) and config.model_type != "clipseg":
         return ("no model that draws the mask of what a text names (CLIPSeg), and "
                 f"{task} is for those")

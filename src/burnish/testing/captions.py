@@ -9,7 +9,7 @@ from typing import Any
 COLOURS = {"red": (220, 60, 50), "green": (60, 180, 80), "blue": (60, 90, 220)}
 SHAPES = ("disc", "box", "cross")
 WORDS = ("<pad>", "<start>", "<end>", "<unk>", "a", *COLOURS, *SHAPES)
-CLIP, SIGLIP, WRITES, DRAWS = "clip", "siglip", "writes", "draws"
+CLIP, SIGLIP, WRITES, DRAWS, BLIP, GIT = "clip", "siglip", "writes", "draws", "blip", "git"
 SIDE = 24
 
 
@@ -28,7 +28,8 @@ def words() -> Any:
 
 def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any, Any]:
     """(model, what reads its pictures, its tokenizer): two towers (CLIP, SIGLIP), an encoder of
-    pictures with a decoder (WRITES), or two towers with a decoder of masks (DRAWS: CLIPSeg)."""
+    pictures with a decoder (WRITES, BLIP, GIT), or two towers with a decoder of masks (DRAWS:
+    CLIPSeg)."""
     import torch
     import transformers as t
 
@@ -53,6 +54,14 @@ def made(kind: str, seed: int = 0, **config: Any) -> tuple[Any, Any, Any]:
                  "decoder_intermediate_size": 64, "projection_dim": 32}
         return t.CLIPSegForImageSegmentation(t.CLIPSegConfig(
             text_config=text, vision_config=seen, **(small | config))), *reads
+    if kind == BLIP:
+        return t.BlipForConditionalGeneration(t.BlipConfig(
+            text_config=text | {"max_position_embeddings": 16, "sep_token_id": 2,
+                                "encoder_hidden_size": 48} | config, vision_config=seen)), *reads
+    if kind == GIT:
+        return t.GitForCausalLM(t.GitConfig(**(
+            text | {"vision_config": seen, "max_position_embeddings": 16,
+                    "hidden_dropout_prob": 0.0} | config))), *reads
     whole = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         t.ViTConfig(**seen), t.BertConfig(**(text | {"max_position_embeddings": 16}
                                              | config)))

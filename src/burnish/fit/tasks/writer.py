@@ -59,24 +59,28 @@ class Writer(Task):
     smooths = False
     writes = True
     settings = ("max_answer",)
+    #: what a model's forward must take
+    takes_all = frozenset({"decoder_input_ids", "encoder_outputs", "labels"})
 
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
     # -- the model -----------------------------------------------------------------------------
-    def begin(self, model: nn.Module, prompt: Sequence[int], known: int | None, places: int | None
-              ) -> None:
-        """How the model writes. known: its words; places: of its decoder.
+    def begin(self, model: nn.Module, prompt: Sequence[int], known: int | None, places: int | None,
+              end: int | None = None) -> None:
+        """How the model writes. known: its words; places: of its decoder; end: of a text, where the
+        tokenizer does not say it.
 
         Raises ConfigError for a model without a decoder, and for a tokenizer that is not its own.
         """
         name, t = type(model).__name__, self.tokenizer
         takes = inspect.signature(model.forward).parameters
-        if not {"decoder_input_ids", "encoder_outputs", "labels"} <= set(takes):
+        if not self.takes_all <= set(takes):
             raise ConfigError(f"{name} has no decoder that reads the text so far; "
                               f"{self.data.task} is served for encoder-decoders")
-        if t.eos_token_id is None:
+        self.end = t.eos_token_id if end is None else end
+        if self.end is None:
             raise ConfigError(f"{type(t).__name__} has no token that ends a text (eos_token), so "
                               "no answer would end")
         if known is not None and len(t) > known:
@@ -98,14 +102,13 @@ class Writer(Task):
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, with its end."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*found, self.tokenizer.eos_token_id]
+        return [*found, self.end]
 
     def taught(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """What the decoder reads, and what it is to write."""
         read = [torch.tensor([*self.prompt, *r["labels"][:-1]]) for r in rows]
         told = [torch.tensor([*[NOTHING] * (len(self.prompt) - 1), *r["labels"]]) for r in rows]
-        end = self.tokenizer.eos_token_id
-        return {"decoder_input_ids": pad_sequence(read, batch_first=True, padding_value=end),
+        return {"decoder_input_ids": pad_sequence(read, batch_first=True, padding_value=self.end),
                 "labels": pad_sequence(told, batch_first=True, padding_value=NOTHING)}
 
     # -- loss and figures ----------------------------------------------------------------------
@@ -124,9 +127,11 @@ class Writer(Task):
               ) -> torch.Tensor:
         first = next(iter(seen.values()))
         start = torch.tensor([self.prompt], device=first.device).expand(len(first), -1)
-        pen = Pen(most if self.room is None else min(most, self.room), self.tokenizer.eos_token_id,
-                  self.never, self.first, after=after_encoder)
-        return written(model, seen, start, pen, longest)
+        return written(model, seen, start, self.pen(most), longest)
+
+    def pen(self, most: int) -> Pen:
+        return Pen(most if self.room is None else min(most, self.room), self.end, self.never,
+                   self.first, after=after_encoder)
 
     def looked(self, model: Any, batch: Any, outputs: Any, longest: bool = False
                ) -> tuple[Any, torch.Tensor]:
