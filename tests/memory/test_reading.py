@@ -44,6 +44,19 @@ def test_a_head_of_another_task_is_not_read(tmp_path):
     assert promised < sum(t.nbytes for t in stored(tmp_path).values())
 
 
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+@pytest.mark.parametrize("classes", [1, 2, 40])
+def test_a_head_of_other_classes_is_read_and_let_go(tmp_path, wanted, classes):
+    """To the byte: the file is mapped as a whole, and a new head stands beside it."""
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                    intermediate_size=32, image_size=8, patch_size=4, num_labels=2)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    with reading() as seen:
+        model = transformers.ViTForImageClassification.from_pretrained(
+            tmp_path, dtype=wanted, num_labels=classes, ignore_mismatched_sizes=True)
+    assert read_bytes(stored(tmp_path), model) == seen[0].peak_bytes
+
+
 def test_tensors_that_are_joined_stand_twice():
     """Four experts of a file become one tensor of the model."""
     model = nn.Module()

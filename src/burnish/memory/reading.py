@@ -37,15 +37,19 @@ def read_bytes(stored: Mapping[str, Tensor], model: nn.Module) -> int:
 
     stored: name -> a tensor of the file, on meta. model: as it will be, on meta.
 
-    A tensor belongs to the one of its name, else to one of its shape (libraries rename them).
+    A tensor belongs to the one of its name, else to one of its shape (libraries rename them). One
+    whose name the model has in another shape (a head of other classes) is read and let go.
     """
     left = dict(stored)
+    other = 0
     pairs: list[tuple[Tensor, Tensor]] = []
     lacking, new = [], []
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        own = next((n for n in (name, name.partition(".")[2]) if n in left
-                    and left[n].shape == t.shape), None)
-        if own is None:
+        own = next((n for n in (name, name.partition(".")[2]) if n in left), None)
+        if own is not None and left[own].shape != t.shape:
+            other += left.pop(own).nbytes
+            new.append(t)
+        elif own is None:
             lacking.append(t)
         else:
             pairs.append((left.pop(own), t))
@@ -63,7 +67,7 @@ def read_bytes(stored: Mapping[str, Tensor], model: nn.Module) -> int:
     rest = sum(t.numel() for t in left.values())
     if rest <= sum(t.numel() for t in new):
         taken += sum(t.nbytes for t in left.values())
-    return taken + made + sum(t.nbytes for t in new) + computed_bytes(model)
+    return taken + other + made + sum(t.nbytes for t in new) + computed_bytes(model)
 
 
 def computed_bytes(model: nn.Module) -> int:
