@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from burnish.blocks.weight import dropped
 from burnish.blocks.weight.provided import Term
 from burnish.core.errors import RecipeError
 from burnish.core.method import Method, setting
@@ -229,6 +230,10 @@ class DropsInEvaluation(Dropping):
         return F.dropout(torch.ones_like(x), self.dropout) if self.dropout else None
 
 
+class DropsTwice(Dropping, dropped.Dropping):
+    """What stands around it drops already."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dropper(Sound):
     """Sound, with dropout."""
@@ -285,6 +290,7 @@ DUDS = {
     dropping_dud("d_drops_nothing", DropsNothing): {"its_dropout_acts", "every_setting_acts"},
     dropping_dud("d_drops_forward_only", DropsForwardOnly): {"its_dropout_is_differentiated"},
     dropping_dud("d_drops_in_evaluation", DropsInEvaluation): {"its_dropout_acts"},
+    dropping_dud("d_drops_twice", DropsTwice): {"its_dropout_acts"},
     dud("d_not_resumable", controller=lambda self, tuned: Forgets(tuned)):
         {"resumes_where_it_stopped"},
 }

@@ -96,18 +96,18 @@ def test_the_start_is_the_base_and_moves():
 
 
 def test_dropout_is_on_the_input():
-    _, _, term = made("rank=2, dropout=0.5", inp=400)
-    term.train()
+    model, _, term = made("rank=2, dropout=0.5", inp=400)
     with torch.no_grad():
         term.B.normal_()
-    x = torch.ones(1, 400, dtype=torch.float64)
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    x = torch.ones(3, 400, dtype=torch.float64)
     torch.manual_seed(3)
-    y = term.path(x)
+    y = model.train()(x)
     torch.manual_seed(3)
-    torch.testing.assert_close(y, F.dropout(x, 0.5, True) @ term.dense().t(), rtol=1e-10,
+    torch.testing.assert_close(y, F.linear(x, W, bias) + F.dropout(x, 0.5) @ term.dense().t(),
+                               rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.eval()(x), F.linear(x, W + term.dense(), bias), rtol=1e-10,
                                atol=1e-12)
-    term.eval()
-    torch.testing.assert_close(term.path(x), x @ term.dense().t(), rtol=1e-10, atol=1e-12)
 
 
 def test_half_precision_runs():

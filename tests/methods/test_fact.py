@@ -268,6 +268,8 @@ def test_dropout_is_a_probability():
 def test_more_columns_than_a_tile_has_are_refused():
     with pytest.raises(burnish.RecipeError, match="rank 7 does not fit"):
         burnish.tune(Block(), "fact(rank=7)", targets="q,up,down", head=False)
+    with pytest.raises(burnish.RecipeError, match="rank 7 does not fit"):
+        burnish.tune(Block(), "fact(rank=7)", targets="q", head=False)
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(2, 6), nn.Linear(6, 6))
     with pytest.raises(burnish.RecipeError, match="rank 3 does not fit 1.weight .2 x 6"):
         burnish.tune(net, "fact(rank=3)", targets="0,1,2", head=False)

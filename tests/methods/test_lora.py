@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import burnish
@@ -291,6 +292,29 @@ def test_a_scale_that_trains(beside, model):
         delta = delta.t() if model == "gpt2" else delta
         module.__dict__["weight"] = W + delta.reshape(W.shape)
     one.agree()
+
+
+def test_the_input_is_dropped_once_under_a_scale_that_trains():
+    model = nn.Sequential(nn.Linear(12, 9)).double()
+    W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    tuned = burnish.tune(model, "lora(rank=3, alpha=6, dropout=0.5, train_scale=True)", head=False,
+                         targets="0")
+    (_, term), = tuned.terms(Scaled)
+    term.double()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.normal_()
+    x = torch.randn(6, 12, dtype=torch.float64)
+    torch.manual_seed(3)
+    y = model.train()(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5)
+    want = F.linear(x, W, bias) + 2.0 * term.gain * dropped @ term.A.t() @ term.B.t()
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-12)
+    g = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, list(term.parameters()), g),
+                    torch.autograd.grad(want, list(term.parameters()), g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_a_scale_that_trains_counts_merges_and_leaves_as_a_plain_lora(tmp_path):

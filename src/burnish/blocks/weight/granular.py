@@ -4,7 +4,6 @@ thin product."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .path import Path
@@ -36,13 +35,8 @@ class Granular(Path):
         for p in self.parameters():
             p.burnish_decay = False                      # type: ignore[attr-defined]
 
-    @property
-    def draws(self) -> bool:
-        return bool(self.dropout) and self.training
-
     def path(self, h: Tensor) -> Tensor:
         k, dtype = self.cells, h.dtype
-        h = F.dropout(h, self.dropout, True) if self.draws else h
         runs = h.unflatten(1, (k, -1)).transpose(0, 1)                  # (n, N, in / k)
         seen = (runs @ self.A.to(dtype)).unflatten(-1, (k, -1))          # (n, N, j, r / k)
         told = seen.permute(2, 1, 0, 3).flatten(2)                       # (j, N, n r / k)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .path import Path
@@ -26,11 +25,6 @@ class Scaled(Path):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B * (self.gain * self.scale)
 
-    @property
-    def draws(self) -> bool:
-        return bool(self.dropout) and self.training
-
     def path(self, h: Tensor) -> Tensor:
         A, B = self.pair()
-        h = F.dropout(h, self.dropout, True) if self.draws else h
         return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...blocks.weight.dropped import Dropping, stands_beside
 from ...core.errors import BurnishError
 from ...core.recipe import parse
 from ...formats.placed import put
@@ -194,7 +195,8 @@ def checkpointing_changes_nothing(name: str, model: str) -> Skip | None:
 # -- dropout of the method itself -----------------------------------------------------------------
 @where(_no_dropout)
 def its_dropout_acts(name: str, model: str) -> Skip | None:
-    """In training it changes outputs from draw to draw; in evaluation it is not there."""
+    """In training it changes outputs from draw to draw, and once; in evaluation it is not
+    there."""
     def check(tuned: Any, batch: Any, plain: Any, word: str) -> None:
         for one in (tuned, plain):
             one.model.eval()
@@ -208,8 +210,31 @@ def its_dropout_acts(name: str, model: str) -> Skip | None:
                 outs.append(logits(tuned.model(**batch)))
         assert torch.equal(outs[0], outs[1]), f"{word}: one seed gives two answers"
         assert not torch.allclose(outs[0], outs[2]), f"{word}=0.5 changes nothing"
+        if not method_of(name).context:              # of a batch, which none is given here
+            _drops_once(tuned, word)
 
     return _dropped(name, model, check)
+
+
+@torch.no_grad()
+def _drops_once(tuned: Any, word: str) -> None:
+    """What drops around a term is all that drops: alone it answers as if there were none."""
+    for place, term in tuned.terms(Dropping):
+        if not stands_beside(term):
+            continue
+        D, rate, said = term.dense(), getattr(term, word), []
+        x = torch.randn(64, D.shape[1], dtype=D.dtype)
+        for p in (rate, 0.0):
+            setattr(term, word, p)
+            torch.manual_seed(4)
+            y = torch.zeros(64, D.shape[0], dtype=D.dtype)
+            if term.tokenwise:
+                term.forward_(x, y, 1.0)
+            else:
+                y += term.product(x)
+            said.append(y)
+        setattr(term, word, rate)
+        assert torch.equal(*said), f"{word} drops twice at {place}: around the term, and within it"
 
 
 @where(_no_dropout)
