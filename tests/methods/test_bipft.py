@@ -408,6 +408,18 @@ def test_starts_of_the_estimates():
     assert all(p.burnish_decay is False for p in (made.q, made.k, made.v, made.p))
 
 
+@pytest.mark.parametrize("init, starts", [("bert", True), ("zero", False)])
+def test_only_where_it_is_asked_for_does_nothing_estimate_at_the_start(init, starts):
+    net, batch = tiny("bert")
+    tuned = burnish.tune(net, f"bipft(rank=2, linears=True, init='{init}')", head=False,
+                         calibration=[batch])
+    names = {n: bool(p.any()) for n, p in tuned.named_parameters()
+             if n.endswith((".p_q.weight", ".p_k.weight", ".r.weight", "bipft.B"))}
+    assert len(names) == 2 * (3 + 3) and set(names.values()) == {starts}
+    assert all(p.any() for n, p in tuned.named_parameters()
+               if n.endswith((".m_q.weight", ".m_k.weight", "bipft.A")))
+
+
 def test_a_scale_beyond_twice_every_probability_lets_no_value_through(listener):
     made = listener()
     q, k, x = (torch.zeros(1, 2, 6, 3, dtype=F64), torch.zeros(1, 2, 6, 3, dtype=F64),
