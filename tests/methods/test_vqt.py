@@ -178,7 +178,9 @@ def test_the_group_lasso():
     tuned.loss(batch).backward()
     V = columns.weight.detach().clone().requires_grad_()
     term = 0.3 * sum(V[:, j].square().sum().sqrt() for j in range(V.shape[1]) if j != 3)
-    assert 0.3 * columns.lasso().item() == pytest.approx(term.item())
+    (beside,) = tuned.recipe[0].objective(tuned, None)
+    assert beside.value().item() == pytest.approx(term.item())
+    assert not list(parse("vqt(length=2)")[0].objective(tuned, None))
     torch.testing.assert_close(columns.weight.grad - plain, torch.autograd.grad(term, V)[0])
 
 
@@ -225,7 +227,8 @@ def test_counts_and_defaults(published):
 
 @pytest.mark.parametrize("model, recipe, why", [
     ("vit", "vqt(length=0)", "at least one query"), ("vit", "vqt(targets='q')", "no targets"),
-    ("vit", "vqt(density=0.0)", "density above 0"), ("vit", "vqt(weight=-1.0)", "weight of 0"),
+    ("vit", "vqt(density=0.0)", "density above 0"), ("vit", "vqt(density=1.5)", "and up to 1"),
+    ("vit", "vqt(weight=-1.0)", "weight of 0"),
     ("vit", "vqt(search=1.0)", "between 0 and 1"), ("vit", "vqt(search=0.3)", "density=1 chooses"),
     ("llama", "vqt", "a task head of one linear"),
     ("vit", "vqt + lora(rank=2)", "without a graph"), ("vit", "vqt + checkpoint", "cannot be join"),
@@ -234,6 +237,25 @@ def test_counts_and_defaults(published):
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], recipe)
+
+
+def test_a_part_that_puts_tokens_before_samples_is_refused():
+    net, _ = tiny("vit")
+    net.vit.recurrent = torch.nn.GRU(4, 4)
+    with pytest.raises(burnish.RecipeError, match="vqt tells the samples.*batch_first=False"):
+        burnish.tune(net, "vqt")
+
+
+@pytest.mark.parametrize("model, reads", [("vit", 3 * 4 * 4), ("bert", 32)])
+def test_queries_start_as_the_prompts_of_vpt(model, reads):
+    """Uniform within sqrt(6 / (what a patch reads + d)); d where there are no patches."""
+    net, _ = tiny(model)
+    patch = net.vit.embeddings.patch_embeddings.projection.weight[0] if model == "vit" else None
+    assert patch is None or patch.numel() == reads
+    tuned = burnish.tune(net, "vqt(length=400)", head=False)
+    rows = torch.cat([p for n, p in tuned.named_parameters() if n.endswith("rows")])
+    bound = math.sqrt(6 / (reads + 32))
+    assert rows.shape == (800, 32) and 0.99 * bound < float(rows.detach().abs().max()) <= bound
 
 
 def test_a_bias_that_goes_by_the_query_is_refused():
