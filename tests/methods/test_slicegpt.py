@@ -143,6 +143,12 @@ def test_the_width_is_rounded_down(ratio, multiple, width):
     assert parse(f"slicegpt(ratio={ratio}, multiple={multiple})")[0].width(4096) == width
 
 
+def test_a_width_that_is_whole_is_not_rounded_down_by_a_rounding_error():
+    for ratio, d, width in ((0.9, 5120, 512), (0.8, 3200, 640), (0.9, 1280, 128)):
+        assert parse(f"slicegpt(ratio={ratio})")[0].width(d) == width > int((1 - ratio) * d)
+    assert parse("slicegpt(ratio=0.9, multiple=1)")[0].width(10) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_error_grows_with_what_is_cut_off(name):
