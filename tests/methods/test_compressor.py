@@ -154,10 +154,27 @@ def test_settings_are_checked(text, why):
         parse(f"compressor({text})")
 
 
+def test_the_least_of_each_is_legal_and_the_search_is_as_long_as_is_said():
+    m = parse("compressor(population=1, generations=1, text_length=1, labels=1, temperature=0.5, "
+              "megabytes=0.1, crossover=1.0)")[0]
+    assert m.lifecycle() and m.temperature == 0.5
+    for population, rounds in ((3, 2), (9, 2), (3, 7)):
+        m = parse(f"compressor(population={population}, generations={rounds}, climb=False, "
+                  "crossover=0.3, seed=4)")[0]
+        looked = []
+        object.__setattr__(m, "fitness", lambda g, own=m.fitness, to=looked: to.append(g) or own(g))
+        found = m.lifecycle()
+        assert len(looked) == population * (1 + rounds)
+        assert found == genetic(SPACE, parse("compressor")[0].fitness, population=population,
+                                rounds=rounds, crossover=0.3, seed=4)
+
+
 def test_the_defaults_are_the_papers():
     m = parse("compressor")[0]
     assert (m.megabytes, m.population, m.generations, m.crossover, m.temperature) == \
         (3.0, 50, 100, 0.6, 10.0)
+    assert (m.text_length, m.labels, m.seed, m.climb, m.counting) == (512, 2, 0, True, "literal")
+    assert SPACE[1] == (1, 2, 4, 8)
     assert [len(v) for v in SPACE] == [50, 4, 48, 95, 12]
     assert [v[0] for v in SPACE] == [1000, 1, 16, 32, 1]
     assert [v[-1] for v in SPACE] == [50000, 8, 768, 3040, 12]
