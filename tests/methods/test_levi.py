@@ -151,6 +151,8 @@ def test_the_large_model_may_be_tuned_beside():
 
 def test_the_counts():
     method = burnish.parse("levi")[0]
+    assert (method.bottleneck, method.reduction, method.layers) == (128, 4, 2)
+    assert method.repeats() == 1 and burnish.parse("levi(reads=(0, 2))")[0].repeats() is None
     assert 12 * (768 * 128 + 128) == 1_181_184
     small = 768 * 192 + 192 + 2 * (12 * 192 ** 2 + 13 * 192) + 2 * 192
     assert method.count(12, 768, 10) == small + 1_181_184 + 12 * 10 * (128 + 192 + 1)
@@ -164,7 +166,9 @@ def test_the_counts():
 @pytest.mark.parametrize("text, why", [
     ("levi(bottleneck=0)", "of at least 1"), ("levi(reduction=3)", "not divisible"),
     ("levi(reads=(0, 0))", "each once"), ("levi(reads=(2,))", "blocks 0 to 1"),
-    ("levi(reads=())", "each once"), ("linear_probe + levi", "heads of its own"),
+    ("levi(reads=())", "each once"), ("levi(reads=(-1,))", "each once"),
+    ("levi(layers=0)", "of at least 1"), ("levi(reduction=0)", "of at least 1|1 or more"),
+    ("linear_probe + levi", "heads of its own"),
     ("lora(rank=2, targets='classifier') + levi(frozen=False)", "heads of its own"),
     ("levi + checkpoint", "mode"), ("levi + levi", "mode"), ("levi(targets='q')", "no targets")])
 def test_what_cannot_act_is_refused(text, why):

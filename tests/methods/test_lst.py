@@ -309,6 +309,8 @@ def test_a_plain_block_is_mentioned():
 def test_defaults_are_the_published_ones():
     (method,) = parse("lst")
     assert (method.reduction, method.samples, method.init) == (8, 1024, "prune")
+    # a few blocks stand for many in a simulation where each has a rung
+    assert method.repeats() == 1 and parse("lst(layers=[0, 2])")[0].repeats() is None
 
 
 @pytest.mark.parametrize("width, reduction, said", [

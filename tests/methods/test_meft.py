@@ -532,6 +532,12 @@ def test_the_adapters_of_the_paper_are_64_wide_and_one_channel_is_legal():
             burnish.parse(f"meft({words})")
 
 
+def test_a_deep_model_is_told_by_the_blocks_between_two_kept_pairs():
+    said = [burnish.parse(f"meft({more})")[0].repeats() for more in (
+        "anchors=3", "anchors=0", "anchors=3, layers=2", "lam=0.1")]
+    assert said == [3, 1, None, None]
+
+
 @pytest.mark.parametrize("power", [0, 1, 2, 4, 8])
 def test_fixed_streams_take_the_factors_whose_bits_pack(power):
     """1 and 2^-k for k of 1, 2, 4 and 8, and no other."""
