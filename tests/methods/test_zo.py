@@ -306,6 +306,38 @@ def test_the_log_repeats_the_run(settings):
             build(f"zo(eps=1e-2{other})", fresh.named_parameters(), seed=SEED).replay(opt.log)
 
 
+@pytest.mark.parametrize("settings", [", measure='weights'", ", s=0.5, mask='global'"])
+def test_a_log_that_is_refused_leaves_sizes_masks_and_seed_as_they_were(settings):
+    _, other = drive(f", queries=2{settings}")
+    other.log.header.update({k: {n: 9.0 for n in other.log.header[k]}
+                             for k in ("factors", "shares") if k in other.log.header}, seed=99)
+    ends = []
+    for refused in (False, True):
+        model = Stack().double().eval()
+        opt = build(f"zo(eps=1e-2{settings})", model.named_parameters(), seed=SEED)
+        if refused:
+            with pytest.raises(FormatError, match="the log was written with queries=2"):
+                opt.replay(other.log)
+        opt.model = model
+        opt.step(lambda model=model: loss_at(model))
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    log = drive(settings)[1].log                     # one that has stepped takes another run's
+    again = Stack().double()
+    opt = build(f"zo(eps=1e-2{settings})", again.named_parameters(), seed=SEED)
+    opt.model = again
+    with torch.no_grad():
+        for k, p in enumerate(again.parameters()):
+            p.mul_(1 + 3 * k)                        # which has other sizes
+    opt.step(lambda: loss_at(again))
+    with torch.no_grad():
+        for p, q in zip(again.parameters(), Stack().double().parameters(), strict=True):
+            p.copy_(q)
+    opt.replay(log)
+    assert all(torch.equal(a, b) for a, b in zip(
+        again.parameters(), drive(settings)[0].parameters(), strict=True))
+
+
 @pytest.mark.parametrize("road", ["named", "state_dict"])
 @pytest.mark.parametrize("settings", REPLAYED)
 def test_a_resumed_run_is_bit_for_bit_the_same(settings, road):

@@ -52,7 +52,7 @@ Mode = Literal["scratch", "in_place"]
 #: updates in a row without a difference between the losses before the run is stopped
 PATIENCE = 5
 #: what a log's header says of its run, and not of the optimizer that may repeat it
-OF_A_RUN = ("first_update", "resting", "factors")
+OF_A_RUN = ("first_update", "resting", "factors", "shares")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,14 +391,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def replay(self, log: ScalarLog) -> None:
         """Repeat a logged run on its starting weights: bit for bit, no data, no forward."""
-        for key in (k for k in self.log.header if k not in ("seed", "method", *OF_A_RUN)):
-            if log.header.get(key) != self.log.header[key]:
-                raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
-                                  f"optimizer has {self.log.header[key]!r}")
-        log.check(self.spec.queries)
-        if len(log) and len(log.lrs[0]) != len(self.param_groups):
-            raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
-                              f"optimizer has {len(self.param_groups)} parameter groups")
+        self._accept(log)
         first, q = int(log.header.get("first_update", 0)), self.spec.queries  # type: ignore
         each = q * len(self.units())
         for i in range(0, len(log), q):
@@ -407,6 +400,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.log = log
         for group in self.param_groups:
             group["updates"] = first + len(log) // each
+
+    def _accept(self, log: ScalarLog) -> None:
+        """FormatError for a log that this optimizer cannot repeat."""
+        for key in (k for k in self.log.header if k not in ("seed", "method", *OF_A_RUN)):
+            if log.header.get(key) != self.log.header[key]:
+                raise FormatError(f"the log was written with {key}={log.header.get(key)!r}, this "
+                                  f"optimizer has {self.log.header[key]!r}")
+        log.check(self.spec.queries)
+        if len(log) and len(log.lrs[0]) != len(self.param_groups):
+            raise FormatError(f"the log has {len(log.lrs[0])} learning rates per entry, this "
+                              f"optimizer has {len(self.param_groups)} parameter groups")
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The log, for :func:`burnish.blocks.named.named_state`."""

@@ -226,6 +226,7 @@ class ZooOptimizer(ZerothOrderOptimizer):
         self._sized()
 
     def replay(self, log: Any) -> None:
+        self._accept(log)
         for key in ("factors", "shares"):
             if key in log.header:
                 self.log.header[key] = log.header[key]
