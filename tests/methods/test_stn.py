@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import burnish
 from burnish.blocks.weight.responding import Responding
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
+from burnish.methods.delta.lowrank import stn as module
 from burnish.testing import stir, tiny
 
 TARGETS = "0,2"
@@ -133,6 +135,8 @@ def test_values_are_within_their_bounds():
     assert part.values(torch.tensor([40.0, 0.0]))["dropout"] <= 1
     far = [part.values(torch.tensor([t, t])) for t in (-900.0, 900.0)]
     assert far == [{"dropout": 0.0, "decay": 0.0}, {"dropout": 1.0, "decay": math.inf}]
+    with FakeTensorMode():                                            # a simulation: as it begins
+        assert part.values(torch.ones(2)) == {"dropout": 0.2, "decay": 0.01}
     (one,) = parse("stn(dropout=0.0)")
     assert one.tuned == (False, True) and one.values(torch.zeros(2))["dropout"] == 0
 
@@ -215,6 +219,7 @@ def test_count_defaults_and_refusals():
     (part,) = parse("stn")
     assert (part.rank, part.alpha, part.dropout, part.decay_start) == (8, 16.0, 0.05, 1e-4)
     assert (part.spread, part.widening, part.tuning_rate, part.turn) == (0.5, 1e-3, 0.01, 2)
+    assert part.seed == 0 and parse("stn(turn=1, widening=0.0)")
     place = Place("fc", "weight", "linear", 4096, 1024, "fc1")
     assert part.count(place) == 8 * (1024 + 2 * 4096) + 2 * 4096
     for bad, said in (("dropout=0.0, decay_start=0.0", "nothing to tune"),
@@ -229,6 +234,14 @@ def test_count_defaults_and_refusals():
         part.lifecycle(tuned, [1])
     with pytest.raises(ConfigError, match="no validation batches"):
         part.lifecycle(tuned, [])
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """Each has its own validation rows, and u is one."""
+    monkeypatch.setattr(module, "processes", lambda: 2)
+    tuned = burnish.tune(net(torch.float32), "stn(rank=2)", targets=TARGETS, head=False)
+    with pytest.raises(ConfigError, match="of one process, and this run has 2"):
+        tuned.optimizer(lr=1e-3)
 
 
 def test_fit_gives_it_the_validation_rows(tmp_path):

@@ -87,7 +87,7 @@ class Stn(Method):
     def values(self, u: Tensor) -> dict[str, float]:
         """Dropout and decay under u."""
         less, more = (1.0, 1.0) if isinstance(u, FakeTensor) else \
-            (u.detach().double().cpu() * torch.tensor((-1, 1))).exp().tolist()
+            torch.stack([-u[0], u[1]]).detach().double().exp().tolist()
         p = self.dropout and self.dropout / (self.dropout + (1 - self.dropout) * less)
         return {"dropout": p, "decay": self.decay_start and self.decay_start * more}
 

@@ -123,7 +123,7 @@ class TunableConvolutions(Method):
         x = torch.rand(self.objectives, generator=g)
         if self.among == "cube":
             return x
-        x = -x.clamp_min(1e-9).log()                     # exponentials over their sum
+        x = (1 - x).log()                                # exponentials, all but for their sign
         return x / x.sum()
 
     def _shared(self, tuned: Any) -> Any:
