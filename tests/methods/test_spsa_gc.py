@@ -13,7 +13,7 @@ from torch.func import functional_call
 import burnish
 from burnish.blocks.update.named import load_named_state, named_state
 from burnish.blocks.update.noise import CounterNoise
-from burnish.blocks.update.spsa import Divided
+from burnish.blocks.update.spsa import Divided, Spsa
 from burnish.blocks.update.step import compose
 from burnish.core.errors import FormatError, RecipeError
 from burnish.core.recipe import parse
@@ -198,9 +198,12 @@ def test_what_cannot_act_is_refused():
     for settings in ("momentum=1.0", "momentum=-0.1"):
         with pytest.raises(RecipeError, match="spsa_gc: momentum is at least 0 and below 1"):
             parse(f"spsa_gc({settings})")
-    for settings in ("eps_power=-1.0", "rate_power=-0.1", "offset=-2.0"):
-        with pytest.raises(RecipeError, match="fall, by powers and an offset of at least 0"):
-            parse(f"spsa_gc({settings})")[0].optimizer()
+    for name in ("eps_power", "rate_power", "offset"):
+        with pytest.raises(RecipeError, match=rf"^spsa_gc\({name}=-0.1\): expected 0 or more"):
+            parse(f"spsa_gc({name}=-0.1)")
+        with pytest.raises(RecipeError, match=f"an offset of at least 0; got .*{name}=-0.1"):
+            Spsa(**{name: -0.1})
+        assert getattr(Spsa(**{name: 0.0}), name) == 0.0
     with pytest.raises(RecipeError, match="spsa_gc: eps is positive"):
         parse("spsa_gc(eps=0.0)")[0].optimizer()
     with pytest.raises(RecipeError, match="gradient"):
