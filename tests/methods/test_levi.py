@@ -149,6 +149,53 @@ def test_the_large_model_may_be_tuned_beside():
         made("lora(rank=2) + levi(bottleneck=8)")
 
 
+def test_it_stands_in_the_place_of_the_head_which_nobody_has_to_leave_out():
+    net, batch = tiny("vit", num_hidden_layers=1)
+    tuned = burnish.tune(net, "levi(bottleneck=8)")
+    assert not [n for n, _ in tuned.named_parameters() if ".burnish." not in n]
+    assert torch.isfinite(tuned.step(batch))
+
+
+def test_it_has_the_numbers_of_the_model_it_stands_beside():
+    net, batch = tiny("vit", dtype=torch.bfloat16)
+    tuned = burnish.tune(net, "levi(bottleneck=8, weighed=True)", head=False)
+    assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(tuned.step(batch))
+
+
+@pytest.mark.parametrize("width, heads", [(16, 4), (24, 2), (12, 1)])
+def test_the_small_model_has_four_heads_or_as_many_as_divide_its_width(width, heads):
+    net, _ = tiny("vit", hidden_size=width, num_attention_heads=2 if width > 12 else 1)
+    tuned = burnish.tune(net, "levi(bottleneck=8)", head=False)
+    (small,) = parts(tuned, Small)
+    assert {b.heads for b in small.blocks} == {heads}
+    assert small.norm.normalized_shape == (width // 4,)
+
+
+def test_a_frozen_model_drops_nothing_and_one_that_is_tuned_does():
+    for frozen, alike in ((True, True), (False, False)):
+        net, batch = tiny("vit", dropout=0.5)
+        tuned = burnish.tune(net, f"lora(rank=2) + levi(bottleneck=8, frozen={frozen})"
+                             if not frozen else "levi(bottleneck=8)", head=False)
+        losses = [tuned.loss(batch).detach() for _ in range(2)]
+        assert bool(torch.equal(*losses)) == alike and net.training
+
+
+def test_tokens_before_samples_are_refused():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=False)
+            self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = torch.nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(0))
+
+    with pytest.raises(RecipeError, match="levi tells the samples.*tokens before samples"):
+        burnish.tune(Net(), "levi", head=False)
+
+
 def test_the_counts():
     method = burnish.parse("levi")[0]
     assert (method.bottleneck, method.reduction, method.layers) == (128, 4, 2)

@@ -295,8 +295,13 @@ def test_a_choice_is_whole_or_not_at_all():
         assert [(q.chosen, t.chosen) for q, t in part.layers(tuned).values()] == [(4, 4)] * 2
 
 
-@pytest.mark.parametrize("text", ["bits='3'", "bits='3-3'", "bits='1-4'", "bits='2-9'",
-                                  "bits='2,4'", "group=-1", "every=0", "dropout=1.0",
+def test_the_least_and_the_most_are_legal():
+    made = parse("llm_qfa(bits='2-8', group=0, every=1)")[0]
+    assert (made.widths, made.group, made.every) == ((2, 8), 0, 1)
+
+
+@pytest.mark.parametrize("text", ["bits='two-4'", "bits=''", "bits='3'", "bits='3-3'",
+                                  "bits='1-4'", "bits='2-9'", "bits='2,4'", "group=-1", "every=0", "dropout=1.0",
                                   "draw='uniform', every=8"])
 def test_refusals(text):
     with pytest.raises(RecipeError, match="llm_qfa"):
