@@ -236,6 +236,15 @@ def test_the_search_finds_the_layer_that_needs_its_bits():
             part.lifecycle(tuned, batches, budget, loss=square)
 
 
+def test_a_search_is_of_32_configurations_16_times_where_nothing_is_said(monkeypatch):
+    tuned, part = deep(3)
+    asked = {}
+    monkeypatch.setattr("burnish.methods.storage.llm_qfa.genetic",
+                        lambda space, fitness, **kw: asked.update(kw) or (2, 2, 2))
+    assert set(part.lifecycle(tuned, [(torch.ones(1, 8),) * 2], 3.0, loss=square).values()) == {2}
+    assert (asked["population"], asked["rounds"], asked["seed"]) == (32, 16, 0)
+
+
 def test_what_is_exported_has_the_size_of_the_formula_and_the_same_answers(tmp_path):
     net, batch = tiny("llama")
     tuned = burnish.tune(net, SMALL)
@@ -301,8 +310,8 @@ def test_the_least_and_the_most_are_legal():
 
 
 @pytest.mark.parametrize("text", ["bits='two-4'", "bits=''", "bits='3'", "bits='3-3'",
-                                  "bits='1-4'", "bits='2-9'", "bits='2,4'", "group=-1", "every=0", "dropout=1.0",
-                                  "draw='uniform', every=8"])
+                                  "bits='1-4'", "bits='2-9'", "bits='2,4'", "group=-1",
+                                  "every=0", "dropout=1.0", "draw='uniform', every=8"])
 def test_refusals(text):
     with pytest.raises(RecipeError, match="llm_qfa"):
         parse(f"llm_qfa({text})")
