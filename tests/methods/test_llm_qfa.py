@@ -16,6 +16,7 @@ from burnish.blocks.choose.genes import genetic
 from burnish.blocks.choose.widths import drawn, swept, tilted, within
 from burnish.core.errors import BurnishError, ConfigError, RankError, RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place, Site
 from burnish.formats.adapter import load
 from burnish.testing import stir
 from burnish.testing.equation import follows
@@ -230,6 +231,8 @@ def test_the_search_finds_the_layer_that_needs_its_bits():
     assert found == {"0.weight": 2, "1.weight": 4, "2.weight": 2}
     assert {n: q.chosen for n, (q, _) in part.layers(tuned).items()} == found
     assert tuned.model.training
+    less = part.lifecycle(tuned, [(x, y)], 7 / 3, loss=square, population=4, generations=4)
+    assert less == {"0.weight": 2, "1.weight": 3, "2.weight": 2}, "never more than the budget"
     assert all(torch.equal(before[n], t) for n, t in tuned.tensors().items() if "extra" not in n)
     for budget, batches in ((1.9, [(x, y)]), (3.0, [])):
         with pytest.raises(ConfigError, match="expected at least 2 bits"):
@@ -280,6 +283,21 @@ def test_what_is_exported_has_the_size_of_the_formula_and_the_same_answers(tmp_p
     assert {n: q.chosen for n, (q, _) in part.layers(tuned).items()} == chosen
     merged = tuned.merge()
     assert not any(".burnish." in n for n in merged.state_dict())
+
+
+def test_what_a_file_holds_alone_is_all_that_room_is_made_for():
+    """Of the widths that an export has left out nothing is drawn when it is read."""
+    part, place = parse("llm_qfa(rank=3)")[0], Place("0", "weight", "linear", 9, 20)
+    for settled, ranks in (({}, (3, 3, 3)), ({"bits": 3}, (0, 3, 0))):
+        term = part.delta(Site(place, torch.ones(9, 20), settled=settled, places=[place]))
+        assert tuple(len(term.factors_of(b)[0]) for b in (2, 3, 4)) == ranks
+
+
+def test_a_merged_update_is_not_exported():
+    tuned, part = deep(2)
+    tuned.merge()
+    with pytest.raises(ConfigError, match="merged"):
+        part.export(tuned)
 
 
 def test_a_file_says_what_answers(tmp_path):

@@ -391,6 +391,7 @@ def test_what_was_cut_is_in_the_file_and_a_load_reads_no_data(tmp_path):  # find
     ("lst(reduction=4, init='prune') + norms", {}, burnish.RecipeError, "could not train"),
     ("lst(reduction=4, layers=[2])", {}, burnish.RecipeError, "no block 2"),
     ("lst(reduction=5)", {}, burnish.RecipeError, "not divisible"),
+    ("lst(reduction=4, cache='taps')", {}, burnish.RecipeError, "keeps the states of one stack"),
 ])
 def test_what_cannot_be_says_why(recipe, more, error, why):
     net, batches = data()
