@@ -217,5 +217,8 @@ def test_what_a_rank_does_not_fit_is_left_alone_where_nobody_has_named_it():
     assert any("eva leaves 4 of 14 weights alone, too small" in n
                for n in tuned.adapters["default"].notes)
     assert not any("k_proj" in n or "v_proj" in n for n in tuned.tensors())
+    other, read = tiny("llama")[0], []
+    other.register_forward_hook(lambda *a: read.append(1))
     with pytest.raises(burnish.RecipeError, match="rank 20 does not fit .*k_proj"):
-        burnish.tune(tiny("llama")[0], "eva(rank=20, targets='k,q')", calibration=[batch])
+        burnish.tune(other, "eva(rank=20, targets='k,q')", calibration=[batch])
+    assert not read                                        # refused before any data are
