@@ -335,6 +335,12 @@ def test_refusals(text):
         parse(f"llm_qfa({text})")
 
 
+@pytest.mark.parametrize("bits", ["two-4", "", "2-", "3-x"])
+def test_what_is_no_list_of_widths_is_told_what_one_looks_like(bits):
+    with pytest.raises(RecipeError, match="expected two or more different widths.*'2-3-4'"):
+        parse(f"llm_qfa(bits={bits!r})")
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(RankError, match="largest rank there is 9"):
         one("llm_qfa(rank=10)")

@@ -356,6 +356,16 @@ def test_second_pictures_that_are_none(ir, why):
         tuned.model(**{**batch, "infrared": ir})
 
 
+def test_the_second_picture_is_of_numbers_from_0_to_1():
+    """As the class says for all, and with its shape as the settings have it."""
+    part = burnish.parse("unirgb_ir(pixels=8)")[0]
+    (name,) = part.context
+    assert part.context[name].real and part.keys()[name].real and part.keys().keys() == {name}
+    assert part.keys()[name].shape == (1, 8, 8)
+    assert part.keys()[name].meaning == part.context[name].meaning == \
+        "a second picture of each sample"
+
+
 def test_the_defaults():
     m = burnish.parse("unirgb_ir")[0]
     assert (m.pixels, m.injectors, m.attention_heads, m.offsets, m.stem, m.rel_pos) == \
