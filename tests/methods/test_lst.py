@@ -309,6 +309,7 @@ def test_a_plain_block_is_mentioned():
 def test_defaults_are_the_published_ones():
     (method,) = parse("lst")
     assert (method.reduction, method.samples, method.init) == (8, 1024, "prune")
+    assert (method.cache, method.cache_gb) == (None, 32.0)
     # a few blocks stand for many in a simulation where each has a rung
     assert method.repeats() == 1 and parse("lst(layers=[0, 2])")[0].repeats() is None
 

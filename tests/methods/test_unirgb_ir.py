@@ -240,6 +240,14 @@ def test_where_the_stages_begin():
                    if ".injector." in n}) == [f"vit.layers.{i}" for i in (0, 1, 3, 4)]
 
 
+def test_a_transformer_of_one_block_has_one_injector():
+    net, _ = tiny("vit", num_hidden_layers=1)
+    tuned = burnish.tune(net, "unirgb_ir(pixels=16, injectors=1, attention_heads=4, stem=8)",
+                         head=False)
+    part = tuned.recipe.named("unirgb_ir")
+    assert sum(p.numel() for p in tuned.parameters()) == part.count(32)
+
+
 def test_a_block_that_is_run_again_is_given_the_same():
     plain, batch, _ = made()
     again, _, _ = made(beside=" + checkpoint")
