@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.update.forward import ForwardGrad
 from burnish.blocks.update.noise import CounterNoise
 from burnish.blocks.update.step import compose
 from burnish.core.errors import BurnishError, ConfigError, RecipeError
@@ -179,3 +180,7 @@ def test_what_cannot_act_is_refused():
             burnish.tune(tiny("bert")[0], f"full + {beside} + forward_grad").optimizer(lr=1e-3)
     assert parse("forward_grad")[0].settings() == {
         "targets": None, "queries": 1, "weight_decay": 0.0, "noise": "device"}
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert ForwardGrad() == parse("forward_grad")[0].optimizer()

@@ -17,6 +17,7 @@ from burnish.blocks.update.noise import CounterNoise, PortableNoise, ScalarLog
 from burnish.blocks.update.rules import Lion
 from burnish.blocks.update.step import InBackward, Rounding, Subspace, compose
 from burnish.blocks.update.subspace import SubspaceMap
+from burnish.blocks.update.zeroth import ZerothOrder
 from burnish.core.errors import FormatError, RecipeError
 from burnish.core.recipe import parse
 
@@ -434,3 +435,7 @@ def test_its_settings_are_the_authors():
     (made,) = parse("mezo")
     want = {"eps": 1e-3, "weight_decay": 0.0}
     assert {k: getattr(made, k) for k in want} == want
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert ZerothOrder() == parse("mezo")[0].optimizer()

@@ -318,3 +318,7 @@ def test_its_settings():
             "weight_decay": 0.0, "noise": "device"}
     assert {k: getattr(made, k) for k in want} == want
     assert parse("mezo_svrg(q=5)")[0].every == 5
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert Svrg() == parse("mezo_svrg")[0].optimizer()

@@ -13,6 +13,7 @@ from torch.func import functional_call
 import burnish
 from burnish.blocks.update.named import load_named_state, named_state
 from burnish.blocks.update.noise import CounterNoise
+from burnish.blocks.update.rules import SGD
 from burnish.blocks.update.spsa import Divided, Spsa
 from burnish.blocks.update.step import compose
 from burnish.core.errors import FormatError, RecipeError
@@ -175,6 +176,26 @@ def test_a_resumed_run_is_bit_for_bit_the_same():
                                                  strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64], ids=str)
+def test_without_a_rule_it_is_plain_descent_rounded_by_noise_of_its_own(dtype):
+    ends = {}
+    for rule in (None, SGD()):
+        p = nn.Parameter(torch.full((40, 50), 0.5, dtype=dtype))
+        opt = compose([Spsa(rule=rule, queries=1)], [("w", p)], 1e-3, seed=SEED)
+        losses = iter([0.02, 0.0])
+        opt.step(lambda losses=losses: next(losses))
+        ends[rule] = p.detach().double()
+        seed, g, lr = opt.log.seeds[0], opt.log.scalars[0], opt.log.lrs[0][0]
+    exact = 0.5 - lr * g / draw(seed, "w", (40, 50)).double()
+    if dtype == F64:
+        for end in ends.values():
+            torch.testing.assert_close(end, exact, rtol=1e-6, atol=0)
+        return
+    for end in ends.values():                        # of 2^-9 below a half, 2^-8 above
+        assert ((end - exact).abs() < 2**-8).all() and len(end.unique()) > 2
+        assert abs(float((end - exact).mean())) < 5 * 2**-9 / 2000**0.5
+
+
 @pytest.mark.parametrize("momentum, count", [(0.9, 1), (0.0, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
 def test_what_is_kept_is_what_it_says(momentum, count, dtype):
@@ -208,3 +229,7 @@ def test_what_cannot_act_is_refused():
         parse("spsa_gc(eps=0.0)")[0].optimizer()
     with pytest.raises(RecipeError, match="gradient"):
         parse("snella + spsa_gc")
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert Spsa() == parse("spsa_gc")[0].optimizer()

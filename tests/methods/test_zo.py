@@ -14,7 +14,7 @@ import burnish
 from burnish.blocks.update.named import load_named_state, named_state
 from burnish.blocks.update.noise import CounterNoise
 from burnish.blocks.update.step import compose
-from burnish.blocks.update.zoo import unit_of
+from burnish.blocks.update.zoo import Zoo, unit_of
 from burnish.core.errors import FormatError, RecipeError
 from burnish.core.recipe import parse
 from burnish.testing.models import tiny
@@ -458,3 +458,7 @@ def test_its_settings_are_the_benchmark_s():
     want = {"rule": "sgd", "eps": 1e-3, "queries": 1, "one_sided": False, "s": 0.0,
             "resample": 1}
     assert {k: getattr(made, k) for k in want} == want
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert Zoo() == parse("zo")[0].optimizer()

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import burnish
+from burnish.blocks.update.blockwise import Blockwise
 from burnish.blocks.weight.hosted import Away, Hosted, hosted, standing_in
 from burnish.blocks.weight.waiting import Wait, Waiting, waiting
 from burnish.core.errors import BurnishError, ConfigError, RecipeError
+from burnish.core.recipe import parse
 from burnish.memory import measure, simulate
 from burnish.testing.models import tiny
 
@@ -368,3 +370,7 @@ def test_a_failed_step_leaves_the_model_as_it_was():
     assert not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks
                    for m in net.model.layers)
     assert torch.isfinite(tuned.step(batch))
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert Blockwise() == parse("zo2")[0].optimizer()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import burnish
+from burnish.blocks.update.hybrid import Hybrid
 from burnish.blocks.update.named import load_named_state, named_state
 from burnish.blocks.update.noise import CounterNoise
 from burnish.blocks.update.step import compose
@@ -265,3 +266,7 @@ def test_its_settings_and_the_rate_that_fit_takes():
         (None, "adam", 1e-3, 1e-3, 1)
     assert usual_rate(100, 100, parse("full + zo_fo")) == 1e-4          # that of gradients
     assert usual_rate(100, 100, parse("full + mezo")) == pytest.approx(1e-6)
+
+
+def test_what_nobody_set_of_the_block_is_the_method_s():
+    assert Hybrid() == parse("zo_fo")[0].optimizer()

@@ -12,7 +12,7 @@ number. d is drawn again wherever it is needed, and a run is its log.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class Divided:
 
     base: Any
     inverse: bool
-    turn: int = 0                                # one stream serves all updates
+    turn: int = field(init=False, repr=False)    # is told, and one stream serves all updates
 
     def __call__(self, seed: int, name: str) -> Any:
         stream = self.base(seed, name)
@@ -57,7 +57,9 @@ class Spsa(Zoo):
     c_i = c / i^eps_power,  a_i = a / (i + offset)^rate_power,  i from 1.
     """
 
-    rule: Rule | None = SGD()
+    eps: float = 0.01
+    queries: int = 5
+    rule: Rule | None = SGD(momentum=0.9, nesterov=True)
     eps_power: float = 0.1
     rate_power: float = 0.4
     offset: float = 1.0
