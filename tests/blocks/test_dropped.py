@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks import weight
 from burnish.blocks.weight import dropped
 from burnish.blocks.weight.hadamard import Hadamard
 from burnish.blocks.weight.kronecker import Kronecker
@@ -18,6 +23,7 @@ from burnish.blocks.weight.term import DROPS, asks_to_drop
 from burnish.blocks.weight.tiled import KernelDelta
 from burnish.blocks.weight.triplets import Triplets
 from burnish.core.call import Call, resume
+from burnish.core.registry import find, names
 from burnish.core.site import Place
 from burnish.memory.ledger import Ledger
 
@@ -343,3 +349,21 @@ def test_a_run_is_asked_for_panels_where_its_term_is():
     for t in terms().values():
         run = dropped.Dropped(t, torch.zeros(1, IN))
         assert run.tokenwise and (run.tiled, run.cheap_tile) == (t.tiled, t.cheap_tile)
+
+
+def below(cls):
+    for one in cls.__subclasses__():
+        yield one
+        yield from below(one)
+
+
+def test_a_term_that_drops_within_itself_says_so():
+    """What stands around the others drops for them: they would drop twice."""
+    for module in pkgutil.iter_modules(weight.__path__):
+        importlib.import_module(f"{weight.__name__}.{module.name}")
+    for name in names():
+        find(name)
+    terms = {t for t in below(dropped.Dropping) if t.__module__.startswith("burnish.")}
+    within = {t for t in terms if "F.dropout(" in inspect.getsource(t)}
+    assert within and len(terms) > 40
+    assert all(t.own_drops for t in within), within
