@@ -11,7 +11,9 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from torch import nn
 
+import burnish
 from burnish.core.errors import ConfigError, DataError
+from burnish.fit.assets import GLYPH_VIT
 from burnish.fit.data import read
 from burnish.fit.heads import resize_head
 from burnish.fit.pictures import Picture, processor_of
@@ -178,3 +180,44 @@ def test_token_accuracy_compares_each_answer_with_the_next_token(tmp_path, token
     assert task.measure(task.reduce(perfect, labels), labels)["token_accuracy"] == 1.0
     copies = nn.functional.one_hot(ids, len(tokenizer)).float()
     assert task.measure(task.reduce(copies, labels), labels)["token_accuracy"] == 0.0
+
+
+def test_a_class_is_read_at_the_end_of_a_text_and_each_text_has_one(tmp_path):
+    """T5's head refuses other rows in the middle of a step; here they are named before."""
+    from burnish.testing.tasks import posed
+
+    base, _, _ = posed("sequence-to-sequence", tmp_path, 2)
+    from transformers import AutoTokenizer
+
+    data = tmp_path / "rows.jsonl"
+
+    def fitted(*texts):
+        data.write_text("".join(json.dumps({"text": t, "label": "ab"[i % 2]}) + "\n"
+                                for i, t in enumerate(texts)))
+        return burnish.fit(str(base), str(data), "lora(rank=2)", output=tmp_path / "out",
+                           max_steps=1, batch_size=2, validation=0, quiet=True, overwrite=True)
+
+    with pytest.raises(ConfigError, match=r"train, row 0 has no token 2 \(eos_token_id\)"):
+        fitted("a red disc", "a blue box")
+    end = AutoTokenizer.from_pretrained(base).eos_token
+    with pytest.raises(DataError, match="row 1 has 2 of them and the first 1; leave '.*' out"):
+        fitted(f"a red disc {end}", f"a {end} blue box {end}")
+    assert fitted(f"a red disc {end}", f"a blue box {end}").facts["data"]["task"] == \
+        "text-classification"
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest(tmp_path):
+    def refused(words, **how):
+        with pytest.raises(ConfigError, match=words) as error:
+            burnish.fit(str(GLYPH_VIT), "digits", "lora(rank=2)", output=tmp_path / "out",
+                        quiet=True, **how)
+        assert len(str(error.value)) < 620
+
+    refused("^lr_scheduler_type: there is no 'cosin'; did you mean 'cosine'",
+            lr_scheduler_type="cosin")
+    refused("^lr_scheduler_type: there is no 'xyzzy'; expected one of linear, cosine, ",
+            lr_scheduler_type="xyzzy")
+    refused("^there is no task 'classify'; did you mean 'text-classification'", task="classify")
+    refused("expected image-, text-, audio-, cloud- or graph- and behind it classification, "
+            "multi-label or regression; or image-text-contrastive, .* or sequence-to-sequence$",
+            task="xyzzy")

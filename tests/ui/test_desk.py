@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from burnish.fit.assets import GLYPH_VIT
+from burnish.fit.tasks import TASKS
+from burnish.testing.tasks import posed
 from burnish.ui import desk
 from burnish.ui.asking import Desk
 from burnish.ui.places import Refused, confine
@@ -39,7 +41,7 @@ def test_data_are_read_as_fit_reads_them():
     told = ask("data", data="digits", tops=[], model=VIT)
     assert told["task"] == "image-classification" and told["rows"]["train"] == 720
     assert sum(told["classes"].values()) == 720 and len(told["classes"]) == 10
-    assert told["longest"] is None and told["shaped"] and told["alone"] and told["train"] == 720
+    assert told["longest"] is None and told["alone"] and told["train"] == 720
     assert told["pictures"][0]["image"].startswith("data:image/png;base64,")
     assert json.dumps(told)
 
@@ -151,7 +153,7 @@ def test_what_no_number_of_tokens_says_is_planned_from_its_rows(tmp_path):
     model, data = str(tmp_path / "model"), str(shapes(tmp_path / "data", 24))
     (tmp_path / "data/classes.txt").write_text("floor\ndisc\nbox\n")
     read = ask("data", data=data, tops=[str(tmp_path)], model=model)
-    assert read["task"] == "semantic-segmentation" and not read["shaped"] and read["samples"]
+    assert read["task"] == "semantic-segmentation" and read["samples"]
     told = ask("plan", model=model, memory="1 GB", batch=4, task=read["task"],
                labels=read["labels"], data=data, tops=[str(tmp_path)],
                candidates=["lora(rank=2)"])
@@ -160,6 +162,53 @@ def test_what_no_number_of_tokens_says_is_planned_from_its_rows(tmp_path):
     assert run.promise.peak_bytes == told["recipes"][0]["peak"]
     line = json.loads((tmp_path / "out/answers.jsonl").read_text())
     assert line["answers"][0]["said"]
+
+
+#: settings that the page has no field for
+UNASKED = ("language", "points")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_planned_as_fit_promises_it(tmp_path, task):
+    """From a folder to a point of the frontier: to the byte, whatever rows the task has; or it is
+    said why there is no plan."""
+    import burnish
+
+    base, data, how = posed(task, tmp_path, 3)
+    trust = how.pop("trust_remote_code", False)
+    reading = {k: how.pop(k) for k in ("task", "label") if k in how}
+    how = {k: v for k, v in how.items() if k not in UNASKED}
+    assert not how
+    given = {"model": str(base), "trust": trust}
+    assert task in ask("model", **given)["tasks"]
+    read = ask("data", data=str(data), tops=[str(tmp_path)], how=reading, **given)
+    assert read["task"] == task
+    body = given | {"memory": "1 GB", "batch": 2, "task": task, "labels": read["labels"],
+                    "data": str(data), "tops": [str(tmp_path)], "how": reading,
+                    "candidates": ["lora(rank=2)"]}
+    if not read["alone"]:
+        assert "which no plan divides" in desk.answer("plan", body, quietly)["error"]
+        return
+    point, = ask("plan", **body)["recipes"]
+    run = burnish.fit(str(base), str(data), point["recipe"], output=tmp_path / "run", max_steps=1,
+                      batch_size=2, quiet=True, report=False, measure=False, test=False,
+                      validation=0, save_strategy="no", trust_remote_code=trust, **reading)
+    assert run.promise.peak_bytes == point["peak"]
+
+
+def test_a_json_document_points_at_nothing_outside(tmp_path):
+    """COCO's objects are no table of rows: what they name is looked for at any depth."""
+    from burnish.testing.boxes import shapes
+
+    folder = shapes(tmp_path / "top", 3)
+    confine(str(folder), [str(folder)])
+    told = json.loads((folder / "annotations.json").read_text())
+    for bad in ("../secret.png", str(tmp_path / "secret.png"), "~/secret.png"):
+        told["images"][1]["file_name"] = bad
+        (folder / "annotations.json").write_text(json.dumps(told))
+        with pytest.raises(Refused, match="annotations.json, column 'file_name'.*outside"):
+            confine(str(folder), [str(folder)])
 
 
 def test_what_has_no_plan_is_said(tmp_path):

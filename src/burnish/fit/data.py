@@ -30,7 +30,15 @@ from ..core.reading import beside, reading
 from . import graphs, layouts, masks, series
 from .beside import apart, missing, told_apart, without
 from .columns import assign, label_of
-from .kinds import SINGLE, TASKS, drawn_by_text, form_of_label, generated, in_time
+from .kinds import (
+    SINGLE,
+    TASKS,
+    drawn_by_text,
+    form_of_label,
+    generated,
+    in_time,
+    tasks_said,
+)
 from .labels import differ
 from .layouts import SPLITS
 from .media import opened
@@ -209,7 +217,7 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
                 raise DataError(missing(keys[name], name, data.source, data.train.column_names))
         return data
     if task is not None and task not in TASKS:
-        raise ConfigError(f"task {task!r} is not one of {', '.join(TASKS)}{nearest(task, TASKS)}")
+        raise ConfigError(f"there is no task {task!r}{nearest(task, TASKS) or '; ' + tasks_said()}")
     flags = Roles(task=task, text=text, label=label, image=image, audio=audio, prompt=prompt,
                   completion=completion)
     source, tables = _tables(data, split, task)

@@ -179,6 +179,16 @@ FOCAL = frozenset({"conditional_detr", "deformable_detr"})
 FORECASTERS = frozenset({"patchtst", "patchtsmixer"})
 
 
+def tasks_said() -> str:
+    """All tasks in a sentence: those of one pattern together."""
+    forms = ("classification", "multi-label", "regression")
+    among = {f"{k}-{f}": k for k in dict.fromkeys(t.split("-")[0] for t in TASKS) for f in forms}
+    kinds = [k for k in dict.fromkeys(among.values()) if all(f"{k}-{f}" in KINDS for f in forms)]
+    rest = [t for t in TASKS if among.get(t) not in kinds]
+    return (f"expected {', '.join(f'{k}-' for k in kinds[:-1])} or {kinds[-1]}- and behind it "
+            f"{', '.join(forms[:-1])} or {forms[-1]}; or {', '.join(rest[:-1])} or {rest[-1]}")
+
+
 def pictured(task: str) -> bool:
     return task.startswith("image-") or generated(task)
 

@@ -176,7 +176,8 @@ def check_served(task: str, model: str | nn.Module, trust_remote_code: bool = Fa
         return
     fits = [t for t in KINDS if t != task and _unserved(t, config, by_name=True) is None]
     name = model if named else type(model).__name__
-    tail = f"fit can train it for {' or '.join(fits)}" if fits else "fit serves no task of it yet"
+    served = " or ".join(filter(None, [", ".join(fits[:-1]), *fits[-1:]]))
+    tail = f"fit can train it for {served}" if fits else "fit serves no task of it yet"
     raise ConfigError(f"{name} is {config.model_type}, {reason}; {tail}")
 
 

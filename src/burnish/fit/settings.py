@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, nearest
 from ..core.recipe import Recipe
 from ..core.stage import Stage
 from ..engine.tuned import Tuned
@@ -107,10 +108,24 @@ def optimises(recipe: Recipe) -> tuple[bool, bool]:
 
 @contextlib.contextmanager
 def transformers_errors() -> Iterator[None]:
+    """A refusal of transformers as ours; of a name that is none of several, with the nearest."""
     try:
         yield
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"training arguments: {str(e).splitlines()[0]}") from None
+        said = str(e).splitlines()[0]
+        choice = re.match(r"(\S+) is not a valid (\w+), please select one of \[(.*)\]", said)
+        if choice is None:
+            raise ConfigError(f"training arguments: {said}") from None
+        word, kind = choice[1], choice[2]
+        known = re.findall(r"'([^']*)'", choice[3])
+        near = nearest(word, known).removeprefix("; ")
+        raise ConfigError(f"{_CHOICES.get(kind, 'training arguments')}: there is no {word!r}; "
+                          f"{near or 'expected one of ' + ', '.join(known)}") from None
+
+
+#: what transformers calls the choices of a setting, where one setting alone has them
+_CHOICES = {"SchedulerType": "lr_scheduler_type", "SaveStrategy": "save_strategy",
+            "HubStrategy": "hub_strategy"}
 
 
 def transformers_arguments(settings: Mapping[str, Any]) -> Any:

@@ -60,10 +60,13 @@ def model(say: Say, model: str, trust: bool = False) -> dict[str, Any]:
 
     from ..core.architecture import architecture
     from ..fit.kinds import KINDS
+    from ..fit.pipelines import is_pipeline
     from ..fit.places import check_local, check_served, config_of
 
     quiet()
     check_local(model)
+    if is_pipeline(model):
+        return pipeline(model)
     config = config_of(model, "fine-tuning", trust)
     tasks = []
     for task in KINDS:
@@ -85,6 +88,20 @@ def model(say: Say, model: str, trust: bool = False) -> dict[str, Any]:
             "dtype": str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")}
 
 
+def pipeline(folder: str) -> dict[str, Any]:
+    """The same of a pipeline of diffusers, of which the denoiser trains."""
+    import torch
+
+    from ..fit.pipelines import Pipeline, tasks_of
+
+    found = Pipeline(folder)
+    with torch.device("meta"):
+        made = found.blank(found.part)
+    return {"type": found.kind, "architecture": f"{type(made).__name__} of a {found.kind}",
+            "parameters": sum(p.numel() for p in made.parameters()), "positions": None,
+            "tasks": list(tasks_of(folder)), "dtype": "float32"}
+
+
 # -- the data ------------------------------------------------------------------------------------
 def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: bool = False,
          max_length: int | None = None, how: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: 
             "classes": counted(found), "samples": samples(found),
             "pictures": [{"image": uri, "label": label} for uri, label in gallery(found)]}
     if model is not None:
-        told |= lengths(taught(data, tops, model, trust, how, max_length), model, trust)
+        told |= lengths(taught(data, tops, model, trust, how, max_length)[0])
     return told
 
 
@@ -118,14 +135,26 @@ def rows(data: str, tops: list[str], model: str | None, trust: bool,
 
 
 def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str, Any] | None,
-           max_length: int | None) -> Any:
-    """The task that `fit` would make of data and model."""
+           max_length: int | None, first: int | None = None) -> tuple[Any, Any]:
+    """The task that `fit` would make of data and model, and the model without its weights.
+
+    first: so many rows of a pipeline's data: each takes as much as any other, and is encoded before
+        it can be planned.
+    """
+    from dataclasses import replace
+
+    from ..fit.advice import blank
+    from ..fit.kinds import generated
     from ..fit.places import check_served
     from ..fit.tasks import task_for
 
     found = rows(data, tops, model, trust, how)
     check_served(found.task, model, trust)
-    return task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42)
+    if first is not None and generated(found.task):
+        some = found.train.select(range(min(first, len(found.train))))
+        found = replace(found, splits={"train": some})
+    task = task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42)
+    return task, blank(task, model, trust)
 
 
 def counted(found: Any) -> dict[str, int] | None:
@@ -156,27 +185,22 @@ def words(name: str, value: Any, labels: Sequence[str] | None, most: int = 400) 
     return text if len(text) <= most else f"{text[:most - 1]}…"
 
 
-def lengths(task: Any, model: str, trust: bool) -> dict[str, Any]:
+def lengths(task: Any) -> dict[str, Any]:
     """How many tokens rows have, and what the tokenizer said of them. `longest` is what a step must
-    be planned for; None where rows are no texts. shaped: do samples and tokens say all of it?"""
-    from ..fit.kinds import pictured
-    from ..fit.places import config_of
+    be planned for; None where rows are no texts."""
+    from ..fit.kinds import generated
 
+    told: dict[str, Any] = {"alone": task.alone, "longest": None}
+    if generated(task.data.task):               # pictures are encoded where it is planned
+        return told | {"train": len(task.data.train), "notes": list(task.notes)}
     rows = task.rows("train")
-    told: dict[str, Any] = {"alone": task.alone, "train": len(rows),
-                            "notes": list(task.notes), "longest": None, "shaped": False}
     batch = task.example(1)
     if "input_ids" in batch:
         many = sorted(rows.length(i) for i in range(len(rows)))
         told |= {"longest": int(batch["input_ids"].shape[-1]),
-                 "shaped": "pixel_values" not in batch,
                  "tokens": {"median": many[len(many) // 2], "most": many[-1],
                             "nine_in_ten": many[(9 * len(many)) // 10 - (len(many) % 10 == 0)]}}
-    elif "pixel_values" in batch and pictured(task.data.task):
-        side = getattr(config_of(model, task.data.task, trust), "image_size", None)
-        told["shaped"] = tuple(batch["pixel_values"].shape[-2:]) == (
-            tuple(side) if isinstance(side, list | tuple) else (side, side))
-    return told
+    return told | {"train": len(rows), "notes": list(task.notes)}
 
 
 # -- the plan ------------------------------------------------------------------------------------
@@ -186,38 +210,41 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
          candidates: list[str] | None = None, trust: bool = False, data: str | None = None,
          tops: Sequence[str] = (), how: Mapping[str, Any] | None = None,
          max_length: int | None = None) -> dict[str, Any]:
-    """Every recipe with what it costs, from the configuration and the shape of a batch.
-
-    data: the costliest rows are taken, where no number of samples and tokens says how large a batch
-        is (sounds, masks, pictures of another size than the configuration's).
-    """
+    """Every recipe with what it costs, as `fit` would train it on the costliest rows of `data`;
+    without data, from the configuration and the shape of a batch."""
     import burnish
 
     from ..core.recipe import parse
     from ..fit.places import config_of
+    from ..fit.promise import as_trained
     from ..fit.tasks import by_itself
     from ..memory.fakes import from_config
     from ..memory.usual import usual
 
     quiet()
-    config = config_of(model, task or "fine-tuning", trust)
     if task is not None:
         by_itself(task, None, memory)
-        as_task(config, task, labels)
     shape: Any = batch if length is None else (batch, length)
+    loss: Any = None
     if data is not None:
-        of = taught(data, list(tops), model, trust, how, max_length)
-        shape = of.call(of.example(batch), False)[0]
+        of, of_what = taught(data, list(tops), model, trust, how, max_length, batch)
+        shape, loss = of.call(of.example(batch), False)
+        of_what.train()
+    else:
+        of_what = config_of(model, task or "fine-tuning", trust)
+        if task is not None:
+            as_task(of_what, task, labels)
 
     def planned(recipes: list[str] | None) -> Any:
-        return burnish.plan(
-            config, memory=memory, batch=shape, prefer=prefer, device=device, candidates=recipes,
-            rows=rows, epochs=epochs if rows else None, progress=say)
+        with as_trained(of_what, {}):
+            return burnish.plan(
+                of_what, memory=memory, batch=shape, prefer=prefer, device=device, loss=loss,
+                candidates=recipes, rows=rows, epochs=epochs if rows else None, progress=say)
 
     if candidates is None:
         plans = planned(None)
     else:                                       # what is written is completed as `fit` does it
-        made = usual(from_config(config))
+        made = usual(from_config(of_what) if data is None else of_what)
         completed = [str(made(c)) for c in candidates]
         try:
             plans = planned(completed)
@@ -233,6 +260,17 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
             "missing": plans.missing_bytes,
             "recipes": [point(p, fits) for fits, many in ((True, plans.fits), (False, plans.over))
                         for p in many]}
+
+
+def few(task: Any, rows: int) -> Any:
+    """The same task of its first rows alone: of a pipeline all take as much, and each is encoded
+    before it can be planned."""
+    from dataclasses import replace
+
+    first = task.data.train.select(range(min(rows, len(task.data.train))))
+    made = replace(task, data=replace(task.data, splits={"train": first}), notes=[], _made={})
+    made.prepare()
+    return made
 
 
 def point(p: Any, fits: bool) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BurnishError, ConfigError
+from ..core.errors import BurnishError, ConfigError, DataError
 
 #: most entries of a folder that are listed, and that are looked through for links
 LISTED, LOOKED_THROUGH = 2000, 2_000_000
@@ -26,6 +26,8 @@ LISTED, LOOKED_THROUGH = 2000, 2_000_000
 ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 NAME = re.compile(r"[^\x00-\x1f\x7f/\\:*?\"<>|.][^\x00-\x1f\x7f/\\:*?\"<>|]{0,119}")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:[\w.-]{1,60})?")
+#: files of which a folder with one is a model: of transformers, or a pipeline of diffusers
+MODELS = ("config.json", "model_index.json")
 #: a repository on the hub has no such ending, a file has
 _FILE = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt|md|rst|py|conll|safetensors)\Z", re.I)
 
@@ -90,7 +92,7 @@ class Places:
                           "path": f"{shown}/{name}" if shown else name})
         found.sort(key=lambda e: (e["kind"] == "file", e["name"].lower()))
         return {"root": self.root.name or str(self.root), "path": shown,
-                "model": (folder / "config.json").is_file(), "entries": found[:LISTED],
+                "model": any((folder / n).is_file() for n in MODELS), "entries": found[:LISTED],
                 "more": max(0, len(found) - LISTED)}
 
 
@@ -103,7 +105,7 @@ def _entries(folder: Path, root: Path) -> Iterator[tuple[str, str, int]]:
                 if e.is_symlink() and not _is_inside(Path(os.path.realpath(e.path)), root):
                     continue
                 if e.is_dir():
-                    model = os.path.isfile(os.path.join(e.path, "config.json"))
+                    model = any(os.path.isfile(os.path.join(e.path, n)) for n in MODELS)
                     yield e.name, "model" if model else "folder", 0
                 elif e.is_file():
                     yield e.name, "file", e.stat().st_size
@@ -152,7 +154,7 @@ def confine(data: str, tops: Sequence[str], named: Iterable[str] = ()) -> None:
     """Raises Refused where a table points at files outside of what may be read: by the columns that
     are read as files, and by those that somebody names."""
     from ..fit.columns import AUDIO, IMAGE, MASK
-    from ..fit.layouts import TABLES, table
+    from ..fit.layouts import TABLES
 
     path = Path(data)
     if not path.is_absolute():                      # a name on the hub, or built in
@@ -161,12 +163,36 @@ def confine(data: str, tops: Sequence[str], named: Iterable[str] = ()) -> None:
     for one in [path] if path.is_file() else sorted(path.rglob("*")):
         if one.suffix.lower() not in TABLES:
             continue
-        for name, values in table(one).columns.items():
+        for name, values in _columns(one).items():
             if name.lower() in files or name.lower().endswith("_file_name"):
                 for file in (f for value in values for f in _files(value)):
                     if not _below(one.parent, file, tops):
                         raise Refused(f"{one.name}, column {name!r}: {file[:80]!r} lies outside "
                                       "of the folder that was opened")
+
+
+def _columns(file: Path) -> Mapping[str, Sequence[Any]]:
+    """The columns of a table; of a JSON document that is none (COCO's) what stands under each name,
+    however deep."""
+    from ..core.reading import parse_json, read_text
+    from ..fit.layouts import table
+
+    try:
+        return table(file).columns
+    except DataError:
+        if file.suffix.lower() != ".json":
+            raise
+    found: dict[str, list[Any]] = {}
+    waiting = [parse_json(read_text(file, DataError), file, DataError)]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            for name, value in one.items():
+                found.setdefault(name, []).append(value)
+            one = list(one.values())
+        if isinstance(one, list):
+            waiting += one
+    return found
 
 
 def _files(value: Any) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.errors import DataError
+from ...core.errors import ConfigError, DataError
 from ..from_files import Pictures
 from ..heads import resize_head
 from ..rows import Rows, Sentences
@@ -51,6 +51,27 @@ class _Sentence(Textual):
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return self.padded(rows) | {"labels": self.labels([r["labels"] for r in rows])}
+
+    def check(self, model: nn.Module) -> None:
+        """Heads of encoder-decoders read the state at the last end of text: every row needs one,
+        and as many as the others."""
+        super().check(model)
+        config = getattr(model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False):
+            return
+        end, first = config.eos_token_id, None              # type: ignore[union-attr]
+        name = f"{type(model).__name__} reads a class at the end of a text"
+        for split in self.data.splits:
+            rows = self.rows(split)
+            for i in range(len(rows)):
+                ends = list(rows[i]["input_ids"]).count(end)
+                if not ends:
+                    raise ConfigError(f"{name}, and its tokenizer ends none: {split}, row {i} has "
+                                      f"no token {end} (eos_token_id); let the tokenizer add it")
+                first = first or ends
+                if ends != first:
+                    raise DataError(f"{name}: {split}, row {i} has {ends} of them and the first "
+                                    f"{first}; leave {self.processor.eos_token!r} out of the texts")
 
     def labels(self, given: Sequence[Any]) -> torch.Tensor:
         raise NotImplementedError

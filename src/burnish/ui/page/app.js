@@ -107,10 +107,8 @@ async function plan(more = {}) {
   if (!read || !now.model) return;
   $("plan").hidden = false;
   const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
-    prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1, ...more };
-  if (read.labels) body.labels = read.labels;
-  if (read.longest) body.length = read.longest;
-  if (!read.shaped) Object.assign(body, { data: now.data, how: now.how, max_length: +$("longest").value || null });
+    prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1,
+    data: now.data, how: now.how, max_length: +$("longest").value || null, ...more };
   const bar = h("progress", { max: 1, "aria-label": "Recipes looked at" }), words = h("span", { class: "faint" }, "Simulating recipes…");
   $("plan-status").replaceChildren(bar, words);
   try {
