@@ -9,8 +9,10 @@ from torch import nn
 
 from burnish.blocks.choose.hebbian import Lateral
 from burnish.continual import Stream, Training, by_class, by_domain, run
+from burnish.continual.learner import Study
 from burnish.continual.learners.hlop import Hlop
 from burnish.core.errors import ConfigError, RecipeError
+from burnish.core.recipe import parse
 
 
 def spread(n=400, inp=6, seed=0):
@@ -101,12 +103,11 @@ def apart(seed=0, width=8):
 def test_answers_to_the_first_task_stay():
     """All directions of its inputs are the neurons': with the second task nothing moves there."""
     one = Hlop(neurons=0.5, passes=500)
-    from burnish.continual.learner import Study
-    from burnish.core.recipe import parse
-
     stream = apart()
     one.begin(Study(stream, parse("full"), stream.training, 0))
+    start = {n: p.detach().clone() for n, p in one.tuned.named_parameters()}
     one.learn(0)
+    assert all(not torch.equal(p, start[n]) for n, p in one.tuned.named_parameters())
     x = torch.stack([x for x, _ in stream.tasks[0].train])
     place, lateral = one.lateral["0.weight"]
     assert lateral.H.shape == (4, 8)
@@ -163,10 +164,24 @@ def test_runs_repeat_and_tasks_compete_as_asked():
     assert a.figures() != run(stream, "full", "hlop").matrix.figures()
 
 
+def test_defaults_and_bounds():
+    one = Hlop()
+    assert (one.neurons, one.rate, one.passes, one.compete) == (0.1, 0.5, 5, "seen")
+    assert not one.current and Hlop(compete="current").current
+    assert Hlop(neurons=1.0, rate=1.0, passes=1)
+
+
+def test_a_task_has_one_neuron_of_a_layer_at_least():
+    stream, one = apart(), Hlop(neurons=0.01, passes=1)
+    one.begin(Study(stream, parse("full"), stream.training, 0))
+    one.learn(0)
+    assert {lateral.H.shape[0] for _, lateral in one.lateral.values()} == {1}
+
+
 def test_what_cannot_be_projected_is_refused():
     for recipe in ("lora(rank=2)", "linear_probe", "bitfit"):
         with pytest.raises(RecipeError, match="linear weights that train whole"):
             run(plane(), recipe, "hlop")
-    for bad in ("neurons=0.0", "neurons=2.0", "rate=0.0", "passes=0", "compete='all'"):
+    for bad in ("neurons=0.0", "neurons=2.0", "rate=0.0", "rate=1.5", "passes=0", "compete='all'"):
         with pytest.raises(ConfigError, match="neurons and rate above 0|one of 'seen'"):
             run(plane(), "full", f"hlop({bad})")
