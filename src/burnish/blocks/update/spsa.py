@@ -12,7 +12,7 @@ number. d is drawn again wherever it is needed, and a run is its log.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class Divided:
 
     base: Any
     inverse: bool
-    turn: int = field(init=False, repr=False)    # is told, and one stream serves all updates
+    turn: int = 0                                # is told, and one stream serves all updates
 
     def __call__(self, seed: int, name: str) -> Any:
         stream = self.base(seed, name)
