@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tests.continual.plane import plane
@@ -176,6 +178,23 @@ def test_a_task_has_one_neuron_of_a_layer_at_least():
     one.begin(Study(stream, parse("full"), stream.training, 0))
     one.learn(0)
     assert {lateral.H.shape[0] for _, lateral in one.lateral.values()} == {1}
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3,)])
+def test_padding_teaches_nothing(shape):
+    """Of what a mask is of, the rows that count; what it is not of counts whole."""
+    stream, one = apart(), Hlop()
+    one.begin(Study(stream, parse("full"), stream.training, 0))
+    for _, lateral in one.lateral.values():
+        lateral.grow(2, one.draw)
+    _, lateral = one.lateral["0.weight"]
+    want = copy.deepcopy(lateral)
+    x, mask = torch.randn(4, 3, 8), torch.ones(shape).long()
+    mask[..., 2] = 0
+    with one._listening(mask), torch.no_grad():
+        one.tuned.model(x)
+    want.learn(x[mask.bool()] if len(shape) == 2 else x.reshape(-1, 8), one.rate)
+    torch.testing.assert_close(lateral.H, want.H)
 
 
 def test_what_cannot_be_projected_is_refused():
