@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,3 +375,12 @@ def test_a_failed_step_leaves_the_model_as_it_was():
 
 def test_what_nobody_set_of_the_block_is_the_method_s():
     assert Blockwise() == parse("zo2")[0].optimizer()
+
+
+def test_only_matrices_of_blocks_wait():
+    made, W = parse("zo2")[0], torch.ones(2, 2)
+    for block, role, waits in ((0, "mlp.up", True), (None, "projection", False),
+                               (None, "head", False), (1, "head", False)):
+        site = SimpleNamespace(place=SimpleNamespace(block=block, role=role), weight=W)
+        assert made.waits(site.place) is waits
+        assert (made.storage(site) is not None) is waits
