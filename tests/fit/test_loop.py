@@ -453,3 +453,27 @@ def test_a_tensor_of_the_model_that_no_batch_uses_is_named(vit, tmp_path):
     trainer_of(vit, tuned, tmp_path, optimizers=(tuned.optimizer(1e-3), None),
                callbacks=[burnish.TrainerCallback(tuned)]).train()
     assert any("unused" in note for note in tuned.summary()["notes"])
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_no_better_ends_and_keeps_the_best(tmp_path, vit):
+    """After as many evaluations in a row as were asked for; one that does get better goes on."""
+    how = {"max_steps": 12, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2,
+           "save_steps": 2, "quiet": True, "report": False, "measure": False, "test": False,
+           "metric_for_best_model": "loss", "early_stopping_patience": 2}
+    for lr in (0.0, 1e-3):
+        run = burnish.fit(vit, "digits", "full", output=tmp_path / str(lr), lr=lr, **how)
+        losses = [h["eval_loss"] for h in run.history if "eval_loss" in h]
+        best, since = float("inf"), 0
+        for k, loss in enumerate(losses, 1):
+            best, since = (loss, 0) if loss < best else (best, since + 1)
+            assert (since == 2) <= (k == len(losses))               # it went on no further
+        assert since == 2 or len(losses) >= 6                       # and no less far
+        assert lr or len(losses) == 3
+    for more in ({"eval_strategy": "no"}, {"load_best_model_at_end": False}, {"save_steps": 3}):
+        with pytest.raises(ConfigError, match="early_stopping_patience=2 ends a run by"):
+            burnish.fit(vit, "digits", "linear_probe", output=tmp_path / "no",
+                        **(how | more))
+    with pytest.raises(ConfigError, match="early_stopping_patience=0: expected 1 or more"):
+        burnish.fit(vit, "digits", "linear_probe", output=tmp_path / "no",
+                    **(how | {"early_stopping_patience": 0}))

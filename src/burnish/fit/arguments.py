@@ -115,6 +115,8 @@ class Options:
     shard: "ddp" (what several processes do where nothing is said) or "fsdp2": each holds a share of
         the base (:func:`burnish.shard`).  shard_offload: the shares wait on the host.
     dtype: of the loaded weights; None takes what the model's config says.
+    early_stopping_patience: evaluations in a row without a better figure (metric_for_best_model)
+        after which a run ends; none by default.
     trust_remote_code: let code that comes with a model run.  callbacks: more of transformers' own.
     """
 
@@ -166,6 +168,16 @@ class Options:
     dtype: Any = None
     trust_remote_code: bool = False
     callbacks: list[Any] = field(default_factory=list)
+    early_stopping_patience: int | None = None
+
+    @property
+    def watchers(self) -> list[Any]:
+        """`callbacks`, and what ends a run that gets no better."""
+        import transformers
+
+        patience = self.early_stopping_patience
+        return self.callbacks if patience is None else [
+            *self.callbacks, transformers.EarlyStoppingCallback(patience)]
 
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
@@ -261,7 +273,7 @@ def _inner(node: ast.AnnAssign) -> bool:
 LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
-         "max_length": 1, "max_answer": 1, "shots": 1, "points": 1,
+         "max_length": 1, "max_answer": 1, "shots": 1, "points": 1, "early_stopping_patience": 1,
          "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
          "save_total_limit": 0, "samples": 0, "proportion_empty_prompts": 0.0, "resolution": 1,

@@ -41,7 +41,8 @@ NAMES = {
         "logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_strategy",
         "save_total_limit", "adam_beta1", "adam_beta2", "adam_epsilon",
         "label_smoothing_factor", "dataloader_num_workers", "ddp_timeout",
-        "trust_remote_code", "report_to", "load_best_model_at_end", "metric_for_best_model")},
+        "trust_remote_code", "report_to", "load_best_model_at_end", "metric_for_best_model",
+        "early_stopping_patience")},
 }
 _SPEED, _THEIRS = "how fast, not what", "a matter of theirs"
 LEFT = {
@@ -72,7 +73,6 @@ LEFT = {
                     "the tokenizer's own chat template is used"),
     "eval_dataset": "a validation split beside the training rows is used, or val_size",
     "test_datasets": "a validation split beside the training rows is used, or val_set_size",
-    "early_stopping_patience": "it trains to the end; --load_best_model_at_end keeps the best",
     "evals_per_epoch": "it evaluates once an epoch", "saves_per_epoch": "it saves once an epoch",
 }
 #: keys that are refused unless they say no

@@ -309,7 +309,7 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             go_on, task = GoOn(), leg.task
             watchers = [go_on, Metrics(output / "metrics.jsonl", at, leg),
                         Bar(promise.peak_bytes if promise else None, own.quiet, leg), stop,
-                        *own.callbacks]
+                        *own.watchers]
             if own.samples:
                 watchers.insert(2, Answers(output / "answers.jsonl", at, leg, tuned, task,
                                            own.samples))

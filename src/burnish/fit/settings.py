@@ -86,6 +86,11 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
         settings.setdefault("load_best_model_at_end", True)
         by = settings.setdefault("metric_for_best_model", kind.metric)
         settings.setdefault("greater_is_better", str(by).removeprefix("eval_") not in LESS)
+    if own.early_stopping_patience is not None and not settings.get("load_best_model_at_end"):
+        raise ConfigError(
+            f"early_stopping_patience={own.early_stopping_patience} ends a run by the figures of "
+            "its evaluations and keeps the best: give a validation split, evaluate and save at the "
+            "same steps, and leave load_best_model_at_end on")
     if tuned is not None and (any(sentence(tuned)) or secret_of(tuned.recipe)):
         settings.setdefault("max_grad_norm", 0.0)  # no gradient, a second backward, a private sum
     return hyper, settings, keep
