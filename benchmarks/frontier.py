@@ -48,11 +48,15 @@ def choices(found: list[dict[str, Any]], own: Task, tried: Any) -> list[dict[str
                             **own.how).best
         fits = [r for r in found if r["peak"] <= budget]
         top = max(fits, key=lambda r: r["mean"])
-        chosen = None if best is None else tried(best.recipe)
-        out.append({"budget": budget, "chosen": best and best.recipe,
-                    "accuracy": chosen and chosen.get("mean"),
-                    "peak": chosen and chosen.get("peak"),
-                    "best": top["recipe"], "best_accuracy": top["mean"], "tried": len(fits)})
+        row = {"budget": budget, "best": top["recipe"], "best_accuracy": top["mean"],
+               "tried": len(fits)}
+        if best is not None:
+            real = burnish.measure(own.fresh().train(), best.recipe, own.first(best.batch),
+                                   accumulate=best.accumulate, loss=own.loss, **own.how)
+            row |= {"chosen": best.recipe, "batch": [best.batch, best.accumulate],
+                    "accuracy": tried(best.recipe).get("mean"), "promised": best.peak_bytes,
+                    "peak": real.peak_bytes}
+        out.append(row)
     return out
 
 
@@ -96,7 +100,8 @@ def main() -> None:
     with a.out.open("a") as f:
         for choice in choices(found, made, tried):
             f.write(json.dumps(choice) + "\n")
-            print(f"{choice['budget'] / 1e6:7.2f} MB  {choice['chosen']}: {choice['accuracy']}; "
+            print(f"{choice['budget'] / 1e6:7.2f} MB  {choice.get('chosen')}: "
+                  f"{choice.get('accuracy')} at {choice.get('peak')}; "
                   f"best of {choice['tried']}: {choice['best']}: {choice['best_accuracy']}")
 
 

@@ -173,10 +173,10 @@ SURFACE = {
     "demo": "json memory output",
     "plan": "batch cache data device dtype epochs fit_card gpu json length limits memory model "
             "prefer rows shard shard_offload smaller targets tokens world_size",
-    "simulate": "batch device dtype json length model moments picture recipe shard shard_offload "
-                "targets tasks world_size",
-    "compare": "batch device dtype json length model recipes shard shard_offload targets tasks "
-               "world_size",
+    "simulate": "accumulation batch device dtype json length model moments picture recipe shard "
+                "shard_offload targets tasks world_size",
+    "compare": "accumulation batch device dtype json length model recipes shard shard_offload "
+               "targets tasks world_size",
     "merge": "adapter base force json output tolerance",
     "export": "adapter base force json output rank to",
     "push": "folder json message public repository revision",

@@ -298,6 +298,18 @@ def test_gradients_that_accumulate_are_those_of_the_whole_batch(vit, tmp_path):
         assert torch.allclose(a, b, atol=2e-5), n
 
 
+def test_the_promise_of_accumulated_gradients_is_kept(vit, tmp_path):
+    peaks = []
+    for times in (1, 2):
+        run = burnish.fit(vit, "digits", "full", output=tmp_path / str(times),
+                          **{**SMALL, "measure": True, "batch_size": 4, "max_steps": 2,
+                             "gradient_accumulation_steps": times})
+        assert run.promise.peak_bytes == run.truth.peak_bytes
+        assert run.truth.accumulation == times
+        peaks.append(run.truth.peak_bytes)
+    assert peaks[0] < peaks[1]
+
+
 # -- memory chosen -----------------------------------------------------------------------------
 def test_a_recipe_is_chosen_for_a_memory(vit, tmp_path, monkeypatch):
     import importlib

@@ -49,7 +49,7 @@ def test_each_plan_is_what_a_simulation_says(vit):
 
 def test_the_batch_is_halved_before_giving_up(vit, costs):
     recipe = "lora(rank=4)"
-    small = simulate(vit, recipe, 8).peak_bytes
+    small = simulate(vit, recipe, 8, accumulation=4).peak_bytes
     plans = make_plan(vit, small + 1, 32, candidates=[recipe])
     assert (plans.best.batch, plans.best.accumulate) == (8, 4)
     assert plans.best.peak_bytes == small

@@ -10,6 +10,7 @@ import torch
 from burnish.core.errors import ConfigError, FormatError
 from burnish.memory import Ledger, MemoryReport, format_bytes, parse_bytes
 from burnish.memory.report import POINTS
+from burnish.testing import tiny
 
 from .blocks import D, Net
 
@@ -124,3 +125,12 @@ def test_nothing_to_draw_is_said(report, tmp_path):
     empty = MemoryReport.from_dict({**report.to_dict(), "timeline": []})
     with pytest.raises(ConfigError, match="no timeline"):
         empty.picture(tmp_path / "x.png")
+
+
+def test_what_is_shown_of_a_report_or_a_plan_is_a_line_or_two():
+    import burnish
+
+    model, batch = tiny("vit")
+    plans = burnish.plan(model, "2MB", batch, candidates=["lora", "full"], workers=1)
+    for thing in (plans, plans.best, plans.best.report):
+        assert len(repr(thing)) < 600 and repr(thing).startswith(f"{type(thing).__name__}(")

@@ -30,6 +30,8 @@ World = Annotated[int, typer.Option(help="Processes that train together; batch a
 Shard = Annotated[str | None, typer.Option(help="How the model stands in several processes: ddp "
                                                 "(default), whole in each, or fsdp2, in shares.")]
 Offload = Annotated[bool, typer.Option(help="The shares of fsdp2 wait on the host.")]
+Accumulation = Annotated[int, typer.Option(help="Batches of an update: from the second on the "
+                                               "gradients of those before are there.", min=1)]
 
 
 def _batch(batch: int, length: int | None) -> Any:
@@ -49,6 +51,7 @@ def simulate(
     world_size: World = 1,
     shard: Shard = None,
     shard_offload: Offload = False,
+    accumulation: Accumulation = 1,
     picture: Annotated[Path | None, typer.Option(help="Draw the step into this PNG, SVG or "
                                                       "PDF.")] = None,
     moments: Annotated[bool, typer.Option(help="Also the peaks of loading, evaluating, saving and "
@@ -67,11 +70,12 @@ def simulate(
     settings: dict[str, Any] = dict(
         dtype=dtype, targets=targets, device=device, tasks=tasks,
         world_size=world_size, shard=shard, shard_offload=shard_offload)
-    report = burnish.simulate(config, recipe, size, count=True, **settings)
+    report = burnish.simulate(config, recipe, size, count=True, accumulation=accumulation,
+                              **settings)
     if picture is not None:
         report.picture(picture)
     speed = rates(device)
-    low, high = speed.seconds(report)
+    low, high = speed.seconds(report, accumulation)
     facts = report.to_dict() | {"step_seconds": [low, high], "rates": speed.to_dict()}
     lines = [str(report), *wrapped(f"  a step takes {low:.3g} to {high:.3g} s ({speed.source})")]
     if moments:
@@ -182,6 +186,7 @@ def compare(
     world_size: World = 1,
     shard: Shard = None,
     shard_offload: Offload = False,
+    accumulation: Accumulation = 1,
     json: Json = False,
 ) -> None:
     """The cost of several recipes for the same model and batch, side by side."""
@@ -190,7 +195,8 @@ def compare(
     config = target.config(model)
     reports = [burnish.simulate(config, recipe, _batch(batch, length), dtype=dtype,
                                 targets=targets, device=device, tasks=tasks,
-                                world_size=world_size, shard=shard, shard_offload=shard_offload)
+                                world_size=world_size, shard=shard, shard_offload=shard_offload,
+                                accumulation=accumulation)
                for recipe in recipes]
     emit(json, {"model": model, "reports": reports}, _side_by_side(reports))
 

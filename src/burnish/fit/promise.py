@@ -43,12 +43,16 @@ def stores(recipe: Any) -> bool:
     return recipe is None or any("storage" in part.axes() for part in parse(recipe))
 
 
-def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any) -> Any:
-    """The best plan within `memory`. Raises NoPlanError with what is missing."""
+def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, say: Any,
+           accumulation: int = 1) -> Any:
+    """The best plan within `memory`. Raises NoPlanError with what is missing.
+
+    accumulation: batches of an update.
+    """
     from ..memory import plan
 
     plans = plan(module, memory=memory, batch=batch, targets=own.targets, head=own.head,
-                 device=device(), loss=loss, **world(own))
+                 device=device(), loss=loss, accumulation=accumulation, **world(own))
     if plans.best is None:
         near = plans.cheapest
         tail = f"; {near.recipe} comes closest and needs {format_bytes(near.needs)}" if near else ""
@@ -61,10 +65,12 @@ def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, 
 
 
 def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
-             say: Any, tasks: Mapping[str, Any] | None = None) -> MemoryReport | None:
+             say: Any, tasks: Mapping[str, Any] | None = None, accumulation: int = 1
+             ) -> MemoryReport | None:
     """The memory the recipe will take. Raises NoPlanError where that is more than `memory`.
 
     tasks: name -> batch, of data sets one after the other; the dearest stage decides.
+    accumulation: batches of an update.
     """
     from ..memory import parse_bytes, simulate
     from ..memory.simulate import SimulationError
@@ -72,7 +78,8 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     limit = parse_bytes(memory) if memory is not None else None
     try:
         promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
-                           device=device(), loss=loss, tasks=tasks or 0, **world(own))
+                           device=device(), loss=loss, tasks=tasks or 0,
+                           accumulation=accumulation, **world(own))
     except SimulationError as e:
         if limit is not None:
             raise
@@ -81,7 +88,8 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     of = f" of stage {promise.stage}, the dearest," if promise.stage else ""
     if promise.world_size > 1:
         of += f" in each of {promise.world_size} processes"
-    say(f"promise: a training step{of} of batch {promise.batch} peaks at "
+    more = f", {accumulation} to an update," if accumulation > 1 else ""
+    say(f"promise: a training step{of} of batch {promise.batch}{more} peaks at "
         f"{format_bytes(promise.peak_bytes)}\n  {_parts(promise)}")
     if limit is not None and promise.peak_bytes > limit:
         advice = "give a smaller batch_size=, or add checkpoint or nf4 to the recipe" if tasks \

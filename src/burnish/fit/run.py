@@ -199,19 +199,19 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
             say(f"note: {note}")
     batches = {n: b for n, b in examples.items() if n}
     batch = next(iter(examples.values()))
+    times = int(args.get("gradient_accumulation_steps", 1))
     with as_trained(module, args):
         if recipe is None and memory is not None:
-            best = choose(module, memory, batch, loss, own, say)
+            best = choose(module, memory, batch, loss, own, say, times)
             recipe, promise = best.recipe, best.report
             if best.batch != size:
                 size = args["per_device_train_batch_size"] = best.batch
-                args["gradient_accumulation_steps"] = \
-                    best.accumulate * int(args.get("gradient_accumulation_steps", 1))
+                args["gradient_accumulation_steps"] = best.accumulate
                 examples = {"": task.call(task.example(size), plain)[0]}
         else:
             recipe, promise, why = usual(module).run(
                 DEFAULT_RECIPE if recipe is None else recipe,
-                lambda r: promised(module, r, memory, batch, loss, own, say, batches))
+                lambda r: promised(module, r, memory, batch, loss, own, say, batches, times))
             if why:
                 say(f"note: {CHUNKED} is left out: {why}")
         looked_at = longest(tasks, int(args.get("per_device_eval_batch_size", size)), own.test,
@@ -378,10 +378,10 @@ def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str,
 
     wrapped = trainer.model_wrapped
     through = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
-
     batch = next(example[0][n] for n, t in tasks.items() if t is task)
     tuned.model.train()
-    truth = measure(tuned, moved(batch, trainer.args.device), example[1], through=through)
+    truth = measure(tuned, moved(batch, trainer.args.device), example[1], through=through,
+                    accumulation=trainer.args.gradient_accumulation_steps)
     tuned.model.eval()
     return truth
 

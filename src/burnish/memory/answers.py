@@ -106,7 +106,7 @@ def answered(plans: Plans, search: Search, batch: Any, training: tuple[int, floa
         _, found, _ = at.usual.run(state.recipe, lambda r: at.at(str(r), state.samples))
         assert plans.rates is not None
         return found.needs, math.prod(plans.rates.seconds(
-            found.report, -(-search.samples // state.samples))) ** 0.5
+            found.report, search.times(state.samples))) ** 0.5
 
     plans.concessions = concessions(start, goal.shows if goal and best else search.budget, look,
                                     quality)
@@ -116,13 +116,13 @@ def limits_of(search: Search, best: Plan, batch: Any) -> dict[str, Limit]:
     """The largest batch and the longest sequence of a plan, every figure simulated."""
     length = length_of(batch)
     at = f" of {length} tokens" if length else ""
-    out = {f"largest batch{at}": largest(lambda n: search.at(best.recipe, n).needs, search.budget,
-                                         best.batch)}
+    out = {f"largest batch{at}": largest(
+        lambda n: search.at(best.recipe, n, best.accumulate).needs, search.budget, best.batch)}
     if length is not None:
         most = positions(search.source)
         longer = search.like(lambda n: (best.batch, n))
         out[f"longest sequence at batch {best.batch}"] = largest(
-            lambda n: longer.at(best.recipe, n).needs, search.budget, length,
+            lambda n: longer.at(best.recipe, n, best.accumulate).needs, search.budget, length,
             **({} if most is None else {"most": max(most, length),
                                         "why": "the model has no more positions"}))
     return out

@@ -54,7 +54,7 @@ class Plan:
     """
 
     recipe: str
-    report: MemoryReport
+    report: MemoryReport = field(repr=False)
     batch: int
     accumulate: int
     needs: int
@@ -108,21 +108,21 @@ class Plans:
     batch: int
     prefer: str
     device: str
-    fits: list[Plan]
-    over: list[Plan]
-    refused: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    fits: list[Plan] = field(repr=False)
+    over: list[Plan] = field(repr=False)
+    refused: dict[str, str] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list, repr=False)
     looked: int = 0
     shape: str = ""
     gpu: str | None = None
-    rates: Rates | None = None
+    rates: Rates | None = field(default=None, repr=False)
     rows: int | None = None
     epochs: float = 1.0
     updates: int | None = None
-    limits: dict[str, Limit] = field(default_factory=dict)
+    limits: dict[str, Limit] = field(default_factory=dict, repr=False)
     goal: str = ""
     held: bool = False
-    concessions: list[Step] = field(default_factory=list)
+    concessions: list[Step] = field(default_factory=list, repr=False)
 
     @property
     def best(self) -> Plan | None:
@@ -187,7 +187,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
          limits: bool = False, smaller: bool | str = False, dtype: Any = None, targets: Any = None,
          head: bool | str = "auto", device: str | None = None, loss: Any = None, tasks: int = 0,
          world_size: int = 1, shard: str | None = None, shard_offload: bool = False,
-         cache: bool = True, workers: int | None = None,
+         accumulation: int = 1, cache: bool = True, workers: int | None = None,
          progress: Progress | None = None) -> Plans:
     """Recipes that train `model` within `memory`, ranked.
 
@@ -204,7 +204,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     smaller: also say what to give up first for the next smaller card, or for the one named here.
         Where nothing fits that is said in any case, for the budget.
     batch: samples, (samples, tokens) or a batch of tensors: the effective batch of an update. It
-        may be halved and accumulated to fit.
+        may be halved and accumulated to fit. accumulation: so many of them in an update.
     prefer: "quality" (default; of recipes that are nearly as good the faster is first), then
         "speed", "memory" or "size" (of the adapter file).
     candidates: expressions to consider instead of the shipped list; each is one plan, with no
@@ -230,7 +230,9 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     if world_size != 1 and (rows, tokens, epochs) != (None, None, None):
         raise ConfigError("hours are told for one process: what several say to each other takes "
                           "time that is not counted; leave rows, tokens and epochs out")
-    training = training_of(batch, samples, rows, tokens, epochs)
+    if accumulation < 1:
+        raise ConfigError(f"accumulation={accumulation}: expected 1 or more batches of an update")
+    training = training_of(batch, samples * accumulation, rows, tokens, epochs)
     goal = goal_of(smaller, card, budget)
     settings = {"dtype": dtype_of(dtype), "targets": targets, "head": head, "loss": loss,
                 "tasks": tasks, **World.of(world_size, shard, shard_offload).settings()}
@@ -238,7 +240,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     named = isinstance(batch, int) or isinstance(batch, tuple) and all(
         isinstance(n, int) for n in batch)
     search = Search(model, budget, samples, lambda n: _part(batch, n), kind, settings,
-                    _kept(model, settings, kind) if cache and named else None)
+                    _kept(model, settings, kind) if cache and named else None, accumulation)
     if candidates is not None:
         families = [[str(parse(c))] for c in candidates]
     else:                                     # as fit will train it
@@ -301,7 +303,7 @@ def _task(kind: str) -> str:
 
 
 def _plan(search: Search, found: Found, unit: float, speed: Rates, quality: Quality) -> Plan:
-    accumulate = -(-search.samples // found.samples)
+    accumulate = search.times(found.samples)
     return Plan(found.recipe, found.report, found.samples, accumulate, found.needs, quality.score,
                 quality.source, _seconds(found.report, accumulate, speed) / unit, quality.spread,
                 seconds=speed.seconds(found.report, accumulate))
@@ -320,9 +322,9 @@ def _whole_step(search: Search, found: list[Found], speed: Rates) -> float:
     trained whole, the slowest of what was found."""
     try:
         _, report, _ = search.usual.run("full", lambda r: search.report(str(r), search.samples))
-        return _seconds(report, 1, speed)
+        return _seconds(report, search.accumulation, speed)
     except BurnishError:
-        return max(_seconds(f.report, 1, speed) for f in found)
+        return max(_seconds(f.report, search.accumulation, speed) for f in found)
 
 
 def _one_row_each(plans: list[Plan]) -> list[Plan]:

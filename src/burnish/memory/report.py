@@ -44,34 +44,36 @@ class MemoryReport:
     trainable: number of trainable entries; adapter_bytes: bytes of what would be saved.
     world_size: processes that train together, of which this is one; shard: how the model stands in
         them ("ddp", "fsdp2"; None in one).
+    accumulation: batches of that size in an update.
     stage: which stage of a recipe in stages this is; stages: peak bytes of each.
     """
 
     peak_bytes: int
     by_category: dict[str, int]
-    by_module: dict[str, int]
-    timeline: list[tuple[int, dict[str, int]]]
+    by_module: dict[str, int] = field(repr=False)
+    timeline: list[tuple[int, dict[str, int]]] = field(repr=False)
     peak_at: tuple[str, str]
-    phases: list[tuple[str, int]] = field(default_factory=list)
+    phases: list[tuple[str, int]] = field(default_factory=list, repr=False)
     device: str = "cpu"
-    allocator: dict[str, int] = field(default_factory=dict)
-    other_devices: dict[str, int] = field(default_factory=dict)
+    allocator: dict[str, int] = field(default_factory=dict, repr=False)
+    other_devices: dict[str, int] = field(default_factory=dict, repr=False)
     source: str = "simulated"
     recipe: str = ""
     batch: str = ""
     trainable: int = 0
     adapter_bytes: int = 0
-    flops: dict[str, float] = field(default_factory=dict)
-    half: dict[str, float] = field(default_factory=dict)
-    traffic: dict[str, float] = field(default_factory=dict)
-    swept: dict[str, float] = field(default_factory=dict)
-    launches: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=dict, repr=False)
+    half: dict[str, float] = field(default_factory=dict, repr=False)
+    traffic: dict[str, float] = field(default_factory=dict, repr=False)
+    swept: dict[str, float] = field(default_factory=dict, repr=False)
+    launches: dict[str, float] = field(default_factory=dict, repr=False)
+    seconds: dict[str, float] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list, repr=False)
     world_size: int = 1
     shard: str | None = None
     stage: str = ""
-    stages: dict[str, int] = field(default_factory=dict)
+    accumulation: int = 1
+    stages: dict[str, int] = field(default_factory=dict, repr=False)
 
     # -- from the ledger --------------------------------------------------------------------
     @classmethod
@@ -114,6 +116,8 @@ class MemoryReport:
             head += f"  {self.recipe}"
         if self.batch:
             head += f"  batch {self.batch}"
+        if self.accumulation > 1:
+            head += f", {self.accumulation} to an update"
         if self.world_size > 1:
             head += f"  in each of {self.world_size} processes ({self.shard})"
         where = self.peak_at[0] + (f" of {self.peak_at[1]}" if self.peak_at[1] else "")

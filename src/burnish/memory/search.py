@@ -61,20 +61,23 @@ class Family:
 
     found: list[Found] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    reports: dict[tuple[str, int], MemoryReport] = field(default_factory=dict)
+    reports: dict[tuple[str, int, bool], MemoryReport] = field(default_factory=dict)
 
 
 class Search:
     """model: a module or a config, built when the first simulation asks for it.
 
     part: samples -> the batch with so many. budget in bytes. kept: reports of earlier searches.
+    accumulation: batches of `samples` in an update; of fewer samples there are as many more.
     """
 
     def __init__(self, model: Any, budget: int, samples: int, part: Callable[[int], Any],
-                 device: str, settings: dict[str, Any], kept: Reports | None = None):
+                 device: str, settings: dict[str, Any], kept: Reports | None = None,
+                 accumulation: int = 1):
         self.source, self.budget, self.samples, self.part = model, budget, samples, part
+        self.accumulation = accumulation
         self.device, self.settings, self.kept = device, settings, kept
-        self.reports: dict[tuple[str, int], MemoryReport] = {}
+        self.reports: dict[tuple[str, int, bool], MemoryReport] = {}
         self.usual = AS_SAID                  # what recipes are given
         self._shallows: Shallows | None = None
         self._looking_back = False
@@ -91,12 +94,18 @@ class Search:
     def like(self, part: Callable[[int], Any]) -> Search:
         """The same question for other batches."""
         other = Search(self.source, self.budget, self.samples, part, self.device, self.settings,
-                       self.kept)
+                       self.kept, self.accumulation)
         other.usual, other._shallows = self.usual, self.shallows()
         return other
 
-    def report(self, recipe: str, samples: int) -> MemoryReport:
-        key = recipe, samples
+    def times(self, samples: int) -> int:
+        """Batches of so many samples in an update."""
+        return self.accumulation * -(-self.samples // samples)
+
+    def report(self, recipe: str, samples: int, times: int | None = None) -> MemoryReport:
+        """times: batches in an update; the default makes it as large as was asked for."""
+        times = self.times(samples) if times is None else times
+        key = recipe, samples, times > 1
         if key not in self.reports:
             batch = self.part(samples)
 
@@ -105,14 +114,15 @@ class Search:
                     raise _Absent
                 shallows = self.shallows()
                 return simulate(shallows.model, recipe, batch, device=self.device, count=True,
-                                shallows=shallows, **self.settings)
+                                shallows=shallows, accumulation=times, **self.settings)
 
             kept = self.kept if _ours(recipe) else None
-            self.reports[key] = kept.get(recipe, batch, make) if kept else make()
+            self.reports[key] = kept.get(recipe, [batch, times > 1], make) if kept else make()
+        self.reports[key].accumulation = times           # what is kept may be of another number
         return self.reports[key]
 
-    def at(self, recipe: str, samples: int) -> Found:
-        report = self.report(recipe, samples)
+    def at(self, recipe: str, samples: int, times: int | None = None) -> Found:
+        report = self.report(recipe, samples, times)
         return Found(recipe, samples, report, self.needs(report))
 
     def needs(self, report: MemoryReport) -> int:
@@ -162,7 +172,10 @@ class Search:
         k = 0
         while found.needs > self.budget and k < len(levels) - 1:
             k = max(k + 1, self._guess(found, levels, k))
-            smaller = self.at(recipe, levels[k])
+            try:
+                smaller = self.at(recipe, levels[k])
+            except BurnishError:              # an update of several batches is refused there
+                return found
             if smaller.needs > found.needs:   # a smaller batch does not help
                 return found
             found = smaller

@@ -54,6 +54,7 @@ from .shortcuts import (
 )
 from .snapshot import Snapshot
 from .stream import Stream
+from .updates import ALIKE, each_of, passes_of, update
 from .values import FOLLOWED, FakeLedger, no_modes
 from .world import World, standing
 
@@ -69,7 +70,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
              whole: bool = False, shallows: Shallows | None = None, during: str = "train",
              world_size: int = 1, shard: str | None = None, shard_offload: bool = False,
-             taps_read: bool = False) -> MemoryReport:
+             taps_read: bool = False, accumulation: int = 1) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -105,6 +106,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     shard_offload: the shares wait on the host.
     taps_read: the states that a side network keeps in a folder (``lst(cache=...)``) are there and
         are read, as from the second epoch on; else they are computed and written, which takes more.
+    accumulation: batches of an update; from the second on the gradients of those before are there.
+        What is counted is one batch and the update.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -114,6 +117,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         raise ConfigError(f"during={during!r}: expected one of {', '.join(MOMENTS)}"
                           f"{nearest(during, MOMENTS)}")
     during = "evaluate" if evaluate else during
+    if accumulation < 1:
+        raise ConfigError(f"accumulation={accumulation}: expected 1 or more batches of an update")
     world = World.of(world_size, shard, shard_offload)
     if world.shard == "fsdp2" and during not in ("train", "evaluate"):
         raise ConfigError(f"during={during!r} is not simulated for shares: every process loads the "
@@ -129,7 +134,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         f"task{n + 1}": batch for n in range(tasks)}
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
                     loss=loss, count=count, during=during, cached=cached, world=world,
-                    unread=during == "load" and is_unread(model), taps_read=taps_read)
+                    unread=during == "load" and is_unread(model), taps_read=taps_read,
+                    accumulation=min(accumulation, ALIKE))
     whole = whole or world.size > 1
     if not whole:
         shallows = shallows or Shallows(model)
@@ -145,6 +151,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         report = extended(shallows, parts, targets, run) if shallows and not whole else None
         reports.append(report or MemoryReport.read(run(model)))
     dearest = max(reports, key=lambda r: r.peak_bytes)
+    dearest.accumulation = accumulation
     if len(reports) > 1:
         dearest.stage = names[reports.index(dearest)]
         dearest.stages = {n: r.peak_bytes for n, r in zip(names, reports, strict=True)}
@@ -154,7 +161,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
 def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, Any], stage: int, *,
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
-               world: World, unread: bool, taps_read: bool,
+               world: World, unread: bool, taps_read: bool, accumulation: int,
                order: Callable[[list[str]], list[int]] | None = None, **words: Any
                ) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
@@ -201,7 +208,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                         example, label = faked(s.data)
                     begin(tuned, s, calibration=[example])
                 said = stages[stage].optimizer if stages else {}
-                tuned.optimizer(**{"lr": lr, **said})
+                tuned.optimizer(**{"lr": lr, **said}, **each_of(accumulation))
                 ledger.model = tuned.model
                 if cached is not None:
                     tuned.state.room.limit = size(cached)
@@ -210,7 +217,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                         call(tuned.model, example)
                 if during == "train":
                     stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
-                                    kind, begin=lambda: world.wrap(tuned), **words)
+                                    kind, accumulation, begin=lambda: world.wrap(tuned), **words)
                 else:
                     look(during, tuned, ledger, example, loss)
                     stream = Stream.of(ledger, device=torch.device(here).type, label=kind,
@@ -234,7 +241,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
 
 def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,
             steps: int = 2, restore: bool = True, count: bool = False,
-            through: nn.Module | None = None) -> MemoryReport:
+            through: nn.Module | None = None, accumulation: int = 1) -> MemoryReport:
     """The same ledger on the real step: ``tuned.step(batch, loss)``, `steps` times.
 
     Of several processes each has to ask, and is told what it takes itself.
@@ -242,23 +249,26 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     restore: put trained tensors, buffers, optimizer state and random state back as they were
         (gradients are cleared); the copies kept for that are not part of the reading.
     through: what is called in the model's place (DistributedDataParallel around it).
+    accumulation: batches of an update. Two are run, where a step inside backward waits for the last
+        of them all.
     """
     keep = Snapshot(tuned) if restore else contextlib.nullcontext()
     before, tuned.steps.through = tuned.steps.through, through or tuned.steps.through
     try:
         with keep, shapes_aside():
             ledger = Ledger(tuned.model, count=count)
-            report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None))
+            report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None,
+                                              accumulation=accumulation))
             report.world_size, report.shard = standing(tuned)
     finally:
         tuned.steps.through = before
-    report.source = "measured"
+    report.source, report.accumulation = "measured", accumulation
     report.batch = _label(batch)
     return report
 
 
 def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
-           device: str | None, label: str | None = None,
+           device: str | None, label: str | None = None, accumulation: int = 1,
            begin: Callable[[], None] = lambda: None, **words: Any) -> Stream:
     if tuned.current_optimizer is not None:
         ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
@@ -271,13 +281,13 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
         for entry in ledger.entries[made:]:   # as what stood there before
             entry.category = "weights"
         if tuned.current_optimizer is None:
-            tuned.optimizer()
+            tuned.optimizer(**each_of(accumulation))
+        passes = passes_of(tuned, accumulation)
         for step in range(steps):
             tuned.timeline.emit("rehearse", step)
             if step == steps - 1:
                 since = ledger.now + 1
-                ledger.reset_counts()
-            tuned.step(batch, loss) if loss is not None else tuned.step(batch)
+            update(tuned, batch, loss, passes if step == steps - 1 else 1, ledger.reset_counts)
     where = device or next(p.device.type for p in tuned.model.parameters())
     counts = {"trainable": sum(p.numel() for p in tuned.parameters()),
               "adapter_bytes": sum(t.numel() * t.element_size() for t in tuned.tensors().values())}
