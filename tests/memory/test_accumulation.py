@@ -59,7 +59,7 @@ def test_more_batches_take_no_more_and_the_measure_is_the_promise(recipe):
 
 
 def test_whole_gradients_wait_beside_the_activations():
-    """Without accumulation full fine-tuning has its last gradients when the activations are gone."""
+    """Without accumulation the last gradients come when the activations are gone."""
     model, batch = tiny("vit")
     size = 4 * sum(p.numel() for p in model.parameters())
     once, twice = [burnish.simulate(model, "full + sgd", batch, accumulation=n) for n in (1, 2)]
