@@ -51,8 +51,11 @@ def choices(found: list[dict[str, Any]], own: Task, tried: Any) -> list[dict[str
         row = {"budget": budget, "best": top["recipe"], "best_accuracy": top["mean"],
                "tried": len(fits)}
         if best is not None:
-            real = burnish.measure(own.fresh().train(), best.recipe, own.first(best.batch),
-                                   accumulate=best.accumulate, loss=own.loss, **own.how)
+            tuned = burnish.tune(own.fresh().train(), best.recipe,
+                                 calibration=own.epoch("train", 0)[:4], **own.how)
+            tuned.optimizer(own.rate, accumulation=best.accumulate)
+            real = burnish.measure(tuned, own.first(best.batch), own.loss,
+                                   accumulation=best.accumulate)
             row |= {"chosen": best.recipe, "batch": [best.batch, best.accumulate],
                     "accuracy": tried(best.recipe).get("mean"), "promised": best.peak_bytes,
                     "peak": real.peak_bytes}
