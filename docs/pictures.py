@@ -146,8 +146,8 @@ def frontier(file: Path) -> None:
         axes.text(0.99, 0.02, "below: " + ", ".join(under), transform=axes.transAxes, ha="right",
                   fontsize=7, color="grey")
     high = max(r["mean"] + r["sd"] for r in rows) + 0.002
-    axes.set(xscale="log", xlabel="MB at the peak of a step, measured", ylim=(100 * low, 100 * high),
-             ylabel="test accuracy, %, five seeds")
+    axes.set(xscale="log", xlabel="MB at the peak of a step, measured",
+             ylim=(100 * low, 100 * high), ylabel="test accuracy, %, five seeds")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
