@@ -200,6 +200,29 @@ def forecast(shown: Mapping[str, Any] | None) -> str:
     return _svg(figure, "forecast beside what came")
 
 
+def confusion(found: Mapping[str, Any]) -> str:
+    """Right classes as lines, what was said as columns; the darker, the larger the share."""
+    counts = found.get("counts")
+    if not counts or len(counts) < 2:
+        return ""
+    names, n = [c if len(c) <= 16 else c[:15] + "…" for c in found["classes"]], len(counts)
+    side = min(7.0, 1.6 + 0.36 * n)
+    figure, (ax,) = _axes(side + 0.8, side)
+    ax.grid(False)
+    share = [[v / max(1, sum(line)) for v in line] for line in counts]
+    ax.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    for i, line in enumerate(counts):
+        for j, v in enumerate(line):
+            if v:
+                ax.text(j, i, v, ha="center", va="center", fontsize=8 if n <= 16 else 6,
+                        color="white" if share[i][j] > 0.55 else INK if i == j else WARM)
+    ax.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
+    ax.set_yticks(range(n), names, fontsize=8)
+    ax.set_xlabel("said", fontsize=8, color=FAINT)
+    ax.set_ylabel("right", fontsize=8, color=FAINT)
+    return _svg(figure, "which class was taken for which")
+
+
 def layers(moved: Mapping[str, Mapping[str, float]]) -> str:
     """Where the update went: relative size, and the share of entries it touches."""
     if not moved:

@@ -58,7 +58,7 @@ class Trainer(Compared, Passing, transformers.Trainer):
         self.moments = moments
         self.fingerprint, self.leg, self.past, self.stages = fingerprint, leg, past, stages
         self.plain = not isinstance(tuned.model, transformers.PreTrainedModel)
-        self.zeroth = False
+        self.zeroth, self.mistakes = False, dict[str, Any]()
         self._looked_at: Any = None  # the rows of an evaluation
         self._pending = False  # an evaluation that the newest checkpoint has not seen
         self._resumed: tuple[list[float], bool] | None = None
@@ -112,9 +112,9 @@ class Trainer(Compared, Passing, transformers.Trainer):
         return super().train(*args, **kw)
 
     def _figures(self, prediction: Any) -> dict[str, float]:
-        answers, losses = prediction.predictions
-        found = self.task.figures(answers, losses, self.task.right(prediction.label_ids),
-                                  self._looked_at)
+        told = (*prediction.predictions, self.task.right(prediction.label_ids))
+        self.mistakes = self.task.mistakes(*told)
+        found = self.task.figures(*told, self._looked_at)
         return {_PLAIN: found.pop("loss"), **found}
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kw: Any) -> Any:

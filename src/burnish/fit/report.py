@@ -6,7 +6,6 @@ The page is a single HTML file with its pictures inside; it needs no server and 
 from __future__ import annotations
 
 import base64
-import io
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from ..engine.updates import updates
 from ..memory import MemoryReport, format_bytes
 from . import figures
 from .kinds import KINDS, pictured
+from .mistakes import coded, in_words, shown
 
 if TYPE_CHECKING:
     from .data import Data
@@ -66,6 +66,9 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
         several["class"] = type(tuned.model).__name__
     if trainer.args.process_index == 0 and tuned.state.shards is None:
         several |= task.shown(tuned, trainer.args.device)
+    if found := trainer.mistakes:                   # of the split that was looked at last
+        last = list(tasks.values())[-1].data
+        several["mistakes"] = in_words(last, list(metrics)[-1].split(" ")[-1], found)
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held
@@ -146,6 +149,7 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         "spectra": figures.spectra(layers),
         "forecast": figures.forecast(facts.get("forecast")),
         "comparison": figures.comparison(comparison["rows"]) if comparison else "",
+        "mistakes": figures.confusion(facts.get("mistakes") or {}),
     }
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True,
@@ -156,17 +160,18 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         title=title or f"{facts['recipe']} on {', then '.join(sources(facts))}", run=facts,
         sources=", then ".join(sources(facts)),
         pictures=pictures, comparison=comparison, gallery=gallery(data) if data else [],
-        drawn=drawn(facts.get("drawn", ())),
+        drawn=drawn(facts.get("drawn", ())), mistakes=facts.get("mistakes"),
+        mistaken=shown(data, facts.get("mistakes") or {"rows": []}),
         names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
         command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")
 
 
 def drawn(pairs: Sequence[Mapping[str, str]]) -> list[tuple[str, str, str]]:
     """(what was asked, the base's picture as a data URI, the tuned model's) of what a run drew."""
-    def coded(path: str) -> str:
+    def read(path: str) -> str:
         return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
-    return [(p["asked"], coded(p["base"]), coded(p["tuned"])) for p in pairs
+    return [(p["asked"], read(p["base"]), read(p["tuned"])) for p in pairs
             if Path(p["base"]).is_file() and Path(p["tuned"]).is_file()]
 
 
@@ -178,14 +183,8 @@ def gallery(data: Data, count: int = 14, side: int = 56) -> list[tuple[str, str]
     out = []
     for i in range(0, len(data.train), step)[:count]:
         row = data.row("train", i)
-        image = row["image"].convert("RGB")
-        image = image.resize((side, max(1, round(side * image.height / image.width))), 0
-                             if image.width < side else 2)
-        buffer = io.BytesIO()
-        image.save(buffer, "png")
-        coded = base64.b64encode(buffer.getvalue()).decode()
         said = _label(row["label"], data.labels) if "label" in row else row.get("text", "")
-        out.append((f"data:image/png;base64,{coded}", said))
+        out.append((coded(row["image"], side), said))
     return out
 
 

@@ -261,6 +261,10 @@ class Task:
         total, count = torch.as_tensor(losses).double().sum(0).tolist()
         return {"loss": total / max(count, 1.0), **self.measure(answers, labels)}
 
+    def mistakes(self, answers: Any, losses: Any, labels: Any) -> dict[str, Any]:
+        """What was taken for what, of tasks that tell classes, as plain values."""
+        return {}
+
     def begun(self, path: str | Path | None) -> None:
         """The run goes on from what the one in this folder has learnt."""
 

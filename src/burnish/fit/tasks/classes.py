@@ -11,6 +11,7 @@ from torch import nn
 from ...core.errors import ConfigError, DataError
 from ..from_files import Pictures
 from ..heads import resize_head
+from ..mistakes import mistaken
 from ..rows import Rows, Sentences
 from .base import Batch, Task
 from .named import Named
@@ -104,6 +105,10 @@ class _Single(_Labelled):
 
     def measure(self, answers: Any, labels: Any) -> dict[str, float]:
         return classification(torch.as_tensor(answers), torch.as_tensor(labels), len(self.names))
+
+    def mistakes(self, answers: Any, losses: Any, labels: Any) -> dict[str, Any]:
+        return mistaken(torch.as_tensor(answers), torch.as_tensor(labels),
+                        torch.as_tensor(losses)[:, 0], self.names)
 
     def answer(self, model: nn.Module, row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         share = self.asked(model, row).softmax(-1)
