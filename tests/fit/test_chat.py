@@ -196,7 +196,7 @@ ALTERNATE = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0
 
 
 @pytest.mark.parametrize("template, turns, words", [
-    (ALTERNATE, TURNS, "here: .*refuses these turns .system, user.*roles must alternate"),
+    (ALTERNATE, [TURNS[0], *TURNS], "here: .*refuses these turns .system, system, user.*alternate"),
     (ALTERNATE, [TURNS[1], TURNS[1], TURNS[2]], "here: .*roles must alternate"),
     ("{% for m in messages %}{{ m['content']", TURNS, "cannot be read .line 1"),
     ("{{ messages[0]['tools'][0] }}", TURNS, "here: .*refuses these turns"),
@@ -208,3 +208,45 @@ def test_a_template_that_fails_is_one_error_with_the_row(tokenizer, template, tu
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=words):
         chat.mark(tokenizer, turns, "here")
+
+
+#: as Gemma's: turns alternate, and a system turn is refused
+NO_SYSTEM = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+             "{{ raise_exception('System role not supported') }}{% endif %}" + ALTERNATE)
+
+
+def test_a_system_turn_that_a_template_refuses_opens_the_first_user_turn(tokenizer):
+    tokenizer.chat_template = NO_SYSTEM
+    system, user, *rest = TURNS
+    by_hand = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    assert chat.mark(tokenizer, TURNS, "here") == chat.mark(tokenizer, by_hand, "here")
+    assert chat.render(tokenizer, TURNS[:2], True) == chat.render(tokenizer, by_hand[:1], True)
+    assert chat.refuses_system(tokenizer)
+    with pytest.raises(DataError, match="not supported"):          # and what cannot be folded
+        chat.render(tokenizer, [system], True)
+    with pytest.raises(DataError, match="not supported"):
+        chat.render(tokenizer, [system, user, user], True)
+
+
+def test_a_template_that_takes_system_turns_keeps_them(tokenizer):
+    chat.prepare_tokenizer(tokenizer)
+    assert not chat.refuses_system(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] + '' }}\n" \
+                              "{% endfor %}"
+    assert "system: " in chat.render(tokenizer, TURNS[:2], True)
+    with pytest.raises(DataError, match="refuses"):                # not for its role
+        chat.render(tokenizer, [{**TURNS[0], "content": None}, TURNS[1]], True)
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    assert not chat.refuses_system(tokenizer)
+
+
+def test_rows_whose_system_turn_is_folded_are_told(tokenizer):
+    import datasets
+
+    from burnish.fit.rows import Turns
+
+    rows = datasets.Dataset.from_list([{"messages": TURNS}, {"messages": TURNS[1:]}])
+    assert not Turns(rows, chat.prepare_tokenizer(tokenizer), None, None).notes
+    tokenizer.chat_template = NO_SYSTEM
+    (note,) = Turns(rows, tokenizer, None, None).notes
+    assert note.startswith("1 of 2 rows begin with a system turn")

@@ -8,6 +8,7 @@ the tokenizer, which is saved beside the adapter.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,13 +94,21 @@ def last(marked: Marked) -> Marked:
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where: str = "") -> str:
-    """The conversation as text. A template is somebody else's program: whatever it raises is a
-    DataError with the row (roles it refuses, turns it wants to alternate, a template that is no
-    template)."""
+    """The conversation as text. A system turn that the template refuses (Gemma's does) opens the
+    user's first turn, an empty line behind it. A template is somebody else's program: whatever else
+    it raises is a DataError with the row (roles it refuses, turns it wants to alternate, a template
+    that is no template)."""
+    def written(turns: Sequence[dict[str, str]]) -> str:
+        text: str = tokenizer.apply_chat_template(list(turns), tokenize=False,
+                                                  add_generation_prompt=ask)
+        return text
+
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False,
-                                             add_generation_prompt=ask)
+        return written(messages)
     except Exception as e:
+        if instructed(messages) and refuses_system(tokenizer):
+            with contextlib.suppress(Exception):
+                return written(folded(messages))
         said = " ".join(str(e).split()) or type(e).__name__
         line = getattr(e, "lineno", None)
         if type(e).__name__ == "TemplateSyntaxError":
@@ -108,6 +117,31 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where:
         roles = ", ".join(m["role"] for m in messages) or "none yet"
         raise DataError(f"{_at(where)}the tokenizer's chat template refuses these turns ({roles}): "
                         f"{said}") from None
+
+
+def instructed(messages: Sequence[dict[str, str]]) -> bool:
+    """Does it begin with a system turn and a user's?"""
+    return [m["role"] for m in messages[:2]] == ["system", "user"]
+
+
+def folded(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """With the words of the system turn at the head of the user's first."""
+    first, second, *rest = messages
+    return [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *rest]
+
+
+def refuses_system(tokenizer: Any) -> bool:
+    """Does the template write a user's turn, but none with a system turn before it?"""
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    try:
+        tokenizer.apply_chat_template(turns[1:], tokenize=False)
+    except Exception:
+        return False
+    try:
+        tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:
+        return True
+    return False
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

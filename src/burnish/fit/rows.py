@@ -154,6 +154,10 @@ class Turns(Rows):
                 cut += len(tokens.labels) < len(whole.labels)
                 self.tokens.append(tokens)
                 self.sources.append(i)
+        said = [] if plain else [r for r in rows if chat.instructed(r["messages"])]
+        if said and chat.refuses_system(tokenizer):
+            self.notes.append(f"{len(said)} of {len(rows)} rows begin with a system turn, which "
+                              "the tokenizer's chat template refuses: it opens the first user turn")
         if lost:
             self.notes.append(f"{lost} of {len(rows)} rows are longer than max_length={max_length} "
                               "before the answer starts, and are left out")
