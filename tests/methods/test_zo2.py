@@ -384,3 +384,12 @@ def test_only_matrices_of_blocks_wait():
         site = SimpleNamespace(place=SimpleNamespace(block=block, role=role), weight=W)
         assert made.waits(site.place) is waits
         assert (made.storage(site) is not None) is waits
+
+
+def test_what_counts_on_one_run_of_a_block_is_refused_in_words():
+    """levi keeps a state of each block for its heads, and would have two."""
+    net, batch = tiny("vit")
+    tuned = burnish.tune(net, "zo2 + levi", calibration=[batch])
+    tuned.optimizer(1e-3)
+    with pytest.raises(ConfigError, match="zo2: something of this recipe counts on .*take mezo"):
+        tuned.step(batch)

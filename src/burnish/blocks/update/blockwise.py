@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import ConfigError, RecipeError
+from ...core.errors import BurnishError, ConfigError, RecipeError
+from ...core.reading import plain
 from ..weight.hosted import Away, hosted
 from ..weight.waiting import Waiting, waiting
 from .numerics import NUMERICS
@@ -82,7 +83,7 @@ class BlockwiseOptimizer(ZerothOrderOptimizer):
     def _pair(self, seed: int, eps: float) -> Generator[Evaluation, float, tuple[float, float]]:
         if self.model is None or self._callers is None:
             raise ConfigError(f"{self.spec.name} runs the blocks of a model: use tuned.step(batch)")
-        blocks = Blocks(self.model, self.blocks, self.spec.name)
+        blocks = Blocks(self.model, self.blocks, self.spec.name, not self._compared)
         blocks.check(self._callers.called)
         return (yield from self._lockstep(blocks, seed, eps))
 
@@ -113,10 +114,11 @@ class BlockwiseOptimizer(ZerothOrderOptimizer):
 
 
 class Blocks:
-    """The blocks of a model, which follow each other, for one probe."""
+    """The blocks of a model, which follow each other, for one probe. whole: both points have been
+    evaluated in the plain way before."""
 
-    def __init__(self, model: nn.Module, paths: tuple[str, ...], name: str):
-        self.model, self.paths, self.name = model, paths, name
+    def __init__(self, model: nn.Module, paths: tuple[str, ...], name: str, whole: bool = False):
+        self.model, self.paths, self.name, self.whole = model, paths, name, whole
         self.blocks = [model.get_submodule(p) for p in paths]
         self.held: list[list[Away]] = [[*hosted([b]), *waiting([b])] for b in self.blocks]
         self.at, self.inside = 0, False
@@ -180,7 +182,8 @@ class Blocks:
                                                               prepend=True),
                               block.register_forward_hook(partial(self._again, i, scratch),
                                                           with_kwargs=True)]
-                yield
+                with self._only_here():
+                    yield
             if self.at != len(self.blocks):
                 raise self._apart(self.at)
         finally:
@@ -213,6 +216,20 @@ class Blocks:
         for p in self.held[i]:
             p.leave()
 
+    @contextmanager
+    def _only_here(self) -> Iterator[None]:
+        """What ran in the plain way and fails now fails because blocks run twice, or not at all."""
+        try:
+            yield
+        except (BurnishError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            if not self.whole:
+                raise
+            raise ConfigError(
+                f"{self.name}: something of this recipe counts on each block running once in an "
+                f"evaluation, and failed block by block ({plain(e, 80)}); take mezo") from e
+
     def _apart(self, i: int) -> ConfigError:
         at = self.paths[min(i, len(self.paths) - 1)]
         return ConfigError(f"{self.name}: {at} is not given what the block before it gives, and "
@@ -225,7 +242,7 @@ class Blocks:
         for i, block in enumerate(self.blocks):
             block.__dict__["forward"] = partial(self._skipped, i)
         try:
-            with scratch:
+            with scratch, self._only_here():
                 yield
         finally:
             for block in self.blocks:

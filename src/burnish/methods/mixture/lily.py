@@ -42,7 +42,7 @@ class Lily(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs: ClassVar[frozenset[str]] = frozenset({"linears"})
     excused: ClassVar[Mapping[str, str]] = {
-        "every_setting_acts on points": "linears of one name are those of one size there"}
+        "every_setting_acts on points": "by chance: linears of one name are of one size there"}
 
     rank: int = setting(32, "rank of every factor", alias=("r",))
     stride: int = setting(1, "linears of a group that share A", alias=("stride_A",))

@@ -61,7 +61,7 @@ class Eva(Method):
     alpha: float = setting(16.0, "numerator of the scale", alias=("lora_alpha",))
     rho: float = setting(2.0, "a matrix gets at most rho x rank; 1 gives all the same")
     tolerance: float = setting(0.99, "cosine at which a direction counts as converged",
-                               other=(-1.0,))
+                               other=(-1.0,), signed=True)
     whiten: bool = setting(False, "divide the rows of A by sqrt(S)")
     samples: int | None = setting(None, "samples to read at most; None: all there are",
                                   other=(1,), least=1)
