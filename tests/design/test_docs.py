@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -91,3 +92,16 @@ def test_words_are_taken_as_they_are_written(made):
     assert made.prose("see :func:`~burnish.core.recipe.parse`") == "see `burnish.core.recipe.parse`"
     assert made.told("A: b.\n\nof::\n\n    y = x\n\n      z\n\nand so on") == [
         "**A: b.**", "", "of:", "", "```text", "y = x", "", "  z", "```", "", "and so on"]
+
+
+def test_what_the_guide_says_of_the_planner_is_what_was_measured():
+    page = (ROOT / "docs/guide/plan.md").read_text()
+    file = sorted((ROOT / "benchmarks/results").glob("frontier-*.jsonl"))[-1]
+    rows = [r for r in map(json.loads, file.read_text().splitlines()) if "chosen" in r]
+    assert len(rows) == 5
+    for r in rows:
+        assert r["peak"] == r["promised"] <= r["budget"]
+        assert re.search(rf"\| {r['budget'] / 1e6:.2f} MB \| `{re.escape(r['chosen'])}`[^|]*"
+                         rf"\| {r['peak'] / 1e6:.2f} MB \| {100 * r['accuracy']:.1f} % "
+                         rf"\| `{re.escape(r['best'])}` \| {100 * r['best_accuracy']:.1f} % \|",
+                         page), r

@@ -94,3 +94,21 @@ def test_numbers_have_no_classes_to_be_taken_for(tmp_path, tokenizer):
                       processor=tokenizer, max_length=24, **HOW)
     assert "mistakes" not in run.facts
     assert "Where it is wrong" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_mistakes_are_of_the_task_that_was_looked_at(tmp_path, tokenizer):
+    """Of two tasks the first alone has a split to look at."""
+    def rows(file, n):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(json.dumps({"text": f"word {i}", "label": "ab"[i % 2]})
+                                  for i in range(n)))
+
+    rows(tmp_path / "one" / "train.jsonl", 16)
+    rows(tmp_path / "one" / "validation.jsonl", 9)
+    rows(tmp_path / "two" / "train.jsonl", 16)
+    run = burnish.fit(small(len(tokenizer)), {"one": tmp_path / "one", "two": tmp_path / "two"},
+                      "lora(rank=2) + o_lora", output=tmp_path / "out", validation=0, test=False,
+                      processor=tokenizer, max_length=24, **HOW)
+    found = run.facts["mistakes"]
+    assert (found["task"], found["split"], found["of"]) == ("one", "validation", 9)
+    assert "Where it is wrong" in (tmp_path / "out" / "report.html").read_text()

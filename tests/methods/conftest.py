@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import burnish
+from burnish.blocks.weight.term import Term
 from burnish.core.recipe import parse
 from burnish.memory import Ledger
+from burnish.testing import stir
 from burnish.testing.models import tiny
 
 
@@ -116,3 +119,31 @@ def published():
             return Anatomy.of(getattr(transformers, model)._from_config(made)), made
 
     return build
+
+
+@pytest.fixture
+def bases_of_a_folder(tmp_path):
+    """bases_of_a_folder(recipe): PEFT's folder of it read here, saved as ours and loaded again,
+    with equal answers; the shapes of the bases in our file."""
+
+    def carried(recipe):
+        (net, batch), other, third = tiny("llama"), tiny("llama")[0], tiny("llama")[0]
+        tuned = stir(burnish.tune(net, recipe, seed=3, head=False))
+        counted = [t for _, t in tuned.terms(Term) if hasattr(t, "counted")]
+        assert counted and all(t.counted is None for t in counted)
+        burnish.export_peft(tuned, tmp_path / "peft")
+        again = burnish.load_peft(other, tmp_path / "peft")
+        assert again.recipe[0].bases == "stored"
+        assert all(t.counted == {"bases": True} for _, t in again.terms(type(counted[0])))
+        again.save(tmp_path / "a")
+        burnish.load(third, tmp_path / "a")
+        for m in (net, other, third):
+            m.eval()
+        torch.testing.assert_close(other(**batch).logits, net(**batch).logits, rtol=1e-5,
+                                   atol=1e-6)
+        assert torch.equal(third(**batch).logits, other(**batch).logits)
+        file = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        return {k.rpartition(".")[2]: t.shape for k, t in file.items()
+                if k.rpartition(".")[2] in ("A", "B")}
+
+    return carried

@@ -198,16 +198,3 @@ def test_refusals_defaults_and_cost():
     assert (method.count(place), method.count(place, entries=3), method.count(place, rank=8)) == \
         (128, 3, 128)
     assert keeps_what_it_says("spt", "vit") is None
-
-
-def test_what_a_rank_does_not_fit_is_left_alone_where_nobody_has_named_it():
-    net, batch = tiny("llama")
-    tuned = burnish.tune(net, "spt(rank=20)", head=False, calibration=[batch])
-    assert any("spt leaves 4 of 14 weights alone, too small" in n
-               for n in tuned.adapters["default"].notes)
-    assert not any("k_proj" in n or "v_proj" in n for n in tuned.tensors())
-    other, read = tiny("llama")[0], []
-    other.register_forward_hook(lambda *a: read.append(1))
-    with pytest.raises(RankError, match="rank 20 does not fit .*k_proj"):
-        burnish.tune(other, "spt(rank=20, targets='k,q')", calibration=[batch])
-    assert not read                                        # refused before any data are

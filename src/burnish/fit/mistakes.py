@@ -14,6 +14,7 @@ from .kinds import pictured
 
 if TYPE_CHECKING:
     from .data import Data
+    from .tasks import Task
 
 #: classes of which all are counted against all; rows and pairs that are kept; letters of a text
 WHOLE, KEPT, LETTERS = 30, 12, 240
@@ -39,21 +40,25 @@ def mistaken(said: Tensor, true: Tensor, lost: Tensor, names: Sequence[str]) -> 
                   "loss": float(lost[i])} for i in worst]}
 
 
-def in_words(data: Data, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with what each row reads, where that is a text."""
+def in_words(task: Task, split: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the rows of the data, with what each reads, where that is a text."""
+    rows = task.data.splits[split]
+
     def text(i: int) -> str:
-        row = data.splits[split][i]
+        row = rows[i]
         words = "  ".join(str(row[k]) for k in ("text", "pair") if row.get(k) is not None)
         return words if len(words) <= LETTERS else words[:LETTERS - 1] + "…"
 
-    spoken = "text" in data.splits[split].column_names
+    spoken, at = "text" in rows.column_names, task.rows(split).source
     return {**found, "split": split, "rows": [
-        r | ({"text": text(r["row"])} if spoken else {}) for r in found["rows"]]}
+        {**r, "row": at(r["row"])} | ({"text": text(at(r["row"]))} if spoken else {})
+        for r in found["rows"]]}
 
 
 def shown(data: Data | None, found: Mapping[str, Any], side: int = 72) -> list[tuple[str, str]]:
-    """(picture as a data URI, what it is and what was said) of the worst rows."""
-    if data is None or not pictured(data.task) or found.get("split") not in data.splits:
+    """(picture as a data URI, what it is and what was said) of the worst rows; of several tasks
+    none, for `data` is of one."""
+    if data is None or not pictured(data.task) or not found or "task" in found:
         return []
     return [(coded(data.row(found["split"], r["row"])["image"], side),
              f"{r['right']}, said {r['said']}") for r in found["rows"]]

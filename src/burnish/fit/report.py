@@ -67,8 +67,8 @@ def facts_of(tuned: Tuned, tasks: Mapping[str, Task], name: str,
     if trainer.args.process_index == 0 and tuned.state.shards is None:
         several |= task.shown(tuned, trainer.args.device)
     if found := trainer.mistakes:                   # of the split that was looked at last
-        last = list(tasks.values())[-1].data
-        several["mistakes"] = in_words(last, list(metrics)[-1].split(" ")[-1], found)
+        at, _, split = list(metrics)[-1].rpartition(" ")
+        several["mistakes"] = in_words(tasks[at], split, found) | ({"task": at} if at else {})
     steps = trainer.step                            # of all sessions, as the seconds are
     return {
         "burnish": _version(), "model": name,        # later adapters leave out how the base is held
@@ -161,7 +161,7 @@ def write_report(facts: Mapping[str, Any], history: Sequence[Mapping[str, Any]],
         sources=", then ".join(sources(facts)),
         pictures=pictures, comparison=comparison, gallery=gallery(data) if data else [],
         drawn=drawn(facts.get("drawn", ())), mistakes=facts.get("mistakes"),
-        mistaken=shown(data, facts.get("mistakes") or {"rows": []}),
+        mistaken=shown(data, facts.get("mistakes") or {}),
         names=list(dict.fromkeys(n for m in facts["metrics"].values() for n in m)),
         command="burnish " + " ".join(a for a in sys.argv[1:]) if _on_command_line() else "")
 

@@ -32,6 +32,7 @@ from .rates import Rates, rates
 from .report import MemoryReport
 from .search import OVERHEAD, SLACK, Family, Found, Progress, Search
 from .units import format_bytes
+from .updates import check_accumulation
 from .usual import usual
 from .world import World
 
@@ -230,8 +231,7 @@ def plan(model: Any, memory: str | int | None = None, batch: Any = 8, prefer: st
     if world_size != 1 and (rows, tokens, epochs) != (None, None, None):
         raise ConfigError("hours are told for one process: what several say to each other takes "
                           "time that is not counted; leave rows, tokens and epochs out")
-    if accumulation < 1:
-        raise ConfigError(f"accumulation={accumulation}: expected 1 or more batches of an update")
+    check_accumulation(accumulation)
     training = training_of(batch, samples * accumulation, rows, tokens, epochs)
     goal = goal_of(smaller, card, budget)
     settings = {"dtype": dtype_of(dtype), "targets": targets, "head": head, "loss": loss,

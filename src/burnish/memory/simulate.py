@@ -54,7 +54,7 @@ from .shortcuts import (
 )
 from .snapshot import Snapshot
 from .stream import Stream
-from .updates import ALIKE, each_of, passes_of, update
+from .updates import ALIKE, check_accumulation, each_of, passes_of, update
 from .values import FOLLOWED, FakeLedger, no_modes
 from .world import World, standing
 
@@ -117,8 +117,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         raise ConfigError(f"during={during!r}: expected one of {', '.join(MOMENTS)}"
                           f"{nearest(during, MOMENTS)}")
     during = "evaluate" if evaluate else during
-    if accumulation < 1:
-        raise ConfigError(f"accumulation={accumulation}: expected 1 or more batches of an update")
+    check_accumulation(accumulation)
     world = World.of(world_size, shard, shard_offload)
     if world.shard == "fsdp2" and during not in ("train", "evaluate"):
         raise ConfigError(f"during={during!r} is not simulated for shares: every process loads the "
@@ -249,8 +248,8 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     restore: put trained tensors, buffers, optimizer state and random state back as they were
         (gradients are cleared); the copies kept for that are not part of the reading.
     through: what is called in the model's place (DistributedDataParallel around it).
-    accumulation: batches of an update. Two are run, where a step inside backward waits for the last
-        of them all.
+    accumulation: batches of an update. Two are run; all of them where a step inside backward waits
+        for the last.
     """
     keep = Snapshot(tuned) if restore else contextlib.nullcontext()
     before, tuned.steps.through = tuned.steps.through, through or tuned.steps.through

@@ -6,8 +6,15 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from ..core.errors import ConfigError
+
 #: batches after which no other takes more: of three there is a first, one between and a last
 ALIKE = 3
+
+
+def check_accumulation(accumulation: int) -> None:
+    if accumulation < 1:
+        raise ConfigError(f"accumulation={accumulation}: expected 1 or more batches of an update")
 
 
 def each_of(accumulation: int) -> dict[str, int]:

@@ -262,17 +262,6 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
                         for p in many]}
 
 
-def few(task: Any, rows: int) -> Any:
-    """The same task of its first rows alone: of a pipeline all take as much, and each is encoded
-    before it can be planned."""
-    from dataclasses import replace
-
-    first = task.data.train.select(range(min(rows, len(task.data.train))))
-    made = replace(task, data=replace(task.data, splits={"train": first}), notes=[], _made={})
-    made.prepare()
-    return made
-
-
 def point(p: Any, fits: bool) -> dict[str, Any]:
     """One recipe, as the page draws it."""
     return {"recipe": p.recipe, "fits": fits, "batch": p.batch, "accumulate": p.accumulate,
