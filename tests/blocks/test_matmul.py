@@ -1,5 +1,8 @@
 """Products by the library that is quickest are torch's own products but for rounding."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +94,22 @@ def test_small_products_are_left_where_they_are(monkeypatch):
     assert not ran(lambda: matmul.linear(x[:5], W))[1]
 
 
-def test_it_is_used_where_it_was_measured(monkeypatch):
-    for cpu, there in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda cpu=cpu: cpu)
-        assert (matmul._found() is not None) == there
+@pytest.mark.parametrize("cpu,maker,there", [
+    ("AVX512", "AuthenticAMD", True), ("AVX512", "vendor_id\t: GenuineIntel\n", False),
+    ("AVX512", "", True), ("AVX2", "AuthenticAMD", False), ("DEFAULT", "", False)])
+def test_it_is_used_where_it_was_measured(monkeypatch, cpu, maker, there):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(matmul, "_maker", lambda: maker)
+    assert (matmul._found() is not None) == there
+
+
+def test_the_maker_of_the_cpu_is_the_one_the_system_names(monkeypatch, tmp_path):
+    listed = Path("/proc/cpuinfo")
+    if listed.exists() and "vendor_id" in listed.read_text():
+        assert matmul._maker().split(":")[1].strip() in listed.read_text()
+
+    def missing(name):
+        raise FileNotFoundError(name)
+    monkeypatch.setattr("builtins.open", missing)
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6, GenuineIntel")
+    assert "Intel" in matmul._maker()
