@@ -241,7 +241,7 @@ def test_labels_are_smoothed_only_where_there_are_classes(folders, tmp_path):
 
 def test_other_words_are_hidden_in_every_pass_and_again_when_resumed(folders, tmp_path):
     from burnish.fit.data import read
-    from burnish.fit.driving import Shuffled
+    from burnish.fit.order import Shuffled
     from burnish.fit.places import suited
     from burnish.fit.tasks import task_for
 

@@ -21,10 +21,11 @@ import json, sys, torch, burnish
 from burnish.core import processes
 torch.set_num_threads(1)
 model, output, recipe, size, more = sys.argv[1:]
+how = {"measure": False, **json.loads(more)}
 try:
-    burnish.fit(model, "digits", recipe, output=output, max_steps=4, batch_size=int(size),
-                save_steps=2, eval_steps=2, lr=1e-2, report=False, test=False,
-                quiet=True, seed=5, **{"measure": False, **json.loads(more)})
+    burnish.fit(model, how.pop("data", "digits"), recipe, output=output, max_steps=4,
+                batch_size=int(size), save_steps=2, eval_steps=2, lr=1e-2, report=False,
+                test=False, quiet=True, seed=5, **how)
 except burnish.BurnishError as e:
     sys.exit(f"{type(e).__name__}: {e}")
 processes.leave()
@@ -116,6 +117,36 @@ def test_two_processes_go_on_from_one_with_as_many_rows_an_update(vit, tmp_path)
     same(one / "checkpoint-4", tmp_path / "on" / "checkpoint-4")
     said = run(2, vit, tmp_path / "more", "lora(rank=4)", 8, start=one / "checkpoint-2")
     assert all("its rows is 8, this run's is 16" in s for s in said)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A small encoder without dropout, which processes draw apart, and texts of unlike length."""
+    from burnish.testing.tasks import texts
+
+    folder = tmp_path_factory.mktemp("classes")
+    model, tokenizer = texts("text-classification")
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folder / "base"), tokenizer.save_pretrained(folder / "base")
+    rows = [{"text": "ab" * (1 + i * 7 % 31), "label": "xy"[i % 2]} for i in range(72)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.mark.slow
+def test_rows_of_like_length_are_the_same_in_two_processes_and_when_one_goes_on(classes, tmp_path):
+    how = {"data": str(classes / "rows.jsonl"), "group_by_length": True}
+    base, two, one = classes / "base", tmp_path / "two", tmp_path / "one"
+    assert run(2, base, two, "lora(rank=4)", 4, **how) == ["", ""]
+    assert run(1, base, one, "lora(rank=4)", 8, **how) == [""]
+    same(one, two)
+    on = tmp_path / "on"
+    assert run(1, base, on, "lora(rank=4)", 8, start=two / "checkpoint-2", **how) == [""]
+    same(one / "checkpoint-4", on / "checkpoint-4")
+    plain = tmp_path / "plain"
+    assert run(1, base, plain, "lora(rank=4)", 8, data=how["data"]) == [""]
+    with pytest.raises(AssertionError):
+        same(one, plain)
 
 
 @pytest.mark.slow

@@ -59,6 +59,9 @@ ELSEWHERE = {
     "optim_args": "the recipe names the optimizer",
     "optim_target_modules": "the recipe names the optimizer, e.g. 'galore(rank=128)'",
     "auto_find_batch_size": "memory='8GB' plans the batch beforehand",
+    "train_sampling_strategy": "rows are shuffled anew in each epoch; group_by_length=True puts "
+                               "those of like length together",
+    "length_column_name": "lengths are those of the rows as they are read",
     "remove_unused_columns": "columns are chosen by text=, label=, image= and audio=",
     "label_names": "columns are chosen by text=, label=, image= and audio=",
     "push_to_hub": "upload the finished folder",
@@ -99,6 +102,8 @@ class Options:
     shots, group: of instruction tuning: so many examples of one task in one sequence, of which each
         answer is learnt, and the column that says which task an example is of
         (:mod:`burnish.fit.shots`).
+    group_by_length: batches of rows of like length, so that less of them is filled up
+        (:class:`burnish.fit.order.Alike`).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
     points: how many are drawn of a cloud (default: 1024).
     processor: tokenizer, picture or feature extractor, instead of the model's own.
@@ -148,6 +153,7 @@ class Options:
     max_answer: int | None = None
     shots: int | None = None
     group: str | None = None
+    group_by_length: bool = False
     max_length: int | None = None
     max_seconds: float | None = None
     points: int | None = None

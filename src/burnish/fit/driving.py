@@ -1,35 +1,11 @@
-"""What drives a loop and knows no trainer: the order of rows, an optimizer's stand-in, a schedule
-that goes on."""
+"""What drives a loop and knows no trainer: an optimizer's stand-in, a schedule that goes on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-
-
-class Shuffled(Sampler[int]):
-    """Each epoch a permutation drawn from (seed, epoch) alone: a resumed run sees the same rows.
-
-    redrawn: rows know which pass they are asked for in (:class:`burnish.fit.rows.Rows`).
-    """
-
-    def __init__(self, size: int, seed: int, redrawn: bool = False):
-        self.size, self.seed, self.epoch, self.redrawn = size, seed, 0, redrawn
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=g)
-        return iter((order + self.epoch * self.size if self.redrawn else order).tolist())
 
 
 class Driven(torch.optim.Optimizer):

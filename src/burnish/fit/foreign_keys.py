@@ -42,14 +42,14 @@ NAMES = {
         "save_total_limit", "adam_beta1", "adam_beta2", "adam_epsilon",
         "label_smoothing_factor", "dataloader_num_workers", "ddp_timeout",
         "trust_remote_code", "report_to", "load_best_model_at_end", "metric_for_best_model",
-        "early_stopping_patience")},
+        "early_stopping_patience", "group_by_length")},
 }
 _SPEED, _THEIRS = "how fast, not what", "a matter of theirs"
 LEFT = {
     **dict.fromkeys((
         "flash_attn", "flash_attention", "sdp_attention", "xformers_attention", "eager_attention",
         "attn_implementation", "tf32", "use_unsloth", "enable_liger_kernel",
-        "use_reentrant_gc", "gradient_checkpointing_kwargs", "group_by_length", "torch_compile",
+        "use_reentrant_gc", "gradient_checkpointing_kwargs", "torch_compile",
         "lora_on_cpu", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "low_cpu_mem_usage",
         "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
         "liger_fused_linear_cross_entropy", "dataloader_pin_memory"), _SPEED),

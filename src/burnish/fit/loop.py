@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Sampler
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -33,10 +32,10 @@ from ..formats.folder import finite
 from ..formats.placed import put
 from . import checkpoint, state
 from .checkpoint import is_owed
-from .driving import Compared, Driven, Shuffled, Smoothed, go_on_by, kept_of
+from .driving import Compared, Driven, Smoothed, go_on_by, kept_of
 from .moments import Moments
+from .order import Ordered
 from .passing import Passing
-from .secret import Drawn, loader
 from .stages import Leg, Past
 from .stages import facts_of as stage_facts
 from .tasks import Task
@@ -48,7 +47,7 @@ _ASKED = ("weight_decay", "betas", "eps")
 _PLAIN = "loss_per_answer"
 
 
-class Trainer(Compared, Passing, transformers.Trainer):
+class Trainer(Compared, Passing, Ordered, transformers.Trainer):
     """`transformers.Trainer`, for a tuned model."""
 
     def __init__(self, tuned: Tuned, task: Task, args: transformers.TrainingArguments, *,
@@ -135,27 +134,6 @@ class Trainer(Compared, Passing, transformers.Trainer):
                 made.stops = True
             self.optimizer = Driven(made) if self.zeroth else made
         return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        return Shuffled(len(rows), self._seed, getattr(rows, "redrawn", False))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
-        return torch.utils.data.SequentialSampler(eval_dataset)    # figures may need the row
-
-    @property
-    def _seed(self) -> int:
-        """Of the order of rows."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return seed + self.leg.number
-
-    def get_train_dataloader(self) -> Any:
-        """Rows that are to be drawn each by itself come in batches of any size."""
-        if self.tuned.sampling is None:
-            return super().get_train_dataloader()
-        rows: Any = self.train_dataset
-        drawn = Drawn(self.tuned.sampling, self._seed, rows.redrawn)
-        return self.accelerator.prepare(loader(rows, self.task.collate, drawn, self.args))
 
     def create_scheduler(self, num_training_steps: int,
                          optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -329,7 +307,7 @@ class Trainer(Compared, Passing, transformers.Trainer):
                     "timeline": self.tuned.timeline.state(),
                     "data": self.fingerprint, "recipe": str(self.tuned.recipe),
                     "seed": self.args.seed, "processes": self.args.world_size,
-                    "rows": self._rows(),
+                    "rows": self._rows(), "order": self.args.train_sampling_strategy,
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
                     "scaler": scaler.state_dict() if scaler is not None else None,
@@ -359,11 +337,11 @@ class Trainer(Compared, Passing, transformers.Trainer):
         # the order of rows does not know how many processes share the rows of an update
         shared = "rows" if "rows" in kept else "processes"
         for what, now in (("recipe", str(self.tuned.recipe)), ("data", self.fingerprint),
-                          ("seed", self.args.seed),
+                          ("seed", self.args.seed), ("order", self.args.train_sampling_strategy),
                           (shared, self._rows() if shared == "rows" else self.args.world_size)):
-            if kept[what] != now:
-                raise FormatError(f"{folder} belongs to another run: its {what} is {kept[what]!r}, "
-                                  f"this run's is {now!r}")
+            if kept.get(what, "random") != now:          # older ones name no order
+                raise FormatError(f"{folder} belongs to another run: its {what} is "
+                                  f"{kept.get(what, 'random')!r}, this run's is {now!r}")
         tensors = safe.load_file(folder / "adapter_model.safetensors")
         put(self.tuned, tensors, str(folder))
         file = folder / "buffers.safetensors"

@@ -411,7 +411,7 @@ class Gaps(Rows):
         return len(self.ids)
 
     def length(self, i: int) -> int:
-        return len(self.ids[i])
+        return len(self.ids[i % len(self)])
 
     def row(self, i: int) -> dict[str, Any]:
         turn, i = divmod(i, len(self))

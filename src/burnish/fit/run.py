@@ -30,6 +30,7 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
+from .order import by_length
 from .pipelines import usual_task
 from .places import check_local, check_served, suited
 from .processes import alone, sayer, settle, spread
@@ -45,6 +46,7 @@ from .promise import (
 from .secret import drawn_by, rows_read
 from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
+from .starting import refuse_earlier, starting_point
 from .tasks import Task, by_itself, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
@@ -164,6 +166,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         with transformers_errors():
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
     by_itself(first.task, recipe, memory, own.shots)
+    by_length(first.task, own.group_by_length, recipe)
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
@@ -384,29 +387,6 @@ def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str,
                     accumulation=trainer.args.gradient_accumulation_steps)
     tuned.model.eval()
     return truth
-
-
-def starting_point(output: Path, own: Options, say: Any) -> Path | None:
-    """The checkpoint to go on from, or None for the beginning, with the folder made fit for it."""
-    for n in checkpoint.clear_leftovers(output):
-        say(f"removed {n}, which an interrupted run left unfinished")
-    start = checkpoint.find(output, own.resume)
-    if start is not None:
-        say(f"going on from {start}")
-        return start
-    if own.resume:
-        say(f"no checkpoint in {output} to go on from: starting at the beginning")
-    for folder in checkpoint.all_in(output):
-        checkpoint.remove(folder)
-    return None
-
-
-def refuse_earlier(output: Path, own: Options) -> None:
-    """Another run's checkpoints stay what they are, unless somebody says otherwise."""
-    earlier = checkpoint.all_in(output)
-    if earlier and not own.overwrite and checkpoint.find(output, own.resume) is None:
-        raise ConfigError(f"{output} holds checkpoints of an earlier run; resume=True goes on from "
-                          f"{earlier[-1].name}, overwrite=True removes them and starts afresh")
 
 
 def total_steps(trainer: Any) -> int:

@@ -16,6 +16,7 @@ from ..core.stage import Stage
 from ..engine.tuned import Tuned
 from .arguments import Options
 from .data import Data
+from .order import BY_LENGTH
 from .secret import secret_of
 
 #: figures of which less is better
@@ -75,6 +76,8 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
     if steps is not None and "eval_steps" not in args:
         defaults["eval_steps"] = args.get("save_steps", steps)
     settings = defaults | args
+    if own.group_by_length:
+        settings["train_sampling_strategy"] = BY_LENGTH
     if own.tensorboard:
         settings["report_to"] = ["tensorboard"]
     if not evaluates and settings["eval_strategy"] != "no":

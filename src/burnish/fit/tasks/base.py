@@ -54,6 +54,8 @@ class Task:
     counts_items: ClassVar[bool] = False
     #: whether a sample has a loss by itself, whatever stands beside it
     alone: ClassVar[bool] = True
+    #: whether rows are of unlike length, and a batch is filled up to its longest
+    unlike: ClassVar[bool] = False
     #: whether what is right takes so much room that only :meth:`told` of it is kept
     heavy: ClassVar[bool] = False
     #: whether evaluation lets the model write its answers, in :meth:`looked`

@@ -50,6 +50,7 @@ class ImageTextContrastive(Task):
 
     metric = "recall_at_1"
     greater_is_better = True
+    unlike = True
     smooths = False
     own_loss = True
     alone = False                                # a pair is told apart from the others of its batch

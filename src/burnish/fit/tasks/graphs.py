@@ -44,6 +44,7 @@ class _Graph(Own):
     are called is what the model calls them; `PyG`'s dense layers say x, adj and mask."""
 
     takes = ("edge_index", "node_feat")
+    unlike = True
     word = "a graph"
     reads_what = "graphs"
     entries: tuple[str, str, str | None] = ("x", "adj", "mask")

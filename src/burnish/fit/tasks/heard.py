@@ -25,6 +25,7 @@ class Heard(Task):
     by itself, then rows are padded to the longest of their batch with the extractor's own value.
     """
 
+    unlike = True
     takes = ("audio",)
     settings = ("max_seconds",)
 

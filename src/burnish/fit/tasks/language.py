@@ -38,6 +38,7 @@ class Written(Textual):
 class LanguageModelling(Written):
     """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
 
+    unlike = False
     usual_length = 512
     counts_items = True
 
@@ -85,6 +86,7 @@ class InstructionTuning(LanguageModelling):
     ``shots``: so many rows of the data stand in one sequence (:mod:`burnish.fit.shots`).
     """
 
+    unlike = True
     usual_length = None
     settings = ("shots",)
 

@@ -20,6 +20,7 @@ class MaskedLanguageModelling(Written):
     of their tokens to be told: 80 % of those hidden, 10 % another word, 10 % as they were (BERT,
     2019). Every pass over the rows hides others; an evaluation always the same."""
 
+    unlike = False
     usual_length = 512
 
     def prepare(self) -> None:

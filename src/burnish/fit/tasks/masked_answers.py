@@ -71,6 +71,7 @@ class MaskedInstructionTuning(MaskedLanguageModelling):
     from the text). Left out: their share of rows whose masks hide something else.
     """
 
+    unlike = True
     usual_length = None
     metric = "accuracy"
     greater_is_better = True

@@ -68,6 +68,7 @@ class TextSegmentation(Task):
 
     metric = "dice"
     greater_is_better = True
+    unlike = True
     smooths = False
     heavy = True
     takes = ("image", "text")

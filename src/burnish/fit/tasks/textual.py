@@ -15,6 +15,7 @@ from .base import Batch, Task
 
 
 class Textual(Task):
+    unlike = True
     #: tokens of a row where nobody says how many; None: as many as the row has
     usual_length: ClassVar[int | None] = None
 

@@ -56,6 +56,7 @@ class Writer(Task):
     `max_answer` tokens.
     """
 
+    unlike = True
     smooths = False
     writes = True
     settings = ("max_answer",)
