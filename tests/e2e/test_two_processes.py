@@ -150,6 +150,20 @@ def test_rows_of_like_length_are_the_same_in_two_processes_and_when_one_goes_on(
 
 
 @pytest.mark.slow
+def test_packed_rows_of_two_processes_end_in_the_weights_of_one(tmp_path):
+    from burnish.testing.tasks import texts
+
+    for part in texts("instruction-tuning"):
+        part.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "ab" * (1 + i % 4), "completion": "c" * (1 + i * 7 % 17)} for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    how = {"data": str(tmp_path / "rows.jsonl"), "packing": True, "max_length": 32}
+    assert run(2, tmp_path / "base", tmp_path / "two", "lora(rank=4)", 2, **how) == ["", ""]
+    assert run(1, tmp_path / "base", tmp_path / "one", "lora(rank=4)", 4, **how) == [""]
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
 def test_each_of_two_processes_is_promised_what_it_takes(vit, tmp_path, shard):
     assert run(2, vit, tmp_path / shard, "lora(rank=4)", 4, shard=shard, measure=True) == ["", ""]

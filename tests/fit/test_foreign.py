@@ -164,7 +164,31 @@ def test_axolotl_key_by_key(tmp_path):
     settings = made.settings
     assert settings["data"] == "d.jsonl" and settings["learning_rate"] == 2e-4
     assert (settings["per_device_train_batch_size"], settings["num_train_epochs"]) == (2, 1)
-    assert "says no" in made.left["load_in_8bit"] and "padded" in made.left["sample_packing"]
+    assert "says no" in made.left["load_in_8bit"]
+    assert settings["packing"] is True and "do not see" in made.used["sample_packing"]
+
+
+@pytest.mark.parametrize("text, more, settings, told", [
+    (FACTORY, {"packing": True}, {"packing": True}, {"packing": "as with neat_packing"}),
+    (FACTORY, {"packing": True, "neat_packing": True, "group_by_length": True}, {"packing": True},
+     {"packing": "do not see", "neat_packing": "do not see", "group_by_length": "as long"}),
+    (FACTORY, {"packing": False, "group_by_length": True}, {"group_by_length": True},
+     {"packing": "says no", "group_by_length": "group_by_length=True"}),
+    (FACTORY, {"stage": "pt", "packing": True, "group_by_length": True}, {},
+     {"packing": "end to end", "group_by_length": "end to end"}),
+    (FACTORY, {"stage": "pt", "packing": True, "neat_packing": True}, {"packing": True},
+     {"packing": "do not see"}),
+    (FACTORY, {"stage": "dpo", "packing": True}, {}, {"packing": "not packed"}),
+    (AXOLOTL, {"group_by_length": True}, {"packing": True}, {"group_by_length": "as long"}),
+    (AXOLOTL, {"sample_packing": False, "group_by_length": True}, {"group_by_length": True},
+     {"sample_packing": "says no"}),
+    (AXOLOTL, {"rl": "dpo"}, {}, {"sample_packing": "not packed"})])
+def test_how_rows_stand_together_is_as_they_say(tmp_path, talks, text, more, settings, told):
+    made = read(tmp_path, text, **more)
+    found = {k: made.settings[k] for k in ("packing", "group_by_length") if k in made.settings}
+    assert found == settings and not made.refused
+    said = {**made.used, **made.left}
+    assert all(why in said[key] for key, why in told.items()), said
 
 
 @pytest.mark.parametrize("text", [FACTORY, AXOLOTL])

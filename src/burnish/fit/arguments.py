@@ -39,7 +39,7 @@ OWN_ALIASES = {
     "model_max_length": "max_length",
     "target_modules": "targets", "lora_target": "targets",
     "resume_from_checkpoint": "resume",
-    "torch_dtype": "dtype",
+    "torch_dtype": "dtype", "sample_packing": "packing", "neat_packing": "packing",
     "caption_dropout_rate": "proportion_empty_prompts", "min_snr_gamma": "snr_gamma",
     "caption_column": "text",
     "text_column": "text", "label_column": "label", "image_column": "image",
@@ -102,6 +102,8 @@ class Options:
     shots, group: of instruction tuning: so many examples of one task in one sequence, of which each
         answer is learnt, and the column that says which task an example is of
         (:mod:`burnish.fit.shots`).
+    packing: of language modelling and instruction tuning: several rows in one sequence of
+        max_length tokens, none of which sees another (:mod:`burnish.fit.packs`).
     group_by_length: batches of rows of like length, so that less of them is filled up
         (:class:`burnish.fit.order.Alike`).
     max_length: longest row in tokens.  max_seconds: how much of a sound is heard.
@@ -153,6 +155,7 @@ class Options:
     max_answer: int | None = None
     shots: int | None = None
     group: str | None = None
+    packing: bool | None = None
     group_by_length: bool = False
     max_length: int | None = None
     max_seconds: float | None = None
@@ -189,7 +192,7 @@ class Options:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
         names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
                  "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
-                 "shots", "instance_prompt", "proportion_empty_prompts", "resolution",
+                 "shots", "packing", "instance_prompt", "proportion_empty_prompts", "resolution",
                  "guidance_scale", "num_inference_steps", "snr_gamma", "points")
         return {n: getattr(self, n) for n in names}
 

@@ -42,7 +42,7 @@ NAMES = {
         "save_total_limit", "adam_beta1", "adam_beta2", "adam_epsilon",
         "label_smoothing_factor", "dataloader_num_workers", "ddp_timeout",
         "trust_remote_code", "report_to", "load_best_model_at_end", "metric_for_best_model",
-        "early_stopping_patience", "group_by_length")},
+        "early_stopping_patience")},
 }
 _SPEED, _THEIRS = "how fast, not what", "a matter of theirs"
 LEFT = {
@@ -64,9 +64,8 @@ LEFT = {
         "hub_model_id", "push_to_hub", "hub_strategy", "do_eval", "lora_fan_in_fan_out",
         "loss_watchdog_threshold", "loss_watchdog_patience", "mlflow_experiment_name",
         "use_tensorboard", "shuffle_merged_datasets"), _THEIRS),
-    **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "packing",
-                     "neat_packing"), "rows are padded to the longest of their batch; a batch is "
-                                     "so many rows, not so many full lengths"),
+    "eval_sample_packing": "rows that are looked at stand each by itself",
+    "pad_to_sequence_len": "a sequence is filled up to the longest of its batch",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp", "fsdp_version"),
                     "--shard fsdp2 spreads a model over processes"),
     **dict.fromkeys(("template", "enable_thinking"),

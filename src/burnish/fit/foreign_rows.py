@@ -14,6 +14,8 @@ from ..formats import safe
 USUAL = {"message_field_role": "role", "message_field_content": "content", "train_on_eos": "turn",
          "message_property_mappings": {"role": "role", "content": "content"},
          "roles_to_train": ["assistant"], "chat_template": "tokenizer_default"}
+#: keys by which rows share a sequence
+PACKING = ("packing", "neat_packing", "sample_packing")
 
 
 class Left(Exception):
@@ -130,6 +132,36 @@ class Told:
         told = {"alpaca": "; the tokenizer's own chat template is written around a row, not "
                           "Alpaca's words", "completion": "; documents are read end to end"}
         return f"data={where}{told.get(kind, '')}"
+
+    # -- how rows stand together ---------------------------------------------------------------
+    def key_neat_packing(self, value: Any) -> str:
+        return self._packs(value)
+
+    def key_sample_packing(self, value: Any) -> str:
+        return self._packs(value)
+
+    def key_packing(self, value: Any) -> str:
+        """LLaMA-Factory's, whose rows see each other unless neat_packing is said too."""
+        if self.config.get("stage") == "pt" and not self.config.get("neat_packing"):
+            raise Left("documents are read end to end, and cut into rows of max_length")
+        told = self._packs(value)
+        return told if self.config.get("neat_packing") else f"{told}, as with neat_packing"
+
+    def _packs(self, value: Any) -> str:
+        if not value:
+            raise Left("says no")
+        if self.config.get("rl") or self.config.get("stage") == "dpo":
+            raise Left("pairs of answers are not packed")
+        self.settings["packing"] = True
+        return "packing=True; rows of a sequence do not see each other"
+
+    def key_group_by_length(self, value: Any) -> str:
+        if value and any(self.config.get(k) for k in PACKING):
+            raise Left("packed sequences are all about as long")
+        if value and self.config.get("stage") == "pt":
+            raise Left("documents are read end to end, and their rows are all as long")
+        self.settings["group_by_length"] = value
+        return f"group_by_length={value}"
 
     def key_max_samples(self, value: Any) -> str:
         raise Left("all rows are read")              # unless close finds that there are more

@@ -308,6 +308,7 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
                     "data": self.fingerprint, "recipe": str(self.tuned.recipe),
                     "seed": self.args.seed, "processes": self.args.world_size,
                     "rows": self._rows(), "order": self.args.train_sampling_strategy,
+                    "samples": len(self.train_dataset),
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
                     "scaler": scaler.state_dict() if scaler is not None else None,
@@ -336,12 +337,14 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
         kept = state.load_tree(folder, "loop")
         # the order of rows does not know how many processes share the rows of an update
         shared = "rows" if "rows" in kept else "processes"
+        unsaid = {"order": self.args.train_sampling_strategy, "samples": len(self.train_dataset)}
+        older = unsaid | {"order": "random"}                   # of checkpoints that do not say it
         for what, now in (("recipe", str(self.tuned.recipe)), ("data", self.fingerprint),
-                          ("seed", self.args.seed), ("order", self.args.train_sampling_strategy),
+                          ("seed", self.args.seed), *unsaid.items(),
                           (shared, self._rows() if shared == "rows" else self.args.world_size)):
-            if kept.get(what, "random") != now:          # older ones name no order
-                raise FormatError(f"{folder} belongs to another run: its {what} is "
-                                  f"{kept.get(what, 'random')!r}, this run's is {now!r}")
+            if (was := kept.get(what, older.get(what))) != now:
+                raise FormatError(f"{folder} belongs to another run: its {what} is {was!r}, "
+                                  f"this run's is {now!r}")
         tensors = safe.load_file(folder / "adapter_model.safetensors")
         put(self.tuned, tensors, str(folder))
         file = folder / "buffers.safetensors"

@@ -31,6 +31,7 @@ from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
 from .order import by_length
+from .packs import exact, packable
 from .pipelines import usual_task
 from .places import check_local, check_served, suited
 from .processes import alone, sayer, settle, spread
@@ -166,6 +167,7 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         with transformers_errors():
             transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
     by_itself(first.task, recipe, memory, own.shots)
+    packable(own, args, recipe, first, named)
     by_length(first.task, own.group_by_length, recipe)
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
@@ -325,6 +327,8 @@ def _train(tuned: Tuned, tasks: dict[str, Task], name: str, promise: MemoryRepor
             tuned.total_steps = total_steps(trainer)
             with trainer.accelerator.autocast():
                 task.ready(tuned, trainer.args.device, arguments.per_device_eval_batch_size)
+                if own.packing:
+                    exact(tuned, task, arguments.per_device_train_batch_size, trainer.args.device)
             trainer.train(resume_from_checkpoint=str(here) if here else None)
             peak = max(peak, process_peak())
             if stop.asked is not None:

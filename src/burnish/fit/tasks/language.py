@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .. import words
+from .. import packs, words
 from ..rows import Documents, OneByOne, Rows, Turns
 from ..shots import Shots
 from .base import Batch
@@ -36,8 +36,14 @@ class Written(Textual):
 
 
 class LanguageModelling(Written):
-    """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length."""
+    """``input_ids``, ``labels`` (B, T): documents end to end, cut into rows of max_length.
 
+    ``packing``: rows that are read to be learnt stand in sequences of max_length tokens, with
+    ``position_ids`` (B, T), and none sees another (:mod:`burnish.fit.packs`); documents are then
+    each by itself, also where they are looked at.
+    """
+
+    settings = ("packing",)
     unlike = False
     usual_length = 512
     counts_items = True
@@ -47,14 +53,37 @@ class LanguageModelling(Written):
 
         prepare_tokenizer(self.processor)
 
+    @property
+    def packing(self) -> bool:
+        return bool(self.how.get("packing"))
+
+    def settle(self, model: nn.Module) -> None:
+        super().settle(model)
+        if self.packing:
+            packs.takes_places(model)
+            model.config.use_cache = False               # with it no model looks where rows begin
+
     def make(self, split: str) -> Rows:
-        return Documents(self.data.splits[split], self.processor, self.max_length or 512)
+        rows, size = self.data.splits[split], self.max_length or 512
+        if self.packing:
+            return self.packed(split, packs.Pieces(rows, self.processor, size))
+        return Documents(rows, self.processor, size)
+
+    def packed(self, split: str, alone: Rows) -> Rows:
+        """The rows of a split, in sequences where they are to be learnt."""
+        if not self.packing or split != "train":
+            return alone
+        made = packs.Packed(alone, int(self.max_length or 512), self.seed)
+        self.tell(split, made.notes)
+        return made
 
     def singly(self, split: str) -> Rows:
         return OneByOne(self.data.splits[split], lambda some: Documents(
             some, self.processor, self.max_length or 512))
 
     def together(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        if "position_ids" in rows[0]:
+            return packs.together(rows, self.processor.pad_token_id)
         return pad_tokens(rows, self.processor.pad_token_id)
 
     def loss(self, outputs: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -88,7 +117,7 @@ class InstructionTuning(LanguageModelling):
 
     unlike = True
     usual_length = None
-    settings = ("shots",)
+    settings = ("shots", "packing")
 
     def make(self, split: str) -> Rows:
         shots = int(self.how.get("shots", 1))
@@ -96,10 +125,11 @@ class InstructionTuning(LanguageModelling):
             self.data.splits[split], self.processor, self.max_length, self.data.where.get(split),
             shots=shots, seed=self.seed, again=split == "train", keys=self.data.keys)
         self.tell(split, made.notes)
-        return made
+        return self.packed(split, made)
 
     def singly(self, split: str) -> Rows:
-        return self.rows(split) if self.how.get("shots", 1) == 1 else self._turns(split)
+        alone = self.how.get("shots", 1) == 1 and not self.packing
+        return self.rows(split) if alone else self._turns(split)
 
     def _turns(self, split: str) -> Turns:
         return Turns(self.data.splits[split], self.processor, self.max_length,
