@@ -17,6 +17,7 @@ from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.fit.passing import Passing
 from burnish.memory import measure, simulate
+from burnish.methods.controller.uds import PASSES, SURER
 from burnish.testing.models import tiny
 
 LR = 0.1
@@ -226,6 +227,60 @@ def test_it_goes_on_where_it_stood():
     assert first.timeline.told()["uds"]["seen"] == 30
 
 
+# -- of a classifier ------------------------------------------------------------------------------
+def classified(passes, clear, best=2, every=6):
+    """(the handle, mean probability of the likeliest class over those kept and over all) after so
+    many passes over rows of which every third is `clear`, in a classifier that stays as it is."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    tuned = burnish.tune(net, f"full + uds(best={best}, alpha=0.0) + sgd", head=True)
+    tuned.optimizer(0.0)
+    sums = torch.zeros(2, dtype=torch.float64)
+    g = torch.Generator().manual_seed(2)
+    for _ in range(passes):
+        x = torch.randn(every, 4, generator=g, dtype=torch.float64)
+        x[::3] *= clear
+        z = (x @ net.weight.t() + net.bias).detach()
+        p = (z.exp() / z.exp().sum(1, keepdim=True)).max(1).values
+        kept = z.norm(dim=1).argsort(descending=True)[:best]
+        sums += torch.stack([p[kept].mean(), p.mean()])
+        tuned.step((x, torch.zeros(every, dtype=torch.long)),
+                   lambda out, b: nn.functional.cross_entropy(out, b[1]))
+    return tuned, (sums / passes).tolist()
+
+
+def test_a_classifier_whose_surest_rows_are_kept_is_told_once():
+    with pytest.warns(UserWarning, match="keeps what this classifier knows") as told:
+        tuned, (mine, pool) = classified(PASSES, 20.0)
+    assert mine - pool > SURER and len(told) == 1
+    assert f"{mine:.0%} on average of the {2 * PASSES} rows that trained and {pool:.0%} of all " \
+           f"{6 * PASSES}" in str(told[0].message)
+    assert tuned.timeline.told()["uds"]["confidence"] == pytest.approx(
+        {"seen": pool, "trained": mine}, abs=1e-4)
+    with pytest.warns(UserWarning, match="keeps what") as told:
+        classified(3 * PASSES, 20.0)
+    assert len(told) == 1
+
+
+def test_nothing_is_said_before_it_is_known_or_where_all_are_as_sure(recwarn):
+    classified(PASSES - 1, 20.0)
+    _, (mine, pool) = classified(PASSES, 0.5)
+    assert 0 < mine - pool < SURER
+    net, batches = start()
+    tuned, _ = tuned_on(net, "uds(best=2, alpha=0.0)", batches * 3)
+    assert "confidence" not in tuned.timeline.told()["uds"], "a row a token: length is not sureness"
+    assert not recwarn.list
+
+
+def test_how_sure_it_was_is_kept_with_a_run():
+    tuned, _ = classified(5, 20.0)
+    said = tuned.timeline.told()
+    state = tuned.timeline.state()
+    tuned.optimizer(0.0)
+    tuned.timeline.load(state)
+    assert tuned.timeline.told() == said
+
+
 # -- of a language model --------------------------------------------------------------------------
 def prompted(n=4):
     net, batch = tiny("llama")
@@ -342,7 +397,9 @@ def test_a_run_trains_on_what_it_keeps_and_says_so(tmp_path):
                 max_steps=4, quiet=True, report=False, test=False, measure=False, validation=0,
                 processor=Picture(8, 8, (0.5,), (0.5,)))
     told = json.loads((tmp_path / "run.json").read_text())
-    assert told["told"]["uds"] == {"seen": 32, "trained": 12}
+    said = told["told"]["uds"]
+    assert (said["seen"], said["trained"]) == (32, 12)
+    assert 0.1 < said["confidence"]["seen"] <= said["confidence"]["trained"] < 1
 
 
 # -- refusals -------------------------------------------------------------------------------------

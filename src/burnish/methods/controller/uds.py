@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -17,6 +19,9 @@ from ..objective.distill import counted, logits_of
 if TYPE_CHECKING:
     from ...core.protocols import Pass, Tuned
 
+#: passes of a classifier after which it is said that the surest rows are kept, and how much surer
+#: they must be: the mean probability of the likeliest class, of those kept less of all
+PASSES, SURER = 16, 0.1
 TOLD = "of two samples the same one is taken whatever it is: tests/methods/test_uds.py"
 
 
@@ -39,6 +44,11 @@ class Uds(Method):
     Sketches have the distances of the logits. ``legacy_scale`` multiplies them by sqrt(L V) / 2, as
     the authors' code does by leaving out the Fourier transform's scale, which their strength of
     0.0025 (0.0015 for MMLU) is of. The default is the same at their L = 512, V = 152,064.
+
+    Of a classifier Z_i is one row, so that ``||Z_i||_*`` is its length, which grows as the model
+    is surer: what is kept are the rows it knows (docs/letters/selection.md: 31 % right after it, 59
+    % after all rows). A run tells how sure it was of those kept and of all (``confidence``), and
+    warns where they are far apart.
 
     Departures: prompts and padding do not score, dropout is off while it looks, and answers may
     have any length. Several processes choose each among their own.
@@ -92,15 +102,16 @@ class Choosing:
         self.method, self.tuned = method, tuned
         self.sketch = Sketch(method.sketch_rows, method.sketch_columns, method.seed)
         self.recent = Recent(method.buffer)
-        self.seen = self.kept = 0
+        self.seen = self.kept = self.passes = 0
+        self.sure = 0.0, 0.0                             # of all samples, of those that trained
 
     def around_step(self, step: Pass) -> Iterator[None]:
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor, Tensor | None]] = []
         step.probe(grads=False, evaluate=True, of=lambda run: self._look(run, found))
         if not found:
             raise ConfigError("uds: the forward of this pass was not seen: it is not the tuned "
                               "model's own")
-        scores, sketches = found[0]
+        scores, sketches, sure = found[0]
         many, keep = len(scores), min(self.method.best, len(scores))
         rows = list(range(keep)) if isinstance(scores, FakeTensor) else sorted(
             scores.sort(descending=True, stable=True).indices[:keep].tolist())
@@ -108,11 +119,28 @@ class Choosing:
             step.narrow(rows)
         self.recent.add(sketches[rows])
         self.seen, self.kept = self.seen + many, self.kept + keep
+        if sure is not None and not isinstance(sure, FakeTensor):
+            self._sure(float(sure.sum()), float(sure[rows].sum()))
         found.clear()
-        del scores, sketches
+        del scores, sketches, sure
         yield
 
-    def _look(self, run: Any, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _sure(self, all_of_them: float, kept: float) -> None:
+        """How sure a classifier was of a pass's samples, summed; a warning, once."""
+        self.passes += 1
+        self.sure = self.sure[0] + all_of_them, self.sure[1] + kept
+        if self.passes != PASSES:
+            return
+        pool, mine = (s / n for s, n in zip(self.sure, (self.seen, self.kept), strict=True))
+        if mine - pool > SURER:
+            warnings.warn(
+                f"uds keeps what this classifier knows: in {PASSES} passes the likeliest class has "
+                f"{mine:.0%} on average of the {self.kept} rows that trained and {pool:.0%} of all "
+                f"{self.seen}. One row of logits scores by its length, which grows as a model is "
+                "surer; leave uds out, or keep more (best), or weigh the distance more (alpha)",
+                UserWarning, stacklevel=2)
+
+    def _look(self, run: Any, found: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
         """Scores and sketches of the samples; what is returned stands for the loss."""
         logits = logits_of(run.outputs, "uds").detach()
         if logits.dim() not in (2, 3):
@@ -126,16 +154,27 @@ class Choosing:
         if self.method.legacy_scale:
             sketches = sketches * (math.sqrt(logits[0].numel()) / 2)
         far = self.recent.far(sketches)
-        found.append((sizes + self.method.strength * far, sketches))
+        sure = None
+        if logits.dim() == 2 and logits.shape[1] > 1:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            sure = logits.softmax(-1, dtype=wide).amax(-1)
+        found.append((sizes + self.method.strength * far, sketches, sure))
         return far.sum()
 
     def told(self) -> Mapping[str, Any]:
-        """How many samples were looked at, and how many trained."""
-        return {"seen": self.seen, "trained": self.kept}
+        """How many samples were looked at, and how many trained; how sure a classifier was of
+        either, on average."""
+        told: dict[str, Any] = {"seen": self.seen, "trained": self.kept}
+        if self.passes:
+            told["confidence"] = {"seen": round(self.sure[0] / self.seen, 4),
+                                  "trained": round(self.sure[1] / self.kept, 4)}
+        return told
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {**self.recent.state(), "seen": self.seen, "kept": self.kept}
+        return {**self.recent.state(), "seen": self.seen, "kept": self.kept,
+                "passes": self.passes, "sure": self.sure}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.recent.load(dict(state))
         self.seen, self.kept = state["seen"], state["kept"]
+        self.passes, self.sure = state["passes"], tuple(state["sure"])
