@@ -70,9 +70,10 @@ def lines(report: Any) -> Iterator[Row]:
 
 def belongs(cls: type) -> bool:
     """What its source says: it is of a stream of tasks. (Without forgetting by another's name,
-    `distill` is of a teacher.)"""
+    `distill` is of a teacher. Styles of pictures that are drawn have a page of their own.)"""
     paper = getattr(cls, "paper", "")
-    return bool(re.search(r"continual|forgetting in|class incremental", paper, re.IGNORECASE))
+    return "Continual Style" not in paper and bool(
+        re.search(r"continual|forgetting in|class incremental", paper, re.IGNORECASE))
 
 
 def how(learner: str, recipe: str = RECIPE) -> str:
