@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.continual.plane import plane
 from torch import nn
 
@@ -128,6 +130,140 @@ def test_answers_to_the_first_task_stay():
     assert found.samples == 0 and found.parameters == 8 * 64 + 64 + 4 * 64 + 4 + 64 + 64 * 64
 
 
+class Watched(Hlop):
+    """Writes down what it is trained on, and what the first layer hears afterwards."""
+
+    def begin(self, study):
+        super().begin(study)
+        self.steps, self.heard, self.hearing = [], [], False
+        self.tuned.model[0].register_forward_pre_hook(self.write)
+
+    def write(self, layer, args):
+        if self.hearing:
+            assert not any(m.training for m in self.tuned.model.modules())
+            self.heard.append(args[0].clone())
+
+    def loss(self, z, given, t):
+        self.steps.append((given.inputs, given.labels, self.allowed(given, t)))
+        return super().loss(z, given, t)
+
+    def _hear(self, rows, t):
+        self.hearing = True
+        super()._hear(rows, t)
+        self.hearing = False
+
+
+def wide(stream, *more):
+    """The same in float64, with what more a network has behind its first layer."""
+    def network():
+        first, *rest = stream.model()
+        return nn.Sequential(first, *more, *rest).double()
+
+    return dataclasses.replace(stream, model=network,
+                               collate=lambda rows: torch.stack(rows).double())
+
+
+def test_training_of_a_second_task_is_the_equation():
+    """Update for update, with neurons that are no basis yet: W + dW - dW H^T H."""
+    stream, one = wide(apart()), Watched(neurons=0.5, passes=2)
+    one.begin(Study(stream, parse("full"), stream.training, 0))
+    one.learn(0)
+    assert one.last == {}                            # no copy of the model outlives a task
+    net = stream.model()
+    net.load_state_dict(dict(one.tuned.named_parameters()))
+    H = {n: lateral.H.clone() for n, (_, lateral) in one.lateral.items()}
+    assert set(H) == {"0.weight", "2.weight"}
+    assert all((h @ h.T - torch.eye(len(h))).abs().max() > 0.05 for h in H.values())
+    one.steps.clear()
+    one.learn(1)
+    rate = stream.training.rate
+    rule = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0)
+    for i, (x, y, allowed) in enumerate(one.steps):
+        rule.param_groups[0]["lr"] = rate * (1 - i / len(one.steps))
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        rule.zero_grad()
+        F.cross_entropy(net(x).masked_fill(~allowed, -torch.inf), y).backward()
+        rule.step()
+        with torch.no_grad():
+            for n, p in net.named_parameters():
+                dW = p - before[n]
+                p.copy_(before[n] + dW - dW @ H[n].T @ H[n] if n in H else before[n])
+    for n, p in one.tuned.named_parameters():
+        torch.testing.assert_close(p, dict(net.named_parameters())[n], rtol=1e-6, atol=1e-8)
+
+
+def test_neurons_hear_each_row_in_every_pass_and_in_orders_that_differ():
+    """What the model is given in evaluation, each task anew; afterwards they hear nothing."""
+    stream = wide(apart(), nn.Dropout(0.5))
+    orders = []
+    for seed in (0, 1):
+        one = Watched(neurons=0.25, passes=3, rate=0.3)
+        one.begin(Study(stream, parse("full"), stream.training, seed))
+        draw = torch.Generator().manual_seed(seed)
+        want = {n: Lateral(place.inp, torch.zeros(1).double())
+                for n, (place, _) in one.lateral.items()}
+        for t in range(2):
+            one.heard.clear()
+            one.learn(t)
+            for lateral in want.values():
+                lateral.grow(lateral.H.shape[1] // 4, draw)
+            rows = torch.stack([x for x, _ in stream.tasks[t].train]).double()
+            passes = torch.cat(one.heard).split(len(rows))
+            assert len(passes) == 3
+            for heard in passes:
+                assert torch.equal(heard.unique(dim=0), rows.unique(dim=0))
+            orders += passes if t == 0 else ()
+            for x in one.heard:
+                want["0.weight"].learn(x, 0.3)
+            torch.testing.assert_close(one.lateral["0.weight"][1].H, want["0.weight"].H)
+            one.logits(rows, None)
+            torch.testing.assert_close(one.lateral["0.weight"][1].H, want["0.weight"].H)
+    assert all(not torch.equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
+
+
+class Pooled(nn.Module):
+    """A layer over places, and one over the mean of those that count."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, attention_mask):
+        counts = attention_mask.unsqueeze(-1)
+        return self.head((torch.tanh(self.each(x)) * counts).sum(1) / counts.sum(1))
+
+
+def test_what_a_mask_hides_changes_nothing():
+    """Two streams that are one but for what lies under the padding."""
+    plain, found = apart(), []
+    for filling in (0.0, 50.0):
+        def collate(rows, filling=filling):
+            x = torch.stack(rows)
+            mask = torch.tensor([1, 0]).expand(len(rows), 2)
+            return {"x": torch.stack([x, torch.full_like(x, filling)], 1), "attention_mask": mask}
+
+        def network():
+            torch.manual_seed(0)
+            return Pooled()
+
+        stream = dataclasses.replace(plain, model=network, collate=collate,
+                                     training=Training(epochs=1, batch=8))
+        one = Hlop(neurons=0.5)
+        one.begin(Study(stream, parse("full"), stream.training, 0))
+        one.learn(0)
+        found.append(one.lateral["each.weight"][1].H)
+    assert found[0].norm() > 0.5
+    torch.testing.assert_close(*found)
+
+
+def test_a_model_that_is_one_layer():
+    stream = dataclasses.replace(apart(), model=lambda: nn.Linear(8, 4), head=False)
+    one = Hlop(neurons=0.5, passes=1)
+    one.begin(Study(stream, parse("full"), stream.training, 0))
+    one.learn(0)
+    assert set(one.lateral) == {"weight"} and one.lateral["weight"][1].H.shape == (4, 8)
+
+
 def opposed(seed=0):
     """The second task's rows carry the first one's cue turned round, beside one of their own."""
     g = torch.Generator().manual_seed(seed)
@@ -198,9 +334,14 @@ def test_padding_teaches_nothing(shape):
 
 
 def test_what_cannot_be_projected_is_refused():
-    for recipe in ("lora(rank=2)", "linear_probe", "bitfit"):
+    for recipe in ("lora(rank=2)", "linear_probe", "bitfit",
+                   "full(targets='0') + lora(rank=2, targets='2')"):
         with pytest.raises(RecipeError, match="linear weights that train whole"):
             run(plane(), recipe, "hlop")
+    with pytest.raises(RecipeError, match="o_lora has its own way through tasks, and so has hlop"):
+        run(plane(), "o_lora", "hlop")
+    with pytest.raises(RecipeError, match="mpt asks each row for its task"):
+        run(plane(), "mpt(tasks=3)", "hlop")
     for bad in ("neurons=0.0", "neurons=2.0", "rate=0.0", "rate=1.5", "passes=0", "compete='all'"):
         with pytest.raises(ConfigError, match="neurons and rate above 0|one of 'seen'"):
             run(plane(), "full", f"hlop({bad})")

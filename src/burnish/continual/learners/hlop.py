@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.choose.hebbian import Lateral
-from ...core.batches import call, moved
+from ...blocks.update.noise import fold
+from ...core.batches import call
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import setting
 from ...core.site import Place
@@ -112,13 +113,13 @@ class Hlop(Learner):
             lateral.grow(max(1, int(self.neurons * place.inp)), self.draw)
         self.tuned.model.eval()
         for k in range(self.passes):
-            for some in batches(rows, self.study.training.batch, 7919 * self.study.seed + k):
+            for some in batches(rows, self.study.training.batch, fold(self.study.seed, t, k)):
                 given = self.given(some, t)
                 keys = {k: v for k, v in given.keys.items() if k in self.keys}
                 mask = given.inputs.get("attention_mask") if isinstance(given.inputs, dict) \
                     else None
                 with self._listening(mask), self.tuned.given(**keys):
-                    call(self.tuned.model, moved(given.inputs, self.device))
+                    call(self.tuned.model, given.inputs)
 
     @contextmanager
     def _listening(self, mask: Tensor | None) -> Iterator[None]:
