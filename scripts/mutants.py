@@ -110,8 +110,10 @@ def subject(name: str) -> Subject:
         sys.exit(f"mutants.toml: {name} is tested by {missing}, which is no file")
     own = [t for t in own if (ROOT / t).is_file()] + more
     named_cells = told.get("cells", {}).get(name)
-    return Subject(name, files[0], tuple(dict.fromkeys(own)),
-                   tuple(cells[:1] if named_cells is None else named_cells.split()),
+    cells = cells[:1] if named_cells is None else named_cells.split()
+    if not own and not cells:
+        sys.exit(f"{name}: no test is known to be of it; name its own in mutants.toml")
+    return Subject(name, files[0], tuple(dict.fromkeys(own)), tuple(cells),
                    told.get("equivalent", {}).get(name, {}))
 
 

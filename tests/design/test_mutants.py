@@ -55,6 +55,12 @@ def test_what_is_no_file_is_said():
     assert done.returncode == 1 and "neither a method's name nor a path" in done.stderr
 
 
+def test_a_file_that_no_test_is_known_of_is_refused():
+    """None of its mutants could be killed, and a survivor would say nothing."""
+    done = run("blocks/__init__", "--list")
+    assert done.returncode == 1 and "blocks/__init__: no test is known to be of it" in done.stderr
+
+
 @dataclass
 class Named:
     name: str
