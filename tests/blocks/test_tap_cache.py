@@ -445,6 +445,25 @@ def test_rows_that_are_no_samples_are_refused():
         cache._check(Who(), torch.zeros(6, 3, 2))
 
 
+@pytest.mark.parametrize("recipe", ["lst(reduction=2)", "sherl"])
+def test_what_puts_tokens_before_samples_has_none_to_keep(recipe, tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=False)
+            self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = torch.nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(0))
+
+    assert burnish.tune(Net(), recipe).model(torch.randn(5, 2, 32)).shape == (2, 3)
+    name, _, rest = recipe.partition("(")
+    rest = f"{rest[:-1]}, " * bool(rest) + f"cache='{tmp_path / 'x'}'"
+    with pytest.raises(RecipeError, match="samples of a batch apart, .*batch_first=False"):
+        burnish.tune(Net(), f"{name}({rest})")
+
+
 def test_settings_that_cannot_act_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="there is none: give cache="):
         burnish.parse("lst(cache_gb=2.0)")
