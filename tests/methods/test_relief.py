@@ -166,7 +166,8 @@ def test_a_ratio_counts_no_further_than_the_clip():
     A = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()
     want = [-1.2, -math.exp(-0.5), math.exp(0.5), 0.8]
     assert surrogate(new, old, A).tolist() == pytest.approx(want)
-    rho = [math.exp(x) for x in new.tolist()]
+    old = torch.tensor([0.1, 0.2, -0.3, 0.4]).double()
+    rho = [math.exp(x) for x in (new - old).tolist()]
     assert drift(new, old) == pytest.approx(sum(r - 1 - math.log(r) for r in rho) / 4)
 
 
@@ -181,6 +182,16 @@ def test_rewards_are_scaled_by_the_deviation_of_returns():
     torch.testing.assert_close(got, want.double(), rtol=1e-6, atol=1e-6)
     R.scaled(r * alive, alive)
     assert R.count == 6
+
+
+def test_rewards_stay_as_they_are_while_no_return_differs():
+    """One graph, or several that gain the same, say nothing of a deviation."""
+    for episodes in (1, 3):
+        r = torch.tensor([[0.5, -0.25]]).double().expand(episodes, 2)
+        got = Returns().scaled(r, torch.ones(episodes, 2).bool())
+        later = torch.tensor([0.5, 0.99 * 0.5 - 0.25]).double().std(unbiased=False)
+        assert torch.equal(got[:, 0], r[:, 0])
+        torch.testing.assert_close(got[:, 1], r[:, 1] / later)
 
 
 @pytest.mark.parametrize("members", [1, 2])

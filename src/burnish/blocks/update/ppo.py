@@ -18,15 +18,16 @@ GAMMA, LAMBDA, CLIP = 0.99, 0.95, 0.2
 def advantages(rewards: Tensor, values: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     """(A, R), each (B, T), of rewards and values (B, T) of episodes whose steps are `alive` (B, T)
     up to their ends; 0 behind them."""
-    ahead, after = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
-    out = torch.zeros_like(rewards)
-    for t in range(rewards.shape[1] - 1, -1, -1):
+    ahead = after = rewards.new_zeros(len(rewards))
+    found = []
+    for t in reversed(range(rewards.shape[1])):
         on = alive[:, t].to(rewards.dtype)
         delta = rewards[:, t] + GAMMA * after - values[:, t]
         ahead = on * (delta + GAMMA * LAMBDA * ahead)
         after = on * values[:, t]
-        out[:, t] = ahead
-    return out, torch.where(alive, out + values, torch.zeros_like(values))
+        found.append(ahead)
+    A = torch.stack(found[::-1], 1)
+    return A, torch.where(alive, A + values, torch.zeros_like(values))
 
 
 def surrogate(new: Tensor, old: Tensor, A: Tensor) -> Tensor:
@@ -43,14 +44,14 @@ def drift(new: Tensor, old: Tensor) -> float:
 
 class Returns:
     """Rewards over the deviation of the discounted returns seen so far,
-    ``R <- gamma R + r`` from 0 in every episode."""
+    ``R <- gamma R + r`` from 0 in every episode; as they are while no return differs."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.spread = 0, 0.0, 0.0
 
     def scaled(self, rewards: Tensor, alive: Tensor) -> Tensor:
         """(B, T) rewards of episodes that ran side by side, after they have been counted."""
-        R, out = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards)
+        R, out = rewards.new_zeros(len(rewards)), torch.zeros_like(rewards)
         for t in range(rewards.shape[1]):
             on = alive[:, t]
             R = torch.where(on, GAMMA * R + rewards[:, t], R)
@@ -59,6 +60,6 @@ class Returns:
                 off = value - self.mean
                 self.mean += off / self.count
                 self.spread += off * (value - self.mean)
-            std = (self.spread / max(1, self.count)) ** 0.5
-            out[:, t] = torch.where(on, rewards[:, t] / (std + 1e-8), out[:, t])
+            std = (self.spread / self.count) ** 0.5 if self.spread else 1.0
+            out[:, t] = torch.where(on, rewards[:, t] / std, out[:, t])
         return out
