@@ -198,12 +198,23 @@ def test_a_gradient_that_is_zero_or_not_finite_moves_nothing():
         for eta in (None, 0.01):
             steps = ascent(p, dict(grads), 0.1, eta)
             assert all(not s.any() for s in steps.values())
+    assert ascent(p, {}, 0.1) == {}
     net, batches = start()
     tuned = burnish.tune(net, "full + sam + sgd", head=True)
     tuned.optimizer(LR)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     tuned.step(batches[0], lambda out, batch: 0.0 * mse(out, batch))
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-4, 1.0, 1e15])
+def test_the_length_of_a_step_is_the_radius_whatever_the_size_of_the_gradient(size):
+    from burnish.blocks.update.elsewhere import ascent
+
+    p = {"w": nn.Parameter(torch.randn(3)), "v": nn.Parameter(torch.randn(2))}
+    steps = ascent(p, {n: size * torch.ones_like(t) for n, t in p.items()}, 0.1)
+    for s in steps.values():
+        torch.testing.assert_close(s, torch.full_like(s, 0.1 / 5 ** 0.5))
 
 
 def test_a_step_below_every_spacing_is_an_error():

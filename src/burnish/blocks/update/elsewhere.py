@@ -17,8 +17,9 @@ def ascent(params: Mapping[str, nn.Parameter], grads: dict[str, Tensor], rho: fl
         e = rho g / ||g||                                 the norm over all tensors together
         e = rho T^2 g / ||T g||,   T = |w| + eta          with `eta`: lengths are relative
 
-    In fp32 (fp64 for fp64 gradients), whatever the scale of g. Zero where the norm is zero or not
-    finite: such a gradient names no direction. Takes `grads` over: they are emptied and written on.
+    In fp32 (fp64 for fp64 gradients), whatever the scale of g, as long as its square is a number
+    there (1e-22 to 1e19). Zero where the norm is zero or not finite: such a gradient names no
+    direction. Takes `grads` over: they are emptied and written on.
     """
     steps = {}
     while grads:
@@ -35,7 +36,7 @@ def ascent(params: Mapping[str, nn.Parameter], grads: dict[str, Tensor], rho: fl
         torch.linalg.vector_norm(g if eta is None else t(n, g).mul_(g)).to(first)
         for n, g in steps.items()]))
     fine = norm.isfinite() & (norm > 0)
-    length = torch.where(fine, rho / norm, 0.0)
+    length = rho / norm
     for n, g in steps.items():
         g.mul_(length.to(g.device, g.dtype))
         if eta is not None:

@@ -31,7 +31,7 @@ def lent(params: Mapping[str, nn.Parameter], gradients: Callable[[], Mapping[str
             for name, g in gradients().items():
                 p = params[name]
                 with torch.no_grad():
-                    x = p.detach().to(accumulator(p.dtype), copy=True)
+                    x = p.detach().to(accumulator(p.dtype))     # p itself, or wider
                     state = states.setdefault(name, rule.init(x))
                     move(rule, [x], [g.to(x.dtype)], {k: [v] for k, v in state.items()}, t,
                          rule.hyper(), lr, rule.weight_decay)
