@@ -57,6 +57,12 @@ def test_the_norm_and_its_gradient():
     for a, b in zip(mine, torch.autograd.grad(dense, [B, A]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert ball.excess(ball.norm_of_chain(B, A), 1e3) == 0
+    experts = torch.stack([B, 3 * B, 0.01 * B]), torch.stack([A, A, A])
+    norms = ball.norm_of_chain(*experts)
+    torch.testing.assert_close(norms, torch.linalg.matrix_norm(experts[0] @ experts[1], 2))
+    beyond = [max(0.0, n - 0.4) ** 2 for n in norms.tolist()]
+    assert beyond[0] and beyond[1] and not beyond[2]
+    assert ball.excess(norms, 0.4).item() == pytest.approx(sum(beyond))
 
 
 def stepped(recipe, model="bert", lr=0.5):

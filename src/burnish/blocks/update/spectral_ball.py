@@ -33,8 +33,8 @@ def chain(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def clip_(left: Tensor, U: Tensor, S: Tensor, bound: float) -> None:
     """The left factor (..., O, R) of a matrix with these singular vectors and values, so changed
-    that the matrix is clipped; one that lies in the ball stays as it is, bit for bit."""
-    less = 1 - (bound / S.clamp_min(torch.finfo(S.dtype).tiny)).clamp_max(1)
+    that the matrix is clipped (bound > 0); one within the ball stays as it is, bit for bit."""
+    less = 1 - (bound / S).clamp_max(1)
     L = _wide(left)
     left.copy_(L - U @ (less.unsqueeze(-1) * (U.mT @ L)))
 
@@ -48,4 +48,4 @@ def norm_of_chain(B: Tensor, A: Tensor) -> Tensor:
     """``||B A||_2`` (...,), with a gradient."""
     U, _, Vt = chain(B, A)
     u, v = U[..., :1], Vt[..., :1, :].mT
-    return ((u.mT @ B.to(u.dtype)) @ (A.to(u.dtype) @ v)).squeeze(-1).squeeze(-1)
+    return ((u.mT @ B.to(u.dtype)) @ (A.to(u.dtype) @ v))[..., 0, 0]
