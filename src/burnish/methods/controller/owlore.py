@@ -10,7 +10,6 @@ from ...blocks.update.live import Draw, LiveBlocks
 from ...blocks.update.rules import AdamW
 from ...blocks.update.step import Subspace
 from ...blocks.update.subspace import SubspaceMap
-from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.recipe import key_of
 from ...core.site import Place, Selection
@@ -54,10 +53,11 @@ class Owlore(Method):
     layers: int = setting(5, "gamma, blocks live at once", alias=("gamma",), least=1)
     every: int = setting(50, "K, updates between draws", alias=("period", "K"), least=1)
     outlier: float = setting(13.0, "how many times its block's mean a score is above",
-                             alias=("M",), unseen="counts are few in a small model: "
-                                                  "tests/methods/test_owlore.py")
-    samples: int = setting(128, "to read before training", unseen="how many samples are read moves "
-                           "counts, not a run of few updates: tests/methods/test_owlore.py")
+                             alias=("M",), above=0.0, unseen="counts are few in a small model: "
+                                                             "tests/methods/test_owlore.py")
+    samples: int = setting(128, "to read before training", least=1,
+                           unseen="how many samples are read moves counts, not a run of few "
+                                  "updates: tests/methods/test_owlore.py")
     rank: int = setting(256, "of the subspace", alias=("r",), least=1)
     refresh: int = setting(100, "T, updates of a matrix between two bases", other=(2,),
                            beside={"every": 9}, alias=("update_proj_gap", "T"), least=1)
@@ -65,11 +65,6 @@ class Owlore(Method):
     seed: int = setting(0, "of the draws")
     state_on_leave: Literal["drop", "cpu", "keep"] = setting(
         "drop", "optimizer state of a block that leaves: freed, moved to the host, or kept")
-
-    def __post_init__(self) -> None:
-        if self.outlier <= 0 or self.samples < 1:
-            raise RecipeError(f"owlore: outlier={self.outlier:g}, samples={self.samples}: expected "
-                              "a factor above 0, and at least 1")
 
     def repeats(self) -> int | None:
         return None
@@ -87,7 +82,7 @@ class Owlore(Method):
         return everything(self, self.layers, anatomy)
 
     def optimizer(self) -> Subspace:
-        return Subspace(map=SubspaceMap(rank=self.rank, kind="svd"), every=self.refresh,
+        return Subspace(map=SubspaceMap(rank=self.rank), every=self.refresh,
                         scale=self.scale, eps_first=True, name="owlore",
                         default=AdamW(eps=1e-6, weight_decay=0.0))
 
@@ -104,4 +99,4 @@ class Owlore(Method):
             if (said := known.get(place.name)) and place.block is not None:
                 held[place.block][0] += said["outliers"]
                 held[place.block][1] += said["entries"]
-        return [many / max(1, of) for many, of in held]
+        return [many / of if of else 0.0 for many, of in held]
