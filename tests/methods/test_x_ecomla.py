@@ -225,6 +225,22 @@ def test_the_divergence_and_its_gradient(masked, monkeypatch):
     assert float(token_kl(t, t)) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("counted", [0, 1, 999])
+def test_divergence_of_half_precision_is_computed_in_fp32(counted):
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(999, 3, generator=g).bfloat16() for _ in range(2))
+    z.requires_grad_(True)
+    mask = None if counted == 999 else torch.arange(999) < counted
+    got = token_kl(z, t, mask)
+    (grad,) = torch.autograd.grad(got, z)
+    p, q = t.float().softmax(-1)[:counted], z.detach().float().softmax(-1)[:counted]
+    want = (p * (p / q).log()).sum() / max(1, counted)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    whole = torch.zeros(999, 3)
+    whole[:counted] = (q - p) / max(1, counted)
+    torch.testing.assert_close(grad.float(), whole, rtol=2**-8, atol=1e-9)
+
+
 def test_a_converted_model_learns_what_its_teacher_says():
     net, batch = llama()
     teacher = copy.deepcopy(net).train()

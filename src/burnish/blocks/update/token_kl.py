@@ -26,14 +26,13 @@ class _TokenKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
         z, t = student.flatten(0, -2), teacher.flatten(0, -2)
         wide = torch.promote_types(student.dtype, torch.float32)
-        m = torch.ones(len(z), device=z.device, dtype=wide) if counts is None \
-            else counts.flatten().to(wide)
-        n, total = m.sum().clamp_min(1), torch.zeros((), device=z.device, dtype=wide)
+        m = z.new_ones(len(z), dtype=wide) if counts is None else counts.flatten().to(wide)
+        n, total = m.sum().clamp_min(1), z.new_zeros((), dtype=wide)
         g = torch.empty_like(z)
         for a in range(0, len(z), ROWS):
             at = slice(a, a + ROWS)
-            q, p = (F.log_softmax(x[at].to(wide), -1) for x in (z, t))
-            total += ((p.exp() * (p - q)).sum(-1) * m[at]).sum()
+            q, p = (F.log_softmax(x[at].to(wide), 1) for x in (z, t))
+            total += ((p.exp() * (p - q)).sum(1) * m[at]).sum()
             g[at] = (q.exp() - p.exp()) * (m[at] / n).unsqueeze(1)
         ctx.save_for_backward(g.view_as(student))
         return total / n
