@@ -67,6 +67,27 @@ def test_a_step_that_unscales_by_itself_is_cut_at_the_scaled_length():
         torch.testing.assert_close(p.grad / 1024, want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("norm", [0.5, 1e3])
+def test_parts_count_with_those_that_other_processes_hold(norm, monkeypatch):
+    from burnish.blocks.update import clip
+
+    (first, part, last), elsewhere = gradients(), torch.linspace(1, 2, 5, dtype=F64)
+    ps = [nn.Parameter(torch.zeros_like(G)) for G in (first, part, last)]
+    for p, G in zip(ps, (first, part, last), strict=True):
+        p.grad = G.clone()
+    monkeypatch.setattr(clip, "is_sharded", lambda t: t is ps[1])
+    monkeypatch.setattr(clip, "gathered", lambda n: n if n != part.norm() else
+                        torch.linalg.vector_norm(torch.cat([part, elsewhere])))
+    wants, length = by_hand([first, torch.cat([part, elsewhere]), last], C=norm)
+    found = clip.cut_together_(ps, norm)
+    assert float(found) == pytest.approx(length, rel=1e-12)
+    for p, want in zip(ps, wants, strict=True):
+        torch.testing.assert_close(p.grad.flatten(), want.flatten()[:p.numel()], rtol=1e-10, atol=0)
+    alone = [nn.Parameter(torch.zeros_like(first))]
+    alone[0].grad = first.clone()
+    assert float(clip.cut_together_(alone, norm)) == pytest.approx(float(first.norm()))
+
+
 # -- gradients that never exist together ----------------------------------------------------------
 @pytest.mark.parametrize("c, C", [(0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.0, 1e3), (0.3, 1e3)])
 def test_two_backwards_are_the_formulas_in_their_order(c, C):

@@ -25,8 +25,7 @@ def widened(slices: Sequence[Tensor], spans: Spans) -> tuple[list[Tensor], Tenso
     wide = accumulator(slices[0].dtype)
     if slices[0].dtype == wide:
         return list(slices), None
-    n = sum(hi - lo for lo, hi in spans)
-    flat = torch.empty(n, dtype=wide, device=slices[0].device)
+    flat = slices[0].new_empty(sum(s.numel() for s in slices), dtype=wide)
     out = split(flat, spans)
     torch._foreach_copy_(out, list(slices))
     return out, flat
@@ -70,7 +69,8 @@ class Stochastic(Numerics):
 
     def save(self, ws: list[Tensor], states: States, spans: Spans, xs: list[Tensor],
              flat: Tensor | None, noise: Callable[[], Streams], turn: int) -> None:
-        if ws[0].dtype == torch.bfloat16 and flat is not None:
+        if ws[0].dtype == torch.bfloat16:
+            assert flat is not None                  # they have been widened
             flat = stochastic_bf16(flat, halves(noise(), spans, turn, flat.device))
             torch._foreach_copy_(ws, split(flat, spans))
         else:
@@ -110,8 +110,9 @@ class Kahan(Numerics):
     def save(self, ws: list[Tensor], states: States, spans: Spans, xs: list[Tensor],
              flat: Tensor | None, noise: Callable[[], Streams], turn: int) -> None:
         cs = self.own(states, spans)
-        if cs is None or flat is None:
+        if cs is None:
             return super().save(ws, states, spans, xs, flat, noise, turn)
+        assert flat is not None                      # half precision has been widened
         old = widened(ws, spans)[1]
         y = flat.copy_(flat.sub_(old).to(ws[0].dtype))
         torch._foreach_copy_(ws, split(old + y, spans))

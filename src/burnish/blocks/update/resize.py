@@ -51,7 +51,7 @@ def resize(p: nn.Parameter, dim: int, keep: Tensor | None = None, fresh: Tensor 
     p.grad = None
     # a graph that is still alive (a loss somebody holds) keeps the parameter's place in graphs, and
     # that place its old shape; another dtype in between makes it a new one
-    p.data = made.new_empty(0, dtype=torch.float32 if made.dtype != torch.float32
+    p.data = made.new_empty((), dtype=torch.float32 if made.dtype != torch.float32
                             else torch.float64)
     p.data = made
     p.grad = grad

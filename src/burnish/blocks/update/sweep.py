@@ -27,7 +27,8 @@ State = dict[str, Any]
 
 
 def strip(device: torch.device) -> int:
-    """Elements worked on at a time: buffers of 1 MiB on a CPU, which its last cache holds."""
+    """Elements worked on at a time: buffers of 1 MiB on a CPU, which its last cache holds, and of
+    32 MiB elsewhere."""
     return 1 << (18 if device.type == "cpu" else 23)
 
 
@@ -74,7 +75,9 @@ def moved(rule: Rule, codec: Codec, b: Bunch, xs: list[Tensor], gs: list[Tensor]
     parts = {s: [state_parts(state, s) for state in b.states] for s in rule.states}
     held = {s: codec.load(parts[s], b.spans) for s in parts}
     move(rule, xs, gs, {s: values for s, (values, _) in held.items()}, t, group, lr, decay)
-    while held and not codec.view:
+    if codec.view:                                   # changed in place
+        return
+    while held:
         s, (values, flat) = held.popitem()
         codec.save(parts[s], b.spans, values, flat,
                    [CounterNoise(seed, f"{n}/{s}") for n in b.names], t)
