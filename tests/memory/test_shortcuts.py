@@ -19,10 +19,13 @@ module = import_module("burnish.memory.simulate")
 
 @pytest.mark.parametrize("recipe", ["snella(rank=4)", "snell(rank=4)", "dora(rank=2)",
                                     "full + adam8bit", "full + galore(rank=4)",
-                                    "full + galore(rank=4) + adam8bit"])
+                                    "full + galore(rank=4) + adam8bit",
+                                    "full + mezo", "full + mezo(mode='in_place')",
+                                    "full + zo(rule='adam')", "full + mezo_svrg"])
 def test_panels_and_strips_that_are_not_run_cost_what_the_second_did(recipe, monkeypatch):
     """Many panels of which the last is narrower: the same peak, bytes and time."""
     monkeypatch.setattr("burnish.blocks.update.composed.strip", lambda device: 64)
+    monkeypatch.setattr("burnish.blocks.update.scratch.strip", lambda device: 64)
     monkeypatch.setattr("burnish.blocks.weight.panels.PANEL", 3 * 24)
     monkeypatch.setattr("burnish.blocks.weight.tiled.PANEL", 3 * 24)
     model = nn.Sequential(nn.Linear(35, 24), nn.ReLU(), nn.Linear(24, 24), nn.Linear(24, 2))

@@ -27,6 +27,7 @@ from ..core.words import honours, why
 from .around import Each, Pass, Some, probe
 from .check import check_gradients
 from .objectives import Objectives
+from .room import allowing
 from .spread import check_own, watch
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class Steps:
         self.tuned.check_plain()
         opt = self.optimizer or self.tuned.optimizer()
         if getattr(opt, "zeroth_order", False):      # evaluations instead of a backward
-            with without_cache(self.tuned.model):
+            with without_cache(self.tuned.model), allowing(self.tuned.state.room, 0):
                 return self._evaluate(opt, batch, loss)
         opt.zero_grad(set_to_none=True)
         value = self.backward(batch, loss, 1.0)

@@ -222,17 +222,18 @@ def quick_distances(ledger: Ledger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_runs(ledger: Ledger) -> Iterator[None]:
-    """Panels of a product, strips of an update and chunks of a loss are of one size but for the
-    last, and take the same operators. The first two and the last are run; where the second leaves
-    nothing behind, its costs stand for those between, and none of them can be a higher moment than
-    it was."""
+    """Panels of a product, strips of an update or of noise and chunks of a loss are of one size but
+    for the last, and take the same operators. The first two and the last are run; where the second
+    leaves nothing behind, its costs stand for those between, and none of them can be a higher
+    moment than it was."""
     from ..blocks.tape import chunked
-    from ..blocks.update import composed, subspace
+    from ..blocks.update import composed, scratch, subspace, zeroth, zoo
     from ..blocks.weight.panels import Panels
 
     with contextlib.ExitStack() as undo:
         for owner, name in ((Panels, "ranges"), (composed.Composed, "_slices"),
-                            (composed, "panels"), (subspace, "panels"), (chunked, "spans")):
+                            (composed, "panels"), (subspace, "panels"), (chunked, "spans"),
+                            (scratch, "strips"), (zeroth, "strips"), (zoo, "strips")):
             original = getattr(owner, name)
 
             def few(*args: Any, original: Any = original) -> Iterator[tuple[int, int]]:

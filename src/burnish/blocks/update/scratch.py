@@ -6,7 +6,7 @@ each parameter is found out by one plain evaluation (:class:`Callers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
@@ -27,14 +27,18 @@ def strip(device: torch.device) -> int:
     return 1 << (18 if device.type == "cpu" else 20)
 
 
+def strips(n: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """``[lo, hi)`` of each strip of n elements."""
+    size = strip(device)
+    return ((lo, min(lo + size, n)) for lo in range(0, n, size))
+
+
 def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
               noise: type[CounterNoise] = CounterNoise) -> Tensor:
     """out <- p + scale z, in slices; `out` may be `p` itself."""
     stream = noise(seed, name)
     here, there = in_memory_order(p)[0].reshape(-1), in_memory_order(out, like=p)[0].view(-1)
-    size = strip(p.device)
-    for lo in range(0, p.numel(), size):
-        hi = min(lo + size, p.numel())
+    for lo, hi in strips(p.numel(), p.device):
         z = stream.normal(hi - lo, lo, device=p.device).to(accumulator(p.dtype))
         if p.dtype == z.dtype:
             torch.add(here[lo:hi], z, alpha=scale, out=there[lo:hi])

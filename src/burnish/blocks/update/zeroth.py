@@ -44,7 +44,7 @@ from .noise import STREAM, STREAMS, ScalarLog, as_fp32, fold
 from .numerics import NUMERICS
 from .objective import OnWeights, Riding
 from .precise import Evaluation, NotFinite, host_float, no_value, widened
-from .scratch import Callers, Evaluate, Scratch, perturbed, strip
+from .scratch import Callers, Evaluate, Scratch, perturbed, strips
 from .step import Plan
 from .subspace import in_memory_order
 
@@ -379,9 +379,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if state:
             self.state[p] = state
         stream, low = self.moves(seed, name), self.noise(seed, f"{name}/round")
-        size = strip(w.device)
-        for lo in range(0, w.numel(), size):
-            hi = min(lo + size, w.numel())
+        for lo, hi in strips(w.numel(), w.device):
             x = numerics.read(w, state, lo, hi)
             if keep != 1.0:
                 x.mul_(keep)

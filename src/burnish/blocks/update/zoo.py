@@ -27,7 +27,7 @@ from .numerics import NUMERICS
 from .plan import Plan
 from .precise import host_float
 from .rules import Rule, accumulator
-from .scratch import Evaluate, Scratch, strip
+from .scratch import Evaluate, Scratch, strip, strips
 from .subspace import in_memory_order
 from .zeroth import ZerothOrder, ZerothOrderOptimizer
 
@@ -312,9 +312,8 @@ class ZooOptimizer(ZerothOrderOptimizer):
             if s not in state:
                 state[s] = torch.zeros_like(w, dtype=wide).view(p.shape)
         state["step"] = t = state.get("step", 0) + 1
-        low, size, hyper = self.noise.base(seed, f"{name}/round"), strip(p.device), rule.hyper()
-        for lo in range(0, p.numel(), size):
-            hi = min(lo + size, p.numel())
+        low, hyper = self.noise.base(seed, f"{name}/round"), rule.hyper()
+        for lo, hi in strips(p.numel(), p.device):
             x = numerics.read(w, state, lo, hi)
             if decay and p.dim() > 1:
                 x.mul_(1 - lr * decay)
