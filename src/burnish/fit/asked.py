@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError
 from ..core.reading import parse_json, plain, read_text
-from . import graphs
+from . import graphs, tools
 from .columns import AUDIO, CAPTION, CLOUD, IMAGE
 from .kinds import drawn_by_text
 from .layouts import FILES
@@ -158,6 +158,8 @@ def _row(given: Any, names: Mapping[str, str], task: Any, where: str) -> Row:
         if value is not None and not good:
             raise DataError(f"{where}, field {names[k]!r}: expected text, it is a "
                             f"{type(value).__name__}")
+    if task.data.task == "instruction-tuning" and task.data.form == "messages":
+        row["tools"] = tools.offered(given.get("tools"), where, filled=False)
     return {k: v for k, v in row.items() if v is not None}
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import DataError
+from . import tools as tooling
 
 #: for tokenizers that bring no template: plain headings, and the tokenizer's own stop token
 PLAIN = (
@@ -55,20 +56,24 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") -> Marked:
-    """The conversation as the template writes it, with every assistant turn marked.
+def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "",
+         tools: Any = None) -> Marked:
+    """The conversation as the template writes it, with every assistant turn marked: what it says
+    and the tools that it calls.
 
     The stretch of a turn is what the template adds to ``messages[:k]`` plus its generation
     prompt, up to and including the stop token. Raises DataError where a template is not
-    incremental (rewrites earlier turns), for then no stretch could be trusted.
+    incremental (rewrites earlier turns), for then no stretch could be trusted, and where it has
+    no place for tools, calls, or what they gave.
     """
+    _has_place(tokenizer, messages, where, tools)
     pieces: list[str] = []  # alternately given and learnt
     done = ""
     for k, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        asked = render(tokenizer, messages[:k], True, where)
-        answered = render(tokenizer, messages[: k + 1], False, where)
+        asked = render(tokenizer, messages[:k], True, where, tools)
+        answered = render(tokenizer, messages[: k + 1], False, where, tools)
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise DataError(f"{_at(where)}the tokenizer's chat template rewrites earlier turns, so "
                             "what the assistant says cannot be told apart; train on single "
@@ -88,19 +93,49 @@ def mark(tokenizer: Any, messages: Sequence[dict[str, str]], where: str = "") ->
     return Marked(text, tuple(learnt))
 
 
+def _has_place(tokenizer: Any, messages: Sequence[dict[str, str]], where: str, tools: Any) -> None:
+    """Raises DataError where something of a conversation with tools can be changed, and the
+    template writes the same."""
+    changed: list[tuple[str, Any, Any]] = []
+    if tools:
+        changed.append(("of the tools that are offered", messages, None))
+    for k, turn in enumerate(messages):
+        without = [*messages[:k], {n: v for n, v in turn.items() if n != "tool_calls"},
+                   *messages[k + 1:]]
+        if turn.get("tool_calls"):
+            changed.append(("of the tools that the assistant calls", without, tools))
+        elif turn["role"] == "tool":
+            other = [*messages[:k], {**turn, "content": turn["content"] + "?"}, *messages[k + 1:]]
+            changed.append(("of what a tool gives", other, tools))
+    if not changed:
+        return
+    whole = render(tokenizer, messages, False, where, tools)
+    for what, others, offered in changed:
+        try:
+            found = render(tokenizer, others, False, where, offered)
+        except DataError:                                # it looks at them: it refuses others
+            continue
+        if found == whole:
+            raise DataError(f"{_at(where)}the tokenizer's chat template writes nothing {what}, so "
+                            "it could not be learnt; set tokenizer.chat_template to one that takes "
+                            "tools, or leave such rows out")
+
+
 def last(marked: Marked) -> Marked:
     """Of the stretches that are learnt the last one alone."""
     return Marked(marked.text, marked.learnt[-1:])
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where: str = "") -> str:
-    """The conversation as text. A system turn that the template refuses (Gemma's does) opens the
-    user's first turn, an empty line behind it. A template is somebody else's program: whatever else
-    it raises is a DataError with the row (roles it refuses, turns it wants to alternate, a template
-    that is no template)."""
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], ask: bool, where: str = "",
+           tools: Any = None) -> str:
+    """The conversation as text, with the tools that it offers. A system turn that the template
+    refuses (Gemma's does) opens the user's first turn, an empty line behind it. A template is
+    somebody else's program: whatever else it raises is a DataError with the row (roles it refuses,
+    turns it wants to alternate, a template that is no template)."""
     def written(turns: Sequence[dict[str, str]]) -> str:
-        text: str = tokenizer.apply_chat_template(list(turns), tokenize=False,
-                                                  add_generation_prompt=ask)
+        text: str = tokenizer.apply_chat_template(
+            tooling.turns(turns), tokenize=False, add_generation_prompt=ask,
+            **({"tools": tools} if tools else {}))
         return text
 
     try:
@@ -145,13 +180,18 @@ def refuses_system(tokenizer: Any) -> bool:
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """What ends the assistant's turn in this tokenizer's template, beside its end-of-text."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        tokens = tokenize(tokenizer, mark(tokenizer, turns), None)
-    except DataError:                                    # said of the first real row
-        return []
-    return [[y for y in tokens.labels if y != -100][-1]]
+    """What ends the assistant's turn in this tokenizer's template, beside its end-of-text: of an
+    answer, and of a call where it writes calls."""
+    call = '[{"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}]'
+    offer = [{"type": "function", "function": {"name": "f", "description": "f",
+                                               "parameters": {"type": "object", "properties": {}}}}]
+    found: list[int] = []
+    for answer, tools in (({"content": "b"}, None), ({"content": "", "tool_calls": call}, offer)):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+        with contextlib.suppress(DataError):             # said of the first real row
+            tokens = tokenize(tokenizer, mark(tokenizer, turns, tools=tools), None)
+            found.append([y for y in tokens.labels if y != -100][-1])
+    return list(dict.fromkeys(found))
 
 
 def _at(where: str) -> str:

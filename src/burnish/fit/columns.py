@@ -60,7 +60,8 @@ SCORED = (("sentence1", "sentence2", "score"), ("text1", "text2", "score"),
           ("sentence1", "sentence2", "similarity_score"))
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "model": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+         "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
+         "function_call": "assistant", "observation": "tool"}
 
 
 def assign(table: Table, flags: Roles) -> Roles:

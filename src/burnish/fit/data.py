@@ -266,7 +266,8 @@ def read(data: Any, *, task: str | None = None, text: str | None = None, label: 
     done = Data(roles.task or "", splits, source, tables["train"].layout, classes,
                 {k: series.where(splits[k]) if in_time(roles.task) else t.where
                  for k, t in tables.items()}, form,
-                roles.said(tables["train"].columns), roles.named(),
+                roles.said(n for n in tables["train"].columns if n != "tools" or
+                           n not in splits["train"].column_names), roles.named(),
                 {"task": task, "text": text, "label": label, "image": image, "audio": audio,
                  "prompt": prompt, "completion": completion, "group": group, "split": split,
                  "validation": validation, "seed": seed}, tuple(sorted(held)), known)

@@ -76,7 +76,7 @@ class Told:
         """Columns under the names that layouts know need nothing; a pair is told by flags."""
         usual = {"prompt": ("instruction",), "query": ("input",), "response": ("output",),
                  "system": ("system",), "messages": ("messages", "conversations"),
-                 "chosen": ("chosen",), "rejected": ("rejected",)}
+                 "chosen": ("chosen",), "rejected": ("rejected",), "tools": ("tools",)}
         if self.config.get("stage") == "pt" and set(columns) == {"prompt"}:
             self.settings["text"] = columns["prompt"]
             return
@@ -91,7 +91,8 @@ class Told:
         """OpenAI's and ShareGPT's own words are read without being told."""
         usual = {"role_tag": ("role", "from"), "content_tag": ("content", "value"),
                  "user_tag": ("user", "human"), "assistant_tag": ("assistant", "gpt"),
-                 "system_tag": ("system",)}
+                 "system_tag": ("system",), "observation_tag": ("observation", "tool"),
+                 "function_tag": ("function_call",)}
         for name, said in tags.items():
             if said not in usual.get(name, ()):
                 raise Refused(f"its tag {name}={shown(said, 30)}: rename it in the file")
@@ -150,16 +151,19 @@ class Told:
     def _packs(self, value: Any) -> str:
         if not value:
             raise Left("says no")
-        if self.config.get("rl") or self.config.get("stage") == "dpo":
+        if self._pairs():
             raise Left("pairs of answers are not packed")
         self.settings["packing"] = True
         return "packing=True; rows of a sequence do not see each other"
 
+    def _pairs(self) -> bool:
+        return bool(self.config.get("rl")) or self.config.get("stage") == "dpo"
+
     def key_group_by_length(self, value: Any) -> str:
-        if value and any(self.config.get(k) for k in PACKING):
-            raise Left("packed sequences are all about as long")
-        if value and self.config.get("stage") == "pt":
+        if value and self.config.get("stage") == "pt" and not self.config.get("neat_packing"):
             raise Left("documents are read end to end, and their rows are all as long")
+        if value and not self._pairs() and any(self.config.get(k) for k in PACKING):
+            raise Left("packed sequences are all about as long")
         self.settings["group_by_length"] = value
         return f"group_by_length={value}"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, DataError
-from . import chat
+from . import chat, tools
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def asked(tokenizer: Any, row: Mapping[str, Any], where: str = "") -> Asked:
     if "prompt" in row:
         made = chat.mark_completion(tokenizer, row["prompt"], row["completion"])
         return Asked(made, (((0, len(row["prompt"])),),))
-    made = chat.mark(tokenizer, row["messages"], where)
+    made = chat.mark(tokenizer, row["messages"], where, tools.of(row))
     spans: list[tuple[int, int]] = []
     per, at = [], 0
     for turn in row["messages"]:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core.errors import DataError
-from . import chat
+from . import chat, tools
 
 
 class Rows(Dataset):
@@ -145,7 +145,7 @@ class Turns(Rows):
         for i, row in enumerate(rows):
             at = where(i) if where else f"row {i}"
             marked = (chat.mark_completion(tokenizer, row["prompt"], row["completion"]) if plain
-                      else chat.mark(tokenizer, row["messages"], at))
+                      else chat.mark(tokenizer, row["messages"], at, tools.of(row)))
             whole = chat.tokenize(tokenizer, marked, None, special=plain)
             tokens = chat.Tokens(whole.input_ids[:max_length], whole.labels[:max_length])
             if all(y == -100 for y in tokens.labels[1:]):
@@ -223,7 +223,7 @@ class Choices(Rows):
             at, pair = where(i) if where else f"row {i}", []
             for k in ("chosen", "rejected"):
                 marked = chat.mark_completion(tokenizer, row["prompt"], row[k]) if plain else \
-                    chat.last(chat.mark(tokenizer, row[k], at))
+                    chat.last(chat.mark(tokenizer, row[k], at, tools.of(row)))
                 pair.append(chat.tokenize(tokenizer, marked, max_length, special=plain))
             if any(all(y == -100 for y in t.labels[1:]) for t in pair):
                 lost += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import chat
+from . import chat, tools
 from .rows import Rows, Turns
 
 
@@ -24,7 +24,8 @@ class Shots(Rows):
     """Up to `shots` examples in a row, fewer where `max_length` tokens hold fewer.
 
     Examples share a row only where they are of one task: alike in ``group``, in the `keys` that a
-    recipe reads, and in what the system says. Rows are samples of a batch, so none sees another.
+    recipe reads, in what the system says and in the tools they offer. Rows are samples of a batch,
+    so none sees another.
 
     again: each pass over the rows deals a task's examples anew; row i of pass k is asked for as
     ``i + k * len(rows)``. What is dealt is a function of seed, pass and task. A task has as many
@@ -56,9 +57,12 @@ class Shots(Rows):
                       f"sequences, {many:.3g} in each"]
 
     def _system(self, i: int) -> str:
-        """What rules a conversation before anybody speaks."""
-        turns = () if self.plain else self.data[i]["messages"]
-        return "".join(t["content"] for t in turns[:1] if t["role"] == "system")
+        """What rules a conversation before anybody speaks: its system, and the tools it offers."""
+        if self.plain:
+            return ""
+        turns = self.data[i]["messages"]
+        ruled = "".join(t["content"] for t in turns[:1] if t["role"] == "system")
+        return f"{ruled}{self.data[i].get('tools') or ''}"
 
     # -- which examples stand together -------------------------------------------------------
     def _deal(self, turn: int, task: int, count: int | None) -> list[list[int]]:
@@ -106,7 +110,8 @@ class Shots(Rows):
             said = self.data[i]["messages"]
             turns += said[1:] if turns and said[0]["role"] == "system" else said
         at = self.where(hand[0]) if self.where else f"row {hand[0]}"
-        return chat.tokenize(self.tokenizer, chat.mark(self.tokenizer, turns, at), None)
+        offer = tools.of(self.data[hand[0]])
+        return chat.tokenize(self.tokenizer, chat.mark(self.tokenizer, turns, at, offer), None)
 
     def made(self, i: int) -> chat.Tokens:
         """Row i of a pass; where the joint text has more tokens than its parts, fewer examples."""

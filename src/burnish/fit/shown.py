@@ -99,8 +99,10 @@ def posed(task: Task, row: Mapping[str, Any]) -> Posed:
     turns = row.get("messages") or (row["chosen"] if isinstance(row.get("chosen"), list) else None)
     if turns:
         at = next((i for i, t in enumerate(turns) if t["role"] == "user"), 0)
-        after = turns[at + 1]["content"] if at + 1 < len(turns) else ""
-        return Posed({"text": turns[at]["content"]}, turns[at]["content"], after, keys)
+        reply = turns[at + 1] if at + 1 < len(turns) else {}
+        after = reply.get("content") or reply.get("tool_calls") or ""
+        offer = {"tools": row["tools"]} if row.get("tools") else {}
+        return Posed({"text": turns[at]["content"], **offer}, turns[at]["content"], after, keys)
     if "prompt" in row:
         right = row.get("completion") or row.get("chosen") or ""
         return Posed({"text": row["prompt"]}, row["prompt"], right, keys)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .. import packs, words
+from .. import packs, tools, words
 from ..rows import Documents, OneByOne, Rows, Turns
 from ..shots import Shots
 from .base import Batch
@@ -147,9 +147,10 @@ class InstructionTuning(LanguageModelling):
             ids = [*([opens] if opens is not None and ids[:1] != [opens] else []), *ids]
             return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids),
                                                                                    dtype=torch.long)}
-        turn = [{"role": "user", "content": row["text"]}]
-        return dict(self.processor.apply_chat_template(turn, add_generation_prompt=True,
-                                                       return_tensors="pt", return_dict=True))
+        turn, offer = [{"role": "user", "content": row["text"]}], tools.of(row)
+        return dict(self.processor.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True,
+            **({"tools": offer} if offer else {})))
 
     def preview(self, n: int = 3) -> list[str]:
         """As the model sees them, with what is learnt between guillemets."""

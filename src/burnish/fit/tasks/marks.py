@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError, DataError
-from .. import chat
+from .. import chat, tools
 from ..rows import Choices, Rows
 from .base import Batch
 from .language import InstructionTuning
@@ -56,7 +56,7 @@ class Marks(Choices):
                     marked = chat.mark_completion(tokenizer, row["prompt"], answer["completion"])
                 else:
                     said = [*row["messages"][:-1], answer["messages"][-1]]
-                    marked = chat.last(chat.mark(tokenizer, said, at))
+                    marked = chat.last(chat.mark(tokenizer, said, at, tools.of(row)))
                 pair.append(chat.tokenize(tokenizer, marked, max_length, special=plain))
             if any(all(y == -100 for y in t.labels[1:]) for t in pair):
                 continue
