@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from burnish.blocks.weight.responding import Responding
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.core.site import Place
+from burnish.memory import Ledger, MemoryReport, measure, simulate
 from burnish.methods.delta.lowrank import stn as module
 from burnish.testing import stir, tiny
 
@@ -247,6 +249,7 @@ def test_several_processes_are_refused(monkeypatch):
 def test_fit_gives_it_the_validation_rows(tmp_path):
     rows = "text,label\n" + "".join(f"{w * 2} {w},{i % 2}\n" for i, w in enumerate(
         ["good", "bad", "fine", "poor", "nice", "worse"] * 8))
+    rows += f"{'good ' * 30},1\n"                                     # the longest of all
     (tmp_path / "rows.csv").write_text(rows)
     model = tiny("bert")[0]
     folder = tmp_path / "m"
@@ -265,8 +268,50 @@ def test_fit_gives_it_the_validation_rows(tmp_path):
                            batch_size=8, output=tmp_path / name, quiet=True, report=False, **how)
 
     done = run("out")
-    assert '"decay"' in (done.folder / "run.json").read_text()
+    facts = json.loads((done.folder / "run.json").read_text())
+    assert "decay" in facts["told"]["stn"]
+    assert abs(facts["memory"]["difference"]) < 0.01, "validation rows are in the promise"
     shared = next(done.tuned.terms(Responding))[1].shared
     assert float(shared.u.abs().min()) > 0
     with pytest.raises(ConfigError, match="stn learns of validation rows, and this run has none"):
         run("other", validation=0)
+
+
+# -- the promise --------------------------------------------------------------------------------
+def longer(batch, times):
+    return {k: v.repeat(1, times) if v.dim() == 2 else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("recipe", ["stn(rank=2)", "stn(rank=2) + sgd"])
+def test_a_look_at_longer_validation_rows_is_promised_and_measured(recipe):
+    """What the step takes that really looks at them: a run's own, without a rehearsal."""
+    model, batch = tiny("bert")
+    rows = longer(batch, 3)
+    told = simulate(model, recipe, batch, held=rows, head=False)
+    assert told.peak_bytes > 1.3 * simulate(model, recipe, batch, head=False).peak_bytes
+    tuned = burnish.tune(model, recipe, head=False)
+    tuned.optimizer(lr=1e-3)
+    found = measure(tuned, batch, held=rows)
+    assert found.peak_bytes == pytest.approx(told.peak_bytes, rel=2e-3)
+    handler = tuning(tuned)
+    assert handler.taken == 0 and not handler.shared.u.any(), "a rehearsal takes no step"
+    tuned = burnish.tune(tiny("bert")[0], recipe.replace("rank=2", "rank=2, turn=1"), head=False)
+    tuned.optimizer(lr=1e-3)
+    tuned.recipe.named("stn").lifecycle(tuned, [rows])
+    tuned.step(batch)
+    ledger = Ledger(tuned.model)
+    ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
+    ledger.watch("activations", [batch, rows])
+    with ledger:
+        tuned.step(batch)
+    assert tuning(tuned).taken == 1
+    real = MemoryReport.of(ledger, device="cpu").peak_bytes
+    assert real == pytest.approx(told.peak_bytes, rel=0.02)
+
+
+def test_rows_like_the_steps_own_cost_no_more_than_the_step():
+    model, batch = tiny("bert")
+    told = simulate(model, "stn(rank=2)", batch, held=batch, head=False)
+    size = sum(t.numel() * t.element_size() for t in batch.values())
+    alone = simulate(model, "stn(rank=2)", batch, head=False).peak_bytes
+    assert 0 <= told.peak_bytes - alone <= size

@@ -90,6 +90,7 @@ class Method:
     model's mode (no dropout, no moving statistics).
     by_data: where it acts, and how much, is decided by data that it reads first: a promise made
     without them is of the most it may take.
+    holds_out: it looks at validation rows while it trains; a promise counts their longest batch.
     takes_head: ``head="auto"`` trains a classification-like head beside it; False: it says itself
     all that trains of the model.
     of_task: settings that say something of the task and nothing of what is learnt: a run that
@@ -112,6 +113,7 @@ class Method:
     ties: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
     by_data: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
     takes_head: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "mha", "experts"}

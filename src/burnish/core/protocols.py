@@ -71,6 +71,9 @@ class Pass(Protocol):
         `evaluate`: in evaluation mode; `of`: another scalar of the forward in place of the loss,
         made of what an objective is handed as `run` (its gradients have the loss's scale)."""
 
+    def loss(self) -> Tensor:
+        """The loss of this pass's forward alone, with a graph where the caller wants one."""
+
     def apart(self, after: Callable[[], None]) -> None:
         """The pass is made sample by sample, each with the loss it has alone, at no scale; `after`
         is called when the gradients of one are complete."""

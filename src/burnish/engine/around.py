@@ -120,6 +120,12 @@ class Pass:
                 nullcontext() if of is None else self._instead(of):
             return probe(self._tuned, self.whole if grads else self._alone, grads, statistics)
 
+    def loss(self) -> Tensor:
+        """The loss of this pass's forward alone, with a graph where the caller wants one; no event
+        is sent, and gradients and random generators stay as they were."""
+        with _untouched(self._tuned):
+            return self._alone()
+
     def _instead(self, of: Callable[[Run], Tensor]) -> Any:
         return self._tuned.state.riding.replaced(
             lambda args, kw, out, given: of(Run(self._tuned, args, kw, given, dict).ended(out)))

@@ -22,6 +22,14 @@ from .processes import world
 _FULL = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+def held_out(recipe: Any, task: Any, size: int, plain: bool) -> Any:
+    """The longest batch of validation rows, as large as a micro-batch, where a part of the recipe
+    looks at those while it trains; else None, and where there are none."""
+    if task.data.validation is None or not any(part.holds_out for part in parse(recipe)):
+        return None
+    return task.call(task.example(min(size, len(task.rows("validation"))), "validation"), plain)[0]
+
+
 @contextlib.contextmanager
 def as_trained(module: nn.Module, args: Mapping[str, Any]) -> Iterator[None]:
     """The model as the trainer runs it: it keeps keys and values only where `args` ask for them."""
@@ -65,12 +73,12 @@ def choose(module: nn.Module, memory: Any, batch: Any, loss: Any, own: Options, 
 
 
 def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any, own: Options,
-             say: Any, tasks: Mapping[str, Any] | None = None, accumulation: int = 1
-             ) -> MemoryReport | None:
+             say: Any, tasks: Mapping[str, Any] | None = None, accumulation: int = 1,
+             held: Any = None) -> MemoryReport | None:
     """The memory the recipe will take. Raises NoPlanError where that is more than `memory`.
 
     tasks: name -> batch, of data sets one after the other; the dearest stage decides.
-    accumulation: batches of an update.
+    accumulation: batches of an update. held: the longest batch of validation rows.
     """
     from ..memory import parse_bytes, simulate
     from ..memory.simulate import SimulationError
@@ -79,7 +87,7 @@ def promised(module: nn.Module, recipe: Any, memory: Any, batch: Any, loss: Any,
     try:
         promise = simulate(module, recipe, batch, targets=own.targets, head=own.head,
                            device=device(), loss=loss, tasks=tasks or 0,
-                           accumulation=accumulation, **world(own))
+                           accumulation=accumulation, held=held, **world(own))
     except SimulationError as e:
         if limit is not None:
             raise

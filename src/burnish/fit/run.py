@@ -38,6 +38,7 @@ from .processes import alone, sayer, settle, spread
 from .promise import (
     as_trained,
     choose,
+    held_out,
     memory_line,
     out_of_memory,
     promised,
@@ -216,7 +217,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         else:
             recipe, promise, why = usual(module).run(
                 DEFAULT_RECIPE if recipe is None else recipe,
-                lambda r: promised(module, r, memory, batch, loss, own, say, batches, times))
+                lambda r: promised(module, r, memory, batch, loss, own, say, batches, times,
+                                   held_out(r, task, size, plain)))
             if why:
                 say(f"note: {CHUNKED} is left out: {why}")
         looked_at = longest(tasks, int(args.get("per_device_eval_batch_size", size)), own.test,
@@ -388,7 +390,9 @@ def _measure(tuned: Tuned, example: tuple[dict[str, Any], Any], tasks: dict[str,
     batch = next(example[0][n] for n, t in tasks.items() if t is task)
     tuned.model.train()
     truth = measure(tuned, moved(batch, trainer.args.device), example[1], through=through,
-                    accumulation=trainer.args.gradient_accumulation_steps)
+                    accumulation=trainer.args.gradient_accumulation_steps,
+                    held=moved(held_out(tuned.recipe, task, trainer.args.train_batch_size,
+                                        trainer.plain), trainer.args.device))
     tuned.model.eval()
     return truth
 

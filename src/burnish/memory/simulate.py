@@ -70,7 +70,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
              tasks: int | Mapping[str, Any] = 0, cached: int | str | None = None,
              whole: bool = False, shallows: Shallows | None = None, during: str = "train",
              world_size: int = 1, shard: str | None = None, shard_offload: bool = False,
-             taps_read: bool = False, accumulation: int = 1) -> MemoryReport:
+             taps_read: bool = False, accumulation: int = 1, held: Any = None) -> MemoryReport:
     """What a training step of `recipe` takes on `device`, without running it.
 
     model: a module (its data is never touched; it may be on meta) or a transformers config, which
@@ -108,6 +108,8 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
         are read, as from the second epoch on; else they are computed and written, which takes more.
     accumulation: batches of an update; from the second on the gradients of those before are there.
         What is counted is one batch and the update.
+    held: the longest batch of validation rows, for parts that look at those while they train
+        (``stn``); default one like the step's own.
 
     Raises ConfigError for a batch the model does not fit, SimulationError where the step depends
     on values; everything :func:`burnish.tune` raises.
@@ -134,7 +136,7 @@ def simulate(model: Any, recipe: Any = None, batch: Any = 1, dtype: torch.dtype 
     settings = dict(dtype=dtype, targets=targets, head=head, lr=lr, steps=steps, device=device,
                     loss=loss, count=count, during=during, cached=cached, world=world,
                     unread=during == "load" and is_unread(model), taps_read=taps_read,
-                    accumulation=min(accumulation, ALIKE))
+                    accumulation=min(accumulation, ALIKE), held=held)
     whole = whole or world.size > 1
     if not whole:
         shallows = shallows or Shallows(model)
@@ -161,7 +163,7 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                dtype: torch.dtype | None, targets: Any, head: bool | str, lr: float, steps: int,
                device: str, loss: Any, count: bool, during: str, cached: int | str | None,
                world: World, unread: bool, taps_read: bool, accumulation: int,
-               order: Callable[[list[str]], list[int]] | None = None, **words: Any
+               held: Any = None, order: Callable[[list[str]], list[int]] | None = None, **words: Any
                ) -> tuple[Stream, list[str]]:
     """(one stage of the recipe, or its only stretch; what the stages are called)."""
     from ..engine.room import size
@@ -216,7 +218,9 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
                         call(tuned.model, example)
                 if during == "train":
                     stream = _drive(tuned, ledger, example, loss or _stand_in(tuned), steps, here,
-                                    kind, accumulation, begin=lambda: world.wrap(tuned), **words)
+                                    kind, accumulation, begin=lambda: world.wrap(tuned),
+                                    held=None if held is None else
+                                    _batch(twin, held, ledger, here, dtype, parts)[0], **words)
                 else:
                     look(during, tuned, ledger, example, loss)
                     stream = Stream.of(ledger, device=torch.device(here).type, label=kind,
@@ -240,7 +244,8 @@ def _simulated(model: nn.Module, parts: Recipe, batch: Any, tasks: Mapping[str, 
 
 def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = None,
             steps: int = 2, restore: bool = True, count: bool = False,
-            through: nn.Module | None = None, accumulation: int = 1) -> MemoryReport:
+            through: nn.Module | None = None, accumulation: int = 1, held: Any = None
+            ) -> MemoryReport:
     """The same ledger on the real step: ``tuned.step(batch, loss)``, `steps` times.
 
     Of several processes each has to ask, and is told what it takes itself.
@@ -250,6 +255,7 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
     through: what is called in the model's place (DistributedDataParallel around it).
     accumulation: batches of an update. Two are run; all of them where a step inside backward waits
         for the last.
+    held: as for :func:`simulate`.
     """
     keep = Snapshot(tuned) if restore else contextlib.nullcontext()
     before, tuned.steps.through = tuned.steps.through, through or tuned.steps.through
@@ -257,7 +263,7 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
         with keep, shapes_aside():
             ledger = Ledger(tuned.model, count=count)
             report = MemoryReport.read(_drive(tuned, ledger, batch, loss, steps, None,
-                                              accumulation=accumulation))
+                                              accumulation=accumulation, held=held))
             report.world_size, report.shard = standing(tuned)
     finally:
         tuned.steps.through = before
@@ -268,7 +274,7 @@ def measure(tuned: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None = 
 
 def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
            device: str | None, label: str | None = None, accumulation: int = 1,
-           begin: Callable[[], None] = lambda: None, **words: Any) -> Stream:
+           begin: Callable[[], None] = lambda: None, held: Any = None, **words: Any) -> Stream:
     if tuned.current_optimizer is not None:
         ledger.watch("optimizer", [list(tuned.current_optimizer.state.values())])
     ledger.watch("activations", batch if isinstance(batch, Mapping) else [batch])
@@ -284,6 +290,9 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
         passes = passes_of(tuned, accumulation)
         for step in range(steps):
             tuned.timeline.emit("rehearse", step)
+            for _, handler in tuned.timeline.handlers if held is not None else ():
+                if hasattr(handler, "hears"):
+                    handler.looks_at(held, loss)
             if step == steps - 1:
                 since = ledger.now + 1
             update(tuned, batch, loss, passes if step == steps - 1 else 1, ledger.reset_counts)

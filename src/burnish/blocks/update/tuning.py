@@ -26,6 +26,7 @@ class Tuning:
         self.held: Held | None = None
         self.at: int | None = None                                 # the last update begun
         self.moments, self.taken = torch.zeros(2, 4), 0            # of Adam; steps taken
+        self.look: Callable[[Any], Tensor] | None = None           # of the update rehearsed
         self.move(0)
 
     def hears(self, held: Held) -> None:
@@ -45,31 +46,47 @@ class Tuning:
     def step_begin(self, step: int) -> None:
         self.move(step)
 
+    def rehearse(self, step: int) -> None:
+        self.look = lambda step: step.loss()               # rows like the pass's own
+
+    def looks_at(self, batch: Any, loss: Any) -> None:
+        """The update rehearsed looks at these rows instead."""
+        self.look = lambda step: self.tuned.loss(batch, loss)
+
     def around_step(self, step: Any) -> Iterator[None]:
         now, first = step.index, step.index != self.at             # of its micro-batches
         self.at = now
-        if self.held is not None and first and now and now % self.method.turn == 0:
+        look, self.look = self.look, None
+        if look is not None:                                       # a look, and no step on u
+            self.gradient(lambda: look(step), self.shared.log_sigma.exp() * self.drawn(2 * now + 1))
+        elif self.held is not None and first and now and now % self.method.turn == 0:
             self.validate(now)
         yield
 
     def validate(self, now: int) -> None:
         """One step on u and sigma, by a batch of validation rows."""
-        shared, tuned = self.shared, self.tuned
         assert self.held is not None
         batch, loss = self.held(self.taken)
-        before, e = shared.shift, shared.log_sigma.exp() * self.drawn(2 * now + 1)
+        e = self.shared.log_sigma.exp() * self.drawn(2 * now + 1)
+        g = self.gradient(lambda: self.tuned.loss(batch, loss), e)
+        g = torch.stack([g, g * e - self.method.widening])         # log sigma: e = sigma z
+        self.follow((g * torch.tensor(self.method.tuned, device=g.device)).flatten())
+
+    def gradient(self, loss: Callable[[], Tensor], e: Tensor) -> Tensor:
+        """That of a loss in u, moved by e: in evaluation mode, without the objectives."""
+        shared, tuned = self.shared, self.tuned
+        before = shared.shift
         shared.shift, shared.probing = e, True
         shared.u.requires_grad_(True)
         try:
             with evaluating([m for m in tuned.model.modules() if m.training]), \
                     tuned.state.riding.collecting():
-                value = tuned.loss(batch, loss)
+                value = loss()
             (g,) = torch.autograd.grad(value, shared.u)
         finally:
             shared.u.requires_grad_(False)
             shared.shift, shared.probing = before, False
-        g = torch.stack([g, g * e - self.method.widening])         # log sigma: e = sigma z
-        self.follow((g * torch.tensor(self.method.tuned, device=g.device)).flatten())
+        return g
 
     @torch.no_grad()
     def follow(self, g: Tensor) -> None:

@@ -52,6 +52,7 @@ class Stn(Method):
     tier: ClassVar[str] = "checked against an independent equation"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv"})
     relies_on: ClassVar[tuple[str, ...]] = ("around_step", "gradients")
+    holds_out: ClassVar[bool] = True
     excused: ClassVar[Mapping[str, str]] = {
         "every_tensor_has_a_gradient": "R and V answer to what u is moved by, which an optimizer's "
                                        "run does: tests/methods/test_stn.py"}
