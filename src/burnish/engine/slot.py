@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..blocks.tape.executor import MODES, in_graph
 from ..blocks.weight.term import Provider
 from ..core.call import Call, again, call_of, resume
-from ..core.errors import RecipeError
+from ..core.errors import ConfigError, RecipeError
 from ..core.followed import beside_graph, compiling
 from ..core.site import Branch, Place
 from .layout import is_linear
@@ -52,6 +52,13 @@ class Slot(Weights):
         self._plans: tuple[int, dict[Any, Any]] = (-1, {})     # of one version, by what is active
         self.now: Plan = ([], [], [])                # of what is active, while `state.ready`
         self._rows: tuple[int, dict[Any, Any]] = (-1, {})      # the same by the batch's adapters
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        """Nobody's: raises ConfigError, where a module runs whatever is registered in it."""
+        where = f"the module {self.path!r}" if self.path else "this model"
+        raise ConfigError(f"{where} runs each module that is registered in it, and what burnish "
+                          "has added is registered there: tune the module inside it that learns "
+                          "(of a SentenceTransformer model[0].auto_model)")
 
     # -- building -----------------------------------------------------------------------------
     def add(self, adapter: str, key: str, module: nn.Module, place: Place | None = None,

@@ -12,6 +12,7 @@ there will be, and when a checkpoint is written.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import transformers
 
 from ..core.errors import ConfigError
 from ..engine.stages import stages_of
+from ..engine.swap import ATTR
 from ..engine.tuned import Tuned
 from ..formats import claim
 from ..formats.folder import CARD, CONFIG, RUN, TENSORS
@@ -44,12 +46,13 @@ class TrainerCallback(transformers.TrainerCallback):
         tuned = self.tuned = self.tuned or _owner(model)
         output = Path(args.output_dir)           # refused now rather than after the training
         claim.refuse_overlap(output, [("the base model", getattr(model, "name_or_path", None))])
-        claim.refuse_foreign(output, (CONFIG, TENSORS, CARD, RUN), "adapter")
+        claim.refuse_foreign(output, (CONFIG, TENSORS, RUN), "adapter")
         if stages := stages_of(tuned):
             raise ConfigError(f"{tuned.recipe} trains in {len(stages)} stages, and this trainer "
                               "has one optimizer for all of them; burnish.fit drives them, or "
                               "tuned.run(...) in a loop of your own")
         tuned.total_steps = state.max_steps
+        _fused(tuned)
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not tuned.current_optimizer:
             parts = [m.name for m in tuned.recipe
@@ -71,12 +74,47 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero and self.tuned is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.tuned.save(folder, whole=True)
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", whole=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero and self.tuned is not None:
-            self.tuned.save(Path(args.output_dir))
+            self._write(Path(args.output_dir))
+
+    def _write(self, folder: Path, whole: bool = False) -> None:
+        """The adapter, beside whatever the trainer has written there: its model card stays."""
+        assert self.tuned is not None
+        theirs = (folder / CARD).exists() and not claim.Mark.of(folder).owns(folder, CARD)
+        self.tuned.save(folder, whole=whole, card=False if theirs else None)
+
+
+def _fused(tuned: Tuned) -> None:
+    """TRL puts a forward of its own into a model, which (asked for ``fused_lm_head``) calls the
+    model's parts and multiplies by the head's weight. It runs as the model's own would, so that
+    what hangs on the whole model (the tape, keys of the batch, losses beside the task's) is there.
+
+    Raises ConfigError where the recipe adds to the head, which such a forward does not call.
+    """
+    model = tuned.model
+    theirs = vars(model).get("forward")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if theirs is None or head is None or getattr(theirs, "within", None) is tuned:
+        return
+    added = [n for n, p in head.named_parameters() if f".{ATTR}." in f".{n}"]
+    if added:
+        path = next(n for n, m in model.named_modules() if m is head)
+        raise ConfigError(f"{tuned.recipe} adds to {path}, and this trainer multiplies by its "
+                          "weight without calling it: leave the head out of targets=, or use "
+                          "burnish.fit")
+    slot = model._modules[ATTR]
+
+    @functools.wraps(theirs)
+    def forward(*args: Any, **kw: Any) -> Any:
+        if not kw.get("fused_lm_head"):              # theirs goes on to the model's own
+            return theirs(*args, **kw)
+        return slot.run(model, lambda _, *a, **k: theirs(*a, **k), args, kw)
+
+    forward.within = tuned                           # type: ignore[attr-defined]
+    model.forward = forward
 
 
 def _owner(model: Any) -> Tuned:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -66,13 +66,14 @@ REQUIRED = ("library", "format", "recipe", "base")
 
 
 def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
-                  card: str | None = None, run: Mapping[str, Any] | None = None,
+                  card: str | Literal[False] | None = None, run: Mapping[str, Any] | None = None,
                   inputs: claim.Inputs = ()) -> Path:
     """Write an adapter folder; an older one that burnish wrote in its place is replaced.
 
     config: the fields of :data:`FIELDS` but the first three, which are filled in, and
-    tensors_sha256. card: text of README.md; None writes one from `config` and `run`. inputs: what
-    else must not be written over (the base is always among it).
+    tensors_sha256. card: text of README.md; None writes one from `config` and `run`, False none, so
+    that one which is there stays. inputs: what else must not be written over (the base is always
+    among it).
     Raises FormatError for an unknown field, ConfigError for files that are not ours or a folder
     that is the base's, BurnishError where the disk refuses or a tensor is not finite.
     """
@@ -85,11 +86,12 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, Tensor], config: Map
                                f"{folder}")
     base = ("the base model", (config.get("base") or {}).get("name"))
     gone = () if run is not None else (RUN,)             # it spoke of an earlier run
-    with staged.update(folder, "adapter", (CONFIG, TENSORS, CARD, RUN), gone,
-                       [base, *inputs]) as new:
+    names = (CONFIG, TENSORS, RUN) if card is False else (CONFIG, TENSORS, CARD, RUN)
+    with staged.update(folder, "adapter", names, gone, [base, *inputs]) as new:
         safe.save_file(tensors, new / TENSORS, {"library": "burnish"})
         full = {**own, **config, "tensors_sha256": claim.digest(new / TENSORS)}
-        safe.write_text(new / CARD, card if card is not None else model_card(full, run))
+        if card is not False:
+            safe.write_text(new / CARD, card if card is not None else model_card(full, run))
         if run is not None:
             safe.write_json(new / RUN, run)
         safe.write_json(new / CONFIG, full)

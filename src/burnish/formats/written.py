@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def save(tuned: Tuned, path: Path, run: Mapping[str, Any] | None = None,
-         card: str | None = None, base: str | None = None, whole: bool = False) -> Path:
+         card: str | Literal[False] | None = None, base: str | None = None, whole: bool = False
+         ) -> Path:
     """Write every adapter of `tuned`. base: name or folder of the base; default what the model
     says of itself (``name_or_path``). whole: what serves training alone too.
 
