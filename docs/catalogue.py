@@ -44,10 +44,16 @@ def tasks() -> str:
         task = TASKS[name]
         best = f"{task.metric}, the {'most' if task.greater_is_better else 'least'}"
         tests = ", ".join(f"`{t}`" for t in (*kind.tests, "tests/fit/test_every_task.py"))
-        example = f"`examples/{kind.example}`" if kind.example else ""
-        out.append(f"| `{name}` | {prose(kind.rows)} | `{kind.auto}` | {prose(best)} | {example} | "
-                   f"{tests} |")
+        out.append(f"| `{name}` | {prose(kind.rows)} | `{kind.auto}` | {prose(best)} | "
+                   f"`examples/{kind.example}` | {tests} |")
     return "\n".join([*out, ""])
+
+
+def layouts() -> list[str]:
+    """Every task in a line for the guide: its rows, its figure, its example."""
+    out = ["| task | rows | best by | example |", "|---|---|---|---|"]
+    return out + [f"| `{name}` | {prose(kind.rows)} | {prose(TASKS[name].metric)} | "
+                  f"`examples/{kind.example}` |" for name, kind in KINDS.items()]
 
 
 def index(entries: list[Any], presets: dict[str, str]) -> str:

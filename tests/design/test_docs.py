@@ -80,10 +80,12 @@ def test_every_task_has_a_row_that_is_true(made):
         for test in kind.tests:
             text = (ROOT / test).read_text()
             assert name in text or TASKS[name].__name__ in text or "TASKS" in text, (name, test)
-        if kind.example:
-            text = (ROOT / "examples" / kind.example).read_text()
-            assert f"examples/{kind.example}" in (ROOT / "docs/guide/tasks.md").read_text(), name
-            assert "burnish" in text and f"`examples/{kind.example}`" in rows[name]
+        text = (ROOT / "examples" / kind.example).read_text()
+        assert "burnish" in text and f"`examples/{kind.example}`" in rows[name]
+    guide = (ROOT / "docs/guide/tasks.md").read_text()
+    assert "\n".join(["", *made.layouts(), ""]) in guide      # the same, as it is made
+    assert set(re.findall(r"examples/\w+\.py", guide)) >= {f"examples/{k.example}"
+                                                          for k in KINDS.values()}
 
 
 def test_words_are_taken_as_they_are_written(made):

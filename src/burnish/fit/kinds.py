@@ -17,7 +17,7 @@ class Kind:
     pipeline: str
     rows: str
     tests: tuple[str, ...]
-    example: str = ""
+    example: str
     also: tuple[tuple[str, str], ...] = ()
 
 
@@ -28,13 +28,13 @@ _CAUSAL = "AutoModelForCausalLM"
 KINDS = {
     "image-classification": Kind(
         _IMAGE, "image-classification", "a folder of pictures per class; file_name or image, label",
-        ("tests/fit/test_tasks.py",)),
+        ("tests/fit/test_tasks.py",), "digits.py"),
     "image-multi-label": Kind(
         _IMAGE, "image-classification", "file_name or image; label, a list, or a column per class",
-        ("tests/fit/test_every_task.py",)),
+        ("tests/fit/test_every_task.py",), "digits.py"),
     "image-regression": Kind(
         _IMAGE, "image-classification", "file_name or image; label, a number",
-        ("tests/fit/test_every_task.py",)),
+        ("tests/fit/test_every_task.py",), "digits.py"),
     "image-text-contrastive": Kind(
         "AutoModelForZeroShotImageClassification", "zero-shot-image-classification",
         "file_name or image, text; a .txt beside each picture", ("tests/fit/test_contrast.py",),
@@ -56,10 +56,10 @@ KINDS = {
         ("tests/fit/test_sounds.py", "tests/e2e/test_sounds.py"), "pitch.py"),
     "audio-multi-label": Kind(
         _AUDIO, "audio-classification", "file_name or audio; label, a list, or a column per class",
-        ("tests/fit/test_sounds.py",)),
+        ("tests/fit/test_sounds.py",), "measured.py"),
     "audio-regression": Kind(
         _AUDIO, "audio-classification", "file_name or audio; label, a number",
-        ("tests/fit/test_sounds.py",)),
+        ("tests/fit/test_sounds.py",), "measured.py"),
     "speech-recognition": Kind(
         "AutoModelForCTC", "automatic-speech-recognition", "file_name or audio, transcription",
         ("tests/fit/test_speech.py", "tests/e2e/test_speech.py"), "spelling.py"),
@@ -84,18 +84,19 @@ KINDS = {
         ("tests/fit/test_clouds.py",), "solids.py"),
     "cloud-multi-label": Kind(
         "AutoModel", "other", "file_name; label, a list, or a column per class",
-        ("tests/fit/test_clouds.py",)),
+        ("tests/fit/test_clouds.py",), "measured.py"),
     "cloud-regression": Kind(
-        "AutoModel", "other", "file_name; label, a number", ("tests/fit/test_clouds.py",)),
+        "AutoModel", "other", "file_name; label, a number", ("tests/fit/test_clouds.py",),
+        "measured.py"),
     "graph-classification": Kind(
         "AutoModel", "graph-ml", "edge_index, node_feat or x, y; a folder of a TU data set",
         ("tests/fit/test_graphs.py",), "bonds.py"),
     "graph-multi-label": Kind(
         "AutoModel", "graph-ml", "edge_index, node_feat or x; label, a list of classes",
-        ("tests/fit/test_graphs.py",)),
+        ("tests/fit/test_graphs.py",), "measured.py"),
     "graph-regression": Kind(
         "AutoModel", "graph-ml", "edge_index, node_feat or x; y, a number; a TU data set",
-        ("tests/fit/test_graphs.py",)),
+        ("tests/fit/test_graphs.py",), "measured.py"),
     "time-series-forecasting": Kind(
         "AutoModelForTimeSeriesPrediction", "time-series-forecasting",
         "time, columns of numbers, perhaps series_id", ("tests/fit/test_series.py",), "forecast.py",
@@ -103,44 +104,47 @@ KINDS = {
          ("PatchTSMixerConfig", "PatchTSMixerForPrediction"))),
     "text-classification": Kind(
         _SEQUENCE, "text-classification", "text (or a pair of texts), label",
-        ("tests/fit/test_answers.py",)),
+        ("tests/fit/test_answers.py",), "docstrings.py"),
     "text-multi-label": Kind(
         _SEQUENCE, "text-classification", "text; label, a list, or a column per class",
-        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py"), "docstrings.py"),
     "text-regression": Kind(
         _SEQUENCE, "text-classification", "text (or a pair of texts); label, a number",
-        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py"), "docstrings.py"),
     "token-classification": Kind(
         "AutoModelForTokenClassification", "token-classification", "tokens, tags; CoNLL",
         ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py"), "tags.py"),
     "question-answering": Kind(
         "AutoModelForQuestionAnswering", "question-answering",
         "context, question, answers; SQuAD",
-        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py")),
+        ("tests/fit/test_answers.py", "tests/e2e/test_tasks.py"), "docstrings.py"),
     "language-modelling": Kind(
-        _CAUSAL, "text-generation", "text; plain text files", ("tests/fit/test_words.py",)),
+        _CAUSAL, "text-generation", "text; plain text files", ("tests/fit/test_words.py",),
+        "passages.py"),
     "masked-language-modelling": Kind(
         "AutoModelForMaskedLM", "fill-mask", "text; plain text files",
-        ("tests/e2e/test_tasks.py",)),
+        ("tests/e2e/test_tasks.py",), "numerals.py"),
     "masked-instruction-tuning": Kind(
         "AutoModelForMaskedLM", "fill-mask", "the rows of instruction-tuning",
-        ("tests/fit/test_masked_answers.py",)),
+        ("tests/fit/test_masked_answers.py",), "numerals.py"),
     "instruction-tuning": Kind(
         _CAUSAL, "text-generation",
         "messages; conversations; instruction, output; prompt, completion",
-        ("tests/fit/test_data.py",)),
+        ("tests/fit/test_data.py",), "numerals.py"),
     "embedding": Kind(
         "AutoModel", "sentence-similarity",
         "anchor, positive, perhaps negative; sentence1, sentence2, score",
         ("tests/fit/test_embeddings.py",), "near.py"),
     "preference-tuning": Kind(
-        _CAUSAL, "text-generation", "prompt, chosen, rejected", ("tests/fit/test_preferences.py",)),
+        _CAUSAL, "text-generation", "prompt, chosen, rejected", ("tests/fit/test_preferences.py",),
+        "numerals.py"),
     "unpaired-preference-tuning": Kind(
         _CAUSAL, "text-generation", "prompt, completion, label (true or false)",
         ("tests/fit/test_marks.py",), "marked.py"),
     "sequence-to-sequence": Kind(
         "AutoModelForSeq2SeqLM", "text2text-generation",
-        "prompt, completion; messages of one question", ("tests/e2e/test_tasks.py",)),
+        "prompt, completion; messages of one question", ("tests/e2e/test_tasks.py",),
+        "numerals.py"),
 }
 
 TASKS = tuple(KINDS)
