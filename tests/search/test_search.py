@@ -11,6 +11,7 @@ import pytest
 import burnish
 from burnish.core.errors import BurnishError, ConfigError, RecipeError
 from burnish.search import Front, Score, Space, Trial, search
+from burnish.testing.models import tiny
 
 SPACE = "houlsby(bottleneck=0|1|3|6|12) + prefix(length=0|1|3|6|12) + lora(rank=0|1|2|4|8)"
 
@@ -52,6 +53,88 @@ def test_parts_that_cannot_stand_together_are_no_recipe():
     space = Space.of("dora(rank=0|4) + dora(rank=0|2)")
     assert "cannot be joined" in (space.buildable({"1.dora.rank": 4, "2.dora.rank": 2}) or "")
     assert space.buildable({"1.dora.rank": 4, "2.dora.rank": 0}) is None
+
+
+# -- layers ----------------------------------------------------------------------------------------
+WIDTHS = "|".join(str(768 // 2**k) for k in range(9)) + "|1|0"
+
+
+@pytest.mark.parametrize("layers, ways", [(12, 5_451_776), (24, 11**3 * 2**24)])
+def test_a_space_of_bits_is_as_large_as_the_paper_says(layers, ways):
+    space = Space.of(f"houlsby(bottleneck={WIDTHS}, targets='linear') + "
+                     f"parallel(bottleneck={WIDTHS}, targets='linear') + "
+                     f"lora(rank={WIDTHS})", layers)
+    assert space.size == ways
+
+
+def test_a_layer_that_is_off_is_left_out_of_every_part():
+    space = Space.of("lora(rank=2|4, targets='q, v') + "
+                     "houlsby(bottleneck=0|3, targets='linear') + lean", 3)
+    assert list(space.choices)[-3:] == ["layer.0", "layer.1", "layer.2"]
+
+    def of(rank, width, *on):
+        return space.recipe({"1.lora.rank": rank, "2.houlsby.bottleneck": width,
+                             **{f"layer.{i}": i in on for i in range(3)}})
+
+    assert of(2, 3, 0, 2) == ("lora(targets='q@0,q@2,v@0,v@2', rank=2) + "
+                              "houlsby(targets='linear@0,linear@2', bottleneck=3) + lean")
+    assert of(4, 0, 1) == "lora(targets='q@1,v@1', rank=4) + lean"
+    assert of(4, 0, 0, 1, 2) == "lora(targets='q, v', rank=4) + lean"
+    assert of(4, 3) == "lean"
+
+
+@pytest.mark.parametrize("part", ["lora(rank=2|3)", "houlsby(bottleneck=2, targets='linear')",
+                                  "ia3(targets='k,v,fc2')", "lora(rank=2|3, targets='mlp')",
+                                  "parallel(bottleneck=2, targets='linear')"])
+@pytest.mark.parametrize("on", [0, 1])
+def test_what_is_left_out_trains_nothing(part, on):
+    space = Space.of(part, 2)
+    values = {k: v[0] for k, v in space.choices.items()} | {f"layer.{1 - on}": False}
+    tuned = burnish.tune(tiny("bert")[0], space.recipe(values), head=False)
+    where = {n.split("layer.")[1][0] for n, _ in tuned.named_parameters() if ".burnish." in n}
+    assert where == {str(on)}
+    whole = burnish.tune(tiny("bert")[0], space.recipe(values | {f"layer.{1 - on}": True}),
+                         head=False)
+    added = [sum(p.numel() for n, p in t.named_parameters() if ".burnish." in n)
+             for t in (tuned, whole)]
+    assert 2 * added[0] == added[1]
+
+
+@pytest.mark.parametrize("text, layers, words", [
+    ("lora(rank=2|4)", 1, "2 or more"), ("lean(on=True|False)", 2, "no part stands in a layer"),
+    ("lora(rank=2|4) + prefix(length=2|3)", 2, "prefix stands in the model as a whole"),
+    ("ia3", 2, "has places of its own"), ("lora(rank=2|4, targets='q@0')", 2, "plain words"),
+    ("lora(rank=2, targets='q'|'linear,-o')", 2, "plain words")])
+def test_layers_that_cannot_be_chosen(text, layers, words):
+    with pytest.raises(RecipeError, match=words):
+        Space.of(text, layers)
+
+
+def test_the_model_says_how_many_layers_there_are(tmp_path):
+    from burnish.cli.searching import check_layers
+
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    check_layers(str(tmp_path), 4)
+    check_layers(str(tmp_path), 0)
+    check_layers("owner/name", 3)
+    with pytest.raises(ConfigError, match="--layers 5: .* has 4 blocks"):
+        check_layers(str(tmp_path), 5)
+
+
+def test_a_search_over_layers_goes_on_as_one_that_was_not_stopped(tmp_path):
+    space = Space.of("lora(rank=1|2|4)", 4)
+
+    def score(recipe, number=0):
+        (part,) = burnish.parse(recipe)
+        on = 4 if part.targets is None else part.targets.count("@")
+        return Score(-abs(on - 2) - abs(part.rank - 2), part.rank * on, 1)
+
+    whole = search(space, score, tmp_path / "whole", trials=12, first=4)
+    search(space, score, tmp_path / "parts", trials=7, first=4)
+    parts = search(space, score, tmp_path / "parts", trials=12, first=4)
+    assert [t.recipe for t in whole.trials] == [t.recipe for t in parts.trials]
+    with pytest.raises(ConfigError, match="another space"):
+        search(Space.of("lora(rank=1|2|4)"), score, tmp_path / "parts", trials=13)
 
 
 # -- trials ----------------------------------------------------------------------------------------

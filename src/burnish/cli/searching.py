@@ -23,6 +23,8 @@ def search(
     output: Annotated[Path, typer.Option(help="A folder for the search and its runs; a search that "
                                               "is there goes on.")],
     trials: Annotated[int, typer.Option(help="Recipes to try, those before counted.")] = 20,
+    layers: Annotated[int, typer.Option(help="Blocks of the model, each of which a recipe may "
+                                             "leave alone; 0: none is a choice.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Recipes that need more are not run.")] = None,
     objectives: Annotated[str, typer.Option(
         help="Some of figure, peak, trained, seconds, with commas.")] = "figure,peak",
@@ -46,7 +48,8 @@ def search(
     from ..search import search as go
 
     check_picture(picture)
-    made = Space.of(space)
+    check_layers(model, layers)
+    made = Space.of(space, layers)
     settings = config.overrides(list(ctx.args))
     if "recipe" in settings:
         raise ConfigError("--recipe is what is searched: it is the first word")
@@ -77,6 +80,20 @@ def search(
     emit(json, {**front.to_dict(), "command": command},
          f"{text}\n\n{len(front.trials)} trials; no recipe tried beats these in "
          f"{' and '.join(wanted)}\nthen: {command}")
+
+
+def check_layers(model: str, layers: int) -> None:
+    """Raises ConfigError where the model's configuration says another number of blocks."""
+    import json
+
+    try:
+        told = json.loads((Path(model) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    known = {told[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in told} \
+        if isinstance(told, dict) else set()
+    if layers and known and layers not in known:
+        raise ConfigError(f"--layers {layers}: {model} has {known.pop()} blocks")
 
 
 class Runner:
