@@ -170,5 +170,6 @@ consolidation. `i_lora` answers with a long-term set, and at its default that fo
 streams as short as these: on tables `ema=0.9` comes as far as the others, which says that much and
 no more, since it was tried afterwards on this very stream. By domain little is forgotten at all,
 and a memory buys nothing beyond chance.""",
-    left={"cpe_clip": "prompts of both encoders of a CLIP, and these streams have a model of one",
+    left={"cpe_clip": "prompts of both encoders of a CLIP, on "
+                      "[classes that come with few rows](few_shot.md)",
           "rft": "learns from rewards on answers that a language model draws"})
