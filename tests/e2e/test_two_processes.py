@@ -157,10 +157,14 @@ def test_packed_rows_of_two_processes_end_in_the_weights_of_one(tmp_path):
         part.save_pretrained(tmp_path / "base")
     rows = [{"prompt": "ab" * (1 + i % 4), "completion": "c" * (1 + i * 7 % 17)} for i in range(90)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    how = {"data": str(tmp_path / "rows.jsonl"), "packing": True, "max_length": 32}
+    how = {"data": str(tmp_path / "rows.jsonl"), "packing": True, "max_length": 32,
+           "validation": 0}
     assert run(2, tmp_path / "base", tmp_path / "two", "lora(rank=4)", 2, **how) == ["", ""]
     assert run(1, tmp_path / "base", tmp_path / "one", "lora(rank=4)", 4, **how) == [""]
     same(tmp_path / "one", tmp_path / "two")
+    shares = tmp_path / "shares"
+    assert run(2, tmp_path / "base", shares, "lora(rank=4)", 2, shard="fsdp2", **how) == ["", ""]
+    same(tmp_path / "one", shares)
 
 
 @pytest.mark.slow

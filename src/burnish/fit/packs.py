@@ -180,11 +180,11 @@ def exact(tuned: Any, task: Any, batch_size: int, device: Any) -> None:
     model.eval()
     try:
         with _stirred(tuned):
-            far, most = _apart(model, task, packs, device)
+            far, most = _apart(tuned, task, packs, device)
             if far <= most:
                 return
             with tuned.disabled():
-                own = _apart(model, task, packs, device)
+                own = _apart(tuned, task, packs, device)
     except BurnishError:
         raise
     except Exception as e:
@@ -204,18 +204,22 @@ def exact(tuned: Any, task: Any, batch_size: int, device: Any) -> None:
                      f"{most:.3g}; {why}, or leave packing out")
 
 
-def _apart(model: nn.Module, task: Any, packs: list[list[list[int]]], device: Any
+def _apart(tuned: Any, task: Any, packs: list[list[list[int]]], device: Any
            ) -> tuple[float, float]:
     """(how far packed rows are from the rows alone, how far rounding may take them): a hundredth
     of what rows make of each other where nothing parts them, or a few steps of the numbers."""
+    model, shared = tuned.model, tuned.state.shards is not None
+
     def answers(sequences: list[list[int]], **more: Tensor) -> list[Tensor]:
         pad = task.processor.pad_token_id
-        batch = {"input_ids": pad_sequence([torch.tensor(s) for s in sequences], batch_first=True,
-                                           padding_value=pad), **more}
+        ids = [torch.tensor(s) for s in sequences]
+        batch: dict[str, Any] = {"input_ids": pad_sequence(ids, True, pad), **more}
         if not more:
-            batch["attention_mask"] = pad_sequence([torch.ones(len(s), dtype=torch.long)
-                                                    for s in sequences], batch_first=True)
-        logits = task.logits(model(**{k: v.to(device) for k, v in batch.items()}))
+            batch["attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True)
+        if shared:                    # logits that wait are made when the head is shared out again
+            batch["output_hidden_states"] = True
+        out = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        logits = out.hidden_states[-1] if shared else task.logits(out)
         return [row[:len(s)].double().cpu() for row, s in zip(logits, sequences, strict=True)]
 
     rows = [r for pack in packs for r in pack]
