@@ -48,7 +48,8 @@ def test_it_is_flat_and_the_rest_is_json():
                             for k in ("step", "exp_avg", "exp_avg_sq")}
     first = optimizer.param_groups[0]["params"][0]
     assert torch.equal(tensors["a.exp_avg"], optimizer.state[first]["exp_avg"])
-    (group,) = json.loads(json.dumps(rest))["groups"]
+    assert rest == json.loads(json.dumps(rest)), "it is what a file gives back"
+    (group,) = rest["groups"]
     assert group["names"] == ["a", "a.b", "a.b.c"] and group["betas"] == [0.9, 0.99]
     assert group["lr"] == 0.25 and "params" not in group and "param_names" not in group
     assert rest["state"] == {} and "extra" not in rest
@@ -61,8 +62,9 @@ def test_a_scalar_goes_beside_and_what_is_none_nowhere():
     tensors, rest = named_state(optimizer)
     assert tensors == {} and rest["state"] == {"a.count": 3, "a.b.count": 3}
     again = torch.optim.SGD(pairs(), lr=0.1)
-    load_named_state(again, tensors, rest)
     one, two, three = again.param_groups[0]["params"]
+    again.state[three] = {"count": 9}                # of before, and not in the file
+    load_named_state(again, tensors, rest)
     assert again.state[one] == again.state[two] == {"count": 3} and three not in again.state
 
 
