@@ -83,9 +83,10 @@ def test_parts_count_with_those_that_other_processes_hold(norm, monkeypatch):
     assert float(found) == pytest.approx(length, rel=1e-12)
     for p, want in zip(ps, wants, strict=True):
         torch.testing.assert_close(p.grad.flatten(), want.flatten()[:p.numel()], rtol=1e-10, atol=0)
-    alone = [nn.Parameter(torch.zeros_like(first))]
-    alone[0].grad = first.clone()
-    assert float(clip.cut_together_(alone, norm)) == pytest.approx(float(first.norm()))
+    for p, G, length in ((ps[0], first, float(first.norm())),
+                         (ps[1], part, by_hand([part, elsewhere])[1])):
+        p.grad = G.clone()                           # of one kind alone
+        assert float(clip.cut_together_([p], norm)) == pytest.approx(length, rel=1e-12)
 
 
 # -- gradients that never exist together ----------------------------------------------------------
