@@ -48,7 +48,6 @@ def resize(p: nn.Parameter, dim: int, keep: Tensor | None = None, fresh: Tensor 
         moved[key] = follow(value).reshape(-1) if flat else follow(value)
     grad = None if p.grad is None else follow(p.grad)
     made = resized(p.detach(), dim, keep, fresh).contiguous()
-    p.grad = None
     # a graph that is still alive (a loss somebody holds) keeps the parameter's place in graphs, and
     # that place its old shape; another dtype in between makes it a new one
     p.data = made.new_empty((), dtype=torch.float32 if made.dtype != torch.float32

@@ -72,8 +72,8 @@ class Owlore(Method):
     def claims(self) -> tuple[str, ...]:
         return ("the schedule of live blocks", "the subspace of the gradient")
 
-    def observe(self, place: Place) -> Weights | None:
-        return None if place.block is None else Weights(place.inp, place.name)
+    def observe(self, place: Place) -> Weights:
+        return Weights(place.inp, place.name)
 
     def settle(self, seen: Mapping[Place, Statistic]) -> Mapping[Place, dict[str, Any]]:
         return outliers(seen, self.outlier)
