@@ -36,6 +36,14 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, name, text, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_in_its_place_is_told_where_it_belongs(tmp_path):
+    with pytest.raises(ConfigError, match="not a configuration file.*--model, rows by --data"):
+        config.read(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        config.read(tmp_path / "nothing")
+    assert "--model" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         config.read(tmp_path / "nowhere.yaml")

@@ -24,8 +24,9 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
+        hint = "; a model is given by --model, rows by --data" if path.exists() else ""
         raise ConfigError(f"{path} is not a configuration file; expected one that ends in "
-                          f"{', '.join(SUFFIXES)}")
+                          f"{', '.join(SUFFIXES)}{hint}")
     text = read_text(path, ConfigError, LARGEST)
     with reading(path, ConfigError):
         data = _parse(text, path)
