@@ -150,6 +150,27 @@ def test_rows_of_like_length_are_the_same_in_two_processes_and_when_one_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora(rank=4)", "full"])
+def test_answers_are_looked_at_on_shares(recipe, tmp_path):
+    """Logits are read after the forward that their head was gathered for."""
+    from burnish.testing.tasks import texts
+
+    for part in texts("instruction-tuning"):
+        part.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "ab" * (1 + i % 4), "completion": "c" * (1 + i * 7 % 17)} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = {"data": str(tmp_path / "rows.jsonl")}
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert run(2, tmp_path / "base", two, recipe, 2, shard="fsdp2", **data) == ["", ""]
+    assert run(1, tmp_path / "base", one, recipe, 4, **data) == [""]
+    same(one, two)
+    a, b = (json.loads((d / "run.json").read_text())["metrics"] for d in (one, two))
+    a, b = a["validation"], b["validation"]
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    assert b["token_accuracy"] == pytest.approx(a["token_accuracy"])
+
+
+@pytest.mark.slow
 def test_packed_rows_of_two_processes_end_in_the_weights_of_one(tmp_path):
     from burnish.testing.tasks import texts
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from ..blocks.tape.segment import Segment
+from ..blocks.tape.unmade import Logits
 from ..blocks.update.step import compose, plan_of
 from ..core.errors import ConfigError, RecipeError
 from ..core.processes import processes
@@ -164,5 +166,12 @@ def _spread(tuned: Tuned, stay: set[nn.Parameter], mesh: Any, offload: bool) -> 
     for block in tuned.anatomy.blocks:
         fully_shard(tuned.model.get_submodule(block.path), **kw)
     fully_shard(tuned.model, **kw)
-    # what stands outside the blocks stays gathered for a backward; where none comes, it is let go
-    tuned.model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else let_go(tuned))
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        """What stands outside the blocks stays gathered for a backward, and for logits that wait
+        for whoever reads them; where neither comes, it is let go."""
+        if not torch.is_grad_enabled() and not any(
+                isinstance(t, Logits) for t in pytree.tree_leaves(out)):
+            let_go(tuned)
+
+    tuned.model.register_forward_hook(after)

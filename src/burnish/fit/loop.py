@@ -26,6 +26,7 @@ from ..blocks.update.precise import NotFinite
 from ..core.batches import call
 from ..core.errors import BurnishError, FormatError
 from ..core.processes import anywhere, here
+from ..engine.spread import let_go
 from ..engine.tuned import Tuned
 from ..formats import safe
 from ..formats.folder import finite
@@ -120,6 +121,7 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
         """The loss is the task's own, per answer: not smoothed, not a mean of batches' means."""
         self._looked_at = dataloader.dataset
         made = super().evaluation_loop(dataloader, *args, **kw)
+        let_go(self.tuned)                      # of shares: what logits were read by
         prefix = next((k.removesuffix(_PLAIN) for k in made.metrics if k.endswith(_PLAIN)), None)
         if prefix is not None:
             made.metrics[f"{prefix}loss"] = made.metrics.pop(f"{prefix}{_PLAIN}")
