@@ -281,7 +281,49 @@ def forms_in_a_browser(root, shots):
         browser.close()
 
 
+def settings_in_a_browser(root):
+    from playwright.sync_api import expect, sync_playwright
+
+    from burnish.testing.tasks import posed
+
+    base, *_ = posed("object-detection", root / "made")
+    shutil.copytree(base, root / "models/yolos")
+    with serving(root) as (address, _), sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        wrong = []
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.goto(address)
+        page.get_by_role("button", name="models").first.click()
+        page.get_by_role("button", name="yolos").click()
+        told = []
+        page.on("request", lambda r: "api/ask/plan" in r.url
+                and told.append(r.post_data_json["settings"]))
+        page.get_by_role("tab", name="Folder").nth(1).click()
+        picker = page.locator("#data-picker")
+        picker.get_by_role("button", name="made").click()
+        picker.get_by_role("button", name="data").click()
+        picker.get_by_role("button", name="Take this whole folder").click()
+        own = page.locator("#own")
+        expect(own).to_be_visible(timeout=120_000)
+        own.locator("summary").click()
+        page.get_by_label("Resolution").fill("48")
+        page.get_by_label("Resolution").press("Tab")
+        end = time.monotonic() + 120
+        while {"resolution": 48} not in told:
+            page.wait_for_timeout(200)
+            assert time.monotonic() < end, told
+        assert told[0] == {}                        # of the first plan
+        expect(page.get_by_label("Resolution")).to_have_value("48")
+        expect(page.locator("#frontier svg")).to_be_visible(timeout=300_000)
+        assert not wrong, wrong
+        browser.close()
+
+
 if BROWSER:
+    def test_settings_of_a_task_in_a_browser(root):
+        settings_in_a_browser(root)
+
     def test_every_form_in_a_browser(root, tmp_path):
         forms_in_a_browser(root, tmp_path)
 

@@ -46,6 +46,40 @@ def test_data_are_read_as_fit_reads_them():
     assert json.dumps(told)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_page_asks_for_what_fit_declares_of_a_task(task):
+    from burnish.fit.arguments import OF_TASK, Options
+
+    told = desk.asked_of(task)
+    assert [t["name"] for t in told] == [n for n in OF_TASK if n in TASKS[task].settings]
+    for one in told:
+        assert str(Options.__dataclass_fields__[one["name"]].type) == f"{one['kind']} | None"
+        assert one["kind"] in ("str", "int", "float", "bool")
+
+
+def test_what_a_task_is_told_acts_on_what_is_read_and_planned(tmp_path):
+    base, data, _ = posed("cloud-classification", tmp_path)
+    given = {"model": str(base), "data": str(data), "tops": [str(tmp_path)], "trust": True}
+    assert {"name": "points", "kind": "int", "least": 1, "most": None} in ask(
+        "data", **given)["settings"]
+    given |= {"memory": "1 GB", "batch": 2, "candidates": ["lora(rank=2, targets='net.head')"]}
+    few, many = (ask("plan", settings={"points": n}, **given)["recipes"][0]["peak"]
+                 for n in (16, 64))
+    assert few < many
+
+
+def test_what_a_task_wants_to_be_told_is_said_beside_its_fields(tmp_path):
+    base, data, _ = posed("text-to-image", tmp_path)
+    for path in data.rglob("*"):
+        if path.suffix in (".txt", ".csv", ".jsonl"):        # pictures alone
+            path.unlink()
+    given = {"model": str(base), "data": str(data), "tops": [str(tmp_path)],
+             "how": {"task": "text-to-image"}}
+    told, wanted = ask("data", **given), "instance_prompt"
+    assert wanted in told["refused"] and wanted in [s["name"] for s in told["settings"]]
+    assert "refused" not in ask("data", **given, settings={wanted: "a bowl"})
+
+
 def test_lengths_are_of_the_model_s_tokens(tmp_path):
     from tests.e2e.conftest import wordpiece
     from transformers import BertConfig, BertForMaskedLM

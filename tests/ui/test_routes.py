@@ -227,6 +227,9 @@ def test_a_file_that_was_written_anew_is_read_anew(page):
     ({"settings": {"max_steps": 10**400}}, 400),
     ({"settings": {"trust_remote_code": True}}, 400), ({"settings": {"output": "/x"}}, 400),
     ({"settings": {"max_steps": 1.5}}, 400), ({"settings": {"max_steps": "9"}}, 400),
+    ({"settings": {"points": 0}}, 400), ({"settings": {"language": ["x"]}}, 400),
+    ({"settings": {"instance_prompt": "x" * 3000}}, 400),
+    ({"settings": {"translate": "maybe"}}, 400),
     ({"settings": {"callbacks": 1}}, 400), ({"settings": {"epochs": True}}, 400),
     ({"how": {"processor": "x"}}, 400), ({"how": {"task": 3}}, 400), ({"recipe": ["lora"]}, 400),
     ({"recipe": "x" * 3000}, 400), ({"data": "upload:20260101-000000-00000000/a.csv"}, 404)])

@@ -75,6 +75,13 @@ ELSEWHERE = {
 }
 
 
+#: options that a task reads, where it has them
+OF_TASK = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
+           "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
+           "shots", "packing", "instance_prompt", "proportion_empty_prompts", "resolution",
+           "guidance_scale", "num_inference_steps", "snr_gamma", "points")
+
+
 @dataclass
 class Options:
     """What `fit` itself takes, beside transformers' training arguments.
@@ -190,11 +197,7 @@ class Options:
 
     def of_task(self) -> dict[str, Any]:
         """What a task reads: see :attr:`burnish.fit.tasks.Task.settings`."""
-        names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
-                 "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
-                 "shots", "packing", "instance_prompt", "proportion_empty_prompts", "resolution",
-                 "guidance_scale", "num_inference_steps", "snr_gamma", "points")
-        return {n: getattr(self, n) for n in names}
+        return {n: getattr(self, n) for n in OF_TASK}
 
     def numbers(self, model: Any) -> dict[str, Any]:
         """``dtype`` as the libraries that load `model` take it; {} where nobody has said one.
@@ -289,6 +292,14 @@ LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "guidance_scale": 0.0, "num_inference_steps": 1, "snr_gamma": 0.0}
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0,
         "proportion_empty_prompts": 1.0}
+
+
+def kinds_of_task() -> dict[str, str]:
+    """What a task may be told -> its kind, as declared: ``str``, ``int``, ``float`` or ``bool``."""
+    declared = {f.name: str(f.type) for f in fields(Options)}
+    return {n: declared[n].partition(" ")[0] for n in OF_TASK}
+
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

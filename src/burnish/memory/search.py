@@ -7,6 +7,7 @@ families know nothing of each other, so two processes may look at two of them at
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import multiprocessing
@@ -286,7 +287,7 @@ def _in_processes(search: Search, families: Mapping[int, Sequence[str]], thoroug
     counter: Any = fork.Value("i", 0)
     search._looked = partial(_add, counter)
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(families)), fork, _ready)
+    pool = ProcessPoolExecutor(min(workers, len(families)), fork, _ready, (os.getpid(),))
     told = 0
     try:
         waiting = {pool.submit(_look, families[n], thorough): n for n in order}
@@ -314,10 +315,13 @@ def _add(counter: Any, n: int) -> None:
         counter.value += n
 
 
-def _ready() -> None:
+def _ready(parent: int) -> None:
     """A worker that could not run backward (its parent has, with threads it does not have) or whose
-    threads are gone ends at once."""
+    threads are gone ends at once; and so does one whose parent is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # the parent hears it, and ends us
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
+    if os.getppid() != parent:                           # gone before that was said
+        os._exit(1)
     torch.set_num_threads(1)
     torch.ones(1, requires_grad=True).sum().backward()
 

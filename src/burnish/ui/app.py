@@ -26,7 +26,7 @@ from ..core.reading import parse_json
 from .asking import Desk
 from .guard import Guard
 from .places import Missing, Places, Refused
-from .runs import OUT, READING, Runs
+from .runs import OUT, READING, Runs, told
 from .uploads import KINDS, TooMuch, Uploads
 
 #: bytes of a question, and of a picture or a sound that is asked about
@@ -105,11 +105,12 @@ class Ui:
             return _only(given, {})
         kinds: dict[str, Any] = {"model": str}
         if what == "data":
-            kinds |= {"data": str, "max_length": int, "how": dict}
+            kinds |= {"data": str, "max_length": int, "how": dict, "settings": dict}
         elif what == "plan":
             kinds |= {"memory": str, "batch": int, "length": int, "task": str, "labels": list,
                       "prefer": str, "device": str, "rows": int, "epochs": float,
-                      "candidates": list, "data": str, "how": dict, "max_length": int}
+                      "candidates": list, "data": str, "how": dict, "max_length": int,
+                      "settings": dict}
         elif what != "model":
             raise Missing("there is no such question")
         asked = _only(given, kinds)
@@ -119,6 +120,8 @@ class Ui:
         if "data" in asked:
             asked["tops"] = self.tops
             asked["how"] = _only(asked.get("how", {}), dict.fromkeys(READING, str))
+        if "settings" in asked:
+            asked["settings"] = told(asked["settings"])
         for key in ("labels", "candidates"):
             if any(not isinstance(v, str) or len(v) > 2000 for v in asked.get(key, ())):
                 raise ConfigError(f"{key}: expected a list of texts")

@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -82,11 +84,14 @@ class Desk:
         return self._process
 
     def close(self) -> None:
-        """The process ends; the next question starts another."""
+        """The process ends, and what it started with it; the next question starts another."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)         # the session that it leads
+                else:
+                    process.kill()
 
     async def end(self) -> None:
         """The same, and it is gone when this returns."""

@@ -104,8 +104,13 @@ def pipeline(folder: str) -> dict[str, Any]:
 
 # -- the data ------------------------------------------------------------------------------------
 def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: bool = False,
-         max_length: int | None = None, how: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What was understood of data, as `fit` will read it; how long rows are needs the model."""
+         max_length: int | None = None, how: Mapping[str, Any] | None = None,
+         settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What was understood of data, as `fit` will read it; how long rows are needs the model.
+
+    settings: what the task is told. What it may be told is in the answer, and so is why it refuses
+    the rows as they are (``refused``): it may be for want of a setting.
+    """
     from ..fit.report import gallery
 
     quiet()
@@ -115,9 +120,24 @@ def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: 
             "labels": list(found.labels) if found.labels else None,
             "classes": counted(found), "samples": samples(found),
             "pictures": [{"image": uri, "label": label} for uri, label in gallery(found)]}
+    told["settings"] = asked_of(found.task)
     if model is not None:
-        told |= lengths(taught(data, tops, model, trust, how, max_length)[0])
+        try:
+            told |= lengths(taught(data, tops, model, trust, how, max_length, settings)[0])
+        except ConfigError as e:
+            told["refused"] = line(e)
+            if not told["settings"]:
+                raise
     return told
+
+
+def asked_of(task: str) -> list[dict[str, Any]]:
+    """What `fit` lets a task be told: its name, its kind and the bounds of a number."""
+    from ..fit.arguments import LEAST, MOST, kinds_of_task
+    from ..fit.tasks import TASKS
+
+    return [{"name": n, "kind": kind, "least": LEAST.get(n), "most": MOST.get(n)}
+            for n, kind in kinds_of_task().items() if n in TASKS[task].settings]
 
 
 def rows(data: str, tops: list[str], model: str | None, trust: bool,
@@ -135,7 +155,8 @@ def rows(data: str, tops: list[str], model: str | None, trust: bool,
 
 
 def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str, Any] | None,
-           max_length: int | None, first: int | None = None) -> tuple[Any, Any]:
+           max_length: int | None, settings: Mapping[str, Any] | None = None,
+           first: int | None = None) -> tuple[Any, Any]:
     """The task that `fit` would make of data and model, and the model without its weights.
 
     first: so many rows of a pipeline's data: each takes as much as any other, and is encoded before
@@ -146,14 +167,15 @@ def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str
     from ..fit.advice import blank
     from ..fit.kinds import generated
     from ..fit.places import check_served
-    from ..fit.tasks import task_for
+    from ..fit.tasks import TASKS, task_for
 
     found = rows(data, tops, model, trust, how)
     check_served(found.task, model, trust)
     if first is not None and generated(found.task):
         some = found.train.select(range(min(first, len(found.train))))
         found = replace(found, splits={"train": some})
-    task = task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42)
+    own = {k: v for k, v in (settings or {}).items() if k in TASKS[found.task].settings}
+    task = task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42, **own)
     return task, blank(task, model, trust)
 
 
@@ -209,7 +231,8 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
          device: str | None = None, rows: int | None = None, epochs: float | None = None,
          candidates: list[str] | None = None, trust: bool = False, data: str | None = None,
          tops: Sequence[str] = (), how: Mapping[str, Any] | None = None,
-         max_length: int | None = None) -> dict[str, Any]:
+         max_length: int | None = None,
+         settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every recipe with what it costs, as `fit` would train it on the costliest rows of `data`;
     without data, from the configuration and the shape of a batch."""
     import burnish
@@ -227,7 +250,7 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
     shape: Any = batch if length is None else (batch, length)
     loss: Any = None
     if data is not None:
-        of, of_what = taught(data, list(tops), model, trust, how, max_length, batch)
+        of, of_what = taught(data, list(tops), model, trust, how, max_length, settings, batch)
         shape, loss = of.call(of.example(batch), False)
         of_what.train()
     else:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, ConfigError
+from ..fit.arguments import kinds_of_task, typed
 from .files import read_json, write_json
 from .places import ID, Missing, Places
 
@@ -46,6 +47,22 @@ READING = ("task", "text", "label", "image", "audio", "prompt", "completion", "s
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 #: bytes of the log that are looked through for its last line, and that the page gets at first
 TAIL = 1 << 14
+
+
+#: what a task may be told -> its kind, as `fit` declares them
+OF_TASK = kinds_of_task()
+
+
+def told(given: Any) -> dict[str, Any]:
+    """What a task was told, each in the kind that `fit` declares; null is none."""
+    if not isinstance(given, dict):
+        raise ConfigError("settings: expected an object")
+    for key, value in given.items():
+        if key not in OF_TASK:
+            raise ConfigError(f"{key!r} is not told to a task; there are {', '.join(OF_TASK)}")
+        if not isinstance(value, str | int | float | None) or len(str(value)) > 2000:
+            raise ConfigError(f"{key}: expected a short text, a number, true or false")
+    return {k: typed(k, v, OF_TASK[k], k) for k, v in given.items() if v is not None}
 
 
 def environment() -> dict[str, str]:
@@ -143,10 +160,15 @@ class Runs:
                 raise ConfigError(f"{key!r} is no way to read columns; there are "
                                   f"{', '.join(READING)}")
             wanted[key] = value
-        for key, value in (asked.get("settings") or {}).items():
+        given = asked.get("settings") or {}
+        wanted |= told({k: v for k, v in given.items() if k in OF_TASK})
+        for key, value in given.items():
+            if key in OF_TASK:
+                continue
             kind = SETTINGS.get(key)
             if kind is None:
-                raise ConfigError(f"{key!r} is not set here; there are {', '.join(SETTINGS)}")
+                raise ConfigError(f"{key!r} is not set here; there are "
+                                  f"{', '.join((*SETTINGS, *OF_TASK))}")
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or \
@@ -248,7 +270,8 @@ class Runs:
             "id": name, "state": state, "why": why, "created": asked.get("created"),
             "started": process.get("started"), "ended": ended.get("time"),
             **{k: asked.get(k) for k in ("title", "model", "data", "recipe", "promise")},
-            "settings": {k: settings[k] for k in ("memory", *SETTINGS, *READING) if k in settings},
+            "settings": {k: settings[k] for k in ("memory", *SETTINGS, *OF_TASK, *READING)
+                         if k in settings},
             "checkpoint": checkpoints[-1] if checkpoints else None,
             "report": (out / "report.html").is_file() and bool(facts),
             "adapter": (out / "adapter_model.safetensors").is_file() and bool(facts),

@@ -35,6 +35,7 @@ async function takeModel(place) {
 function takeData(place) {
   now.data = place;
   now.how = {};
+  own([]);
   readData();
 }
 
@@ -42,8 +43,8 @@ async function readData() {
   const turn = ++asked;
   now.read = now.plans = now.point = null;
   $("plan").hidden = $("plan-body").hidden = $("data-shown").hidden = true;
-  if (!now.data) return;
-  const body = { data: now.data, how: now.how };
+  if (!now.data) { own([]); return; }
+  const body = { data: now.data, how: now.how, settings: told() };
   if (now.model && now.facts) body.model = now.model;
   if (+$("longest").value > 0) body.max_length = +$("longest").value;
   $("data-facts").replaceChildren(busy("Reading it…"));
@@ -56,7 +57,9 @@ async function readData() {
       layout: read.layout, task: read.task.replace(/-/g, " "),
       rows: Object.entries(read.rows).map(([k, n]) => `${n.toLocaleString("en")} ${k}`).join(", ") }));
     understood(read);
-    if (body.model) plan();
+    own(read.settings);
+    if (read.refused) $("data-facts").append(error({ message: read.refused }));
+    else if (body.model) plan();
   } catch (e) {
     if (turn !== asked) return;
     $("data-facts").replaceChildren(error(e));
@@ -65,11 +68,38 @@ async function readData() {
   }
 }
 
+/** A field for each setting that `fit` declares for this task; one that stands stays as it is. */
+function own(settings) {
+  const names = settings.map((s) => s.name).join(), fields = $("own-fields");
+  $("own").hidden = !settings.length;
+  if (fields.dataset.names === names) return;
+  const before = told();
+  fields.dataset.names = names;
+  fields.replaceChildren(...settings.map(({ name, kind, least, most }) => {
+    const id = `own-${name}`, number = kind === "int" || kind === "float";
+    const input = kind === "bool"
+      ? h("select", { id }, ["", "true", "false"].map((v) => h("option", { value: v }, v || "as usual")))
+      : h("input", { id, type: number ? "number" : "text", autocomplete: "off", placeholder: "as usual",
+        ...(number ? { step: kind === "int" ? 1 : "any" } : {}), ...(number && least !== null ? { min: least } : {}), ...(number && most !== null ? { max: most } : {}) });
+    Object.assign(input, { name, kind });
+    input.value = name in before ? String(before[name]) : "";
+    input.addEventListener("change", readData);
+    return h("label", {}, `${name[0].toUpperCase()}${name.slice(1).replace(/_/g, " ")} `, input);
+  }));
+}
+
+/** What the task is told: the fields that are filled in. */
+function told() {
+  const kinds = { bool: (v) => v === "true", int: Number, float: Number, str: String };
+  return Object.fromEntries([...$("own-fields").querySelectorAll("input, select")].filter((i) => i.value.trim() !== "")
+    .map((i) => [i.name, kinds[i.kind](i.value.trim())]));
+}
+
 function understood(read) {
   const parts = [];
-  const told = { task: read.task.replace(/-/g, " "), columns: read.columns || null, classes: read.labels && read.labels.length,
+  const known = { task: read.task.replace(/-/g, " "), columns: read.columns || null, classes: read.labels && read.labels.length,
     "tokens of a row": read.tokens && `${read.tokens.median} in the middle, ${read.tokens.nine_in_ten} in nine of ten, ${read.tokens.most} at most` };
-  parts.push(facts(told));
+  parts.push(facts(known));
   for (const note of read.notes || []) parts.push(h("p", { class: "faint" }, note));
   if (!now.model) parts.push(h("p", { class: "faint" }, "Choose a model as well, and rows are measured in its tokens."));
   const sides = h("div", { class: "two" });
@@ -108,7 +138,7 @@ async function plan(more = {}) {
   $("plan").hidden = false;
   const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
     prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1,
-    data: now.data, how: now.how, max_length: +$("longest").value || null, ...more };
+    data: now.data, how: now.how, settings: told(), max_length: +$("longest").value || null, ...more };
   const bar = h("progress", { max: 1, "aria-label": "Recipes looked at" }), words = h("span", { class: "faint" }, "Simulating recipes…");
   $("plan-status").replaceChildren(bar, words);
   try {
@@ -193,24 +223,24 @@ async function written() {
 // -- start -------------------------------------------------------------------------------------
 async function start(e) {
   e.preventDefault();
-  const button = $("start"), told = $("start-status");
+  const button = $("start"), status = $("start-status");
   button.disabled = true;
-  told.replaceChildren(busy("Starting…"));
+  status.replaceChildren(busy("Starting…"));
   try {
     if (later) await plan();                      // a field was changed just now
     const text = $("recipe").value.trim(), r = text === now.point?.recipe ? now.point : now.plans ? await written() : null;
     if (!text) throw new Error("choose a recipe, or write one");
     if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
     if (r && now.plans && r.needs > now.plans.budget) throw new Error(`${r.recipe} needs ${bytes(r.needs)}, more than the memory above`);
-    const settings = { epochs: +$("epochs").value || null, batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null,
+    const settings = { ...told(), epochs: +$("epochs").value || null, batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null,
       learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
       seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
     const run = await send("POST", "/api/runs", { model: now.model, data: now.data, recipe: r ? r.recipe : text,
       memory: $("memory").value.trim() || null, how: { ...now.how }, settings,
       promise: r ? { peak: r.peak, by: r.by } : null });
-    told.replaceChildren();
+    status.replaceChildren();
     location.hash = `run/${run.id}`;
-  } catch (problem) { told.replaceChildren(error(problem)); }
+  } catch (problem) { status.replaceChildren(error(problem)); }
   button.disabled = false;
 }
 
