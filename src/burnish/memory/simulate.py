@@ -291,7 +291,7 @@ def _drive(tuned: Any, ledger: Ledger, batch: Any, loss: Any, steps: int,
         for step in range(steps):
             tuned.timeline.emit("rehearse", step)
             for _, handler in tuned.timeline.handlers if held is not None else ():
-                if hasattr(handler, "hears"):
+                if hasattr(handler, "looks_at"):
                     handler.looks_at(held, loss)
             if step == steps - 1:
                 since = ledger.now + 1
