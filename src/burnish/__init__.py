@@ -42,7 +42,10 @@ def __getattr__(name: str) -> Any:
         home, real = _HOME[name], name
     else:
         raise AttributeError(f"module 'burnish' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"burnish.{home}"), real)
+    from .core.extras import worded
+
+    with worded():
+        value = getattr(importlib.import_module(f"burnish.{home}"), real)
     globals()[name] = value
     return value
 

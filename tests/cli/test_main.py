@@ -93,22 +93,51 @@ def test_doctor_trains_a_step(capsys):
     assert "training works" in run(capsys, "doctor")[1]
 
 
-def test_doctor_knows_every_extra():
+def test_doctor_knows_every_package_that_is_declared():
     import re
     from pathlib import Path
 
-    from burnish.cli.catalogue import OPTIONAL
+    from burnish.cli.catalogue import REQUIRED
+    from burnish.core.extras import OPTIONAL
 
     try:
         import tomllib
     except ModuleNotFoundError:                            # Python 3.10
         import tomli as tomllib
     file = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    extras = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads(file.read_text())["project"]
     ours = {"test", "browser", "dev", "docs", "all"}       # for people who work on burnish itself
-    named = {extra: tuple(re.match(r"[\w.-]+", n)[0] for n in names if "burnish[" not in n)
-             for extra, names in extras.items() if extra not in ours}
-    assert named == OPTIONAL
+
+    def named(requirements):
+        return tuple(re.match(r"[\w.-]+", n)[0] for n in requirements if "burnish[" not in n)
+
+    extras = project["optional-dependencies"].items()
+    assert {extra: named(names) for extra, names in extras if extra not in ours} == OPTIONAL
+    assert named(n for n in project["dependencies"] if "python_version" not in n) == REQUIRED
+
+
+@pytest.mark.parametrize(("module", "words"), [
+    ("sklearn.cluster",
+     "this needs scikit-learn, which is not installed: pip install 'burnish[fit]'"),
+    ("scipy.stats", "'burnish[scipy]'"), ("dp_accounting", "'burnish[privacy]'"),
+    ("onnxruntime", "'burnish[onnx]'"),
+])
+def test_what_is_not_installed_is_named_with_its_extra(capsys, monkeypatch, module, words):
+    def fail(*args, **kw):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("burnish.core.registry.catalogue", fail)
+    code, out, err = run(capsys, "methods")
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+
+
+def test_a_module_that_no_extra_brings_is_an_error_of_the_work(capsys, monkeypatch):
+    def fail(*args, **kw):
+        raise ModuleNotFoundError("No module named 'zzz'", name="zzz")
+
+    monkeypatch.setattr("burnish.core.registry.catalogue", fail)
+    code, _, err = run(capsys, "methods")
+    assert code == 1 and "No module named 'zzz'" in err and "burnish[" not in err
 
 
 def test_version(capsys):

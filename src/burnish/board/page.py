@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from ..core.errors import ConfigError
+from ..core.extras import worded
 from .budgets import BUDGETS, YARDSTICK
 from .records import Record, Records
 from .tasks import TASKS
@@ -40,6 +41,7 @@ class Ranking:
     ranks: dict[str, float]
     scores: dict[str, list[float]]
 
+    @worded()
     def differ(self) -> tuple[float, float] | None:
         """(p of Friedman's test, critical difference); None for fewer than three recipes or two
         tasks."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from statistics import mean, variance
 from typing import Any
 
+from ..core.extras import worded
 from .page import LORA
 from .records import Records
 from .tasks import KINDS, TASKS
@@ -139,6 +140,7 @@ def regrets(found: Gains) -> dict[str, dict[str, Any]]:
     return out
 
 
+@worded()
 def _alike(a: list[float], b: list[float]) -> float:
     """Spearman's correlation of ranks; 0 where either has one rank alone."""
     from scipy.stats import spearmanr

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ..core.errors import BurnishError
+from ..core.extras import told
 
 __all__ = ["main", "run"]
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error.format_message() or "what to do? `burnish --help`", 2)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return _fail(f"out of memory: {_line(error)}", 5)
+        if isinstance(error, ModuleNotFoundError) and (lacks := told(error)):
+            return _fail(lacks, 2)
         return _fail(f"{type(error).__name__}: {_line(error)}", 1)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from ..core.axes import AXES
 from ..core.errors import CheckError, ConfigError, nearest
+from ..core.extras import OPTIONAL
 from .app import Json, app
 from .screen import emit, table
 
@@ -88,14 +89,8 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
                       + "; `burnish methods NAME` tells all about one"])
 
 
-#: what each extra of the package brings
-OPTIONAL = {
-    "fit": ("transformers", "accelerate", "datasets", "huggingface-hub", "torchmetrics",
-            "matplotlib", "jinja2", "pillow", "scikit-learn", "pyyaml"),
-    "peft": ("peft",), "bitsandbytes": ("bitsandbytes",), "torchao": ("torchao",),
-    "scipy": ("scipy",), "audio": ("scipy", "soundfile"), "privacy": ("dp-accounting",),
-    "federated": ("flwr",), "triton": ("triton",), "search": ("optuna",),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"), "ui": ("starlette", "uvicorn")}
+#: what the package cannot be without
+REQUIRED = ("torch", "safetensors", "numpy", "typer", "rich")
 
 
 @app.command()
@@ -120,7 +115,7 @@ def doctor(
         except PackageNotFoundError:
             return None
 
-    packages = {p: found(p) for p in ("burnish", "torch", "safetensors", "numpy", "typer")}
+    packages = {p: found(p) for p in ("burnish", *REQUIRED)}
     extras = {extra: {p: found(p) for p in names} for extra, names in OPTIONAL.items()}
     devices = [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i),
                 "free": torch.cuda.mem_get_info(i)[0], "total": torch.cuda.mem_get_info(i)[1]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ConfigError, nearest
+from .extras import worded
 from .reading import shown
 
 #: transformers' tables of headed classes in the order in which one settles the question, and the
@@ -33,6 +34,7 @@ _OTHERS = ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "MODEL_FOR_TOKEN_CLASSIF
            "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING")
 
 
+@worded()
 def architecture(config: Any) -> Any:
     """The class that `config` stands for.
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..core.extras import worded
 from ..core.reading import plain
 
 #: full scale of whole numbers, by their width in bytes
@@ -45,6 +46,7 @@ def size(source: Any) -> tuple[int, int]:
     return _checked(many), _possible(rate)
 
 
+@worded("audio")
 def heard(source: Any, rate: int, seconds: float | None = None) -> np.ndarray:
     """(n,) fp32 at `rate` samples a second, of the first `seconds`."""
     from scipy.signal import resample_poly

@@ -27,11 +27,13 @@ from ..blocks.tape import disk
 from ..core import unread
 from ..core.dtypes import dtype_of
 from ..core.errors import ConfigError, FormatError
+from ..core.extras import worded
 from ..core.unread import blank, close, mark, source_of
 from . import safe
 from .model_files import check_weights, loading
 
 
+@worded()
 def open_model(folder: str | Path, dtype: torch.dtype | str | None = None) -> nn.Module:
     """The transformers model of a folder, for :func:`tune`: its weights are read one by one.
 
@@ -111,6 +113,7 @@ def opens(folder: str | Path) -> bool:
     return "quantization_config" not in safe.read_json(folder / "config.json")
 
 
+@worded()
 def opened_as(auto: Any, folder: str | Path, dtype: torch.dtype | str | None = None, **kw: Any
               ) -> tuple[nn.Module, dict[str, Any]]:
     """As ``auto.from_pretrained(folder, **kw)`` of one of transformers' Auto classes, unread."""

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -39,9 +39,24 @@ def joining(stage: Path) -> Iterator[Path]:
     """Updates of `stage` are part of something larger: no mark, no lock, no moves of their own."""
     _open.add(stage)
     try:
-        yield stage
+        with _quiet():
+            yield stage
     finally:
         _open.discard(stage)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers shows a bar for every model that it writes, also where nobody watches."""
+    library: Any = sys.modules.get("transformers")
+    if library is None or not library.utils.logging.is_progress_bar_enabled():
+        yield
+        return
+    library.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.utils.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from ..core import unread
 from ..core.architecture import architecture
 from ..core.example import example_batch
+from ..core.extras import worded
 
 
+@worded()
 def from_config(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that the config stands for (core/architecture.py), on meta, in training mode."""
     from transformers import initialization
