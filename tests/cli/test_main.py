@@ -192,7 +192,7 @@ def test_conformance_is_a_table_and_fails_with_four(capsys, monkeypatch):
 
 SURFACE = {
     "fit": "data from_yaml json launch memory model output recipe",
-    "search": "data json memory metric model objectives output picture seed space trials",
+    "search": "data json layers memory metric model objectives output picture seed space trials",
     "select": "base data how json like out run split",
     "mark": "base data how json out source split",
     "predict": "base cache given guidance_scale inputs json num_inference_steps run seed tokens "
