@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tape.chunked import spans
 from ..weight.waiting import put, value
 from .noise import CounterNoise
 from .rules import accumulator
@@ -29,8 +30,7 @@ def strip(device: torch.device) -> int:
 
 def strips(n: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """``[lo, hi)`` of each strip of n elements."""
-    size = strip(device)
-    return ((lo, min(lo + size, n)) for lo in range(0, n, size))
+    return spans(n, strip(device))
 
 
 def perturbed(p: Tensor, name: str, seed: int, scale: float, out: Tensor,
