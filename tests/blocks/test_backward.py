@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import burnish
-from burnish.blocks.weight.backward import again, as_then, uncast
+from burnish.blocks.weight.backward import again, as_then, through, uncast
 from burnish.core.call import Call, current, resume
 
 
@@ -122,3 +125,73 @@ def test_in_a_compiled_graph_it_is_a_part_of_the_graph():
     torch.testing.assert_close(got, want)
     (gg,) = torch.autograd.grad(got.square().sum(), list(tuned.parameters()))
     torch.testing.assert_close(gg, gw)
+
+
+# -- a weight that is made of others --------------------------------------------------------------
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), inp=st.integers(1, 5), out=st.integers(1, 5), lead=st.booleans(),
+       want_x=st.booleans(), want_t=st.booleans())
+def test_a_made_weight_has_the_gradients_of_all_it_is_made_of(tokens, inp, out, lead, want_x,
+                                                              want_t):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(*((2,) if lead else ()), tokens, inp, dtype=torch.float64, generator=g)
+    t = torch.randn(out, inp, dtype=torch.float64, generator=g)
+    still, idle = torch.randn(out, 1, dtype=torch.float64, generator=g), torch.zeros(3)
+    x.requires_grad_(want_x), t.requires_grad_(want_t), idle.requires_grad_(want_t)
+    y = through(x, None, lambda: still * torch.sin(t), (t, still, idle))
+    want = F.linear(x, still * torch.sin(t))
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    wanted = [v for v in (x, t, idle) if v.requires_grad]
+    if wanted:
+        dy = torch.randn(want.shape, dtype=torch.float64, generator=g)
+        got = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+        theirs = torch.autograd.grad(want, wanted, dy, allow_unused=True)
+        for a, b in zip(got, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if b is not None:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_made_weight_is_made_twice_and_multiplied_three_times():
+    x, t, made = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), []
+    with Counted() as products:
+        y = through(x, None, lambda: made.append(1) or torch.sin(t), (t,))
+        assert (products.products, len(made)) == (1, 1)
+        y.sum().backward()
+    assert (products.products, len(made)) == (3, 2)
+
+
+def test_of_a_made_weight_nothing_is_kept_and_of_x_only_where_it_is_asked():
+    x, t = torch.randn(64, 32, requires_grad=True), torch.randn(32, 32)
+    for trains in (True, False):
+        kept = []
+        t.requires_grad_(trains)
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, k=kept: k.append(v) or v,
+                                                      lambda v: v):
+            through(x, None, lambda: torch.sin(t), (t,))
+        assert {v.data_ptr() for v in kept} == {t.data_ptr(), *([x.data_ptr()] if trains else [])}
+
+
+def test_a_weight_that_is_at_hand_is_taken():
+    x, t = torch.randn(5, 3), torch.randn(4, 3, requires_grad=True)
+    kept = torch.randn(4, 3)
+    assert torch.equal(through(x, kept, lambda: torch.sin(t), (t,)), F.linear(x, kept))
+
+
+@pytest.mark.parametrize("which", ["x", "theta"])
+def test_what_a_made_weight_reads_may_not_change_before_backward(which):
+    x, t = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    y = through(x, None, lambda: torch.sin(t), (t,))
+    with torch.no_grad():
+        (x if which == "x" else t).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -76,7 +76,7 @@ def test_a_shard_needs_its_own_block_alone():
     with torch.no_grad():
         term.B.normal_()
         x = torch.randn(4, 12, dtype=torch.float64)
-        whole = term.path(x)
+        whole = term.product(x)
         for k in range(3):
             z = x @ term.A[2 * k : 2 * k + 2].t()
             torch.testing.assert_close(z @ term.B[3 * k : 3 * k + 3].t() * term.scale,

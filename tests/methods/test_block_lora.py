@@ -67,7 +67,7 @@ def test_start_counts_and_cost():
     assert method.count(Place("a", "weight", "linear", 768, 768)) == 6_912
     (lora,) = burnish.parse("lora(rank=8)")
     assert lora.count(Place("a", "weight", "linear", 768, 768)) == 12_288
-    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 0
+    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 1
     assert keeps_what_it_says("block_lora", "vit") is None
     _, tuned, term = made(inp=400)
     A = term.A.detach()

@@ -63,7 +63,7 @@ def test_start_counts_and_cost():
     assert torch.equal(net(**batch).logits, want)
     (method,) = burnish.parse("comp_lora")
     assert 36 * method.count(Place("a", "weight", "linear", 768, 768)) == 110_592
-    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 0
+    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == method.rank
     assert keeps_what_it_says("comp_lora", "vit") is None
     _, tuned, term = made(inp=400)
     A = term.A.detach()

@@ -112,13 +112,13 @@ def test_dropout_is_on_the_input():
 
 def test_half_precision_runs():
     _, _, term = made()
-    assert term.float().path(torch.randn(2, 7).bfloat16()).dtype == torch.bfloat16
+    assert term.float().product(torch.randn(2, 7).bfloat16()).dtype == torch.bfloat16
 
 
 def test_counts_cost_and_defaults():
     (method,) = burnish.parse("delora")
     assert method.count(Place("a", "weight", "linear", 4096, 4096)) == 65_537
-    assert method.per_token(Place("a", "weight", "linear", 9, 7)) == 0
+    assert method.per_token(Place("a", "weight", "linear", 9, 7)) == method.rank
     assert method.settings() == {"targets": None, "rank": 8, "reach": 15.0, "norm": "column",
                                  "dropout": 0.0}
     assert keeps_what_it_says("delora", "vit") is None

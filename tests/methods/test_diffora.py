@@ -84,7 +84,7 @@ def test_start_counts_and_defaults():
     assert sum(method.count(p) - method.count(p, gates=0) for p in places) == 72
     place = Place("l", "weight", "linear", 24, 16)
     assert (method.count(place), method.count(place, rank=3, gates=0)) == (8 * 40 + 1, 120)
-    assert method.per_token(place) == 0
+    assert (method.per_token(place), method.per_token(place, rank=0)) == (8, 0)
     assert method.settings() == {
         "targets": None, "rank": 8, "alpha": 16.0, "density": 0.5, "warmup": 0.05, "search": 0.3,
         "gate_rate": 5.0}

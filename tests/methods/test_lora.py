@@ -158,8 +158,8 @@ def kept_bytes(recipe, tokens=16, width=64):
 
 @pytest.mark.parametrize("recipe, x, more", [
     ("lora(rank=4, train_a=False)", 0, 4), ("lora(rank=4)", 64, 4),
-    ("lora(rank=4, train_scale=True)", 64, 0)])
-def test_frozen_a_keeps_rank_numbers_a_token_and_a_scale_that_trains_the_input(recipe, x, more):
+    ("lora(rank=4, train_scale=True)", 64, 4)])
+def test_rank_numbers_a_token_are_kept_and_without_a_the_input_is_not(recipe, x, more):
     assert kept_bytes(recipe) == x + more
     assert parse(recipe)[0].per_token(Place("l", "weight", "linear", 64, 64)) == more
 

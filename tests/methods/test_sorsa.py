@@ -107,7 +107,7 @@ def test_counts_and_cost():
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     assert 32 * sum(method.count(Place("a", "weight", "linear", o, i)) for o, i in shapes) == \
         319_844_352
-    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 0
+    assert method.per_token(Place("a", "weight", "linear", 9, 12)) == 2 * method.rank
     assert keeps_what_it_says("sorsa", "vit") is None
     _, tuned, _ = made()
     assert {g["weight_decay"] for g in tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups} \

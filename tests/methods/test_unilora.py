@@ -113,7 +113,7 @@ def test_defaults_counts_and_cost():
     assert method.settings() == {"targets": None, "rank": 4, "dimension": 256, "dropout": 0.0,
                                  "start": 0.02, "seed": 42}
     place = Place("a", "weight", "linear", 9, 7)
-    assert method.count(place) == 0 and method.per_token(place) == 0
+    assert method.count(place) == 0 and method.per_token(place) == 4
     assert keeps_what_it_says("unilora", "vit") is None
 
 

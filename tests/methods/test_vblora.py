@@ -111,7 +111,7 @@ def test_counts_and_cost():
     (method,) = burnish.parse("vblora(vectors=90)")
     # RoBERTa-large, q and v: the logits; what is kept of them is 2 indices and a weight a piece
     place = Place("a", "weight", "linear", 1024, 1024)
-    assert method.count(place) == 90 * 4 * 8 and method.per_token(place) == 0
+    assert method.count(place) == 90 * 4 * 8 and method.per_token(place) == 4
     assert burnish.parse("vblora")[0].settings() == {
         "targets": None, "rank": 4, "vectors": 256, "span": 256, "k": 2, "dropout": 0.0,
         "start": 0.02, "std": 0.1, "gate_rate": 10.0}

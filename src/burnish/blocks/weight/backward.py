@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...core.call import current, resume
 from ...core.followed import compiling
+from .. import matmul
 from ..tape import cast
-from ..tape.functions import once_differentiable
+from ..tape.functions import once_differentiable, shaped
 from ..tape.roles import reading
 
 
@@ -72,6 +73,47 @@ class _Again(torch.autograd.Function):
         got = iter(torch.autograd.grad(y, wanted, g, allow_unused=True))
         dx = next(got) if need_x else None
         return dx, None, *[next(got) if need else None for need in needs]
+
+
+def through(x: Tensor, kept: Tensor | None, made: Callable[[], Tensor], theta: tuple[Tensor, ...]
+            ) -> Tensor:
+    """``x W^T`` with ``W = made()`` (or `kept`, which is the same), of which backward keeps nothing
+    but x, where a tensor of theta trains: W is made again there, and no product but those of the
+    gradients, ``dx = g W`` and ``dW = g^T x``."""
+    if compiling():
+        return _Through.apply(x, kept, made, *theta)
+    with reading((x,)):
+        return _Through.apply(x, kept, made, *theta)
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    @uncast
+    def forward(ctx: Any, x: Tensor, kept: Tensor | None, made: Callable[[], Tensor],
+                *theta: Tensor) -> Tensor:
+        ctx.made, ctx.theta, ctx.call, ctx.shape = made, theta, current(), x.shape
+        trains = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if trains else None, *theta)
+        y = matmul.linear(x.reshape(-1, x.shape[-1]), made() if kept is None else kept)
+        return shaped(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    @as_then
+    @uncast
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x = ctx.saved_tensors[0]                 # refuses what has changed since
+        need_x, _, _, *needs = ctx.needs_input_grad
+        wanted = [t for t, need in zip(ctx.theta, needs, strict=True) if need]
+        g2 = g.reshape(-1, g.shape[-1])
+        with torch.set_grad_enabled(bool(wanted)):
+            W = ctx.made()
+        dx = shaped(matmul.mm(g2, W.detach()), ctx.shape) if need_x else None
+        got: Any = ()
+        if wanted:
+            dW = matmul.tn(g2, x.reshape(-1, x.shape[-1]))
+            got = iter(torch.autograd.grad(W, wanted, dW, allow_unused=True))
+        return dx, None, None, *[next(got) if need else None for need in needs]
 
 
 def remade(fn: Callable[[], tuple[Tensor, ...]], theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,31 +5,22 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.site import Place
 from .latent import Latent, Stored
-from .path import Path
+from .paired import Paired
 
 
-class BitPair(Path):
+class BitPair(Paired):
     """A (rank, in), B (out, rank). stored: codes of a file, which do not train."""
 
     def __init__(self, place: Place, rank: int, bits: int, scale: float, stored: bool = False):
         super().__init__()
-        self.inp, self.scale = place.inp, scale
+        self.scale = scale
         self.A = Stored(rank, place.inp, bits) if stored else Latent(rank, place.inp, bits)
         self.B = Stored(place.out, rank, bits) if stored else \
             Latent(place.out, rank, bits, std=1e-3)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A.matrix(), self.B.matrix() * self.scale
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return F.linear(F.linear(h, A.to(h.dtype)), B.to(h.dtype))
-
-    def dense(self) -> Tensor:
-        A, B = self.pair()
-        return B @ A

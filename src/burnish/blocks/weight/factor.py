@@ -151,12 +151,17 @@ class Chain(Term):
     def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[object, ...], scale: float
               ) -> Tensor | None:
         h_NR, mask = kept
-        if mask is None:
+        if h_NR is None or mask is None and type(self).forward_ is not Chain.forward_:
             return None
         return (over_tokens(g_NO, h_NR) * self.B).sum(-1).mul_(self.scale * scale)
 
     def tile(self, i0: int, i1: int, state: object) -> Tensor:
         return (self.B @ self.A[..., i0:i1]).mul_(self.scale)
+
+    def upon(self, base: Tensor, i0: int, i1: int, state: object, scale: float) -> Tensor:
+        if type(self).tile is not Chain.tile or self.A.dim() == 3 or self.A.dtype != base.dtype:
+            return super().upon(base, i0, i1, state, scale)
+        return torch.addmm(base, self.B, self.A[:, i0:i1], alpha=self.scale * scale)
 
     def pull(self, i0: int, i1: int, G: Tensor, state: object,
              grads: list[Tensor | None]) -> Tensor:

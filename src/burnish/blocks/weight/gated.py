@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
-from .path import Path
+from .paired import Paired
 
 
-class Gated(Path):
+class Gated(Paired):
     """``Delta = 2 sigmoid(gate) s B A``: A (r, in), B (out, r), gate one number that starts at 0.
 
     Without the gate (no entries) it is ``s B A``; of rank 0 it is nothing, at no cost. block: where
@@ -53,10 +53,6 @@ class Gated(Path):
     def pair(self) -> tuple[Tensor, Tensor]:
         gate = 1.0 if self.decided else 2 * self.gate.sigmoid()
         return self.A, self.B * (gate * self.scale)
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)
 
     def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[Any, ...]:
         return super().forward_(x_NI, y_NO, scale) if self.rank else ()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
-from .path import Path
+from .paired import Paired
 
 
 def least(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -18,32 +18,25 @@ def least(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return U[:, -r:] * S[-r:], Vt[-r:]
 
 
-class Cut(Path):
+class Cut(Paired):
     """``Delta = -U V``: U (out, r), V (r, in), the least triplets of W, which leave it. It has
     nothing that trains, and nothing is dropped of it."""
 
     def __init__(self, place: Place, rank: int):
         super().__init__()
-        self.inp = place.inp
         self.register_buffer("U", torch.zeros(place.out, rank))
         self.register_buffer("V", torch.zeros(rank, place.inp))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.V, -self.U
 
-    def dense(self) -> Tensor:
-        return -self.U @ self.V
 
-    def path(self, h: Tensor) -> Tensor:
-        return h @ self.V.t().to(h.dtype) @ -self.U.t().to(h.dtype)
-
-
-class Graded(Path):
+class Graded(Paired):
     """``Delta = s B diag(E) A``: A (r, in), E (r,), B (out, r)."""
 
     def __init__(self, place: Place, rank: int, scale: float, dropout: float):
         super().__init__()
-        self.inp, self.scale, self.dropout = place.inp, scale, dropout
+        self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, place.inp))
         nn.init.uniform_(self.A, -place.inp**-0.5, place.inp**-0.5)
         self.E = nn.Parameter(torch.randn(rank))
@@ -53,7 +46,3 @@ class Graded(Path):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B * (self.E * self.scale)
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .path import Path
+from .paired import Paired
 
 #: what a length counts as at least
 LEAST = 1e-4
 
 
-class Normed(Path):
+class Normed(Paired):
     """``Delta = lam / r sum_i b_i a_i^T / (|b_i| |a_i|) diag(norms)``, lengths from LEAST on.
 
     A (r, in), B (out, r), lam (1,) train; norms (in,) is kept in files. As one pair: the lengths
@@ -33,11 +33,3 @@ class Normed(Path):
         a = torch.linalg.vector_norm(self.A, dim=1).clamp(min=LEAST)
         b = torch.linalg.vector_norm(self.B, dim=0).clamp(min=LEAST)
         return self.A * self.norms, self.B * (self.lam / len(self.A) / (a * b))
-
-    def dense(self) -> Tensor:
-        A, B = self.pair()
-        return B @ A
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)

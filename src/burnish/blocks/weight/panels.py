@@ -50,13 +50,13 @@ class Panels:
 
     def value(self, i0: int, i1: int) -> Tensor:
         """V[:, i0:i1]: a fresh panel, or the base's columns when nothing is added."""
-        panel = self.added(i0, i1)
         base = self.columns(i0, i1)
-        if panel is None:
+        if base.element_size() >= 4:
+            for (term, scale), state in zip(self.terms, self.states, strict=True):
+                base = term.upon(base, i0, i1, state, scale)
             return base
-        if panel.dtype == base.dtype or panel.element_size() < base.element_size():
-            return panel.to(base.dtype).add_(base)
-        return panel.add_(base.to(panel.dtype)).to(base.dtype)
+        panel = self.added(i0, i1)               # in half precision all of it is rounded once
+        return base if panel is None else panel.add_(base.to(panel.dtype)).to(base.dtype)
 
     def pieces(self, half: bool) -> Iterator[Piece]:
         """V by panels; what is added alone, rounded as the tokens are, where `half`."""

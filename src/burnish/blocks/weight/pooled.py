@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.site import Place
-from .path import Path
+from .paired import Paired
 
 
 def table(rank: int, pieces: int, public: int, private: int, number: int, key: str) -> Tensor:
@@ -25,7 +25,7 @@ def table(rank: int, pieces: int, public: int, private: int, number: int, key: s
     return torch.cat([drawn, own])
 
 
-class OfShared(Path):
+class OfShared(Paired):
     """``Delta = B A`` of factors that are made of what the recipe owns and many matrices read.
 
     Subclasses give :meth:`pair`. shared: whose attributes `names` train. Backward keeps x and makes
@@ -44,10 +44,6 @@ class OfShared(Path):
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), differentiable."""
         raise NotImplementedError
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)
 
 
 class Pooled(OfShared):

@@ -28,7 +28,7 @@ from ..tape.activations import strips
 from ..tape.functions import applied, as_required, is_stored, plainly, shaped, unwatched
 from ..tape.notes import Seen
 from ..tape.roles import reading
-from .backward import again, as_then, uncast
+from .backward import as_then, through, uncast
 from .base import Base
 from .dropped import Dropped, Dropping, stands_beside
 from .folded import NOTHING, Fold, Made, Room
@@ -248,17 +248,15 @@ def straight(given: Tensor, x: Tensor, op: Weighted, bias: Tensor | None,
 
 def _remade(x: Tensor, op: Weighted, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """``x W'^T + b`` for any function of W: W' is formed again in backward, never kept."""
-    made, dtype = op.made(x), x.dtype            # what waits for backward holds x by `again` alone
+    made, dtype = op.made(x), x.dtype            # of what waits for backward only the node holds x
 
     def whole() -> Tensor:
         return op.dense(op.base() if weight is None else weight).to(dtype)
 
-    def product(x: Tensor) -> Tensor:
-        size = made.small("entries", lambda: op.base().numel()) if made is not NOTHING else 0
+    size = made.small("entries", lambda: op.base().numel()) if made is not NOTHING else 0
+    with torch.no_grad():
         W = made.large("weight", size * x.element_size(), whole)
-        return F.linear(x, whole() if W is None else W)
-
-    y = again(product, x, (*op.theta(), *(op.held() if weight is None else (weight,))))
+    y = through(x, W, whole, (*op.theta(), *(op.held() if weight is None else (weight,))))
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -423,7 +421,8 @@ class _Linear(torch.autograd.Function):
                 for d in own:
                     df += 0 if d is None else d
                 for i0, i1 in V.ranges():
-                    df += ((g2.t() @ x2[:, i0:i1]) * V.value(i0, i1)).sum(-1, dtype=df.dtype)
+                    G = g2.t() @ x2[:, i0:i1]
+                    df += G.mul_(V.value(i0, i1)).sum(-1, dtype=df.dtype)
                 grads[-1] = op.wrap.pull_gains(df, ctx.wrap_kept)
             g2 = _gained(g2, ctx.gain)
         V = Panels(W, op.tiled, ctx.states)

@@ -53,10 +53,6 @@ class Responding(OfShared):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.at(self.point) * self.scale
 
-    def dense(self) -> Tensor:
-        A, B = self.pair()
-        return B @ A
-
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.A, self.at(self.shared.u) * self.scale
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .path import Path
+from .paired import Paired
 
 
-class Scaled(Path):
+class Scaled(Paired):
     """``Delta = g s B A``: A (r, in) uniform, B (out, r) zero, g (1,) one at the start.
 
     g is as sensitive as the whole update is long, so it sets how fast the update grows.
@@ -16,7 +16,7 @@ class Scaled(Path):
 
     def __init__(self, out: int, inp: int, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        self.inp, self.scale, self.dropout = inp, scale, dropout
+        self.scale, self.dropout = scale, dropout
         self.A = nn.Parameter(torch.empty(rank, inp).uniform_(-inp**-0.5, inp**-0.5))
         self.B = nn.Parameter(torch.zeros(out, rank))
         self.gain = nn.Parameter(torch.ones(1))
@@ -24,7 +24,3 @@ class Scaled(Path):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B * (self.gain * self.scale)
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)

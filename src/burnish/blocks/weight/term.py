@@ -240,6 +240,15 @@ class Term(nn.Module):
         d = self.dense()[..., i0:i1]
         return d if i1 - i0 < d.shape[-1] else d.clone()
 
+    def upon(self, base: Tensor, i0: int, i1: int, state: Any, scale: float) -> Tensor:
+        """``base + scale`` times the same, a fresh panel in the base's precision, fp32 or more;
+        what makes both in one pass overrides this."""
+        tile = self.tile(i0, i1, state)
+        tile = tile if scale == 1 else tile.mul_(scale)
+        if tile.element_size() <= base.element_size():
+            return tile.to(base.dtype).add_(base)
+        return tile.add_(base).to(base.dtype)
+
     def pull(self, i0: int, i1: int, G: Tensor, state: Any, grads: list[Tensor | None]) -> Tensor:
         """Accumulate into `grads` from the gradient of a panel; return the panel again."""
         theta = self.theta()

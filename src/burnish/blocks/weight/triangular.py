@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.site import Place
-from .path import Path
+from .paired import Paired
 
 
 def core_blocks(init: int, grow: int, rank: int) -> list[tuple[int, int]]:
@@ -24,7 +24,7 @@ def core_size(init: int, grow: int, rank: int) -> int:
     return sum(n * now for n, now in core_blocks(init, grow, rank))
 
 
-class Triangular(Path):
+class Triangular(Paired):
     """``Delta = s B C A``, A (r, in), B (out, r), C (r, r) a lower and an upper triangle of blocks.
 
     Block i, of size a with r_i the rank after it, is a rows (a, r_i) of the lower and a columns
@@ -72,10 +72,6 @@ class Triangular(Path):
                                      strict=True)])
                    for flat in (self.lower, self.upper))
         return low + up.t()
-
-    def path(self, h: Tensor) -> Tensor:
-        h = h @ self.A.t().to(h.dtype) @ self.core().t().to(h.dtype)
-        return h @ self.B.t().to(h.dtype) * self.scale
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B @ self.core() * self.scale

@@ -10,23 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
-from ..linalg import over_tokens
 from ..update.objective import OnWeights
-from .dropped import Dropping
+from .paired import Paired
 
 #: what stands for E in the components that wait
 WAITING = 1e-5
 
 
-class Triplets(Dropping):
+class Triplets(Paired):
     """``Delta = s P diag(E) Q``: P (out, r), E (r,), Q (r, in). Keeps x and r numbers per token.
 
     waiting: further components of P and Q, which train while 1e-5 stands for their E: all but
     without effect until they are set free. No weight decay: ``crooked`` holds P and Q.
     """
 
-    tokenwise: ClassVar[bool] = True
-    cheap_tile: ClassVar[bool] = True
     #: tensor -> the axis along which its rank lies
     ranked: ClassVar[dict[str, int]] = {"P": 1, "E": 0, "Q": 0}
 
@@ -62,32 +59,8 @@ class Triplets(Dropping):
         """What a file must know to make this term again."""
         return {"rank": self.rank, **({"waiting": self.waiting} if self.waiting else {})}
 
-    def dense(self) -> Tensor:
-        return self.scale * (self.P * self.diagonal()) @ self.Q
-
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.Q, self.scale * (self.P * self.diagonal())
-
-    def forward_(self, x_NI: Tensor, y_NO: Tensor, scale: float) -> tuple[object, ...]:
-        h_NR = x_NI @ self.Q.t().to(x_NI.dtype)
-        y_NO.addmm_(h_NR.to(y_NO.dtype), (self.P * self.diagonal()).t().to(y_NO.dtype),
-                    alpha=self.scale * scale)
-        return (h_NR,)
-
-    def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
-                  dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
-        (h_NR,) = kept
-        s, like, e = self.scale * scale, self.P.dtype, self.diagonal()
-        gh_OR = over_tokens(g_NO, h_NR).mul_(s).to(like)
-        dP, dE = gh_OR * e, (gh_OR * self.P).sum(0)[: self.E.numel()]
-        back_NR = (g_NO @ (self.P * e).to(g_NO.dtype)).mul_(s)
-        if dx_NI is not None:
-            dx_NI.addmm_(back_NR, self.Q.to(g_NO.dtype))
-        dQ = (back_NR.t() @ x_NI).to(like) if self.Q.requires_grad else None
-        return [dP, dE, dQ]
-
-    def tile(self, i0: int, i1: int, state: object) -> Tensor:
-        return ((self.P * self.diagonal()) @ self.Q[:, i0:i1]).mul_(self.scale)
 
 
 def crooked(sides: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float

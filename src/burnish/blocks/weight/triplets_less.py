@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.site import Place
-from .path import Path
+from .paired import Paired
 
 
-class LessTriplets(Path):
+class LessTriplets(Paired):
     """``Delta = s (P diag(E) Q - P0 diag(E0) Q0)``: P (out, r), E (r,), Q (r, in) train.
 
     With C = P diag(E) it runs as ``s ((C - C0) Q + C0 (Q - Q0))``: exactly nothing at the start, in
@@ -18,7 +18,7 @@ class LessTriplets(Path):
 
     def __init__(self, place: Place, rank: int, scale: float):
         super().__init__()
-        self.inp, self.scale = place.inp, scale
+        self.scale = scale
         self.P = nn.Parameter(torch.zeros(place.out, rank))
         self.E = nn.Parameter(torch.zeros(rank))
         self.Q = nn.Parameter(torch.zeros(rank, place.inp))
@@ -37,7 +37,3 @@ class LessTriplets(Path):
         C = self.P * self.E
         return (torch.cat([self.Q, self.Q - self.Q0]),
                 torch.cat([C - self.C0, self.C0], 1) * self.scale)
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)

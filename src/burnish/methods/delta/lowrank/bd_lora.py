@@ -6,21 +6,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ....blocks.weight.path import Path
+from ....blocks.weight.paired import Paired
 from ....core.errors import RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from .lora import check_dropout
 
 
-class Blockwise(Path):
+class Blockwise(Paired):
     """``Delta = s B A``, one of the two block-diagonal: A (r, in / n) or B (out, r / n) hold the
     blocks one below the other."""
 
     def __init__(self, place: Place, rank: int, blocks: int, cut: str, scale: float,
                  dropout: float):
         super().__init__()
-        self.inp, self.scale, self.dropout = place.inp, scale, dropout
+        self.scale, self.dropout = scale, dropout
         self.cut, self.blocks = cut, blocks
         reads = place.inp // (blocks if cut == "A" else 1)
         self.A = nn.Parameter(torch.empty(rank, reads).uniform_(-reads**-0.5, reads**-0.5))
@@ -31,17 +31,6 @@ class Blockwise(Path):
         A, B = ((torch.block_diag(*t.chunk(self.blocks)) if name == self.cut else t)
                 for name, t in (("A", self.A), ("B", self.B)))
         return A, B * self.scale
-
-    def path(self, h: Tensor) -> Tensor:
-        for name, t in (("A", self.A), ("B", self.B)):
-            M = t.to(h.dtype)
-            if name == self.cut:                # block by block: an n-th of the product
-                parts = h.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
-                made = parts @ M.unflatten(0, (self.blocks, -1)).mT
-                h = made.transpose(0, 1).flatten(1)
-            else:
-                h = h @ M.t()
-        return h * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +47,7 @@ class BdLora(Method):
     Start: A uniform in +-1/sqrt(number of inputs that a row reads), B = 0: the pre-trained function
     exactly. Trains rank (in / n + out) or rank (in + out / n) per matrix: against a LoRA of as many
     numbers its rank is larger, and its update has zeros where no block stands. Kept for backward:
-    x; the path runs again there. Merges exactly; exports as PEFT's LoRA with `use_bdlora`, or as
+    x, rank per token. Merges exactly; exports as PEFT's LoRA with `use_bdlora`, or as
     plain LoRA beside other parts. No weight decay. (The start is our reading.)
 
     Errors: `shards` that do not divide the rank and the cut side. Where adapters are merged before
@@ -99,7 +88,7 @@ class BdLora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -21,8 +21,8 @@ class BiLora(Method):
     Start: latent of A uniform in +-1/sqrt(in), of B normal of deviation 1e-3 cut at two (sigma = 0
     has no scale): near the pre-trained function. Trains rank (in + out) per matrix, in fp32; the
     file that ``tuned.save`` writes holds `bits` bits of each and two numbers a factor;
-    ``whole=True`` what trains, to go on. Kept for backward: x alone; the factors and rank numbers
-    per token are made again. Merges exactly: ``W + s B A``.
+    ``whole=True`` what trains, to go on. Kept for backward: x, rank per token; the factors are made
+    again. Merges exactly: ``W + s B A``.
     """
 
     paper: ClassVar[str] = ("Revisiting the Parameter Efficiency of Adapters from the Perspective "
@@ -50,7 +50,7 @@ class BiLora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -6,18 +6,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....blocks.weight.path import Path
+from ....blocks.weight.paired import Paired
 from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
 
-class Summed(Path):
+class Summed(Paired):
     """``Delta = s (B_1 + .. + B_n) A``: A (r / n, in), B (n, out, r / n)."""
 
     def __init__(self, place: Place, rank: int, blocks: int, scale: float):
         super().__init__()
-        self.inp, self.scale = place.inp, scale
+        self.scale = scale
         self.A = nn.Parameter(torch.empty(rank // blocks, place.inp))
         nn.init.uniform_(self.A, -place.inp**-0.5, place.inp**-0.5)
         self.B = nn.Parameter(torch.zeros(blocks, place.out, rank // blocks))
@@ -25,10 +25,6 @@ class Summed(Path):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B.sum(0) * self.scale
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class BlockLora(Method):
     rate, and should be compared as such. (Starts and scale unconfirmed; no code is public.)
 
     Start: A uniform in +-1/sqrt(in), B_i = 0: the pre-trained function exactly. Trains rank /
-    blocks in + rank out per matrix. Kept for backward: x; the path runs again there. Merges
+    blocks in + rank out per matrix. Kept for backward: x, rank / blocks per token. Merges
     exactly, and exports as plain LoRA of rank / blocks. No weight decay.
     """
 
@@ -71,7 +67,7 @@ class BlockLora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank // self.blocks
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from ....blocks.linalg import svd
-from ....blocks.weight.path import Path
+from ....blocks.weight.paired import Paired
 from ....blocks.weight.start import decomposed
 from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 
 
-class Aside(Path):
+class Aside(Paired):
     """``Delta = s (I - U U^T) B A (I - V V^T)``: U (out, k) and V (in, k) are kept, orthonormal."""
 
     def __init__(self, place: Place, rank: int, kept: int, scale: float):
         super().__init__()
-        self.inp, self.scale = place.inp, scale
+        self.scale = scale
         self.A = nn.Parameter(torch.empty(rank, place.inp))
         nn.init.uniform_(self.A, -place.inp**-0.5, place.inp**-0.5)
         self.B = nn.Parameter(torch.zeros(place.out, rank))
@@ -30,10 +30,6 @@ class Aside(Path):
     def pair(self) -> tuple[Tensor, Tensor]:
         B = (self.B - self.U @ (self.U.t() @ self.B)) * self.scale
         return self.A - (self.A @ self.V) @ self.V.t(), B
-
-    def path(self, h: Tensor) -> Tensor:
-        A, B = self.pair()                       # the factors are projected, never the tokens
-        return h @ A.t().to(h.dtype) @ B.t().to(h.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class CompLora(Method):
     sides are projected, and the choice of k, are unconfirmed; no code is public.)
 
     Start: A uniform in +-1/sqrt(in), B = 0: the pre-trained function exactly. Trains rank (in +
-    out) per matrix. Kept for backward: x; the path runs again there. U_k and V_k, kept (in + out)
+    out) per matrix. Kept for backward: x, rank per token. U_k and V_k, kept (in + out)
     numbers, are in the file; an export holds the projected factors alone, a plain LoRA. Merges
     exactly. No weight decay.
     """
@@ -78,7 +74,7 @@ class CompLora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

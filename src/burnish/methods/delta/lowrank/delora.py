@@ -23,10 +23,10 @@ class Delora(Method):
     equation). Lengths count as 1e-4 at least.
 
     Start: A uniform in +-1/sqrt(in), B = 0, lam = `reach`: the pre-trained function exactly, since
-    a length of nothing is 1e-4 (PEFT; the paper starts with B that is not zero and takes the
-    frozen start off again, the same function at step 0 for twice the products; not built). Trains
-    rank (in + out) + 1 per matrix. Kept for backward: x; the path runs again there, two thin
-    products. Merges exactly. No weight decay. Files hold n besides.
+    a length of nothing is 1e-4 (PEFT; the paper starts with B that is not zero and takes the frozen
+    start off again, the same function at step 0 for twice the products; not built). Trains rank (in
+    + out) + 1 per matrix. Kept for backward: x, rank per token. Merges exactly. No weight decay.
+    Files hold n besides.
     """
 
     paper: ClassVar[str] = ("Decoupling Angles and Strength in Low-rank Adaptation (2025), "
@@ -57,7 +57,7 @@ class Delora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -40,7 +40,7 @@ class Kasa(Method):
 
     Start: A uniform in +-1/sqrt(in), E normal, B = 0: the weight without its least directions, not
     quite the pre-trained function. Trains rank (in + out + 1) per matrix; U S and V of what left,
-    rank (in + out) numbers, are in the file. Kept for backward: x; the path runs again there.
+    rank (in + out) numbers, are in the file. Kept for backward: x, rank per token.
     Merges exactly. Exports as PEFT's LoRA with `kasa_config`, or as plain LoRA of twice the rank.
     No weight decay. A full decomposition per matrix at the start: minutes for a large model. Where
     small directions matter (a base that is quantised or pruned), take lora.
@@ -88,7 +88,7 @@ class Kasa(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

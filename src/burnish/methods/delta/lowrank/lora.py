@@ -95,7 +95,7 @@ class Lora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0 if self.train_scale else self.rank
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

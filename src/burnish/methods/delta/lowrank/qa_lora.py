@@ -6,19 +6,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....blocks.weight.path import Path
+from ....blocks.weight.paired import Paired
 from ....core.errors import RankError, RecipeError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from .lora import check_dropout
 
 
-class Summed(Path):
+class Summed(Paired):
     """``Delta = s B A P``: A (r, in / group), B (out, r); P adds up the inputs of a group."""
 
     def __init__(self, place: Place, rank: int, group: int, scale: float, dropout: float):
         super().__init__()
-        self.inp, self.group, self.scale, self.dropout = place.inp, group, scale, dropout
+        self.group, self.scale, self.dropout = group, scale, dropout
         reads = place.inp // group
         self.A = nn.Parameter(torch.empty(rank, reads).uniform_(-reads**-0.5, reads**-0.5))
         self.B = nn.Parameter(torch.zeros(place.out, rank))
@@ -26,10 +26,6 @@ class Summed(Path):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.A.repeat_interleave(self.group, 1), self.B * self.scale
-
-    def path(self, h: Tensor) -> Tensor:
-        pooled = h.unflatten(-1, (-1, self.group)).sum(-1)
-        return pooled @ self.A.t().to(h.dtype) @ self.B.t().to(h.dtype) * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class QaLora(Method):
     merged weight is quantised again without a further error. Give the storage's group.
 
     Start: A uniform in +-1/sqrt(in / group), B = 0: the pre-trained function exactly. Trains rank
-    (in / group + out) per matrix. Kept for backward: x; the path runs again there. Merges exactly;
+    (in / group + out) per matrix. Kept for backward: x, rank per token. Merges exactly;
     exports as plain LoRA. No weight decay. Without a quantised base to go back to, lora has more
     to say.
 
@@ -82,7 +78,7 @@ class QaLora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

@@ -36,8 +36,8 @@ class Stn(Method):
     where they went (``stn``).
 
     Start: B = R = 0, the pre-trained function exactly. Trains rank (in + 2 out) + 2 out per matrix;
-    u and sigma are in the file beside them. Kept for backward: x. Merges exactly, at u; leaves for
-    others as plain LoRA. A forward and backward more every `turn` updates.
+    u and sigma are in the file beside them. Kept for backward: x, rank per token. Merges exactly,
+    at u; leaves for others as plain LoRA. A forward and backward more every `turn` updates.
 
     When to use: validation rows of some hundreds, and nobody to search dropout and decay. When not:
     those rows are to say how good the run is (they have been learnt from, if by two numbers), or
@@ -122,7 +122,7 @@ class Stn(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""

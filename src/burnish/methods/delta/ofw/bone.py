@@ -21,10 +21,10 @@ class Guide(Wrap):
         self.D = nn.Parameter(torch.zeros(place.out // rank, rank, rank))
 
     def of(self, V: Tensor) -> Tensor:
-        blocks = V.reshape(self.D.shape[0], self.rank, -1, self.rank)        # p, row, q, column
-        D = self.D.to(V.dtype)
-        moved = torch.einsum("prqc,pcd->prqd", blocks, D)
-        return (blocks + moved + D.unsqueeze(2)).reshape(V.shape)
+        D, r = self.D.to(V.dtype), self.rank
+        rows = V.reshape(len(D), -1, r)                   # of the blocks of p, (row, q) by column
+        moved = torch.baddbmm(rows, rows, D).view(len(D), r, -1, r)
+        return moved.add_(D.unsqueeze(2)).view(V.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

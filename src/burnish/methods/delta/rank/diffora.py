@@ -33,8 +33,8 @@ class Diffora(Method):
     or in a run that has none left after the search, nothing is decided, and it is LoRA.
 
     Start: A uniform in +-1/sqrt(in), B = 0: the pre-trained function exactly. Trains rank (in +
-    out) + 1 per matrix in the search, rank (in + out) per matrix that stays. Kept for backward: x;
-    the path runs again there. Merges exactly. No weight decay.
+    out) + 1 per matrix in the search, rank (in + out) per matrix that stays. Kept for backward: x,
+    rank per token. Merges exactly. No weight decay.
     """
 
     paper: ClassVar[str] = ("DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via "
@@ -75,9 +75,9 @@ class Diffora(Method):
                       warmup=self.warmup, search=self.search, density=self.density,
                       label="diffora")
 
-    def per_token(self, place: Place) -> int:
+    def per_token(self, place: Place, rank: int | None = None) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank if rank is None else rank
 
     def count(self, place: Place, rank: int | None = None, gates: int = 1) -> int:
         """Trainable parameters on one matrix (default: in the search)."""

@@ -36,7 +36,7 @@ class Triadaptlora(Method):
 
     Start: A, B normal with std 0.02, C = 0: the pre-trained function exactly (unconfirmed; the
     public code has B = C = 0, where every gradient is nothing). Trains r (in + out) + 2 sum grow
-    r_i per matrix. Kept for backward: x; the path runs again there. Merges exactly. No decay.
+    r_i per matrix. Kept for backward: x, rank per token. Merges exactly. No decay.
     """
 
     paper: ClassVar[str] = ("TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation "
@@ -86,7 +86,7 @@ class Triadaptlora(Method):
 
     def per_token(self, place: Place, rank: int | None = None) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank if rank is None else rank
 
     def count(self, place: Place, rank: int | None = None) -> int:
         """Trainable parameters on one matrix of this rank (default: at the start)."""

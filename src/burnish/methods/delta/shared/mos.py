@@ -34,9 +34,9 @@ class Mos(Method):
 
     Start: P_A uniform in +-1/sqrt(in), of the whole input (unconfirmed), P_B = 0: the pre-trained
     function exactly. Trains budget L (in + out) per kind, whatever the rank: what LoRA of rank
-    `budget` trains. Kept for backward: x; the factors are gathered again there. Files hold the
-    pools alone. Merges exactly, and exports as plain LoRA. No weight decay, which would fall on
-    shards unevenly. With budget = own_rows = rank and pieces = 1 it is LoRA.
+    `budget` trains. Kept for backward: x, rank per token; the factors are gathered again there.
+    Files hold the pools alone. Merges exactly, and exports as plain LoRA. No weight decay, which
+    would fall on shards unevenly. With budget = own_rows = rank and pieces = 1 it is LoRA.
     """
 
     paper: ClassVar[str] = ("MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with "
@@ -98,7 +98,7 @@ class Mos(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters of one matrix alone: none, the pools are the recipe's."""

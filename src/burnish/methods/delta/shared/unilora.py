@@ -27,9 +27,9 @@ class Unilora(Method):
 
     Start: theta uniform in +-`start`: step 0 is *not* the pre-trained function, but nearly. Trains
     `dimension` numbers, whatever the model. The deal is D whole numbers of four bytes once, never
-    in files, and is drawn again by numpy's generator as PEFT does. Kept for backward: x; the
-    factors are gathered again there. Merges exactly, and exports as plain LoRA too. No weight
-    decay, which would pull one number at thousands of places.
+    in files, and is drawn again by numpy's generator as PEFT does. Kept for backward: x, rank per
+    token; the factors are gathered again there. Merges exactly, and exports as plain LoRA too. No
+    weight decay, which would pull one number at thousands of places.
     """
 
     paper: ClassVar[str] = "Uni-LoRA: One Vector is All You Need (2025), arXiv:2506.00799"
@@ -78,7 +78,7 @@ class Unilora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters of one matrix alone: none, theta is the recipe's."""

@@ -27,8 +27,8 @@ class Vblora(Method):
     Start: the bank uniform in +-`start`, the logits N(0, std^2): step 0 is *not* the pre-trained
     function, but nearly. Trains vectors * span once and vectors * rank * (in + out) / span per
     matrix, of which an adapter that has been trained needs k indices and k - 1 weights a piece.
-    Kept for backward: x; the factors are mixed again there. Merges exactly, and exports as plain
-    LoRA too. No weight decay.
+    Kept for backward: x, rank per token; the factors are mixed again there. Merges exactly, and
+    exports as plain LoRA too. No weight decay.
 
     gate_rate: the logits' learning rate over the bank's, ten in the paper.
     """
@@ -81,7 +81,7 @@ class Vblora(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters of one matrix alone (the bank is the recipe's)."""

@@ -30,7 +30,7 @@ class Sorsa(Method):
     authors' code adds it once per batch).
 
     Start: P0, E0, Q0: the pre-trained function exactly, the penalty nearly nothing. Trains rank
-    (in + out + 1) per matrix. Kept for backward: x; the path runs again there. Merges exactly;
+    (in + out + 1) per matrix. Kept for backward: x, 2 rank per token. Merges exactly;
     exports as plain LoRA of twice the rank. The file holds the start too. No weight decay.
     """
 
@@ -64,7 +64,7 @@ class Sorsa(Method):
 
     def per_token(self, place: Place) -> int:
         """Numbers per token kept for backward besides the input."""
-        return 0
+        return 2 * self.rank
 
     def count(self, place: Place) -> int:
         """Trainable parameters on one matrix."""
