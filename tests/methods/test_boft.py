@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import burnish
+from burnish.blocks.weight import butterfly
 from burnish.blocks.weight.butterfly import Butterfly, Gained
+from burnish.blocks.weight.rotation import added
 from burnish.blocks.weight.term import Term
 from burnish.core.site import Place
 from burnish.testing import follows
@@ -44,8 +46,10 @@ def rotation(term, inp, upper):
     return R
 
 
+@pytest.mark.parametrize("wide", [64, 4], ids=["factors as one", "factor by factor"])
 @pytest.mark.parametrize("block, factors", [(4, 1), (4, 2), (4, 3), (8, 2), (2, 4)])
-def test_outputs_and_gradients_are_those_of_the_matrices(block, factors):
+def test_outputs_and_gradients_are_those_of_the_matrices(block, factors, wide, monkeypatch):
+    monkeypatch.setattr(butterfly, "WIDE", wide)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 9)).double()
     W, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
@@ -62,6 +66,21 @@ def test_outputs_and_gradients_are_those_of_the_matrices(block, factors):
     torch.testing.assert_close(turned @ turned.t(), W @ W.t(), atol=1e-9, rtol=0)
     assert float((turned - W).abs().max()) > 0.1
     assert tuned.recipe[0].count(Place("0", "weight", "linear", 9, 16)) == term.upper.numel()
+
+
+def test_a_small_turn_is_not_lost_beside_the_identity():
+    """To the precision of the turn, not of what it is added to; in half precision as well."""
+    tuned = burnish.tune(nn.Sequential(nn.Linear(16, 4)), "boft(block=4, factors=3)", head=False,
+                         targets="0")
+    (_, term), = tuned.terms(Butterfly)
+    with torch.no_grad():
+        term.upper.normal_().mul_(1e-6)
+        D = torch.block_diag(*term.own())
+        want = rotation(term.double(), 16, term.upper.double()) - torch.eye(16).double()
+    torch.testing.assert_close(D.double(), want, rtol=1e-4, atol=1e-11)
+    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    moved = added(x, term.float().own()).double()
+    torch.testing.assert_close(moved, x.double() @ want, rtol=0.05, atol=1e-7)
 
 
 def test_enough_factors_join_every_input_with_every_other():

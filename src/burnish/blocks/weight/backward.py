@@ -75,26 +75,38 @@ class _Again(torch.autograd.Function):
         return dx, None, *[next(got) if need else None for need in needs]
 
 
-def through(x: Tensor, kept: Tensor | None, made: Callable[[], Tensor], theta: tuple[Tensor, ...]
+#: (x, g, W, is dx asked?, is dW asked?) -> (dx, dW), None where it is not asked
+Pull = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
+
+
+def of_linear(x_NI: Tensor, g_NO: Tensor, W: Tensor, need_x: bool, need_w: bool
+              ) -> tuple[Tensor | None, Tensor | None]:
+    """``dx = g W`` and ``dW = g^T x``."""
+    return matmul.mm(g_NO, W) if need_x else None, matmul.tn(g_NO, x_NI) if need_w else None
+
+
+def through(x: Tensor, kept: Tensor | None, made: Callable[[], Tensor], theta: tuple[Tensor, ...],
+            product: Callable[[Tensor, Tensor], Tensor] = matmul.linear, pull: Pull = of_linear
             ) -> Tensor:
-    """``x W^T`` with ``W = made()`` (or `kept`, which is the same), of which backward keeps nothing
-    but x, where a tensor of theta trains: W is made again there, and no product but those of the
-    gradients, ``dx = g W`` and ``dW = g^T x``."""
+    """``product(x, W)``, linear in x and in W, a tensor that is made of others: ``W = made()``, or
+    `kept`, which is the same. Backward keeps nothing but x, where a tensor of theta trains: W is
+    made again there, and nothing is multiplied but for the gradients, by `pull`. Both are given
+    tokens (N, in)."""
     if compiling():
-        return _Through.apply(x, kept, made, *theta)
+        return _Through.apply(x, kept, made, product, pull, *theta)
     with reading((x,)):
-        return _Through.apply(x, kept, made, *theta)
+        return _Through.apply(x, kept, made, product, pull, *theta)
 
 
 class _Through(torch.autograd.Function):
     @staticmethod
     @uncast
     def forward(ctx: Any, x: Tensor, kept: Tensor | None, made: Callable[[], Tensor],
-                *theta: Tensor) -> Tensor:
-        ctx.made, ctx.theta, ctx.call, ctx.shape = made, theta, current(), x.shape
-        trains = any(ctx.needs_input_grad[3:])
+                product: Callable[[Tensor, Tensor], Tensor], pull: Pull, *theta: Tensor) -> Tensor:
+        ctx.made, ctx.pull, ctx.theta, ctx.call, ctx.shape = made, pull, theta, current(), x.shape
+        trains = any(ctx.needs_input_grad[5:])
         ctx.save_for_backward(x if trains else None, *theta)
-        y = matmul.linear(x.reshape(-1, x.shape[-1]), made() if kept is None else kept)
+        y = product(x.reshape(-1, x.shape[-1]), made() if kept is None else kept)
         return shaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
@@ -103,17 +115,15 @@ class _Through(torch.autograd.Function):
     @uncast
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x = ctx.saved_tensors[0]                 # refuses what has changed since
-        need_x, _, _, *needs = ctx.needs_input_grad
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         wanted = [t for t, need in zip(ctx.theta, needs, strict=True) if need]
-        g2 = g.reshape(-1, g.shape[-1])
+        g2, x2 = g.reshape(-1, g.shape[-1]), x if x is None else x.reshape(-1, x.shape[-1])
         with torch.set_grad_enabled(bool(wanted)):
             W = ctx.made()
-        dx = shaped(matmul.mm(g2, W.detach()), ctx.shape) if need_x else None
-        got: Any = ()
-        if wanted:
-            dW = matmul.tn(g2, x.reshape(-1, x.shape[-1]))
-            got = iter(torch.autograd.grad(W, wanted, dW, allow_unused=True))
-        return dx, None, None, *[next(got) if need else None for need in needs]
+        dx, dW = ctx.pull(x2, g2, W.detach(), need_x, bool(wanted))
+        got = iter(torch.autograd.grad(W, wanted, dW, allow_unused=True) if wanted else ())
+        return (None if dx is None else shaped(dx, ctx.shape), None, None, None, None,
+                *[next(got) if need else None for need in needs])
 
 
 def remade(fn: Callable[[], tuple[Tensor, ...]], theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .rotation import Rotation
+from .backward import Pull
+from .rotation import Rotation, added, turned
+
+#: inputs that one block may join
+WIDE = 64
 
 
 class Butterfly(Rotation):
@@ -20,24 +24,53 @@ class Butterfly(Rotation):
         super().__init__(inp * factors, block, False, terms)
         self.factors = factors
 
+    @property
+    def run(self) -> int:
+        """Inputs that all factors together join."""
+        return self.block * 2 ** (self.factors - 1)
+
+    @property
+    def as_one(self) -> bool:
+        """Do the factors run as one, blocks (run, run), which costs less than dealing out tokens
+        before and behind each?"""
+        return self.run <= WIDE
+
+    def own(self, drawn: Tensor | None = None) -> Tensor:        # type: ignore[override]
+        """R - I of all factors: by runs (in / run, run, run), or factor by factor."""
+        M = self.move(drawn)
+        if not self.as_one:
+            return M
+        parts, inp = M.chunk(self.factors), len(M) // self.factors * self.block
+        eye = torch.eye(self.run, dtype=M.dtype, device=M.device).repeat(1, inp // self.run)
+        D = torch.zeros_like(eye)                # the turn alone, never lost beside the identity
+        for i in reversed(range(self.factors)):
+            D = D + self._added(D, parts[i], i) + self._added(eye, parts[i], i)
+        return D.view(self.run, -1, self.run).transpose(0, 1)
+
+    @property
+    def pull(self) -> Pull | None:                               # type: ignore[override]
+        return super().pull if self.as_one else None
+
     def before(self, x_NI: Tensor, own: Tensor) -> Tensor:
+        if self.as_one:
+            return turned(x_NI, own)
         rows = x_NI.to(own.dtype)               # rounded once, not behind every factor
         for i in reversed(range(self.factors)):
-            rows = self._factor(rows, own.chunk(self.factors)[i], i)
+            rows = rows + self._added(rows, own.chunk(self.factors)[i], i)
         return rows.to(x_NI.dtype)
 
     def of(self, V: Tensor) -> Tensor:
         """V (x -> its turned x)^T = V F_1^T .. F_m^T: rows of V pass the transposed factors."""
         M = self.move().transpose(-1, -2)
         for i in range(self.factors):
-            V = self._factor(V, M.chunk(self.factors)[i], i)
+            V = V + self._added(V, M.chunk(self.factors)[i], i)
         return V
 
-    def _factor(self, rows: Tensor, M: Tensor, i: int) -> Tensor:
-        """``rows P (I + blockdiag(M)) P^T``."""
+    def _added(self, rows: Tensor, M: Tensor, i: int) -> Tensor:
+        """``rows P blockdiag(M) P^T``."""
         if not i:
-            return self._turned(rows, M)
-        return self._deal(self._turned(self._deal(rows, 2, 2**i), M), 2**i, 2)
+            return added(rows, M)
+        return self._deal(added(self._deal(rows, 2, 2**i), M), 2**i, 2)
 
     def _deal(self, rows: Tensor, piles: int, cards: int) -> Tensor:
         """Half-blocks of every run, seen as (piles, cards), told card by card."""
@@ -58,7 +91,7 @@ class Gained(Butterfly):
 
     def own(self, drawn: Tensor | None = None       # type: ignore[override]
             ) -> tuple[Tensor, Tensor]:
-        return self.move(drawn), self.s
+        return super().own(drawn), self.s
 
     def before(self, x_NI: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:   # type: ignore[override]
         return super().before(x_NI, own[0])

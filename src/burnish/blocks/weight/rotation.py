@@ -50,18 +50,41 @@ class Rotation(Turn):
         """R - I: (k, b, b)."""
         return cayley(self.skew(turns), self.terms)
 
-    def _turned(self, rows: Tensor, M: Tensor) -> Tensor:
-        cut = rows.reshape(rows.shape[0], -1, self.block).transpose(0, 1)
-        made = cut @ M.to(rows.dtype).expand(cut.shape[0], -1, -1)
-        return rows + made.transpose(0, 1).reshape(rows.shape)
-
     own = move
 
     def before(self, x_NI: Tensor, own: Tensor) -> Tensor:
-        return self._turned(x_NI, own)
+        return turned(x_NI, own)
+
+    def pull(self, x_NI: Tensor, g_NI: Tensor, own: Tensor, need_x: bool,     # type: ignore
+             need_own: bool) -> tuple[Tensor | None, Tensor | None]:
+        dx = turned(g_NI, own.transpose(-1, -2)) if need_x else None
+        return dx, blocks(x_NI, g_NI, own.shape).to(own.dtype) if need_own else None
 
     def of(self, V: Tensor) -> Tensor:
-        return self._turned(V, self.move().transpose(-1, -2))
+        return turned(V, self.move().transpose(-1, -2))
+
+
+def turned(rows: Tensor, M: Tensor) -> Tensor:
+    """``rows (I + blockdiag(M))``, M (k, b, b), or (1, b, b) for all blocks."""
+    if rows.element_size() < 4:                  # I + M would lose what is small in M
+        return rows + added(rows, M)
+    return added(rows, M.to(rows.dtype) + torch.eye(M.shape[-1], dtype=rows.dtype,
+                                                    device=M.device))
+
+
+def added(rows: Tensor, M: Tensor) -> Tensor:
+    """``rows blockdiag(M)``."""
+    M, cut = M.to(rows.dtype), rows.unflatten(-1, (-1, M.shape[-1]))
+    made = cut @ M[0] if len(M) == 1 else torch.einsum("nkb,kbc->nkc", cut, M)
+    return made.reshape(rows.shape)
+
+
+def blocks(x: Tensor, g: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of ``x blockdiag(M)`` for M of this shape."""
+    x, g = (t.unflatten(-1, (-1, shape[-1])) for t in (x, g))
+    if shape[0] == 1:
+        return (x.flatten(0, 1).t() @ g.flatten(0, 1)).unsqueeze(0)
+    return torch.einsum("nkb,nkc->kbc", x, g)
 
 
 def skew(upper: Tensor, block: int) -> Tensor:

@@ -10,12 +10,12 @@ follows from them; it serves merging and modules that read their weight by thems
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .backward import again
+from .backward import Pull, again, through
 from .provided import Weighted, Wrap, linear
 
 
@@ -23,11 +23,15 @@ class Turn(Wrap):
     """``W' x = after(V before(x))``.
 
     own: what both are told is made of this term's tensors alone, small; evaluation makes it once.
+    pull: gradients of x and of `own`, one tensor, from that of ``before(x, own)``, as
+    :func:`~burnish.blocks.weight.backward.through` asks; None: `before` runs again under autograd.
 
     Kept for backward: x alone, for `before` (its result is made again); where an `after` is given
     the product is made again too. A term or a trained weight under a `before` keeps the turned x
     besides.
     """
+
+    pull: ClassVar[Pull | None] = None
 
     def own(self, drawn: Any = None) -> Any:
         """What `before` and `after` read of this term. drawn: what this forward has drawn."""
@@ -69,7 +73,9 @@ class Turn(Wrap):
             return self.before(x_NI, own())
 
         if type(self).after is Turn.after:
-            y = linear(again(before, x2, theta), inner, bias, weight)
+            turned = again(before, x2, theta) if self.pull is None else \
+                through(x2, None, own, theta, self.before, self.pull)
+            y = linear(turned, inner, bias, weight)
             return y.view(*x.shape[:-1], y.shape[-1])
         reads = theta if weight is None else (*theta, weight)
 
