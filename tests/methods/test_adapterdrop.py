@@ -108,6 +108,22 @@ def test_who_rests_is_not_moved():
             assert moved == (".burnish." in name and level(name) >= n), name
 
 
+def test_moments_wait_for_who_rests_and_a_basis_does_not():
+    tuned, batch = start(f"{HOST} + galore(rank=2)")
+    assert drops(tuned).state_dict()["n"] == 0           # before the first update nobody rests
+    at(tuned, 0)
+    tuned.step(batch)
+    state, names = tuned.current_optimizer.state, dict(tuned.model.named_parameters())
+    downs = {n: p for n, p in names.items() if n.endswith("down.weight")}
+    assert all("projector.left" in state[p] for p in downs.values())
+    moments = {n: state[p]["exp_avg"].clone() for n, p in downs.items()}
+    at(tuned, 2)
+    assert {level(n) for n in downs} == set(range(LAYERS))
+    for n, p in downs.items():
+        assert torch.equal(state[p]["exp_avg"], moments[n]), n
+        assert ("projector.left" in state[p]) == (level(n) >= 2), n
+
+
 @pytest.mark.parametrize("host", [HOST, "lora(rank=2)", "dora(rank=2)",
                                   "parallel(bottleneck=4, tap='residual')"])
 def test_it_answers_at_any_number_afterwards(host):
@@ -190,7 +206,8 @@ def test_the_simulator_promises_it():
 
 def test_a_promise_of_the_robust_form_is_of_its_dearest_update():
     net, batch = tiny("vit", batch=8, num_hidden_layers=LAYERS)
-    recipe = f"{HOST} + adapterdrop"
+    recipe = f"{HOST} + adapterdrop(seed=19)"            # whose first updates go without two blocks
+    assert all(burnish.parse(recipe)[1].drawn(k, LAYERS) >= 2 for k in range(5))
     plain, robust = (burnish.simulate(copy.deepcopy(net), r, batch).peak_bytes
                      for r in (HOST, recipe))
     assert abs(robust / plain - 1) < 0.01
@@ -238,6 +255,14 @@ def test_the_same_after_a_resume():
 def test_what_it_refuses(model, host, why):
     with pytest.raises(burnish.RecipeError, match=why):
         burnish.tune(tiny(model)[0], f"{host} + adapterdrop").optimizer(lr=1e-3)
+
+
+@pytest.mark.parametrize("host, layers, why", [
+    ("lora(rank=2)", 1, "here is one block alone"), ("bitfit(targets='fc1')", 2, "here are none")])
+def test_adapters_of_two_blocks_are_needed(host, layers, why):
+    net, _ = tiny("vit", num_hidden_layers=layers)
+    with pytest.raises(burnish.RecipeError, match=why):
+        burnish.tune(net, f"{host} + adapterdrop", head=False).optimizer(lr=1e-3)
 
 
 def test_norms_inside_the_blocks_rest_with_them():

@@ -158,3 +158,8 @@ def test_what_cannot_act_is_refused():
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.LayerNorm(6))
     with pytest.raises(ConfigError, match="there is none; updates=0"):
         AlphaBn(updates=1).lifecycle(bare)
+    bare = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))   # no scale anywhere
+    with AlphaBn().lifecycle(bare) as adapted:
+        assert adapted(torch.randn(5, 4)).shape == (5, 2) and not adapted.params
+    with AlphaBn().lifecycle(tiny("cnn")[0]) as adapted:
+        assert not adapted.params

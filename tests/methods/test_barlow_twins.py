@@ -10,7 +10,9 @@ import torch
 
 import burnish
 from burnish.blocks.state import twins
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, RecipeError
+from burnish.methods.objective.barlow_twins import pooled
 from burnish.testing import stir, tiny
 
 
@@ -141,12 +143,25 @@ def test_what_has_no_view_is_refused():
 
 def test_settings_and_refusals():
     (m,) = burnish.parse("barlow_twins(lambd=0.1)")
-    assert (m.weight, m.redundancy, m.distortion, m.both, m.eps) == (0.024, 0.1, 0.3, True, 1e-5)
+    assert m.redundancy == 0.1
+    assert burnish.parse("barlow_twins")[0].settings() == {
+        "targets": None, "weight": 0.024, "redundancy": 0.0051, "distortion": 0.3, "both": True,
+        "eps": 1e-5, "seed": 0}
+    assert m.taps(Anatomy.of(tiny("llama")[0])) == ()              # a head of its words, no class
     for bad in ("weight=0.0", "eps=0.0", "redundancy=-1.0", "distortion=0.0", "distortion=1.0"):
         with pytest.raises(RecipeError, match="distortion between 0 and 1"):
             burnish.parse(f"barlow_twins({bad})")
     with pytest.raises(RecipeError, match="needs a task head of one linear"):
         burnish.tune(copy.deepcopy(tiny("llama")[0]), "lora(rank=2) + barlow_twins")
+
+
+def test_of_a_head_that_reads_many_places_their_mean_is_compared():
+    h = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    for many in (h, h[:, 0]):
+        rows = many.reshape(2, -1, 5)
+        want = torch.stack([sum(places) / len(places) for places in rows])
+        torch.testing.assert_close(pooled(many), want)
+    assert torch.equal(pooled(h[:, 0, 0]), h[:, 0, 0])
 
 
 def test_it_takes_redundancy_out():

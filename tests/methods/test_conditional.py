@@ -190,6 +190,8 @@ def test_refusals(seed, capsys):
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ConfigError, match="each with some of a response"):
         part.lifecycle(net, [{"input_ids": ids, "user": [[1, 1, 0, 0]], "response": [[0] * 4]}])
+    with pytest.raises(ConfigError, match=r"user \(4,\) and response \(4,\) mark tokens"):
+        part.lifecycle(net, [{"input_ids": ids, "user": [1, 1, 0, 0], "response": [0, 0, 1, 1]}])
     net.set_attn_implementation("eager")
     with pytest.raises(burnish.RecipeError, match="attn_implementation='sdpa'"):
         part.lifecycle(net, [{"input_ids": ids, "user": [[1, 1, 0, 0]],

@@ -131,7 +131,18 @@ def test_held_out_rows_are_not_trained_on():
     assert seen and not seen & set(held)
 
 
+def test_its_settings_and_the_least_that_acts():
+    assert burnish.parse("damo")[0].settings() == {"targets": None, "trials": 12, "degree": 2,
+                                                   "seed": 0}
+    data, train, score = world()
+    found = burnish.parse("damo(trials=3, degree=1)")[0].lifecycle(
+        {n: data[n] for n in "ab"}, train, score, held=[], count=1)      # two sets, a row a proxy
+    assert len(found.tried) == 3 and set(found.shares) == {"a", "b"}
+
+
 def test_refusals():
+    with pytest.raises(ConfigError, match="targets='q' does nothing"):
+        burnish.parse("damo(targets='q')")
     for bad in ("trials=2", "degree=3"):
         with pytest.raises(ConfigError, match="trials of at least 3 and a degree of 1 or 2"):
             burnish.parse(f"damo({bad})")
@@ -139,6 +150,8 @@ def test_refusals():
     (method,) = burnish.parse("damo(trials=4)")
     with pytest.raises(ConfigError, match="two data sets or more"):
         method.lifecycle({"a": data["a"]}, train, score, held=[], count=10)
+    with pytest.raises(ConfigError, match="trials of a row or more"):
+        method.lifecycle(data, train, score, held=[], count=0)
     with pytest.raises(ConfigError, match="every row of 'b' is held out"):
         method.lifecycle(data, train, score, held=data["b"], count=10)
     with pytest.raises(ConfigError, match="is no number"):

@@ -10,6 +10,7 @@ import torch
 
 import burnish
 from burnish.blocks.update.regulated import Regulation
+from burnish.blocks.weight.clustered import clusters
 from burnish.core.recipe import parse
 from burnish.methods.lifecycle.gram import Gram
 from burnish.testing.models import tiny
@@ -212,8 +213,24 @@ def test_tasks_are_of_two_domains():
     assert all(torch.equal(x, y) for s, t in zip(found, again, strict=True)
                for x, y in zip(s, t, strict=True))
     assert len({int(of[s[0]]) for s, _ in found}) > 1
+    plain, nought = (list(itertools.islice(method.tasks(features, 5, **kw), 3))
+                     for kw in ({}, {"seed": 0}))
+    assert all(torch.equal(x, y) for s, t in zip(plain, nought, strict=True)
+               for x, y in zip(s, t, strict=True))
+    a, b = next(Gram(domains=2).tasks(features, 5))                      # two are enough
+    assert not set(a.tolist()) & set(b.tolist())
     with pytest.raises(burnish.ConfigError, match="fall into one domain"):
         next(method.tasks(torch.zeros(1, 6), 5))
+
+
+def test_the_seed_finds_the_domains_too():
+    features = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    for seed in (1, 2):
+        of = clusters(features, 3, seed=seed)
+        assert not torch.equal(of, clusters(features, 3, seed=0))
+        for task in itertools.islice(Gram(domains=3).tasks(features, 60, seed=seed), 6):
+            for side in task:                            # a whole domain of this seed's
+                assert set(side.tolist()) == set((of == of[side[0]]).nonzero()[:, 0].tolist())
 
 
 def test_its_settings():

@@ -157,6 +157,25 @@ def test_statistics_begin_anew_too():
         assert all(torch.equal(b, later[n]) for n, b in seen[0].items())
 
 
+def test_what_another_adapter_holds_is_left_alone():
+    model, x, labels = problem()
+    tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
+    tuned.add("other", "lora(rank=2)", targets="0", head=False)
+    tuned.use("default")
+    rounds = Grip(mode="ifpl", turns=2, shots=1).lifecycle(tuned, lambda: model(x).softmax(1),
+                                                            classes=3)
+    assert next(rounds).k == 1
+    others = [p for n, p in model.named_parameters() if ".burnish.other." in f".{n}"]
+    own = [p for n, p in model.named_parameters() if ".burnish.default." in f".{n}"]
+    before = [p.detach().clone() for p in own]
+    with torch.no_grad():
+        for p in [*own, *others]:
+            p.fill_(0.25)
+    next(rounds)
+    assert others and all(bool((p == 0.25).all()) for p in others)
+    assert all(torch.equal(p, b) for p, b in zip(own, before, strict=True))
+
+
 def test_labels_are_where_the_pool_is():
     """Whatever the default device."""
     model, x, _ = problem()
@@ -196,6 +215,7 @@ def test_what_cannot_act_is_refused():
     for mode, name in (("grip", "shots"), ("fpl", "turns")):
         with pytest.raises(burnish.ConfigError, match=f"mode='{mode}' reads no {name}"):
             Grip(mode=mode, **{name: 3})
+    assert Grip(mode="grip", turns=1).size(1, 30, 3) == 10               # one is enough
     model, x, _ = problem()
     tuned = burnish.tune(model, "lora(rank=2)", targets="0", head=False)
     with pytest.raises(burnish.ConfigError, match="too few for 3 classes in 40 rounds.*turns=30"):

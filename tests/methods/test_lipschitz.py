@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import burnish
 from burnish.blocks.update import spectral_ball as ball
@@ -122,6 +124,25 @@ def test_the_penalty_is_part_of_the_gradient(recipe, model):
             torch.testing.assert_close(got[n], g, rtol=1e-5, atol=1e-8, msg=n)
 
 
+def test_of_a_wide_matrix_nothing_larger_than_itself_is_made():
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.largest = max([self.largest, *(t.numel() for t in tree_leaves(out)
+                                                if isinstance(t, torch.Tensor))])
+            return out
+
+    net = nn.Sequential(nn.Linear(300, 4), nn.Linear(4, 3))
+    tuned = burnish.tune(net, "full + lipschitz(mode='penalty', bound=0.01)", head=False)
+    stir(tuned, size=0.1)
+    terms = list(tuned.recipe[-1].objective(tuned, None))
+    with Watch() as watch:
+        assert sum(float(t.value().detach()) for t in terms) > 0
+    assert watch.largest == 1200
+
+
 def test_heads_norms_and_biases_are_free():
     net = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
     base = copy.deepcopy(net)
@@ -137,6 +158,8 @@ def test_heads_norms_and_biases_are_free():
 
 
 def test_refusals():
+    assert burnish.parse("lipschitz")[0].settings() == {
+        "targets": None, "bound": 1.0, "mode": "project", "weight": 1.0}
     for bad in ("bound=0.0", "weight=-1.0"):
         with pytest.raises(RecipeError, match="bound and weight above 0"):
             burnish.parse(f"lipschitz({bad})")

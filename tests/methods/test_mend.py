@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from burnish.core.errors import CheckError, ConfigError, DataError, TargetError
 from burnish.core.recipe import parse
-from burnish.methods.lifecycle.mend import Mend
+from burnish.methods.lifecycle.mend import Mend, _counts
+from burnish.methods.objective.distill import counted
 from burnish.testing.models import tiny
 
 D64 = torch.float64
@@ -241,8 +242,29 @@ def test_the_count_of_the_published_shape():
 
 def test_defaults_are_the_paper_s():
     m = parse("mend")[0]
-    assert (m.bottleneck, m.scale, m.weight, m.lessons) == (1920, 1e-4, 0.1, 10)
-    assert (m.step_rate, m.scale_rate, m.grad_norm) == (1e-6, 1e-4, 100.0)
+    assert m.edits and m.settings() == {
+        "targets": None, "bottleneck": 1920, "scale": 1e-4, "weight": 0.1, "lessons": 10,
+        "step_rate": 1e-6, "scale_rate": 1e-4, "grad_norm": 100.0, "seed": 0}
+
+
+def test_a_bottleneck_of_one_and_a_lesson_a_step_are_enough():
+    editor = Mend(bottleneck=1, lessons=1, targets=WHERE).lifecycle(network(), lessons(2))
+    assert all(net.V.shape[1] == 1 and bool(net.b.any()) for net in editor.nets.values())
+
+
+def test_which_rows_of_a_local_text_count():
+    """Those of a label; without labels those of the mask, where it is of what answers."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    labels = torch.tensor([[-100, 5, -100], [-100, -100, 7]])
+    gpt2, t5, plain = tiny("gpt2")[0], tiny("t5")[0], network()
+    for model in (gpt2, plain):
+        assert torch.equal(_counts(model, {"attention_mask": mask}, mask.shape), mask)
+        assert _counts(model, {"attention_mask": mask}, torch.Size([2])) is None
+        assert _counts(model, torch.ones(2, 3), mask.shape) is None
+    both = _counts(gpt2, {"attention_mask": mask, "labels": labels}, mask.shape)
+    assert torch.equal(both, counted(gpt2, {"labels": labels}, mask.shape))
+    assert not torch.equal(both.long(), mask)
+    assert _counts(t5, {"attention_mask": mask}, mask.shape) is None     # the encoder's tokens
 
 
 def test_a_language_model_with_transposed_weights_learns_to_answer_an_edit():

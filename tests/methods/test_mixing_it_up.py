@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 import burnish
 from burnish.blocks.choose.cocktail import Cocktail, shares
+from burnish.methods.lifecycle.mixing_it_up import Report
 
 SIZES = {"a": 100, "b": 400, "c": 50}
 
@@ -97,6 +98,28 @@ def test_a_report_compares_the_target_alone_with_every_cocktail():
         f["target"] for f in report.figures.values())
     text = str(report)
     assert all(name in text for name in report.figures) and "gain" in text and "near" in text
+
+
+def test_the_best_mixture_is_the_target_s_and_drawn_by_the_weights_that_are_given():
+    data = {"t": [0] * 30, "r": [1] * 30, "g": [2] * 30}
+    seen = []
+
+    def few(rows):
+        seen.append(Counter(rows))
+        return seen[-1]
+
+    report = method(sampling="weights").lifecycle(
+        data, "t", few, lambda m, task, rows: float(m[1] if task == "t" else -m[1]),
+        held={"t": [9], "r": [9]}, general="g", count=200, weights={"t": 1.0, "r": 3.0, "g": 0.0})
+    assert [sum(c.values()) for c in seen] == [200] * 3 and all(not c[2] for c in seen)
+    assert report.rows["all"] == {"t": seen[1][0], "r": seen[1][1]}
+    assert seen[0] == {0: 200} and 130 < seen[1][1] < 170              # 3 of 4
+    assert report.best == max(report.figures, key=lambda m: report.figures[m]["t"]) != "t"
+    other = Report("t", {"t": {"t": 0.2, "r": 0.9}, "b": {"t": 0.7, "r": 0.1},
+                         "c": {"t": 0.5, "r": 0.5}}, {}, {})
+    assert other.best == "b"
+    assert method().settings() == {"targets": None, "sampling": "union", "temperature": 1.0,
+                                   "seed": 0}
 
 
 def test_the_comparisons():

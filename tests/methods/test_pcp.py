@@ -77,6 +77,23 @@ def test_a_share_of_all_tokens_is_asked_for_the_word_among_them():
     assert not torch.equal(other["labels"], asked["labels"])
 
 
+def test_without_special_tokens_every_token_is_asked_for():
+    tuned = burnish.tune(model(), "full", head=False)
+    own = {k: getattr(METHOD, k) for k in ("templates", "label_words", "mask_token")}
+    method = Pcp(**own, ratio=1.0)
+    rows = method.write(tuned, texts(5), labels=texts(5)["labels"])
+    rows.tokens[:, 3] = PAD                              # a token like any other here
+    asked = method.asked(tuned, rows, torch.Generator().manual_seed(1))
+    assert torch.equal(asked["labels"] != -100, rows.mask.bool())
+
+
+def test_what_stands_for_a_token_is_named():
+    tuned = burnish.tune(model(), "full", head=False)
+    rows = Written(texts(2)["input_ids"], texts(2)["attention_mask"], Pcp().how())
+    with pytest.raises(burnish.ConfigError, match="pcp needs mask_token"):
+        Pcp().asked(tuned, rows)
+
+
 def test_the_four_stages():
     few, many, test = texts(8, 1), texts(48, 2), texts(40, 3)
     net = model()

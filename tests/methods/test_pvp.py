@@ -87,7 +87,9 @@ def test_what_stands_beside_drawn_tensors_goes_on_under_their_seed(tmp_path, rec
     was.save(tmp_path)
     tuned = burnish.tune(tiny("vit")[0], recipe, head=False)
     before = own(tuned)
-    with pytest.raises(burnish.RecipeError, match="seed, which was 4 .* is 0 here.*seed=4"):
+    part = burnish.parse(recipe)[-1].name
+    with pytest.raises(burnish.RecipeError,
+                       match=f": {part} draws .* seed, which was 4 .* is 0 here.*seed=4"):
         begin_from(tuned, tmp_path)
     assert all(torch.equal(t, before[n]) for n, t in own(tuned).items())
     same = burnish.tune(tiny("vit")[0], recipe, head=False, seed=4)

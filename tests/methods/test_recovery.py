@@ -226,6 +226,7 @@ def test_its_settings():
 
 def test_what_cannot_act_is_refused():
     for settings, said in (({"restored": 0.0}, "shares above 0"), ({"back": 1.5}, "shares above 0"),
+                           ({"restored": 1.5}, "shares above 0"),
                            ({"drop": -0.1}, "at least 0"), ({"warmup": 30}, "steps of 20"),
                            ({"every": 0}, "steps of 20"), ({"layers": 0}, "at least 1"),
                            ({"targets": "q"}, "targets do nothing")):

@@ -86,8 +86,12 @@ def test_a_planted_mark_stays_under_little_tuning_and_goes_under_much():
 def test_refusals():
     model, message, read = marked()
     check = burnish.parse("sleepermark")[0]
+    assert check.settings() == {"targets": None, "false_alarms": 1e-6}
     with pytest.raises(ConfigError, match="all of 16 bits are right by chance"):
-        check.lifecycle(model, read, message, before=model)
+        check.lifecycle(model, pytest.fail, message, before=model)      # before any picture
+    for odd in (message.view(4, 4), message[:0], message + 1):
+        with pytest.raises(DataError, match="the message"):
+            check.lifecycle(model, pytest.fail, odd, before=model)
     check = burnish.parse("sleepermark(false_alarms=0.01)")[0]
     with pytest.raises(ConfigError, match="the one it was tuned from"):
         check.lifecycle(model, read, message)

@@ -62,9 +62,11 @@ def test_the_mask_s_gradient_is_the_change_times_the_weight_s(rows):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=n)
 
 
-def test_steps_are_those_of_adam_on_the_written_loss():
+@pytest.mark.parametrize("heats", [[1.0], [1.0, 0.4], [1.0, 0.8, 0.6, 0.4]])
+def test_steps_are_those_of_adam_on_the_written_loss(heats):
     model, aligned, tuned, batches = setup(1)
-    method = Somf(updates=4, weight=2.0, step_rate=0.3, hot=1.0, cold=0.4, seed=5)
+    method = Somf(updates=len(heats), weight=2.0, step_rate=0.3, hot=1.0, seed=5, **(
+        {"cold": 0.4} if len(heats) > 1 else {}))
     twin = copy.deepcopy(model).eval()
     found = method.lifecycle(model, aligned, tuned, batches)
     names = [n for n in aligned if not torch.equal(tuned[0][n], aligned[n])]
@@ -73,8 +75,8 @@ def test_steps_are_those_of_adam_on_the_written_loss():
     optimizer = torch.optim.Adam(s.values(), lr=0.3)
     g = torch.Generator().manual_seed(5)
     losses = []
-    for t in range(4):
-        heat, whole, away = 1.0 - 0.2 * t, dict(aligned), 0.0
+    for t, heat in enumerate(heats):
+        whole, away = dict(aligned), 0.0
         for n in names:
             u = torch.rand(s[n].shape, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
             m = torch.sigmoid((u.log() - (1 - u).log() + s[n]) / heat)
@@ -145,8 +147,9 @@ def test_an_exception_leaves_the_model_as_it_was():
 
 
 def test_its_settings():
-    made = parse("somf")[0]
-    assert (made.form, made.hot, made.cold, made.start, made.seed) == ("entry", 1.0, 0.1, 3.0, 0)
+    assert parse("somf")[0].settings() == {
+        "targets": None, "form": "entry", "weight": 0.1, "updates": 200, "step_rate": 0.1,
+        "start": 3.0, "hot": 1.0, "cold": 0.1, "seed": 0}
 
 
 def test_what_cannot_act_is_refused():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from burnish.blocks.weight.checkpoints import mixed, weight_gradients
+from burnish.blocks.weight.taskvector import TaskVector, combine
 from burnish.core.errors import ConfigError
 from burnish.core.recipe import parse
 from burnish.methods.lifecycle.soup import greedy, learned, uniform
@@ -175,6 +176,14 @@ def test_the_method_makes_each_kind_of_soup():
     assert all(torch.equal(plain.lifecycle(base, tuned)[n], mean[n]) for n in base)
     assert all(torch.equal(soup.lifecycle(base, tuned, score=lambda m: 1.0)[n], mean[n])
                for n in base)
+    start = checkpoint(2)
+    tasks = [TaskVector(start, m) for m in (base, tuned)]
+    averaged = dict(combine(start, tasks, plain.rule(tasks)))            # as a rule among others
+    for n in base:
+        torch.testing.assert_close(averaged[n], mean[n])
+    for whole in (soup, learnt):
+        with pytest.raises(ConfigError, match=f"a {whole.kind} soup is made of whole runs"):
+            whole.rule(tasks)
     best = soup.lifecycle(base, tuned, score=lambda m: float(torch.equal(m["a.bias"],
                                                                          tuned["a.bias"])))
     assert all(torch.equal(best[n], tuned[n]) for n in base)

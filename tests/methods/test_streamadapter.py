@@ -160,3 +160,13 @@ def test_refusals():
         burnish.parse("streamadapter(targets='lm_head')")[0].lifecycle(tiny("llama")[0])
     with pytest.raises(ConfigError, match="a Sequential is none"):
         burnish.parse("streamadapter(targets='0')")[0].lifecycle(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ConfigError, match="changes whole linears, and .*attn.* is none"):
+        burnish.parse("streamadapter")[0].lifecycle(tiny("gpt2")[0])     # q, v are rows of one
+
+
+def test_one_row_and_one_token_at_a_time_are_enough():
+    _, absorber, _ = made("rank=1, fold=1")
+    context = stirred(absorber).absorb(ids(3))
+    assert all(S.shape[0] == 1 and S.any() for S in context.states)
+    dense = absorber.edit(context).dense(absorber.layers[0].names[0])
+    assert int(torch.linalg.matrix_rank(dense)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from burnish.blocks.weight.taskvector import TaskVector, combine
 from burnish.core.errors import ConfigError
 from burnish.core.recipe import parse
 from burnish.formats.safe import Tensors, save_file, save_stream
@@ -88,6 +89,11 @@ def test_the_method_answers_lifecycle_alone():
     for n in base:
         want = base[n].double() + 0.4 * (tuned[n].double() - base[n].double())
         assert torch.equal(forty[n], want.float())
+    tasks = [TaskVector(base, tuned), TaskVector(base, checkpoint(2))]
+    summed = dict(combine(base, tasks, parse("task_arithmetic(scale=0.3)")[0].rule(tasks)))
+    want = dict(task_arithmetic(base, [tuned, checkpoint(2)], 0.3))
+    for n in base:                                       # as a rule among others
+        torch.testing.assert_close(summed[n], want[n])
     with pytest.raises(ConfigError, match="at least one tuned"):
         method.lifecycle(base)
 

@@ -85,6 +85,26 @@ def test_it_answers_as_torch_s_own_steps_on_all_views_do(model, settings):
     assert float((plain - got).abs().max()) > 1e-4       # and the steps did something
 
 
+def test_where_no_view_stays_the_sample_stands_alone():
+    """The one sure view was made, and another is the nearest."""
+    tuned, views = joined()
+    tuned.model.eval()
+    with torch.no_grad():
+        sharpest = int(entropy(logits(tuned.model(**views)).softmax(-1)).argmin())
+    assert sharpest > 0
+    near = 1 + sharpest % (N - 1)
+
+    def features(out):
+        f = torch.zeros(N, 2, dtype=torch.float64)
+        f[:, 1] = 1.0
+        f[[0, near]] = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        return f
+
+    got = Tpt(confident=0.05, similar=0.05).lifecycle(tuned, views, made=N - 1, features=features)
+    own = {"pixel_values": views["pixel_values"][:1]}
+    torch.testing.assert_close(logits(got), logits(Tpt(confident=1.0).lifecycle(tuned, own)))
+
+
 def test_everything_is_itself_again_and_no_sample_reaches_another():
     tuned, views = joined()
     tuned.optimizer(lr=1e-2)

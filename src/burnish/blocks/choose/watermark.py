@@ -73,12 +73,18 @@ class Retention:
         return (self.after.share - 0.5) / (self.before.share - 0.5)
 
 
+def bits(name: str, t: Tensor, dims: int) -> Tensor:
+    """`t`, when it is 0 and 1 (or false and true) in so many dimensions; DataError otherwise."""
+    if t.dim() != dims or not t.numel() or not bool(((t == 0) | (t == 1)).all()):
+        raise DataError(f"the {name}: expected 0 and 1 in {dims} dimension{'s' * (dims > 1)}, "
+                        f"got {tuple(t.shape)} of {t.dtype}")
+    return t
+
+
 def read_bits(found: Tensor, message: Tensor, rate: float) -> Read:
     """found: (pictures, bits), 0 and 1 or true and false; message: (bits,)."""
-    for name, t, dims in (("message", message, 1), ("bits that were read", found, 2)):
-        if t.dim() != dims or not t.numel() or not bool(((t == 0) | (t == 1)).all()):
-            raise DataError(f"the {name}: expected 0 and 1 in {dims} dimension{'s' * (dims > 1)}, "
-                            f"got {tuple(t.shape)} of {t.dtype}")
+    bits("message", message, 1)
+    bits("bits that were read", found, 2)
     if found.shape[1] != len(message):
         raise DataError(f"{found.shape[1]} bits were read, and the message has {len(message)}")
     right = (found.to(torch.int64) == message.to(found.device, torch.int64)).sum(1)

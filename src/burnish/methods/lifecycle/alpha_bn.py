@@ -87,8 +87,8 @@ class AlphaBn(Adapts, Method):
 
 def core(logits: Tensor) -> Tensor:
     """How much the classes of a batch go together, from its logits (B, K)."""
-    C = together(logits.softmax(-1))
-    C = C / C.sum(1, keepdim=True).clamp(min=torch.finfo(C.dtype).tiny)   # a class of nobody
+    p = logits.softmax(1)
+    C = together(p) / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)       # sums of rows of P^T P
     return (C.sum() - C.diagonal().sum()) / len(C)
 
 

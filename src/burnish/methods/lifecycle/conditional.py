@@ -71,7 +71,7 @@ class Conditional(Method):
 
     def _scores(self, model: nn.Module, path: str, text: Mapping[str, Any]) -> Tensor:
         user, response = (torch.as_tensor(text[k]).bool() for k in ("user", "response"))
-        if user.shape != response.shape or not bool(response.any(-1).all()):
+        if user.shape != response.shape or user.dim() != 2 or not bool(response.any(1).all()):
             raise ConfigError(f"conditional: user {tuple(user.shape)} and response "
                               f"{tuple(response.shape)} mark tokens of the same turns, each with "
                               "some of a response")

@@ -106,6 +106,6 @@ class Damo(Method):
         W = drawn(len(names), self.trials, self.seed)
         tried = [came_to(w) for w in W]
         surface = fitted(W, [y for _, y in tried], self.degree)
-        w = best(surface, len(names), self.seed + 1)
+        w = best(surface, len(names), self.seed)
         shares, measured = came_to(w)
         return Found(names, tried, shares, float(surface(w[None])[0]), measured, surface)

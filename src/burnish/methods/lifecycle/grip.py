@@ -114,7 +114,7 @@ class Grip(Method):
     def _own(self, tuned: Any) -> dict[str, Tensor]:
         """What training moves: what trains, the adapter's other tensors, running statistics."""
         mine = f".burnish.{tuned.training}."
-        held = tuned.model.state_dict(keep_vars=True)
+        held = tuned.model.state_dict()
         return {**dict(tuned.named_parameters()), **dict(tuned.buffers.live()),
                 **{n: t for n, t in held.items() if mine in f".{n}" and isinstance(t, Tensor)}}
 

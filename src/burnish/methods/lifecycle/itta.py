@@ -114,7 +114,7 @@ class Itta(Adapts, Method):
 
             def run(given: Any = given, y: Tensor = y) -> Tensor:
                 logits = class_logits(call(model, given), "itta")
-                in_classes("itta", y, logits.shape[-1])
+                in_classes("itta", y, logits.shape[1])
                 return logits
 
             yield run, y

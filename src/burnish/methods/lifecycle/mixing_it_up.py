@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ class Report:
     target: str
     figures: dict[str, dict[str, float]]
     rows: dict[str, dict[str, int]]
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int]
 
     @property
     def best(self) -> str:

@@ -97,14 +97,15 @@ class Pcp(Mvp):
               ) -> dict[str, Tensor]:
         """Rows with new masks, as a masked language model takes them."""
         self._same(rows.how)
+        if self.mask_token is None:
+            raise ConfigError("pcp needs mask_token=..., which stands where a token is asked for")
         tokens, device = rows.tokens, rows.tokens.device
-        taken = rows.mask.bool() & ~torch.isin(tokens, torch.tensor(list(self.special) or [-1],
-                                                                    device=device))
+        taken = rows.mask.bool() & ~torch.isin(tokens, tokens.new_tensor(list(self.special)))
         u = torch.rand(2, *tokens.shape, generator=generator, device=device)
         taken &= u[0] < self.ratio
         size = tuned.model.get_input_embeddings().num_embeddings
         other = torch.randint(size, tokens.shape, generator=generator, device=device)
-        read = torch.where(taken & (u[1] < 0.8), int(self.mask_token or 0), tokens)
+        read = torch.where(taken & (u[1] < 0.8), self.mask_token, tokens)
         read = torch.where(taken & (u[1] >= 0.9), other, read)
         return {"input_ids": read, "attention_mask": rows.mask,
                 "labels": torch.where(taken, tokens, -100)}

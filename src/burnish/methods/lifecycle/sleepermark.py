@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...blocks.choose.watermark import Retention, least_right, read_bits
+from ...blocks.choose.watermark import Retention, bits, least_right, read_bits
 from ...blocks.state.taps import evaluating
 from ...core.errors import ConfigError
 from ...core.method import Method, setting
@@ -51,9 +51,8 @@ class SleeperMark(Method):
     def lifecycle(self, tuned: Any, read: Callable[[nn.Module], Tensor], message: Tensor, *,
                   before: nn.Module | None = None) -> Retention:
         """What of the message is read of the model without and with what was tuned."""
-        message = torch.as_tensor(message)
-        if message.dim() == 1 and len(message):
-            least_right(len(message), self.false_alarms)             # refused before any picture
+        message = bits("message", torch.as_tensor(message), 1)
+        least_right(len(message), self.false_alarms)                 # refused before any picture
         plain = isinstance(tuned, nn.Module)
         if plain and before is None:
             raise ConfigError("sleepermark: of a plain model it takes the one it was tuned from, "

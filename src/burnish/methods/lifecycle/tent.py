@@ -92,8 +92,8 @@ class Tent(Adapts, Method):
         logits = class_logits(outputs, "tent")
         each = entropies(logits)
         if self.doubt < 1:
-            stays = each.detach() <= self.doubt * math.log(logits.shape[-1])
+            stays = each.detach() <= self.doubt * math.log(logits.shape[1])
             if not bool(stays.any()):
                 return None
             logits, each = logits[stays], each[stays]
-        return F.cross_entropy(logits, logits.detach().argmax(-1)) if self.guess else each.mean()
+        return F.cross_entropy(logits, logits.detach().argmax(1)) if self.guess else each.mean()

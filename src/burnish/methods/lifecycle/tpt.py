@@ -100,4 +100,4 @@ class Tpt(Method):
             raise ConfigError("tpt: views that were made are kept by their features, and these "
                               "outputs have no image_embeds: give features=lambda outputs: ...")
         stays = alike(seen, made, self.similar)[kept]
-        return kept[stays] if bool(stays.any()) else kept.new_zeros(1)
+        return kept[stays] if bool(stays.any()) else torch.tensor([0], device=kept.device)

@@ -144,4 +144,4 @@ def away(tuned: Tuned, p: Tensor, key: tuple[str, str]) -> Tensor:
     """``W - W0`` (out, rest), in fp32 at least."""
     W0: Any = tuned.originals.get(*key)
     wide = torch.promote_types(p.dtype, torch.float32)
-    return (p.to(wide) - W0.to(device=p.device, dtype=wide)).flatten(1)
+    return (p.to(wide) - W0.to(p.device)).flatten(1)
