@@ -208,6 +208,46 @@ def test_what_cannot_be_is_refused(model, recipe, words):
         burnish.tune(tiny(model)[0], recipe, head=False)
 
 
+def test_targets_and_the_first_token_id():
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "alora(rank=2, invocation=(0,), targets='q@0,up@1')", head=False)
+    assert [path for path, _ in tuned.branches(Invoked)] == ["model.layers.0.self_attn.q_proj",
+                                                             "model.layers.1.mlp.up_proj"]
+    stir(tuned, size=0.5)
+    ids = batch["input_ids"].clamp(min=1)
+    ids[0, 3] = 0
+    on = net.eval()(input_ids=ids).logits
+    with tuned.disabled():
+        off = net(input_ids=ids).logits
+    moved = (on - off).abs().amax(-1) > 1e-6
+    assert moved[0].tolist() == [False] * 3 + [True] * (ids.shape[1] - 3) and not moved[1].any()
+
+
+class Routed(torch.nn.Module):
+    """An MLP that is the only one of its experts."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([mlp])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+def test_experts_that_are_given_the_tokens_of_all_samples_are_none_of_its_linears():
+    def net():
+        net, _ = tiny("llama")
+        net.model.layers[0].mlp = Routed(net.model.layers[0].mlp)
+        return net
+
+    tuned = burnish.tune(net(), "alora(rank=2, invocation=(3,))", head=False)
+    paths = [path for path, _ in tuned.branches(Invoked)]
+    assert not [p for p in paths if ".experts." in p]
+    assert {f"model.layers.{i}.self_attn.q_proj" for i in range(2)} < set(paths)
+    with pytest.raises(burnish.TargetError, match="given the tokens of all samples together"):
+        burnish.tune(net(), "alora(rank=2, invocation=(3,), targets='up')", head=False)
+
+
 def test_embeddings_in_place_of_ids_are_refused():
     tuned, batch = made()
     table = tuned.model.get_input_embeddings()

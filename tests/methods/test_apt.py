@@ -165,6 +165,13 @@ def test_targets_choose_attentions():
         "vit.layers.1.attention.o_proj"}
 
 
+def test_one_row_and_stages_of_several_widths():
+    """Each attention's rows are of its own width."""
+    tuned = burnish.tune(tiny("swin")[0], "apt(length=1, rank=1)", head=False)
+    rows = [p.shape for n, p in tuned.named_parameters() if n.endswith("rows")]
+    assert rows == [(1, 16), (1, 16), (1, 32)]
+
+
 def test_a_run_of_another_kind():
     """vmap sees plain operations."""
     part = MemoryRead(6, 4, 2).double()

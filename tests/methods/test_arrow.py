@@ -135,9 +135,21 @@ def test_ranks_and_scales_may_differ_and_one_source_is_itself(tmp_path):
     torch.testing.assert_close(m(x), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_linear_outside_blocks_and_those_too_small_for_the_rank():
+    tuned = burnish.tune(tiny("llama")[0], "arrow(rank=2, targets='lm_head,q@0')", head=False)
+    assert {p for p, _ in tuned.branches(Arrows)} == {"lm_head", "model.layers.0.self_attn.q_proj"}
+    tuned = burnish.tune(tiny("llama")[0], "arrow(rank=20)", head=False)
+    assert "q_proj" in str(paths := [p for p, _ in tuned.branches(Arrows)])
+    assert not [p for p in paths if p.endswith(("k_proj", "v_proj"))], "16 wide"
+    assert any("4 of" in n and "rank" in n for n in tuned.active.notes)
+    with pytest.raises(RecipeError, match="rank 20 does not fit"):
+        burnish.tune(tiny("llama")[0], "arrow(rank=20, targets='k')", head=False)
+
+
 def test_counts_defaults_and_refusals(tmp_path):
     m = parse("arrow")[0]
-    assert (m.rank, m.experts, m.k, m.temperature) == (8, 4, 3, 1.0)
+    assert m.settings() == {"targets": None, "rank": 8, "alpha": 8.0, "experts": 4, "k": 3,
+                            "temperature": 1.0}
     tuned = burnish.tune(tiny("llama")[0], "arrow(rank=2, targets='q')")
     assert sum(p.numel() for p in tuned.parameters()) == 2 * 4 * 2 * (32 + 32)
     for recipe in ("arrow(k=5)", "arrow(k=0)", "arrow(rank=0)", "arrow(temperature=0.0)"):

@@ -7,6 +7,7 @@ import torch
 
 import burnish
 from burnish.core.errors import CheckError
+from burnish.core.recipe import make
 from burnish.testing import stir
 from burnish.testing.models import tiny
 
@@ -82,6 +83,13 @@ def test_a_start_without_decay():
     assert [g["weight_decay"] for g in tuned.optimizer(lr=1, weight_decay=0.5).param_groups] == [0]
     assert 12 * type(tuned.recipe[0]).count(768) == 9216
     assert sum(p.numel() for p in tuned.parameters()) == 2 * 32
+
+
+@pytest.mark.parametrize("scale, why", [(0.0, "a number other than 0"), (float("inf"), "finite"),
+                                        (float("nan"), "finite")])
+def test_a_scale_that_is_no_number_other_than_0_is_refused(scale, why):
+    with pytest.raises(burnish.RecipeError, match=why):
+        make("beft", {"scale": scale})
 
 
 def test_what_has_no_values_of_its_own_says_so():

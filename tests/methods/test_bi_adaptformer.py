@@ -30,9 +30,11 @@ def answers(W, bits=1):
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("model, mlp, norm", [
     ("vit", "vit.layers.{}.mlp", "vit.layers.{}.layernorm_after"),
-    ("llama", "model.layers.{}.mlp", "model.layers.{}.post_attention_layernorm")])
+    ("llama", "model.layers.{}.mlp", "model.layers.{}.post_attention_layernorm"),
+    ("bert", "bert.encoder.layer.{}.output.dense", "bert.encoder.layer.{}.intermediate.dense")])
 def test_the_equation_written_out(beside, model, mlp, norm, bits):
-    """MLP(LN x) + s relu(x W^_down^T) W^_up^T, x the residual stream before that norm."""
+    """MLP(LN x) + s relu(x W^_down^T) W^_up^T, x the residual stream before that norm (what an
+    MLP reads whose norm stands behind it)."""
     one = beside(model, f"bi_adaptformer(bottleneck=8, bits={bits}, scale=0.7)")
     assert len(one.theta) == 4, "no biases"
     for i in range(2):

@@ -99,6 +99,22 @@ def test_nothing_below_the_head_waits_for_backward(kept):
     assert net.get_submodule(BLOCKS["bert"].format(0)).output.dense.weight.grad.any()
 
 
+def test_one_block_and_the_first_token_id():
+    """A mask whose id is 0, in a model of one block: f is its state there."""
+    net, batch = tiny("bert", num_hidden_layers=1)
+    masked(batch, mask=0)
+    batch["input_ids"] = torch.where(batch["input_ids"] == 0, 0, batch["input_ids"].clamp(min=1))
+    seen = {}
+    burnish.tune(net, "codeprompt(mask=0)", head=False)
+    batch["input_ids"] = torch.arange(1, 9).repeat(2, 1)
+    batch["input_ids"][0, 3] = batch["input_ids"][1, 5] = 0
+    net.bert.encoder.layer[0].register_forward_hook(
+        lambda m, args, out: seen.update(h=out[0] if isinstance(out, tuple) else out))
+    got = net.eval()(**batch).logits
+    h = seen["h"][torch.arange(2), [3, 5]]
+    torch.testing.assert_close(got, h @ net.classifier.weight.t() + net.classifier.bias)
+
+
 def test_soft_words_beside_it():
     """A template of pseudo-tokens, made by zecoler, around the mask."""
     net, batch = tiny("bert")

@@ -126,7 +126,7 @@ def test_blocks_that_somebody_else_runs_again_are_refused():
     ("bert", "connected(bottleneck=0)", "1 or more"),
     ("bert", "connected(targets='q')", "takes no targets"),
     ("bert", "connected + checkpoint", "mode of the blocks"),
-    ("convnext", "connected", "attention"),
+    ("convnext", "connected", "attention"), ("swin", "connected", "one width in each stack"),
 ])
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):

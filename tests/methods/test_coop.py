@@ -156,6 +156,15 @@ def test_the_counts_of_the_papers(published):
         assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32, 16)
 
 
+def test_one_row_of_one_class_and_the_first_token():
+    table = tiny("clip")[0].get_submodule(TABLE).weight
+    (v,) = burnish.tune(tiny("clip")[0], "coop(length=1, classes=1, ids=[0])",
+                        head=False).parameters()
+    assert v.shape == (1, 1, 32) and torch.equal(v[0], table[[0]])
+    (v,) = burnish.tune(tiny("clip")[0], "coop(length=2, ids=[0, 63])", head=False).parameters()
+    assert torch.equal(v, table[[0, 63]])
+
+
 def test_what_a_run_refuses():
     net, batch = tiny("clip")
     burnish.tune(net, "coop(length=15)")

@@ -78,6 +78,33 @@ def test_with_sgd_a_damped_update_is_one_of_a_damped_gradient():
         torch.testing.assert_close(g, p.detach() - s, rtol=1e-6, atol=1e-12)
 
 
+def test_the_first_session_is_whole_and_leaves_gradients_to_others():
+    """Nothing reads all of them at once, so they may be stepped and dropped one by one."""
+    net, batch = tiny("clip")
+    tuned = burnish.tune(net, "cpe_clip(layers=2) + sgd + step_in_backward", head=False)
+    tuned.optimizer(lr=1e-2)
+    assert torch.isfinite(tuned.step(batch))
+    assert tuned.recipe[0].controller(tuned) is None
+
+
+def test_another_adapter_is_not_damped():
+    """lambda is of what trains; what another adapter learns beside it is its own."""
+    net, batch = tiny("clip", dtype=torch.float64)
+    tuned = burnish.tune(net, "cpe_clip(layers=2) + sgd", head=False)
+    tuned.add("second", "cpe_clip(layers=2, sessions=(3, 1)) + sgd", head=False)
+    tuned.use("second")
+    for p in tuned.parameters():
+        p.data = p.data.double()
+    moved = {n: p for n, p in net.named_parameters() if ".second." in n}
+    start = {n: p.detach().clone() for n, p in moved.items()}
+    tuned.optimizer(lr=1e-2, weight_decay=0.0)
+    tuned.loss(batch).backward()
+    want = {n: -1e-2 / 4 * p.grad for n, p in moved.items()}
+    tuned.step(batch)
+    for n, p in moved.items():
+        torch.testing.assert_close(p.detach() - start[n], want[n], rtol=1e-4, atol=1e-9)
+
+
 def test_nothing_beside_it_is_damped():
     moved = {}
     for text in ("", ", sessions=(3, 1)"):

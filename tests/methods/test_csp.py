@@ -60,6 +60,9 @@ def test_words_of_several_tokens_begin_as_their_mean():
     tuned = burnish.tune(net, "csp(ids=[20, 30], spelt=[[7, 8, 9], [4]])", head=False)
     (theta,) = tuned.parameters()
     torch.testing.assert_close(theta.detach(), torch.stack([table[[7, 8, 9]].mean(0), table[4]]))
+    (theta,) = burnish.tune(tiny("clip")[0], "csp(ids=[0, 63], spelt=[[63], [0]])",
+                            head=False).parameters()
+    assert torch.equal(theta.detach(), table[[63, 0]]), "the first token and the last"
 
 
 def test_swapping_rows_swaps_classes():

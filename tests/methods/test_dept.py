@@ -165,6 +165,18 @@ def test_peft_has_no_such_folder(tmp_path):
         burnish.export_peft(tuned, tmp_path / "folder")
 
 
+def test_the_least_edit_is_a_row_for_the_first_token():
+    """rank 1, one place: what stands behind it is a prompt's alone."""
+    edit = Positioned(1, 1, 3)
+    stir(edit, size=1.0)
+    with torch.no_grad():
+        assert edit(0, 3)[0].any() and not edit(0, 3)[1:].any()
+    net, batch = tiny("llama")
+    tuned = burnish.tune(net, "dept(length=1, rank=1, edited=1)", head=False)
+    tuned.backward(batch)
+    assert sorted(p.numel() for p in tuned.parameters()) == [1, 32, 32]
+
+
 @pytest.mark.parametrize("recipe, why", [
     ("dept(length=0)", "at least one row"), ("dept(targets='q')", "dept takes no targets"),
     ("dept(rank=0)", "rank 1"), ("dept(edited=0)", "at least one token"),

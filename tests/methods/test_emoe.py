@@ -230,8 +230,19 @@ def test_which_mlps_and_defaults():
     assert parse("emoe(layers=0)")[0].repeats() == 1 and method.repeats() is None
 
 
+def test_some_of_the_clusters_are_neither_the_dense_mlp_nor_a_weight():
+    tuned, net, _ = made(1)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    on = net(x)
+    with tuned.disabled():
+        assert (net(x) - on).abs().max() > 1e-3
+    assert not type(tuned.recipe[-1]).identity
+    with pytest.raises(burnish.CheckError, match="emoe has no form as a plain weight"):
+        made(1, "lora(rank=2)")[0].merge()
+
+
 def test_refusals():
-    for text in ("experts=1", "k=0", "k=65", "layers=-1"):
+    for text in ("experts=1", "experts=1, k=1", "k=0", "k=65", "layers=-1"):
         with pytest.raises(burnish.RecipeError, match=r"^emoe.*expected at least 2"):
             parse(f"emoe({text})")
     assert parse("emoe(experts=2, k=2, layers=0)") and parse("emoe(experts=2, k=1)")

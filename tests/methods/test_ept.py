@@ -35,7 +35,8 @@ def prompt(theta, d):
     return P, T
 
 
-@pytest.mark.parametrize("more", ["", ", fusion=0", ", spaces=1", ", spaces=3, space_rank=2"])
+@pytest.mark.parametrize("more", ["", ", fusion=0", ", spaces=1", ", spaces=3, space_rank=2",
+                                  ", fusion=0, spaces=2"])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_the_equation_written_out(beside, model, more):
     one = beside(model, f"ept({SMALL}{more})")
@@ -94,6 +95,16 @@ def test_what_a_file_holds_is_the_prompt_itself(tmp_path):
     assert torch.equal(whole.model.eval()(**batch).logits, want)
 
 
+def test_a_file_of_maps_of_a_higher_rank_needs_none_of_them(tmp_path):
+    net, batch = tiny("llama")
+    base = copy.deepcopy(net)
+    tuned = stir(burnish.tune(net, f"ept({SMALL}, space_rank=2)", head=False), size=0.5)
+    want = net.eval()(**batch).logits
+    tuned.save(tmp_path)
+    again = burnish.load(base, tmp_path)
+    torch.testing.assert_close(again.model.eval()(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
 def test_the_gate_adds_up_to_one():
     maker = Fused(8, 2, 5, 1)
     stir(maker, size=2.0)
@@ -107,7 +118,7 @@ def test_counts_and_defaults():
     m = parse("ept")[0]
     assert (m.length, m.rank, m.edited, m.fusion, m.spaces, m.space_rank) == (40, 30, 256, 4, 4, 1)
     assert m.count(768) == 76_800
-    for more in ("", ", fusion=0", ", spaces=1", ", spaces=3, space_rank=2"):
+    for more in ("", ", fusion=0", ", spaces=1", ", spaces=2", ", spaces=3, space_rank=2"):
         recipe = f"ept({SMALL}{more})"
         tuned = burnish.tune(tiny("gpt2")[0], recipe, head=False)
         assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32)

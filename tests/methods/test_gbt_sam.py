@@ -66,6 +66,30 @@ def test_the_equation_written_out(beside, slices):
     one.agree()
 
 
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_beside_an_mlp_it_reads_what_the_mlp_reads(beside, model):
+    """Also where the MLP is two linears of the block; the depth path gives nothing at its start."""
+    ends = {"bert": ("bert.encoder.layer.{}.intermediate.dense",
+                     "bert.encoder.layer.{}.output.dense"),
+            "vit": ("vit.layers.{}.mlp", "vit.layers.{}.mlp")}[model]
+    one = beside(model, "gbt_sam(scan=1, reduction=8, spatial=False)")
+    for (_, rest), p in one.own.items():
+        if rest.startswith("inner.up"):
+            p.data.zero_()
+    seen = {}
+    for i in range(2):
+        read, write = (e.format(i) for e in ends)
+        mlp = letters_of(one, write, "")
+        one.base.get_submodule(read).register_forward_pre_hook(
+            lambda m, args, i=i: seen.update({i: args[0]}))
+        one.base.get_submodule(write).register_forward_hook(
+            lambda m, args, y, i=i, mlp=mlp:
+                y + 0.5 * bottleneck(mlp, seen[i]))
+    with torch.no_grad():
+        torch.testing.assert_close(one.tuned.model(**one.batch).logits,
+                                   one.base(**one.batch).logits)
+
+
 class Attention(nn.Module):
     def __init__(self, d=8, heads=2):
         super().__init__()

@@ -140,6 +140,39 @@ class Points(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Collecting(Points):
+    """Hands out the states between its blocks too."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        states = (x := torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1),)
+        for block in self.blocks:
+            states += (x := block(x),)
+        return self.head(self.norm(x)[:, 0]), states
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_what_collects_states_has_them_without_the_prompt(blocks):
+    net = Collecting(d=12, blocks=blocks).eval()
+    x = torch.randn(2, 32, 3)
+    before = net(x)[1]
+    tuned = burnish.tune(net, "idpt(neighbours=4)", head=False)
+    stir(tuned, size=0.3)
+    after = net(x)[1]
+    assert [s.shape for s in after] == [(2, 33, 12)] * (blocks + 1)
+    assert all(torch.equal(a, b) for a, b in zip(before[:-1], after[:-1], strict=True))
+    assert not torch.allclose(before[-1], after[-1])
+
+
+def test_one_neighbour_is_the_token_itself():
+    """x_j - x_i is 0: what is left of an edge is W_l [0; x_i]."""
+    torch.manual_seed(0)
+    part, Y = FromTokens(5, 1).double().eval(), torch.randn(2, 6, 5, dtype=torch.float64)
+    want = prompt(Y, dict(part.named_parameters()), 1)
+    torch.testing.assert_close(part(Y), want)
+    assert burnish.tune(tiny("vit")[0], "idpt(neighbours=1)")
+
+
 def test_points_and_the_count_of_the_paper():
     """1,330,176 numbers make the prompt at d = 384; one more row is its place."""
     net = Points(blocks=2)

@@ -388,6 +388,12 @@ def test_defaults_are_the_published_ones():
         "dropout": 0.05, "balance": 1e-3}
 
 
+def test_blocks_are_alike_where_every_group_has_as_many_experts():
+    for allocation, want in (("2-4-6-8", None), ("5-5-5-5", 1), ("3", 1), ("2-4", None),
+                             ("2-2-4", None)):
+        assert parse(f"mola(allocation='{allocation}')")[0].repeats() == want
+
+
 def test_a_place_that_names_no_block_is_counted_as_in_the_first():
     from burnish.core.site import Place
 

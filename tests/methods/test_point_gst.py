@@ -163,6 +163,42 @@ def test_without_a_filter_tokens_double_beside_their_activation():
     torch.testing.assert_close(out[:, :1], F.silu(h[:, :1]))
 
 
+class PostNorm(PointTransformer):
+    """Blocks that normalise last, whose MLP is two linears of the block."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.blocks = nn.Sequential(*(copy.deepcopy(layer) for _ in range(2)))
+
+
+def test_where_the_norm_stands_last_it_reads_what_the_mlp_reads():
+    """At W = b = 0: the MLP adds W_u (silu(h) + 2 h) + b_u of points, W_u silu(h) + b_u of the
+    class token."""
+    torch.manual_seed(0)
+    net = PostNorm().double()
+    base, batch = copy.deepcopy(net), tiny("points", dtype=torch.float64)[1]
+    tuned = burnish.tune(net, "point_gst(rank=1, local=1)", head=False)
+    net.double()
+    made = {n: m for n, m in net.named_modules() if isinstance(m, Bottleneck)}
+    assert len(made) == 2
+    for m in made.values():
+        nn.init.normal_(m.up.weight, std=0.3)
+    for block, m in zip(base.blocks, made.values(), strict=True):
+        def behind(module, args, out, block=block, m=m):
+            h = block.seen @ m.down.weight.t() + m.down.bias
+            t = torch.cat([F.silu(h[:, :1]), F.silu(h[:, 1:]) + 2 * h[:, 1:]], 1)
+            return out + t @ m.up.weight.t() + m.up.bias
+
+        block.linear1.register_forward_pre_hook(
+            lambda module, args, block=block: setattr(block, "seen", args[0]))
+        block.linear2.register_forward_hook(behind)
+    got, want = net.train()(**batch).logits, base.train()(**batch).logits
+    torch.testing.assert_close(got, want)
+    with tuned.disabled():
+        assert not torch.allclose(net(**batch).logits, want)
+
+
 def test_the_start_is_the_base():
     net, batch = tiny("points")
     base = copy.deepcopy(net).eval()

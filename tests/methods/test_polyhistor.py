@@ -142,6 +142,8 @@ def test_the_counts_on_swin_tiny(published):
     assert m.settings() == {"targets": None, "tasks": 4, "embedding": 64, "rank": 4,
                             "reduction": 12, "lite": False, "stored": False}
     assert m.generators(96) == 2 * 26_624 + 4 * 64
+    assert burnish.parse("polyhistor")[0].tasks == 2
+    assert m.count(96) == 2 and m.count(96, 2) == 8
     anatomy, _ = published("SwinConfig", "SwinForImageClassification")
 
     def trained(text):
@@ -156,6 +158,14 @@ def test_the_counts_on_swin_tiny(published):
     assert trained("polyhistor(tasks=4, lite=True)") == (24, lite.generators(96) + kernels)
     _, other = trained("hyperformer(tasks=4, reduction=12, norms=False)")
     assert trained("polyhistor(tasks=4)")[1] < 0.1 * other
+
+
+def test_a_bottleneck_is_one_wide_at_least():
+    tuned = burnish.tune(tiny("vit")[0], "polyhistor(reduction=100)", head=False)
+    assert {m.templates.m for _, m in tuned.branches(Decomposed)} == {1}
+    (m,) = burnish.parse("polyhistor(reduction=100)")
+    held = sum(p.numel() for n, p in tuned.named_parameters() if "templates" in n)
+    assert m.generators(32) == held == 2 * 64 * 4 * (1 + 32) + 2 * 64
 
 
 @pytest.mark.parametrize("settings", ["tasks=0", "embedding=0", "rank=0", "reduction=0"])

@@ -306,6 +306,7 @@ def test_the_counts_on_roberta_base(published):
         recipe = f"scalearn(sources=8{', ' * bool(form)}{form})"
         assert sum(p.numel() for p in trained(recipe)) == want
         assert burnish.parse(recipe)[0].count(768, 12) == want
+    assert burnish.parse("scalearn(sources=8)")[0].count(768) == 8 * 768
     assert Bottleneck.count(768, 48) * 12 == 894_528
     fused = trained("adapter_fusion(sources=8)")
     assert sum(p.numel() for p in fused if p.dim() == 2) == 21_233_664

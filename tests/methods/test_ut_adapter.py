@@ -101,6 +101,26 @@ def test_count_of_the_published_shape():
     assert all(".burnish." in n for n, _ in again.named_parameters())
 
 
+class OwnNorm(torch.nn.LayerNorm):
+    """A norm with a layer of its own below it."""
+
+    def __init__(self, d):
+        super().__init__(d)
+        self.gate = torch.nn.Linear(d, d)
+
+
+def test_norms_train_without_decay_and_no_layer_below_them():
+    net, _ = tiny("vit")
+    net.vit.layers[1].layernorm_after = OwnNorm(32)
+    tuned = burnish.tune(net, "ut_adapter(bottleneck=4)", head=False)
+    own = {n: p for n, p in tuned.named_parameters() if ".burnish." not in n}
+    assert sorted(own) == sorted(f"vit.layers.{i}.layernorm_{n}.{leaf}" for i in range(2)
+                                 for n in ("before", "after") for leaf in ("weight", "bias"))
+    groups = tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups
+    free = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {id(p) for p in own.values()} <= free
+
+
 def test_the_start_is_no_base_and_taken_off_it_is():
     net, batch = tiny("bert")
     before = net.eval()(**batch).logits

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import RecipeError
-from ..tape.executor import no_grad
 from .prompts import Listener, named
 from .taps import Beside
 
@@ -74,15 +73,6 @@ class FromTokens(nn.Module):
             made = self.linear(torch.cat(seen, -1))
             made = self.norm(made.flatten(0, 1)).view(made.shape)
             return F.leaky_relu(made, _LEAK).amax(1)
-
-
-class Quiet(Beside):
-    """Listens to a block that runs without a graph."""
-
-    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        given = args[0] if args else next(iter(kw.values()))
-        args, kw = self.alone(module, given, args, kw)
-        return no_grad(module, call, args, kw)
 
 
 class Instance(Beside):

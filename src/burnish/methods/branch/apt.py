@@ -66,7 +66,7 @@ class Apt(Method):
                                   "its rows are keys of the one and values of the other")
             yield Branch(s.path, MemoryRead(s.width, self.length, self.rank), read=(reads, "input"))
             if self.stretch:
-                yield Branch(s.path, Stretched(), read=(s.path, "output"), compose="replace")
+                yield Branch(s.path, Stretched(), compose="replace")
 
     def _reads(self, site: Site) -> str:
         """The attention that a site is the end of."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -42,7 +41,7 @@ class Beft(Method):
     scale: float = setting(1.0, "s, what a bias is multiplied by")
 
     def __post_init__(self) -> None:
-        if not (self.scale and math.isfinite(self.scale)):
+        if not self.scale:
             raise RecipeError(f"beft(scale={self.scale}): a number other than 0 is expected")
 
     def branch(self, anatomy: Anatomy) -> Iterable[Branch]:

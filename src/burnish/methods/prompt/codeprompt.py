@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...blocks.state.pooled import Asked, AtMask, Pooled
@@ -95,8 +96,4 @@ class Codeprompt(Method):
 
 def _above(paths: tuple[str, ...]) -> str:
     """The module that holds all of these."""
-    first, *rest = (p.split(".") for p in paths)
-    n = 0
-    while n < len(first) and all(r[: n + 1] == first[: n + 1] for r in rest):
-        n += 1
-    return ".".join(first[:n])
+    return ".".join(commonprefix([p.split(".") for p in paths]))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...blocks.state.instance import Instance, Parted, Quiet
+from ...blocks.state.instance import Instance, Parted
 from ...blocks.state.queries import Columns
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
@@ -78,13 +78,11 @@ class Idpt(Method):
 
     def install(self, attacher: Any, part: Method) -> None:
         anatomy, state, name = attacher.anatomy, attacher.state, attacher.adapter.name
-        (blocks,) = anatomy.stacks().values()
-        d, last, stack = width(anatomy, part, [blocks]), blocks[-1].path, blocks[0].stack
+        ((stack, blocks),) = anatomy.stacks().items()
+        d, last = width(anatomy, part, [blocks]), blocks[-1].path
         end = anatomy.final_norms.get(stack) or last
         frozen(attacher, part, tuple(f"{p}." for p in (last, end, *anatomy.head)))
         after = special_tokens(attacher.model, stack) if self.after is None else self.after
-        for block in blocks[:-1]:
-            Quiet(state, name).listen(attacher.slot(block.path), part.name)
         Instance(state, name, d, self.neighbours, after).to(attacher.device(last)).listen(
             attacher.slot(last), part.name)
         states_as_they_were(attacher, part, stack, 1, after)
