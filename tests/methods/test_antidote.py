@@ -169,6 +169,7 @@ def test_one_threshold_over_parts():
 def test_its_settings():
     made = parse("antidote")[0]
     assert (made.ratio, made.ranking) == (0.1, "row") and parse("antidote(dense_ratio=0.2)")
+    assert parse("antidote(ratio=1.0)")[0].ratio == 1.0
 
 
 def test_what_cannot_act_is_refused():

@@ -77,6 +77,13 @@ def test_the_most_alike_are_joined_first_and_pairs_are_in_order():
     assert Crash(layers=3).many(5) == 2 and Crash(intervals=25).many(32) == 25
 
 
+def test_its_settings_and_the_least_of_them():
+    assert parse("crash")[0].settings() == {"targets": None, "layers": 4, "intervals": None,
+                                            "outer": False, "cluster": "cka", "share": True}
+    one = Crash(layers=1, intervals=1)                   # all but the first are one cluster
+    assert one.trained(5) == (0,) and one.many(5) == 1
+
+
 def run(net, ids, blocks):
     """The llama by hand, of these of its blocks."""
     m = net.model

@@ -226,6 +226,7 @@ def test_counts_and_the_work_of_a_skipped_block():
     ("vit", "das(layers=2)", "one at least is to run"), ("vit", "das(layers=-1)", "0 or more"),
     ("vit", "das(bottleneck=0)", "1 or more"), ("vit", "das(candidates=1)", "2 candidates"),
     ("vit", "das(every=0)", "1 or more"), ("vit", "das(warmup=0.5)", "warmup <= search"),
+    ("vit", "das(warmup=-0.1)", "warmup <= search"), ("vit", "das(search=1.5)", "warmup <= search"),
     ("t5", "das(layers=1)", "one width"), ("vit", "das(layers=1) + adapterdrop", "live blocks"),
     ("vit", "das(layers=1, targets='fc1')", "takes no targets"),
 ])
@@ -235,6 +236,10 @@ def test_what_it_refuses(model, recipe, why):
 
 
 def test_the_defaults():
+    least = {"layers": 0, "bottleneck": 1, "every": 1, "candidates": 2, "warmup": 0.0,
+             "search": 1.0}
+    said = ", ".join(f"{k}={v}" for k, v in least.items())
+    assert parse(f"das({said})")[0].changed() == least
     m = parse("das")[0]
     assert (m.layers, m.bottleneck, m.scale, m.warmup, m.search, m.every, m.candidates, m.seed) == \
         (4, 288, 1.0, 0.1, 0.3, 10, 3, 0)

@@ -94,6 +94,11 @@ def test_refusals(planted):
         method.lifecycle(burnish.tune(copy.deepcopy(model), "bitfit"), x)
     with pytest.raises(CheckError, match="none is suspected; nothing was moved"):
         burnish.parse("invertune(sway=0.001, inversions=2)")[0].lifecycle(model, x)
-    for bad in ("sway=0.0", "updates=0", "weight=-1.0", "inversions=0"):
+    assert method.settings() == {"targets": None, "sway": 0.3, "patch": 1.0, "inversions": 200,
+                                 "updates": 100, "step_rate": 1e-3, "weight": 10.0}
+    least = {"patch": 0.0, "weight": 0.0, "inversions": 1, "updates": 1}
+    assert type(method)(**least).changed() == least
+    for bad in ("sway=0.0", "step_rate=0.0", "updates=0", "patch=-1.0", "weight=-1.0",
+                "inversions=0"):
         with pytest.raises(ConfigError, match="^invertune"):
             burnish.parse(f"invertune({bad})")

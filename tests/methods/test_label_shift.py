@@ -319,6 +319,8 @@ def test_its_settings():
     assert (made.hidden, made.decay, made.adjust, made.steps, made.per_update, made.step_rate,
             made.tail, made.order, made.under, made.seed) == \
         (100, 0.9, 1.0, 1000, 64, 1e-3, 100.0, "source", None, 0)
+    least = {"hidden": 1, "steps": 1, "per_update": 1, "decay": 0.0, "adjust": 0.0}
+    assert LabelShift(**least).changed() == least
     assert LabelShift.adapts and LabelShift.learns and not parse("tent")[0].learns
 
 

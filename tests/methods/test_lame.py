@@ -167,6 +167,8 @@ def test_certain_answers_stay_finite():
 
 
 def test_its_settings():
+    made = parse("lame(neighbours=1)")[0]                # one is enough
+    assert made.neighbours == 1
     made = parse("lame")[0]
     assert (made.affinity, made.neighbours, made.alpha, made.symmetrise) == \
         ("knn", 5, 1.0, False)

@@ -171,7 +171,11 @@ def test_what_cannot_be_scored_is_refused(toy):
         with pytest.raises(ConfigError, match=words):
             less.lifecycle(tuned, **how)
         assert tuned.model.training
-    for wrong in ("less(fraction=0.0)", "less(dimension=0)", "less(at_once=0)"):
+    assert parse("less")[0].settings() == {"targets": None, "dimension": 8192, "fraction": 0.05,
+                                           "at_once": 16, "seed": 0}
+    assert parse("less(dimension=1, at_once=1, fraction=1.0)")[0].fraction == 1.0
+    for wrong in ("less(fraction=0.0)", "less(fraction=1.5)", "less(dimension=0)",
+                  "less(at_once=0)"):
         with pytest.raises(ConfigError, match="are expected"):
             parse(wrong)
     with pytest.raises(ConfigError, match="targets='q' does nothing"):

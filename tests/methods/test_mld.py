@@ -101,6 +101,7 @@ def test_refusals():
     with pytest.raises(ConfigError, match="does not write on; expected 'levels'"):
         burnish.parse("mld(told_by='perplexity')")[0].lifecycle(tuned, [])
     (method,) = burnish.parse("mld")
+    assert method.settings() == {"targets": None, "told_by": "levels"}
     with pytest.raises(ConfigError, match="no batch to score"):
         method.lifecycle(tuned, [])
     bare = burnish.tune(torch.nn.Sequential(torch.nn.Linear(4, 4)), "full", head=False)

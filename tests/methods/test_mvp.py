@@ -250,6 +250,8 @@ def test_texts_that_are_too_long_with_their_template(kind, most):
 
 
 def test_what_cannot_act_is_refused():
+    assert burnish.parse("mvp")[0].settings() == {
+        "targets": None, "templates": None, "label_words": None, "mask_token": None, "attack": 0.0}
     for templates in (((10, 11),), ((MASK, MASK),)):
         with pytest.raises(burnish.ConfigError, match="every template has the mask"):
             Mvp(templates=templates, label_words=WORDS, mask_token=MASK)

@@ -212,8 +212,17 @@ def test_next_tokens():
     torch.testing.assert_close(whole[1], -(logp[1, 0, 4] + logp[1, 1, 2] + logp[1, 2, 2]) / 3)
 
 
+def test_its_settings_and_the_least_of_them():
+    assert burnish.parse("perk")[0].settings() == {
+        "targets": None, "updates": 4, "unrolled": 2, "eta": 5e-5, "step_rate": 1e-5,
+        "rate_rate": 1e-3, "lessons": 1, "segments": 8}
+    least = {"updates": 1, "unrolled": 0, "segments": 1}
+    assert burnish.parse("perk(updates=1, unrolled=0, segments=1)")[0].changed() == least
+
+
 def test_refusals():
-    for bad in ("updates=0", "unrolled=5", "unrolled=-1", "eta=0.0", "segments=0", "lessons=0"):
+    for bad in ("updates=0", "unrolled=5", "unrolled=-1", "eta=0.0", "segments=0", "lessons=0",
+                "step_rate=0.0", "rate_rate=0.0"):
         with pytest.raises(ConfigError, match="^perk"):
             burnish.parse(f"perk({bad})")
     with pytest.raises(ConfigError, match="a LoRA and nothing else trains"):

@@ -112,6 +112,8 @@ def test_what_trains_is_as_it_was_when_the_teacher_has_answered():
 
 
 def test_refusals():
+    assert burnish.parse("ps_kd")[0].settings() == {"targets": None, "alpha": 0.8, "stretches": 10}
+    assert burnish.parse("ps_kd(alpha=1.0, stretches=2)")[0].alpha == 1.0
     for bad in ("alpha=0.0", "alpha=1.1", "stretches=1"):
         with pytest.raises(RecipeError, match="alpha above 0 and up to 1, and stretches of"):
             burnish.parse(f"ps_kd({bad})")

@@ -310,12 +310,22 @@ def test_a_mask_says_who_is_there():
 
 @pytest.mark.parametrize("text, why", [
     ("relief(members=0)", "at least 1"), ("relief(overlap=2.0)", "0 to 1"),
+    ("relief(updates=0)", "at least 1"), ("relief(minibatch=0)", "at least 1"),
+    ("relief(epochs=0)", "at least 1"), ("relief(overlap=-0.1)", "0 to 1"),
+    ("relief(head_rate=0.0)", "above 0"), ("relief(z_max=0.0)", "above 0"),
+    ("relief(alpha_c=-1.0)", "at least 0"),
     ("relief(policy_rate=0.0)", "above 0"), ("relief(alpha_d=-1.0)", "at least 0"),
     ("relief(members=1, alpha_c=1.0)", "does nothing with one member"),
     ("relief(targets='q')", "does nothing")])
 def test_settings_that_cannot_act_are_refused(text, why):
     with pytest.raises(burnish.ConfigError, match=why):
         burnish.parse(text)
+
+
+def test_the_least_that_acts():
+    for least in ({"members": 1, "updates": 1, "minibatch": 1, "epochs": 1},
+                  {"overlap": 0.0, "alpha_d": 0.0, "alpha_c": 0.0}, {"overlap": 1.0}):
+        assert method(**least).changed() == least
 
 
 def test_what_it_refuses():
@@ -336,7 +346,9 @@ def test_what_it_refuses():
 
 def test_the_defaults_are_the_authors():
     m = method()
-    assert (m.members, m.overlap, m.updates, m.minibatch, m.policy_rate, m.alpha_c) == \
-        (3, 0.2, 10, 64, 5e-4, 0.1)
+    assert m.settings() == {
+        "targets": None, "members": 3, "overlap": 0.2, "z_max": 1.0, "alpha_d": 1.0,
+        "alpha_c": 0.1, "updates": 10, "minibatch": 64, "policy_rate": 5e-4, "head_rate": 1e-3,
+        "epochs": 50, "draws": True, "embed": None, "state_of": None, "seed": 0}
     e = Ensemble(1, 4, 4, 3, 1.0)
     assert Learner(e, m.policy_rate, 10, 64, 1.0, 0.1).rules[0].defaults["eps"] == 1e-5

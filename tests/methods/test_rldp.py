@@ -270,10 +270,20 @@ def test_it_goes_on_where_it_stood():
 
 @pytest.mark.parametrize(("text", "match"), [
     ("rldp(sigma=1, epsilon=2)", "give one"), ("rldp(swing=0.5)", "swing of 1 or more"),
+    ("rldp(hidden=0)", "every and hidden of 1 or more"),
+    ("rldp(price=-1.0)", "price of 0 or more"),
     ("rldp(every=0)", "every and hidden of 1 or more"), ("rldp(accountant='pld')", "accountant")])
 def test_what_cannot_be_is_refused_when_it_is_read(text, match):
     with pytest.raises(RecipeError, match=match):
         burnish.parse(text)
+
+
+def test_the_least_that_acts():
+    least = burnish.parse("rldp(every=1, hidden=1, swing=1.0, price=0.0)")[0]
+    assert (least.every, least.hidden, least.swing, least.price) == (1, 1, 1.0, 0.0)
+    for endless in ({"swing": float("inf")}, {"price": float("inf")}):
+        with pytest.raises(RecipeError, match="swing of 1 or more, price of 0 or more"):
+            type(least)(**endless)
 
 
 def test_what_is_not_known_is_asked_for_before_anything_moves():

@@ -145,7 +145,16 @@ def test_the_tower_that_sees_is_taken_and_its_last_block_but_one():
 
 def test_refusals(pictures):
     net, left, _, plain = pictures
-    for text, words in (("sauce(expansion=0)", "expansion, concept_size and state_passes of"),
+    assert burnish.parse("sauce")[0].settings() == {
+        "targets": None, "expansion": 8, "active": 32, "l1": 0.0, "concept_size": 20,
+        "concept_factor": -0.5, "threshold": 0.0, "layer": None, "state_passes": 1,
+        "step_size": 1e-3, "seed": 0}
+    least = burnish.parse("sauce(expansion=1, concept_size=1, active=0, concept_factor=1.0)")[0]
+    assert (least.expansion, least.active) == (1, 0)
+    for text, words in (("sauce(concept_size=0)", "concept_size"),
+                        ("sauce(state_passes=0)", "state_passes"),
+                        ("sauce(active=-1)", "active"), ("sauce(step_size=0.0)", "above 0"),
+                        ("sauce(expansion=0)", "expansion, concept_size and state_passes of"),
                         ("sauce(l1=-1.0)", "active and l1 of 0 or more"),
                         ("sauce(concept_factor=1.5)", "would strengthen a concept"),
                         ("sauce(targets='q')", "targets='q' does nothing")):

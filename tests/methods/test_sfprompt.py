@@ -224,6 +224,7 @@ def test_local_steps_send_nothing_and_train():
 def test_its_settings():
     made = parse("sfprompt")[0]
     assert (made.client_blocks, made.local_updates, made.pruned) == (1, 10, 0.4)
+    assert Sfprompt(local_updates=0, pruned=0.0).local_updates == 0
 
 
 def test_what_cannot_act_is_refused():

@@ -119,7 +119,10 @@ def test_a_quarter_of_the_layers_in_8_bits_is_13_times_smaller():
 
 def test_what_is_refused(models):
     assert (Signature().bits, Signature().layers, Signature().strength) == (8, None, 1.0)
-    for wrong in ({"bits": 1}, {"bits": 9}, {"bits": 16}, {"layers": -1}):
+    for right in ({"bits": 2}, {"bits": 32}, {"layers": 0}):
+        assert Signature(**right).changed() == right
+    for wrong in ({"bits": 1}, {"bits": 9}, {"bits": 16}, {"bits": 31}, {"bits": 33},
+                  {"layers": -1}):
         with pytest.raises(ConfigError, match="bits"):
             Signature(**wrong)
     clean, (robust, _) = models

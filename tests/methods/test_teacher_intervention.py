@@ -339,3 +339,4 @@ def test_the_defaults_are_the_papers():
     m = parse(NAME)[0]
     assert (m.mode, m.steps, m.maps, m.outputs, m.seed) == ("gradual", 60, 1.0, 1.0, 0)
     assert parse(f"{NAME}(s=120)")[0].steps == 120
+    assert parse(f"{NAME}(steps=1, maps=0.0, outputs=0.0)")[0].steps == 1

@@ -303,7 +303,8 @@ def test_dropout_of_the_attention_is_kept():
 
 @pytest.mark.parametrize("text, why", [
     ("x_ecomla(q_rank=0)", "at least 1"), ("x_ecomla(kv_rank=0)", "at least 1"),
-    ("x_ecomla(rope=3)", "even rope"),
+    ("x_ecomla(rope=3)", "even rope"), ("x_ecomla(rope=0)", "even rope"),
+    ("x_ecomla(spectrum=1.5)", "up to 1"), ("x_ecomla(kl=-1.0, ce=2.0)", "at least 0"),
     ("x_ecomla(spectrum=0.0)", "above 0"), ("x_ecomla(norm_power=0.5)", "at least 1"),
     ("x_ecomla(kl=0.0)", "not both 0"),
     ("x_ecomla(q_rank=8, kv_rank=8, spectrum=0.5)", "does nothing beside"),
@@ -336,6 +337,10 @@ def test_what_is_joined_or_has_biases_is_refused():
 
 def test_the_defaults():
     m = method()
-    assert (m.q_rank, m.kv_rank, m.spectrum, m.norm_power, m.rope, m.kl, m.ce) == \
-        (None, None, 0.95, 2.0, 32, 1.0, 0.0)
+    assert m.settings() == {
+        "targets": None, "q_rank": None, "kv_rank": None, "spectrum": 0.95, "norm_power": 2.0,
+        "rope": 32, "only": (), "kl": 1.0, "ce": 0.0}
+    for least in ({"q_rank": 1, "kv_rank": 1, "rope": 2}, {"kl": 0.0, "ce": 0.5},
+                  {"q_rank": 1, "spectrum": 1.0, "norm_power": 1.0}):
+        assert method(**least).changed() == least
     assert latent_attention.MULTIPLE == 8 and converted.__doc__

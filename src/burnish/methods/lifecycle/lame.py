@@ -79,7 +79,7 @@ class Lame(Adapts, Method):
 
     def corrected(self, outputs: Any, features: Tensor) -> Any:
         """Outputs with log z in place of the logits."""
-        q = class_logits(outputs, "lame").softmax(-1)
+        q = class_logits(outputs, "lame").softmax(1)
         if features.dim() != 2 or len(features) != len(q):
             raise ConfigError(f"lame: a row of features is expected for each of {len(q)} samples, "
                               f"and these are {list(features.shape)}; give features=lambda "
@@ -108,8 +108,8 @@ class _Seen:
             raise ConfigError("lame: the head did not run, or not on a tensor; give "
                               "features=lambda outputs: ...")
         x, said = found
-        if x.dim() == 3 and said.dim() == 3 and (len(said), said.shape[-1]) == logits.shape:
-            same = (said == logits.unsqueeze(1)).all(-1)
+        if x.dim() == 3 and said.dim() == 3 and (len(said), said.shape[2]) == logits.shape:
+            same = (said == logits.unsqueeze(1)).all(2)
             if bool(same.any(1).all()):
                 at = (same * torch.arange(1, same.shape[1] + 1, device=same.device)).argmax(1)
                 return x[torch.arange(len(x), device=x.device), at]

@@ -96,7 +96,8 @@ class Mvp(Method):
                               "parts of the recipe read")
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        tokens, seen, where = written(ids, mask, self.templates, int(self.mask_token or 0),
+        tokens, seen, where = written(ids, mask, self.templates,
+                                      self.mask_token,                   # type: ignore[arg-type]
                                       getattr(config, "pad_token_id", None) or 0)
         given = {"input_ids": tokens, "attention_mask": seen}
         if batch.get("token_type_ids") is not None:
