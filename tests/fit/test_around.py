@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -72,6 +74,50 @@ def test_a_pass_of_another_scalar_is_that_of_a_loop(tmp_path, monkeypatch):
     for n, p in ends[0].items():
         torch.testing.assert_close(p, ends[1][n], rtol=1e-4, atol=1e-6, msg=n)
     assert any(bool((p <= 5e-3).any()) for n, p in ends[0].items() if n.endswith(".m"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looker(burnish.Method):
+    paper: ClassVar[str] = "nobody's"
+    relies_on: ClassVar[tuple[str, ...]] = ("around_step",)
+    met: ClassVar[list] = []
+    modes: ClassVar[list] = []
+
+    def controller(self, tuned):
+        class Looking:
+            met, modes = self.met, self.modes
+
+            def around_step(self, step):
+                for grads in (False, True):
+                    for evaluate in self.modes:
+                        found = []
+                        step.probe(grads, evaluate=evaluate, of=lambda run, f=found: (
+                            f.append(("labels" in run.batch, any(
+                                m.training for m in tuned.model.modules()),
+                                run.outputs.logits.detach())), run.outputs.logits.sum())[1])
+                        self.met.append((evaluate, *found[0]))
+                yield
+                assert tuned.model.training
+
+        return Looking()
+
+
+@pytest.mark.parametrize("smoothing, modes", [(0.0, [True, False]), (0.1, [True])])
+def test_a_look_in_evaluation_mode_is_one_and_has_the_labels(tmp_path, monkeypatch, smoothing,
+                                                             modes):
+    """A trainer's pass asks for training mode first, and smoothing takes labels off the batch."""
+    monkeypatch.setattr(Looker, "met", [])
+    monkeypatch.setattr(Looker, "modes", modes)
+    burnish.register(Looker, "looker")
+    model = vit(dropout=0.5)
+    other = copy.deepcopy(model).eval()
+    _, (seen, *_) = fitted(model, "lora(rank=2) + looker", tmp_path, monkeypatch, max_steps=1,
+                           label_smoothing_factor=smoothing)
+    want = other(**seen).logits
+    met = Looker.met[-2 * len(modes):]                     # others are of the promise
+    assert [m[:3] for m in met] == [(m, True, not m) for m in modes] * 2
+    for evaluated, _, _, logits in met:
+        assert torch.allclose(logits, want, atol=1e-5) == evaluated
 
 
 def test_label_smoothing_makes_the_loss_where_nobody_sees_it(tmp_path, monkeypatch):

@@ -292,11 +292,14 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode, also where a trainer's own pass asks for training mode first."""
     training = [m for m in model.modules() if m.training]
     model.eval()
+    model.__dict__["train"] = lambda mode=True: model
     try:
         yield
     finally:
+        del model.__dict__["train"]
         for m in training:
             m.training = True
 

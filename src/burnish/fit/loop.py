@@ -172,7 +172,8 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
             loss = riding.join(own(logits, riding.asked(batch)))
             made: Any = (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
         else:
-            made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._plainly():
+                made = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
             self._must_be_finite(made[0] if return_outputs else made, "loss")
         return made

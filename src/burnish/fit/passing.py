@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ class Passing:
     task: Any
     plain: bool
     eval_dataset: Any
+    label_smoother: Any
 
     def _pass(self, own: Callable[..., Tensor], model: nn.Module, inputs: Any, items: Any
               ) -> torch.Tensor:
@@ -59,6 +60,18 @@ class Passing:
         scaler = self.accelerator.scaler
         return self.tuned.around(*passes(inputs, items),
                                  1.0 if scaler is None else scaler.get_scale(), some)
+
+    @contextlib.contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """In evaluation mode, figures' and that of parts that look, the loss is the plain one and
+        the model is given its labels: smoothing, which takes them away, is for what trains."""
+        smoother = self.label_smoother
+        if not self.tuned.model.training:
+            self.label_smoother = None
+        try:
+            yield
+        finally:
+            self.label_smoother = smoother
 
     def _hold_out(self) -> None:
         """Parts that learn of validation rows (``hears``) are given them, before the first pass."""

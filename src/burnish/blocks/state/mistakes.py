@@ -46,6 +46,16 @@ def corrected(q_BTV: Tensor, f_BTV: Tensor, strength: float) -> Tensor:
     return torch.where(total > 0, moved / total.clamp_min(1e-30), q_BTV)
 
 
+def righted(logits_BTV: Tensor, f_BTV: Tensor, strength: float) -> Tensor:
+    """Logits whose softmax is :func:`corrected`; those given, bit for bit, where f is 0 and where
+    nothing would be left."""
+    z = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    moved = (z.softmax(-1) + strength * f_BTV).clamp_min(0)
+    said = z.logsumexp(-1, keepdim=True) + moved.clamp_min(1e-30).log()
+    stays = (f_BTV == 0) | (moved.sum(-1, keepdim=True) == 0)
+    return torch.where(stays, z, said).to(logits_BTV.dtype)
+
+
 class Corrector(nn.Module):
     """f_t of l_s for s < t and of h_s for s <= t: (B, T, V).
 
@@ -58,26 +68,29 @@ class Corrector(nn.Module):
         self.table = nn.Parameter(torch.randn(vocabulary, width) / math.sqrt(width))
         self.first = nn.Parameter(torch.zeros(width))
         self.read = nn.Linear(states, width)
-        block = nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, batch_first=True,
-                                           norm_first=True, activation="gelu")
-        self.blocks = nn.TransformerDecoder(block, blocks, nn.LayerNorm(width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, batch_first=True,
+                                       norm_first=True, activation="gelu") for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, vocabulary)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, record: Record) -> Tensor:
-        said = self.table[record.token] - (record.q.unsqueeze(-1)
+        said = self.table[record.token] - (record.q.to(self.table).unsqueeze(-1)
                                            * self.table[record.words]).sum(-2)
         before = torch.cat([self.first.expand(len(said), 1, -1), said[:, :-1]], 1)
         later = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool,
                            device=said.device).triu(1)
         left = ~record.valid
         left = left & record.valid.cumsum(1).bool()      # in front of a text nothing is left out
-        return self.out(self.blocks(before, self.read(record.h), later, later,
-                                    tgt_key_padding_mask=left, memory_key_padding_mask=left))
+        s, h = before, self.read(record.h.to(self.table))
+        for block in self.blocks:
+            s = block(s, h, later, later, tgt_key_padding_mask=left, memory_key_padding_mask=left)
+        return self.out(self.norm(s))
 
     def loss(self, record: Record) -> Tensor:
         """``sqrt(mean |f - l|^2)`` over the tokens that are asked for."""
         f, asked = self(record), record.asked
-        apart = (f - error(record, f.shape[-1]))[asked]
-        return apart.square().sum(-1).mean().sqrt()
+        apart = (f - error(record, f.shape[-1]).to(f)).square().sum(-1) * asked
+        return (apart.sum() / asked.sum()).clamp_min(1e-30).sqrt()
