@@ -57,6 +57,12 @@ def test_searching():
     assert 0 < found["reranker on the best"] <= 1
 
 
+def test_mixture():
+    found = load("mixture").main(count=320, trials=8, longer=2)
+    assert found["chosen"] < found["equal"] < 6
+    assert found["share_of_definitions"] < 1 / 3
+
+
 def test_outside():
     found = load("outside").main()
     assert found["after"] > max(found["before"], 0.8)
