@@ -242,6 +242,26 @@ def test_which_norms_train_in_other_blocks():
          ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")}
 
 
+class OwnNorm(nn.LayerNorm):
+    """A norm with a layer of its own below it."""
+
+    def __init__(self, d):
+        super().__init__(d)
+        self.gate = nn.Linear(d, d)
+
+
+def test_norms_train_without_decay_and_no_layer_below_them():
+    net, _ = tiny("vit")
+    net.vit.layers[1].layernorm_after = OwnNorm(32)
+    tuned = burnish.tune(net, "ast_adapter(bottleneck=4)", head=False)
+    own = {n: p for n, p in tuned.named_parameters() if ".burnish." not in n}
+    assert sorted(own) == [f"vit.layers.{i}.layernorm_after.{leaf}" for i in range(2)
+                           for leaf in ("bias", "weight")]
+    groups = tuned.optimizer(lr=1e-3, weight_decay=0.5).param_groups
+    free = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {id(p) for p in own.values()} <= free
+
+
 @pytest.mark.parametrize("recipe, why", [
     ("ast_adapter(kernel=3)", "mixer='conformer'"), ("ast_adapter(bottleneck=0)", "at least 1"),
     ("ast_adapter(mixer='conformer') + checkpoint", "mode of the blocks"),

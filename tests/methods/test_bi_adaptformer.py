@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import burnish
 from burnish.blocks.state.bits import BitBottleneck
 from burnish.core.recipe import parse
+from burnish.core.registry import find
 from burnish.testing import stir
 from burnish.testing.models import tiny
 
@@ -46,6 +47,27 @@ def test_the_equation_written_out(beside, model, mlp, norm, bits):
             lambda m, args, out, A=A, B=B, seen=seen: out + 0.7 * torch.relu(
                 seen[-1] @ answers(A, bits).t()) @ answers(B, bits).t())
     one.agree()
+
+
+def test_its_gradient_is_no_difference_of_losses():
+    """It passes Q as if it were the identity, and the suite is told so."""
+    torch.manual_seed(0)
+    part, x = BitBottleneck(6, 2, 1).double().eval(), torch.randn(5, 6).double()
+    stir(part, size=0.5)
+    W = part.down.weight
+    (got,) = torch.autograd.grad(part(x).square().sum(), W)
+    want = torch.zeros_like(got)
+    with torch.no_grad():
+        for i in range(W.shape[0]):
+            for j in range(W.shape[1]):
+                ends = []
+                for step in (1e-6, -2e-6):
+                    W[i, j] += step
+                    ends.append(float(part(x).square().sum()))
+                W[i, j] += 1e-6
+                want[i, j] = (ends[0] - ends[1]) / 2e-6
+    assert not torch.allclose(got, want, rtol=0.1)
+    assert not find("bi_adaptformer").exact
 
 
 def test_dropout_is_on_the_activation(beside):

@@ -93,6 +93,15 @@ def test_the_start_is_the_base(share):
     assert not torch.allclose(net(**batch).logits, base(**batch).logits, atol=1e-3)
 
 
+def test_one_query_over_one_channel(beside):
+    one = beside("vit", "dvpt(bottleneck=1, length=1)", size=0.5)
+    paths = [p for p, _ in one.at("down.weight")]
+    stands(one, "vit", [[one.theta[p, n] for n in NAMES] for p in paths], [1.0, 1.0])
+    with torch.no_grad():
+        torch.testing.assert_close(one.tuned.model(**one.batch).logits,
+                                   one.base(**one.batch).logits)
+
+
 def test_two_samples_have_different_prompts():
     """And each sample's are its own: what else is in the batch does not matter."""
     torch.manual_seed(0)
@@ -160,6 +169,7 @@ def test_counts_and_defaults(published):
     shared = parse("dvpt(share=True)")[0]
     assert sum(p.numel() for b in shared.branch(vit) for p in b.module.parameters()) \
         == shared.count(d, blocks) == 100_416
+    assert m.count(d) == 100_416 and parse("dvpt(train_scale=True)")[0].count(d) == 100_417
     both = parse("dvpt(share=True, train_scale=True)")[0]
     assert both.count(d, blocks) == 100_416 + 12
 

@@ -197,7 +197,7 @@ def test_what_cannot_act_is_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^dynmole"):
         burnish.parse(f"dynmole({settings})")
     assert burnish.parse("dynmole(index=2.0, uncertain=0.87, always=8, top_p=1.0, balance=0.0)")
-    assert burnish.parse("dynmole(experts=1, always=1)")
+    assert burnish.parse("dynmole(experts=1, always=1)") and burnish.parse("dynmole(rank=1)")
 
 
 def test_ranks_and_targets():

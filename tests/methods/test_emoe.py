@@ -241,6 +241,18 @@ def test_some_of_the_clusters_are_neither_the_dense_mlp_nor_a_weight():
         made(1, "lora(rank=2)")[0].merge()
 
 
+def test_weights_that_train_meanwhile_in_another_adapter_are_read_as_they_stand():
+    torch.manual_seed(0)
+    net = Net().double()
+    tuned = burnish.tune(net, "full", head=False, name="first")
+    stir(tuned, size=0.3)
+    keys = [b.mlp.fc1.weight.detach().clone() for b in net.layers]
+    assert all(b.mlp.fc1.weight.requires_grad for b in net.layers)
+    tuned.add("second", "emoe(experts=4, k=2, seed=1)", head=False)
+    for m, W in zip(leaders(net), keys, strict=True):
+        assert torch.equal(m.channels, clusters(W, 4, seed=1))
+
+
 def test_refusals():
     for text in ("experts=1", "experts=1, k=1", "k=0", "k=65", "layers=-1"):
         with pytest.raises(burnish.RecipeError, match=r"^emoe.*expected at least 2"):

@@ -210,6 +210,36 @@ def test_what_it_refuses(model, recipe, why):
         burnish.tune(tiny(model)[0], recipe)
 
 
+def test_an_activation_that_is_none_is_refused_before_there_is_a_model():
+    with pytest.raises(burnish.ConfigError, match="unknown activation 'gelo'"):
+        parse("invertible(act='gelo')")
+
+
+def test_a_narrow_side_is_one_wide_at_least():
+    tuned = burnish.tune(tiny("gpt2")[0], "invertible(reduction=100)", head=False)
+    assert sum(p.numel() for p in tuned.parameters()) == parse(
+        "invertible(reduction=100)")[0].count(32) == 2 * (16 + 1 + 16 + 16)
+
+
+def test_of_several_tables_there_is_no_one_to_stand_at():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(10, 8)})
+                              for _ in range(2))
+            self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8))
+                                              for _ in range(2))
+
+        def forward(self, input_ids):
+            h = self.a["embed_tokens"](input_ids) + self.b["embed_tokens"](input_ids)
+            for layer in self.layers:
+                h = layer(h)
+            return h
+
+    with pytest.raises(burnish.RecipeError, match="needs one table of token embeddings"):
+        burnish.tune(Two(), "invertible", head=False)
+
+
 def test_an_odd_width_is_refused():
     class Odd(torch.nn.Module):
         def __init__(self):

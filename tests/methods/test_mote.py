@@ -20,6 +20,7 @@ from burnish.blocks.state.ternary import (
     unpacked,
 )
 from burnish.core.errors import RecipeError
+from burnish.core.registry import find
 from burnish.testing import stir, tiny
 
 
@@ -192,6 +193,30 @@ def test_the_count_of_qwen_and_where_it_stands():
     assert sum(p.numel() for p in tuned.parameters()) == 2 * tuned.recipe[0].count(numbers, 32)
     assert list(experts_of(made("mote(experts=3)")[1])) == ["model.layers.1.mlp"]
     assert (m.experts, m.k, m.every, m.balance) == (4, 1, 2, 0.01)
+
+
+def test_blocks_are_alike_where_each_has_experts():
+    for every, want in ((1, 1), (2, None), (3, None)):
+        assert burnish.parse(f"mote(every={every})")[0].repeats() == want
+
+
+def test_its_gradient_is_no_difference_of_losses():
+    """It passes roundings as if there were none, and the suite is told so."""
+    torch.manual_seed(0)
+    linear, x = Latent(torch.randn(3, 4, dtype=torch.float64), None), torch.randn(5, 4).double()
+    (got,) = torch.autograd.grad(linear(x).square().sum(), linear.weight)
+    want = torch.zeros_like(got)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(4):
+                ends = []
+                for step in (1e-6, -2e-6):
+                    linear.weight[i, j] += step
+                    ends.append(float(linear(x).square().sum()))
+                linear.weight[i, j] += 1e-6
+                want[i, j] = (ends[0] - ends[1]) / 2e-6
+    assert not torch.allclose(got, want, rtol=0.1)
+    assert not find("mote").exact
 
 
 @pytest.mark.parametrize("text, why", [

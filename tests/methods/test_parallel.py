@@ -226,6 +226,8 @@ def test_heads_share_the_budget(published):
     ("vit", "multi_head=True", "of attention"),
     ("vit", "dropout=1.0", "parallel: dropout is a probability"),
     ("vit", "compose='blend', scale=4.0", "from 0 to 1"),
+    ("vit", "compose='blend', scale=1.01", "from 0 to 1"),
+    ("vit", "compose='blend', scale=-0.01", "from 0 to 1"),
     ("vit", "placement='attention', multi_head=True, bottleneck=6", "multiple of 4"),
     ("encoder", "placement='attention', multi_head=True, bottleneck=4", "cannot be reached"),
     ("mamba", "placement='attention', multi_head=True, bottleneck=4", "cannot be reached"),

@@ -338,6 +338,7 @@ def test_which_mlps():
     assert method.count(4096) == 4 * 4097 and method.taken(True) == 1 and method.taken(False) == 2
     assert parse("routed_ffn(experts=2)")[0].taken(True) == 1
     assert parse("routed_ffn(experts=8)")[0].taken(True) == 2
+    assert parse("routed_ffn(experts=12)")[0].taken(True) == 3
     assert parse("routed_ffn(experts=8, k=3)")[0].taken(True) == 3
     assert [g.kind for g in inner(anatomy)] == ["channels"] * 32
     assert parse("routed_ffn")[0].settings() == {"targets": None, "experts": 4, "k": None}

@@ -244,13 +244,14 @@ def test_adapters_that_are_no_sources_are_refused(other, words):
     assert set(tuned.adapters) == {"a", "b"} and torch.equal(net(**batch).logits, want)
     with pytest.raises(burnish.RecipeError, match="expected 2 sources, not 1"):
         part.lifecycle(tuned, "both", ["a"])
-    with pytest.raises(burnish.BurnishError, match="nobody"):
+    with pytest.raises(burnish.ConfigError, match="no adapter 'nobody'.*there is a, b"):
         part.lifecycle(tuned, "both", ["a", "nobody"])
 
 
 @pytest.mark.parametrize("other, words", [
     ("parallel(bottleneck=4, scale=1.0)",
-     "reads the output of .*, and what 'b' has there reads the input of"),
+     "reads the output of bert.encoder.layer.0.output.dense .add.*, and what 'b' has there reads "
+     "the input of bert.encoder.layer.0.intermediate.dense"),
     ("ast_adapter(bottleneck=4, mode='series', norms=False)",
      r"reads the output .*\(replace at the output\)"),
     ("parallel(bottleneck=4, scale=1.0) + pfeiffer(reduction=8)", "'b' has several at")])
@@ -290,6 +291,44 @@ def test_a_run_over_three_tasks(method):
     with pytest.raises(burnish.RecipeError, match="2 sources and a target are 3 tasks, not 2"):
         list(part.stages(tuned, ["a", "b"]))
     assert not list(part.stages(tuned, []))
+
+
+@pytest.mark.parametrize("method", ["scalearn", "adapter_fusion"])
+def test_the_stages_of_a_run_over_three_sources(method):
+    """Each source has the targets and the head of the adapter that trains, which combines them
+    behind the last source, on the last task."""
+    net, _ = tiny("vit")
+    tuned = burnish.tune(net, "lora(rank=2)", head=False, name="first")
+    part = burnish.parse(f"{method}(sources=3, reduction=8, act='gelu')")[0]
+    tuned.add("target", part, targets="fc2@0", head="auto")
+    tuned.use("target")
+    stages = list(part.stages(tuned, ["a", "b", "c", "d"]))
+    assert [s.trains for s in stages] == ["a", "b", "c", "target"]
+    assert [s.data for s in stages] == ["a", "b", "c", "d"]
+    assert [s.then is not None for s in stages] == [False, False, True, False]
+    own = tuned.adapters["target"]
+    assert all(dict(s.add) == {"targets": own.targets, "head": own.head} for s in stages[:3])
+    assert own.targets is not None and tuned.adapters["first"].head is not own.head
+    assert all(burnish.parse(s.recipe)[0].settings()["reduction"] == 8 for s in stages[:3])
+    tuned.use({"target": 0.5, "first": 0.5})
+    assert tuned.training is None
+    assert list(part.stages(tuned, ["a", "b", "c", "d"]))[-1].trains == "first"
+
+
+def test_a_combination_has_the_targets_and_the_head_of_its_first_source():
+    net, _ = tiny("vit")
+    tuned = burnish.tune(net, "pfeiffer(reduction=8)", targets="vit.layers.0.mlp.fc2", name="a")
+    tuned.add("b", "pfeiffer(reduction=8)", targets="fc2@0", head=False)
+    burnish.parse("scalearn(reduction=8)")[0].lifecycle(tuned, "both", ["a", "b"])
+    a, both = tuned.adapters["a"], tuned.adapters["both"]
+    assert (both.targets, both.head) == (a.targets, a.head)
+    assert [p for p, _ in tuned.branches(Sources)] == ["vit.layers.0.mlp.fc2"]
+    assert both.targets != tuned.adapters["b"].targets and both.head != tuned.adapters["b"].head
+
+
+def test_a_source_is_one_wide_at_least():
+    tuned = burnish.tune(tiny("vit")[0], "scalearn(reduction=100)", head=False)
+    assert {m.down.shape for _, m in tuned.branches(Sources)} == {(2, 1, 32)}
 
 
 def test_the_counts_on_roberta_base(published):

@@ -227,6 +227,12 @@ def test_counts_and_defaults(published):
         assert sum(p.numel() for b in made for p in b.module.parameters()) == 60 * per
 
 
+def test_an_adapter_is_one_wide_at_least():
+    tuned = burnish.tune(tiny("vit")[0], "vl_adapter(reduction=100, norms=False)", head=False)
+    assert {tuple(b.down.weight.shape) for _, b in tuned.branches(Bottleneck)} == {(1, 32)}
+    assert burnish.parse("vl_adapter(reduction=100)")[0].count(32) == 32 + 1 + 32 + 32
+
+
 @pytest.mark.parametrize("settings", ["tasks=0", "reduction=0"])
 def test_what_cannot_act_is_refused(settings):
     with pytest.raises(burnish.RecipeError, match="^vl_adapter"):

@@ -55,7 +55,7 @@ class RoutedFfn(Method):
                             other=(2, 1))
 
     def __post_init__(self) -> None:
-        if self.experts < 2 or not 1 <= (1 if self.k is None else self.k) <= self.experts:
+        if self.experts < 2 or self.k is not None and not 1 <= self.k <= self.experts:
             raise RecipeError(f"routed_ffn(experts={self.experts}, k={self.k}): expected at least "
                               "2 experts, and k from 1 to as many")
 

@@ -9,7 +9,7 @@ from ...core.errors import RecipeError
 from ...core.method import Method, setting
 from ...core.needs import mlp_modules, refuse, unmet
 from ...core.site import Branch
-from ..branch._sites import Site, found, width
+from ..branch._sites import Site, found
 
 if TYPE_CHECKING:
     from ...core.anatomy import Anatomy
@@ -69,7 +69,7 @@ class Mote(Method):
         if unmet(type(self), anatomy):
             refuse(self, anatomy)
         mlps = {b.path: places for b, places in mlp_modules(anatomy)}
-        sites = [Site(b, b.mlp, width(anatomy, b.mlp_out or b.mlp, b))
+        sites = [Site(b, b.mlp, mlps[b.path][0].inp)
                  for n, b in enumerate(anatomy.blocks) if b.path in mlps
                  and n % self.every == self.every - 1 and b.mlp]
         for s in found(anatomy, sites, self, "MLP in such a block"):
@@ -78,7 +78,7 @@ class Mote(Method):
                 raise RecipeError(f"mote copies {s.path} as it is, and something has been added "
                                   "inside it: merge that first, or leave it out")
             yield Branch(s.path, TernaryExperts(
-                module, places, s.path, places[0].inp, self.experts, self.k, self.balance,
+                module, places, s.path, s.width, self.experts, self.k, self.balance,
                 self.stored), read=(s.path, "input"))
 
     def count(self, numbers: int, d: int) -> int:
