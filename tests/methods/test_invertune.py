@@ -90,6 +90,10 @@ def test_refusals(planted):
     method = burnish.parse("invertune")[0]
     with pytest.raises(DataError, match="takes clean pictures"):
         method.lifecycle(model, x[0])
+    with pytest.raises(DataError, match="two or more"):
+        method.lifecycle(model, x[:1])
+    with pytest.raises(ConfigError, match="linears and convolutions, and there is none"):
+        method.lifecycle(nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten()), x)
     with pytest.raises(ConfigError, match="a plain model"):
         method.lifecycle(burnish.tune(copy.deepcopy(model), "bitfit"), x)
     with pytest.raises(CheckError, match="none is suspected; nothing was moved"):

@@ -69,6 +69,34 @@ def test_perplexity_is_its_equation():
             float(torch.tensor(each).double().mean().exp()), rel=1e-6)
 
 
+def test_rows_of_few_tokens_or_none_have_a_figure():
+    net, batch = tiny("gpt2", dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2)", head=False)
+    stir(tuned, size=0.3)
+    ids = batch["input_ids"][:1].expand(3, -1)
+    mask = torch.zeros_like(ids)
+    mask[1, :1], mask[2, :2] = 1, 1
+    given = {"input_ids": ids, "attention_mask": mask}
+    got = burnish.parse("mld(told_by='perplexity')")[0].lifecycle(tuned, [given])
+    with torch.no_grad():
+        said = net.eval()(**given).logits[2, 0].log_softmax(-1)[ids[2, 1]]
+    assert got[:2].tolist() == [1.0, 1.0]                # nothing comes next
+    assert float(got[2]) == pytest.approx(float((-said).exp()), rel=1e-6)
+    off = burnish.parse("mld")[0].lifecycle(tuned, [given])
+    assert float(off[0]) == 0 and bool((off[1:] > 0).all())
+
+
+def test_batches_that_are_no_mapping_and_what_is_left_on_the_model():
+    net, batch = tiny("timm_qkv", dtype=torch.float64)
+    tuned = burnish.tune(net, "lora(rank=2)", head=False)
+    stir(tuned, size=0.3)
+    hooks = [len(m._forward_hooks) for m in net.modules()]
+    (method,) = burnish.parse("mld")
+    x = batch["x"]
+    assert torch.equal(method.lifecycle(tuned, [x]), method.lifecycle(tuned, [{"x": x}]))
+    assert [len(m._forward_hooks) for m in net.modules()] == hooks
+
+
 def test_auroc_counts_pairs():
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(6, (n,), generator=g).double() + k for n, k in ((40, 0), (30, 1)))

@@ -92,7 +92,7 @@ class Mld(Method):
             if f.shape != t.shape:
                 raise ConfigError(f"mld compares states token by token, and after {block.path} "
                                   f"there are {tuple(f.shape)} beside {tuple(t.shape)} of the base")
-            m = torch.ones(f.shape[:-1], dtype=f.dtype, device=f.device)
+            m = torch.ones(f.shape[:-1], device=f.device)
             mask = batch.get(mask_key(tuned.anatomy, block)) if isinstance(batch, Mapping) else None
             if isinstance(mask, Tensor) and mask.shape == m.shape:
                 m = mask.to(m)
