@@ -103,6 +103,27 @@ def test_how_much_its_own_word_counts():
         [0, 0, 0, .4, .4, .4, .6, .6, .6, .8, .8, .8]
 
 
+def test_a_run_shorter_than_its_stretches_has_one_an_update():
+    tuned, _, _ = trained("lora(rank=2) + ps_kd(alpha=0.8, stretches=8)", "bert", 0, 3)
+    handler = next(h for _, h in tuned.timeline.handlers if hasattr(h, "share"))
+    assert [round(handler.share(s), 2) for s in range(3)] == [0, .2, .3]
+
+
+def test_a_promise_is_of_an_update_whose_teacher_answers():
+    tuned, _, _ = trained("lora(rank=2) + ps_kd(alpha=0.8, stretches=2)", "bert", 1, 4)
+    handler = next(h for _, h in tuned.timeline.handlers if hasattr(h, "share"))
+    assert not handler.values and handler.share(0) == 0  # the first stretch has none
+    handler.rehearse(0)
+    assert handler.share(0) == 0.8
+    held = {n: v.clone() for n, v in handler.values.items()}
+    assert held.keys() == dict(tuned.named_parameters()).keys()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(1.0)
+    handler.after_update(1)                              # no stretch ends in rehearsal
+    assert all(torch.equal(v, held[n]) for n, v in handler.values.items())
+
+
 def test_what_trains_is_as_it_was_when_the_teacher_has_answered():
     tuned, batch, _ = trained("lora(rank=2) + ps_kd(stretches=2)", "bert", 3, 4)
     before = {n: (p.data_ptr(), p.clone()) for n, p in tuned.named_parameters()}
