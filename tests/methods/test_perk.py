@@ -210,6 +210,13 @@ def test_next_tokens():
     torch.testing.assert_close(got, torch.stack(want))
     whole = next_tokens(logits, {"input_ids": ids})
     torch.testing.assert_close(whole[1], -(logp[1, 0, 4] + logp[1, 1, 2] + logp[1, 2, 2]) / 3)
+    few = torch.tensor([[1, -100, 3, -100], [0, -100, -100, -100]])      # one that counts, and none
+    got = next_tokens(logits, {"input_ids": ids, "labels": few})
+    torch.testing.assert_close(got, torch.stack([-logp[0, 1, 3], torch.zeros_like(logp[0, 0, 0])]))
+    for out, batch in ((logits, {"input_ids": ids[:, :3]}), (logits, {"x": ids}), (logits, ids),
+                       (logits[:, 0], {"input_ids": ids[:, 0]})):
+        with pytest.raises(DataError, match="mappings with input_ids, of a model that says the"):
+            next_tokens(out, batch)
 
 
 def test_its_settings_and_the_least_of_them():

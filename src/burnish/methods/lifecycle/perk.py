@@ -86,5 +86,5 @@ def next_tokens(out: Any, batch: Any) -> Tensor:
     right = labels[:, 1:]
     if (mask := given.get("attention_mask")) is not None:
         right = right.masked_fill(mask[:, 1:] == 0, -100)
-    each = F.cross_entropy(wide.transpose(1, 2), right, reduction="none", ignore_index=-100)
+    each = F.cross_entropy(wide.transpose(1, 2), right, reduction="none")
     return each.sum(1) / (right != -100).sum(1).clamp(min=1)
