@@ -11,6 +11,7 @@ from torch import nn
 
 import burnish
 from burnish.blocks.state.calibrated import Pairs, rotation, shifted
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.memory import measure, simulate
@@ -226,6 +227,9 @@ def test_the_promise_is_of_a_full_buffer():
 def test_refusals_and_defaults():
     assert parse("dr_tune")[0].settings() == {"targets": None, "weight": 1.0, "buffer": 2048,
                                               "every": 10}
+    least = parse("dr_tune(buffer=1, every=1)")[0]
+    assert (least.buffer, least.every) == (1, 1)
+    assert least.taps(Anatomy.of(tiny("llama")[0])) == ()          # a head of its words, no class
     for wrong in ("weight=0", "weight=-1", "buffer=0", "every=0"):
         with pytest.raises(RecipeError, match="^dr_tune"):
             parse(f"dr_tune({wrong})")

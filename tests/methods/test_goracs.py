@@ -205,6 +205,8 @@ def test_refusals_and_defaults(pool):
     tuned, rows = pool
     assert parse("goracs")[0].settings() == {"targets": None, "coreset": 1024, "alpha": 1.0,
                                              "gap": 1.0, "patience": 20}
+    least = parse("goracs(coreset=1, alpha=0.0, gap=0.0, patience=0)")[0]
+    assert (least.coreset, least.patience) == (1, 0)
     for wrong in ("coreset=0", "alpha=-1", "gap=-1", "patience=-1"):
         with pytest.raises(ConfigError, match="^goracs"):
             parse(f"goracs({wrong})")

@@ -199,6 +199,8 @@ def test_its_settings():
 
 
 def test_what_cannot_act_is_refused():
+    least = parse("hint_aug(layer=0, patches=1, pixel_updates=1)")[0]
+    assert (least.layer, least.patches) == (0, 1)
     for settings in ({"layer": -1}, {"patches": 0}, {"pixel_updates": 0}, {"pixel_rate": 0.0}):
         with pytest.raises(burnish.ConfigError, match="layer of at least 0"):
             HintAug(**settings)

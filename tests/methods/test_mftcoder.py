@@ -356,6 +356,14 @@ def test_validation_batches_take_the_place_of_those_that_train():
         other.recipe.named("mftcoder").validate(other, held)
 
 
+@pytest.mark.parametrize("text", [
+    "tasks=1", "case='focal', focus=0.0", "task_weights=(0.0, 1.0)",
+    "case='coba', remembered=2, warmup=0, alarm=0.0", "case='famo', weight_rate=0.0, evening=0.0"])
+def test_the_least_that_acts(text):
+    part = burnish.parse(f"mftcoder({text})")[0]
+    assert burnish.parse(str(part))[0].settings() == part.settings() and part.changed()
+
+
 def test_the_defaults():
     m = burnish.parse("mftcoder")[0]
     assert (m.case, m.tasks, m.task_weights, m.focus) == ("case3", 2, None, 2.0)
