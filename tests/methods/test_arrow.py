@@ -11,6 +11,7 @@ from burnish.blocks.weight.arrows import Arrows, direction
 from burnish.blocks.weight.factor import Chain
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
+from burnish.core.site import Place
 from burnish.formats.peft import load_peft
 from burnish.testing import stir, tiny
 
@@ -150,6 +151,7 @@ def test_counts_defaults_and_refusals(tmp_path):
     m = parse("arrow")[0]
     assert m.settings() == {"targets": None, "rank": 8, "alpha": 8.0, "experts": 4, "k": 3,
                             "temperature": 1.0}
+    assert m.count(Place("l", "weight", "linear", 24, 16)) == 4 * 8 * (24 + 16)
     tuned = burnish.tune(tiny("llama")[0], "arrow(rank=2, targets='q')")
     assert sum(p.numel() for p in tuned.parameters()) == 2 * 4 * 2 * (32 + 32)
     for recipe in ("arrow(k=5)", "arrow(k=0)", "arrow(rank=0)", "arrow(temperature=0.0)"):

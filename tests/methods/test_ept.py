@@ -41,6 +41,8 @@ def prompt(theta, d):
 def test_the_equation_written_out(beside, model, more):
     one = beside(model, f"ept({SMALL}{more})")
     theta = {name: p for (_, name), p in one.theta.items()}
+    assert ("maker.q" in theta, "maker.U" in theta) == ("fusion=0" not in more,
+                                                        "spaces=1" not in more)
     P, T = prompt(theta, 32)
     ids = one.batch["input_ids"]
     one.batch = {"input_ids": ids}
@@ -118,7 +120,8 @@ def test_counts_and_defaults():
     m = parse("ept")[0]
     assert (m.length, m.rank, m.edited, m.fusion, m.spaces, m.space_rank) == (40, 30, 256, 4, 4, 1)
     assert m.count(768) == 76_800
-    for more in ("", ", fusion=0", ", spaces=1", ", spaces=2", ", spaces=3, space_rank=2"):
+    for more in ("", ", fusion=0", ", spaces=1", ", spaces=2", ", fusion=0, spaces=2",
+                 ", spaces=3, space_rank=2"):
         recipe = f"ept({SMALL}{more})"
         tuned = burnish.tune(tiny("gpt2")[0], recipe, head=False)
         assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32)

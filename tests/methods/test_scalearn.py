@@ -246,6 +246,7 @@ def test_adapters_that_are_no_sources_are_refused(other, words):
         part.lifecycle(tuned, "both", ["a"])
     with pytest.raises(burnish.ConfigError, match="no adapter 'nobody'.*there is a, b"):
         part.lifecycle(tuned, "both", ["a", "nobody"])
+    assert set(tuned.adapters) == {"a", "b"}
 
 
 @pytest.mark.parametrize("other, words", [

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from tests.methods.test_branch_sites import Block, Stack
 
 import burnish
 from burnish.blocks.state.steered import purified
+from burnish.core.anatomy import Anatomy
 from burnish.core.errors import CheckError, ConfigError, RecipeError
 from burnish.testing.models import tiny
 
@@ -169,6 +171,47 @@ def test_refusals():
         tuned.recipe[0].lifecycle(tuned, [(high, {**low, "labels": low["labels"] * 0 - 100})])
     with pytest.raises(ConfigError, match="one label per token is expected"):
         tuned.recipe[0].lifecycle(tuned, [(high, {**low, "labels": low["labels"][:, 1:]})])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1e6])
+def test_sums_in_another_order_each_time_are_no_more_than_an_addition(alpha):
+    """States that differ from run to run by some roundings, as those of atomic sums do."""
+    net, _ = tiny("llama")
+    tuned = burnish.tune(net.eval(), f"steering(layer=0, alpha={alpha})", head=False)
+    g = torch.Generator().manual_seed(0)
+    net.model.layers[0].register_forward_hook(
+        lambda m, a, y: y * (1 + 1e-5 * torch.randn(y.shape, generator=g)))
+    v = tuned.recipe[0].lifecycle(tuned, pairs_for("llama"))
+    (shift,) = tuned.parameters()
+    assert torch.equal(shift.detach(), v) and v.any()
+
+
+def test_of_several_stacks_the_last_ones_block_is_steered():
+    for blocks in (1, 2):
+        net, _ = tiny("t5", num_decoder_layers=blocks)
+        tuned = burnish.tune(net, "steering(layer=0)", head=False)
+        ((name, _),) = tuned.named_parameters()
+        assert name.startswith("decoder.block.0.layer.2.DenseReluDense.wo.")
+
+
+@pytest.mark.parametrize("norms, end", [
+    (("norm1", "post_operator_norm", "ffn_norm"), "mlp.fc2"),
+    (("norm1", "norm2", "post_self_attn_norm"), "mlp.fc2"),
+    (("norm1", "norm2", "post_ffn_norm"), "post_ffn_norm")])
+def test_a_norm_ends_a_block_where_it_stands_last_and_behind_the_mlp(norms, end):
+    anatomy = Anatomy.of(Stack(Block(8, 8, norms=norms), Block(8, 8, norms=norms), final=True))
+    (branch,) = burnish.parse("steering(layer=0)")[0].branch(anatomy)
+    assert branch.write == f"layers.0.{end}"
+
+
+def test_its_vector_is_told_from_what_stands_beside_it():
+    net, batch = tiny("llama", dtype=torch.float64)
+    tuned = burnish.tune(net.eval(), "lora(rank=2, targets='down') + beft + steering(layer=1)",
+                         head=False)
+    v = tuned.recipe.named("steering").lifecycle(tuned, pairs_for("llama"))
+    own = {n: p for n, p in tuned.named_parameters() if n.endswith("shift") and p.any()}
+    assert [n.partition(".burnish")[0] for n in own] == ["model.layers.1.mlp.down_proj"]
+    torch.testing.assert_close(next(iter(own.values())).detach().double(), v.double())
 
 
 def test_a_block_that_does_more_than_add_is_refused_and_left_alone():

@@ -104,13 +104,12 @@ class Steering(Method):
         block, shift = self.block(tuned.anatomy), self._shift(tuned)
         with tuned.disabled():
             v = contrast(tuned.model, block.path, pairs)
-            before = states(tuned.model, block.path, pairs[0][0]) if pairs else None
+            before = states(tuned.model, block.path, pairs[0][0]).to(v)
         v = purified(v, [c.to(v) for c in against])
         shift.copy_(v.to(shift))
-        assert before is not None
-        moved = (states(tuned.model, block.path, pairs[0][0]) - before).to(v)
-        exact = 64 * torch.finfo(before.dtype).eps * float(before.abs().max() + shift.abs().max())
-        if float((moved - self.alpha * shift.to(v)).abs().max()) > exact * max(1, abs(self.alpha)):
+        after, add = states(tuned.model, block.path, pairs[0][0]), self.alpha * shift.to(v)
+        rounding = torch.finfo(after.dtype).eps ** 0.5       # room for other orders of sums
+        if (after.to(v) - before - add).norm() > rounding * after.norm():
             shift.zero_()
             raise ConfigError(f"steering: {block.path} does more with what its MLP gives than add "
                               "it, so its states cannot be moved by one vector; name another layer")
@@ -119,7 +118,7 @@ class Steering(Method):
     def _shift(self, tuned: Any) -> nn.Parameter:
         path = self._end(tuned.anatomy, self.block(tuned.anatomy))[0]
         found = [p for n, p in tuned.named_parameters()
-                 if n.startswith(f"{path}.burnish.") and n.endswith(".shift") and ".steering" in n]
+                 if n.startswith(f"{path}.burnish.") and n.endswith(".steering.shift")]
         if len(found) != 1:
             raise ConfigError(f"steering: {len(found)} vectors stand behind {path}, and one is "
                               "expected")
