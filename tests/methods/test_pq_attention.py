@@ -589,6 +589,7 @@ def test_refusals_and_defaults():
             parse(f"pq_attention({text})")
     assert parse("pq_attention(attended=1.0, words=2, subspace=1, warmup=0, every=1)")
     assert parse("pq_attention(words=256, warmup=1, every=0)")
+    assert parse("pq_attention(warmup=3, every=3)")
     for other in ("scatterbrain", "pq_attention(words=4)"):
         with pytest.raises(RecipeError, match="how attention is computed"):
             parse(f"pq_attention + {other}")
