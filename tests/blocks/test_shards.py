@@ -55,9 +55,7 @@ def test_tokens_and_gradients_are_those_of_the_matrix(width, scale, p):
     for a, b in zip((dD, dx - 1), torch.autograd.grad(want, (D, leaf), g), strict=True):
         torch.testing.assert_close(a, b)
     gain = t.gain_(g, x, kept, scale)                    # sum_n g (scale Delta drop(x))
-    assert (gain is None) == (p == 0.0)
-    if p:
-        torch.testing.assert_close(gain, (g * want).sum(0).detach())
+    torch.testing.assert_close(gain, (g * want).sum(0).detach())
 
 
 def test_by_plain_functions_it_is_the_same_and_drops_in_training_alone():

@@ -33,11 +33,12 @@ class Shards(Term):
     keeps_input = False
 
     def _fold(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -self.inp % self.rank))
+        if short := -self.inp % self.rank:       # (a pad of nothing copies)
+            x = F.pad(x, (0, short))
         return x.view(x.shape[0], -1, self.rank).sum(1)
 
     def _matrix(self) -> Tensor:
-        return self.D.repeat(1, self.repeat)
+        return self.D if self.repeat == 1 else self.D.repeat(1, self.repeat)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(rank, in) and (out, rank), whose product is the update."""
@@ -67,7 +68,8 @@ class Shards(Term):
     def backward_(self, g_NO: Tensor, x_NI: Tensor | None, kept: tuple[object, ...],
                   dx_NI: Tensor | None, scale: float) -> list[Tensor | None]:
         h_NR, mask = kept
-        dD = (h_NR.t() @ g_NO).mul_(scale)
+        dD = over_tokens(g_NO, h_NR).t()
+        dD = dD if scale == 1 else dD.mul_(scale)
         if self.repeat > 1:
             dD = dD.view(self.rank, self.repeat, -1).sum(1)
         if dx_NI is not None:
@@ -81,9 +83,7 @@ class Shards(Term):
 
     def gain_(self, g_NO: Tensor, x_NI: Tensor, kept: tuple[object, ...], scale: float
               ) -> Tensor | None:
-        h_NR, mask = kept
-        if mask is None:
-            return None
+        h_NR, _ = kept
         return (over_tokens(g_NO, h_NR) * self._matrix().t()).sum(-1).mul_(scale)
 
     def _spread(self, dx_NI: Tensor, back: Tensor) -> Tensor:

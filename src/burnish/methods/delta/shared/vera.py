@@ -30,6 +30,9 @@ class Scaled(Path):
     def into(self) -> Tensor:
         return self.shared.A[:, : self.inp]
 
+    def behind(self) -> Tensor:
+        return self.d.unsqueeze(1) * self.shared.B[: self.out].t() * self.b
+
     def path(self, h: Tensor) -> Tensor:
         B = self.shared.B[: self.out]
         return self.b.to(h.dtype) * ((self.d.to(h.dtype) * h) @ B.t().to(h.dtype))
