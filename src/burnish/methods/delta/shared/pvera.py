@@ -33,6 +33,10 @@ class Sampled(Scaled):
             z = z + torch.randn_like(z) * (0.5 * spread).exp()
         return self.b.to(h.dtype) * (z @ self.shared.B[: self.out].t().to(h.dtype))
 
+    def behind(self) -> Tensor:                  # without noise: of half of `into` nothing is read
+        d, told = self.d[: len(self.d) // 2], self.told()
+        return torch.cat([d.unsqueeze(1) * told, torch.zeros_like(told)])
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         d = self.d[: len(self.d) // 2]
         return d[:, None] * self.into[: len(d)], self.b[:, None] * self.shared.B[: self.out]

@@ -31,7 +31,11 @@ class Scaled(Path):
         return self.shared.A[:, : self.inp]
 
     def behind(self) -> Tensor:
-        return self.d.unsqueeze(1) * self.shared.B[: self.out].t() * self.b
+        return self.d.unsqueeze(1) * self.told()
+
+    def told(self) -> Tensor:
+        """``(diag(b) B)^T``, (rank, out)."""
+        return self.shared.B[: self.out].t() * self.b
 
     def path(self, h: Tensor) -> Tensor:
         B = self.shared.B[: self.out]
