@@ -350,7 +350,8 @@ def test_data_and_models_that_cannot_act_are_refused(trained):
             ([(x * math.inf, y)], CheckError, "not finite")):
         with pytest.raises(error, match=match):
             it.lifecycle(net, given)
-    for prior in ([0.5, 0.5], [0.5, 0.6, -0.1, 0.0], [0.25, 0.25, 0.25, 0.2]):
+    for prior in ([0.5, 0.5], [0.5, 0.6, -0.1, 0.0], [0.25, 0.25, 0.25, 0.2],
+                  [0.25, 0.25, 0.25, 0.25015]):
         with pytest.raises(ConfigError, match="4 shares that add up to 1"):
             it.lifecycle(net, rows, prior=torch.tensor(prior))
     with pytest.raises(ConfigError, match="no linear head"):
