@@ -95,6 +95,31 @@ def pictures():
     return net.eval(), *({"pixel_values": x} for x in (left, right, noise[2]))
 
 
+def test_learning_is_adam_on_the_loss_with_columns_of_length_one(pictures):
+    net, left, right, _ = pictures
+    part = burnish.parse("sauce(expansion=2, active=0, l1=0.3, state_passes=2, step_size=0.02, "
+                         "layer=0, seed=3)")[0]
+    with torch.no_grad():
+        h = [net(**b, output_hidden_states=True).hidden_states[1].reshape(-1, 32)
+             for b in (left, right)]
+    twin = SparseAutoencoder(32, 64, 0, 3)
+    with torch.no_grad():
+        twin.b_d.copy_(h[0].mean(0))
+    adam = torch.optim.Adam(twin.parameters(), lr=0.02)
+    for x in (*h, *h):
+        f = torch.relu((x - twin.b_d) @ twin.W_e.t() + twin.b_e)
+        loss = (x - f @ twin.W_d.t() - twin.b_d).square().mean() + 0.3 * f.sum() / len(x)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            twin.W_d /= twin.W_d.norm(dim=0)
+    found = part.lifecycle(net, [left, right]).sae
+    for (n, a), b in zip(found.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=1e-4, msg=n)
+        assert not a.requires_grad
+
+
 def test_a_concept_is_learnt_damped_and_put_back(pictures, tmp_path):
     net, left, right, plain = pictures
     part = burnish.parse("sauce(expansion=4, active=8, state_passes=40, concept_size=5, "
