@@ -1,11 +1,11 @@
-"""What is on a picture of figures: a class, several, or a number.
+"""What is on a picture of figures: a class, several, a number, or what is like it.
 
-    python examples/digits.py [TASK ...]          # all three; half a minute each
+    python examples/digits.py [TASK ...]          # all four; half a minute each
 
 image-classification: which figure it is. image-multi-label: whether it is even, has a ring
-and is above four. image-regression: how far it is turned, in radians. The scans are
-scikit-learn's, and the vision transformer has learnt printed letters and ships with burnish:
-nothing is downloaded.
+and is above four. image-regression: how far it is turned, in radians. image-embedding: a
+direction, close to those of the same figure. The scans are scikit-learn's, and the vision
+transformer has learnt printed letters and ships with burnish: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ def main(task: str, count: int = 900, epochs: int = 5, recipe: str = "lora(rank=
             picture.save(Path(folder, f"{i}.png"))
             lines.append(json.dumps({"file_name": f"{i}.png", "label": said}))
         Path(folder, "metadata.jsonl").write_text("\n".join(lines))
-        return taught(Path(folder), GLYPH_VIT, recipe, lr=3e-3, epochs=epochs, batch_size=32)
+        asked = {"task": task} if task == "image-embedding" else {}
+        return taught(Path(folder), GLYPH_VIT, recipe, lr=3e-3, epochs=epochs, batch_size=32,
+                      **asked)
 
 
 if __name__ == "__main__":
     for task in sys.argv[1:] or [f"image-{k}" for k in ("classification", "multi-label",
-                                                        "regression")]:
+                                                        "regression", "embedding")]:
         main(task)

@@ -91,6 +91,7 @@ SEVERAL = {
     ("digits", "image-classification"): ({"count": 240, "epochs": 4}, "accuracy", 0.6),
     ("digits", "image-multi-label"): ({"count": 200, "epochs": 4}, "f1", 0.7),
     ("digits", "image-regression"): ({"count": 300, "epochs": 4}, "spearman", 0.6),
+    ("digits", "image-embedding"): ({"count": 240, "epochs": 4}, "map_at_r", 0.5),
     ("numerals", "instruction-tuning"): ({"count": 320, "epochs": 10}, "token_accuracy", 0.6),
     ("numerals", "preference-tuning"): ({"count": 160, "epochs": 8}, "accuracy", 0.7),
     ("numerals", "sequence-to-sequence"): ({"count": 320, "epochs": 10}, "token_accuracy", 0.6),

@@ -234,7 +234,8 @@ def trained(root, task, number):
     folder.mkdir(parents=True)
     base, data, how = posed(task, root / "made" / task)
     burnish.fit(str(base), str(data), "lora(rank=2)", output=folder / "out", max_steps=2,
-                batch_size=2, validation=0, lr=0.1, quiet=True, measure=False,
+                batch_size=how.pop("batch_size", 2),
+                validation=0, lr=0.1, quiet=True, measure=False,
                 save_strategy="no", **how)
     (folder / "asked.json").write_text(json.dumps({"title": task, "settings": {}, "created": 1.0}))
     (folder / "ended.json").write_text('{"code": 0, "time": 2.0}')

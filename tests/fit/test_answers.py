@@ -91,6 +91,7 @@ def test_every_task_that_is_served_has_a_test_here_or_elsewhere():
                  "unpaired-preference-tuning",
                  "audio-multi-label", "audio-regression",
                  "image-classification", "image-multi-label", "image-regression",
+                 "image-embedding",
                  "language-modelling", "masked-language-modelling", "instruction-tuning",
                  "masked-instruction-tuning",
                  "sequence-to-sequence", "preference-tuning", "embedding"}

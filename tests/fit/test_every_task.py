@@ -20,7 +20,8 @@ def test_a_base_is_held_in_the_numbers_that_are_asked_for(tmp_path, task):
     """Read, trained, evaluated, and opened again as it was."""
     base, data, how = posed(task, tmp_path)
     run = burnish.fit(str(base), str(data), "lora(rank=2)", output=tmp_path / "run", max_steps=2,
-                      dtype="bf16", lr=0.1, batch_size=2, validation=0, quiet=True, report=False,
+                      dtype="bf16", lr=0.1, batch_size=how.pop("batch_size", 2),
+                      validation=0, quiet=True, report=False,
                       measure=False, save_strategy="no", **how)
     assert run.facts["data"]["task"] == task
     again = Finished.open(tmp_path / "run", trust=how.get("trust_remote_code", False))

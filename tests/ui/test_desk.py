@@ -33,7 +33,8 @@ def ask(what, **how):
 def test_a_model_is_what_its_configuration_says():
     told = ask("model", model=VIT)
     assert told["architecture"] == "ViTForImageClassification" and told["parameters"] == 680_606
-    assert told["tasks"] == ["image-classification", "image-multi-label", "image-regression"]
+    assert told["tasks"] == ["image-classification", "image-multi-label", "image-regression",
+                             "image-embedding"]
     assert desk.answer("model", {"model": "/nowhere/at/all"}, quietly)["kind"] == "ConfigError"
 
 
@@ -307,7 +308,8 @@ def finished(tmp_path):
     def made(task):
         base, data, how = posed(task, tmp_path / task)
         burnish.fit(str(base), str(data), "lora(rank=2)", output=tmp_path / task / "out",
-                    max_steps=2, batch_size=2, validation=0, lr=0.1, quiet=True, report=False,
+                    max_steps=2, batch_size=how.pop("batch_size", 2),
+                    validation=0, lr=0.1, quiet=True, report=False,
                     measure=False, save_strategy="no", **how)
         return str(tmp_path / task / "out"), data
     return made

@@ -33,6 +33,9 @@ def run(task: Task, recipe: str, budget: str = "as_is", seeds: int = SEEDS,
         say: Callable[[str], None] | None = None) -> Record:
     """Raises what :func:`burnish.tune` and the budget raise: a recipe that does not act on the
     task's model, or that no size of keeps the budget."""
+    from ..fit.tasks import embedded
+
+    embedded("image-classification", recipe)           # scores are of what is told apart
     own = share(task, recipe, budget)
     search = Search(task, own, say)
     power = search.best()

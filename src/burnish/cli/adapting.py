@@ -102,10 +102,10 @@ class _Stream:
     """The rows of one split, as one model answers them."""
 
     def __init__(self, tuned: Any, task: Any, split: str, batch: int):
-        from ..fit.kinds import form_of_label
+        from ..fit.kinds import tells_classes
 
         self.tuned, self.task, self.split, self.batch = tuned, task, split, batch
-        if form_of_label(task.data.task) != "class":
+        if not tells_classes(task.data.task):
             raise ConfigError("what adapts reads the probabilities of classes, and this is "
                               f"{task.data.task}")
         self.rows = task.data.splits[split]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, nearest
-from ..fit.kinds import form_of_label
+from ..fit.kinds import tells_classes
 
 
 def scorer(kind: str, folders: Sequence[Path], data: str, split: str | None, batch: int,
@@ -120,7 +120,7 @@ def learn(folders: Sequence[Path], data: str, split: str | None, batch: int) -> 
 
     models = open_models(folders)
     held = Models(folders[0], data, split, batch)
-    if form_of_label(held.task.data.task) != "class":
+    if not tells_classes(held.task.data.task):
         raise ConfigError(f"--learned takes rows with a class each; {data} is for "
                           f"{held.task.data.task}: take --greedy")
     alpha, _ = learned(held.load(folders[0]), models, held.batches())

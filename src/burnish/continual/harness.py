@@ -68,6 +68,9 @@ def run(stream: Stream, recipe: Any, how: str | Learner = "sequential", *,
 
     Raises ConfigError and RecipeError for what cannot be learnt so, before anything runs.
     """
+    from ..fit.tasks import embedded
+
+    embedded("image-classification", recipe)           # rows of a stream are told apart by class
     one = deepcopy(learner(how))
     study = Study(stream, parse(recipe), training or stream.training, seed)
     one.check(study)

@@ -131,6 +131,10 @@ class Method:
     #: an update is to say little of any one sample: fit draws each by itself (core/sampling.py),
     #: and nothing else of the run may read them
     private: ClassVar[bool] = False
+    #: what the head's outputs are beside it, where they are no longer what the task makes of them,
+    #: and it minimises a loss of its own of that: "embedding". Tasks that read anything else in
+    #: them are refused (:func:`burnish.fit.tasks.embedded`)
+    head_outputs: ClassVar[str] = ""
     #: the objective reads the forward it is asked about (its outputs, its batch)
     sees_run: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = MappingProxyType({})

@@ -18,7 +18,7 @@ from ..core.recipe import Recipe, parse
 from ..fit.assets import GLYPH_VIT
 from ..fit.data import read
 from ..fit.driving import quiet_libraries
-from ..fit.tasks import Task, evaluate, task_for
+from ..fit.tasks import Task, embedded, evaluate, task_for
 from ..formats import claim, safe, staged
 from ..memory import parse_bytes
 from .client import Client
@@ -78,6 +78,7 @@ def setting(recipe: str, *, model: str | Path = GLYPH_VIT, data: Any = "digits",
     for m in memory:
         parse_bytes(m)
     found = read(data, text=text, label=label, image=image, seed=seed)
+    embedded(found.task, recipe)
     if "validation" not in found.splits:
         raise ConfigError(f"{found.source} has no validation rows, and rounds are told by them")
     task = task_for(found, str(model), seed=seed, max_length=max_length)

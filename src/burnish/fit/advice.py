@@ -49,7 +49,8 @@ UPDATES, TIMED = 12, 3
 ALIKE = 0.9
 #: settings that say how rows are read; the others are of the run
 READ = ("task", "text", "label", "image", "audio", "prompt", "completion", "split", "validation",
-        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "shots", "group", "seed",
+        "max_length", "loss_type", "beta", "gamma", "pooling", "scale", "dimension", "shots",
+        "group", "seed",
         "instance_prompt", "proportion_empty_prompts", "resolution", "guidance_scale",
         "num_inference_steps", "snr_gamma")
 #: updates that a run should have at least, and the batch and epochs it is given for that

@@ -79,7 +79,8 @@ ELSEWHERE = {
 OF_TASK = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", "pooling",
            "scale", "max_seconds", "reduce_labels", "language", "translate", "max_answer",
            "shots", "packing", "instance_prompt", "proportion_empty_prompts", "resolution",
-           "guidance_scale", "num_inference_steps", "snr_gamma", "points")
+           "guidance_scale", "num_inference_steps", "snr_gamma", "points", "dimension",
+           "per_class")
 
 
 @dataclass
@@ -91,9 +92,12 @@ class Options:
     loss_type, beta, gamma: of preference tuning: dpo, ipo, hinge, orpo or simpo, how hard it pulls,
         and simpo's margin (:func:`burnish.fit.tasks.preferences.preference`). Of embeddings:
         ranking, triplet, barlow or supcon, and a triplet's margin
-        (:mod:`burnish.fit.tasks.embeddings`).
+        (:mod:`burnish.fit.tasks.embeddings`); of pictures supcon or triplet
+        (:mod:`burnish.fit.tasks.image_embeddings`).
     desirable_weight, undesirable_weight: of answers marked good and bad, in the loss.
     pooling, scale: of embeddings: mean, cls or last, and what a cosine is multiplied by.
+    dimension, per_class: of embeddings of pictures: how many numbers each has (default: 128), and
+        how many pictures of a class stand together in a batch (default: 4, at most half of it).
     reduce_labels: number 0 of a mask is not counted, and the classes begin at 1 (default: as the
         image processor says).
     language, translate: of speech to text: which language is said, and whether it is written in
@@ -148,6 +152,8 @@ class Options:
     gamma: float | None = None
     pooling: str | None = None
     scale: float | None = None
+    dimension: int | None = None
+    per_class: int | None = None
     reduce_labels: bool | None = None
     desirable_weight: float | None = None
     undesirable_weight: float | None = None
@@ -286,6 +292,7 @@ LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0,
          "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0.0, "max_grad_norm": 0.0,
          "max_length": 1, "max_answer": 1, "shots": 1, "points": 1, "early_stopping_patience": 1,
+         "dimension": 2, "per_class": 2,
          "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
          "save_total_limit": 0, "samples": 0, "proportion_empty_prompts": 0.0, "resolution": 1,

@@ -27,6 +27,9 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
     from .media import CLOUD as CLOUDS
     from .media import PICTURE, SOUND
 
+    if task.paired:
+        yield from _one_or_two(inputs, PICTURE, roles)
+        return
     if task.takes == ("image",):
         for name, held in _files(inputs, PICTURE, roles):
             yield name, {"image": _picture(held, name)}
@@ -65,6 +68,18 @@ def rows(inputs: Sequence[str], task: Any, roles: Mapping[str, Any]) -> Iterator
                               plain(given, 60))
         else:
             yield given, _text(given, task)
+
+
+def _one_or_two(inputs: Sequence[str], medium: Any, roles: Mapping[str, Any]
+                ) -> Iterator[tuple[str, Row]]:
+    """Two pictures beside each other, where these are all there is; else each by itself."""
+    found = _files(inputs, medium, roles)
+    if len(inputs) == 2 and all(Path(i).is_file() and not _table(Path(i)) for i in inputs):
+        (one, first), (other, second) = found
+        yield f"{one}, {other}", {"image": _picture(first, one), "pair": _picture(second, other)}
+        return
+    for name, held in found:
+        yield name, {"image": _picture(held, name)}
 
 
 def _both(inputs: Sequence[str], roles: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:

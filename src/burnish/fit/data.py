@@ -291,7 +291,7 @@ def set_aside(data: Data, part: float | int, seed: int) -> Data:
         raise ConfigError(f"validation={part} would take {count} of the {rows} training rows")
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=g).tolist()
-    classes = data.task.endswith("-classification") or generated(data.task)
+    classes = form_of_label(data.task) == "class" or generated(data.task)
     if classes and "label" in data.train.column_names:
         labels = data.train["label"][:]
         by_class: dict[int, list[int]] = {}

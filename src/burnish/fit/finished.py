@@ -44,7 +44,7 @@ class Finished:
         from .data import Data
         from .places import processor_for
         from .promise import stores
-        from .tasks import task_for
+        from .tasks import embedded, task_for
 
         quiet()
         was = read_config(folder)["base"]
@@ -63,6 +63,7 @@ class Finished:
                         None, max_length=facts.get("max_length"),
                         trust_remote_code=trust,
                         seed=int(facts["training"].get("seed", 42)), **facts.get("task", {}))
+        embedded(about["task"], facts["recipe"])
         task.folder = folder
         torch.manual_seed(int(facts["training"].get("seed", 42)))  # what the base lacks is drawn
         try:

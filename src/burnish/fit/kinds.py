@@ -35,6 +35,10 @@ KINDS = {
     "image-regression": Kind(
         _IMAGE, "image-classification", "file_name or image; label, a number",
         ("tests/fit/test_every_task.py",), "digits.py"),
+    "image-embedding": Kind(
+        _IMAGE, "image-feature-extraction",
+        "a folder of pictures per class; file_name or image, label",
+        ("tests/fit/test_image_embeddings.py",), "digits.py"),
     "image-text-contrastive": Kind(
         "AutoModelForZeroShotImageClassification", "zero-shot-image-classification",
         "file_name or image, text; a .txt beside each picture", ("tests/fit/test_contrast.py",),
@@ -201,6 +205,11 @@ def heard(task: str) -> bool:
     return task.startswith("audio-") or spoken(task)
 
 
+def tells_classes(task: str) -> bool:
+    """Is each answer one of several classes?"""
+    return form_of_label(task) == "class" and task != "image-embedding"
+
+
 def cloudy(task: str | None) -> bool:
     return (task or "").startswith("cloud-")
 
@@ -238,6 +247,6 @@ def generated(task: str) -> bool:
 
 def form_of_label(task: str) -> str | None:
     """"class", "several", "number" or "tags"; None where rows have no label."""
-    ends = {"token-classification": "tags", "classification": "class", "multi-label": "several",
-            "regression": "number", "embedding": "number"}
+    ends = {"image-embedding": "class", "token-classification": "tags", "classification": "class",
+            "multi-label": "several", "regression": "number", "embedding": "number"}
     return next((form for end, form in ends.items() if task.endswith(end)), None)

@@ -310,7 +310,7 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
                     "timeline": self.tuned.timeline.state(),
                     "data": self.fingerprint, "recipe": str(self.tuned.recipe),
                     "seed": self.args.seed, "processes": self.args.world_size,
-                    "rows": self._rows(), "order": self.args.train_sampling_strategy,
+                    "rows": self._rows(), "order": self._order,
                     "samples": len(self.train_dataset),
                     "losses": [float(self._tr_loss), self._total_loss_scalar,
                                self._globalstep_last_logged],
@@ -340,7 +340,7 @@ class Trainer(Compared, Passing, Ordered, transformers.Trainer):
         kept = state.load_tree(folder, "loop")
         # the order of rows does not know how many processes share the rows of an update
         shared = "rows" if "rows" in kept else "processes"
-        unsaid = {"order": self.args.train_sampling_strategy, "samples": len(self.train_dataset)}
+        unsaid = {"order": self._order, "samples": len(self.train_dataset)}
         older = unsaid | {"order": "random"}                   # of checkpoints that do not say it
         for what, now in (("recipe", str(self.tuned.recipe)), ("data", self.fingerprint),
                           ("seed", self.args.seed), *unsaid.items(),

@@ -30,7 +30,7 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
-from .order import by_length
+from .order import by_class, by_length
 from .packs import exact, packable
 from .pipelines import usual_task
 from .places import check_local, check_served, suited
@@ -49,7 +49,7 @@ from .secret import drawn_by, rows_read
 from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
 from .starting import refuse_earlier, starting_point
-from .tasks import Task, by_itself, task_for
+from .tasks import TASKS, Task, by_itself, embedded, task_for
 
 #: what trains when neither a recipe nor a memory is given: small, exact to merge, loads elsewhere
 DEFAULT_RECIPE = "lora(rank=8)"
@@ -161,7 +161,9 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
         say(f"note: {note}")
     named = model if isinstance(model, nn.Module) else str(model)
     keys = keys_of(parse(recipe)) if recipe is not None else {}
-    found = _read(data, named, own, int(args.get("seed", 42)), keys, say)
+    given = TASKS[own.task].gives if own.task in TASKS else ()
+    found = _read(data, named, own, int(args.get("seed", 42)),
+                  {k: r for k, r in keys.items() if k not in given}, say)
     size = int(args.setdefault("per_device_train_batch_size", 16))
     first = next(iter(found.values()))
     for one in found.values():                  # values, before a model is loaded
@@ -170,11 +172,16 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
     by_itself(first.task, recipe, memory, own.shots)
     packable(own, args, recipe, first, named)
     by_length(first.task, own.group_by_length, recipe)
+    part = embedded(first.task, recipe)
+    if TASKS[first.task].by_class:
+        by_class(own.per_class, size)
     check_served(first.task, named, own.trust_remote_code)
     task = task_for(first, named, processor=own.processor, max_length=own.max_length,
                     trust_remote_code=own.trust_remote_code, seed=int(args.get("seed", 42)),
                     **own.of_task())
     task.folder = output
+    if part is not None:
+        task.taught_by(part, next((keys[k] for k in task.gives if k in keys), None))
     torch.manual_seed(int(args.get("seed", 42)))  # a new head is drawn
     moments = Moments(own.measure)
     if isinstance(named, str):

@@ -101,6 +101,8 @@ def _glyphs(task: str, folder: Path, each: int) -> Folders:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         image_size=8, patch_size=4))
     base = kept(folder, model, Picture(8, 8, (0.5,) * 3, (0.5,) * 3))
+    if task == "image-embedding":
+        return base, data, {"task": task, "batch_size": 4}
     return base, data, _labelled(data, "png", task)
 
 

@@ -30,6 +30,7 @@ from .embeddings import Embedding
 from .forecast import TimeSeriesForecasting
 from .graphs import GraphClassification, GraphMultiLabel, GraphRegression
 from .heard import AudioClassification, AudioMultiLabel, AudioRegression
+from .image_embeddings import ImageEmbedding
 from .language import InstructionTuning, LanguageModelling
 from .marks import UnpairedPreferenceTuning
 from .masked import MaskedLanguageModelling
@@ -49,6 +50,7 @@ TASKS: dict[str, type[Task]] = {
     "image-classification": ImageClassification,
     "image-multi-label": ImageMultiLabel,
     "image-regression": ImageRegression,
+    "image-embedding": ImageEmbedding,
     "image-text-contrastive": ImageTextContrastive,
     "image-captioning": ImageCaptioning,
     "image-generation": ImageGeneration,
@@ -133,6 +135,22 @@ def by_itself(task: str, recipe: Any, memory: Any, shots: int | None = None) -> 
     if parts:
         raise ConfigError(f"{parts[0]} looks at each sample by itself, and a sample of {task} is "
                           "several at once: take another task or leave it out")
+
+
+def embedded(task: str, recipe: Any) -> str | None:
+    """The part that makes the head's outputs something else than the model was made to say, and
+    minimises a loss of its own of that, by name (:attr:`Method.head_outputs`). Raises ConfigError
+    where the task reads anything else in them."""
+    part = next((m for m in parse(recipe) if m.head_outputs), None) if recipe is not None else None
+    if part is None:
+        return None
+    if TASKS[task].head_outputs != part.head_outputs:
+        serve = [t for t, kind in TASKS.items() if kind.head_outputs == part.head_outputs]
+        a = "an" if part.head_outputs[0] in "aeiou" else "a"
+        raise ConfigError(f"{part.name} makes the head's outputs {a} {part.head_outputs}, and "
+                          f"{task} would read its own answers in them; take task="
+                          + " or ".join(map(repr, serve)))
+    return part.name
 
 
 def smooths(task: str, smoothing: float) -> None:

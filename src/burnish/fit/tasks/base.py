@@ -38,12 +38,16 @@ class Task:
     fresh: list[str] = field(default_factory=list)
     #: what numbers the model is of, once it is settled
     reads: torch.dtype | None = field(default=None, repr=False)
+    #: the part of the recipe that makes the loss, where it is not the task's
+    taught: str = field(default="", repr=False)
     #: where a task that makes files puts them
     folder: Path | None = field(default=None, repr=False)
     _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     #: columns of a row that is asked about, the last ones where they are there
     takes: ClassVar[tuple[str, ...]] = ("text",)
+    #: whether two pictures are asked about as one question
+    paired: ClassVar[bool] = False
     #: what is asked about, where a row is no text
     word: ClassVar[str] = ""
     #: entries of a batch that say what is right
@@ -54,6 +58,13 @@ class Task:
     counts_items: ClassVar[bool] = False
     #: whether a sample has a loss by itself, whatever stands beside it
     alone: ClassVar[bool] = True
+    #: what it reads in the head's outputs, where they are not what the model was made to say
+    #: (:attr:`burnish.core.method.Method.head_outputs`)
+    head_outputs: ClassVar[str] = ""
+    #: keys of context (core/keys.py) that it gives of its own rows, and no column of the data
+    gives: ClassVar[tuple[str, ...]] = ()
+    #: whether batches hold several rows of a class (:class:`burnish.fit.order.Classed`)
+    by_class: ClassVar[bool] = False
     #: whether rows are of unlike length, and a batch is filled up to its longest
     unlike: ClassVar[bool] = False
     #: whether what is right takes so much room that only :meth:`told` of it is kept
@@ -266,6 +277,14 @@ class Task:
     def mistakes(self, answers: Any, losses: Any, labels: Any) -> dict[str, Any]:
         """What was taken for what, of tasks that tell classes, as plain values."""
         return {}
+
+    def taught_by(self, part: str, read: Any) -> None:
+        """A part of the recipe makes the loss, of the key that it reads as `read` says
+        (core/keys.py). Raises ConfigError for what then does nothing."""
+
+    def classes(self, rows: Rows) -> Sequence[int]:
+        """The class of each of the rows, of tasks whose batches go by it."""
+        raise NotImplementedError
 
     def begun(self, path: str | Path | None) -> None:
         """The run goes on from what the one in this folder has learnt."""

@@ -17,12 +17,11 @@ from ...core.errors import ConfigError, nearest
 from ..places import config_of
 from ..rows import Neighbours, Rows
 from .base import Batch, flat
+from .directions import Directions
 from .textual import Textual
 
 POOLINGS = ("mean", "cls", "last")
 LOSSES = ("ranking", "triplet", "barlow", "supcon")
-#: what a cosine is multiplied by where nobody says: of supcon 1 / 0.1, its temperature
-SCALES = {"ranking": 20.0, "supcon": 10.0}
 #: of barlow: lambda, and what is added to each variance
 REDUNDANCY, EPS = 0.0051, 1e-5
 #: anchors compared with all others at once
@@ -87,7 +86,7 @@ def classed(e: Tensor, scale: float, same: Tensor) -> Tensor:
     return per_anchor(z, first.repeat(2), 1 / scale)[0].view(2, -1).mean(0)
 
 
-class Embedding(Textual):
+class Embedding(Directions, Textual):
     """``input_ids``, ``attention_mask`` (B, K, T) of K texts a row, ``counted`` (B, K T) the mask,
     ``labels`` (B,) how near two are (1 where nobody says).
 
@@ -96,32 +95,16 @@ class Embedding(Textual):
     With a score: the square of ``cos - score``.
     """
 
-    smooths = False
-    own_loss = True
+    losses_known = LOSSES
     takes = ("text", "pair")
     truth = ("labels", "counted", "texts")
     settings = ("pooling", "scale", "loss_type", "gamma")
-    alone = False
 
     def prepare(self) -> None:
         super().prepare()
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}"
                               f"{nearest(str(self.pooling), POOLINGS)}")
-        if self.kind not in LOSSES:
-            raise ConfigError(f"loss_type={self.kind!r} is not one of {', '.join(LOSSES)}"
-                              f"{nearest(str(self.kind), LOSSES)}")
-        for name, of in (("scale", tuple(SCALES)), ("gamma", ("triplet",)),
-                         ("loss_type", (self.kind,))):
-            if name in self.how and (self.kind not in of or self.scored):
-                raise ConfigError(f"{name}={self.how[name]!r} does nothing: " + (
-                    "rows with a score learn the square of its distance from a cosine"
-                    if self.scored else f"it is of loss_type={' or '.join(map(repr, of))}, and "
-                                        f"this is {self.kind!r}"))
-        for name in ("scale", "gamma"):
-            value = self.how.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"{name}={value!r}: expected a number above 0")
         if self.kind in ("barlow", "supcon") and any(
                 "negative" in rows.column_names for rows in self.data.splits.values()):
             raise ConfigError(f"loss_type={self.kind!r} looks at two texts of one thing, and these "
@@ -134,9 +117,9 @@ class Embedding(Textual):
         if not {"label", "negative"} & set(self.data.splits[split].column_names):
             self.data.several("pair", split)
 
-    @property
-    def kind(self) -> str:
-        return self.how.get("loss_type", "ranking")
+    def unread(self) -> str:
+        return "rows with a score learn the square of its distance from a cosine" if self.scored \
+            else ""
 
     @property
     def pooling(self) -> str:
@@ -194,11 +177,11 @@ class Embedding(Textual):
         near = texts.view(n, -1, T)[:, 1]
         same = (near.unsqueeze(0) == near.unsqueeze(1)).all(-1)
         if self.kind == "triplet":
-            return e, triplet(e, float(self.how.get("gamma", 0.2)), same)
+            return e, triplet(e, self.margin, same)
         if self.kind == "barlow":
             return e, twins(e)
         made = classed if self.kind == "supcon" else ranking
-        return e, made(e, float(self.how.get("scale", SCALES[self.kind])), same)
+        return e, made(e, self.scale, same)
 
     def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
         return self.compared(self.logits(outputs), *labels)[1].mean()
@@ -237,12 +220,4 @@ class Embedding(Textual):
         batch = self.together([{"texts": coded, "labels": 1.0}])
         states = self.logits(model(**self.feed(batch)))
         e = pooled(states, batch["counted"].view(len(coded), -1), self.pooling)
-        if len(e) > 1:
-            return {"cosine": float(e[0] @ e[1])}
-        return {"embedding": e[0].tolist()}
-
-    def said(self, answer: Mapping[str, Any]) -> str:
-        if "cosine" in answer:
-            return f"{answer['cosine']:.4f}"
-        first = ", ".join(f"{x:.4f}" for x in answer["embedding"][:4])
-        return f"[{first}, ...] ({len(answer['embedding'])} numbers)"
+        return self.told_of(e)

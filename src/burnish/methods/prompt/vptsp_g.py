@@ -72,6 +72,7 @@ class VptspG(Method):
     context: ClassVar[Mapping[str, Key]] = {
         "class": Key("the class of each sample", below="proxies", training=True, optional=True)}
     relies_on: ClassVar[tuple[str, ...]] = ("gradients",)
+    head_outputs: ClassVar[str] = "embedding"
     identity: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     excused: ClassVar[Mapping[str, str]] = {

@@ -141,8 +141,8 @@ function forecast(columns) {
 
 // -- figures -----------------------------------------------------------------------------------
 /** What each task goes by, first the one that is kept for it. */
-const ORDER = ["map", "dice", "mean_iou", "recall_at_1", "wer", "rouge_l", "accuracy", "exact_match", "f1", "mrr", "token_accuracy", "spearman", "r2", "mase", "perplexity"];
-const NAMES = { map: "mean average precision", map_50: "average precision at half overlap", mean_iou: "intersection over union", dice: "Dice", recall_at_1: "nearest is right",
+const ORDER = ["map", "dice", "mean_iou", "recall_at_1", "map_at_r", "wer", "rouge_l", "accuracy", "exact_match", "f1", "mrr", "token_accuracy", "spearman", "r2", "mase", "perplexity"];
+const NAMES = { map: "mean average precision", map_50: "average precision at half overlap", mean_iou: "intersection over union", dice: "Dice", recall_at_1: "nearest is right", map_at_r: "MAP@R",
   wer: "errors per word", cer: "errors per character", rouge_l: "ROUGE-L", mrr: "reciprocal rank", r2: "R²", mae: "absolute error", mase: "error beside the naive", f1: "F1" };
 
 export const called = (name) => NAMES[name.replace(/^eval_/, "")] || name.replace(/^eval_/, "").replace(/_/g, " ");
