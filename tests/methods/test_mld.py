@@ -81,6 +81,9 @@ def test_rows_of_few_tokens_or_none_have_a_figure():
     with torch.no_grad():
         said = net.eval()(**given).logits[2, 0].log_softmax(-1)[ids[2, 1]]
     assert got[:2].tolist() == [1.0, 1.0]                # nothing comes next
+    (method,) = burnish.parse("mld(told_by='perplexity')")
+    assert torch.equal(method.lifecycle(tuned, [{"input_ids": ids}]), method.lifecycle(
+        tuned, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]))
     assert float(got[2]) == pytest.approx(float((-said).exp()), rel=1e-6)
     off = burnish.parse("mld")[0].lifecycle(tuned, [given])
     assert float(off[0]) == 0 and bool((off[1:] > 0).all())

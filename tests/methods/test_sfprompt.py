@@ -111,6 +111,12 @@ def test_the_samples_that_stay_are_those_the_short_model_is_furthest_off_on(prun
     assert [*found[0].tolist(), *(6 + found[1]).tolist()] == want
 
 
+def test_a_share_that_floating_point_makes_smaller_is_whole():
+    tuned, batch, _ = joined(n=50)
+    assert 0.58 * 50 < 29
+    assert sum(map(len, Sfprompt(pruned=0.58).kept(tuned, [batch]))) == 50 - 29
+
+
 def test_fedavg_weighs_by_samples():
     a, b = ({"w": torch.full((3,), v), "h": torch.full((2,), v, dtype=torch.float64)}
             for v in (1.0, 5.0))

@@ -96,8 +96,8 @@ class Mld(Method):
             mask = batch.get(mask_key(tuned.anatomy, block)) if isinstance(batch, Mapping) else None
             if isinstance(mask, Tensor) and mask.shape == m.shape:
                 m = mask.to(m)
-            off, size = (((v.square().mean(-1)) * m).flatten(1).sum(1) for v in (f - t, t))
-            out.append(off / size.clamp_min(torch.finfo(f.dtype).tiny))
+            off, size = ((v * m.unsqueeze(-1)).flatten(1).norm(dim=1) for v in (f - t, t))
+            out.append((off / size.clamp_min(torch.finfo(f.dtype).tiny)).square())
         return torch.stack(out).mean(0)
 
     def _perplexity(self, tuned: Any, batch: Any) -> Tensor:
