@@ -129,11 +129,26 @@ def test_ranks_and_scales_may_differ_and_one_source_is_itself(tmp_path):
     mine = dict(tuned.branches(Arrows))
     x = torch.randn(1, 3, 32)
     m = mine["model.layers.0.self_attn.q_proj"]
+    assert m.scale == 1, "each source's own scale is in what it brings"
     w = m.weights(x)
     pairs = [(c.A, c.B, c.scale) for s in "ab" for n, c in tuned.terms(Chain, s)
              if n.startswith("model.layers.0.self_attn.q_proj")]
     want = sum(w[..., i:i + 1] * (x @ A.T @ B.T) * s for i, (A, B, s) in enumerate(pairs))
     torch.testing.assert_close(m(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_fails_on_the_way_leaves_no_adapter(monkeypatch):
+    model, batch = tiny("llama")
+    tuned = stir(burnish.tune(model, "lora(rank=2, targets='q')", head=False))
+    want = outputs(model, batch)
+
+    def fails(self, updates):
+        raise MemoryError
+
+    monkeypatch.setattr(Arrows, "take", fails)
+    with pytest.raises(MemoryError):
+        parse("arrow")[0].lifecycle(tuned, "routed", ["default"])
+    assert list(tuned.adapters) == ["default"] and torch.equal(outputs(model, batch), want)
 
 
 def test_a_linear_outside_blocks_and_those_too_small_for_the_rank():
@@ -161,12 +176,15 @@ def test_counts_defaults_and_refusals(tmp_path):
     tuned = stir(burnish.tune(model, "lora(rank=2, targets='q')"))
     tuned.add("other", "lora(rank=2, targets='v')")
     tuned.add("dora", "dora(rank=2, targets='q')")
+    tuned.add("pissa", "pissa(rank=2, targets='q')")
+    tuned.add("table", "lora(rank=2, targets='embedding')", head=False)
     tuned.add("larger", "lora(rank=3, targets='q')")
     tuned.add("more", "lora(rank=2, targets='q') + norms")
     want = outputs(model, batch)
     for sources, general, words in (
             ([], [], "at least one"), (["default", "other"], [], "'other' updates other linears"),
-            (["dora"], [], "'dora' is, or has"), (["more"], [], "'more' is, or has"),
+            (["dora"], [], "'dora' is, or has"), (["pissa"], [], "'pissa' is, or has"),
+            (["table"], [], "'table' is, or has"), (["more"], [], "'more' is, or has"),
             (["default"], ["larger"], "have several ranks")):
         with pytest.raises(RecipeError, match=words):
             m.lifecycle(tuned, "routed", sources, general)

@@ -567,6 +567,47 @@ def test_it_is_no_weight_and_lora_merges_without_it():
     assert not method.identity and not method.merges
 
 
+class Single(nn.Module):
+    """Attention of one head, which says nothing of heads."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (m(x).unsqueeze(1) for m in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+
+
+class Beside(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(d), Single(d)
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.layers = nn.ModuleList(Beside(d) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+def test_heads_of_which_nothing_is_said_are_one():
+    torch.manual_seed(0)
+    net, x = Stack(D), torch.randn(2, 5, D)
+    want = net(x)
+    tuned = burnish.tune(net, f"pq_attention(subspace={D}, words=2, attended=1.0)", head=False)
+    assert [tuple(p.shape) for p in tuned.parameters()] == [(1, 2, D)] * 2
+    torch.testing.assert_close(net(x), want)
+
+
 def test_count_on_a_published_shape():
     method = parse("pq_attention")[0]
     found = list(method.branch(Anatomy.of(tiny("llama", meta=True, **LLAMA_7B)[0])))
