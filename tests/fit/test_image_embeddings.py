@@ -171,6 +171,15 @@ def test_batches_of_even_classes_hold_whole_shares_of_as_many_as_have_room(per_c
     assert full >= 0.9 * len(rows) / batch
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_row_is_left_without_another_of_its_class(seed):
+    """Five are three and two, not four and one."""
+    classes = [c for c in range(2) for _ in range(5)]
+    rows = [classes[i] for i in Classed(classes, seed, 4, 8)]
+    for held in (rows[:8], rows[8:]):
+        assert min(held.count(c) for c in held) >= 2
+
+
 def test_rows_that_are_drawn_anew_are_asked_for_in_their_pass():
     later = Classed([0, 0, 1, 1, 1, 1], 0, 2, 4, redrawn=True)
     later.set_epoch(2)
@@ -302,6 +311,19 @@ def test_a_method_whose_outputs_are_no_classes_is_refused_by_every_task_but_its_
                                           "image-classification would read its own answers"):
         burnish.fit(VIT, "digits", "vptsp_g(proxies=10)", output=tmp_path / "out", **QUIET)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_it_is_refused_where_streams_boards_and_clients_tell_classes_apart():
+    from burnish.board import run as scored
+    from burnish.board import task as on_board
+    from burnish.continual import harness
+    from burnish.federated.run import setting
+
+    for begins in (lambda: scored(on_board("handwriting"), "vptsp_g(proxies=10)"),
+                   lambda: harness.run(None, "vptsp_g(proxies=10)"),
+                   lambda: setting("vptsp_g(proxies=10)", clients=2)):
+        with pytest.raises(ConfigError, match="vptsp_g makes the head's outputs an embedding"):
+            begins()
 
 
 @pytest.mark.parametrize("how, words", [
