@@ -85,6 +85,14 @@ def test_rows_of_few_tokens_or_none_have_a_figure():
     assert torch.equal(method.lifecycle(tuned, [{"input_ids": ids}]), method.lifecycle(
         tuned, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]))
     assert float(got[2]) == pytest.approx(float((-said).exp()), rel=1e-6)
+    late = mask.clone()
+    late[0, -3:] = 1                                     # padded on the left: what follows the pad
+    with torch.no_grad():                                # is not foretold
+        said = net.eval()(input_ids=ids, attention_mask=late).logits[0].log_softmax(-1)
+    T = ids.shape[1]
+    want = -sum(float(said[t, ids[0, t + 1]]) for t in (T - 3, T - 2)) / 2
+    got = method.lifecycle(tuned, [{"input_ids": ids, "attention_mask": late}])
+    assert float(got[0].log()) == pytest.approx(want, rel=1e-6)
     off = burnish.parse("mld")[0].lifecycle(tuned, [given])
     assert float(off[0]) == 0 and bool((off[1:] > 0).all())
 
