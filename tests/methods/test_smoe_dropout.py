@@ -261,8 +261,20 @@ def test_models_and_defaults():
     assert [e.group.units for e in parse("smoe_dropout")[0].branch(anatomy)] == [11008] * 32
 
 
+def test_some_of_the_experts_are_neither_the_dense_mlp_nor_a_weight():
+    tuned, net = made("experts=4, k=1, k_end=1", "lora(rank=2)")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    on = net.eval()(x)
+    with tuned.disabled():
+        assert (net(x) - on).abs().max() > 1e-3
+    assert not type(tuned.recipe[-1]).identity
+    with pytest.raises(burnish.CheckError, match="smoe_dropout has no form as a plain weight"):
+        tuned.merge()
+
+
 def test_refusals():
-    for text in ("experts=1", "k=0", "k=17", "k_end=7", "k_end=17", "experts=4, k=5"):
+    for text in ("experts=1", "experts=1, k=1", "k=0", "k=17", "k_end=7", "k_end=17",
+                 "experts=4, k=5"):
         with pytest.raises(burnish.RecipeError, match=r"^smoe_dropout.*expected at least 2"):
             parse(f"smoe_dropout({text})")
     assert parse("smoe_dropout(experts=2, k=1, k_end=1)")
