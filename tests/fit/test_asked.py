@@ -16,9 +16,11 @@ from scipy.io import wavfile
 from burnish.core.errors import DataError
 from burnish.fit import asked, sounds
 from burnish.fit.data import read
+from burnish.fit.tasks import TASKS
 
-SEEN, HEARD = SimpleNamespace(takes=("image",)), SimpleNamespace(takes=("audio",))
-BOTH = SimpleNamespace(takes=("image", "text"), data=SimpleNamespace(task="image-captioning"))
+SEEN, HEARD = TASKS["image-classification"], TASKS["audio-classification"]
+BOTH = SimpleNamespace(takes=("image", "text"), paired=False,
+                       data=SimpleNamespace(task="image-captioning"))
 
 
 @pytest.fixture

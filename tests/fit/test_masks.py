@@ -105,7 +105,8 @@ def test_a_picture_on_its_side_is_asked_about_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
-    ((_, row),) = asked.rows([str(tmp_path / "x.jpg")], SimpleNamespace(takes=("image",)), {})
+    task = SimpleNamespace(takes=("image",), paired=False)
+    ((_, row),) = asked.rows([str(tmp_path / "x.jpg")], task, {})
     assert row["image"].size == (20, 40)
 
 

@@ -364,7 +364,8 @@ def test_texts_to_predict_on_are_read_as_prompts_are(tmp_path):
 
     from burnish.fit.asked import rows
 
-    task = SimpleNamespace(takes=("text",), data=SimpleNamespace(task="language-modelling"))
+    task = SimpleNamespace(takes=("text",), paired=False,
+                           data=SimpleNamespace(task="language-modelling"))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
     assert list(rows([str(tmp_path / "a.txt")], task, {})) == [("one", {"text": "one"})]
     (tmp_path / "b.txt").write_bytes(b"caf\xe9\n")

@@ -39,7 +39,7 @@ class Task:
     #: what numbers the model is of, once it is settled
     reads: torch.dtype | None = field(default=None, repr=False)
     #: the part of the recipe that makes the loss, where it is not the task's
-    taught: str = field(default="", repr=False)
+    loss_part: str = field(default="", repr=False)
     #: where a task that makes files puts them
     folder: Path | None = field(default=None, repr=False)
     _made: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)

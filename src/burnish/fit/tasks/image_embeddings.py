@@ -64,7 +64,7 @@ class ImageEmbedding(Directions, _Picture):
         if read is not None and read.below < many:
             raise ConfigError(f"{part} tells {read.below} classes apart and the data have {many}: "
                               f"give {part}({read.key.below}={many})")
-        self.taught = part
+        self.loss_part = part
 
     # -- the rows ------------------------------------------------------------------------
     def make(self, split: str) -> Rows:
@@ -89,7 +89,7 @@ class ImageEmbedding(Directions, _Picture):
         if plain:
             return (self.input(batch), (batch["labels"],)), lambda out, b: self.loss(out, b[1])
         (fed, truth), loss = super().call(batch, plain, smoothing)
-        if self.taught:
+        if self.loss_part:
             fed = fed | {"class": batch["labels"].clone()}      # counted by itself
         return (fed, truth), loss
 
@@ -104,10 +104,10 @@ class ImageEmbedding(Directions, _Picture):
 
     def loss(self, outputs: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
         """Beside a recipe that makes the loss it is told as in an evaluation, and pulls nothing."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.taught):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.loss_part):
             losses, has = self.compared(self.directions(outputs), self.right(labels), slice(None))
             mean = losses.sum() / has.sum().clamp_min(1)
-        return mean + 0.0 * self.logits(outputs).sum() if self.taught else mean
+        return mean + 0.0 * self.logits(outputs).sum() if self.loss_part else mean
 
     # -- the figures ---------------------------------------------------------------------
     def kept(self, outputs: Any, truth: Any) -> tuple[Tensor, Tensor]:
