@@ -13,6 +13,7 @@ from torch import nn
 import burnish
 from burnish.core.errors import BurnishError, ConfigError
 from burnish.core.method import Method
+from burnish.engine.around import _evaluating
 from burnish.memory import Ledger, simulate
 from burnish.testing.models import tiny
 
@@ -484,3 +485,14 @@ def test_a_loop_that_cannot_narrow_says_what_is_missing():
     tuned.timeline.handlers.append(("narrows", Narrows([0])))
     with pytest.raises(ConfigError, match=r"tuned.around\(..., some=...\)"):
         tuned.around(lambda: mse(net(batch[0]), batch), lambda: mse(net(batch[0]), batch))
+
+
+def test_a_look_in_evaluation_mode_within_another_ends_neither_early():
+    net = start()[0].train()
+    net.drop.eval()
+    with _evaluating(net):
+        with _evaluating(net):
+            net.train()
+        assert not net.train().training and not net.norm.training
+    assert net.training and net.norm.training and not net.drop.training
+    assert not net.eval().training and "train" not in vars(net)

@@ -295,11 +295,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, evaluation mode, also where a trainer's own pass asks for training mode first."""
     training = [m for m in model.modules() if m.training]
     model.eval()
+    was = model.__dict__.get("train")            # that of a look around this one
     model.__dict__["train"] = lambda mode=True: model
     try:
         yield
     finally:
-        del model.__dict__["train"]
+        model.__dict__.pop("train")
+        if was is not None:
+            model.__dict__["train"] = was
         for m in training:
             m.training = True
 
