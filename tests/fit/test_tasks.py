@@ -219,5 +219,5 @@ def test_a_misspelt_choice_is_answered_with_the_nearest(tmp_path):
             lr_scheduler_type="xyzzy")
     refused("^there is no task 'classify'; did you mean 'text-classification'", task="classify")
     refused("expected image-, text-, audio-, cloud- or graph- and behind it classification, "
-            "multi-label or regression; or image-text-contrastive, .* or sequence-to-sequence$",
+            "multi-label or regression; or image-embedding, .* or sequence-to-sequence$",
             task="xyzzy")
