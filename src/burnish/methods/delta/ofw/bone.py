@@ -37,8 +37,9 @@ class Bone(Method):
 
     Start: D = 0: the pre-trained function exactly. Trains rank out per matrix. Merges exactly.
     Kept for backward: x; W' is formed anew in forward and in backward and lives in neither longer
-    than its product (costs two passes over W). rank must divide both sides of every target, else
-    RankError. No weight decay on D. The later versions of the paper train MiSS instead (`miss`).
+    than its product. Its gradient is a third product beside LoRA's two: 1.4 to 1.5 times its step.
+    rank must divide both sides of every target, else RankError. No weight decay on D. The later
+    versions of the paper train MiSS instead (`miss`).
     """
 
     paper: ClassVar[str] = ("Bone: Block-Affine Adaptation of Large Language Models (2024), "
