@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -119,3 +123,66 @@ def adapters(tmp_path):
         out[f"{name} merged"] = tmp_path / f"{name}-model"
         tuned.merge().save_pretrained(out[f"{name} merged"])
     return out
+
+
+class Heard:
+    """A stream that keeps what goes through it."""
+
+    def __init__(self, stream):
+        self.stream, self.text = stream, ""
+
+    def write(self, text):
+        self.text += text
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+#: words that no line is broken within: a path, a name, a recipe without a space
+LONGEST = re.compile(r"\S{40,}")
+
+
+def complaints(out, err):
+    """What should not be on a screen that is none: bars, codes, lines of more than 80 columns."""
+    found = [f"{what} in {text!r}" for text in (out, err) for what, mark in
+             (("a carriage return", "\r"), ("an escape code", "\x1b"), ("a bar", "it/s]"),
+              ("a traceback", "Traceback (most")) if mark in text]
+    if not out.lstrip().startswith(("{", "[")):                 # JSON is for programs
+        found += [f"{len(line)} columns: {line!r}" for line in out.splitlines()
+                  if len(line) > 80 and not LONGEST.search(line)]
+    return found
+
+
+@functools.cache
+def parser_of_all():
+    from burnish.cli.app import command
+
+    return command()
+
+
+@pytest.fixture(autouse=True)
+def off_a_terminal(monkeypatch):
+    """Whatever these tests call is heard as a program hears it: each command starts with the bars
+    of transformers on, as it does in a process of its own, and shows none."""
+    from burnish.cli import app
+
+    parser, found = parser_of_all(), []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(parser, name)
+
+        def main(self, *args, **kw):
+            if "transformers" in sys.modules:
+                sys.modules["transformers"].utils.logging.enable_progress_bar()
+            out, err = Heard(sys.stdout), Heard(sys.stderr)
+            try:
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    return parser.main(*args, **kw)
+            finally:
+                found.extend(complaints(out.text, err.text))
+
+    monkeypatch.setattr(app, "command", Watched)
+    yield
+    assert not found, "\n".join(found)

@@ -13,7 +13,7 @@ from ..core.axes import AXES
 from ..core.errors import CheckError, ConfigError, nearest
 from ..core.extras import OPTIONAL
 from .app import Json, app
-from .screen import emit, table
+from .screen import emit, fitted, hung, table
 
 
 @app.command()
@@ -66,21 +66,24 @@ def page(entry: Any) -> str:
         known.append(("applies to", ", ".join(d["kinds"])))
     known += [("source", d["paper"]), ("written", d["tier"])]
     width = max(len(k) for k, _ in known)
-    return "\n".join([d["doc"], "", table(("setting", "default", "meaning"), rows), "",
-                      *(f"{k:<{width}}  {v}" for k, v in known)])
+    return "\n".join([fitted(d["doc"]), "", table(("setting", "default", "meaning"), rows), "",
+                      *(hung(f"{k:<{width}}  {v}", width + 2) for k, v in known)])
 
 
 def _listing(entries: list[Any], presets: dict[str, str]) -> str:
     width = max((len(n) for n in [*(e.name for e in entries), *presets]), default=0)
+
+    def line(name: str, said: str) -> str:
+        return hung(f"  {name:<{width}}  {said}", width + 4)
+
     lines: list[str] = []
     for name, axis in AXES.items():
         own = [e for e in entries if e.axes[:1] == (name,)]
         if own:
-            lines += [f"{name}: {axis.question}", *(f"  {e.name:<{width}}  {e.summary}"
-                                                   for e in own), ""]
+            lines += [f"{name}: {axis.question}", *(line(e.name, e.summary) for e in own), ""]
     if presets:
         lines += ["presets: named combinations",
-                  *(f"  {n:<{width}}  {r}" for n, r in sorted(presets.items())), ""]
+                  *(line(n, r) for n, r in sorted(presets.items())), ""]
     from ..core.method import TIERS
 
     held = Counter(e.cls.tier for e in entries)

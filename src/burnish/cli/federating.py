@@ -9,7 +9,7 @@ import typer
 
 from ..core.errors import ConfigError
 from .app import Json, app
-from .screen import emit, table
+from .screen import emit, say, table
 
 
 @app.command()
@@ -76,9 +76,9 @@ def federate(
     told = f"{at.task.data}\n{clients} clients of {sizes[0]} to {sizes[-1]} rows" + (
         "" if at.alpha is None else f", classes divided with alpha {at.alpha:g}")
     if compare:
-        say = (lambda line: None) if json else lambda line: print(line, flush=True)
-        say(told)
-        rows = run.compare(at, say)
+        tell = (lambda line: None) if json else say
+        tell(told)
+        rows = run.compare(at, tell)
         emit(json, {"recipe": recipe, "alpha": at.alpha, "rows": rows},
              "\n" + table(("", rows[0]["metric"], "sent up", "sent down", "seconds"),
                           [_way(r) for r in rows], range(1, 5)))

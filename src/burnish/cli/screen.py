@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ def emit(as_json: bool, data: Any, text: str) -> None:
         json.dump(plain(data), sys.stdout, indent=2, sort_keys=False)
         sys.stdout.write("\n")
     else:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        say(text.rstrip("\n"))
+
+
+def say(text: str) -> None:
+    """Print at once, and what of a line is beyond eighty columns below it, set in. Rows of a page
+    in Markdown stay whole."""
+    for line in text.split("\n"):
+        if len(line) > WIDTH and not line.startswith("|"):
+            line = hung(line, len(line) - len(line.lstrip()) + 2)
+        sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def check_picture(picture: Path | None) -> None:
@@ -48,13 +60,87 @@ def plain(value: Any) -> Any:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> str:
-    """Aligned columns; those whose index is in `right` are flush right."""
+    """Aligned columns; those whose index is in `right` are flush right and stay on one line.
+
+    What is wider than eighty columns wraps where there are words; columns that even so find no room
+    follow below, beside the first once more.
+    """
     cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     flush = set(right)
+    return "\n\n".join(_part(cells, part, flush) for part in _parts(cells, flush))
 
-    def line(row: list[str]) -> str:
-        return "  ".join(c.rjust(w) if i in flush else c.ljust(w)
-                         for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
 
-    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+def fitted(text: str) -> str:
+    """Prose within eighty columns: a paragraph with a longer line is filled anew where all of it is
+    set in alike, and otherwise line by line."""
+    out = []
+    for part in text.split("\n\n"):
+        lines = part.splitlines()
+        inset = {len(line) - len(line.lstrip()) for line in lines}
+        if max(map(len, lines), default=0) <= WIDTH:
+            out.append(part)
+        elif len(inset) == 1:
+            out.append(_filled(" ".join(line.strip() for line in lines), inset.pop()))
+        else:
+            out.append("\n".join(_filled(line, len(line) - len(line.lstrip()))
+                                 if len(line) > WIDTH else line for line in lines))
+    return "\n\n".join(out)
+
+
+def hung(line: str, inset: int) -> str:
+    """One line, and what is beyond eighty columns of it below, set in."""
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * inset, break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def _filled(line: str, inset: int) -> str:
+    return textwrap.fill(line.strip(), WIDTH, initial_indent=" " * inset,
+                         subsequent_indent=" " * inset, break_long_words=False,
+                         break_on_hyphens=False)
+
+
+#: columns of a screen, and what a column of words is not wrapped below
+WIDTH, WORDS = 80, 24
+
+
+def _widths(cells: list[list[str]], flush: set[int]) -> list[tuple[int, int]]:
+    """Of each column its width, and the least that it can be wrapped to."""
+    out = []
+    for i, column in enumerate(zip(*cells, strict=True)):
+        width = max(map(len, column))
+        word = max((len(w) for c in column for w in c.split()), default=0)
+        out.append((width, width if i in flush else min(width, max(WORDS, word + 2))))
+    return out
+
+
+def _parts(cells: list[list[str]], flush: set[int]) -> list[list[int]]:
+    """Which columns stand beside each other."""
+    least = [n for _, n in _widths(cells, flush)]
+    parts = [[0]]
+    for i in range(1, len(least)):
+        if len(parts[-1]) > 1 and sum(least[j] + 2 for j in [*parts[-1], i]) - 2 > WIDTH:
+            parts.append([0])
+        parts[-1].append(i)
+    return parts
+
+
+def _part(cells: list[list[str]], part: list[int], flush: set[int]) -> str:
+    of = _widths(cells, flush)
+    widths = {i: of[i][0] for i in part}
+    while sum(w + 2 for w in widths.values()) - 2 > WIDTH:
+        loose = [i for i in part if widths[i] > of[i][1]]
+        if not loose:                                # a single word that is wider than a screen
+            break
+        widths[max(loose, key=widths.__getitem__)] -= 1
+
+    def lines(row: list[str]) -> list[str]:
+        inside = [[row[i]] if len(row[i]) <= w else textwrap.wrap(
+            " ".join(row[i].split()), w, subsequent_indent="  ", break_long_words=False,
+            break_on_hyphens=False) for i, w in widths.items()]
+        return ["  ".join(c.rjust(w) if i in flush else c.ljust(w) for c, (i, w)
+                          in zip(line, widths.items(), strict=True)).rstrip()
+                for line in zip_longest(*inside, fillvalue="")]
+
+    first, *others = [lines(row) for row in cells]
+    rule = "  ".join("-" * w for w in widths.values())
+    return "\n".join([*first, rule, *(line for row in others for line in row)])

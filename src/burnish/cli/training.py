@@ -15,7 +15,7 @@ from ..core.errors import BurnishError, ConfigError, nearest
 from . import config, launching
 from .app import Json, app
 from .flags import flags
-from .screen import emit, table
+from .screen import emit, say, table
 
 if TYPE_CHECKING:
     from ..fit.readings import AmbiguousError
@@ -261,11 +261,11 @@ def demo(
     from .tour import Tour
 
     done = run(output, memory or BUDGET, quiet=json)
-    tour = Tour(output, (lambda line: None) if json else (lambda line: print(line, flush=True)))
+    tour = Tour(output, (lambda line: None) if json else say)
     tour.take()
     if json:
         emit(True, {**done.to_dict(), "tour": tour.to_dict()}, "")
     else:
-        print("\n" + "\n".join(f"{'holds' if h else 'FAILS'}: {w}" for w, h in tour.checks))
+        say("\n" + "\n".join(f"{'holds' if h else 'FAILS'}: {w}" for w, h in tour.checks))
     if failed := [w for w, h in tour.checks if not h]:
         raise CheckError(f"the demo ran, but this does not hold: {'; '.join(failed)}")
