@@ -17,17 +17,20 @@ def emit(as_json: bool, data: Any, text: str) -> None:
         json.dump(plain(data), sys.stdout, indent=2, sort_keys=False)
         sys.stdout.write("\n")
     else:
-        say(text.rstrip("\n"))
+        sys.stdout.write(folded(text.rstrip("\n")) + "\n")
 
 
 def say(text: str) -> None:
-    """Print at once, and what of a line is beyond eighty columns below it, set in. Rows of a page
-    in Markdown stay whole."""
-    for line in text.split("\n"):
-        if len(line) > WIDTH and not line.startswith("|"):
-            line = hung(line, len(line) - len(line.lstrip()) + 2)
-        sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """Print text for people at once."""
+    print(folded(text), flush=True)
+
+
+def folded(text: str) -> str:
+    """What of a line is beyond eighty columns stands below it, set in. Rows of a page in Markdown
+    stay whole."""
+    return "\n".join(
+        hung(line, len(line) - len(line.lstrip()) + 2)
+        if len(line) > WIDTH and not line.startswith("|") else line for line in text.split("\n"))
 
 
 def check_picture(picture: Path | None) -> None:
