@@ -50,7 +50,8 @@ class Bench:
         batch = task.collate([rows[i] for i in range(len(rows))])
         self.x, self.y = batch["pixel_values"], batch["labels"]
 
-    def base(self) -> Any:
+    @staticmethod
+    def base() -> Any:
         """The glyph transformer under the ten digits of its own head."""
         import torch
         from transformers import ViTForImageClassification
