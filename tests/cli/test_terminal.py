@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -125,6 +126,17 @@ def test_what_is_said_is_set_in_below_and_a_page_stays_whole(capsys):
     first, second, whole, short = capsys.readouterr().out.splitlines()
     assert len(first) <= WIDTH and first.startswith("  word") and second.startswith("    word")
     assert (whole, short) == (row, "short") and f"{first} {second}".split() == long.split()
+
+
+@given(st.lists(st.text(st.sampled_from("ab -'\"\\$"), max_size=60), min_size=1, max_size=8))
+def test_a_command_shown_is_what_a_shell_reads(words):
+    from burnish.cli.screen import folded
+    from burnish.formats.served import shell
+
+    told = folded("\n".join(["go on:", *shell(shlex.join(["burnish", *words])), "short"]))
+    first, *command, last = told.splitlines()
+    assert (first, last) == ("go on:", "short")
+    assert shlex.split("\n".join(command).replace("\\\n", "")) == ["burnish", *words]
 
 
 def test_the_ear_hears():

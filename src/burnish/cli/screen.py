@@ -27,10 +27,13 @@ def say(text: str) -> None:
 
 def folded(text: str) -> str:
     """What of a line is beyond eighty columns stands below it, set in. Rows of a page in Markdown
-    stay whole."""
-    return "\n".join(
-        hung(line, len(line) - len(line.lstrip()) + 2)
-        if len(line) > WIDTH and not line.startswith("|") else line for line in text.split("\n"))
+    and the lines of a command that a shell joins stay as they are: a path in it may have spaces."""
+    out, joined = [], False
+    for line in text.split("\n"):
+        whole = joined or line.endswith(" \\") or line.startswith("|") or len(line) <= WIDTH
+        out.append(line if whole else hung(line, len(line) - len(line.lstrip()) + 2))
+        joined = line.endswith(" \\")
+    return "\n".join(out)
 
 
 def check_picture(picture: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def search(
 
     from ..fit import figures
     from ..formats import safe
+    from ..formats.served import shell
     from ..memory import format_bytes, parse_bytes
     from ..search import Space, Trial
     from ..search import search as go
@@ -76,10 +78,11 @@ def search(
     rows = [(t.recipe, f"{t.score.figure:.4g}", format_bytes(t.score.peak), f"{t.score.trained:,}",
              f"{t.score.seconds:.0f} s") for t in best if t.score is not None]
     text = table(["recipe", "figure", "peak", "trained", "time"], rows, (1, 2, 3, 4))
-    command = f"burnish fit --model {model} --data {data} --recipe \"{best[0].recipe}\""
+    command = shlex.join(["burnish", "fit", "--model", str(model), "--data", str(data),
+                          "--recipe", str(best[0].recipe)])
     emit(json, {**front.to_dict(), "command": command},
          f"{text}\n\n{len(front.trials)} trials; no recipe tried beats these in "
-         f"{' and '.join(wanted)}\nthen: {command}")
+         f"{' and '.join(wanted)}\nthen:\n" + "\n".join(shell(command)))
 
 
 def check_layers(model: str, layers: int) -> None:

@@ -243,7 +243,9 @@ def shell(command: str, width: int = 76) -> list[str]:
     """A command over several lines, which a shell reads as one; a flag stays with its value."""
     groups: list[str] = []
     for word in map(shlex.quote, shlex.split(command)):
-        if groups and not word.startswith("-"):
+        value = bool(groups) and groups[-1].startswith("-") and " " not in groups[-1]
+        if groups and not word.startswith("-") and (
+                value or len(groups[-1]) + len(word) + 1 <= width):
             groups[-1] += f" {word}"
         else:
             groups.append(word)
