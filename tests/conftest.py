@@ -102,6 +102,34 @@ def _where_the_time_went(terminalreporter):
             terminalreporter.write_line(", ".join(f"{n} {t:.0f}" for n, t in found))
 
 
+class Said(str):
+    """What a command prints has what is looked for wherever its lines break: that is another place
+    on each machine where one names a temporary folder."""
+
+    def __contains__(self, words):
+        prose = words and words == " ".join(words.split())
+        return super().__contains__(words) or bool(prose) and words in " ".join(self.split())
+
+
+class Heard:
+    """capsys, of whom what is read is :class:`Said`."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def readouterr(self):
+        found = self.capsys.readouterr()
+        return type(found)(Said(found.out), Said(found.err))
+
+    def __getattr__(self, name):
+        return getattr(self.capsys, name)
+
+
+@pytest.fixture
+def capsys(capsys):
+    return Heard(capsys)
+
+
 @pytest.fixture(autouse=True)
 def steady():
     """Seed, dtype and threads are put back whatever a test does to them."""

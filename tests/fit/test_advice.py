@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 import torch
+from tests.cli.conftest import complaints
 
 from burnish.cli import main
 from burnish.core.errors import BurnishError, ConfigError, NoPlanError
@@ -151,7 +152,7 @@ def test_the_command_line_prints_it_within_eighty_columns(qwen, tmp_path, capsys
     assert main(["advise", str(qwen), str(talks), "--max_length", "64"]) == 0
     out = capsys.readouterr().out
     why, _, command = out.partition("\n\n")
-    assert all(len(line) <= 80 for line in why.splitlines()) and "--test" in why
+    assert not complaints(why, "") and "--test" in why
     words = shlex.split(command.replace("\\\n", ""))
     assert words[words.index("--data") + 1] == str(talks)
     assert words[words.index("--max_length") + 1] == "64"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.conftest import Said
 
 HERE = Path(__file__).parent
 TEXTS = ["the cat sat on the mat", "a dog ran in the park", "stocks fell as rates rose",
@@ -41,7 +42,9 @@ class Client:
     def ask(self, what) -> SimpleNamespace:
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
-        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+        answer = json.loads(self.process.stdout.readline())
+        return SimpleNamespace(**answer | {k: Said(answer[k]) for k in ("out", "err")
+                                           if k in answer})
 
     def close(self) -> None:
         self.process.stdin.close()

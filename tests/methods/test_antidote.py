@@ -222,10 +222,40 @@ def test_weights_that_a_recipe_trains_as_a_whole_are_masked():
     assert torch.equal(tuned.tensors()[name], want)
 
 
-def test_a_share_of_no_entry_is_refused():
-    for ranking in ("row", "global"):
-        with pytest.raises(ConfigError, match="less than one entry"):
-            Antidote(ratio=1e-12, ranking=ranking).lifecycle(tiny("llama")[0], None)
+@pytest.mark.parametrize("ratio, of_row, of_all", [(0.29, 3, 29), (0.3, 3, 30), (0.01, 1, 1),
+                                                   (0.001, 1, 0), (1e-12, 1, 0), (1, 10, 100)])
+def test_a_share_is_counted_as_it_is_written(ratio, of_row, of_all):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 10))
+    Antidote(ratio=ratio, targets="0").lifecycle(net, None)
+    assert (net[0].weight == 0).sum(1).tolist() == [of_row] * 10
+    net = nn.Sequential(nn.Linear(10, 10))
+    one = Antidote(ratio=ratio, ranking="global", targets="0")
+    if of_all:
+        one.lifecycle(net, None)
+        assert int((net[0].weight == 0).sum()) == of_all
+        return
+    with pytest.raises(ConfigError, match="less than one entry of these 1 matrices"):
+        one.lifecycle(net, None)
+    assert net[0].weight.all()
+
+
+def test_updates_that_are_no_plain_product_behind_a_linear_are_named():
+    tuned, data = factored(recipe="pissa(rank={})")           # a product less its start
+    with pytest.raises(ConfigError, match="update that is no plain product"):
+        Antidote().lifecycle(tuned, data)
+    net, _ = tiny("cnn")
+    with pytest.raises(ConfigError, match=r"\(conv\) has an update that is no plain product"):
+        Antidote().lifecycle(burnish.tune(net, "lora(rank=2)", head=False), None)
+
+
+def test_a_matrix_is_ranked_beside_other_kinds_of_update_but_not_under_one():
+    net, _ = tiny("llama")
+    tuned = burnish.tune(net, "lokr(targets='q') + full(targets='v')", head=False)
+    told = Antidote(ratio=0.25, targets="v").lifecycle(tuned, batches())
+    assert list(told.values()) == [0.25] * 2 and all("v_proj" in n for n in told)
+    with pytest.raises(ConfigError, match="stands with an update that is no product of factors"):
+        Antidote(targets="q").lifecycle(tuned, batches())
 
 
 def test_a_decoder_reads_what_labels_say():

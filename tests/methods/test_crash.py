@@ -73,6 +73,7 @@ def test_the_most_alike_are_joined_first_and_pairs_are_in_order():
     assert by_twos(6, (0, 4)) == [(0, 0), (1, 2), (3, 3), (4, 4), (5, 5)]
     assert spread(32, 4) == (0, 10, 21, 31) and spread(5, 1) == (0,)
     assert Crash(layers=3, outer=True).trained(9) == (0, 1, 8)
+    assert Crash(layers=2, outer=True).trained(6) == (0, 5)
     assert Crash().many(32) == 22 and Crash(layers=2).many(7) == 3
     assert Crash(layers=3).many(5) == 2 and Crash(intervals=25).many(32) == 25
 
@@ -128,6 +129,31 @@ def test_the_emulator_runs_the_kept_blocks_where_the_others_stood(settings):
         sum(p.numel() for p in net.parameters()) - left_out * one
     assert left_out and not {id(p) for p in net.parameters()} & {
         id(p) for p in e.model.parameters()}
+
+
+def test_blocks_are_joined_by_their_likeness_or_by_twos():
+    net, batch = made(layers=8)
+    given = [{"input_ids": batch["input_ids"]}]
+    alike = Crash(layers=2).lifecycle(net, given).alike
+    for intervals in (2, 3, 4):
+        e = Crash(layers=2, outer=True, intervals=intervals).lifecycle(net, given)
+        assert list(e.clusters) == clustered(list(alike), (0, 7), intervals)
+    e = Crash(layers=2, outer=True, cluster="turn").lifecycle(net, given)
+    assert list(e.clusters) == by_twos(8, (0, 7)) != clustered(list(alike), (0, 7), 3)
+
+
+def test_a_copy_of_the_emulator_is_plugged_in_as_it_is_and_not_the_emulator_s_own():
+    net, batch = made()
+    method = Crash(layers=2)
+    e = method.lifecycle(net, [{"input_ids": batch["input_ids"]}])
+    far = copy.deepcopy(e.model)
+    w = far.get_submodule(e.path(0)).mlp.up_proj.weight
+    w.data += 1
+    own = net.model.layers[0].mlp.up_proj.weight.detach().clone()
+    method.plug(net, e, far)
+    assert torch.equal(net.model.layers[0].mlp.up_proj.weight, w)
+    method.plug(net, e)
+    assert torch.equal(net.model.layers[0].mlp.up_proj.weight, own)
 
 
 def test_four_of_the_blocks_of_opt_train_as_many_numbers_as_published():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +25,7 @@ class Antidote(Method):
         S_ij = |W_ij| sqrt(mean over tokens of x_j^2)       x on harmful data (Wanda's score)
 
     and the largest S go. ranking="row", as released: in every row of n entries the
-    ``n - floor(n (1 - ratio))`` largest (of a factor B of rank 8 one, which is 12.5 %, not 10);
+    ``ceil(n ratio)`` largest (of a factor B of rank 8 one, which is 12.5 %, not 10);
     "global", as the paper says it: the share `ratio` of all entries together, by one threshold
     (of scores equal to it none)::
 
@@ -60,7 +62,8 @@ class Antidote(Method):
                   ) -> dict[str, float]:
         """Masks what there is, in place. The share of each matrix that has become zero."""
         model: nn.Module = tuned if isinstance(tuned, nn.Module) else tuned.model
-        found = self._factors(tuned) or self._whole(tuned, model)
+        terms = [] if isinstance(tuned, nn.Module) else list(tuned.terms(Chain))
+        found = self._factors(tuned, terms) if terms else self._whole(tuned, model)
         if harmful is not None:
             seen: dict[str, list[SecondMoments]] = {}
             for m in found:
@@ -73,35 +76,35 @@ class Antidote(Method):
         def scores() -> Iterator[Tensor]:
             return (self._score(m) for m in found)
 
-        every = int(self.ratio * sum(m.weight.numel() for m in found) + 1e-9)
-        if not (every if self.ranking == "global" else
-                any(self._of_row(m.weight.shape[1]) for m in found)):
-            raise ConfigError(f"antidote: ratio={self.ratio:g} is less than one entry of these "
-                              f"{len(found)} matrices")
-        cut = 0.0 if self.ranking == "row" else threshold(scores, every)
+        cut = None
+        if self.ranking == "global":
+            every = math.floor(self._share * sum(m.weight.numel() for m in found))
+            if not every:
+                raise ConfigError(f"antidote: ratio={self.ratio:g} is less than one entry of these "
+                                  f"{len(found)} matrices")
+            cut = threshold(scores, every)
         told = {}
         for m, score in zip(found, scores(), strict=True):
-            gone = score > cut if self.ranking == "global" else self._row(score)
+            gone = self._row(score) if cut is None else score > cut
             m.weight.masked_fill_(gone, 0)
             told[m.name] = float(gone.float().mean())
         return told
 
-    def _of_row(self, n: int) -> int:
-        return n - int(n * (1 - self.ratio) + 1e-9)
+    @property
+    def _share(self) -> Fraction:
+        """The ratio as it is written: 0.29 of 100 are 29."""
+        return Fraction(str(self.ratio))
 
     def _row(self, score: Tensor) -> Tensor:
-        k = self._of_row(score.shape[1])
-        at = score.argsort(dim=1, descending=True, stable=True)[:, :k]
+        at = score.topk(math.ceil(self._share * score.shape[1])).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, at, True)
 
     def _score(self, m: _Matrix) -> Tensor:
         size = m.weight.abs().to(torch.promote_types(m.weight.dtype, torch.float32))
         return size if m.seen is None else size * m.seen.value.to(size).sqrt()
 
-    def _factors(self, tuned: Any) -> list[_Matrix]:
-        """A and B of every plain product of factors in the recipe."""
-        if isinstance(tuned, nn.Module) or not (terms := list(tuned.terms(Chain))):
-            return []
+    def _factors(self, tuned: Any, terms: list[tuple[str, Chain]]) -> list[_Matrix]:
+        """A and B of these products of factors, which have to be plain ones."""
         if self.targets is not None:
             raise ConfigError("antidote: targets are of whole weights; of a recipe's factors all "
                               "are ranked")
