@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from burnish.cli import main
 from burnish.cli.app import command
@@ -91,6 +93,47 @@ def test_doctor_trains_a_step(capsys):
     assert data["step"]["loss_after"] < data["step"]["loss_before"]
     assert data["packages"]["torch"] == torch.__version__ and "fit" in data["extras"]
     assert "training works" in run(capsys, "doctor")[1]
+
+
+PLACES = {"torch": "", "peft": "peft", "flwr": "federated", "starlette": "ui", "uvicorn": "ui"}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted(PLACES)), st.sampled_from(
+    ["0.0.9", "0.0.dev3+cpu", "99.1", "99.0rc1", "own-build"])))
+def test_a_version_is_too_old_where_what_is_declared_says_so(monkeypatch, there):
+    from burnish.core import extras
+
+    real = extras.version
+    with monkeypatch.context() as m:
+        m.setattr(extras, "version", lambda p: there.get(p) or real(p))
+        old = extras.too_old()
+    assert {p: e for e, found in old.items() for p in found} == {
+        p: PLACES[p] for p, v in there.items() if v.startswith("0.")}
+
+
+def test_doctor_says_what_is_too_old_and_what_to_type(monkeypatch, capsys):
+    from burnish.core import extras
+
+    real, there = extras.version, {"torch": "2.1", "starlette": "0.4"}
+    monkeypatch.setattr(extras, "version", lambda p: there.get(p) or real(p))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "torch 2.1, wants >=2.8: pip install --upgrade 'torch>=2.8'" in out
+    assert "starlette 0.4, wants >=0.46: pip install --upgrade 'burnish[ui]'" in out
+    assert json.loads(run(capsys, "doctor", "--json")[1])["too_old"] == {
+        "": {"torch": ">=2.8"}, "ui": {"starlette": ">=0.46"}}
+
+
+def test_doctor_from_a_source_that_is_not_installed_compares_nothing(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from burnish.core import extras
+
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "requires", none)
+    assert extras.too_old() == {}
 
 
 def test_doctor_knows_every_package_that_is_declared():

@@ -11,7 +11,7 @@ import typer
 
 from ..core.axes import AXES
 from ..core.errors import CheckError, ConfigError, nearest
-from ..core.extras import OPTIONAL
+from ..core.extras import OPTIONAL, installed, too_old
 from .app import Json, app
 from .screen import emit, fitted, hung, table
 
@@ -93,7 +93,7 @@ def _listing(entries: list[Any], presets: dict[str, str]) -> str:
 
 
 #: what the package cannot be without
-REQUIRED = ("torch", "safetensors", "numpy", "typer", "rich")
+REQUIRED = ("torch", "safetensors", "numpy", "packaging", "typer", "rich")
 
 
 @app.command()
@@ -108,18 +108,11 @@ def doctor(
     for `burnish plan` and `burnish simulate`.
     """
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    def found(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    packages = {p: found(p) for p in ("burnish", *REQUIRED)}
-    extras = {extra: {p: found(p) for p in names} for extra, names in OPTIONAL.items()}
+    packages = {p: installed(p) for p in ("burnish", *REQUIRED)}
+    extras = {extra: {p: installed(p) for p in names} for extra, names in OPTIONAL.items()}
     devices = [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i),
                 "free": torch.cuda.mem_get_info(i)[0], "total": torch.cuda.mem_get_info(i)[1]}
                for i in range(torch.cuda.device_count())]
@@ -134,9 +127,9 @@ def doctor(
     found_rates = [measured(kind, again) for kind in kinds]
     before, after = _step()
     data = {"python": platform.python_version(), "platform": platform.platform(),
-            "packages": packages, "extras": extras, "threads": torch.get_num_threads(),
-            "devices": devices, "kernels": kernels, "rates": found_rates,
-            "step": {"loss_before": before, "loss_after": after}}
+            "packages": packages, "extras": extras, "too_old": too_old(),
+            "threads": torch.get_num_threads(), "devices": devices, "kernels": kernels,
+            "rates": found_rates, "step": {"loss_before": before, "loss_after": after}}
     emit(json, data, _diagnosis(data))
     if not after < before:
         raise CheckError(f"a training step did not lower the loss here ({before:.4g} before, "
@@ -159,16 +152,27 @@ def _step() -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+def _extra(extra: str, packages: dict[str, str | None], old: dict[str, str]) -> str:
+    """What is missing or too old of it, and what mends that; else what is there."""
+    missing = [p for p, v in packages.items() if v is None]
+    told = [f"missing {', '.join(missing)}"] if missing else []
+    told += [f"{p} {packages[p]}, wants {wanted}" for p, wanted in old.items()]
+    if not told:
+        return ", ".join(f"{p} {v}" for p, v in packages.items())
+    return f"{'; '.join(told)}: pip install {'--upgrade ' * bool(old)}'burnish[{extra}]'"
+
+
 def _diagnosis(d: dict[str, Any]) -> str:
     from ..memory.table import wrapped
     from ..memory.units import format_bytes
 
     lines = [f"Python {d['python']} on {d['platform']}, {d['threads']} threads"]
-    lines += [f"  {p:<14} {v or 'MISSING'}" for p, v in d["packages"].items()]
+    old = d["too_old"].get("", {})
+    lines += [f"  {p:<14} {v or 'MISSING'}"
+              + (f", wants {old[p]}: pip install --upgrade '{p}{old[p]}'" if p in old else "")
+              for p, v in d["packages"].items()]
     for extra, packages in d["extras"].items():
-        missing = [p for p, v in packages.items() if v is None]
-        state = f"missing {', '.join(missing)}: pip install 'burnish[{extra}]'" if missing \
-            else ", ".join(f"{p} {v}" for p, v in packages.items())
+        state = _extra(extra, packages, d["too_old"].get(extra, {}))
         lines += [f"  {line}" for line in wrapped(f"[{extra}] {state}")]
     lines += [f"  {g['device']}: {g['name']}, {format_bytes(g['free'])} free of "
               f"{format_bytes(g['total'])}" for g in d["devices"]] or ["  no GPU: runs on the CPU"]

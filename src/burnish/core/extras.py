@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from .errors import ConfigError
 
@@ -32,6 +36,40 @@ def told(error: ModuleNotFoundError, first: str = "fit") -> str | None:
                 return (f"this needs {package}, which is not installed: "
                         f"pip install 'burnish[{extra}]'")
     return None
+
+
+def installed(package: str) -> str | None:
+    """Its version; None: it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def too_old() -> dict[str, dict[str, str]]:
+    """Packages whose version is outside what burnish declares: extra ("" for what it cannot be
+    without) -> package -> the versions that it wants, ``">=4.5"``. None of what is not installed,
+    and nothing where burnish itself is not (run from its source)."""
+    try:
+        declared = [Requirement(r) for r in requires("burnish") or ()]
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for extra in ("", *OPTIONAL):
+        for r in declared:
+            own = r.name in OPTIONAL[extra] if extra else "extra ==" not in str(r.marker)
+            if own and (r.marker is None or r.marker.evaluate({"extra": extra})) and _outside(r):
+                found.setdefault(extra, {})[r.name] = str(r.specifier)
+    return found
+
+
+def _outside(wanted: Requirement) -> bool:
+    there = installed(wanted.name)
+    try:
+        return there is not None and not wanted.specifier.contains(Version(there),
+                                                                   prereleases=True)
+    except InvalidVersion:                 # a build with a name instead of a number: nobody can say
+        return False
 
 
 @contextmanager
