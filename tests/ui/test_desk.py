@@ -13,7 +13,7 @@ import pytest
 from burnish.fit.assets import GLYPH_VIT
 from burnish.fit.tasks import TASKS
 from burnish.testing.tasks import posed
-from burnish.ui import desk
+from burnish.ui import answers, desk
 from burnish.ui.asking import Desk
 from burnish.ui.places import Refused, confine
 
@@ -96,7 +96,7 @@ def test_lengths_are_of_the_model_s_tokens(tmp_path):
     assert told["tokens"] == {"median": 4, "most": 8, "nine_in_ten": 8} and told["longest"] == 8
     assert told["samples"][0] == {"text": "the cat", "label": "x"}
     shorter = ask("data", data=str(tmp_path / "a.jsonl"), tops=[str(tmp_path)], model=str(model),
-                  max_length=5)
+                  settings={"max_length": 5})
     assert shorter["longest"] == 5 and "longer than max_length=5" in shorter["notes"][0]
 
 
@@ -341,7 +341,7 @@ def test_a_series_is_foretold_and_rows_of_a_table_are_answered(finished, tmp_pat
     table = tmp_path / "asked.csv"
     table.write_text("text\n" + "a\nb\n" * 60)
     said = ask("predict", run=run, file=str(table))
-    assert len(said["rows"]) == desk.ROWS and said["rows"][1]["asked"] == "row 2"
+    assert len(said["rows"]) == answers.ROWS and said["rows"][1]["asked"] == "row 2"
     assert all(r["said"] and r["base"] for r in said["rows"])
     table.write_text("body\na\n")
     assert "there is no text" in refused(run=run, file=str(table))

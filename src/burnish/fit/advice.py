@@ -181,19 +181,23 @@ def at_hand() -> tuple[int, str]:
     return free, f"{100 * SHARE:.0f} % of what is free here, less the process itself"
 
 
-def blank(task: Task, name: str, trust: bool = False) -> nn.Module:
-    """The model that `task` trains, by its configuration alone: no weights are read."""
+def blank(task: Task, name: str, trust: bool = False, dtype: torch.dtype | None = None
+          ) -> nn.Module:
+    """The model that `task` trains, by its configuration alone: no weights are read. dtype: of
+    those that would be; None: what the configuration says."""
     import transformers
 
     if generated(task.data.task):
-        return task.blank(name)
+        made = task.blank(name)
+        return made if dtype is None else made.to(dtype)
     auto = auto_of(task.data.task)
     head = {k: v for k, v in task.head().items() if k != "ignore_mismatched_sizes"}
     with loading(name, f"the model for {task.data.task},", code=trust) as where:
         try:
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust, **head)
             with torch.device("meta"):
-                module = auto.from_config(config, trust_remote_code=trust)
+                module = auto.from_config(config, trust_remote_code=trust,
+                                          **({} if dtype is None else {"dtype": dtype}))
         except (OSError, ValueError) as e:
             raise ConfigError(f"{name} cannot be made for {task.data.task}: "
                               f"{plain(str(e).strip().partition(chr(10))[0])}") from None

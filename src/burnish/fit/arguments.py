@@ -296,9 +296,10 @@ LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
          "validation": 0.0, "num_train_epochs": 0.0,
          "max_steps": -1, "adam_epsilon": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0,
          "save_total_limit": 0, "samples": 0, "proportion_empty_prompts": 0.0, "resolution": 1,
-         "guidance_scale": 0.0, "num_inference_steps": 1, "snr_gamma": 0.0}
+         "guidance_scale": 0.0, "num_inference_steps": 1, "snr_gamma": 0.0,
+         "label_smoothing_factor": 0.0, "eval_steps": 0.0, "save_steps": 0.0, "logging_steps": 0.0}
 MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "adam_beta1": 1.0, "adam_beta2": 1.0,
-        "proportion_empty_prompts": 1.0}
+        "label_smoothing_factor": 1.0, "proportion_empty_prompts": 1.0}
 
 
 def kinds_of_task() -> dict[str, str]:

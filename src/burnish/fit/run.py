@@ -30,8 +30,8 @@ from .arguments import Options, recipe_of, sort_out
 from .data import Data, read, there
 from .heads import drawn
 from .moments import Moments, longest
-from .order import by_class, by_length
-from .packs import exact, packable
+from .order import by_class
+from .packs import exact
 from .pipelines import usual_task
 from .places import check_local, check_served, suited
 from .processes import alone, sayer, settle, spread
@@ -46,7 +46,13 @@ from .promise import (
     workers_told,
 )
 from .secret import drawn_by, rows_read
-from .settings import sentence, training_arguments, transformers_arguments, transformers_errors
+from .settings import (
+    check_values,
+    sentence,
+    training_arguments,
+    transformers_arguments,
+    transformers_errors,
+)
 from .stages import check_tasks, idle, left_by, plan, tasks_of, told
 from .starting import refuse_earlier, starting_point
 from .tasks import TASKS, Task, by_itself, embedded, task_for
@@ -166,12 +172,8 @@ def _fit(model: str | Path | nn.Module, data: dict[str, Any], recipe: Any, memor
                   {k: r for k, r in keys.items() if k not in given}, say)
     size = int(args.setdefault("per_device_train_batch_size", 16))
     first = next(iter(found.values()))
-    for one in found.values():                  # values, before a model is loaded
-        with transformers_errors():
-            transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
     by_itself(first.task, recipe, memory, own.shots)
-    packable(own, args, recipe, first, named)
-    by_length(first.task, own.group_by_length, recipe)
+    check_values(found, output, own, args, recipe, named)
     part = embedded(first.task, recipe)
     if TASKS[first.task].by_class:
         by_class(own.per_class, size)

@@ -16,7 +16,8 @@ from ..core.stage import Stage
 from ..engine.tuned import Tuned
 from .arguments import Options
 from .data import Data
-from .order import BY_LENGTH
+from .order import BY_LENGTH, by_length
+from .packs import packable
 from .secret import secret_of
 
 #: figures of which less is better
@@ -97,6 +98,20 @@ def training_arguments(tuned: Tuned | None, found: Data, output: Path, own: Opti
     if tuned is not None and (any(sentence(tuned)) or secret_of(tuned.recipe)):
         settings.setdefault("max_grad_norm", 0.0)  # no gradient, a second backward, a private sum
     return hyper, settings, keep
+
+
+def check_values(found: Mapping[str, Data], output: Path, own: Options, args: Mapping[str, Any],
+                 recipe: Any, model: Any) -> None:
+    """Raises ConfigError for settings that cannot stand with these data and this recipe, before a
+    model is loaded. found: the data sets by their names."""
+    import transformers
+
+    for one in found.values():
+        with transformers_errors():
+            transformers.TrainingArguments(**training_arguments(None, one, output, own, args)[1])
+    first = next(iter(found.values()))
+    packable(own, args, recipe, first, model)
+    by_length(first.task, own.group_by_length, recipe)
 
 
 def sentence(tuned: Tuned) -> tuple[bool, bool]:

@@ -26,7 +26,8 @@ from ..core.reading import parse_json
 from .asking import Desk
 from .guard import Guard
 from .places import Missing, Places, Refused
-from .runs import OUT, READING, Runs, told
+from .runs import OUT, READING, Runs
+from .settings import as_shown, told
 from .uploads import KINDS, TooMuch, Uploads
 
 #: bytes of a question, and of a picture or a sound that is asked about
@@ -41,8 +42,8 @@ MEDIA = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "imag
 TEXTS, LETTERS = 50, 500
 #: seconds between two looks at a run's files, and after which a silent stream says that it lives
 LOOK, BEAT = 0.4, 15.0
-PAGE = {"page.css": "text/css", **dict.fromkeys(
-    ("app.js", "ask.js", "chart.js", "pick.js", "run.js", "try.js"), "text/javascript")}
+PAGE = {"page.css": "text/css", **{f"{name}.js": "text/javascript" for name in (
+    "app", "ask", "chart", "pick", "run", "settings", "try")}}
 #: a report is a page of its own: it may show, and run nothing
 SHOWN = ("sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
          "frame-ancestors 'none'")
@@ -80,7 +81,7 @@ class Ui:
         """What the page should know of this server."""
         return JSONResponse({
             "root": self.places.root.name or str(self.places.root), "kinds": sorted(KINDS),
-            "limit": self.uploads.limit, "trust": self.trust})
+            "limit": self.uploads.limit, "trust": self.trust, "fields": as_shown()})
 
     # -- looking -------------------------------------------------------------------------------
     async def browse(self, request: Request) -> Response:
@@ -88,7 +89,7 @@ class Ui:
         return JSONResponse(await run_in_threadpool(self.places.browse, path))
 
     async def ask(self, request: Request) -> Response:
-        """model, data or plan: lines of JSON, the last one with ``answer`` or ``error``."""
+        """model, data, plan or check: lines of JSON, the last one with ``answer`` or ``error``."""
         what, given = request.path_params["what"], await _question(request)
         asked = await run_in_threadpool(self._asked, what, given)
 
@@ -105,12 +106,13 @@ class Ui:
             return _only(given, {})
         kinds: dict[str, Any] = {"model": str}
         if what == "data":
-            kinds |= {"data": str, "max_length": int, "how": dict, "settings": dict}
+            kinds |= {"data": str, "how": dict, "settings": dict}
+        elif what == "check":
+            kinds |= {"data": str, "how": dict, "settings": dict, "recipe": str}
         elif what == "plan":
             kinds |= {"memory": str, "batch": int, "length": int, "task": str, "labels": list,
                       "prefer": str, "device": str, "rows": int, "epochs": float,
-                      "candidates": list, "data": str, "how": dict, "max_length": int,
-                      "settings": dict}
+                      "candidates": list, "data": str, "how": dict, "settings": dict}
         elif what != "model":
             raise Missing("there is no such question")
         asked = _only(given, kinds)

@@ -13,26 +13,23 @@ It is told paths that have been looked at (places.py) and which folders tables m
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, ConfigError
+from .answers import predict
 from .places import confine
 
 Say = Callable[[int, int], None]
 
 #: rows that are shown of data, and classes that are counted one by one
 SHOWN, CLASSES = 6, 200
-#: rows of a table that are answered
-ROWS = 100
 
 
 # -- the machine ---------------------------------------------------------------------------------
@@ -104,17 +101,17 @@ def pipeline(folder: str) -> dict[str, Any]:
 
 # -- the data ------------------------------------------------------------------------------------
 def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: bool = False,
-         max_length: int | None = None, how: Mapping[str, Any] | None = None,
-         settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+         how: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None
+         ) -> dict[str, Any]:
     """What was understood of data, as `fit` will read it; how long rows are needs the model.
 
-    settings: what the task is told. What it may be told is in the answer, and so is why it refuses
-    the rows as they are (``refused``): it may be for want of a setting.
+    settings: what `fit` is told. What this task may be told is in the answer, and so is why it
+    refuses the rows as they are (``refused``): it may be for want of a setting.
     """
     from ..fit.report import gallery
 
     quiet()
-    found = rows(data, tops, model, trust, how)
+    found = rows(data, tops, model, trust, Asked.of(how, settings))
     told = {"task": found.task, "layout": found.layout, "columns": found.columns,
             "rows": {k: len(v) for k, v in found.splits.items()},
             "labels": list(found.labels) if found.labels else None,
@@ -123,7 +120,7 @@ def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: 
     told["settings"] = asked_of(found.task)
     if model is not None:
         try:
-            told |= lengths(taught(data, tops, model, trust, how, max_length, settings)[0])
+            told |= lengths(taught(data, tops, model, trust, Asked.of(how, settings))[0])
         except ConfigError as e:
             told["refused"] = line(e)
             if not told["settings"]:
@@ -140,43 +137,83 @@ def asked_of(task: str) -> list[dict[str, Any]]:
             for n, kind in kinds_of_task().items() if n in TASKS[task].settings]
 
 
-def rows(data: str, tops: list[str], model: str | None, trust: bool,
-         how: Mapping[str, Any] | None) -> Any:
+@dataclass(frozen=True)
+class Asked:
+    """What `fit` is told: its own options, and those of transformers."""
+
+    own: Any
+    args: dict[str, Any]
+
+    @classmethod
+    def of(cls, how: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> Asked:
+        from ..fit.arguments import sort_out
+
+        own, args, _ = sort_out({**(settings or {}), **(how or {})})
+        return cls(own, args)
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.get("seed", 42))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return {k: v for k in ("text", "label", "image", "audio", "prompt", "completion", "split")
+                if (v := getattr(self.own, k)) is not None}
+
+
+def rows(data: str, tops: list[str], model: str | None, trust: bool, asked: Asked) -> Any:
     """The data as `fit` reads them, for this model."""
     from ..fit.data import read
     from ..fit.pipelines import usual_task
     from ..fit.places import suited
 
-    confine(data, tops, (how or {}).values())
-    how = dict(how or {})
-    how["task"] = how.get("task") or usual_task(model)
-    found = read(data, **how, seed=42)
+    own = asked.own
+    confine(data, tops, [*asked.columns.values(), *filter(None, (own.task, own.group))])
+    found = read(data, task=own.task or usual_task(model), validation=own.validation,
+                 group=own.group, seed=asked.seed, **asked.columns)
     return found if model is None else suited(found, model, trust)
 
 
-def taught(data: str, tops: list[str], model: str, trust: bool, how: Mapping[str, Any] | None,
-           max_length: int | None, settings: Mapping[str, Any] | None = None,
+def taught(data: str, tops: list[str], model: str, trust: bool, asked: Asked,
            first: int | None = None) -> tuple[Any, Any]:
     """The task that `fit` would make of data and model, and the model without its weights.
 
     first: so many rows of a pipeline's data: each takes as much as any other, and is encoded before
         it can be planned.
     """
-    from dataclasses import replace
-
+    from ..core.dtypes import dtype_of
     from ..fit.advice import blank
     from ..fit.kinds import generated
     from ..fit.places import check_served
     from ..fit.tasks import TASKS, task_for
 
-    found = rows(data, tops, model, trust, how)
+    found = rows(data, tops, model, trust, asked)
     check_served(found.task, model, trust)
     if first is not None and generated(found.task):
         some = found.train.select(range(min(first, len(found.train))))
         found = replace(found, splits={"train": some})
-    own = {k: v for k, v in (settings or {}).items() if k in TASKS[found.task].settings}
-    task = task_for(found, model, max_length=max_length, trust_remote_code=trust, seed=42, **own)
-    return task, blank(task, model, trust)
+    own = {k: v for k, v in asked.own.of_task().items() if k in TASKS[found.task].settings}
+    task = task_for(found, model, max_length=asked.own.max_length, trust_remote_code=trust,
+                    seed=asked.seed, **own)
+    return task, blank(task, model, trust, dtype_of(asked.own.dtype))
+
+
+def check(say: Say, data: str, tops: list[str], model: str, trust: bool = False,
+          how: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None,
+          recipe: str | None = None) -> dict[str, Any]:
+    """Whether a run may begin with these settings: what `fit` refuses before it loads a model is an
+    error here."""
+    from ..core.recipe import parse
+    from ..fit.settings import check_values
+
+    quiet()
+    asked = Asked.of(how, settings)
+    if recipe is not None:
+        parse(recipe)
+    found = rows(data, tops, model, trust, asked)
+    asked.args.setdefault("per_device_train_batch_size", 16)
+    check_values({"": found}, Path(tempfile.gettempdir()), asked.own, asked.args, recipe, model)
+    return {}
 
 
 def counted(found: Any) -> dict[str, int] | None:
@@ -231,12 +268,12 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
          device: str | None = None, rows: int | None = None, epochs: float | None = None,
          candidates: list[str] | None = None, trust: bool = False, data: str | None = None,
          tops: Sequence[str] = (), how: Mapping[str, Any] | None = None,
-         max_length: int | None = None,
          settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every recipe with what it costs, as `fit` would train it on the costliest rows of `data`;
     without data, from the configuration and the shape of a batch."""
     import burnish
 
+    from ..core.dtypes import dtype_of
     from ..core.recipe import parse
     from ..fit.places import config_of
     from ..fit.promise import as_trained
@@ -247,10 +284,11 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
     quiet()
     if task is not None:
         by_itself(task, None, memory)
+    asked = Asked.of(how, settings)
     shape: Any = batch if length is None else (batch, length)
     loss: Any = None
     if data is not None:
-        of, of_what = taught(data, list(tops), model, trust, how, max_length, settings, batch)
+        of, of_what = taught(data, list(tops), model, trust, asked, batch)
         shape, loss = of.call(of.example(batch), False)
         of_what.train()
     else:
@@ -262,7 +300,9 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
         with as_trained(of_what, {}):
             return burnish.plan(
                 of_what, memory=memory, batch=shape, prefer=prefer, device=device, loss=loss,
-                candidates=recipes, rows=rows, epochs=epochs if rows else None, progress=say)
+                candidates=recipes, rows=rows, epochs=epochs if rows else None, progress=say,
+                targets=asked.own.targets, head=asked.own.head,
+                **({} if data is not None else {"dtype": dtype_of(asked.own.dtype)}))
 
     if candidates is None:
         plans = planned(None)
@@ -308,98 +348,10 @@ def as_task(config: Any, task: str, labels: Sequence[str] | None) -> None:
         config.num_labels = 1
 
 
-# -- answers -------------------------------------------------------------------------------------
-_open: dict[str, Any] = {}
-
-
-def predict(say: Say, run: str, text: str | None = None, file: str | None = None,
-            texts: Sequence[str] = (), tokens: int = 64) -> dict[str, Any]:
-    """What a finished run says, beside what its base says. The last run asked stays open.
-
-    text: never taken for the name of a file; one that begins with a brace is a row.
-    file: a picture, a sound, or a table of rows; of a table that is no series the answer is
-        ``rows``, the first ROWS of them.  texts: that a picture is compared with.
-    """
-    from ..fit.finished import Finished
-
-    key = f"{run} {os.stat(Path(run, 'run.json')).st_mtime_ns}"
-    if key not in _open:
-        _open.clear()
-        _open[key] = Finished.open(Path(run))
-    finished = _open[key]
-    takes = finished.task.takes
-    with contextlib.ExitStack() as stack:
-        if takes == ("image", "text"):
-            inputs = _compared(file, texts, stack)
-        else:
-            inputs = [_given(takes, text, file)]
-        said = itertools.islice(finished.predict(inputs, tokens, beside=True), ROWS)
-        if inputs == [file] and takes[0] not in ("image", "audio", "cloud", "values"):
-            return {"rows": [{"asked": _row(a["input"], k), "said": a["said"], "base": a["base"]}
-                             for k, a in enumerate(said, 1)]}
-        return _shown({k: v for k, v in next(said).items() if k != "input"})
-
-
-def _given(takes: Sequence[str], text: str | None, file: str | None) -> str:
-    """The one thing that a run is asked about."""
-    from ..fit.layouts import TABLES
-    from ..fit.media import MEDIA
-
-    medium = next((m for m in MEDIA if takes == (m.role,)), None)
-    if medium is not None:
-        if file is None or not medium.is_one(file):
-            raise ConfigError(f"this run answers {medium.word}s: give it one")
-        return file
-    if file is not None:
-        if Path(file).suffix not in TABLES:
-            raise ConfigError("this run answers rows: give it a table of them")
-        return file
-    if takes == ("values",):
-        raise ConfigError("this run is asked for what comes next: give it a table with the last "
-                          "rows of a series")
-    if text is None:
-        raise ConfigError("this run answers texts: type one")
-    if text.lstrip().startswith("{"):
-        return text
-    if takes[-1] == "context":
-        raise ConfigError('this run is asked with a row: {"question": "Who?", "context": '
-                          '"It was she."}')
-    return json.dumps({takes[0]: text})
-
-
-def _compared(file: str | None, texts: Sequence[str], stack: contextlib.ExitStack) -> list[str]:
-    """A picture and texts, which lie in a file: none is taken for the name of one."""
-    from ..fit.media import PICTURE
-
-    said = [" ".join(t.split()) for t in texts if t.strip()]
-    if file is None or not PICTURE.is_one(file) or not said:
-        raise ConfigError("this run reads pictures with texts: give it a picture, and a text "
-                          "or more")
-    lines = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8"))
-    lines.write("\n".join(said))
-    lines.flush()
-    return [file, lines.name]
-
-
-def _row(asked: str, number: int) -> str:
-    """A row of a table as it is called here, where its file has a passing name."""
-    return f"row {number}" if asked.startswith(tempfile.gettempdir()) else asked
-
-
-def _shown(told: dict[str, Any]) -> dict[str, Any]:
-    """An answer with the pictures that the run has made as the page shows them; none is kept."""
-    made = {v: Path(v) for v in told.values() if isinstance(v, str)
-            and Path(v).suffix == ".png" and Path(v).parent.name == "pictures"}
-    coded = {v: base64.b64encode(p.read_bytes()).decode() for v, p in made.items() if p.is_file()}
-    for name in coded:
-        made[name].unlink()
-    return {k: f"data:image/png;base64,{coded[v]}" if isinstance(v, str) and v in coded else v
-            for k, v in told.items()}
-
-
 # -- one question after another ------------------------------------------------------------------
 ASKED: dict[str, Callable[..., dict[str, Any]]] = {
-    "machine": machine, "model": model, "data": data, "plan": plan, "predict": predict}
+    "machine": machine, "model": model, "data": data, "plan": plan, "check": check,
+    "predict": predict}
 
 
 def quiet() -> None:

@@ -32,37 +32,18 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BurnishError, ConfigError
-from ..fit.arguments import kinds_of_task, typed
 from .files import read_json, write_json
 from .places import ID, Missing, Places
+from .settings import known, told
 
 ASKED, CONFIG, LOG = "asked.json", "fit.json", "log.txt"
 PROCESS, ENDED, ALIVE, OUT = "process.json", "ended.json", "alive", "out"
 
-#: what the page may set of a run, beside model, data, recipe, memory and how columns are read
-SETTINGS = {"epochs": float, "max_steps": int, "batch_size": int, "accumulation": int,
-            "learning_rate": float, "max_length": int, "seed": int, "logging_steps": float,
-            "eval_steps": int, "save_steps": int, "samples": int}
+#: columns and splits by their names, as they are asked about
 READING = ("task", "text", "label", "image", "audio", "prompt", "completion", "split")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 #: bytes of the log that are looked through for its last line, and that the page gets at first
 TAIL = 1 << 14
-
-
-#: what a task may be told -> its kind, as `fit` declares them
-OF_TASK = kinds_of_task()
-
-
-def told(given: Any) -> dict[str, Any]:
-    """What a task was told, each in the kind that `fit` declares; null is none."""
-    if not isinstance(given, dict):
-        raise ConfigError("settings: expected an object")
-    for key, value in given.items():
-        if key not in OF_TASK:
-            raise ConfigError(f"{key!r} is not told to a task; there are {', '.join(OF_TASK)}")
-        if not isinstance(value, str | int | float | None) or len(str(value)) > 2000:
-            raise ConfigError(f"{key}: expected a short text, a number, true or false")
-    return {k: typed(k, v, OF_TASK[k], k) for k, v in given.items() if v is not None}
 
 
 def environment() -> dict[str, str]:
@@ -160,21 +141,7 @@ class Runs:
                 raise ConfigError(f"{key!r} is no way to read columns; there are "
                                   f"{', '.join(READING)}")
             wanted[key] = value
-        given = asked.get("settings") or {}
-        wanted |= told({k: v for k, v in given.items() if k in OF_TASK})
-        for key, value in given.items():
-            if key in OF_TASK:
-                continue
-            kind = SETTINGS.get(key)
-            if kind is None:
-                raise ConfigError(f"{key!r} is not set here; there are "
-                                  f"{', '.join((*SETTINGS, *OF_TASK))}")
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or \
-                    not abs(value) < 2**63 or kind is int and value != int(value):
-                raise ConfigError(f"{key}: expected a {'whole ' if kind is int else ''}number")
-            wanted[key] = kind(value)
+        wanted |= told(asked.get("settings") or {})
         if self.trust:
             wanted["trust_remote_code"] = True
         return wanted
@@ -270,7 +237,7 @@ class Runs:
             "id": name, "state": state, "why": why, "created": asked.get("created"),
             "started": process.get("started"), "ended": ended.get("time"),
             **{k: asked.get(k) for k in ("title", "model", "data", "recipe", "promise")},
-            "settings": {k: settings[k] for k in ("memory", *SETTINGS, *OF_TASK, *READING)
+            "settings": {k: settings[k] for k in ("memory", *known(), *READING)
                          if k in settings},
             "checkpoint": checkpoints[-1] if checkpoints else None,
             "report": (out / "report.html").is_file() and bool(facts),

@@ -4,6 +4,7 @@ import { ask, get, send } from "./ask.js";
 import { bytes, count, duration, frontier, h, s, short, stack } from "./chart.js";
 import { folder, hub, tabs, upload } from "./pick.js";
 import { leave, watch } from "./run.js";
+import { accepted, columns, fields, refused, told } from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
 const error = (e) => h("p", { class: "error", role: "alert" }, e.message);
@@ -44,55 +45,46 @@ async function readData() {
   now.read = now.plans = now.point = null;
   $("plan").hidden = $("plan-body").hidden = $("data-shown").hidden = true;
   if (!now.data) { own([]); return; }
-  const body = { data: now.data, how: now.how, settings: told() };
-  if (now.model && now.facts) body.model = now.model;
-  if (+$("longest").value > 0) body.max_length = +$("longest").value;
+  $("reading").hidden = false;
   $("data-facts").replaceChildren(busy("Reading it…"));
   try {
+    const body = { data: now.data, how: how(), settings: told() };
+    if (now.model && now.facts) body.model = now.model;
     const read = await ask("data", body);
     if (turn !== asked) return;
     now.read = read;
+    accepted();
     $("data-facts").replaceChildren(facts({
       data: now.data.slice(now.data.indexOf(":") + 1).replace(/^[0-9]{8}-[0-9]{6}-[0-9a-f]{8}\//, "") || "uploaded files",
       layout: read.layout, task: read.task.replace(/-/g, " "),
       rows: Object.entries(read.rows).map(([k, n]) => `${n.toLocaleString("en")} ${k}`).join(", ") }));
     understood(read);
     own(read.settings);
-    if (read.refused) $("data-facts").append(error({ message: read.refused }));
+    if (read.refused) { refused(read.refused); $("data-facts").append(error({ message: read.refused })); }
     else if (body.model) plan();
   } catch (e) {
     if (turn !== asked) return;
+    refused(e.message);
     $("data-facts").replaceChildren(error(e));
     if (e.readings) $("data-facts").append(h("div", { class: "act" }, e.readings.map((r) => h("button", { type: "button",
       onclick: () => { now.how = r.flags; readData(); } }, `It ${r.learns}`))));
   }
 }
 
+/** How columns are read: what the page was asked, and what stands in the fields. */
+const how = () => ({ ...now.how, ...columns() });
+
 /** A field for each setting that `fit` declares for this task; one that stands stays as it is. */
 function own(settings) {
-  const names = settings.map((s) => s.name).join(), fields = $("own-fields");
   $("own").hidden = !settings.length;
-  if (fields.dataset.names === names) return;
-  const before = told();
-  fields.dataset.names = names;
-  fields.replaceChildren(...settings.map(({ name, kind, least, most }) => {
-    const id = `own-${name}`, number = kind === "int" || kind === "float";
-    const input = kind === "bool"
-      ? h("select", { id }, ["", "true", "false"].map((v) => h("option", { value: v }, v || "as usual")))
-      : h("input", { id, type: number ? "number" : "text", autocomplete: "off", placeholder: "as usual",
-        ...(number ? { step: kind === "int" ? 1 : "any" } : {}), ...(number && least !== null ? { min: least } : {}), ...(number && most !== null ? { max: most } : {}) });
-    Object.assign(input, { name, kind });
-    input.value = name in before ? String(before[name]) : "";
-    input.addEventListener("change", readData);
-    return h("label", {}, `${name[0].toUpperCase()}${name.slice(1).replace(/_/g, " ")} `, input);
-  }));
+  fields($("own-fields"), settings, changed);
 }
 
-/** What the task is told: the fields that are filled in. */
-function told() {
-  const kinds = { bool: (v) => v === "true", int: Number, float: Number, str: String };
-  return Object.fromEntries([...$("own-fields").querySelectorAll("input, select")].filter((i) => i.value.trim() !== "")
-    .map((i) => [i.name, kinds[i.kind](i.value.trim())]));
+/** What acts on how rows are read makes that anew, and the plan with it. */
+function changed(acts) {
+  $("start-status").replaceChildren();            // what was refused there is no longer so
+  if (acts === "reading") readData();
+  else if (acts === "plan") plan();
 }
 
 function understood(read) {
@@ -136,18 +128,19 @@ async function plan(more = {}) {
   const turn = ++planning, read = now.read, mine = going = new AbortController();
   if (!read || !now.model) return;
   $("plan").hidden = false;
-  const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
-    prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1,
-    data: now.data, how: now.how, settings: told(), max_length: +$("longest").value || null, ...more };
   const bar = h("progress", { max: 1, "aria-label": "Recipes looked at" }), words = h("span", { class: "faint" }, "Simulating recipes…");
   $("plan-status").replaceChildren(bar, words);
   try {
+    const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
+      prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1,
+      data: now.data, how: how(), settings: told(), ...more };
     const found = await ask("plan", body, (done, total) => {
       if (turn !== planning) return;
       bar.max = total; bar.value = done; words.textContent = `${done} of ${total} recipes`;
     }, mine.signal);
     if (turn !== planning) return null;
     $("plan-status").replaceChildren();
+    accepted();
     if (more.candidates) return found;
     now.plans = found;
     const kept = now.point && found.recipes.find((r) => r.recipe === now.point.recipe && r.fits);
@@ -158,6 +151,7 @@ async function plan(more = {}) {
     takePoint(now.point);
   } catch (e) {
     if (turn !== planning) return null;
+    refused(e.message);
     $("plan-status").replaceChildren(error(e));
     $("plan-body").hidden = false;                // a recipe may be written all the same
     if (!now.plans) for (const id of ["frontier", "chosen", "recipes"]) $(id).replaceChildren();
@@ -232,15 +226,19 @@ async function start(e) {
     if (!text) throw new Error("choose a recipe, or write one");
     if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
     if (r && now.plans && r.needs > now.plans.budget) throw new Error(`${r.recipe} needs ${bytes(r.needs)}, more than the memory above`);
-    const settings = { ...told(), epochs: +$("epochs").value || null, batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null,
-      learning_rate: +$("rate").value || null, max_steps: +$("steps").value || null, max_length: +$("longest").value || null,
-      seed: $("seed").value === "" ? null : +$("seed").value, samples: now.read?.rows.validation ? 4 : null };
-    const run = await send("POST", "/api/runs", { model: now.model, data: now.data, recipe: r ? r.recipe : text,
-      memory: $("memory").value.trim() || null, how: { ...now.how }, settings,
+    const settings = { samples: now.read?.rows.validation ? 4 : null, ...told(), epochs: +$("epochs").value || null,
+      batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null };
+    const given = { model: now.model, data: now.data, recipe: r ? r.recipe : text, how: how(), settings };
+    await ask("check", given);                    // refused beside its field, before there is a run
+    accepted();
+    const run = await send("POST", "/api/runs", { ...given, memory: $("memory").value.trim() || null,
       promise: r ? { peak: r.peak, by: r.by } : null });
     status.replaceChildren();
     location.hash = `run/${run.id}`;
-  } catch (problem) { status.replaceChildren(error(problem)); }
+  } catch (problem) {
+    status.replaceChildren(error(problem));
+    refused(problem.message)?.focus();
+  }
   button.disabled = false;
 }
 
@@ -281,6 +279,8 @@ function show() {
 async function begin() {
   const here = await get("/api/here");
   title = `burnish · ${here.root}`;
+  fields($("reading-fields"), here.fields.filter((f) => f.acts === "reading"), changed);
+  fields($("more-fields"), here.fields.filter((f) => f.acts !== "reading"), changed);
   tabs($("model-picker"), "Where the model is", [
     { name: "Folder", make: () => folder("model", takeModel) },
     { name: "Hub", make: () => hub("A model", "google/vit-base-patch16-224", takeModel) }]);
@@ -297,7 +297,6 @@ async function begin() {
   });
   $("start-form").addEventListener("submit", start);
   $("look").addEventListener("click", written);
-  $("longest").addEventListener("change", readData);
   window.addEventListener("hashchange", show);
   window.addEventListener("resize", () => { if (now.plans && !$("view-new").hidden) drawPlan(); });
   setInterval(() => listRuns().catch(() => {}), 5000);
