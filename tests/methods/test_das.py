@@ -61,6 +61,9 @@ def test_with_none_skipped_it_is_what_stands_beside_it():
     burnish.tune(net, "lora(rank=2) + das(layers=0)")
     assert torch.equal(net.eval()(**batch).logits, before)
     assert not any("das" in n for n, _ in net.named_parameters())
+    tuned = burnish.tune(tiny("bert")[0], "lora(rank=2) + das(layers=0)")
+    tuned.optimizer(lr=1e-3)
+    assert not any(isinstance(h, Skips) for _, h in tuned.timeline.handlers)
 
 
 class Toy(nn.Module):
@@ -121,12 +124,13 @@ def test_the_gates_follow_the_equation():
 def test_what_is_skipped_when():
     """Uniform draws, draws by the gates with comparisons, and one set to the end; the loss of each
     candidate is that of the model with it left out."""
-    net, batch = tiny("vit", num_hidden_layers=4)
+    net, batch = tiny("vit", num_hidden_layers=4, hidden_dropout_prob=0.4)
     tuned = burnish.tune(net, "das(layers=2, bottleneck=4, every=2, warmup=0.25, search=0.75)",
                          head=False)
     tuned.optimizer(lr=1e-2)
     tuned.total_steps = 16
     h, live, compared = gates(tuned), [], []
+    assert set(h.gates.values()) == {0.0}
     learn = h.learn
     h.learn = lambda sets, rewards: (compared.append((len(live), sets, rewards)),
                                      learn(sets, rewards))
@@ -151,6 +155,84 @@ def test_what_is_skipped_when():
     assert all(len(set(sets)) == len(sets) == 3 for _, sets, _ in compared)
     assert len(set(live[12:])) == 1 and len(set(live[:11])) > 1
     assert live[-1] == frozenset(h.settled()) and all(len(s) == 2 for s in live)
+
+
+def test_draws_follow_the_gates_where_they_should():
+    net, batch = tiny("vit", num_hidden_layers=4)
+    tuned = burnish.tune(net, "das(layers=2, bottleneck=4, every=1, warmup=0.5, search=1.0)")
+    tuned.optimizer(lr=1e-3)
+    h = gates(tuned)
+    names = list(h.gates)
+    h.gates = dict(zip(names, (-40.0, 40.0, -40.0, 40.0), strict=True))
+    sure = {names[1], names[3]}
+    assert all(h.draw(step, nth, False) == sure for step in range(5) for nth in range(3))
+    assert len({h.draw(step, 0, True) for step in range(20)}) > 3
+
+    def live(step):
+        h.step_begin(step)
+        return {n for n, m in h.blocks.items() if m.on}
+
+    h.start(40)
+    assert [live(s) for s in range(20)] == [h.draw(s, 0, True) for s in range(20)]
+    assert all(live(s) == sure for s in range(20, 40))
+    h.start(None)                                    # nobody knows how long: gates from the first
+    assert all(live(s) == sure for s in range(6))
+
+
+def test_sets_are_compared_once_an_update_and_drawn_by_the_gates():
+    net, batch = tiny("vit", num_hidden_layers=4)
+    tuned = burnish.tune(net, "das(layers=1, bottleneck=4, every=1, candidates=3)")
+    tuned.optimizer(lr=1e-3)
+    h = gates(tuned)
+    h.gates = dict(zip(h.gates, (2.0, -1.0, 0.5, -2.0), strict=True))
+    want = list(dict.fromkeys(h.draw(0, nth, False) for nth in range(1, 60)))[:3]
+    seen = []
+    h.learn = lambda sets, rewards: seen.append(sets)
+    tuned.backward(batch)
+    tuned.backward(batch)                            # a second half of the same update
+    assert seen == [want]
+
+
+def test_what_rests_keeps_what_its_optimizer_knows():
+    net, batch = tiny("vit", num_hidden_layers=3)
+    tuned = burnish.tune(net, "das(layers=1, bottleneck=4, warmup=1.0, search=1.0)", head=False)
+    optimizer = tuned.optimizer(lr=1e-3)
+    h = gates(tuned)
+    assert h.schedule._optimizer() is optimizer
+    tuned.step(batch)
+    one = next(n for n, m in h.blocks.items() if m.on)
+    first = next(p for p in h.blocks[one].parameters())
+    assert optimizer.state[first]
+    h.set([n for n in h.blocks if n != one][:1])
+    assert optimizer.state[first]
+
+
+def test_it_begins_as_bert_does():
+    net, _ = tiny("vit", num_hidden_layers=3)
+    burnish.tune(net, "das(layers=1, bottleneck=64)")
+    for n, p in net.named_parameters():
+        if ".f." in n and "norm" not in n:
+            assert not p.any() if n.endswith("bias") else 0.017 < float(p.detach().std()) < 0.023
+
+
+def test_a_look_ahead_goes_round_the_blocks():
+    net, _ = tiny("vit", num_hidden_layers=3)
+    tuned = burnish.tune(net, "das(layers=2, bottleneck=4)")
+    tuned.optimizer(lr=1e-3)
+    h, seen = gates(tuned), []
+    names = list(h.blocks)
+    for step in range(3):
+        h.rehearse(step)
+        seen.append([names.index(n) for n, m in h.blocks.items() if m.on])
+    assert seen == [[0, 1], [0, 2], [1, 2]]
+
+
+def test_one_process_alone(monkeypatch):
+    from burnish.methods.controller import das as module
+
+    monkeypatch.setattr(module, "processes", lambda: 2)
+    with pytest.raises(burnish.ConfigError, match="here are several"):
+        burnish.tune(tiny("vit")[0], "das(layers=1)").optimizer(lr=1e-3)
 
 
 def gates_of(tuned):

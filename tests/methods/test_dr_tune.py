@@ -15,6 +15,7 @@ from burnish.core.anatomy import Anatomy
 from burnish.core.errors import ConfigError, RecipeError
 from burnish.core.recipe import parse
 from burnish.memory import measure, simulate
+from burnish.methods.objective.dr_tune import Calibrating
 from burnish.testing.models import tiny
 
 LR = 0.2
@@ -213,6 +214,38 @@ def test_it_goes_on_where_it_stood():
         assert torch.equal(a, b)
 
 
+def test_a_state_that_was_gone_on_from_can_be_gone_on_from_again():
+    net, batches = start()
+    tuned = burnish.tune(net, "full + dr_tune(buffer=9, every=3) + sgd", head=True)
+    tuned.optimizer(LR)
+    tuned.step(batches[0])
+    state = copy.deepcopy(tuned.timeline.state())
+    kept = copy.deepcopy(state)
+    tuned.timeline.load(state)
+    for b in batches[1:]:
+        tuned.step(b)
+    assert str(state) == str(kept)
+
+
+def test_a_look_ahead_is_of_a_full_buffer_once():
+    net, batches = start()
+    tuned = burnish.tune(net, "full + dr_tune(buffer=20) + sgd", head=True)
+    tuned.optimizer(LR)
+    handler = next(h for _, h in tuned.timeline.handlers if isinstance(h, Calibrating))
+    given = [random(6, 3, seed=s) for s in (0, 1)]
+    empty = copy.deepcopy(handler.state_dict())
+
+    def held():
+        return len(handler.calibrated(*given, batches[0]["labels"], 4, False)[1])
+
+    assert held() == 6
+    handler.load_state_dict(copy.deepcopy(empty))
+    handler.rehearse(0)
+    assert held() == 20
+    handler.load_state_dict(empty)
+    assert held() == 6
+
+
 def test_the_promise_is_of_a_full_buffer():
     def asked():
         net, batch = tiny("vit")
@@ -242,3 +275,6 @@ def test_refusals_and_defaults():
     tuned.optimizer(LR)
     with pytest.raises(ConfigError, match="a batch has `labels`"):
         tuned.step({"x": batches[0]["x"]}, lambda out, _: out["logits"].square().mean())
+    with pytest.raises(ConfigError, match="a batch has `labels`"):
+        tuned.step((batches[0]["x"], batches[0]["labels"]),
+                   lambda out, b: F.cross_entropy(out["logits"], b[1]))

@@ -107,7 +107,8 @@ class Net(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.head(torch.tanh(self.body(x)))
-        return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+        classes = labels is not None and labels.shape == x.shape[:1] and labels.dtype == torch.long
+        return {"logits": logits, "loss": F.cross_entropy(logits, labels) if classes else None}
 
 
 @pytest.fixture
@@ -156,6 +157,61 @@ def test_the_set_is_as_good_as_the_best_of_all(pool, alpha, gap):
     assert sorted(scores[scores > 0].tolist()) == pytest.approx([1 / 3, 2 / 3, 1])
     assert scores[chosen].tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     assert tuned.model.training
+
+
+@pytest.mark.parametrize("alpha,gap", [(0.0, 0.0), (0.5, 2.0), (30.0, 1.0), (2.0, 0.0)])
+def test_without_patience_it_is_the_beginning(pool, alpha, gap):
+    tuned, rows = pool
+    wanted, rows, lines = rows[:3], rows[3:], []
+    method = Goracs(coreset=4, alpha=alpha, gap=gap, patience=0)
+    scores = method.lifecycle(tuned, [], rows, {"": wanted}, say=lines.append)
+    C, extra = by_hand(tuned, rows, wanted, alpha, gap)
+    v = potentials(lambda a, b: C[a:b], len(C), len(C))
+    first = [min(float(C[i, j] - v[j]) for j in range(3)) + float(extra[i]) for i in range(9)]
+    inside = sorted(range(9), key=first.__getitem__)[:4]
+    plan = Plan(C[inside])
+    stands = sorted(inside, key=lambda i: plan.u[inside.index(i)] + float(extra[i]))
+    assert method.chosen(scores) == stands
+    begun = program(C[inside]) + float(extra[inside].mean())
+    told = lines[0].split()
+    assert float(told[-3]) == pytest.approx(begun, rel=1e-5) and told[-1] == told[-3]
+
+
+def test_gradients_are_of_the_pool_alone_and_only_where_they_count(pool, monkeypatch):
+    tuned, rows = pool
+    looks, real = [], type(tuned).probe
+    monkeypatch.setattr(type(tuned), "probe", lambda self, *a, **k: (
+        looks.append(1), real(self, *a, **k))[1])
+    Goracs(coreset=2).lifecycle(tuned, [], rows[:5], {"": rows[5:]})
+    assert len(looks) == 5
+    Goracs(coreset=2, alpha=0.0).lifecycle(tuned, [], rows[:5], {"": rows[5:]})
+    assert len(looks) == 5
+
+
+@pytest.mark.parametrize("which", ["pool", "wanted", "several", "numbers", "pairs"])
+def test_rows_without_a_class_each_are_no_further_apart(pool, which):
+    tuned, rows = pool
+    few = {"pool": rows[:9], "wanted": rows[9:]}
+    change = {"several": lambda r: {"x": r["x"], "labels": r["labels"].repeat(2)},
+              "numbers": lambda r: {"x": r["x"], "labels": r["labels"].double()},
+              "pairs": lambda r: (r["x"], r["labels"])}.get(which, lambda r: {"x": r["x"]})
+    for name in (which,) if which in few else few:
+        few[name] = [change(r) for r in few[name]]
+    ends = []
+    for gap in (0.0, 50.0):
+        lines = []
+        scores = Goracs(coreset=3, alpha=0.0, gap=gap).lifecycle(
+            tuned, [], few["pool"], {"": few["wanted"]}, say=lines.append)
+        ends.append((scores.tolist(), lines))
+    assert ends[0] == ends[1]
+
+
+def test_distances_of_many_rows_far_out_are_exact():
+    E = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e7
+    none = torch.full((40,), -1)
+    C = Goracs()._distances(E, E, none, none)(torch.arange(40))
+    assert (C.diagonal() == 0).all()
+    assert float(C[3, 7]) == pytest.approx(float((E[3] - E[7]).norm()), rel=1e-9)
 
 
 def test_rows_that_are_the_wanted_ones_are_all_at_no_distance(pool):

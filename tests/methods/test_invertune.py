@@ -62,6 +62,53 @@ def test_a_planted_backdoor_is_found_and_goes(planted):
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 
+def test_neurons_and_updates_are_the_equation(planted, monkeypatch):
+    """Two updates by hand in float64: which neurons, the loss, and Adam on their rows alone."""
+    from burnish.methods.lifecycle import invertune as module
+
+    model, x, _ = copy.deepcopy(planted[0]).double(), planted[1].double(), planted[2]
+    hand, asked = copy.deepcopy(model), {}
+    for name in ("universal", "inverted"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: (
+            asked.update({name: a[2:]}), real(*a))[1])
+    found = burnish.parse("invertune(targets='1', sway=1.0, patch=0.5, inversions=60, updates=2, "
+                          "step_rate=0.02, weight=3.0)")[0].lifecycle(model, x)
+    assert asked["universal"] == (1.0, 60, 0.1)
+    assert asked["inverted"] == (found.target, 0.5, 60, 0.1)
+    bad = stamped(x, found.mask, found.pattern)
+
+    def a(net, some):
+        return net[:2](some)
+
+    with torch.no_grad():
+        clean, said = a(hand, x), hand(x).argmax(1)
+        moved = (a(hand, bad) - clean).abs().mean(0)
+        others = said != found.target
+        assert found.attack[0] == pytest.approx(
+            float((hand(bad).argmax(1)[others] == found.target).double().mean()))
+    rows = two_clusters(moved)
+    assert torch.equal(found.neurons["1"], rows) and rows.any()
+    params = [hand[1].weight, hand[1].bias]
+    adam = torch.optim.Adam([p.detach()[rows].clone().requires_grad_() for p in params], 0.02)
+    for _ in range(2):
+        off = (a(hand, bad) - clean)[:, rows]
+        loss = F.cross_entropy(hand(x), said) + 3.0 * off.square().sum() / off.numel()
+        for mine, g in zip(adam.param_groups[0]["params"],
+                           torch.autograd.grad(loss, params), strict=True):
+            mine.grad = g[rows]
+        adam.step()
+        with torch.no_grad():
+            for p, mine in zip(params, adam.param_groups[0]["params"], strict=True):
+                p[rows] = mine
+    for one, other in zip(model.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        assert found.agree == pytest.approx(float((model(x).argmax(1) == said).double().mean()))
+        assert found.attack[1] == pytest.approx(
+            float((model(bad).argmax(1)[others] == found.target).double().mean()))
+
+
 def test_the_universal_change_stays_within_and_leads_astray(planted):
     model, x, y = planted
     d = universal(model, x, 1.0, 40, 0.1)
@@ -96,6 +143,8 @@ def test_refusals(planted):
         method.lifecycle(nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten()), x)
     with pytest.raises(ConfigError, match="a plain model"):
         method.lifecycle(burnish.tune(copy.deepcopy(model), "bitfit"), x)
+    with pytest.raises(CheckError, match="none is suspected"):          # two are enough to look
+        burnish.parse("invertune(sway=0.001, inversions=2)")[0].lifecycle(model, x[:2])
     with pytest.raises(CheckError, match="none is suspected; nothing was moved"):
         burnish.parse("invertune(sway=0.001, inversions=2)")[0].lifecycle(model, x)
     assert method.settings() == {"targets": None, "sway": 0.3, "patch": 1.0, "inversions": 200,

@@ -112,6 +112,8 @@ def by_hand(tuned, points, rows, groups, loss):
 
 def test_scores_are_the_equation_s_and_do_not_depend_on_how_many_go_together(toy):
     tuned, points, rows, wanted, loss = toy
+    for t in tuned.tensors().values():               # it stands elsewhere than any of the points
+        t.data.add_(0.1)
     before = {n: t.clone() for n, t in tuned.tensors().items()}
     groups = {"a": wanted[:3], "b": wanted[3:]}
     made = [Less(dimension=4096, at_once=n).lifecycle(tuned, points, rows, groups, loss)
@@ -148,6 +150,33 @@ def test_a_score_foretells_what_a_step_on_the_row_does_to_the_wanted_loss(toy):
         changes.append(first - of_wanted())
     together = torch.corrcoef(torch.stack([scores, torch.tensor(changes)]))
     assert float(together[0, 1]) > 0.9
+
+
+def test_each_point_is_told_and_steps_may_be_numbers(toy):
+    tuned, points, rows, wanted, loss = toy
+    lines = []
+    one = Less(dimension=64).lifecycle(tuned, points, rows, {"": wanted}, loss, say=lines.append)
+    assert lines == [f"point {i} of {len(points)}: {len(rows)} rows"
+                     for i in range(1, len(points) + 1)]
+
+    def plain(point):
+        tensors, moments = point.read()
+        return Point(point.rate, lambda: (tensors, {
+            n: {**m, "step": int(m["step"])} for n, m in moments.items()}))
+
+    other = Less(dimension=64).lifecycle(tuned, [*map(plain, points)], rows, {"": wanted}, loss)
+    assert torch.equal(one, other)
+    assert (Point(1.0, dict).betas, Point(1.0, dict).eps) == ((0.9, 0.999), 1e-8)  # torch's Adam
+
+
+def test_what_a_row_does_not_reach_has_no_gradient():
+    net = nn.ModuleDict({"used": nn.Linear(3, 2), "spare": nn.Linear(3, 2)})
+    net.forward = lambda x: net["used"](x)
+    tuned = burnish.tune(net, "full", head=False)
+    found = Less()._gradient(tuned, torch.ones(1, 3), lambda out, _: out.sum())
+    assert {n: bool(g.any()) for n, g in found.items()} == {
+        n: n.startswith("used") for n, _ in tuned.named_parameters()}
+    assert len(found) == 4
 
 
 def test_the_best_are_chosen_and_of_equal_ones_the_earlier():

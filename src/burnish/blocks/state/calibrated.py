@@ -6,7 +6,7 @@
     t_c = sum_i p_i z_i - mean_i y_i over class c,   p = softmax_i (z_i . w_c / ||w_c||)
 
 z, z0 (K, D) of the same samples, m, m0 their means, w_c the head's row of class c. Directions that
-the samples do not span stay as they are.
+the samples do not span stay as they are. Of all of a class t takes away what m0 and m would add.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EMPTY = 1e-6
 
 
 def rotation(old: Tensor, new: Tensor) -> Tensor:
-    """R (D, D), a proper rotation, of centred samples (K, D)."""
+    """R (D, D), a proper rotation, of samples (K, D) of which one side is centred."""
     S = old.t() @ new
     floor = EMPTY * torch.linalg.matrix_norm(S) + torch.finfo(S.dtype).tiny
     U, _, Vh = torch.linalg.svd(S + floor * torch.eye(len(S), dtype=S.dtype, device=S.device))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ class Goracs(Chooses, Method):
         v = potentials(lambda a, b: far(torch.arange(a, b)), len(E), BLOCK)
         first = torch.cat([(far(part) - v).min(1).values
                            for part in torch.arange(len(E)).split(BLOCK)]) + extra
-        inside = first.sort(stable=True).indices[:self.coreset].tolist()
+        inside = first.sort().indices[:self.coreset].tolist()
         plan = Plan(far(torch.tensor(inside)))
         begun = plan.value + float(extra[inside].mean())
         done = exchanged(plan, inside, far, extra, self.patience, BLOCK)
@@ -94,7 +95,7 @@ class Goracs(Chooses, Method):
 
     def chosen(self, scores: Tensor) -> list[int]:
         """Numbers of the rows of S, the best first."""
-        order = scores.sort(descending=True, stable=True).indices
+        order = scores.sort(descending=True).indices
         return order[:int((scores > 0).sum())].tolist()
 
     def _distances(self, E: Tensor, V: Tensor, classes: Tensor, theirs: Tensor
@@ -128,5 +129,5 @@ class Goracs(Chooses, Method):
                     steep.append(sum(float(g.double().square().sum()) for g in grads) ** 0.5)
                 else:
                     steep.append(0.0)
-        return (torch.cat(found) if found else torch.zeros(0, 1, dtype=torch.float64),
-                torch.tensor(classes), torch.tensor(steep, dtype=torch.float64))
+        return (torch.cat(found) if found else torch.zeros(0), torch.tensor(classes),
+                torch.from_numpy(np.array(steep)))

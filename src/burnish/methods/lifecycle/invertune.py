@@ -109,17 +109,17 @@ class InverTune(Method):
             self._tune(logits, layers, neurons, x, bad, said, clean)
             with torch.no_grad():
                 agree, after = logits(x).argmax(1) == said, logits(bad).argmax(1)
-        others = said != target
+        others = said != target                      # some are: its answers could not have risen
 
         def share(answers: Tensor) -> float:
-            return float((answers[others] == target).double().mean()) if others.any() else 0.0
+            return float((answers[others] == target).double().mean())
 
         return Erased(target, float(rise[target]), mask, pattern, neurons,
                       (share(before), share(after)), float(agree.double().mean()))
 
     def _tune(self, logits: Any, layers: Mapping[str, nn.Module], neurons: Mapping[str, Tensor],
               x: Tensor, bad: Tensor, said: Tensor, clean: Mapping[str, Tensor]) -> None:
-        rows = [(p, neurons[n]) for n, m in layers.items() for p in m.parameters(recurse=False)
+        rows = [(p, neurons[n]) for n, m in layers.items() for p in m.parameters()
                 if neurons[n].any()]
         chosen = [p.detach()[r].clone().requires_grad_() for p, r in rows]
         adam = torch.optim.Adam(chosen, self.step_rate)

@@ -88,16 +88,16 @@ class Less(Chooses, Method):
         if not points or not wanted or total <= 0:
             raise ConfigError("less: points of a warm-up, with rates above 0, and wanted rows are "
                               "needed")
-        scores = torch.zeros(0)
+        scores = None
         for i, point in enumerate(points):
             with self._at(tuned, point) as moments:
                 asked = torch.stack([self._mean(tuned, some, loss) for some in wanted.values()])
-                found = [_unit(f) @ _unit(asked).t() for f in self._towards(
+                found = [F.normalize(f) @ F.normalize(asked).t() for f in self._towards(
                     tuned, rows, moments, point, loss)]
             if not found:
                 raise ConfigError("less: there are no rows to choose from")
             here = point.rate / total * torch.cat(found).cpu()
-            scores = here if not i else scores + here
+            scores = here if scores is None else scores + here
             say(f"point {i + 1} of {len(points)}: {len(here)} rows")
         return scores.max(1).values
 
@@ -157,7 +157,3 @@ class Less(Chooses, Method):
         finally:
             for n, t in live.items():
                 assign(t, held[n])
-
-
-def _unit(f: Tensor) -> Tensor:
-    return F.normalize(f, dim=-1)

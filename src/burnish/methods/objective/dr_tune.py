@@ -90,7 +90,7 @@ class Calibrating:
         self.method, self.tuned = method, tuned
         self.pairs = Pairs(method.buffer)
         self.R: Tensor | None = None
-        self.at = -1
+        self.at: int | None = None
         self.fill = False
 
     def rehearse(self, step: int) -> None:
@@ -105,22 +105,21 @@ class Calibrating:
         wide = torch.promote_types(new.dtype, torch.float32)
         new, old = new.to(wide), old.to(wide)
         size = new.norm(dim=1).mean()
-        pairs.add(F.normalize(new, dim=1), F.normalize(old, dim=1), labels)
+        pairs.add(F.normalize(new), F.normalize(old), labels)
         if self.fill:
             pairs.put, self.fill = max(pairs.put, pairs.room), False
         z, z0, right = pairs.read()
-        m, m0 = z.mean(0), z0.mean(0)
         R = self.R
-        if R is None or step - self.at >= self.method.every:
-            R = rotation(z0 - m0, z - m)
+        if R is None or self.at is None or step - self.at >= self.method.every:
+            R = rotation(z0 - z0.mean(0), z)         # with one of them centred both are
             if not still:
                 self.R, self.at = R, step
-        y = (z0 - m0) @ R.t() + m
+        y = z0 @ R.t()                               # the shift of its class moves it anyway
         member = (right.unsqueeze(1) == torch.arange(classes, device=right.device)).to(wide)
         (path,) = self.method.taps(self.tuned.anatomy)
         rows: Any = self.tuned.model.get_submodule(path.removesuffix(INPUT)).weight
         t = shifted(y, z, member, rows.detach().to(wide))
-        return F.normalize(y + t, dim=1) * size, right.clone()
+        return F.normalize(y + t) * size, right.clone()
 
     def state_dict(self) -> Mapping[str, Any]:
         return {"pairs": dict(vars(self.pairs)), "R": self.R, "at": self.at}
