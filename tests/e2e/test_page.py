@@ -364,7 +364,74 @@ def settings_in_a_browser(root):
         browser.close()
 
 
+def changes_in_a_browser(root):
+    """Settings that are changed and refused between two plans: nothing begins with a plan of
+    others, and what is refused can always be reached and mended."""
+    from playwright.sync_api import expect, sync_playwright
+
+    with serving(root) as (address, _), sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        wrong = []
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.goto(address)
+        page.get_by_role("button", name="models").click()
+        page.get_by_role("button", name="glyph-vit").click()
+        page.get_by_role("tab", name="Digits").click()
+        page.get_by_role("button", name="Take them").click()
+        budget = page.get_by_role("slider", name="Memory budget")
+        expect(budget).to_be_visible(timeout=180_000)
+        page.get_by_text("More settings").press("Enter")
+        page.get_by_text("How rows are read").press("Enter")
+        for name in ("group", "group_by_length"):           # pictures have neither
+            expect(page.locator(f"#set-{name}")).to_be_hidden()
+        expect(page.locator("#set-label_smoothing_factor")).to_be_visible()
+        # refused by the model: the plan of other targets is gone, and no run begins
+        page.fill("#recipe", RECIPE)
+        page.fill("#set-targets", "q,vv")
+        page.get_by_role("button", name="Start training").click()
+        expect(page.locator("#start-status .error")).to_be_visible(timeout=120_000)
+        expect(page.locator("#set-targets-error")).to_contain_text("did you mean 'v'")
+        expect(page.locator("#set-targets")).to_be_focused()
+        expect(page.locator("#frontier svg")).to_have_count(0)
+        expect(page.locator("#recipe")).to_have_value(RECIPE)
+        page.fill("#set-targets", "q,v")
+        page.press("#set-targets", "Tab")
+        expect(budget).to_be_visible(timeout=180_000)
+        # refused while rows are read: its field is one of the plan, which is not there then
+        page.fill("#set-learning_rate", "-1")
+        page.press("#set-learning_rate", "Tab")
+        page.fill("#set-validation", "0.2")
+        page.press("#set-validation", "Tab")
+        error = page.locator("#set-learning_rate-error")
+        expect(error).to_be_visible(timeout=60_000)
+        expect(error).to_contain_text("expected 0 or more")
+        page.fill("#set-learning_rate", "0.01")
+        page.press("#set-learning_rate", "Tab")
+        expect(error).to_be_empty(timeout=60_000)
+        expect(budget).to_be_visible(timeout=180_000)
+        # changed and started at once: the run is promised with what was changed
+        page.fill("#recipe", RECIPE)
+        page.fill("#set-max_steps", "2")
+        page.fill("#set-accumulation", "2")
+        page.select_option("#set-dtype", "bfloat16")
+        page.get_by_role("button", name="Start training").click()
+        expect(page.locator("#view-run .state")).to_have_text("finished", timeout=300_000)
+        folder = root / "runs" / page.url.rpartition("/")[2]
+        told, asked = (json.loads((folder / f).read_text()) for f in ("fit.json", "asked.json"))
+        given = {"accumulation": 2, "dtype": "bfloat16", "targets": "q,v", "validation": 0.2,
+                 "learning_rate": 0.01, "max_steps": 2}
+        assert told | given == told
+        facts = json.loads((folder / "out/run.json").read_text())
+        assert facts["memory"]["simulated"]["peak_bytes"] == asked["promise"]["peak"]
+        assert not wrong, wrong
+        browser.close()
+
+
 if BROWSER:
+    def test_changes_in_a_browser(root):
+        changes_in_a_browser(root)
+
     def test_settings_of_a_task_in_a_browser(root):
         settings_in_a_browser(root)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from burnish.core.errors import ConfigError
 from burnish.fit.arguments import LEAST, MOST, OF_TASK, Options, sort_out
 from burnish.fit.assets import GLYPH_VIT
+from burnish.fit.tasks import TASKS
 from burnish.ui import desk, settings
 from burnish.ui.runs import READING
 
@@ -122,7 +123,7 @@ def test_what_acts_on_the_plan_is_what_fit_promises(tmp_path):
     import burnish
 
     seen = []
-    for told in ({}, {"dtype": "bfloat16"}, {"targets": "layers.0.*"}):
+    for told in ({}, {"dtype": "bfloat16"}, {"targets": "layers.0.*"}, {"accumulation": "2"}):
         given = settings.told(told)
         plan = ask("plan", **VIT, memory="1 GB", batch=32, candidates=["lora(rank=4)"],
                    settings=given)["recipes"][0]
@@ -132,7 +133,9 @@ def test_what_acts_on_the_plan_is_what_fit_promises(tmp_path):
         assert run.promise.peak_bytes == plan["peak"] and run.promise.by_category == plan["by"]
         assert run.promise.trainable == plan["trainable"]
         seen.append((plan["peak"], plan["trainable"]))
-    usual, half, few = seen
+        assert run.promise.accumulation == plan["accumulate"] == given.get("accumulation", 1)
+    usual, half, few, twice = seen
+    assert twice[0] > usual[0] and twice[1] == usual[1]     # gradients wait for the second batch
     assert half[0] < 0.75 * usual[0] and few[0] < usual[0] and few[1] < usual[1] == half[1]
     bare = ask("plan", model=str(GLYPH_VIT), memory="1 GB", batch=32, task="image-classification",
                candidates=["lora(rank=4)"], settings={"dtype": "bfloat16"})["recipes"][0]
@@ -154,3 +157,27 @@ def test_what_fit_takes_is_checked_and_taken():
             "save_total_limit": 1, "test": "false", "tensorboard": "true"}
     assert ask("check", **VIT, settings=settings.told(told), recipe="lora(rank=4)") == {}
     assert "lora" in refused("check", **VIT, recipe="lara(rank=4)")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_idle_for_a_task_is_what_fit_refuses_there(task):
+    from burnish.fit.order import by_length
+    from burnish.fit.tasks import smooths
+
+    def refuses(call, *how):
+        try:
+            call(*how)
+        except ConfigError:
+            return True
+        return False
+
+    idle = desk.idle_of(task)
+    assert ("group_by_length" in idle) == refuses(by_length, task, True, None)
+    assert ("label_smoothing_factor" in idle) == refuses(smooths, task, 0.1)
+    assert ("group" in idle) == ("shots" not in [s["name"] for s in desk.asked_of(task)])
+    assert {*idle} <= {f.name for f in settings.offered()}
+
+
+def test_the_page_is_told_what_is_idle():
+    assert ask("data", **{k: v for k, v in VIT.items() if k != "model"})["idle"] == [
+        "group", "group_by_length"]

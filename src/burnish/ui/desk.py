@@ -117,7 +117,7 @@ def data(say: Say, data: str, tops: list[str], model: str | None = None, trust: 
             "labels": list(found.labels) if found.labels else None,
             "classes": counted(found), "samples": samples(found),
             "pictures": [{"image": uri, "label": label} for uri, label in gallery(found)]}
-    told["settings"] = asked_of(found.task)
+    told |= {"settings": asked_of(found.task), "idle": idle_of(found.task)}
     if model is not None:
         try:
             told |= lengths(taught(data, tops, model, trust, Asked.of(how, settings))[0])
@@ -135,6 +135,16 @@ def asked_of(task: str) -> list[dict[str, Any]]:
 
     return [{"name": n, "kind": kind, "least": LEAST.get(n), "most": MOST.get(n)}
             for n, kind in kinds_of_task().items() if n in TASKS[task].settings]
+
+
+def idle_of(task: str) -> list[str]:
+    """Settings of every task that this one refuses or never reads."""
+    from ..fit.tasks import TASKS
+
+    kind = TASKS[task]
+    acts = {"group": "shots" in kind.settings, "group_by_length": kind.unlike,
+            "label_smoothing_factor": kind.smooths}
+    return [name for name, does in acts.items() if not does]
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,7 @@ def plan(say: Say, model: str, memory: str | int, batch: int, length: int | None
                 of_what, memory=memory, batch=shape, prefer=prefer, device=device, loss=loss,
                 candidates=recipes, rows=rows, epochs=epochs if rows else None, progress=say,
                 targets=asked.own.targets, head=asked.own.head,
+                accumulation=int(asked.args.get("gradient_accumulation_steps", 1)),
                 **({} if data is not None else {"dtype": dtype_of(asked.own.dtype)}))
 
     if candidates is None:

@@ -60,6 +60,7 @@ GROUPS: dict[str, dict[str, tuple[Acts, str]]] = {
         "max_grad_norm": ("run", "gradients are cut to this length; 0: never"),
         "label_smoothing_factor": ("run", "share of a label that all classes have"),
         "max_steps": ("run", "updates at most"),
+        "accumulation": ("plan", "batches of one update; a plan that cuts them has more"),
         "early_stopping_patience": ("run", "evaluations without a better figure, then it ends"),
     },
     "Model": {
@@ -80,7 +81,7 @@ GROUPS: dict[str, dict[str, tuple[Acts, str]]] = {
     },
 }
 #: what stands in the plan's own line, and is written by it
-PLANNED = ("epochs", "batch_size", "accumulation")
+PLANNED = ("epochs", "batch_size")
 CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": SCHEDULES, "dtype": ("float32", "bfloat16", "float16"), "head": TRUTH}
 #: options of `fit` that the page does not offer

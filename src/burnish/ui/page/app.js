@@ -4,14 +4,14 @@ import { ask, get, send } from "./ask.js";
 import { bytes, count, duration, frontier, h, s, short, stack } from "./chart.js";
 import { folder, hub, tabs, upload } from "./pick.js";
 import { leave, watch } from "./run.js";
-import { accepted, columns, fields, refused, told } from "./settings.js";
+import { accepted, columns, fields, idle, refused, told } from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
 const error = (e) => h("p", { class: "error", role: "alert" }, e.message);
 const busy = (text) => h("span", { class: "faint" }, text);
 
 /** What has been chosen so far. */
-const now = { model: null, data: null, how: {}, facts: null, read: null, plans: null, point: null, machine: null };
+const now = { model: null, data: null, how: {}, facts: null, read: null, plans: null, point: null, machine: null, stale: false };
 let title = document.title;
 let asked = 0;                                    // of several answers only the newest counts
 
@@ -60,6 +60,7 @@ async function readData() {
       rows: Object.entries(read.rows).map(([k, n]) => `${n.toLocaleString("en")} ${k}`).join(", ") }));
     understood(read);
     own(read.settings);
+    idle(read.idle);
     if (read.refused) { refused(read.refused); $("data-facts").append(error({ message: read.refused })); }
     else if (body.model) plan();
   } catch (e) {
@@ -83,7 +84,7 @@ function own(settings) {
 /** What acts on how rows are read makes that anew, and the plan with it. */
 function changed(acts) {
   $("start-status").replaceChildren();            // what was refused there is no longer so
-  if (acts === "reading") readData();
+  if (acts === "reading" || (now.data && !now.read)) readData();
   else if (acts === "plan") plan();
 }
 
@@ -130,6 +131,7 @@ async function plan(more = {}) {
   $("plan").hidden = false;
   const bar = h("progress", { max: 1, "aria-label": "Recipes looked at" }), words = h("span", { class: "faint" }, "Simulating recipes…");
   $("plan-status").replaceChildren(bar, words);
+  now.stale ||= !more.candidates;                 // until this one ends, what stands is of before
   try {
     const body = { model: now.model, memory: $("memory").value.trim(), batch: +$("batch").value || 16, task: read.task,
       prefer: $("prefer").value, device: now.machine?.device, rows: read.train, epochs: +$("epochs").value || 1,
@@ -143,6 +145,7 @@ async function plan(more = {}) {
     accepted();
     if (more.candidates) return found;
     now.plans = found;
+    now.stale = false;
     const kept = now.point && found.recipes.find((r) => r.recipe === now.point.recipe && r.fits);
     now.point = kept || found.recipes.find((r) => r.recipe === found.best) || null;
     if (!found.best) $("plan-status").replaceChildren(h("p", { class: "error" }, `Nothing fits ${bytes(found.budget)}; ${bytes(found.missing)} more would do for the smallest.`));
@@ -151,7 +154,8 @@ async function plan(more = {}) {
     takePoint(now.point);
   } catch (e) {
     if (turn !== planning) return null;
-    refused(e.message);
+    // what stands is not of the settings that are refused
+    if (refused(e.message) && !more.candidates) now.plans = now.point = null;
     $("plan-status").replaceChildren(error(e));
     $("plan-body").hidden = false;                // a recipe may be written all the same
     if (!now.plans) for (const id of ["frontier", "chosen", "recipes"]) $(id).replaceChildren();
@@ -215,19 +219,27 @@ async function written() {
 }
 
 // -- start -------------------------------------------------------------------------------------
+/** What the page itself says, which is of no field: what stands beside those stays. */
+const plainly = (text) => Object.assign(new Error(text), { own: true });
+
 async function start(e) {
   e.preventDefault();
   const button = $("start"), status = $("start-status");
   button.disabled = true;
   status.replaceChildren(busy("Starting…"));
   try {
-    if (later) await plan();                      // a field was changed just now
-    const text = $("recipe").value.trim(), r = text === now.point?.recipe ? now.point : now.plans ? await written() : null;
-    if (!text) throw new Error("choose a recipe, or write one");
-    if (now.plans && !r) throw new Error("this recipe cannot be planned; the reason stands above");
-    if (r && now.plans && r.needs > now.plans.budget) throw new Error(`${r.recipe} needs ${bytes(r.needs)}, more than the memory above`);
+    const text = $("recipe").value.trim();
+    if (later || now.stale) await plan();         // a field was changed just now
+    $("recipe").value = text;
+    const wrong = now.stale && document.querySelector("#view-new [aria-invalid]");
+    if (wrong) { wrong.focus(); throw plainly("there is no plan with these settings; the reason stands beside the field"); }
+    if (now.stale && now.plans) throw plainly("there is no plan with these settings yet; if one was refused, the reason stands above");
+    const r = text === now.point?.recipe ? now.point : now.plans ? await written() : null;
+    if (!text) throw plainly("choose a recipe, or write one");
+    if (now.plans && !r) throw plainly("this recipe cannot be planned; the reason stands above");
+    if (r && now.plans && r.needs > now.plans.budget) throw plainly(`${r.recipe} needs ${bytes(r.needs)}, more than the memory above`);
     const settings = { samples: now.read?.rows.validation ? 4 : null, ...told(), epochs: +$("epochs").value || null,
-      batch_size: r ? r.batch : +$("batch").value, accumulation: r && r.accumulate > 1 ? r.accumulate : null };
+      batch_size: r ? r.batch : +$("batch").value, ...(r ? { accumulation: r.accumulate > 1 ? r.accumulate : null } : {}) };
     const given = { model: now.model, data: now.data, recipe: r ? r.recipe : text, how: how(), settings };
     await ask("check", given);                    // refused beside its field, before there is a run
     accepted();
@@ -237,7 +249,7 @@ async function start(e) {
     location.hash = `run/${run.id}`;
   } catch (problem) {
     status.replaceChildren(error(problem));
-    refused(problem.message)?.focus();
+    if (!problem.own) refused(problem.message)?.focus();
   }
   button.disabled = false;
 }

@@ -51,18 +51,25 @@ function clear(input) {
   document.getElementById(`${input.id}-error`).textContent = "";
 }
 
+/** What says nothing to the task that was read is put away; what is filled in stays in sight. */
+export function idle(names) {
+  for (const i of inputs()) i.closest(".setting").hidden = names.includes(i.name) && i.value.trim() === "" && !i.validity.badInput;
+}
+
 /** Nothing is refused any more. */
 export const accepted = () => inputs().forEach(clear);
 
-/** Beside the fields that a refusal names stands why; the first of them, or null. */
+/** Beside the fields that a refusal names stands why, in sight whatever was folded or put away
+ *  around them; the first of them, or null. */
 export function refused(message) {
   accepted();
-  const hit = inputs().filter((i) => message.includes(`${i.name}=`) ||
+  const hit = inputs().filter((i) => new RegExp(`(^|\\W)${i.name}=`).test(message) ||
     (i.value.trim() !== "" || i.validity.badInput) && new RegExp(`(^|\\W)${i.name.replace(/s$/, "s?")}(\\W|$)`).test(message));
   for (const i of hit) {
     i.setAttribute("aria-invalid", "true");
     document.getElementById(`${i.id}-error`).textContent = message;
     i.closest("details").open = true;
+    for (let around = i.closest("[hidden]"); around; around = i.closest("[hidden]")) around.hidden = false;
   }
   return hit[0] || null;
 }
