@@ -198,6 +198,31 @@ def test_without_a_gate_the_adapter_stands_in_the_place_of_the_linear():
     assert tuned.recipe[0].count(64, 32) == sum(p.numel() for p in tuned.parameters())
 
 
+def test_its_settings_and_the_least_width():
+    told = burnish.parse("mixda")[0].settings()
+    assert told == {"targets": None, "layers": (7,), "adapters": 1, "reduction": 1, "gated": True,
+                    "hidden": 768, "dropout": 0.2, "lean": 0.0, "pool": "token", "weight": 2.0,
+                    "learns": "domain"}
+    _, net, _, _ = made(", reduction=64")
+    assert listener(net).adapters[0].down.weight.shape[0] == 1
+
+
+def test_general_text_is_of_training_alone():
+    tuned, net, base, batch = made(general=None)
+    net.eval()
+    assert net(**batch).logits.shape == base(**batch).logits.shape
+    tuned.optimizer()
+    net.train()
+    with pytest.raises(burnish.BurnishError, match="general"):
+        tuned.loss(batch)
+
+
+def test_domains_go_on_without_anything_beside_them():
+    tuned, net, _, batch = made()
+    tuned.recipe[0].lifecycle(tuned, "job")
+    assert {n.split(".mixda.")[1].split(".")[0] for n, _ in tuned.named_parameters()} == {"gate"}
+
+
 def test_the_start():
     _, net, base, batch = made(", lean=3.0", size=0.0)
     m = listener(net)

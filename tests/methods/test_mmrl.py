@@ -336,6 +336,59 @@ def test_the_counts_of_the_papers(published):
     assert m.repeats() is None
 
 
+def test_states_of_blocks_are_as_many_as_they_were():
+    """What a model says of its blocks is of its own tokens."""
+    net, batch = tiny("clip", vision_config=WIDE, dtype=torch.float64)
+    tuned = burnish.tune(net, "mmrl(length=3, layers=2, code=8)", head=False)
+    stir(tuned, size=0.5)
+    net.eval()
+    for p in tuned.parameters():
+        p.data = p.data.double()
+    said = {n: batch[n] for n in ("input_ids", "pixel_values")}
+    out = net(**said, output_hidden_states=True)
+    text, pictures = out.text_model_output, out.vision_model_output
+    torch.testing.assert_close(net.text_model.final_layer_norm(text.hidden_states[-1]),
+                               text.last_hidden_state)
+    torch.testing.assert_close(pictures.hidden_states[-1], pictures.last_hidden_state)
+    for states, tokens in ((text.hidden_states, said["input_ids"].shape[1]), (
+            pictures.hidden_states, 1 + (16 // 4) ** 2)):
+        assert [s.shape[1] for s in states] == [tokens] * 3
+    seen = []                                        # what the second block reads, less the rows
+    hook = net.text_model.encoder.layers[1].register_forward_pre_hook(
+        lambda m, args: seen.append(args[0]))
+    net(**said)
+    hook.remove()
+    reads = torch.cat([seen[0][:, :1], seen[0][:, -said["input_ids"].shape[1] + 1:]], 1)
+    torch.testing.assert_close(text.hidden_states[1], reads)
+
+
+def test_rows_of_no_space_begin_small_and_the_space_stands_once():
+    net, _ = tiny("clip", vision_config=WIDE)
+    burnish.tune(net, "mmrl(length=200, layers=2, coupled=False)", head=False)
+    rows = [p for n, p in net.named_parameters() if n.endswith(".rows")]
+    assert len(rows) == 4 and all(0.018 < float(p.detach().std()) < 0.022 for p in rows)
+    net, _ = tiny("clip", vision_config=WIDE)
+    burnish.tune(net, "mmrl(length=3, layers=2, code=8)", head=False)
+    every = [n for n, _ in net.named_parameters(remove_duplicate=False)]
+    assert sum(n.endswith("space.rows") for n in every) == 1
+
+
+@pytest.mark.parametrize("change", ["scale", "norm"])
+def test_a_model_without_a_scale_or_a_last_norm_is_refused(monkeypatch, change):
+    from dataclasses import replace
+
+    from burnish.core.anatomy import Anatomy
+    from burnish.methods.prompt import mmrl
+
+    anatomy = Anatomy.of(tiny("clip")[0])
+    if change == "scale":
+        monkeypatch.setattr(mmrl, "towers", lambda a: replace(towers(a), scale=None))
+    else:
+        anatomy.final_norms.clear()
+    with pytest.raises(burnish.RecipeError, match="has not both"):
+        parse("mmrl(layers=1)")[0].prompt(anatomy)
+
+
 def test_where_it_stands():
     net, _ = tiny("clip")
     burnish.tune(net, "mmrl(length=3, layers=1, code=8)", head=False)
@@ -349,6 +402,7 @@ def test_where_it_stands():
 @pytest.mark.parametrize("model, recipe, why", [
     ("clip", "mmrl(length=0)", "expected a row"), ("clip", "mmrl(rank=-1)", "ranks of 0"),
     ("clip", "mmrl(alpha=1.5)", "from 0 to 1"), ("clip", "mmrl(beta=-0.1)", "from 0 to 1"),
+    ("clip", "mmrl(beta=1.5)", "from 0 to 1"),
     ("clip", "mmrl(weight=-1)", "weight of 0 or more"), ("clip", "mmrl(layers=3)", "at most 2"),
     ("clip", "mmrl(layers=2, coupled=False, rank=2)", "of none: leave them out"),
     ("clip", "mmrl(layers=2, coupled=False, code=8)", "of none: leave them out"),

@@ -14,7 +14,7 @@ from ...blocks.state.readings import Normed, Readings, Second, Slots
 from ...core.errors import RecipeError
 from ...core.keys import Key
 from ...core.method import Method, setting
-from ...core.needs import refuse, towers, unmet
+from ...core.needs import refuse, towers
 from ._stacks import states_as_they_were
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Mmrl(Method):
             raise RecipeError("mmrl takes no targets: it stands in the last blocks; say how many "
                               "with layers")
         two = towers(anatomy)
-        if two is None or unmet(type(self), anatomy):
+        if two is None:
             refuse(self, anatomy)
         if self.layers > (most := min(len(two.text), len(two.vision))):
             raise RecipeError(f"mmrl(layers={self.layers}): the towers have {len(two.text)} and "
@@ -131,16 +131,15 @@ class Mmrl(Method):
             one.listen(attacher.slot(path), f"{part.name}_{key}")
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
-        name = getattr(tuned, "training", None) or next(iter(tuned.adapters))
         for one in tuned.model.modules():
-            if isinstance(one, Readings) and one.adapter == name \
+            if isinstance(one, Readings) and one.adapter == tuned.training \
                     and (gap := one.take()) is not None:
                 yield gap
         if self.weight:
             base = run.reference()
             for key in ("image_embeds", "text_embeds"):
                 mine, theirs = run.outputs[key], base[key].to(run.outputs[key].device)
-                yield self.weight * (1 - F.cosine_similarity(mine, theirs, dim=-1)).mean()
+                yield self.weight * (1 - F.cosine_similarity(mine, theirs)).mean()
 
     def finished(self) -> Mmrl:
         return replace(self, coupled=False, rank=0, code=Mmrl.code, proj_rank=0)
