@@ -202,7 +202,7 @@ def test_a_search_alternates_then_r_stays():
         seen.append(look())
     moved = [{".rational." in n for n in seen[0] if not torch.equal(a[n], b[n])}
              for a, b in zip([start, *seen], seen, strict=False)]
-    assert moved[:2] == [{False}, {True}]
+    assert moved[:3] == [{False}, {True}, {False}]
     assert all(m == {False} for m in moved[3:])
     up = next(n for n in start if n.endswith("up.bias"))
     assert len(seen) == 6 and float(seen[2][up].abs().max()) > 0
@@ -214,7 +214,8 @@ def test_the_count_of_the_paper(published):
     """67.3M on LLaMA-7B at a bottleneck of 256."""
     llama, _ = published("LlamaConfig", "LlamaForCausalLM", **LLAMA_7B)
     m = parse("iapt")[0]
-    assert (m.length, m.bottleneck, m.search) == (4, 256, 0.0)
+    assert (m.length, m.bottleneck, m.search) == (4, 256, 0.0) and m.relies_on == ()
+    assert parse("iapt(length=1, bottleneck=1, search=0.5)")[0].relies_on == ("gradients",)
     assert m.count(llama.hidden_size, len(llama.blocks)) == 67_273_056
     tuned = burnish.tune(tiny("llama")[0], "iapt(length=3, bottleneck=4)", head=False)
     assert sum(p.numel() for p in tuned.parameters()) == parse(
@@ -227,6 +228,13 @@ def test_tokens_in_front_are_refused():
     burnish.tune(net, "prompt_tuning(length=2) + iapt(length=3, bottleneck=4)")
     with pytest.raises(burnish.RecipeError, match="tokens in front are no part"):
         net(**batch)
+
+
+def test_attention_that_is_not_open_is_refused():
+    net, _ = tiny("llama")
+    net.set_attn_implementation("eager")
+    with pytest.raises(burnish.RecipeError, match="iapt: .*load it with attn_implementation"):
+        burnish.tune(net, "iapt(bottleneck=4)")
 
 
 def test_a_head_norm_is_refused():
@@ -243,7 +251,7 @@ def test_a_head_norm_is_refused():
     ("llama", "iapt(length=0)", "expected a row"), ("llama", "iapt(bottleneck=0)", "a width"),
     ("llama", "iapt(search=1.0)", "to below 1"), ("llama", "iapt(targets='q')", "no targets"),
     ("llama", "iapt(search=0.5) + sgd + step_in_backward", "gradients at once"),
-    ("bert", "iapt", "iapt"), ("mamba", "iapt", "iapt"),
+    ("bert", "iapt", "iapt needs a stack"), ("mamba", "iapt", "iapt needs"),
 ])
 def test_what_it_refuses(model, recipe, why):
     with pytest.raises(burnish.RecipeError, match=why):

@@ -69,7 +69,7 @@ class Cpt(Method):
         if self.types is not None and len(self.types) != len(self.ids or ()):
             raise RecipeError(f"cpt: one type a token: {len(self.ids or ())} ids and "
                               f"{len(self.types)} types")
-        if self.types is not None and min(self.types, default=0) < 0:
+        if any(t < 0 for t in self.types or ()):
             raise RecipeError("cpt: types are 0 (free text) or counted from 1")
         kinds = {t % 4 if t else None for t in self.coded().codes}
         for name, kind, what in (("input_radius", 2, "an input"), ("label_decay", 0, "a label"),
@@ -111,8 +111,8 @@ class Cpt(Method):
         return Projecting(self._rows(tuned))
 
     def _rows(self, tuned: Any) -> list[Examples]:
-        name = tuned.training or next(iter(tuned.adapters))
-        return [m for m in tuned.model.modules() if isinstance(m, Examples) and m.adapter == name]
+        return [m for m in tuned.model.modules()
+                if isinstance(m, Examples) and m.adapter == tuned.training]
 
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
         """What makes the mean over the query's labels the mean over all."""

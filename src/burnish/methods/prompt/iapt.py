@@ -105,9 +105,8 @@ class Iapt(Method):
 
     def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:
         if self.search:
-            name = getattr(tuned, "training", None) or next(iter(tuned.adapters))
-            yield Stage(name, until=self.search, then=self.again)
-            yield Stage(name)
+            yield Stage(tuned.training, until=self.search, then=self.again)
+            yield Stage(tuned.training)
 
     def again(self, tuned: Any) -> None:
         """The generators begin again; R stays from now on."""
@@ -116,9 +115,8 @@ class Iapt(Method):
             one.settled = True
 
     def _makers(self, tuned: Any) -> list[Any]:
-        name = getattr(tuned, "training", None) or next(iter(tuned.adapters))
         return [m.maker for m in tuned.model.modules()
-                if isinstance(m, Instructed) and m.adapter == name]
+                if isinstance(m, Instructed) and m.adapter == tuned.training]
 
     def count(self, d: int, blocks: int) -> int:
         """Trainable parameters at width d."""
