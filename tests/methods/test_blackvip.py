@@ -116,6 +116,21 @@ def test_the_published_count():
     assert float(trigger.min()) >= 0 and 0.05 < float(trigger.max()) <= 0.1
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_count_of_other_channels(channels):
+    mean = std = (0.5,) * channels
+    net, _ = tiny("vit", num_channels=channels)
+    recipe = f"blackvip(map_side=2, pixel_mean={mean}, pixel_std={std})"
+    tuned = burnish.tune(net, recipe, head=False)
+    assert sum(p.numel() for p in tuned.parameters()) == parse(recipe)[0].count(32)
+
+
+def test_a_map_that_z_fills_alone_is_refused():
+    with pytest.raises(burnish.RecipeError, match="z alone has 1024 numbers, and the map 512: "):
+        burnish.tune(tiny("vit", hidden_size=1024, num_attention_heads=4, num_hidden_layers=1)[0],
+                     "blackvip(map_side=4)", head=False)
+
+
 class Service(nn.Module):
     """A client: an encoder of its own, and a model elsewhere that answers with numbers alone."""
 

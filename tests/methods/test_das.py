@@ -124,7 +124,7 @@ def test_the_gates_follow_the_equation():
 def test_what_is_skipped_when():
     """Uniform draws, draws by the gates with comparisons, and one set to the end; the loss of each
     candidate is that of the model with it left out."""
-    net, batch = tiny("vit", num_hidden_layers=4, hidden_dropout_prob=0.4)
+    net, batch = tiny("vit", num_hidden_layers=4, dropout=0.4)
     tuned = burnish.tune(net, "das(layers=2, bottleneck=4, every=2, warmup=0.25, search=0.75)",
                          head=False)
     tuned.optimizer(lr=1e-2)

@@ -314,6 +314,18 @@ def test_half_precision_keeps_its_form():
         assert got.dtype == torch.bfloat16 and adapted.parts[0].g["w1"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("order", ["source", "drawn"])
+def test_rows_are_drawn_as_the_setting_says(monkeypatch, order):
+    from burnish.methods.lifecycle import label_shift as module
+
+    told = []
+    monkeypatch.setattr(module.PriorHead, "learn", lambda self, *a, **k: told.append(k))
+    model, head = classifier()[:2]
+    made = burnish.parse(f"label_shift(order='{order}', tail=1.5)")[0]
+    made.lifecycle(model, source(model, classes=3))
+    assert told[0]["drawn_order"] is (order == "drawn") and told[0]["imbalance"] == 1.5
+
+
 def test_its_settings():
     made = parse("label_shift")[0]
     assert (made.hidden, made.decay, made.adjust, made.steps, made.per_update, made.step_rate,

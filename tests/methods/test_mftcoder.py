@@ -202,6 +202,21 @@ def test_settings_that_cannot_act_are_refused(text, why):
         burnish.parse(text)
 
 
+def test_one_process_alone(monkeypatch):
+    from burnish.methods.objective import mftcoder as module
+
+    monkeypatch.setattr(module, "processes", lambda: 2)
+    with pytest.raises(burnish.ConfigError, match="each of 2 processes sees its own part"):
+        burnish.tune(tiny("vit")[0], "full + mftcoder(tasks=2)").optimizer(lr=1e-3)
+
+
+def test_tasks_are_of_training_alone():
+    net, batch = tiny("vit")
+    burnish.tune(net, "lora(rank=2) + mftcoder(tasks=2)")
+    net.eval()
+    assert net(**batch).logits.isfinite().all()          # and an answer needs no task
+
+
 def test_what_it_reads_is_asked_for():
     tuned, net, batch, _ = llama("lora(rank=2) + mftcoder(tasks=3)")
     tuned.optimizer()

@@ -34,6 +34,10 @@ def test_what_a_mixed_target_adds():
     plain = hand(z, t, labels, 0.0)
     torch.testing.assert_close(plain + 0.3 * softened(z, t, labels), hand(z, t, labels, 0.3))
     assert softened(z, t, torch.full_like(labels, -100)) == 0
+    one = torch.full_like(labels, -100)
+    one[1, 2] = 3                                        # a single row has a label
+    torch.testing.assert_close(hand(z, t, one, 0.0) + 0.3 * softened(z, t, one),
+                               hand(z, t, one, 0.3))
     assert softened(z.bfloat16(), t.bfloat16(), labels).dtype == torch.float32
 
 
@@ -130,6 +134,34 @@ def test_what_trains_is_as_it_was_when_the_teacher_has_answered():
     tuned.loss(batch).backward()
     for n, p in tuned.named_parameters():
         assert p.data_ptr() == before[n][0] and torch.equal(p, before[n][1])
+
+
+def test_a_stretch_ends_at_its_last_update():
+    net, _ = tiny("vit")
+    tuned = burnish.tune(net, "lora(rank=2) + ps_kd(stretches=3)", head=False)
+    tuned.optimizer(lr=1e-3)
+    tuned.total_steps = 9
+    handler = next(h for _, h in tuned.timeline.handlers if type(h).__name__ == "Earlier")
+    kept = []
+    handler.keep = lambda: kept.append(step)
+    for step in range(9):
+        handler.after_update(step)
+    assert kept == [2, 5, 8]
+
+
+def test_a_batch_that_is_no_mapping_is_refused_once_there_is_a_teacher():
+    net, batch = tiny("mlp")
+    tuned = burnish.tune(net, "full + ps_kd(stretches=2)", head=True)
+    tuned.optimizer(lr=1e-3)
+    tuned.total_steps = 2
+    pair = (batch["x"], batch["labels"]) if "x" in batch else tuple(batch.values())[:1]
+
+    def loss(out, _):
+        return out.logits.square().mean()
+
+    tuned.step(pair, loss)
+    with pytest.raises(ConfigError, match="expected a batch with `labels`"):
+        tuned.step(pair, loss)
 
 
 def test_refusals():

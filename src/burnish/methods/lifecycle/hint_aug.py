@@ -104,7 +104,7 @@ class HintAug(Method):
             u = torch.rand(x.shape, generator=generator, device=x.device).to(x.dtype)
             low, high = self.least_pixel, self.largest_pixel
             delta = here * (low + (high - low) * u - x)
-            rule = AdamW(weight_decay=0.0)
+            rule = AdamW()                           # whose direction has no decay in it
             state = rule.init(delta)
             for t in range(1, self.pixel_updates + 1):
                 made = delta.requires_grad_()
@@ -130,7 +130,7 @@ class HintAug(Method):
                               f"{len(places)} such convolutions")
         module = tuned.model.get_submodule(blocks[self.layer].attn)
         size = tuned.model.get_submodule(places[0].path).kernel_size
-        n = (x.shape[-2] // size[0]) * (x.shape[-1] // size[1])
+        n = (x.shape[2] // size[0]) * (x.shape[3] // size[1])
         with Maps(module) as maps, tuned.disabled():
             tuned.model(**given)
         before = maps.map(n)

@@ -74,7 +74,7 @@ class PsKd(Method):
     def objective(self, tuned: Tuned, run: Any) -> Iterator[Tensor]:
         handler = next(h for _, h in tuned.timeline.handlers if isinstance(h, Earlier))
         z, share = logits_of(run.outputs, self.name), handler.share(tuned.timeline.step)
-        if not handler.values or not share:
+        if not handler.values:
             yield 0 * z.sum()
             return
         labels = run.batch.get("labels") if isinstance(run.batch, Mapping) else None

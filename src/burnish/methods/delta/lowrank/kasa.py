@@ -11,7 +11,7 @@ from ....blocks.update.objective import OnWeights
 from ....blocks.weight.least import Cut, Graded, least
 from ....blocks.weight.start import decomposed
 from ....blocks.weight.triplets import crooked
-from ....core.errors import RankError, RecipeError
+from ....core.errors import RankError
 from ....core.method import Method, setting
 from ....core.site import Place, Site
 from .lora import check_dropout
@@ -63,8 +63,6 @@ class Kasa(Method):
 
     def __post_init__(self) -> None:
         check_dropout("kasa", self.dropout)
-        if not (self.weight >= 0 and self.ortho >= 0):
-            raise RecipeError(f"kasa: weight={self.weight}, ortho={self.ortho}: 0 or more")
 
     def delta(self, site: Site) -> tuple[Graded, Cut]:
         place, most = site.place, min(site.place.out, site.place.inp)
