@@ -60,6 +60,12 @@ def test_a_method_says_how_it_was_held_against_its_source(file):
         assert re.search(r"float64|\.double\(|count", said)
 
 
+def test_no_method_draws_from_the_seed_of_everybody():
+    """Where parts are joined draws come from the recipe's own generators, whatever the global seed
+    is set to: a setting that set it would do nothing (core/draw.py)."""
+    assert not [f.stem for f in FOLDER.glob("**/*.py") if "torch.manual_seed" in f.read_text()]
+
+
 @pytest.mark.parametrize("name", sorted(registry.presets()))
 def test_a_preset_is_a_recipe(name):
     recipe = parse(name)

@@ -353,6 +353,34 @@ def test_fit_trains_it_goes_on_from_a_checkpoint_and_answers_with_it(tmp_path):
         run("f", packing=True)
 
 
+def test_its_settings():
+    made = burnish.parse("copilot")[0]
+    assert (made.kept, made.log, made.decoder_rate, made.seed) == (32, 16, 1e-3, 0)
+
+
+def test_the_decoder_is_drawn_from_its_seed_alone():
+    def drawn(seed, other):
+        torch.manual_seed(other)
+        tuned, _ = joined(seed=seed)
+        made = next(m for m in tuned.model.modules() if isinstance(m, Corrector))
+        return torch.cat([p.detach().flatten() for p in made.parameters()])
+
+    assert torch.equal(drawn(1, 5), drawn(1, 6)) and not torch.equal(drawn(1, 5), drawn(2, 5))
+
+
+def test_states_may_be_wider_than_what_the_head_reads():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    net = OPTForCausalLM(OPTConfig(hidden_size=32, num_hidden_layers=1, ffn_dim=32, vocab_size=64,
+                                   num_attention_heads=4, word_embed_proj_dim=16,
+                                   max_position_embeddings=32, do_layer_norm_before=False))
+    tuned, _ = joined(net=net)
+    tuned.step(batches(1)[0])
+    made = net.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+    assert made.shape == (1, 5)
+
+
 def test_the_numbers_are_these():
     _, handler = joined()
     V, D, S = 64, 32, 32

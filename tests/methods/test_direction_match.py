@@ -82,6 +82,30 @@ def test_gradients_are_those_of_the_sum(model, padded, weight, states):
         torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9, msg=n)
 
 
+def test_of_nothing_there_is_no_direction_and_no_gradient_that_is_none():
+    from burnish.methods.objective.direction_match import _counting, _state, apart
+
+    z = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    y = torch.ones(3, dtype=torch.float64)
+    apart((z * y).sum(), z.square().sum(), y.square().sum()).backward()
+    assert z.grad.isfinite().all()
+    same = y.clone().requires_grad_()
+    for scale in (1.0, 3.0, 1e5):
+        off = apart(scale * (same * y).sum(), same.square().sum(), scale**2 * y.square().sum())
+        assert float(off) == 2 * torch.finfo(torch.float64).eps ** 0.5
+    assert _state((y, z)) is y and _state([y, z]) is y and _state(y) is y
+    assert torch.equal(_counting(y, (y, z), "attention_mask"), y)
+
+
+def test_without_a_weight_projections_are_not_looked_at():
+    net, _ = tiny("bert")
+    from burnish.core.anatomy import Anatomy
+
+    anatomy = Anatomy.of(net)
+    part = burnish.parse("direction_match(weight=0.0, states=1.0)")[0]
+    assert part.taps(anatomy) == tuple(b.path for b in anatomy.blocks)
+
+
 def test_the_size_of_a_pattern_does_not_count():
     Z, Y = torch.randn(2, 5, 3, 4, dtype=F64), torch.randn(2, 5, 3, 4, dtype=F64)
 

@@ -108,6 +108,17 @@ def test_the_end_of_a_text_stays_where_it_was():
     assert torch.equal(net(other, batch["pixel_values"]).logits_per_image, out.logits_per_image)
 
 
+def test_pictures_leave_their_tower_without_the_rows():
+    net, batch = tiny("clip")
+    plain = copy.deepcopy(net)(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"],
+                               output_hidden_states=True).vision_model_output
+    burnish.tune(net, "maple(length=3, layers=1)", head=False)
+    out = net(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"],
+              output_hidden_states=True).vision_model_output
+    assert out.last_hidden_state.shape == plain.last_hidden_state.shape
+    assert [s.shape for s in out.hidden_states] == [s.shape for s in plain.hidden_states]
+
+
 def test_checkpointing_changes_no_gradient():
     """A block that runs again makes its rows again, of those that the text tower holds."""
     grads = []

@@ -286,6 +286,15 @@ def test_refusals():
         tuned.step(({**b[0], "signal": torch.full((4,), 1.5)}, b[1]), loss)
 
 
+def test_a_batch_may_be_of_one_and_nothing_is_read_that_does_not_count():
+    tuned = burnish.tune(denoiser(), RECIPE, name="ink", head=False)
+    tuned.optimizer(lr=1e-3)
+    assert float(tuned.step(batch(0, many=1), loss)) > 0
+    some, none = (burnish.parse(f"lora + museum_maker(feature={v})").named("museum_maker")
+                  for v in (1.0, 0.0))
+    assert none.taps(tuned.anatomy) == () and len(some.taps(tuned.anatomy)) == 2
+
+
 def test_defaults():
     (m,) = burnish.parse("museum_maker")
     assert (m.style, m.temperature, m.weight, m.feature, m.tells) == (0.1, 2.0, 1.0, 1.0,

@@ -123,7 +123,7 @@ class MuseumMaker(Method):
     def before(self, tuned: Tuned) -> str | None:
         """The adapter of the style before the one that trains."""
         mine = [n for n, a in tuned.adapters.items() if self.name in {m.name for m in a.recipe}]
-        at = mine.index(tuned.training) if tuned.training in mine else 0
+        at = mine.index(tuned.training)
         return mine[at - 1] if at else None
 
     def stages(self, tuned: Tuned, tasks: Sequence[str]) -> Iterator[Stage]:

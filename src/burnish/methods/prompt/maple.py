@@ -10,7 +10,7 @@ from ...blocks.state.placed import Placed
 from ...blocks.state.prompts import Tokens
 from ...core.errors import RecipeError
 from ...core.method import Method, setting
-from ...core.needs import refuse, towers, unmet
+from ...core.needs import refuse, towers
 from ._stacks import states_as_they_were
 from .coop import start_rows
 
@@ -110,7 +110,7 @@ def check_layers(method: Any, anatomy: Anatomy) -> None:
         raise RecipeError(f"{method.name} takes no targets: it stands in the first blocks; say how "
                           "many with layers")
     two = towers(anatomy)
-    if two is None or unmet(type(method), anatomy):
+    if two is None:
         refuse(method, anatomy)
     if method.layers > (most := min(len(two.text), len(two.vision))):
         raise RecipeError(f"{method.name}(layers={method.layers}): the towers have "

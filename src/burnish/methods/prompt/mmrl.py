@@ -118,8 +118,7 @@ class Mmrl(Method):
                 maker = space and Aligned(space, side, outs[side], self.rank, not (side or i))
                 rows = None if space else torch.randn(self.length, outs[side]) * 0.02
                 tokens = Tokens(state, name, self.length, rows, after=1, enter=not i, maker=maker,
-                                leave=not side and i + 1 == len(last), beta=self.beta,
-                                grows=not side)
+                                leave=not side and i + 1 == len(last), beta=self.beta)
                 tokens.to(attacher.device(block.path)).listen(attacher.slot(block.path), part.name)
             states_as_they_were(attacher, part, blocks[0].stack, self.length, 1)
         stack, second = two.vision[0].stack, Second(state, name, outs[1], two.joint, self.proj_rank)

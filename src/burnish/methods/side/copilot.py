@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
+from ...core.draw import drawn
 from ...core.errors import ConfigError, RecipeError
 from ...core.method import Method, setting
 from ...core.needs import refuse, unmet
@@ -98,8 +97,7 @@ class Copilot(Method):
 
         anatomy = attacher.anatomy
         head = anatomy.model.get_submodule(vocabulary_head(anatomy))
-        with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed)
+        with drawn(self.seed):
             made = Corrector(head.out_features, anatomy.hidden_size or head.in_features,
                              self.decoder_width, self.decoder_blocks, self.decoder_heads)
         made.requires_grad_(False)                   # it has an optimizer of its own
