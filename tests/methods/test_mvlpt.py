@@ -159,6 +159,29 @@ def test_counts_and_defaults(published):
         assert float(p.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("where", ["unified", "text", "visual", "both"])
+def test_pictures_leave_their_tower_without_the_rows(where):
+    three = {"vision_config": {**WIDE["vision_config"], "num_hidden_layers": 3}}
+    net, batch = tiny("clip", **three)
+    given = {k: batch[k] for k in ("pixel_values", "input_ids")}
+    plain = copy.deepcopy(net)(**given, output_hidden_states=True).vision_model_output
+    burnish.tune(net, f"mvlpt(length=3, where={where!r})", head=False)
+    out = net(**given, output_hidden_states=True).vision_model_output
+    assert out.last_hidden_state.shape == plain.last_hidden_state.shape
+    assert [s.shape for s in out.hidden_states] == [s.shape for s in plain.hidden_states]
+    finished = parse(f"mvlpt(where={where!r})")[0].finished()
+    assert finished.where == ("both" if where == "unified" else where)
+
+
+def test_the_least_that_acts_and_a_task_that_is_not_there():
+    assert parse("mvlpt(length=1, hidden=1, per_task=(1, 1))")[0].tasks == 2
+    net, batch = tiny("clip")
+    burnish.tune(net, "mvlpt(length=2, per_task=(1, 1))", head=False)
+    given = {k: batch[k] for k in ("pixel_values", "input_ids")}
+    with pytest.raises(burnish.RecipeError, match="from 0 to 1"):
+        net(**given, task=torch.tensor([0, 2]))
+
+
 def test_checkpointing_changes_no_gradient():
     grads = []
     for extra in ("", " + checkpoint"):

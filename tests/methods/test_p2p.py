@@ -135,6 +135,39 @@ def test_only_allowed_tensors_change():
     assert all(".burnish." in f".{n}" for n, _ in tuned.named_parameters())
 
 
+def test_norms_and_class_tokens_do_not_decay_and_a_top_token_trains():
+    for model in ("vit", "timm_qkv"):
+        net, _ = tiny(model)
+        if model == "timm_qkv" and not hasattr(net, "cls_token"):
+            net.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
+        names = {id(p): n for n, p in net.named_parameters()}
+        tuned = burnish.tune(net, RECIPE, head=False)
+        optimizer = tuned.optimizer(lr=1e-3, weight_decay=0.1)
+        decays = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups
+                  for p in g["params"] if id(p) in names}
+        assert any("norm" in n for n in decays) and any(n.endswith("cls_token") for n in decays)
+        assert set(decays.values()) == {0.0}
+
+
+def test_a_token_of_another_tower_rests():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = tiny("timm_qkv")[0], nn.Module()
+            self.other.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+
+        def forward(self, x):
+            return self.inner(x).logits
+
+    tuned = burnish.tune(Two(), RECIPE, head=False)
+    assert not any(n == "other.cls_token" for n, _ in tuned.named_parameters())
+
+
+def test_the_least_that_acts():
+    least = {"cloud_size": 1, "neighbours": 1, "drawn": 4, "picture": 4}
+    assert parse(f"p2p({', '.join(f'{k}={v}' for k, v in least.items())})")[0].changed() == least
+
+
 def test_running_statistics_stay():
     class Seen(nn.Module):
         """A picture cut into patches, with a batch norm behind blocks."""

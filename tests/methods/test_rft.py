@@ -53,9 +53,10 @@ def test_answers_worth_the_same_have_no_gradient_at_all():
 
 def test_an_answer_ends_with_its_end():
     ids = torch.tensor([[5, 1, 7, 1, 1], [5, 1, 7, 8, 9], [1, 1, 1, 4, 1]])
-    assert answered(ids, 2, 1).tolist() == [[-100, -100, 7, 1, -100], [-100, -100, 7, 8, 9],
+    assert answered(ids, 2, [1]).tolist() == [[-100, -100, 7, 1, -100], [-100, -100, 7, 8, 9],
                                             [-100, -100, 1, -100, -100]]
-    assert answered(ids, 2, None)[:, 2:].tolist() == ids[:, 2:].tolist()
+    assert answered(ids, 2, [])[:, 2:].tolist() == ids[:, 2:].tolist()
+    assert answered(ids, 2, [4, 8])[:, 2:].tolist() == [[7, 1, 1], [7, 8, -100], [1, 4, -100]]
 
 
 # -- of a model -----------------------------------------------------------------------------------
@@ -166,6 +167,33 @@ def test_padding_before_a_prompt_does_not_count():
         with_kwargs=True)
     Rft(rollouts=3, longest=2).step(tuned, [padded], lambda _, answer: float(answer.sum()))
     assert seen[-1][:, :5].tolist() == [[0, 0, 1, 1, 1]] * 3
+    drawn = []
+
+    def reward(_, answer):
+        drawn.append(len(answer))
+        return float(len(drawn))
+
+    tuned.model.generation_config.eos_token_id = list(range(30))        # answers of many lengths
+    Rft(rollouts=6, longest=6).step(tuned, [padded, {"input_ids": row}], reward)
+    assert len(set(drawn)) > 2
+    want = [[0, 0, 1, 1, 1][at * 2:] + [1] * n for at in (0, 1) for n in drawn[6 * at:][:6]]
+    long = seen[-1].shape[1]
+    assert seen[-1].tolist() == [w + [0] * (long - len(w)) for w in want]
+
+
+@pytest.mark.parametrize("ends, pad", [(None, 0), (7, 7), ([5, 9], 5)])
+def test_answers_are_drawn_of_the_whole_distribution(monkeypatch, ends, pad):
+    tuned = burnish.tune(model(), "full + sgd")
+    tuned.model.generation_config.eos_token_id = ends
+    asked, real = [], tuned.model.generate
+    monkeypatch.setattr(tuned.model, "generate", lambda **kw: (asked.append(kw), real(**kw))[1])
+    kept = Rft(rollouts=3, longest=2, temperature=0.7).lifecycle(tuned, prompts(1),
+                                                                 lambda *_: 0.0)
+    assert kept.dropped == 1.0
+    (how,) = asked
+    assert {k: how[k] for k in ("do_sample", "temperature", "top_k", "top_p", "pad_token_id")} == {
+        "do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "pad_token_id": pad}
+    assert (how["num_return_sequences"], how["max_new_tokens"]) == (3, 2)
 
 
 def test_refusals_and_defaults():

@@ -9,6 +9,8 @@ std is over the G answers themselves (n, not n - 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,13 +40,12 @@ def policy_loss(logits: Tensor, labels: Tensor, weights: Tensor, answers: int) -
     return (weights.to(mean) * mean).sum() / answers
 
 
-def answered(drawn: Tensor, prompt: int, end: int | None) -> Tensor:
+def answered(drawn: Tensor, prompt: int, ends: Sequence[int]) -> Tensor:
     """(n, L) labels of sequences whose first `prompt` tokens were given: -100 there, and behind the
-    first `end`, which is the last token of its answer."""
+    first of `ends`, which is the last token of its answer."""
     labels = drawn.clone()
     labels[:, :prompt] = -100
-    if end is not None:
-        over = (drawn[:, prompt:] == end).int().cumsum(1)
-        over = F.pad(over, (1, 0))[:, :-1] > 0
-        labels[:, prompt:] = labels[:, prompt:].masked_fill(over, -100)
+    over = torch.isin(drawn[:, prompt:], drawn.new_tensor(ends)).int().cumsum(1)
+    over = F.pad(over, (1, 0))[:, :-1] > 0
+    labels[:, prompt:] = labels[:, prompt:].masked_fill(over, -100)
     return labels

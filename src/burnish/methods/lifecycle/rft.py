@@ -124,20 +124,20 @@ class Rft(Method):
         if row["input_ids"].dim() != 2 or len(row["input_ids"]) != 1:
             raise ConfigError("rft: a prompt is one row of input_ids, (1, L), not "
                               f"{list(row['input_ids'].shape)}")
-        ends = model.generation_config.eos_token_id
-        end = ends[0] if isinstance(ends, list) else ends
+        found = model.generation_config.eos_token_id
+        ends = found if isinstance(found, list) else [] if found is None else [found]
         with evaluating([m for m in model.modules() if m.training]), torch.no_grad():
             ids = model.generate(**row, do_sample=True, temperature=self.temperature, top_k=0,
                                  top_p=1.0, num_return_sequences=self.rollouts,
                                  max_new_tokens=self.longest,
-                                 pad_token_id=0 if end is None else end).detach().clone()
-        labels = answered(ids, row["input_ids"].shape[1], end)
+                                 pad_token_id=(*ends, 0)[0]).detach().clone()
+        labels = answered(ids, row["input_ids"].shape[1], ends)
         worth = [float(reward(row, one[right != -100])) for one, right in
                  zip(ids, labels, strict=True)]
-        found = torch.tensor(worth, dtype=torch.float64)
-        if not bool(found.isfinite().all()):
-            raise ConfigError(f"rft: a reward is {worth[int((~found.isfinite()).nonzero()[0])]}")
-        return ids, labels, found
+        told = torch.tensor(worth, dtype=torch.float64)
+        if not bool(told.isfinite().all()):
+            raise ConfigError(f"rft: a reward is {worth[int((~told.isfinite()).nonzero()[0])]}")
+        return ids, labels, told
 
 
 def _mask(row: Mapping[str, Tensor], labels: Tensor) -> Tensor:

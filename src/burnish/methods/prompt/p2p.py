@@ -93,7 +93,7 @@ class P2p(Method):
 
     def select(self, anatomy: Anatomy) -> Iterable[Selection]:
         for path in anatomy.norms if self.rest else ():
-            for leaf, _ in anatomy.model.get_submodule(path).named_parameters(recurse=False):
+            for leaf, _ in anatomy.model.get_submodule(path).named_parameters():
                 yield Selection(f"{path}.{leaf}", decay=False)
         tops = {b[0].stack.split(".")[0] for b in behind_patches(anatomy)}
         for name, _ in anatomy.model.named_parameters() if self.rest else ():
